@@ -1,0 +1,11 @@
+"""The one exception for mistakes that a user can make and can mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input: a file, key, image or value that a user can correct.
+
+    The message is one line that names the item and the remedy. The command line prints it as
+    ``error: <message>`` and exits with status 2; library callers can catch it.
+    """

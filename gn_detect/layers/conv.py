@@ -1,0 +1,37 @@
+"""Convolution, then normalisation, residual and ReLU: the unit of every block and head."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norm import GroupNorm
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d that carries its norm (state-dict name ``norm``) and its activation, as detectron2 names them.
+
+    Args:
+        *args, **kwargs: of nn.Conv2d.
+        norm: normalisation layer or None.
+        activation: None or ``"relu"``, applied last.
+    """
+
+    def __init__(self, *args, norm: nn.Module | None = None, activation: str | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm = norm
+        self.activation = activation
+        if isinstance(norm, GroupNorm):
+            norm.activation = activation  # one call for norm, residual and ReLU
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C_in, H, W) -> ``activation(norm(conv(x)) + residual)``, (N, C_out, H', W')."""
+        y = super().forward(x)
+        if isinstance(self.norm, GroupNorm):
+            return self.norm(y, residual)
+        if self.norm is not None:
+            y = self.norm(y)
+        # In place: neither a convolution nor these norms read their own output in backward.
+        if residual is not None:
+            y = y.add_(residual)
+        return F.relu_(y) if self.activation == "relu" else y

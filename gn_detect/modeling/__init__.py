@@ -1,0 +1,6 @@
+"""Mask R-CNN with any norm, in detectron2's names and numerics."""
+
+from .build import build_model
+from .mask_rcnn import MaskRCNN
+
+__all__ = ["MaskRCNN", "build_model"]

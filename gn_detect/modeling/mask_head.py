@@ -1,0 +1,77 @@
+"""Mask head (He et al. 2017, arXiv 1703.06870): convolutions, one upsampling, a mask for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import Conv2d
+from ..ops import rasterize_masks
+from ..structures import Target
+from .init import init_he, init_normal
+from .resnet import NormFactory
+
+
+class MaskHead(nn.Module):
+    """3x3 convolutions with norm and ReLU, a 2x2 transposed convolution with ReLU, and a 1x1 predictor.
+
+    Args:
+        in_channels: C of the pooled features.
+        conv_dims: widths of the 3x3 convolutions.
+        deconv_dim: width of the upsampled features.
+        num_masks: one for each class, or 1 for a class-agnostic head.
+        norm: norm of the 3x3 convolutions; bias only where there is none.
+    """
+
+    def __init__(
+        self, in_channels: int, conv_dims: Sequence[int], deconv_dim: int, num_masks: int, norm: NormFactory
+    ) -> None:
+        super().__init__()
+        channels = in_channels
+        self.num_convs = len(conv_dims)
+        for i, width in enumerate(conv_dims, start=1):
+            layer_norm = norm(width)
+            convolution = Conv2d(
+                channels, width, 3, padding=1, bias=layer_norm is None, norm=layer_norm, activation="relu"
+            )
+            init_he(convolution)
+            self.add_module(f"mask_fcn{i}", convolution)
+            channels = width
+        self.deconv = nn.ConvTranspose2d(channels, deconv_dim, 2, stride=2)
+        self.predictor = nn.Conv2d(deconv_dim, num_masks, 1)
+        init_he(self.deconv)
+        init_normal(self.predictor, std=0.001)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """(R, C, S, S) features and (R,) classes -> (R, 2S, 2S) logits of the mask of each RoI's class."""
+        for i in range(1, self.num_convs + 1):
+            x = getattr(self, f"mask_fcn{i}")(x)
+        x = self.predictor(F.relu_(self.deconv(x)))
+        if x.shape[1] == 1:
+            return x[:, 0]
+        return x[torch.arange(len(x), device=x.device), labels]
+
+
+def mask_loss(
+    logits: Tensor, boxes: Sequence[Tensor], matched: Sequence[Tensor], targets: Sequence[Target]
+) -> Tensor:
+    """Mean binary cross-entropy over the pixels of all foreground RoIs; 0 where there is none.
+
+    Args:
+        logits: (R, S, S) of all images' foreground RoIs.
+        boxes: for each image (R_n, 4) foreground RoIs in input pixels.
+        matched: for each image (R_n,) the object that each RoI stands for.
+        targets: ground truth with masks.
+    """
+    if len(logits) == 0:
+        return logits.sum() * 0.0
+    side = logits.shape[-1]
+    wanted = [
+        rasterize_masks(target.masks, index, box, side)
+        for target, index, box in zip(targets, matched, boxes, strict=True)
+        if len(box)
+    ]
+    return F.binary_cross_entropy_with_logits(logits, torch.cat(wanted).to(logits.dtype))

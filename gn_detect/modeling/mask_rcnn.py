@@ -1,0 +1,149 @@
+"""Mask R-CNN and Faster R-CNN: from images to losses, or to detections in the pixels of the original files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import clip_boxes, paste_masks, scale_boxes
+from ..structures import Detections, Target
+from .roi_heads import Res5RoIHeads, StandardRoIHeads
+from .rpn import RPN
+
+
+
+class MaskRCNN(nn.Module):
+    """Two-stage detector and instance segmenter.
+
+    Args:
+        backbone: images (N, 3, H, W) -> named feature maps.
+        proposal_generator: the RPN.
+        roi_heads: the second stage.
+        pixel_mean, pixel_std: three values each, in the channel order of the images, 0..255.
+        size_divisibility: images are padded to multiples of it.
+        channels_last: memory format of the convolutions.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        proposal_generator: RPN,
+        roi_heads: StandardRoIHeads | Res5RoIHeads,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        size_divisibility: int,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.proposal_generator = proposal_generator
+        self.roi_heads = roi_heads
+        self.size_divisibility = size_divisibility
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.to(memory_format=self.memory_format)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.pixel_mean.device
+
+    @property
+    def num_classes(self) -> int:
+        """Foreground classes."""
+        return self.roi_heads.sampling.num_classes
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the model predicts masks."""
+        return self.roi_heads.mask_head is not None
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """The losses; see :meth:`losses`. DistributedDataParallel needs the name ``forward``."""
+        return self.losses(images, targets)
+
+    def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            images: (3, H, W) each, 0..255 in ``INPUT.FORMAT`` order, uint8 or float, any device.
+            targets: ground truth in the pixels of these images.
+
+        Returns:
+            Scalars ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``, ``loss_box_reg`` and, for a model with
+            masks, ``loss_mask``; training minimises their sum.
+        """
+        sizes = [image_size(image) for image in images]
+        targets = [target.to(self.device, non_blocking=True) for target in targets]
+        features = self.backbone(self.preprocess(images))
+        proposals, losses = self.proposal_generator.losses(features, sizes, targets)
+        return losses | self.roi_heads.losses(features, proposals, targets)
+
+    @torch.no_grad()
+    def detect(
+        self, images: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Detections]:
+        """Detections of each image, the best ``TEST.DETECTIONS_PER_IMAGE``.
+
+        A group norm sees the padding of a batch, so images that are padded to different sizes go through the
+        network one size after the other: what is found in an image does not depend on its batch-mates.
+
+        Args:
+            images: as in :meth:`losses`.
+            original_sizes: (height, width) to which detections are scaled; by default those of ``images``.
+        """
+        if original_sizes is None:
+            original_sizes = [image_size(image) for image in images]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(self._padded_size([image_size(image)]), []).append(i)
+        results: dict[int, Detections] = {}
+        for members in groups.values():
+            sizes = [image_size(images[i]) for i in members]
+            features = self.backbone(self.preprocess([images[i] for i in members]))
+            proposals = self.proposal_generator.propose(features, sizes)
+            found = self.roi_heads.detect(features, proposals, sizes)
+            for i, size, detections in zip(members, sizes, found, strict=True):
+                results[i] = rescale(detections, size, original_sizes[i])
+        return [results[i] for i in range(len(images))]
+
+    def preprocess(self, images: Sequence[Tensor]) -> Tensor:
+        """Normalised images, padded with zeros at the right and the bottom: (N, 3, H, W) float32."""
+        height, width = self._padded_size([image_size(image) for image in images])
+        batch = [
+            F.pad(
+                (image.to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std,
+                (0, width - image.shape[-1], 0, height - image.shape[-2]),
+            )
+            for image in images
+        ]
+        return torch.stack(batch).contiguous(memory_format=self.memory_format)
+
+    def _padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        unit = max(self.size_divisibility, 1)
+        height, width = (max(size[i] for size in sizes) for i in (0, 1))
+        return -(-height // unit) * unit, -(-width // unit) * unit
+
+
+def image_size(image: Tensor) -> tuple[int, int]:
+    """(height, width) of a (C, H, W) image in pixels."""
+    return image.shape[-2], image.shape[-1]
+
+
+def rescale(detections: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
+    """Detections of an image of ``size`` (height, width) in the pixels of ``original``, masks pasted.
+
+    Args:
+        detections: boxes in pixels of ``size``; masks (D, S, S) probabilities inside the boxes, or None.
+    """
+    boxes = scale_boxes(detections.boxes, original[1] / size[1], original[0] / size[0])
+    boxes = clip_boxes(boxes, original)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    kept = Detections(boxes, detections.scores, detections.labels, detections.masks)[keep]
+    if kept.masks is not None:
+        kept.masks = paste_masks(kept.masks, kept.boxes, original)
+    return kept

@@ -1,0 +1,59 @@
+"""Which ground truth an anchor or a proposal stands for, and which of them are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def match(
+    iou: Tensor, thresholds: Sequence[float], labels: Sequence[int], *, keep_best_of_each_object: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Assign each box to its ground truth of highest IoU (Ren et al. 2015, section 3.1.2).
+
+    Args:
+        iou: (M, N) intersection over union of M objects with N boxes.
+        thresholds: increasing IoU values that separate the labels.
+        labels: one more than thresholds: 1 foreground, 0 background, -1 ignored.
+        keep_best_of_each_object: boxes that no other box beats for some object become foreground even
+            when their IoU is low (but not when it is 0).
+
+    Returns:
+        (N,) int64 index of the object (0 where there is none) and (N,) int8 label.
+    """
+    num_boxes = iou.shape[1]
+    if iou.shape[0] == 0:
+        index = torch.zeros(num_boxes, dtype=torch.int64, device=iou.device)
+        return index, torch.full((num_boxes,), labels[0], dtype=torch.int8, device=iou.device)
+    best, index = iou.max(dim=0)
+    edges = torch.tensor(thresholds, dtype=best.dtype, device=best.device)
+    names = torch.tensor(labels, dtype=torch.int8, device=best.device)
+    label = names[torch.bucketize(best, edges, right=True)]
+    if keep_best_of_each_object:
+        # The index stays that of the box's own best object, as in Detectron.
+        highest = iou.amax(dim=1, keepdim=True)
+        label[((iou == highest) & (highest > 0)).any(dim=0)] = 1
+    return index, label
+
+
+def sample(label: Tensor, count: int, positive_fraction: float, background: int) -> tuple[Tensor, Tensor]:
+    """Random positions of foreground and background.
+
+    Args:
+        label: (N,) integer labels; -1 is ignored.
+        count: at most so many in all.
+        positive_fraction: at most this share is foreground; background fills the rest as far as it goes.
+        background: the label of background.
+
+    Returns:
+        Indices of the sampled foreground and of the sampled background, int64, in random order.
+    """
+    positive = ((label != -1) & (label != background)).nonzero()[:, 0]
+    negative = (label == background).nonzero()[:, 0]
+    num_positive = min(len(positive), int(count * positive_fraction))
+    num_negative = min(len(negative), count - num_positive)
+    chosen = torch.randperm(len(positive), device=label.device)[:num_positive]
+    rest = torch.randperm(len(negative), device=label.device)[:num_negative]
+    return positive[chosen], negative[rest]

@@ -1,0 +1,60 @@
+"""Features of regions: RoIAlign (He et al. 2017, arXiv 1703.06870) on the pyramid level that fits each box."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from ..ops import box_area
+
+CANONICAL_SIZE = 224
+CANONICAL_LEVEL = 4
+
+
+class RoIPooler(nn.Module):
+    """RoIAlign from one feature map or from the level of a pyramid that equation 1 of the FPN paper names.
+
+    Args:
+        output_size: side of the pooled features.
+        strides: pixels between cells of each level, finest first, each twice the one before.
+        sampling_ratio: samples along each side of a bin; 0 chooses one for each cell that the bin covers.
+        aligned: shift by half a pixel (``ROIAlignV2``) or not (``ROIAlign``).
+    """
+
+    def __init__(
+        self, output_size: int, strides: Sequence[int], sampling_ratio: int = 0, aligned: bool = True
+    ) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.strides = tuple(strides)
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+        self.levels = tuple(stride.bit_length() - 1 for stride in strides)
+
+    def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """Levels (N, C, H_l, W_l) and for each image (R_n, 4) ``xyxy`` in input pixels -> (sum R_n, C, S, S)."""
+        image = torch.cat([box.new_full((len(box), 1), n) for n, box in enumerate(boxes)])
+        rois = torch.cat([image, torch.cat(list(boxes))], dim=1)
+        if len(features) == 1:
+            return self._align(features[0], rois, self.strides[0])
+        level = self.assign_levels(rois[:, 1:])
+        pooled, rows = [], []
+        for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
+            row = (level == i).nonzero()[:, 0]
+            rows.append(row)
+            pooled.append(self._align(feature, rois[row], stride))
+        return torch.cat(pooled)[torch.argsort(torch.cat(rows))]
+
+    def assign_levels(self, boxes: Tensor) -> Tensor:
+        """(R, 4) ``xyxy`` -> (R,) int64 index into the levels; a box of 224 px belongs to stride 16."""
+        size = torch.sqrt(box_area(boxes))
+        level = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE + 1e-8))
+        return level.clamp(self.levels[0], self.levels[-1]).to(torch.int64) - self.levels[0]
+
+    def _align(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:
+        return roi_align(
+            feature, rois, self.output_size, 1.0 / stride, self.sampling_ratio, aligned=self.aligned
+        )

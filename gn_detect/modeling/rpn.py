@@ -1,0 +1,267 @@
+"""Region Proposal Network (Ren et al. 2015, arXiv 1506.01497) with detectron2's names and numerics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, box_iou
+
+from ..layers import Conv2d
+from ..ops import clip_boxes, decode_boxes, encode_boxes
+from ..structures import Target
+from .anchors import AnchorGenerator
+from .init import init_normal
+from .losses import smooth_l1_sum
+from .matching import match, sample
+
+
+class RPNHead(nn.Module):
+    """A 3x3 convolution and two 1x1 predictors, shared by all levels.
+
+    Args:
+        in_channels: C of every level.
+        num_anchors: A, anchors at each position.
+        conv_dims: widths of the 3x3 convolutions; -1 keeps C.
+    """
+
+    def __init__(self, in_channels: int, num_anchors: int, conv_dims: Sequence[int] = (-1,)) -> None:
+        super().__init__()
+        convolutions = []
+        channels = in_channels
+        for width in conv_dims:
+            width = channels if width == -1 else width
+            convolutions.append(Conv2d(channels, width, 3, padding=1, activation="relu"))
+            channels = width
+        if len(convolutions) == 1:
+            self.conv: nn.Module = convolutions[0]
+        else:
+            self.conv = nn.Sequential()
+            for i, convolution in enumerate(convolutions):
+                self.conv.add_module(f"conv{i}", convolution)
+        self.objectness_logits = nn.Conv2d(channels, num_anchors, 1)
+        self.anchor_deltas = nn.Conv2d(channels, num_anchors * 4, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                init_normal(module, std=0.01)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Features (N, C, H, W) -> for each level logits (N, H * W * A) and deltas (N, H * W * A, 4)."""
+        logits, deltas = [], []
+        for feature in features:
+            hidden = self.conv(feature)
+            logits.append(self.objectness_logits(hidden).permute(0, 2, 3, 1).flatten(1))
+            delta = self.anchor_deltas(hidden).permute(0, 2, 3, 1)  # (N, H, W, A * 4)
+            deltas.append(delta.reshape(len(delta), -1, 4))
+        return logits, deltas
+
+    def at_anchors(self, features: Sequence[Tensor], chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The head's output at a few anchors only, differentiable.
+
+        Training looks at 256 of some 100 000 anchors of an image. The gradient of all others is zero, so a
+        dense backward through the 3x3 convolution is almost all multiplication by zero; here only the 3x3
+        neighbourhoods of the chosen anchors enter the graph.
+
+        Args:
+            features: levels (N, C, H, W).
+            chosen: for each level (K_l,) int64 positions in its flattened (N, H * W * A).
+
+        Returns:
+            Logits (K,) and deltas (K, 4), levels concatenated.
+        """
+        convolution = self.conv
+        num_anchors = self.objectness_logits.out_channels
+        patches = [
+            _gather_patches(f, index.div(num_anchors, rounding_mode="floor"))
+            for f, index in zip(features, chosen, strict=True)
+        ]
+        kernel = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # (C_out, 9 * C)
+        hidden = F.relu(F.linear(torch.cat(patches), kernel, convolution.bias))
+        anchor = torch.cat(list(chosen)) % num_anchors
+        row = torch.arange(len(anchor), device=anchor.device)
+        logits = F.linear(hidden, self.objectness_logits.weight.flatten(1), self.objectness_logits.bias)
+        deltas = F.linear(hidden, self.anchor_deltas.weight.flatten(1), self.anchor_deltas.bias)
+        return logits[row, anchor], deltas.view(len(anchor), num_anchors, 4)[row, anchor]
+
+
+def _gather_patches(feature: Tensor, position: Tensor) -> Tensor:
+    """3x3 neighbourhoods, zero outside the map: (N, C, H, W) at (K,) flat (N, H, W) -> (K, 9 * C)."""
+    height, width = feature.shape[-2:]
+    image = position.div(height * width, rounding_mode="floor")
+    y = position.div(width, rounding_mode="floor") % height
+    x = position % width
+    step = torch.arange(-1, 2, device=position.device)
+    y = (y[:, None] + step)[:, :, None].expand(-1, 3, 3).flatten(1)  # (K, 9)
+    x = (x[:, None] + step)[:, None, :].expand(-1, 3, 3).flatten(1)
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    patch = feature[image[:, None], :, y.clamp(0, height - 1), x.clamp(0, width - 1)]  # (K, 9, C)
+    return (patch * inside[..., None]).flatten(1)
+
+
+@dataclass(frozen=True)
+class RPNSettings:
+    """Plain numbers of the RPN; the names are those of detectron2's ``MODEL.RPN`` keys."""
+
+    batch_size_per_image: int
+    positive_fraction: float
+    iou_thresholds: tuple[float, ...]
+    iou_labels: tuple[int, ...]
+    pre_nms_topk_train: int
+    pre_nms_topk_test: int
+    post_nms_topk_train: int
+    post_nms_topk_test: int
+    nms_thresh: float
+    min_size: float
+    boundary_thresh: float
+    bbox_reg_weights: tuple[float, ...]
+    smooth_l1_beta: float
+    loss_weight: float
+    bbox_reg_loss_weight: float
+
+
+class RPN(nn.Module):
+    """Anchors, the head, its losses and the proposals that it makes.
+
+    Args:
+        in_features: names of the pyramid levels.
+        head: predicts logits and deltas.
+        anchor_generator: anchors of the same levels.
+        settings: see :class:`RPNSettings`.
+    """
+
+    def __init__(
+        self, in_features: Sequence[str], head: RPNHead, anchor_generator: AnchorGenerator, settings: RPNSettings
+    ) -> None:
+        super().__init__()
+        self.in_features = tuple(in_features)
+        self.rpn_head = head
+        self.anchor_generator = anchor_generator
+        self.settings = settings
+
+    def propose(self, features: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Proposals of each image at inference: (P, 4) ``xyxy``, best first."""
+        levels = [features[name] for name in self.in_features]
+        anchors = self.anchor_generator([f.shape[-2:] for f in levels])
+        logits, deltas = self.rpn_head(levels)
+        return self._select(anchors, logits, deltas, image_sizes)
+
+    def losses(
+        self, features: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], targets: Sequence[Target]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Proposals (without gradient) and the losses ``loss_rpn_cls`` and ``loss_rpn_loc``.
+
+        Both are sums over the sampled anchors divided by ``BATCH_SIZE_PER_IMAGE`` times the number of images.
+        """
+        s = self.settings
+        levels = [features[name] for name in self.in_features]
+        anchors = self.anchor_generator([f.shape[-2:] for f in levels])
+        labels, matched = self._label(torch.cat(anchors), image_sizes, targets)
+        chosen = [torch.cat(sample(label, s.batch_size_per_image, s.positive_fraction, 0)) for label in labels]
+
+        sparse = self._is_sparse(sum(map(len, chosen)), sum(label.numel() for label in labels))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
+            logits, deltas = self.rpn_head(levels)
+        with torch.no_grad():
+            proposals = self._select(
+                anchors, [x.detach() for x in logits], [x.detach() for x in deltas], image_sizes
+            )
+        label = torch.cat([label[index] for label, index in zip(labels, chosen, strict=True)])
+        if sparse:
+            by_level, order = _split_levels(chosen, [len(a) for a in anchors])
+            logit, delta = (x[order] for x in self.rpn_head.at_anchors(levels, by_level))
+        else:
+            all_logits, all_deltas = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
+            logit = torch.cat([x[index] for x, index in zip(all_logits, chosen, strict=True)])
+            delta = torch.cat([x[index] for x, index in zip(all_deltas, chosen, strict=True)])
+
+        all_anchors = torch.cat(anchors)
+        foreground = label == 1
+        reference = torch.cat([all_anchors[index] for index in chosen])[foreground]
+        truth = torch.cat([box[index] for box, index in zip(matched, chosen, strict=True)])[foreground]
+        wanted = encode_boxes(reference, truth, s.bbox_reg_weights)
+        normalizer = s.batch_size_per_image * len(targets)
+        classification = F.binary_cross_entropy_with_logits(logit, label.to(logit.dtype), reduction="sum")
+        localization = smooth_l1_sum(delta[foreground], wanted, s.smooth_l1_beta)
+        losses = {
+            "loss_rpn_cls": classification * (s.loss_weight / normalizer),
+            "loss_rpn_loc": localization * (s.loss_weight * s.bbox_reg_loss_weight / normalizer),
+        }
+        return proposals, losses
+
+    def _is_sparse(self, num_chosen: int, num_anchors: int) -> bool:
+        """Gathering pays while the chosen anchors are few; several 3x3 convolutions see a wider field."""
+        return isinstance(self.rpn_head.conv, Conv2d) and num_chosen * 4 < num_anchors
+
+    @torch.no_grad()
+    def _label(
+        self, anchors: Tensor, image_sizes: Sequence[tuple[int, int]], targets: Sequence[Target]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """For each image (R,) labels 1, 0, -1 and the (R, 4) box that each anchor is matched to."""
+        s = self.settings
+        labels, matched = [], []
+        for (height, width), target in zip(image_sizes, targets, strict=True):
+            iou = box_iou(target.boxes, anchors)
+            index, label = match(iou, s.iou_thresholds, s.iou_labels, keep_best_of_each_object=True)
+            if s.boundary_thresh >= 0:
+                limit = anchors.new_tensor([width, height]) + s.boundary_thresh
+                inside = (anchors[:, :2] >= -s.boundary_thresh).all(1) & (anchors[:, 2:] < limit).all(1)
+                label[~inside] = -1
+            labels.append(label)
+            matched.append(target.boxes[index] if len(target) else anchors)
+        return labels, matched
+
+    def _select(
+        self,
+        anchors: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[Tensor]:
+        """Best anchors of each level, decoded, clipped, through NMS level by level; then the best of all."""
+        s = self.settings
+        before = s.pre_nms_topk_train if self.training else s.pre_nms_topk_test
+        after = s.post_nms_topk_train if self.training else s.post_nms_topk_test
+        top = [level.topk(min(before, level.shape[1]), dim=1) for level in logits]
+        scores = torch.cat([t.values for t in top], dim=1)
+        level_of = torch.cat(
+            [torch.full((t.values.shape[1],), i, device=scores.device) for i, t in enumerate(top)]
+        )
+        proposals = []
+        for n, size in enumerate(image_sizes):
+            index = [t.indices[n] for t in top]
+            delta = torch.cat([d[n, i] for d, i in zip(deltas, index, strict=True)])
+            reference = torch.cat([a[i] for a, i in zip(anchors, index, strict=True)])
+            boxes = decode_boxes(delta, reference, s.bbox_reg_weights)
+            finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores[n])
+            boxes = clip_boxes(boxes, size)
+            large = ((boxes[:, 2:] - boxes[:, :2]) > s.min_size).all(dim=1)
+            keep = (finite & large).nonzero()[:, 0]
+            best = batched_nms(boxes[keep], scores[n, keep].float(), level_of[keep], s.nms_thresh)
+            proposals.append(boxes[keep[best[:after]]])
+        return proposals
+
+
+def _split_levels(chosen: Sequence[Tensor], level_sizes: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    """Anchors chosen in each image, sorted by level.
+
+    Args:
+        chosen: for each image (K_n,) positions in the concatenation of all levels.
+        level_sizes: anchors of one image on each level.
+
+    Returns:
+        For each level positions in its flattened (N, anchors), and the (K,) permutation that takes values
+        in order of the levels back to the order of ``chosen``.
+    """
+    bounds = torch.tensor([0, *level_sizes], device=chosen[0].device).cumsum(0)
+    image = torch.cat([torch.full_like(index, n) for n, index in enumerate(chosen)])
+    position = torch.cat(list(chosen))
+    level = torch.bucketize(position, bounds[1:], right=True)
+    by_level, rows = [], []
+    for i, size in enumerate(level_sizes):
+        row = (level == i).nonzero()[:, 0]
+        rows.append(row)
+        by_level.append(image[row] * size + position[row] - bounds[i])
+    return by_level, torch.argsort(torch.cat(rows))

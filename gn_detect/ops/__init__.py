@@ -1,0 +1,18 @@
+"""Functions on tensors: no modules, no configuration."""
+
+from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, scale_boxes
+from .group_norm import group_norm
+from .masks import crop_bitmaps, paste_masks, rasterize_masks, rasterize_polygons
+
+__all__ = [
+    "box_area",
+    "clip_boxes",
+    "crop_bitmaps",
+    "decode_boxes",
+    "encode_boxes",
+    "group_norm",
+    "paste_masks",
+    "rasterize_masks",
+    "rasterize_polygons",
+    "scale_boxes",
+]

@@ -1,0 +1,78 @@
+"""Arithmetic on boxes beyond torchvision.ops. Boxes are ``xyxy`` in absolute pixels, floating point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SCALE_CLAMP = math.log(1000.0 / 16)
+"""Largest log scale that decoding applies: a 16 px anchor grows to 1000 px at most (R-CNN's habit)."""
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """(N, 4) ``xyxy`` -> (N,) areas in square pixels."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) cut at the borders of an image of ``size`` = (height, width)."""
+    height, width = size
+    limit = boxes.new_tensor([width, height, width, height])
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def scale_boxes(boxes: Tensor, scale_x: float, scale_y: float) -> Tensor:
+    """Boxes (..., 4) with x multiplied by ``scale_x`` and y by ``scale_y``."""
+    return boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+
+
+def encode_boxes(reference: Tensor, target: Tensor, weights: Sequence[float]) -> Tensor:
+    """Regression targets that lead from ``reference`` to ``target``: the inverse of :func:`decode_boxes`.
+
+    Centre offsets are in units of the reference's size, sizes are log ratios, each times its weight
+    (Girshick et al. 2014, arXiv 1311.2524, appendix C).
+
+    Args:
+        reference: (N, 4) anchors or proposals of positive width and height.
+        target: (N, 4) ground-truth boxes.
+        weights: multipliers of (dx, dy, dw, dh).
+
+    Returns:
+        (N, 4) deltas.
+    """
+    reference_size = reference[:, 2:] - reference[:, :2]
+    target_size = target[:, 2:] - target[:, :2]
+    reference_center = reference[:, :2] + 0.5 * reference_size
+    target_center = target[:, :2] + 0.5 * target_size
+    wx, wy, ww, wh = weights
+    position = reference.new_tensor([wx, wy]) * (target_center - reference_center) / reference_size
+    scale = reference.new_tensor([ww, wh]) * torch.log(target_size / reference_size)
+    return torch.cat([position, scale], dim=1)
+
+
+def decode_boxes(deltas: Tensor, reference: Tensor, weights: Sequence[float]) -> Tensor:
+    """Apply regression ``deltas`` to ``reference`` boxes.
+
+    Args:
+        deltas: (N, 4 * K), K boxes (classes) for each reference.
+        reference: (N, 4) anchors or proposals.
+        weights: divisors of (dx, dy, dw, dh).
+
+    Returns:
+        (N, 4 * K) float32 boxes; the log scale is clamped at :data:`SCALE_CLAMP`.
+    """
+    deltas = deltas.float()
+    reference = reference.to(deltas.dtype)
+    size = (reference[:, 2:] - reference[:, :2])[:, None]  # (N, 1, 2)
+    center = reference[:, None, :2] + 0.5 * size
+    wx, wy, ww, wh = weights
+    steps = deltas.view(len(deltas), -1, 4)
+    position = steps[..., :2] / deltas.new_tensor([wx, wy])
+    scale = (steps[..., 2:] / deltas.new_tensor([ww, wh])).clamp(max=SCALE_CLAMP)
+    new_center = position * size + center
+    new_size = torch.exp(scale) * size
+    boxes = torch.cat([new_center - 0.5 * new_size, new_center + 0.5 * new_size], dim=-1)
+    return boxes.view(deltas.shape)

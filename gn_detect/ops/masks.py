@@ -1,0 +1,158 @@
+"""Masks in and out of boxes: training targets for each RoI, and predicted masks pasted into the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import torch
+import torchvision
+from torch import Tensor
+
+from ..structures import PolygonMask
+
+_PASTE_BYTES = 1 << 30
+"""Memory that one chunk of pasted float masks may take on an accelerator."""
+
+
+def rasterize_polygons(polygons: PolygonMask, height: int, width: int) -> np.ndarray:
+    """Union of polygons as COCO draws them.
+
+    Args:
+        polygons: arrays (2K,) of ``x0, y0, x1, y1, ...`` in pixels; may be empty.
+        height, width: size of the result in pixels.
+
+    Returns:
+        bool array (height, width).
+    """
+    if len(polygons) == 0:
+        return np.zeros((height, width), dtype=bool)
+    rles = coco_mask.frPyObjects([p.tolist() for p in polygons], height, width)
+    return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
+
+
+def rasterize_polygons_in_box(polygons: PolygonMask, box: np.ndarray, side: int) -> np.ndarray:
+    """The part of an object inside ``box`` (4,) ``xyxy``, drawn on a grid of side x side: bool (side, side)."""
+    width, height = max(box[2] - box[0], 0.1), max(box[3] - box[1], 0.1)
+    scale = np.array([side / width, side / height])
+    moved = [((p.reshape(-1, 2) - box[:2]) * scale).reshape(-1) for p in polygons]
+    return rasterize_polygons(moved, side, side)
+
+
+def crop_bitmaps(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Bitmaps cropped by boxes and resized with RoIAlign, as detectron2's BitMasks does.
+
+    Args:
+        bitmaps: (M, H, W) bool.
+        which: (N,) int64, the bitmap that belongs to each box. A bitmap used by many boxes is stored once.
+        boxes: (N, 4) ``xyxy`` in pixels of the bitmaps.
+        side: size of the result.
+
+    Returns:
+        (N, side, side) bool: at least half of a cell is covered.
+    """
+    rois = torch.cat([which[:, None].to(boxes.dtype), boxes], dim=1)
+    return _align(bitmaps[:, None].to(boxes.dtype), rois, side)[:, 0] >= 0.5
+
+
+def _align(x: Tensor, rois: Tensor, side: int) -> Tensor:
+    return torchvision.ops.roi_align(x, rois, side, spatial_scale=1.0, sampling_ratio=0, aligned=True)
+
+
+def rasterize_masks(
+    masks: Sequence[PolygonMask | Tensor], which: Tensor, boxes: Tensor, side: int
+) -> Tensor:
+    """Mask targets for RoIs: polygons are drawn for each RoI, bitmaps are cropped, each as detectron2 does.
+
+    Args:
+        masks: one mask for each ground-truth object of one image (polygons or bool (H, W) bitmaps).
+        which: (N,) int64, the object that each RoI is matched to.
+        boxes: (N, 4) ``xyxy`` RoIs in pixels.
+        side: size of the target.
+
+    Returns:
+        (N, side, side) bool on ``boxes``' device.
+    """
+    targets = torch.zeros(len(boxes), side, side, dtype=torch.bool, device=boxes.device)
+    if len(boxes) == 0:
+        return targets
+    used = which.tolist()
+    is_bitmap = torch.tensor([isinstance(masks[i], Tensor) for i in used])
+    polygon_rows = (~is_bitmap).nonzero()[:, 0].tolist()
+    if polygon_rows:
+        corners = boxes.detach().cpu().numpy().astype(np.float64)
+        drawn = [rasterize_polygons_in_box(masks[used[row]], corners[row], side) for row in polygon_rows]
+        targets[polygon_rows] = torch.from_numpy(np.stack(drawn)).to(boxes.device)
+    bitmap_rows = is_bitmap.nonzero()[:, 0].to(boxes.device)
+    if len(bitmap_rows):
+        objects, position = torch.unique(which[bitmap_rows], return_inverse=True)
+        bitmaps = torch.stack([masks[i] for i in objects.tolist()]).to(boxes.device)
+        targets[bitmap_rows] = crop_bitmaps(bitmaps, position, boxes[bitmap_rows], side)
+    return targets
+
+
+def _interpolation_matrix(start: Tensor, stop: Tensor, cells: int, pixels: Tensor) -> Tensor:
+    """Linear interpolation from ``cells`` cells spread over [start, stop) to the centres of ``pixels``.
+
+    Args:
+        start, stop: (N,) pixels.
+        cells: side of the predicted mask.
+        pixels: (P,) integer pixel positions as floats.
+
+    Returns:
+        (N, P, cells) weights; cells outside the box count as zero, as in ``grid_sample`` with zero padding
+        and ``align_corners=False``.
+    """
+    position = (pixels + 0.5 - start[:, None]) / (stop - start)[:, None] * cells - 0.5  # (N, P)
+    grid = torch.arange(cells, dtype=position.dtype, device=position.device)
+    return (1 - (position[..., None] - grid).abs()).clamp_(min=0)
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
+    """Predicted masks resized into their boxes on an empty image.
+
+    Bilinear resizing is separable, so each mask is two small matrix products in place of a sampling grid
+    (same values as detectron2's ``paste_masks_in_image`` to rounding).
+
+    Args:
+        masks: (N, S, S) probabilities.
+        boxes: (N, 4) ``xyxy`` in pixels of the image.
+        size: (height, width) of the image.
+        threshold: probability from which a pixel belongs to the object.
+
+    Returns:
+        (N, height, width) bool.
+    """
+    height, width = size
+    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    if len(masks) == 0:
+        return pasted
+    masks, boxes, cells = masks.float(), boxes.float(), masks.shape[-1]
+    if masks.device.type == "cpu":
+        _paste_each(pasted, masks, boxes, threshold)
+        return pasted
+    rows = torch.arange(height, dtype=torch.float32, device=masks.device)
+    columns = torch.arange(width, dtype=torch.float32, device=masks.device)
+    chunk = max(1, _PASTE_BYTES // (4 * height * width))
+    for begin in range(0, len(masks), chunk):
+        part = slice(begin, begin + chunk)
+        vertical = _interpolation_matrix(boxes[part, 1], boxes[part, 3], cells, rows)
+        horizontal = _interpolation_matrix(boxes[part, 0], boxes[part, 2], cells, columns)
+        pasted[part] = vertical @ masks[part] @ horizontal.transpose(1, 2) >= threshold
+    return pasted
+
+
+def _paste_each(pasted: Tensor, masks: Tensor, boxes: Tensor, threshold: float) -> None:
+    """On the CPU only the pixels around each box are computed."""
+    height, width = pasted.shape[1:]
+    cells = masks.shape[-1]
+    begin = (boxes[:, :2].floor() - 1).clamp(min=0).int().tolist()
+    end = (boxes[:, 2:].ceil() + 1).int().tolist()
+    for i, ((x0, y0), (x1, y1)) in enumerate(zip(begin, end, strict=True)):
+        x1, y1 = min(x1, width), min(y1, height)
+        rows = torch.arange(y0, y1, dtype=torch.float32)
+        columns = torch.arange(x0, x1, dtype=torch.float32)
+        vertical = _interpolation_matrix(boxes[i, None, 1], boxes[i, None, 3], cells, rows)[0]
+        horizontal = _interpolation_matrix(boxes[i, None, 0], boxes[i, None, 2], cells, columns)[0]
+        pasted[i, y0:y1, x0:x1] = vertical @ masks[i] @ horizontal.T >= threshold

@@ -1,0 +1,24 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of real data, weights and oracles beside the repository; tests that need it skip without it."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "oracles").is_dir():
+        pytest.skip(f"needs the real data and oracles in {folder}, which is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return REPOSITORY
