@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
-from ..ops import box_area
+from ..ops import box_area, roi_align
 
 CANONICAL_SIZE = 224
 CANONICAL_LEVEL = 4
@@ -36,25 +35,15 @@ class RoIPooler(nn.Module):
 
     def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Levels (N, C, H_l, W_l) and for each image (R_n, 4) ``xyxy`` in input pixels -> (sum R_n, C, S, S)."""
-        image = torch.cat([box.new_full((len(box), 1), n) for n, box in enumerate(boxes)])
-        rois = torch.cat([image, torch.cat(list(boxes))], dim=1)
-        if len(features) == 1:
-            return self._align(features[0], rois, self.strides[0])
-        level = self.assign_levels(rois[:, 1:])
-        pooled, rows = [], []
-        for i, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            row = (level == i).nonzero()[:, 0]
-            rows.append(row)
-            pooled.append(self._align(feature, rois[row], stride))
-        return torch.cat(pooled)[torch.argsort(torch.cat(rows))]
+        image = torch.cat([torch.full((len(box),), n, device=box.device) for n, box in enumerate(boxes)])
+        rois = torch.cat(list(boxes))
+        level = self.assign_levels(rois) if len(features) > 1 else torch.zeros_like(image)
+        return roi_align(
+            features, rois, image, level, self.strides, self.output_size, self.sampling_ratio, self.aligned
+        )
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """(R, 4) ``xyxy`` -> (R,) int64 index into the levels; a box of 224 px belongs to stride 16."""
         size = torch.sqrt(box_area(boxes))
         level = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE + 1e-8))
         return level.clamp(self.levels[0], self.levels[-1]).to(torch.int64) - self.levels[0]
-
-    def _align(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:
-        return roi_align(
-            feature, rois, self.output_size, 1.0 / stride, self.sampling_ratio, aligned=self.aligned
-        )

@@ -3,6 +3,7 @@
 from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, scale_boxes
 from .group_norm import group_norm
 from .masks import crop_bitmaps, paste_masks, rasterize_masks, rasterize_polygons
+from .roi_align import roi_align
 
 __all__ = [
     "box_area",
@@ -14,5 +15,6 @@ __all__ = [
     "paste_masks",
     "rasterize_masks",
     "rasterize_polygons",
+    "roi_align",
     "scale_boxes",
 ]

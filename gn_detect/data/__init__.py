@@ -1,0 +1,24 @@
+"""COCO datasets, augmentation, samplers and loaders."""
+
+from .augmentation import build_augmentations, prepare_image, shortest_edge_size
+from .coco import CocoDataset, check_classes, check_same_classes, join_datasets
+from .datasets import DatasetSource, datasets_root, resolve_dataset
+from .images import read_image
+from .loader import SampleLoader, build_test_loader, build_train_loader
+
+__all__ = [
+    "CocoDataset",
+    "DatasetSource",
+    "SampleLoader",
+    "build_augmentations",
+    "build_test_loader",
+    "build_train_loader",
+    "check_classes",
+    "check_same_classes",
+    "datasets_root",
+    "join_datasets",
+    "prepare_image",
+    "read_image",
+    "resolve_dataset",
+    "shortest_edge_size",
+]

@@ -1,0 +1,172 @@
+"""Datasets in COCO's format."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import UserError
+from ..structures import PolygonMask, Target
+from .coco_json import ImageRecord, read_coco_json
+from .datasets import DatasetSource
+from .images import read_image
+from .object_table import join_tables
+from .transforms import LabelledImage, to_target
+
+logger = logging.getLogger(__name__)
+
+
+class CocoDataset:
+    """Images and objects of one COCO file, or of several joined.
+
+    Annotations are checked when they are read. Crowds are left out of the objects; the evaluation takes them
+    from the file.
+
+    Attributes:
+        name: of the dataset; joined ones have their names joined by ``+``.
+        annotations_path: the JSON (of the first, if joined).
+        class_names: by contiguous label.
+        category_ids: ids in the JSON by contiguous label, ascending.
+        images: records ordered by image id.
+        objects: flat table of all objects.
+        num_crowds: crowd annotations in the file.
+
+    Args:
+        source: where the files are.
+        masks: read segmentations; each object must have one.
+        evaluation: check also what COCO's evaluation needs.
+
+    Raises:
+        UserError: the JSON is not valid COCO.
+    """
+
+    def __init__(self, source: DatasetSource, *, masks: bool = True, evaluation: bool = False) -> None:
+        content = read_coco_json(source.annotations, source.images, masks=masks, evaluation=evaluation)
+        self.name = source.name
+        self.annotations_path = source.annotations
+        self.class_names, self.category_ids = content.class_names, content.category_ids
+        self.images, self.objects, self.num_crowds = content.images, content.objects, content.num_crowds
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        return (
+            f"CocoDataset({self.name}: {len(self)} images, {len(self.objects.labels)} objects of "
+            f"{len(self.class_names)} categories, {self.num_crowds} crowds)"
+        )
+
+    def labels(self, index: int) -> np.ndarray:
+        """(N,) int64 contiguous labels of the objects in an image."""
+        return self.objects.labels[self.objects.rows(index)]
+
+    def read(self, index: int) -> LabelledImage:
+        """An image as RGB with its objects, in the pixels of the file.
+
+        Raises:
+            UserError: the file is missing, damaged or of another size than in the JSON, or an RLE is damaged.
+        """
+        record = self.images[index]
+        pixels = read_image(record.file_name, "RGB", (record.height, record.width))
+        return self.label(index, pixels)
+
+    def label(self, index: int, pixels: np.ndarray) -> LabelledImage:
+        """Pixels (H, W, 3) of an image with its objects."""
+        record, rows = self.images[index], self.objects.rows(index)
+        masks = None
+        if self.objects.masks is not None:
+            masks = [self._mask(row, record) for row in range(rows.start, rows.stop)]
+        return LabelledImage(pixels, self.objects.boxes[rows], self.objects.labels[rows], masks)
+
+    def target(self, index: int) -> Target:
+        """Ground truth of an image in the pixels of the file, crowds left out; the image is not read."""
+        record = self.images[index]
+        return to_target(self.label(index, np.empty((record.height, record.width, 0), dtype=np.uint8)))
+
+    def _mask(self, row: int, record: ImageRecord) -> PolygonMask | np.ndarray:
+        assert self.objects.masks is not None
+        try:
+            return self.objects.masks.decode(row, record.height, record.width)
+        except ValueError as error:
+            raise UserError(
+                f"{self.annotations_path}: annotation {self.objects.annotation_ids[row]} of image "
+                f"{record.id} has a damaged RLE ({error}); encode the mask again"
+            ) from error
+
+    def check_files(self) -> None:
+        """Look for every image in its folder, by listing folders: no file is opened.
+
+        Raises:
+            UserError: one is missing; it is named.
+        """
+        names: defaultdict[str, list[str]] = defaultdict(list)
+        for record in self.images:
+            folder, name = os.path.split(record.file_name)
+            names[folder].append(name)
+        missing: list[str] = []
+        for folder, wanted in names.items():
+            present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            missing += [os.path.join(folder, name) for name in wanted if name not in present]
+        if missing:
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"dataset {self.name}: image {missing[0]}{others} is missing; "
+                "restore it, correct the images folder or remove it from the JSON"
+            )
+
+
+def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
+    """One dataset with the images of all, in their order.
+
+    Raises:
+        UserError: their classes differ.
+    """
+    first = datasets[0]
+    if len(datasets) == 1:
+        return first
+    for other in datasets[1:]:
+        check_same_classes(first, other)
+    joined = CocoDataset.__new__(CocoDataset)
+    joined.name = "+".join(d.name for d in datasets)
+    joined.annotations_path = first.annotations_path
+    joined.class_names, joined.category_ids = first.class_names, first.category_ids
+    joined.images = [record for d in datasets for record in d.images]
+    joined.objects = join_tables([d.objects for d in datasets])
+    joined.num_crowds = sum(d.num_crowds for d in datasets)
+    return joined
+
+
+def check_same_classes(first: CocoDataset, second: CocoDataset) -> None:
+    """Refuse two datasets whose labels do not mean the same.
+
+    Raises:
+        UserError: number, names or order of the categories differ.
+    """
+    if first.class_names != second.class_names:
+        raise UserError(
+            f"datasets {first.name} ({_listed(first.class_names)}) and {second.name} "
+            f"({_listed(second.class_names)}) differ in their categories; give both the same list"
+        )
+
+
+def check_classes(dataset: CocoDataset, num_classes: int) -> None:
+    """Refuse a model of another number of classes.
+
+    Raises:
+        UserError: ``num_classes`` is not the number of categories.
+    """
+    found = len(dataset.class_names)
+    if found != num_classes:
+        noun = "category" if found == 1 else "categories"
+        raise UserError(
+            f"dataset {dataset.name} has {found} {noun} ({_listed(dataset.class_names)}) but "
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: set it to {found}"
+        )
+
+
+def _listed(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(names) if len(names) <= limit else ", ".join([*names[:limit], "..."])

@@ -1,0 +1,80 @@
+"""Names of datasets and where their files are."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .demo import ensure_demo_dataset
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+BUILT_IN = {
+    "coco_2017_train": ("coco/annotations/instances_train2017.json", "coco/train2017"),
+    "coco_2017_val": ("coco/annotations/instances_val2017.json", "coco/val2017"),
+    "coco_2017_val_100": ("coco/annotations/instances_val2017_100.json", "coco/val2017"),
+    "coco_2014_train": ("coco/annotations/instances_train2014.json", "coco/train2014"),
+    "coco_2014_val": ("coco/annotations/instances_val2014.json", "coco/val2014"),
+    "coco_2014_minival": ("coco/annotations/instances_minival2014.json", "coco/val2014"),
+    "coco_2014_valminusminival": ("coco/annotations/instances_valminusminival2014.json", "coco/val2014"),
+    "demo_train": ("demo/instances_train.json", "demo/images_train"),
+    "demo_val": ("demo/instances_val.json", "demo/images_val"),
+}
+"""Annotation file and images folder of each name, relative to the datasets root."""
+
+_GENERATED = ("demo_train", "demo_val")
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """Where a dataset is: its COCO JSON and the folder to which the JSON's file names are relative."""
+
+    name: str
+    annotations: Path
+    images: Path
+
+
+def datasets_root() -> Path:
+    """The built-in datasets' folder: $GN_DETECT_DATASETS, else $DETECTRON2_DATASETS, else ./datasets."""
+    named = os.environ.get("GN_DETECT_DATASETS") or os.environ.get("DETECTRON2_DATASETS") or "datasets"
+    return Path(named).expanduser()
+
+
+def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
+    """The files of a dataset: ``DATASETS.REGISTER`` first, then the built-in names.
+
+    The demo dataset is generated when it is asked for the first time.
+
+    Raises:
+        UserError: the name is unknown, or the annotation file or the images folder is missing.
+    """
+    registered = cfg.datasets.register
+    if name in registered:
+        entry = registered[name]
+        source = DatasetSource(name, Path(entry.annotations).expanduser(), Path(entry.images).expanduser())
+        remedy = f"correct DATASETS.REGISTER.{name}"
+    elif name in BUILT_IN:
+        root = datasets_root()
+        if name in _GENERATED:
+            ensure_demo_dataset(root)
+        annotations, images = BUILT_IN[name]
+        source = DatasetSource(name, root / annotations, root / images)
+        remedy = "put it there or set GN_DETECT_DATASETS to the folder that holds it"
+    else:
+        raise UserError(_unknown(name, [*registered, *BUILT_IN]))
+    if not source.annotations.is_file():
+        raise UserError(f"dataset {name}: annotation file {source.annotations} is missing; {remedy}")
+    if not source.images.is_dir():
+        raise UserError(f"dataset {name}: images folder {source.images} is missing; {remedy}")
+    return source
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"the nearest names are {', '.join(near)}" if near else f"known names are {', '.join(known)}"
+    return f"unknown dataset {name!r}; {hint}; add your own under DATASETS.REGISTER"

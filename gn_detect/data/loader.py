@@ -1,0 +1,308 @@
+"""Loaders: an endless one for training, a finite one for evaluation. Both yield lists of Samples.
+
+A batch is a function of the config, the seed and its number, whatever the number of workers: each image's
+augmentation is seeded with its position in the stream of images.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UserError
+from ..structures import Sample
+from .augmentation import Augmentation, build_augmentations, crops, prepare_image
+from .coco import CocoDataset, join_datasets
+from .datasets import resolve_dataset
+from .images import read_image
+from .samplers import (
+    Item,
+    grouped_batches,
+    in_batches,
+    inference_range,
+    repeat_factors,
+    repeated_indices,
+    share_of_rank,
+    shuffled_indices,
+)
+from .transforms import to_target, to_tensor
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+logger = logging.getLogger(__name__)
+
+
+def build_train_loader(
+    cfg: Config,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_iteration: int = 0,
+    seed: int | None = None,
+) -> tuple[SampleLoader, CocoDataset]:
+    """Endless training batches of ``DATASETS.TRAIN``.
+
+    Args:
+        cfg: whole config.
+        rank, world_size: this process among those that train together.
+        start_iteration: batches that a resumed run has already seen; they are skipped without reading images.
+        seed: by default ``cfg.seed``; if that is negative, a random one, equal in all processes of an
+            initialised process group. The loader tells it as ``.seed``.
+
+    Returns:
+        an iterable of lists of ``IMS_PER_BATCH // world_size`` Samples with targets, and the dataset.
+
+    Raises:
+        UserError: files are missing or wrong, nothing is annotated, or the batch cannot be divided.
+    """
+    batch_size, rest = divmod(cfg.solver.ims_per_batch, world_size)
+    if rest or batch_size == 0:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {cfg.solver.ims_per_batch} is not divisible by the {world_size} processes"
+            f"; set it to a multiple of {world_size}"
+        )
+    if not cfg.datasets.train:
+        raise UserError("DATASETS.TRAIN is empty; name the dataset to train on")
+    masks = cfg.model.mask_on
+    dataset = join_datasets([CocoDataset(resolve_dataset(cfg, n), masks=masks) for n in cfg.datasets.train])
+    dataset.check_files()
+    kept = trainable_images(dataset, cfg.dataloader.filter_empty_annotations)
+    if seed is None:
+        seed = cfg.seed if cfg.seed >= 0 else _random_seed()
+    samples = TrainSamples(
+        dataset,
+        build_augmentations(cfg),
+        seed,
+        channel_order=cfg.input.format,
+        draw_polygons=cfg.input.mask_format == "bitmask",
+        boxes_from_masks=masks and crops(cfg),
+    )
+
+    def batches() -> Iterator[list[Item]]:
+        share = share_of_rank(_stream(cfg, dataset, kept, seed), rank, world_size)
+        stream = ((kept[i], position) for i, position in share)
+        if cfg.dataloader.aspect_ratio_grouping:
+            grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(dataset, i))
+        else:
+            grouped = in_batches(stream, batch_size)
+        return islice(grouped, start_iteration, None)
+
+    return SampleLoader(samples, batches, None, cfg.dataloader.num_workers, seed), dataset
+
+
+def build_test_loader(
+    cfg: Config, name: str, *, rank: int = 0, world_size: int = 1
+) -> tuple[SampleLoader, CocoDataset]:
+    """All images of one dataset, in the order of their ids, without targets.
+
+    Args:
+        cfg: whole config.
+        name: of the dataset.
+        rank, world_size: each process gets a contiguous part.
+
+    Returns:
+        an iterable with a length, of lists of at most ``TEST.IMS_PER_BATCH`` Samples, and the dataset.
+
+    Raises:
+        UserError: files are missing or wrong.
+    """
+    dataset = CocoDataset(resolve_dataset(cfg, name), masks=cfg.model.mask_on, evaluation=True)
+    dataset.check_files()
+    part = inference_range(len(dataset), rank, world_size)
+    batches = list(in_batches(((i, i) for i in part), cfg.test.ims_per_batch))
+    loader = SampleLoader(
+        TestSamples(dataset, cfg), lambda: iter(batches), len(batches), cfg.dataloader.num_workers, 0
+    )
+    return loader, dataset
+
+
+def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
+    """Indices of the images to train on: all, or those with objects if ``filter_empty``.
+
+    Raises:
+        UserError: there is no object at all.
+    """
+    counts = dataset.objects.counts()
+    if not counts.any():
+        raise UserError(
+            f"dataset {dataset.name} has no object to train on ({len(dataset)} images, {dataset.num_crowds} "
+            f"crowd annotations) in {dataset.annotations_path}; add annotations"
+        )
+    kept = np.flatnonzero(counts) if filter_empty else np.arange(len(dataset))
+    logger.info("%r: training on %d images", dataset, len(kept))
+    return kept.tolist()
+
+
+def _stream(cfg: Config, dataset: CocoDataset, kept: Sequence[int], seed: int) -> Iterator[int]:
+    """Endless positions in ``kept``."""
+    loader = cfg.dataloader
+    if loader.sampler_train == "TrainingSampler":
+        return shuffled_indices(len(kept), seed)
+    if loader.sampler_train == "RepeatFactorTrainingSampler":
+        labels = (dataset.labels(i).tolist() for i in kept)
+        return repeated_indices(repeat_factors(labels, loader.repeat_threshold, loader.repeat_sqrt), seed)
+    raise UserError(
+        f"DATALOADER.SAMPLER_TRAIN {loader.sampler_train!r} is not supported; "
+        "choose TrainingSampler or RepeatFactorTrainingSampler"
+    )
+
+
+def _is_wide(dataset: CocoDataset, index: int) -> bool:
+    return dataset.images[index].width > dataset.images[index].height
+
+
+def _random_seed() -> int:
+    seed = [secrets.randbits(31)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seed)
+    return seed[0]
+
+
+class TrainSamples(Dataset[Sample]):
+    """Augmented samples by (index, position); the position seeds the augmentation."""
+
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        augmentations: Sequence[Augmentation],
+        seed: int,
+        *,
+        channel_order: str = "BGR",
+        draw_polygons: bool = False,
+        boxes_from_masks: bool = False,
+    ) -> None:
+        self.dataset, self.augmentations, self.seed = dataset, augmentations, seed
+        self.channel_order = channel_order
+        self.draw_polygons, self.boxes_from_masks = draw_polygons, boxes_from_masks
+
+    def __getitem__(self, item: Item) -> Sample:
+        index, position = item
+        record = self.dataset.images[index]
+        random = np.random.default_rng([self.seed, position])
+        labelled = self.dataset.read(index)
+        for augment in self.augmentations:
+            labelled = augment(labelled, random)
+        target = to_target(
+            labelled, draw_polygons=self.draw_polygons, boxes_from_masks=self.boxes_from_masks
+        )
+        image = to_tensor(labelled.image, self.channel_order)
+        return Sample(image, record.id, record.file_name, (record.height, record.width), target)
+
+
+class TestSamples(Dataset[Sample]):
+    """Samples without targets by (index, anything), resized for inference."""
+
+    __test__ = False  # not a test case for pytest
+
+    def __init__(self, dataset: CocoDataset, cfg: Config) -> None:
+        self.dataset, self.cfg = dataset, cfg
+
+    def __getitem__(self, item: Item) -> Sample:
+        record = self.dataset.images[item[0]]
+        size = record.height, record.width
+        pixels = read_image(record.file_name, "RGB", size)
+        return Sample(prepare_image(pixels, self.cfg), record.id, record.file_name, size)
+
+
+class SampleLoader(Iterable[list[Sample]]):
+    """Loads batches, in this process or in workers; every ``iter()`` begins anew.
+
+    Args:
+        samples: (index, position) -> Sample.
+        batches: makes an iterator of lists of items.
+        length: number of batches; None if there is no end.
+        num_workers: processes; 0 loads in this one.
+        seed: kept as ``.seed``.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset[Sample],
+        batches: Callable[[], Iterator[list[Item]]],
+        length: int | None,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        self.samples, self.batches, self.length = samples, batches, length
+        self.num_workers, self.seed = num_workers, seed
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("a training loader has no length: it is endless")
+        return self.length
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        if self.num_workers == 0:
+            for items in self.batches():
+                yield [self.samples[item] for item in items]
+            return
+        can_fork = "fork" in multiprocessing.get_all_start_methods()
+        loader: Iterable[list[Any]] = DataLoader(
+            _PackedSamples(self.samples),
+            batch_sampler=_Batches(self.batches),
+            num_workers=self.num_workers,
+            collate_fn=list,
+            multiprocessing_context="fork" if can_fork else None,
+            generator=torch.Generator(),  # its own, so that the model's random numbers stay the same
+        )
+        for batch in loader:
+            for packed in batch:
+                if isinstance(packed, UserError):
+                    raise packed
+            yield [_unpack(*packed) for packed in batch]
+
+
+class _Batches:
+    """A batch sampler for DataLoader."""
+
+    def __init__(self, batches: Callable[[], Iterator[list[Item]]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        return self._batches()
+
+
+class _PackedSamples(Dataset[Any]):
+    """Samples as they travel between processes; a UserError travels as a value to keep its one line."""
+
+    def __init__(self, samples: Dataset[Sample]) -> None:
+        self._samples = samples
+
+    def __getitem__(self, item: Item) -> tuple[Sample, Tensor | None] | UserError:
+        try:
+            return _pack(self._samples[item])
+        except UserError as error:
+            return UserError(str(error))
+
+
+def _pack(sample: Sample) -> tuple[Sample, Tensor | None]:
+    """Bitmaps in one tensor: each tensor that is sent takes a file descriptor."""
+    target = sample.target
+    if target is None or target.masks is None:
+        return sample, None
+    bitmaps = [mask for mask in target.masks if isinstance(mask, Tensor)]
+    if not bitmaps:
+        return sample, None
+    polygons = [[] if isinstance(mask, Tensor) else mask for mask in target.masks]
+    return replace(sample, target=replace(target, masks=polygons)), torch.stack(bitmaps)
+
+
+def _unpack(sample: Sample, bitmaps: Tensor | None) -> Sample:
+    """Undo :func:`_pack`; kept polygons are never empty."""
+    if bitmaps is None or sample.target is None or sample.target.masks is None:
+        return sample
+    waiting = iter(bitmaps)
+    masks = [mask if len(mask) else next(waiting) for mask in sample.target.masks]
+    return replace(sample, target=replace(sample.target, masks=masks))

@@ -1,0 +1,244 @@
+"""Geometry of an image with its boxes and masks: resize, flip, crop, pad. Nothing here is random.
+
+Coordinates are continuous: pixel i covers [i, i + 1), so a horizontal flip takes x to width - x. Images are
+resized by Pillow's bilinear filter on uint8 and bitmaps by its nearest one, bit for bit as detectron2 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..ops.masks import rasterize_polygons
+from ..structures import PolygonMask, Target
+
+MIN_BOX_SIDE = 1e-5
+"""Boxes that are not longer than this on both sides (pixels) are empty, as in detectron2."""
+
+PAD_VALUE = 128
+"""Colour around an image that is smaller than the wanted size; detectron2's, near the usual pixel mean."""
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image and its objects while they are transformed together.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB; may be a view.
+        boxes: (N, 4) float64 ``xyxy`` in pixels; may reach out of the image.
+        labels: (N,) int64.
+        masks: polygons (float64, may reach out of the image) or a bool (H, W) bitmap for each; or None.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    masks: list[PolygonMask | np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.image.shape[0], self.image.shape[1]
+
+    def select(self, keep: np.ndarray) -> LabelledImage:
+        """The objects for which ``keep`` (N,) bool is true."""
+        masks = None if self.masks is None else [m for m, k in zip(self.masks, keep, strict=True) if k]
+        return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], masks=masks)
+
+
+def resize_pixels(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pillow's antialiased bilinear resize of (H, W, 3) uint8 to (height, width, 3) uint8."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def resize(labelled: LabelledImage, height: int, width: int) -> LabelledImage:
+    """Everything scaled to (height, width) pixels; bitmaps by the nearest pixel."""
+    old_height, old_width = labelled.size
+    if (old_height, old_width) == (height, width):
+        return labelled
+    moved = _map_points(labelled, (width / old_width, height / old_height), (0.0, 0.0))
+
+    def resize_bitmap(bitmap: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(np.ascontiguousarray(bitmap).view(np.uint8))
+        return np.asarray(picture.resize((width, height), Image.Resampling.NEAREST)).view(bool)
+
+    return _map_pixels(moved, resize_pixels(labelled.image, height, width), resize_bitmap)
+
+
+def flip_horizontal(labelled: LabelledImage) -> LabelledImage:
+    """Left and right exchanged."""
+    moved = _map_points(labelled, (-1.0, 1.0), (float(labelled.size[1]), 0.0))
+    return _map_pixels(moved, labelled.image[:, ::-1], lambda bitmap: bitmap[:, ::-1])
+
+
+def flip_vertical(labelled: LabelledImage) -> LabelledImage:
+    """Top and bottom exchanged."""
+    moved = _map_points(labelled, (1.0, -1.0), (0.0, float(labelled.size[0])))
+    return _map_pixels(moved, labelled.image[::-1], lambda bitmap: bitmap[::-1])
+
+
+def crop(labelled: LabelledImage, left: int, top: int, height: int, width: int) -> LabelledImage:
+    """The window of height x width pixels whose first pixel is (left, top); objects not in it are dropped.
+
+    Boxes are cut to the window. Polygons are moved and not cut: what draws them cuts by itself, and
+    :func:`polygon_bounds` gives the exact box of the part inside.
+    """
+    moved = _map_points(labelled, (1.0, 1.0), (-float(left), -float(top)))
+    window = np.s_[top : top + height, left : left + width]
+    cropped = _map_pixels(moved, labelled.image[window], lambda bitmap: bitmap[window])
+    cropped = replace(cropped, boxes=_clip(cropped.boxes, *cropped.size))
+    keep = (cropped.boxes[:, 2:] - cropped.boxes[:, :2] > MIN_BOX_SIDE).all(axis=1)
+    if cropped.masks is not None:
+        inside = [_nonempty(mask_bounds(mask, *cropped.size)) for mask in cropped.masks]
+        keep &= np.array(inside, dtype=bool)
+    return cropped.select(keep)
+
+
+def pad(labelled: LabelledImage, height: int, width: int, value: int = PAD_VALUE) -> LabelledImage:
+    """Pixels of ``value`` added at the right and the bottom up to (height, width)."""
+    missing = max(height - labelled.size[0], 0), max(width - labelled.size[1], 0)
+    if missing == (0, 0):
+        return labelled
+    around = ((0, missing[0]), (0, missing[1]))
+    image = np.pad(labelled.image, (*around, (0, 0)), constant_values=value)
+    return _map_pixels(labelled, image, lambda bitmap: np.pad(bitmap, around))
+
+
+def _map_points(
+    labelled: LabelledImage, scale: tuple[float, float], offset: tuple[float, float]
+) -> LabelledImage:
+    """Boxes and polygons with (x, y) taken to (x, y) * scale + offset."""
+    corners = labelled.boxes.reshape(-1, 2, 2) * scale + offset
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    masks = labelled.masks
+    if masks is not None:
+        masks = [
+            m if isinstance(m, np.ndarray) else [(p.reshape(-1, 2) * scale + offset).reshape(-1) for p in m]
+            for m in masks
+        ]
+    return replace(labelled, boxes=boxes, masks=masks)
+
+
+def _map_pixels(
+    labelled: LabelledImage, image: np.ndarray, map_bitmap: Callable[[np.ndarray], np.ndarray]
+) -> LabelledImage:
+    """The new ``image``, and each bitmap as ``map_bitmap`` makes it."""
+    masks = labelled.masks
+    if masks is not None:
+        masks = [map_bitmap(mask) if isinstance(mask, np.ndarray) else mask for mask in masks]
+    return replace(labelled, image=image, masks=masks)
+
+
+def _clip(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    return boxes.clip(0, [width, height, width, height])
+
+
+def _nonempty(box: np.ndarray) -> bool:
+    return bool((box[2:] - box[:2] > MIN_BOX_SIDE).all())
+
+
+def mask_bounds(mask: PolygonMask | np.ndarray, height: int, width: int) -> np.ndarray:
+    """Tight box (4,) float64 ``xyxy`` around the part of a mask inside the image; zeros if there is none."""
+    return bitmap_bounds(mask) if isinstance(mask, np.ndarray) else polygon_bounds(mask, height, width)
+
+
+def bitmap_bounds(bitmap: np.ndarray) -> np.ndarray:
+    """Tight box (4,) float64 ``xyxy`` around the true pixels of (H, W); zeros if there is none."""
+    columns, rows = np.flatnonzero(bitmap.any(axis=0)), np.flatnonzero(bitmap.any(axis=1))
+    if len(columns) == 0:
+        return np.zeros(4)
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
+
+
+def polygon_bounds(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Tight box (4,) float64 ``xyxy`` around the part of polygons inside the image; zeros if there is none.
+
+    The corners of (polygon and window) are ends of polygon edges cut to the window and those corners of the
+    window that lie in the polygon, so their extent is exact without computing the intersection.
+    """
+    window = np.array([width, height], dtype=np.float64)
+    found = [_corners_in_window(p.reshape(-1, 2), window) for p in polygons]
+    points = np.concatenate([np.empty((0, 2)), *found])
+    if len(points) == 0:
+        return np.zeros(4)
+    return np.concatenate([points.min(axis=0), points.max(axis=0)])
+
+
+def _corners_in_window(points: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Points (M, 2) with the extent of a polygon (K, 2) cut to [0, window]; the polygon may be concave."""
+    if ((points >= 0) & (points <= window)).all():
+        return points
+    start, end = points, np.roll(points, -1, axis=0)
+    step = end - start
+    # Part [first, last] of each edge inside the window (Liang and Barsky 1984), one axis at a time.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        borders = np.stack([-start / step, (window - start) / step])
+    enter, leave = borders.min(axis=0), borders.max(axis=0)
+    level, between = step == 0, (start >= 0) & (start <= window)
+    enter = np.where(level, np.where(between, 0.0, np.inf), enter).max(axis=1).clip(min=0)
+    leave = np.where(level, np.where(between, 1.0, -np.inf), leave).min(axis=1).clip(max=1)
+    crossing = enter <= leave
+    first, last = (start[crossing] + t[crossing, None] * step[crossing] for t in (enter, leave))
+    corners = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]) * window
+    covered = corners[[_contains(start, end, corner) for corner in corners]]
+    return np.concatenate([first, last, covered]).clip(0, window)
+
+
+def _contains(start: np.ndarray, end: np.ndarray, point: np.ndarray) -> bool:
+    """Even-odd rule: does a ray from ``point`` to the right cross an odd number of edges (K, 2)?"""
+    straddles = (start[:, 1] > point[1]) != (end[:, 1] > point[1])
+    start, end = start[straddles], end[straddles]
+    x = start[:, 0] + (point[1] - start[:, 1]) / (end[:, 1] - start[:, 1]) * (end[:, 0] - start[:, 0])
+    return bool((x > point[0]).sum() % 2)
+
+
+def to_target(
+    labelled: LabelledImage, *, draw_polygons: bool = False, boxes_from_masks: bool = False
+) -> Target:
+    """Ground truth for the network; empty objects are left out.
+
+    Args:
+        labelled: image with objects.
+        draw_polygons: turn polygons into bitmaps (``INPUT.MASK_FORMAT`` bitmask).
+        boxes_from_masks: tight boxes around the masks in place of the given ones; for cropped images, where
+            the part of a box in the window is not the box of the part.
+
+    Returns:
+        boxes cut to the image; masks as polygons or contiguous bool tensors.
+    """
+    height, width = labelled.size
+    masks, boxes = labelled.masks, labelled.boxes
+    keep = np.ones(len(labelled), dtype=bool)
+    if masks is not None:
+        if draw_polygons:
+            masks = [m if isinstance(m, np.ndarray) else rasterize_polygons(m, height, width) for m in masks]
+        keep = np.array([m.any() if isinstance(m, np.ndarray) else len(m) > 0 for m in masks], dtype=bool)
+        if boxes_from_masks:
+            boxes = np.array([mask_bounds(m, height, width) for m in masks]).reshape(-1, 4)
+    boxes = _clip(boxes, height, width).astype(np.float32)
+    keep &= (boxes[:, 2:] - boxes[:, :2] > MIN_BOX_SIDE).all(axis=1)
+    kept = None
+    if masks is not None:
+        kept = [
+            torch.from_numpy(np.require(m, requirements=["C", "W"])) if isinstance(m, np.ndarray) else m
+            for m, k in zip(masks, keep, strict=True)
+            if k
+        ]
+    return Target(torch.from_numpy(boxes[keep]), torch.from_numpy(labelled.labels[keep]), kept)
+
+
+def to_tensor(image: np.ndarray, channel_order: str) -> torch.Tensor:
+    """(H, W, 3) uint8 RGB as a contiguous (3, H, W) uint8 tensor in order ``"BGR"`` or ``"RGB"``."""
+    planes = image.transpose(2, 0, 1)
+    if channel_order == "BGR":
+        planes = planes[::-1]
+    return torch.from_numpy(np.array(planes, order="C"))

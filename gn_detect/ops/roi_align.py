@@ -1,0 +1,163 @@
+"""RoIAlign over a feature pyramid (He et al. 2017, arXiv 1703.06870, section 3).
+
+Every pooled value is a weighted sum of feature cells, and the weights do not depend on the channel. So on the
+CPU RoIAlign is one sparse matrix times the matrix of all cells, and its gradient is the transposed product:
+both run on all cores and vectorise over the channels, where torchvision's loops visit one channel at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    strides: Sequence[int],
+    output_size: int,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> Tensor:
+    """Features of boxes, each taken from its own image and pyramid level.
+
+    Args:
+        features: levels (N, C, H_l, W_l).
+        boxes: (R, 4) ``xyxy`` in pixels of the network's input.
+        image: (R,) int64, row of the batch that each box belongs to.
+        level: (R,) int64, level that each box is pooled from.
+        strides: pixels between cells of each level.
+        output_size: S, side of the result.
+        sampling_ratio: samples along each side of a bin; 0 takes one for each cell that the bin covers.
+        aligned: shift by half a cell, so that a cell's value is that of its centre (``ROIAlignV2``).
+
+    Returns:
+        (R, C, S, S) in the features' dtype; differentiable with respect to ``features``.
+    """
+    dtype = features[0].dtype
+    on_cpu = features[0].device.type == "cpu"
+    if on_cpu and dtype not in (torch.float32, torch.float64):  # no kernel of its own: in float32
+        wide = [f.float() for f in features]
+        return roi_align(wide, boxes, image, level, strides, output_size, sampling_ratio, aligned).to(dtype)
+    if on_cpu and torch.backends.mkl.is_available() and len(boxes):
+        with torch.no_grad():
+            weights = _pooling_matrix(
+                [f.shape for f in features], boxes, image, level, strides, output_size, sampling_ratio, aligned
+            )
+        pooled = _SparsePooling.apply(weights.to(dtype), *features)
+        return pooled.view(len(boxes), output_size, output_size, -1).permute(0, 3, 1, 2)
+    rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1).to(dtype)
+    pooled, rows = [], []
+    for i, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        row = (level == i).nonzero()[:, 0]
+        rows.append(row)
+        pooled.append(
+            torchvision.ops.roi_align(feature, rois[row], output_size, 1.0 / stride, sampling_ratio, aligned)
+        )
+    return torch.cat(pooled)[torch.argsort(torch.cat(rows))]
+
+
+class _SparsePooling(torch.autograd.Function):
+    """``weights @ cells`` for the cells of several (N, C, H, W) maps; only the weights are kept."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, *features: Tensor) -> Tensor:
+        ctx.weights = weights
+        ctx.shapes = [f.shape for f in features]
+        channels = features[0].shape[1]
+        return weights @ torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cells = ctx.weights.t() @ gradient.contiguous()
+        parts = cells.split([n * h * w for n, _, h, w in ctx.shapes])
+        maps = [
+            part.view(n, h, w, c).permute(0, 3, 1, 2)
+            for part, (n, c, h, w) in zip(parts, ctx.shapes, strict=True)
+        ]
+        return None, *maps
+
+
+def _pooling_matrix(
+    shapes: Sequence[torch.Size],
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    strides: Sequence[int],
+    side: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Sparse CSR (R * S * S, cells of all levels): the weight of each cell in each bin.
+
+    Bilinear interpolation is separable, so a bin's weights are the outer product of those along y and x.
+    """
+    scale = torch.tensor([1.0 / stride for stride in strides], dtype=boxes.dtype)[level]
+    height = torch.tensor([shape[2] for shape in shapes])[level]
+    width = torch.tensor([shape[3] for shape in shapes])[level]
+    sizes = torch.tensor([0, *(n * h * w for n, _, h, w in shapes)])
+    base = sizes.cumsum(0)[level] + image * height * width  # the first cell of each box's map
+
+    start, end = (boxes * scale[:, None] - (0.5 if aligned else 0.0)).split(2, dim=1)
+    extent = end - start if aligned else (end - start).clamp(min=1.0)
+    first_x, count_x, weight_x = _axis_weights(start[:, 0], extent[:, 0], width, side, sampling_ratio)
+    first_y, count_y, weight_y = _axis_weights(start[:, 1], extent[:, 1], height, side, sampling_ratio)
+
+    entries = (count_y[:, :, None] * count_x[:, None, :]).flatten()  # of each row (box, bin y, bin x)
+    begin = torch.cat([entries.new_zeros(1), entries.cumsum(0)])
+    row = torch.repeat_interleave(entries)
+    box = row // (side * side)
+    y_bin, x_bin = row // side, box * side + row % side
+    position = torch.arange(len(row)) - begin[row]
+    y = position // count_x.flatten()[x_bin]
+    x = position - y * count_x.flatten()[x_bin]
+    value = weight_y.flatten(0, 1)[y_bin, y] * weight_x.flatten(0, 1)[x_bin, x]
+    cell = base[box] + (first_y.flatten()[y_bin] + y) * width[box] + first_x.flatten()[x_bin] + x
+    size = (len(boxes) * side * side, int(sizes.sum()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        # 32-bit indices are what MKL's kernels take; with 64-bit ones each product would convert them.
+        return torch.sparse_csr_tensor(begin.int(), cell.int(), value, size, check_invariants=False)
+
+
+def _axis_weights(
+    start: Tensor, extent: Tensor, limit: Tensor, side: int, sampling_ratio: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the cells along one axis in each bin, with torchvision's sampling grid and rounding.
+
+    Args:
+        start, extent: (R,) first edge and length of each box in cells.
+        limit: (R,) int64 cells of the map.
+
+    Returns:
+        For each bin (R, S) int64 its first cell and the number of its cells, and (R, S, K) their weights.
+    """
+    size = (extent / side)[:, None, None]
+    samples = torch.full_like(extent, sampling_ratio) if sampling_ratio > 0 else torch.ceil(extent / side)
+    samples = samples.clamp(min=0)[:, None, None]
+    steps = torch.arange(max(int(samples.max()), 1), dtype=extent.dtype)
+    bins = torch.arange(side, dtype=extent.dtype)[:, None]
+    position = start[:, None, None] + bins * size + (steps + 0.5) * size / samples.clamp(min=1)  # (R, S, samples)
+    edge = limit.to(extent.dtype)[:, None, None]
+    inside = (steps < samples) & (position >= -1) & (position <= edge)
+    position = torch.minimum(position.clamp(min=0), edge - 1)
+    cell = position.floor()
+    fraction = position - cell
+
+    first = cell[..., 0].long()
+    last = torch.maximum(torch.where(inside, cell, 0).amax(dim=2).long(), first) + 1
+    count = torch.minimum(last, limit[:, None] - 1) - first + 1
+    weights = position.new_zeros(*first.shape, int((last - first).max()) + 1)
+    offset = torch.where(inside, cell.long() - first[..., None], 0)
+    share = inside / samples.clamp(min=1)
+    weights.scatter_add_(2, offset, share * (1 - fraction))
+    weights.scatter_add_(2, offset + 1, share * fraction)
+    return first, count, weights

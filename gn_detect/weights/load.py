@@ -1,0 +1,205 @@
+"""Loading a checkpoint into a model: all is compared first, and the model changes only when it fits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .checkpoint import Checkpoint, read_checkpoint
+
+PREDICTORS = re.compile(r"^roi_heads\.(box_predictor\.(cls_score|bbox_pred)|mask_head\.predictor)\.")
+"""Layers with output channels for each class; fine-tuning on other classes starts them afresh."""
+
+BOOKKEEPING = re.compile(r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std|cell_anchors\.\d+)$")
+"""Buffers that follow from the configuration, or count batches: absent or extra, they change no result."""
+
+MATCHED_SHARE = 0.5
+"""Fine-tuning wants at least this share of the model's tensors, or of the file's, to match."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor whose shapes disagree."""
+
+    name: str
+    file_shape: tuple[int, ...]
+    model_shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.file_shape} in the file and {self.model_shape} in the model"
+
+
+@dataclass
+class LoadReport:
+    """What :func:`load_weights` did; ``str(report)`` is a summary of a few lines.
+
+    Attributes:
+        path: the checkpoint.
+        matched: names that were loaded.
+        missing: names of the model that the file lacks; they keep their initial values.
+        unexpected: names of the file that the model lacks; they were not read.
+        mismatched: predictor layers of another number of classes; they keep their initial values.
+        ignored: buffers that change no result and were on one side only.
+    """
+
+    path: Path
+    matched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[Mismatch] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        total = len(self.matched) + len(self.missing) + len(self.mismatched)
+        lines = [f"loaded {len(self.matched)} of {total} tensors from {self.path}"]
+        if self.mismatched:
+            lines.append(f"  {len(self.mismatched)} start afresh, made for other classes:")
+            lines += [f"    {mismatch}" for mismatch in self.mismatched]
+        if self.missing:
+            lines.append(f"  {len(self.missing)} not in the file, start afresh: {_some(self.missing)}")
+        if self.unexpected:
+            lines.append(f"  {len(self.unexpected)} in the file only, not used: {_some(self.unexpected)}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def load_weights(
+    model: nn.Module, source: str | Path | Checkpoint, *, for_training: bool = False
+) -> LoadReport:
+    """Copy a checkpoint's tensors into the parameters and buffers of the same names.
+
+    Values are cast to the model's types and devices. When an error is raised the model is as it was.
+
+    Args:
+        model: names as in detectron2's state dicts, for its checkpoints to fit.
+        source: a file that :func:`read_checkpoint` reads, or what it returned.
+        for_training: True for a starting point: tensors that are absent on one side are reported, and
+            predictor layers of another number of classes start afresh. False for evaluation or resuming:
+            every tensor of the model must be in the file, and the other way round, except for heads that
+            the model lacks as a whole (a mask head when masks are switched off).
+
+    Raises:
+        UserError: the file cannot be read, belongs to another architecture, number of classes or kind of
+            normalisation, or has values that are not finite. The message names the first keys and shapes.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    own = model.state_dict()
+    report = _compare(own, checkpoint)
+    _refuse_other_architecture(report, checkpoint, own)
+    _refuse_other_norm(report, own)
+    if not for_training:
+        _refuse_incomplete(report, own)
+    _refuse_not_finite(report, checkpoint)
+    for name in report.matched:
+        own[name].copy_(checkpoint.tensors[name])
+    return report
+
+
+def _compare(own: dict[str, Tensor], checkpoint: Checkpoint) -> LoadReport:
+    report = LoadReport(checkpoint.path)
+    for name, tensor in own.items():
+        if name not in checkpoint.tensors:
+            (report.ignored if BOOKKEEPING.search(name) else report.missing).append(name)
+        elif checkpoint.tensors[name].shape != tensor.shape:
+            shapes = tuple(checkpoint.tensors[name].shape), tuple(tensor.shape)
+            report.mismatched.append(Mismatch(name, *shapes))
+        else:
+            report.matched.append(name)
+    for name in checkpoint.tensors:
+        if name not in own:
+            (report.ignored if BOOKKEEPING.search(name) else report.unexpected).append(name)
+    return report
+
+
+def _refuse_other_architecture(report: LoadReport, checkpoint: Checkpoint, own: dict[str, Tensor]) -> None:
+    others = [m for m in report.mismatched if not _differs_in_classes_alone(m)]
+    if others:
+        raise UserError(
+            f"{report.path} does not fit the model: {others[0]}"
+            + (f", and {len(others) - 1} more" if len(others) > 1 else "")
+            + "; use the configuration that the checkpoint was trained with, or another checkpoint"
+        )
+    known = len(report.matched) + len(report.mismatched)
+    if known < MATCHED_SHARE * min(len(own), len(checkpoint.tensors)) or not report.matched:
+        raise UserError(
+            f"{report.path} is of another architecture, or names its tensors in another way: {known} of "
+            f"the model's {len(own)} tensors are in it; the file has {_some(report.unexpected)}, the model wants "
+            f"{_some(report.missing)}; give a checkpoint of this configuration with detectron2's names"
+        )
+
+
+def _differs_in_classes_alone(mismatch: Mismatch) -> bool:
+    return bool(PREDICTORS.search(mismatch.name)) and mismatch.file_shape[1:] == mismatch.model_shape[1:]
+
+
+def _refuse_other_norm(report: LoadReport, own: dict[str, Tensor]) -> None:
+    """GroupNorm and BatchNorm have scales of one name and shape, which mean nothing for each other."""
+    matched = set(report.matched)
+    for name in report.missing + report.unexpected:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "running_mean" and f"{owner}.weight" in matched:
+            batch, group = ("the model", "the file") if name in own else ("the file", "the model")
+            raise UserError(
+                f"{report.path} was trained with another norm: {owner} is a BatchNorm in {batch} and "
+                f"not in {group}; set MODEL.RESNETS.NORM and the other NORM keys as in training"
+            )
+
+
+def _refuse_incomplete(report: LoadReport, own: dict[str, Tensor]) -> None:
+    if report.mismatched:
+        first = report.mismatched[0]
+        classes = _class_count(report.mismatched)
+        raise UserError(
+            f"{report.path} was trained for another number of classes: {first}; set "
+            f"MODEL.ROI_HEADS.NUM_CLASSES{f' to {classes}' if classes else ''}, or train on from it first"
+        )
+    if report.missing:
+        raise UserError(
+            f"{report.path} lacks {len(report.missing)} of the model's {len(own)} tensors, such as "
+            f"{_some(report.missing)}; use the configuration that it was trained with"
+        )
+    extra = [name for name in report.unexpected if not _belongs_to_absent_head(name, own)]
+    if extra:
+        raise UserError(
+            f"{report.path} has {len(extra)} tensors that the model lacks, such as {_some(extra)}; "
+            f"use the configuration that it was trained with"
+        )
+
+
+def _class_count(mismatched: list[Mismatch]) -> int | None:
+    """The file's number of classes, from its classifier (background is one more) or mask predictor."""
+    for mismatch in mismatched:
+        if ".cls_score." in mismatch.name:
+            return mismatch.file_shape[0] - 1
+        if ".mask_head." in mismatch.name:
+            return mismatch.file_shape[0]
+    return None
+
+
+def _belongs_to_absent_head(name: str, own: dict[str, Tensor]) -> bool:
+    """``roi_heads.mask_head.*`` in the file, and no ``roi_heads.mask_head`` in the model."""
+    parts = name.split(".")
+    if parts[0] != "roi_heads" or len(parts) < 3 or not parts[1].endswith("_head"):
+        return False
+    return not any(key.startswith(f"roi_heads.{parts[1]}.") for key in own)
+
+
+def _refuse_not_finite(report: LoadReport, checkpoint: Checkpoint) -> None:
+    for name in report.matched:
+        tensor = checkpoint.tensors[name]
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{report.path}: '{name}' has values that are not finite, so training diverged; "
+                f"use an earlier checkpoint"
+            )
+
+
+def _some(names: list[str], count: int = 2) -> str:
+    """The first names, quoted, for a message of one line."""
+    shown = ", ".join(f"'{name}'" for name in names[:count]) or "none"
+    return shown + (", ..." if len(names) > count else "")

@@ -1,0 +1,137 @@
+"""Reads pickles of NumPy arrays (Detectron, Caffe2 and detectron2 model zoos) without running what they name.
+
+A pickle is a program: it names functions and calls them. Here every name it may use is replaced by a small
+stand-in of our own, so that NumPy's unpickling code is not reached either; any other name is refused.
+Files of NumPy 1 (``numpy.core``), NumPy 2 (``numpy._core``) and Python 2 are read.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import IO, Any
+
+import numpy as np
+
+
+class RefusedGlobal(pickle.UnpicklingError):
+    """The pickle names something else than arrays and containers; ``name`` is ``module.attribute``."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"refused global {name}")
+        self.name = name
+
+
+def load_numpy_pickle(file: IO[bytes]) -> Any:
+    """Read one pickle of nested dicts, lists, tuples, numbers, strings and numeric NumPy arrays.
+
+    Args:
+        file: binary file at the pickle's start. Python 2 strings are decoded as latin-1.
+
+    Returns:
+        The object, with arrays as writable ``np.ndarray`` in native byte order.
+
+    Raises:
+        RefusedGlobal: the pickle names a class or function outside the list; nothing was called.
+        pickle.UnpicklingError: the pickle is truncated, malformed, or holds arrays that are not numeric.
+    """
+    try:
+        return _plain(_NumpyUnpickler(file, encoding="latin1").load())
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # a malformed pickle can make any opcode fail in any way
+        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Resolves the few allowed names to stand-ins."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
+        allowed = _ALLOWED.get((module, name))
+        if allowed is None:
+            raise RefusedGlobal(f"{module}.{name}")
+        # A fresh partial each time: a pickle can set attributes on what it is given, and must not reach ours.
+        return allowed if isinstance(allowed, type | str) else partial(allowed)
+
+
+class _Dtype:
+    """Stands in for ``np.dtype``: numbers and bools only, with a byte order."""
+
+    def __init__(self, code: str) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biuf":
+            raise pickle.UnpicklingError(f"an array of type {code!r}: only numbers are read")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands in for ``np.ndarray`` while its shape, type and bytes arrive in ``__setstate__``."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        shape, dtype, fortran_order, data = state[-4:]
+        self.array = _from_bytes(data, dtype, shape, "F" if fortran_order else "C")
+
+
+def _from_bytes(
+    data: bytes | bytearray | str, dtype: _Dtype, shape: tuple[int, ...], order: str
+) -> np.ndarray:
+    raw = data.encode("latin1") if isinstance(data, str) else bytes(data)  # str: bytes written by Python 2
+    if any(size < 0 for size in shape) or math.prod(shape) * dtype.dtype.itemsize != len(raw):
+        raise pickle.UnpicklingError(f"an array of shape {shape} has {len(raw)} bytes")
+    array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+    return np.array(array, dtype=dtype.dtype.newbyteorder("="), order="C")
+
+
+def _make_dtype(code: str, align: bool = False, copy: bool = False) -> _Dtype:
+    return _Dtype(code)
+
+
+def _make_array(subtype: Any, shape: Any, code: Any) -> _Array:
+    return _Array()
+
+
+def _make_scalar(dtype: _Dtype, data: bytes | str) -> np.ndarray:
+    return _from_bytes(data, dtype, (), "C")
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    return text.encode("latin1")  # how Python 3 writes bytes in protocols 0 to 2
+
+
+def _plain(value: Any) -> Any:
+    """Replace the stand-ins in nested containers by what they stand for."""
+    if isinstance(value, _Array):
+        if value.array is None:
+            raise pickle.UnpicklingError("an array without data")
+        return value.array
+    if isinstance(value, _Dtype):
+        return value.dtype
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
+
+
+_ALLOWED: dict[tuple[str, str], type | str | Callable[..., Any]] = {
+    ("numpy.core.multiarray", "_reconstruct"): _make_array,
+    ("numpy.core.multiarray", "scalar"): _make_scalar,
+    ("numpy.core.numeric", "_frombuffer"): _from_bytes,
+    ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
+    ("numpy", "dtype"): _make_dtype,
+    ("_codecs", "encode"): _encode,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "bytes"): bytes,
+    ("builtins", "bytearray"): bytearray,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+}

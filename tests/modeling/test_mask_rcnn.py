@@ -1,0 +1,163 @@
+"""The whole detector: every architecture trains and detects; batches do not change what is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gn_detect.layers import FrozenBatchNorm2d, is_norm
+
+C4 = {
+    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+    "MODEL.RPN.IN_FEATURES": ["res4"],
+    "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
+    "MODEL.ROI_HEADS.NAME": "Res5ROIHeads",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 0,
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[32, 64, 128]],
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 14,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 50,
+}
+BOTTLENECK = {"MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
+DC5 = BOTTLENECK | {
+    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res5"],
+    "MODEL.RESNETS.RES5_DILATION": 2,
+    "MODEL.RPN.IN_FEATURES": ["res5"],
+    "MODEL.ROI_HEADS.IN_FEATURES": ["res5"],
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[32, 64, 128]],
+}
+ARCHITECTURES = {
+    "R-18-FPN": {},
+    "R-34-FPN 4conv1fc": {
+        "MODEL.RESNETS.DEPTH": 34,
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
+        "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+        "MODEL.ROI_BOX_HEAD.CONV_DIM": 32,
+        "MODEL.ROI_BOX_HEAD.NORM": "GN",
+    },
+    "R-50-FPN stride in 1x1": BOTTLENECK | {"MODEL.RESNETS.STRIDE_IN_1X1": True},
+    "X-50-FPN": BOTTLENECK
+    | {"MODEL.RESNETS.NUM_GROUPS": 8, "MODEL.RESNETS.WIDTH_PER_GROUP": 8, "MODEL.RESNETS.STRIDE_IN_1X1": False},
+    "C4": BOTTLENECK | C4,
+    "DC5": DC5,
+    "class-agnostic": {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True},
+    "Faster R-CNN": {"MODEL.MASK_ON": False},
+    "FPN avg, two RPN convolutions": {"MODEL.FPN.FUSE_TYPE": "avg", "MODEL.RPN.CONV_DIMS": [-1, -1]},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_trains_and_detects(name: str, small_model, make_images, target, empty_target) -> None:
+    model = small_model(ARCHITECTURES[name])
+    images = make_images((96, 128), (96, 96))
+    losses = model(images, [target, empty_target])
+    expected = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
+    assert set(losses) == (expected | {"loss_mask"} if model.has_masks else expected)
+    assert all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+
+    model.eval()
+    detections = model.detect(images, [(192, 256), (50, 50)])
+    for found, (height, width) in zip(detections, [(192, 256), (50, 50)], strict=True):
+        assert 0 < len(found) <= 100
+        assert (found.boxes >= 0).all() and (found.boxes[:, 2] <= width).all() and (found.boxes[:, 3] <= height).all()
+        assert (found.scores.diff() <= 0).all() and found.labels.max() < 3
+        assert (found.masks is not None) == model.has_masks
+        if model.has_masks:
+            assert found.masks.shape == (len(found), height, width) and found.masks.dtype == torch.bool
+
+
+def test_a_batch_without_objects_reaches_every_parameter(small_model, make_images, empty_target) -> None:
+    """Data-parallel training waits for a gradient of each parameter in each step."""
+    model = small_model()
+    losses = model(make_images((96, 128), (96, 96)), [empty_target, empty_target])
+    sum(losses.values()).backward()
+    assert losses["loss_mask"] == 0 and losses["loss_box_reg"] == 0
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN", "GN1", "IN", "LN"])
+def test_norm_keys_choose_the_layers(norm: str, small_model, make_images, empty_target) -> None:
+    model = small_model(
+        {
+            "MODEL.RESNETS.NORM": norm,
+            "MODEL.FPN.NORM": norm,
+            "MODEL.ROI_MASK_HEAD.NORM": norm,
+            "MODEL.ROI_BOX_HEAD.NORM": norm,
+            "MODEL.ROI_BOX_HEAD.NUM_CONV": 1,
+            "MODEL.ROI_BOX_HEAD.CONV_DIM": 32,
+        }
+    )
+    for part in (model.backbone.bottom_up, model.backbone.fpn_output2, model.roi_heads.box_head, model.roi_heads.mask_head):
+        norms = [m for m in part.modules() if is_norm(m)]
+        assert norms and len({type(m) for m in norms}) == 1
+    groups = {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)}
+    assert (groups == {"GN": {32}, "GN1": {1}}.get(norm, groups)) and bool(groups) == (norm in ("GN", "GN1", "IN"))
+    losses = model(make_images((64, 64)), [empty_target])
+    assert torch.isfinite(sum(losses.values()))
+
+
+def test_group_size_and_eps_come_from_the_config(small_model) -> None:
+    model = small_model({"MODEL.GN.NUM_GROUPS": 16, "MODEL.GN.EPS": 1e-3})
+    norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    assert {(m.num_groups, m.eps) for m in norms} == {(16, 1e-3)}
+
+
+def test_a_convolution_has_a_bias_where_it_has_no_norm(small_model) -> None:
+    model = small_model({"MODEL.FPN.NORM": ""})
+    assert model.backbone.fpn_output2.bias is not None and model.backbone.fpn_output2.norm is None
+    assert model.roi_heads.mask_head.mask_fcn1.bias is None
+    assert model.backbone.bottom_up.stem.conv1.bias is None
+
+
+@pytest.mark.parametrize("freeze_at, first_trained", [(0, "stem"), (1, "res2"), (2, "res3"), (5, None)])
+def test_freeze_at(freeze_at: int, first_trained: str | None, small_model) -> None:
+    model = small_model({"MODEL.BACKBONE.FREEZE_AT": freeze_at, "MODEL.RESNETS.NORM": "BN"})
+    stages = ["stem", "res2", "res3", "res4", "res5"]
+    for i, name in enumerate(stages):
+        stage = getattr(model.backbone.bottom_up, name)
+        trained = {p.requires_grad for p in stage.parameters()}
+        assert trained == {i >= freeze_at}
+        assert any(isinstance(m, FrozenBatchNorm2d) for m in stage.modules()) == (i < freeze_at)
+    assert (stages[freeze_at] if freeze_at < 5 else None) == first_trained
+
+
+def test_detections_do_not_depend_on_batch_mates(small_model, make_images) -> None:
+    """GN statistics see padding, so images of other padded sizes go through the network apart."""
+    model = small_model().eval()
+    images = make_images((96, 128), (128, 96), (90, 120), (64, 64))
+    together = model.detect(images)
+    for image, found in zip(images, together, strict=True):
+        (alone,) = model.detect([image])
+        torch.testing.assert_close(found.boxes, alone.boxes, rtol=0, atol=1e-3)
+        torch.testing.assert_close(found.scores, alone.scores, rtol=0, atol=1e-5)
+        assert torch.equal(found.labels, alone.labels)
+        assert (found.masks != alone.masks).float().mean() < 1e-4
+
+
+def test_memory_formats_agree(small_model, make_images, target) -> None:
+    images, targets = make_images((96, 128)), [target]
+    values = []
+    for channels_last in (True, False):
+        model = small_model({"MODEL.CHANNELS_LAST": channels_last})
+        assert model.backbone.bottom_up.stem.conv1.weight.is_contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        torch.manual_seed(1)
+        values.append(sum(model(images, targets).values()).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_float_and_uint8_images_are_the_same(small_model, make_images) -> None:
+    model = small_model().eval()
+    images = make_images((64, 64))
+    assert torch.equal(model.preprocess(images), model.preprocess([i.float() for i in images]))
+
+
+def test_channels_must_fit_the_groups(small_model) -> None:
+    with pytest.raises(Exception, match="40 channels cannot be split into 32 groups; set MODEL.GN.NUM_GROUPS"):
+        small_model({"MODEL.FPN.OUT_CHANNELS": 40})

@@ -1,0 +1,57 @@
+"""Box arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gn_detect.ops import box_area, clip_boxes, decode_boxes, encode_boxes, scale_boxes
+
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+coordinate = st.floats(-500, 500)
+length = st.floats(1, 400)
+boxes = st.lists(st.tuples(coordinate, coordinate, length, length), min_size=1, max_size=8).map(
+    lambda rows: torch.tensor([[x, y, x + w, y + h] for x, y, w, h in rows], dtype=torch.float64)
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(boxes, st.integers(0, 2**31))
+def test_decoding_inverts_encoding(reference: torch.Tensor, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shift = torch.rand(reference.shape, generator=generator, dtype=torch.float64)
+    target = reference + shift * 0.4 * torch.tensor([-1, -1, 1, 1]) * (reference[:, 2:] - reference[:, :2]).min()
+    deltas = encode_boxes(reference, target, WEIGHTS)
+    decoded = decode_boxes(deltas, reference, WEIGHTS)
+    assert decoded.dtype == torch.float32
+    torch.testing.assert_close(decoded.double(), target, rtol=1e-5, atol=1e-3)
+
+
+def test_deltas_of_a_known_pair() -> None:
+    reference = torch.tensor([[0.0, 0.0, 10.0, 20.0]])
+    target = torch.tensor([[5.0, 0.0, 25.0, 20.0]])
+    # Centre moves by one width; width doubles.
+    expected = torch.tensor([[10.0, 0.0, 5 * math.log(2), 0.0]])
+    torch.testing.assert_close(encode_boxes(reference, target, WEIGHTS), expected)
+
+
+def test_growth_is_limited() -> None:
+    grown = decode_boxes(torch.tensor([[0.0, 0.0, 100.0, 100.0]]), torch.tensor([[0.0, 0.0, 16.0, 16.0]]), (1, 1, 1, 1))
+    torch.testing.assert_close(grown, torch.tensor([[-492.0, -492.0, 508.0, 508.0]]))
+
+
+def test_a_box_for_each_class() -> None:
+    reference = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    deltas = torch.tensor([[0.0, 0, 0, 0, 10.0, 0, 0, 0]])
+    expected = torch.tensor([[0.0, 0, 10, 10, 10, 0, 20, 10]])
+    torch.testing.assert_close(decode_boxes(deltas, reference, WEIGHTS), expected)
+
+
+def test_clip_area_and_scale() -> None:
+    box = torch.tensor([[-5.0, 3.0, 50.0, 70.0]])
+    assert clip_boxes(box, (60, 40)).tolist() == [[0, 3, 40, 60]]
+    assert box_area(box).tolist() == [55 * 67]
+    assert scale_boxes(box, 2, 0.5).tolist() == [[-10, 1.5, 100, 35]]

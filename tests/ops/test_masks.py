@@ -1,0 +1,86 @@
+"""Masks in and out of boxes, against slow references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gn_detect.ops import crop_bitmaps, paste_masks, rasterize_masks, rasterize_polygons
+
+
+def paste_by_grid_sample(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """The sampling grid that detectron2 describes in ``paste_masks_in_image``: probabilities (N, H, W)."""
+    height, width = size
+    y = (torch.arange(height) + 0.5 - boxes[:, 1, None]) / (boxes[:, 3] - boxes[:, 1])[:, None] * 2 - 1
+    x = (torch.arange(width) + 0.5 - boxes[:, 0, None]) / (boxes[:, 2] - boxes[:, 0])[:, None] * 2 - 1
+    grid = torch.stack(
+        [x[:, None, :].expand(-1, height, width), y[:, :, None].expand(-1, height, width)], dim=-1
+    )
+    return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
+
+
+def random_boxes(count: int, generator: torch.Generator) -> Tensor:
+    corner = torch.rand(count, 2, generator=generator) * torch.tensor([80.0, 60.0])
+    return torch.cat([corner, corner + 1 + torch.rand(count, 2, generator=generator) * 50], dim=1)
+
+
+def test_pasting_equals_grid_sampling() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks, boxes = torch.rand(40, 28, 28, generator=generator), random_boxes(40, generator)
+    boxes[0] = torch.tensor([-10.0, -10.0, 150.0, 110.0])  # over all borders
+    boxes[1] = torch.tensor([5.0, 5.0, 5.5, 5.5])  # smaller than a pixel
+    expected = paste_by_grid_sample(masks, boxes, (90, 120))
+    pasted = paste_masks(masks, boxes, (90, 120))
+    # Pixels whose probability is the threshold up to rounding may fall on either side.
+    clear = (expected - 0.5).abs() > 1e-5
+    assert clear.float().mean() > 0.9999
+    assert torch.equal(pasted[clear], expected[clear] >= 0.5)
+    assert pasted.any(dim=(1, 2)).sum() > 30
+
+
+def test_pasting_nothing() -> None:
+    assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (9, 12)).shape == (0, 9, 12)
+
+
+@pytest.mark.gpu
+def test_pasting_on_a_gpu_equals_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks, boxes = torch.rand(40, 28, 28, generator=generator), random_boxes(40, generator)
+    on_gpu = paste_masks(masks.cuda(), boxes.cuda(), (90, 120)).cpu()
+    assert (on_gpu != paste_masks(masks, boxes, (90, 120))).float().mean() < 1e-5
+
+
+def test_polygons_are_joined() -> None:
+    left, right = np.array([0.0, 0, 4, 0, 4, 4, 0, 4]), np.array([6.0, 0, 10, 0, 10, 4, 6, 4])
+    mask = rasterize_polygons([left, right], 6, 12)
+    assert mask[:4, :4].all() and mask[:4, 6:10].all() and not mask[:, 4:6].any() and not mask[4:].any()
+    assert not rasterize_polygons([], 6, 12).any()
+
+
+def test_mixed_masks_agree_with_each_other() -> None:
+    """A rectangle gives the same target as a polygon and as a bitmap, whatever stands beside it."""
+    polygon = [np.array([8.0, 8, 40, 8, 40, 32, 8, 32])]
+    bitmap = torch.zeros(64, 64, dtype=torch.bool)
+    bitmap[8:32, 8:40] = True
+    boxes = torch.tensor([[8.0, 8, 40, 32], [0, 0, 56, 56], [8, 8, 40, 32], [0, 0, 56, 56]])
+    targets = rasterize_masks([polygon, bitmap], torch.tensor([0, 0, 1, 1]), boxes, 28)
+    assert targets.dtype == torch.bool and targets[0].all() and targets[2].all()
+    # COCO's polygon fill and RoIAlign place the edge at most one cell apart.
+    assert (targets[1] != targets[3]).sum() <= 28
+    assert targets[3, 4:16, 4:20].all() and targets[3].sum() == 12 * 16
+
+
+def test_crop_of_a_shared_bitmap() -> None:
+    bitmaps = torch.zeros(2, 20, 20, dtype=torch.bool)
+    bitmaps[0, :10] = True
+    boxes = torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 10], [0, 0, 20, 20]])
+    crops = crop_bitmaps(bitmaps, torch.tensor([0, 0, 1]), boxes, 4)
+    assert crops[0].tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
+    assert crops[1].all() and not crops[2].any()
+
+
+def test_no_rois() -> None:
+    assert rasterize_masks([], torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 28).shape == (0, 28, 28)

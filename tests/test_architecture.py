@@ -1,0 +1,254 @@
+"""The house rules that a machine can check: direction of imports, size and names of files, docstrings, safe readers.
+
+Each check returns its complaints as text, and is itself tried on a small tree that breaks the rule.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+BASE = {"errors", "files", "structures"}
+MIDDLE = BASE | {"ops", "layers", "config"}
+LOWER = MIDDLE | {"convert", "weights", "modeling"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "files": {"errors"},
+    "structures": {"errors"},
+    "ops": BASE,
+    "layers": BASE | {"ops"},
+    "config": {"errors", "files"},
+    "convert": {"errors", "files", "ops", "layers"},  # knows nothing of detection
+    "weights": MIDDLE,
+    "modeling": MIDDLE,
+    "data": LOWER,
+    "visualize": LOWER | {"data"},
+    "evaluation": LOWER | {"data"},
+    "engine": LOWER | {"data", "evaluation", "visualize"},
+    "predictor": LOWER | {"data", "visualize"},
+    "cli": LOWER | {"data", "evaluation", "visualize", "engine", "predictor", "__init__"},
+    "__main__": {"cli"},
+    "__init__": LOWER | {"data", "evaluation", "visualize", "engine", "predictor"},
+}
+"""For each file or folder of the package, what else of the package it may import (itself always)."""
+
+MAX_LINES = 400
+VAGUE_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "tools"}
+SLOW_IMPORTS = ("tensorboard", "matplotlib", "hotcoco", "faster_coco_eval", "scipy", "pytest")
+
+
+def python_files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def part_of(path: Path, package: Path) -> str:
+    """``ops`` for ``gn_detect/ops/boxes.py``, ``files`` for ``gn_detect/files.py``."""
+    return path.relative_to(package).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path, package: Path) -> Iterator[tuple[int, str]]:
+    """Line and part for each import of the package, anywhere in the file, relative or absolute."""
+    folder = path.relative_to(package.parent).parent.parts
+    parts = {part_of(other, package) for other in python_files(package)}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = folder[: len(folder) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == package.name else [module]
+        else:
+            continue
+        for name in names:
+            root, _, rest = name.partition(".")
+            if root == package.name:
+                part = rest.partition(".")[0]
+                yield node.lineno, part if part in parts else "__init__"
+
+
+def wrong_imports(package: Path) -> list[str]:
+    complaints = []
+    for path in python_files(package):
+        part = part_of(path, package)
+        if part not in MAY_IMPORT:
+            complaints.append(f"{path.relative_to(package)}: give '{part}' a place in MAY_IMPORT")
+            continue
+        for line, target in imported_parts(path, package):
+            if target != part and target not in MAY_IMPORT[part]:
+                complaints.append(f"{path.relative_to(package)}:{line}: '{part}' may not import '{target}'")
+    return complaints
+
+
+def long_files(*roots: Path) -> list[str]:
+    counts = {path: len(path.read_text(encoding="utf-8").splitlines()) for r in roots for path in python_files(r)}
+    return [f"{path.name}: {count} lines" for path, count in counts.items() if count > MAX_LINES]
+
+
+def bad_names(package: Path) -> list[str]:
+    names = {path: path.stem for path in python_files(package)}
+    names |= {path.parent: path.parent.name for path in python_files(package) if path.parent != package}
+    plain = re.compile(r"(__init__|__main__|_?[a-z][a-z0-9_]*)$")
+    return [str(path) for path, name in names.items() if not plain.match(name) or name in VAGUE_NAMES]
+
+
+def undocumented(package: Path) -> list[str]:
+    """Modules, and public functions, classes and methods of public classes, without a docstring."""
+    complaints = []
+    for path in python_files(package):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if tree.body and ast.get_docstring(tree) is None:
+            complaints.append(f"{path.relative_to(package)}: no docstring")
+        definitions = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+        for node in definitions:
+            members = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else []
+            methods = [member for member in members if isinstance(member, ast.FunctionDef)]
+            for item in [node, *methods]:
+                if not item.name.startswith("_") and ast.get_docstring(item) is None:
+                    complaints.append(f"{path.relative_to(package)}:{item.lineno}: {item.name} has no docstring")
+    return complaints
+
+
+def unsafe_readers(package: Path) -> list[str]:
+    """Calls that run what a file contains: pickle.load, eval, exec, torch.load without weights_only=True."""
+    complaints = []
+    for path in python_files(package):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            unsafe = name in {"pickle.load", "pickle.loads", "eval", "exec", "yaml.unsafe_load", "os.system"}
+            unsafe |= name == "torch.load" and options.get("weights_only") != "True"
+            unsafe |= name.endswith(".load") and options.get("allow_pickle") == "True"
+            if unsafe:
+                complaints.append(f"{path.relative_to(package)}:{node.lineno}: {name}")
+    return complaints
+
+
+@pytest.fixture(scope="module")
+def package(repository: Path) -> Path:
+    return repository / "gn_detect"
+
+
+def test_imports_run_one_way(package: Path) -> None:
+    assert wrong_imports(package) == []
+
+
+def test_files_are_short(package: Path, repository: Path) -> None:
+    assert long_files(package, repository / "tools", repository / "tests") == []
+
+
+def test_names_say_what_a_file_is_for(package: Path) -> None:
+    assert bad_names(package) == []
+
+
+def test_everything_public_is_documented(package: Path) -> None:
+    assert undocumented(package) == []
+
+
+def test_no_file_is_read_by_running_it(package: Path) -> None:
+    assert unsafe_readers(package) == []
+
+
+def test_the_table_has_no_way_back() -> None:
+    """No two parts may import each other, directly or in a circle."""
+
+    def reach(part: str, seen: set[str]) -> set[str]:
+        for target in MAY_IMPORT[part] - seen:
+            reach(target, seen | {target}) if target not in seen else None
+            seen.add(target)
+            seen |= reach(target, seen)
+        return seen
+
+    circles = [part for part in MAY_IMPORT if part in reach(part, set())]
+    assert circles == []
+    for part, forbidden in {
+        "ops": {"layers", "config"},
+        "convert": {"config", "structures", "weights", "modeling"},
+        "weights": {"convert", "modeling"},
+        "modeling": {"convert", "weights", "data"},
+        "data": {"evaluation", "engine"},
+        "engine": {"cli"},
+    }.items():
+        assert not reach(part, set()) & forbidden
+
+
+def test_importing_the_package_is_light_and_has_no_side_effects(repository: Path) -> None:
+    code = (
+        "import sys, gn_detect, torch\n"
+        f"print([name for name in {SLOW_IMPORTS} if name in sys.modules], torch.cuda.is_initialized(),"
+        " torch.get_num_threads() == int(sys.argv[1]))"
+    )
+    threads = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()
+    result = subprocess.run(
+        [sys.executable, "-c", code, threads], capture_output=True, text=True, cwd=repository, check=False
+    )
+    assert result.stdout.strip() == "[] False True", result.stderr
+
+
+def write_tree(root: Path, files: dict[str, str]) -> Path:
+    package = root / "gn_detect"
+    for name, text in files.items():
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return package
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "complaint"),
+    [
+        ("ops/a.py", "from ..layers import b", "'ops' may not import 'layers'"),
+        ("ops/a.py", "from .. import layers", "'ops' may not import 'layers'"),
+        ("ops/a.py", "import gn_detect.layers.b as b", "'ops' may not import 'layers'"),
+        ("ops/a.py", "from gn_detect.layers.b import c", "'ops' may not import 'layers'"),
+        ("ops/a.py", "def f():\n    from ..layers.b import c", "'ops' may not import 'layers'"),
+        ("ops/a.py", "from gn_detect import build_model", "'ops' may not import '__init__'"),
+        ("ops/deep/a.py", "from ...layers import b", "'ops' may not import 'layers'"),
+        ("files.py", "from .layers import b", "'files' may not import 'layers'"),
+        ("convert/a.py", "from ..structures import Target", "'convert' may not import 'structures'"),
+        ("modeling/a.py", "from ..weights import x", "'modeling' may not import 'weights'"),
+        ("unheard_of.py", "", "give 'unheard_of' a place"),
+    ],
+)
+def test_an_import_against_the_direction_is_found(tmp_path: Path, file: str, text: str, complaint: str) -> None:
+    others = {f"{name}/b.py": "" for name in ("layers", "weights", "modeling")}
+    package = write_tree(tmp_path, {**others, "structures.py": "", file: text})
+    found = wrong_imports(package)
+    assert len(found) == 1 and complaint in found[0]
+
+
+def test_imports_along_the_direction_are_fine(tmp_path: Path) -> None:
+    files = {
+        "errors.py": "import os",
+        "ops/a.py": "from .b import f\nfrom ..errors import UserError\nfrom torch import Tensor",
+        "ops/b.py": "import torch.nn.functional as F",
+        "layers/c.py": "from .. import ops\nfrom ..ops.b import f",
+        "__init__.py": "from .layers.c import f\nfrom gn_detect.ops import a",
+    }
+    assert wrong_imports(write_tree(tmp_path, files)) == []
+
+
+def test_long_vague_undocumented_and_unsafe_files_are_found(tmp_path: Path) -> None:
+    files = {
+        "ops/utils.py": '"""Doc."""\n' + "x = 1\n" * MAX_LINES,
+        "ops/CamelCase.py": '"""Doc."""\nclass A:\n    """Doc."""\n    def method(self): ...\n    def _hidden(self): ...',
+        "ops/reads.py": "import torch\ndef f(p):\n    return torch.load(p), eval(p)",
+    }
+    package = write_tree(tmp_path, files)
+    assert long_files(package) == [f"utils.py: {MAX_LINES + 1} lines"]
+    assert [Path(name).name for name in bad_names(package)] == ["CamelCase.py", "utils.py"]
+    assert undocumented(package) == [
+        "ops/CamelCase.py:4: method has no docstring", "ops/reads.py: no docstring", "ops/reads.py:2: f has no docstring"
+    ]
+    assert unsafe_readers(package) == ["ops/reads.py:3: torch.load", "ops/reads.py:3: eval"]

@@ -1,0 +1,185 @@
+"""Loading checkpoints into models: what fits, what is refused, what fine-tuning may skip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gn_detect.errors import UserError
+from gn_detect.weights import load_weights, read_checkpoint, save_weights
+
+
+class Predictor(nn.Module):
+    """The names of a detector's predictor layers, without the detector."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(width, num_classes + 1)
+        self.bbox_pred = nn.Linear(width, 4 * num_classes)
+
+
+class Heads(nn.Module):
+    """``roi_heads`` with or without a mask head."""
+
+    def __init__(self, num_classes: int, width: int, mask: bool) -> None:
+        super().__init__()
+        self.box_predictor = Predictor(num_classes, width)
+        if mask:
+            self.mask_head = nn.ModuleDict({"predictor": nn.Conv2d(width, num_classes, 1)})
+
+
+class Detector(nn.Module):
+    """A handful of layers with detectron2's names."""
+
+    def __init__(self, num_classes: int = 3, width: int = 8, norm: str = "GN", mask: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.ModuleDict(
+            {
+                "conv": nn.Conv2d(3, width, 3, bias=False),
+                "norm": nn.GroupNorm(4, width) if norm == "GN" else nn.BatchNorm2d(width),
+                "conv2": nn.Conv2d(width, width, 1),
+            }
+        )
+        self.roi_heads = Heads(num_classes, width, mask)
+
+
+def randomised(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.rand(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> Path:
+    save_weights(path, tensors)
+    return path
+
+
+@pytest.mark.parametrize("for_training", [True, False])
+def test_a_checkpoint_of_the_same_model_loads_whole(tmp_path: Path, for_training: bool) -> None:
+    model, state = Detector(), randomised(Detector())
+    report = load_weights(model, write(tmp_path / "m.pth", state), for_training=for_training)
+    assert set(report.matched) == set(state)
+    assert not (report.missing or report.unexpected or report.mismatched or report.ignored)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert str(report) == f"loaded {len(state)} of {len(state)} tensors from {tmp_path / 'm.pth'}"
+
+
+def test_half_precision_is_cast_to_the_models_type(tmp_path: Path) -> None:
+    model, state = Detector(), randomised(Detector())
+    load_weights(model, write(tmp_path / "m.pth", {name: t.half() for name, t in state.items()}))
+    weight = model.state_dict()["backbone.conv.weight"]
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, state["backbone.conv.weight"].half().float())
+
+
+def test_a_checkpoint_in_memory_is_accepted(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(write(tmp_path / "m.pth", randomised(Detector())))
+    assert load_weights(Detector(), checkpoint).missing == []
+
+
+def test_buffers_that_change_no_result_may_be_on_one_side(tmp_path: Path) -> None:
+    model, state = Detector(norm="BN"), randomised(Detector(norm="BN"))
+    del state["backbone.norm.num_batches_tracked"]
+    state["pixel_mean"] = torch.zeros(3, 1, 1)
+    state["pixel_std"] = torch.ones(3, 1, 1)
+    state["proposal_generator.anchor_generator.cell_anchors.0"] = torch.zeros(3, 4)
+    report = load_weights(model, write(tmp_path / "m.pth", state))
+    assert not (report.missing or report.unexpected)
+    assert len(report.ignored) == 4
+
+
+def test_other_classes_are_refused_in_evaluation_with_the_number_to_set(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.pth", randomised(Detector(num_classes=80)))
+    with pytest.raises(UserError, match=r"cls_score.weight is \(81, 8\) in the file and \(4, 8\) in the model; "
+                       r"set MODEL.ROI_HEADS.NUM_CLASSES to 80"):
+        load_weights(Detector(num_classes=3), path)
+
+
+def test_other_classes_start_afresh_in_training(tmp_path: Path) -> None:
+    model, state = Detector(num_classes=3), randomised(Detector(num_classes=80))
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_weights(model, write(tmp_path / "m.pth", state), for_training=True)
+    skipped = {mismatch.name for mismatch in report.mismatched}
+    assert skipped == {name for name in fresh if name.startswith("roi_heads")}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh[name] if name in skipped else state[name])
+    assert "6 start afresh" in str(report) and "(81, 8)" in str(report)
+
+
+@pytest.mark.parametrize("for_training", [True, False])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Detector(width=16), r"does not fit the model: backbone.conv.weight is \(16, 3, 3, 3\) in the file"),
+        (nn.Sequential(nn.Conv2d(3, 8, 3)), r"another architecture.*0 of the model's 11 tensors are in it.*'0.weight'"),
+        (Detector(norm="BN"), "another norm: backbone.norm is a BatchNorm in the file and not in the model"),
+    ],
+)
+def test_another_architecture_is_refused(
+    tmp_path: Path, other: nn.Module, message: str, for_training: bool
+) -> None:
+    model = Detector()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=message) as caught:
+        load_weights(model, write(tmp_path / "m.pth", randomised(other)), for_training=for_training)
+    assert "\n" not in str(caught.value) and str(tmp_path / "m.pth") in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_group_norm_does_not_become_batch_norm(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.pth", randomised(Detector(norm="GN")))
+    with pytest.raises(UserError, match="backbone.norm is a BatchNorm in the model and not in the file"):
+        load_weights(Detector(norm="BN"), path, for_training=True)
+
+
+def test_the_backbone_alone_is_a_starting_point_but_not_a_detector(tmp_path: Path) -> None:
+    state = {name: t for name, t in randomised(Detector()).items() if name.startswith("backbone")}
+    path = write(tmp_path / "m.pth", {**state, "stem.fc.weight": torch.ones(2)})
+    report = load_weights(Detector(), path, for_training=True)
+    assert len(report.matched) == len(state) and report.unexpected == ["stem.fc.weight"]
+    assert "6 not in the file, start afresh: 'roi_heads" in str(report)
+    with pytest.raises(UserError, match="lacks 6 of the model's 11 tensors, such as 'roi_heads"):
+        load_weights(Detector(), path)
+
+
+def test_a_mask_model_evaluates_without_its_mask_head_but_not_without_a_layer(tmp_path: Path) -> None:
+    state = randomised(Detector(mask=True))
+    report = load_weights(Detector(mask=False), write(tmp_path / "m.pth", state))
+    assert all(name.startswith("roi_heads.mask_head") for name in report.unexpected)
+    path = write(tmp_path / "n.pth", {**state, "backbone.conv3.weight": torch.ones(1)})
+    with pytest.raises(UserError, match="1 tensors that the model lacks, such as 'backbone.conv3.weight'"):
+        load_weights(Detector(mask=True), path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    state = randomised(Detector())
+    state["backbone.conv2.bias"][3] = float("nan")
+    with pytest.raises(UserError, match="'backbone.conv2.bias' has values that are not finite"):
+        load_weights(Detector(), write(tmp_path / "m.pth", state))
+
+
+def test_detectron2s_checkpoint_fits_its_configuration(shared_dir: Path) -> None:
+    from gn_detect.config import load_config
+    from gn_detect.modeling import build_model
+
+    oracle = shared_dir / "oracles" / "dsb_r18_gn"
+    model = build_model(load_config(oracle / "config.yaml"))
+    report = load_weights(model, oracle / "model_final.pth")
+    assert not (report.missing or report.unexpected or report.mismatched)
+    assert len(report.matched) == 124
+
+
+def test_a_cifar_network_is_no_detector(shared_dir: Path) -> None:
+    from gn_detect.config import load_config
+    from gn_detect.modeling import build_model
+
+    model = build_model(load_config(shared_dir / "oracles" / "dsb_r18_gn" / "config.yaml"))
+    file = shared_dir / "weights" / "resnet20_cifar10_gn_bn" / "resnet20_cifar10_gn_bs32.pth"
+    with pytest.raises(UserError, match="another architecture.*'conv1.weight'.*'backbone"):
+        load_weights(model, file, for_training=True)
