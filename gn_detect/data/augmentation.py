@@ -74,7 +74,7 @@ class ResizeShortestEdge:
 
     def __post_init__(self) -> None:
         if self.sampling not in ("choice", "range"):
-            raise UserError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING {self.sampling!r} is unknown; use choice or range")
+            raise UserError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING {self.sampling!r} is not choice or range")
         if len(self.lengths) == 0 or (self.sampling == "range" and len(self.lengths) != 2):
             needed = "two sizes, the ends of the range" if self.sampling == "range" else "at least one size"
             raise UserError(f"INPUT.MIN_SIZE_TRAIN is {tuple(self.lengths)}; it needs {needed}")

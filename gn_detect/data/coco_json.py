@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from ..errors import UserError
 from .object_table import ObjectTable, TableBuilder
 
 logger = logging.getLogger(__name__)
+
+_RLE_CHARACTERS = re.compile("[0-o]+")
+"""Of a compressed RLE: six bits from code 48 on. pycocotools does not check them."""
 
 _KIND = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
@@ -269,8 +273,8 @@ class _AnnotationReader:
                 f"{self.path}: {what} has an RLE of 'size' {size}, but the image's is "
                 f"[{image.height}, {image.width}] (height, width); correct one of them"
             )
-        if isinstance(counts, str) and counts:
-            return counts.encode("utf-8")
+        if isinstance(counts, str) and _RLE_CHARACTERS.fullmatch(counts):
+            return counts.encode("ascii")
         if isinstance(counts, list) and all(_is_integer(run) and run >= 0 for run in counts):
             if sum(counts) != image.height * image.width:
                 raise UserError(

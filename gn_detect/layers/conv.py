@@ -9,7 +9,7 @@ from .norm import GroupNorm
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d that carries its norm (state-dict name ``norm``) and its activation, as detectron2 names them.
+    """nn.Conv2d that carries its norm (``norm`` in the state dict, as in detectron2) and its activation.
 
     Args:
         *args, **kwargs: of nn.Conv2d.

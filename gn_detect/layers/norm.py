@@ -38,7 +38,13 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, *) -> (N, C, *); ``residual`` has x's shape."""
         return group_norm(
-            x, self.num_groups, self.weight, self.bias, self.eps, residual=residual, activation=self.activation
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual=residual,
+            activation=self.activation,
         )
 
     def extra_repr(self) -> str:
@@ -47,7 +53,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
-    """torchvision's layer, but the identity until weights are loaded, and one pass where no gradient is needed."""
+    """torchvision's layer; the identity until weights are loaded, one pass where no gradient is needed."""
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
@@ -73,7 +79,7 @@ class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
 
 
 class LayerNorm2d(nn.Module):
-    """detectron2's ``LN``: normalises over the channels of each pixel (eps 1e-6), unlike the paper's LN (``GN1``)."""
+    """detectron2's ``LN``: over the channels of each pixel, eps 1e-6. The paper's LN is ``GN1``."""
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class AnchorGenerator(nn.Module):
             self.register_buffer(f"cell_anchors_{level}", cell_anchors(size, ratio), persistent=False)
 
     def forward(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Feature-map shapes (height, width) -> for each level (H * W * A, 4) ``xyxy`` in pixels, row by row."""
+        """Shapes (height, width) of the maps -> for each level (H * W * A, 4) ``xyxy`` pixels, row by row."""
         return [
             self._level(getattr(self, f"cell_anchors_{level}"), shape, stride)
             for level, (shape, stride) in enumerate(zip(shapes, self.strides, strict=True))

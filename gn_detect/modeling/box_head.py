@@ -127,7 +127,7 @@ class BoxPredictor(nn.Module):
     def detect(
         self, logits: Tensor, deltas: Tensor, proposals: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Detections of one image of ``size`` (height, width): boxes (D, 4), scores (D,), labels (D,), best first."""
+        """Boxes (D, 4), scores (D,) and labels (D,) of one image of ``size`` (height, width), best first."""
         scores = F.softmax(logits.float(), dim=-1)
         boxes = decode_boxes(deltas, proposals, self.bbox_reg_weights)
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)

@@ -84,7 +84,9 @@ def _build_resnet(cfg: Config) -> tuple[ResNet, dict[str, int], dict[str, int]]:
     in_channels, stride = r.stem_out_channels, 4
     for i, name in enumerate(_STAGES[: last + 1]):
         dilation = r.res5_dilation if name == "res5" else 1
-        stages[name] = _make_resnet_stage(cfg, i + 2, BLOCKS_PER_STAGE[r.depth][i], in_channels, norm, dilation)
+        stages[name] = _make_resnet_stage(
+            cfg, i + 2, BLOCKS_PER_STAGE[r.depth][i], in_channels, norm, dilation
+        )
         in_channels = r.res2_out_channels * 2**i
         stride *= 1 if name == "res2" or dilation == 2 else 2
         channels[name], strides[name] = in_channels, stride
@@ -209,9 +211,7 @@ def _build_standard_heads(cfg: Config, channels: dict[str, int], strides: dict[s
 def _build_res5_heads(cfg: Config, channels: dict[str, int], strides: dict[str, int]) -> Res5RoIHeads:
     names = cfg.model.roi_heads.in_features
     r = cfg.model.resnets
-    res5 = _make_resnet_stage(
-        cfg, 5, BLOCKS_PER_STAGE[r.depth][3], channels[names[0]], _norm(cfg, r.norm)
-    )
+    res5 = _make_resnet_stage(cfg, 5, BLOCKS_PER_STAGE[r.depth][3], channels[names[0]], _norm(cfg, r.norm))
     out_channels = r.res2_out_channels * 8
     pooler = _build_pooler(cfg.model.roi_box_head, [strides[name] for name in names])
     return Res5RoIHeads(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ..layers import Conv2d
 from .init import init_xavier
@@ -54,6 +55,10 @@ class FPN(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> ``{"p2": (N, C, H / 4, W / 4), ..., "p6": (N, C, H / 64, W / 64)}``."""
         bottom_up = self.bottom_up(x)
+        with record_function("fpn"):
+            return self._pyramid(bottom_up)
+
+    def _pyramid(self, bottom_up: dict[str, Tensor]) -> dict[str, Tensor]:
         pyramid = {}
         top_down = None
         for level, name in reversed(list(zip(self.levels, self.in_features, strict=True))):

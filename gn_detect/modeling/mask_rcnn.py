@@ -1,4 +1,4 @@
-"""Mask R-CNN and Faster R-CNN: from images to losses, or to detections in the pixels of the original files."""
+"""Mask R-CNN and Faster R-CNN: from images to losses, or to detections in the original pixels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ..ops import clip_boxes, paste_masks, scale_boxes
 from ..structures import Detections, Target
 from .roi_heads import Res5RoIHeads, StandardRoIHeads
 from .rpn import RPN
-
 
 
 class MaskRCNN(nn.Module):
@@ -80,8 +80,10 @@ class MaskRCNN(nn.Module):
         sizes = [image_size(image) for image in images]
         targets = [target.to(self.device, non_blocking=True) for target in targets]
         features = self.backbone(self.preprocess(images))
-        proposals, losses = self.proposal_generator.losses(features, sizes, targets)
-        return losses | self.roi_heads.losses(features, proposals, targets)
+        with record_function("rpn"):
+            proposals, losses = self.proposal_generator.losses(features, sizes, targets)
+        with record_function("roi_heads"):
+            return losses | self.roi_heads.losses(features, proposals, targets)
 
     @torch.no_grad()
     def detect(
@@ -105,10 +107,13 @@ class MaskRCNN(nn.Module):
         for members in groups.values():
             sizes = [image_size(images[i]) for i in members]
             features = self.backbone(self.preprocess([images[i] for i in members]))
-            proposals = self.proposal_generator.propose(features, sizes)
-            found = self.roi_heads.detect(features, proposals, sizes)
-            for i, size, detections in zip(members, sizes, found, strict=True):
-                results[i] = rescale(detections, size, original_sizes[i])
+            with record_function("rpn"):
+                proposals = self.proposal_generator.propose(features, sizes)
+            with record_function("roi_heads"):
+                found = self.roi_heads.detect(features, proposals, sizes)
+            with record_function("paste_masks"):
+                for i, size, detections in zip(members, sizes, found, strict=True):
+                    results[i] = rescale(detections, size, original_sizes[i])
         return [results[i] for i in range(len(images))]
 
     def preprocess(self, images: Sequence[Tensor]) -> Tensor:

@@ -7,13 +7,20 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ..layers import Conv2d, FrozenBatchNorm2d
 from .init import init_he
 
 NormFactory = Callable[[int], nn.Module | None]
 
-BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BLOCKS_PER_STAGE = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 
 
 class BasicBlock(nn.Module):
@@ -125,11 +132,12 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) normalised images -> the features named in ``out_features``."""
         features = {}
-        x = self.stem(x)
-        for name in self.stage_names:
-            x = getattr(self, name)(x)
-            if name in self.out_features:
-                features[name] = x
+        with record_function("backbone"):
+            x = self.stem(x)
+            for name in self.stage_names:
+                x = getattr(self, name)(x)
+                if name in self.out_features:
+                    features[name] = x
         return features
 
 

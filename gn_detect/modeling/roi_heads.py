@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchvision.ops import box_iou
 
 from ..structures import Detections, Target
@@ -165,21 +166,21 @@ class Res5RoIHeads(nn.Module):
 
 def _box_losses(predictor: BoxPredictor, x: Tensor, rois: Sequence[SampledRoIs]) -> dict[str, Tensor]:
     logits, deltas = predictor(x)
-    return predictor.losses(
-        logits,
-        deltas,
-        torch.cat([r.boxes for r in rois]),
-        torch.cat([r.truth for r in rois]),
-        torch.cat([r.labels for r in rois]),
-    )
+    with record_function("roi_losses"):
+        return predictor.losses(
+            logits,
+            deltas,
+            torch.cat([r.boxes for r in rois]),
+            torch.cat([r.truth for r in rois]),
+            torch.cat([r.labels for r in rois]),
+        )
 
 
-def _mask_loss(
-    head: MaskHead, x: Tensor, rois: Sequence[SampledRoIs], targets: Sequence[Target]
-) -> Tensor:
+def _mask_loss(head: MaskHead, x: Tensor, rois: Sequence[SampledRoIs], targets: Sequence[Target]) -> Tensor:
     logits = head(x, torch.cat([r.labels[: r.num_foreground] for r in rois]))
     boxes = [r.boxes[: r.num_foreground] for r in rois]
-    return mask_loss(logits, boxes, [r.matched[: r.num_foreground] for r in rois], targets)
+    with record_function("roi_losses"):
+        return mask_loss(logits, boxes, [r.matched[: r.num_foreground] for r in rois], targets)
 
 
 def _detect_boxes(

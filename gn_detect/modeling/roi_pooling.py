@@ -1,4 +1,4 @@
-"""Features of regions: RoIAlign (He et al. 2017, arXiv 1703.06870) on the pyramid level that fits each box."""
+"""RoI features (He et al. 2017, arXiv 1703.06870) from the pyramid level that fits each box."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RoIPooler(nn.Module):
         self.levels = tuple(stride.bit_length() - 1 for stride in strides)
 
     def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """Levels (N, C, H_l, W_l) and for each image (R_n, 4) ``xyxy`` in input pixels -> (sum R_n, C, S, S)."""
+        """Levels (N, C, H_l, W_l), boxes (R_n, 4) ``xyxy`` pixels of each image -> (sum R_n, C, S, S)."""
         image = torch.cat([torch.full((len(box),), n, device=box.device) for n, box in enumerate(boxes)])
         rois = torch.cat(list(boxes))
         level = self.assign_levels(rois) if len(features) > 1 else torch.zeros_like(image)

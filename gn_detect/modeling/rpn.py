@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchvision.ops import batched_nms, box_iou
 
 from ..layers import Conv2d
@@ -133,7 +134,11 @@ class RPN(nn.Module):
     """
 
     def __init__(
-        self, in_features: Sequence[str], head: RPNHead, anchor_generator: AnchorGenerator, settings: RPNSettings
+        self,
+        in_features: Sequence[str],
+        head: RPNHead,
+        anchor_generator: AnchorGenerator,
+        settings: RPNSettings,
     ) -> None:
         super().__init__()
         self.in_features = tuple(in_features)
@@ -146,7 +151,7 @@ class RPN(nn.Module):
         levels = [features[name] for name in self.in_features]
         anchors = self.anchor_generator([f.shape[-2:] for f in levels])
         logits, deltas = self.rpn_head(levels)
-        return self._select(anchors, logits, deltas, image_sizes)
+        return self.select_proposals(anchors, logits, deltas, image_sizes)
 
     def losses(
         self, features: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], targets: Sequence[Target]
@@ -159,37 +164,43 @@ class RPN(nn.Module):
         levels = [features[name] for name in self.in_features]
         anchors = self.anchor_generator([f.shape[-2:] for f in levels])
         labels, matched = self._label(torch.cat(anchors), image_sizes, targets)
-        chosen = [torch.cat(sample(label, s.batch_size_per_image, s.positive_fraction, 0)) for label in labels]
+        chosen = [
+            torch.cat(sample(label, s.batch_size_per_image, s.positive_fraction, 0)) for label in labels
+        ]
 
         sparse = self._is_sparse(sum(map(len, chosen)), sum(label.numel() for label in labels))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
             logits, deltas = self.rpn_head(levels)
         with torch.no_grad():
-            proposals = self._select(
+            proposals = self.select_proposals(
                 anchors, [x.detach() for x in logits], [x.detach() for x in deltas], image_sizes
             )
-        label = torch.cat([label[index] for label, index in zip(labels, chosen, strict=True)])
         if sparse:
             by_level, order = _split_levels(chosen, [len(a) for a in anchors])
             logit, delta = (x[order] for x in self.rpn_head.at_anchors(levels, by_level))
         else:
-            all_logits, all_deltas = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
-            logit = torch.cat([x[index] for x, index in zip(all_logits, chosen, strict=True)])
-            delta = torch.cat([x[index] for x, index in zip(all_deltas, chosen, strict=True)])
+            logit, delta = _take(torch.cat(logits, dim=1), chosen), _take(torch.cat(deltas, dim=1), chosen)
+        with record_function("rpn_losses"):
+            reference = _take([torch.cat(anchors)] * len(targets), chosen)
+            losses = self._sampled_losses(
+                logit, delta, _take(labels, chosen), reference, _take(matched, chosen)
+            )
+            normalizer = s.batch_size_per_image * len(targets)
+            return proposals, {name: loss / normalizer for name, loss in losses.items()}
 
-        all_anchors = torch.cat(anchors)
-        foreground = label == 1
-        reference = torch.cat([all_anchors[index] for index in chosen])[foreground]
-        truth = torch.cat([box[index] for box, index in zip(matched, chosen, strict=True)])[foreground]
-        wanted = encode_boxes(reference, truth, s.bbox_reg_weights)
-        normalizer = s.batch_size_per_image * len(targets)
-        classification = F.binary_cross_entropy_with_logits(logit, label.to(logit.dtype), reduction="sum")
-        localization = smooth_l1_sum(delta[foreground], wanted, s.smooth_l1_beta)
-        losses = {
-            "loss_rpn_cls": classification * (s.loss_weight / normalizer),
-            "loss_rpn_loc": localization * (s.loss_weight * s.bbox_reg_loss_weight / normalizer),
+    def _sampled_losses(
+        self, logits: Tensor, deltas: Tensor, labels: Tensor, anchors: Tensor, truth: Tensor
+    ) -> dict[str, Tensor]:
+        """Summed losses of K sampled anchors: logits, labels (K,); deltas, anchors, truth (K, 4)."""
+        s = self.settings
+        foreground = labels == 1
+        wanted = encode_boxes(anchors[foreground], truth[foreground], s.bbox_reg_weights)
+        classification = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+        localization = smooth_l1_sum(deltas[foreground], wanted, s.smooth_l1_beta)
+        return {
+            "loss_rpn_cls": classification * s.loss_weight,
+            "loss_rpn_loc": localization * (s.loss_weight * s.bbox_reg_loss_weight),
         }
-        return proposals, losses
 
     def _is_sparse(self, num_chosen: int, num_anchors: int) -> bool:
         """Gathering pays while the chosen anchors are few; several 3x3 convolutions see a wider field."""
@@ -213,7 +224,7 @@ class RPN(nn.Module):
             matched.append(target.boxes[index] if len(target) else anchors)
         return labels, matched
 
-    def _select(
+    def select_proposals(
         self,
         anchors: Sequence[Tensor],
         logits: Sequence[Tensor],
@@ -242,6 +253,11 @@ class RPN(nn.Module):
             best = batched_nms(boxes[keep], scores[n, keep].float(), level_of[keep], s.nms_thresh)
             proposals.append(boxes[keep[best[:after]]])
         return proposals
+
+
+def _take(values: Sequence[Tensor] | Tensor, chosen: Sequence[Tensor]) -> Tensor:
+    """Values of each image at its chosen positions, one image after the other."""
+    return torch.cat([value[index] for value, index in zip(values, chosen, strict=True)])
 
 
 def _split_levels(chosen: Sequence[Tensor], level_sizes: Sequence[int]) -> tuple[list[Tensor], Tensor]:

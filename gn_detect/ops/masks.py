@@ -33,7 +33,7 @@ def rasterize_polygons(polygons: PolygonMask, height: int, width: int) -> np.nda
 
 
 def rasterize_polygons_in_box(polygons: PolygonMask, box: np.ndarray, side: int) -> np.ndarray:
-    """The part of an object inside ``box`` (4,) ``xyxy``, drawn on a grid of side x side: bool (side, side)."""
+    """The part of an object inside ``box`` (4,) ``xyxy`` on a grid of cells: bool (side, side)."""
     width, height = max(box[2] - box[0], 0.1), max(box[3] - box[1], 0.1)
     scale = np.array([side / width, side / height])
     moved = [((p.reshape(-1, 2) - box[:2]) * scale).reshape(-1) for p in polygons]
@@ -60,9 +60,7 @@ def _align(x: Tensor, rois: Tensor, side: int) -> Tensor:
     return torchvision.ops.roi_align(x, rois, side, spatial_scale=1.0, sampling_ratio=0, aligned=True)
 
 
-def rasterize_masks(
-    masks: Sequence[PolygonMask | Tensor], which: Tensor, boxes: Tensor, side: int
-) -> Tensor:
+def rasterize_masks(masks: Sequence[PolygonMask | Tensor], which: Tensor, boxes: Tensor, side: int) -> Tensor:
     """Mask targets for RoIs: polygons are drawn for each RoI, bitmaps are cropped, each as detectron2 does.
 
     Args:

@@ -49,7 +49,14 @@ def roi_align(
     if on_cpu and torch.backends.mkl.is_available() and len(boxes):
         with torch.no_grad():
             weights = _pooling_matrix(
-                [f.shape for f in features], boxes, image, level, strides, output_size, sampling_ratio, aligned
+                [f.shape for f in features],
+                boxes,
+                image,
+                level,
+                strides,
+                output_size,
+                sampling_ratio,
+                aligned,
             )
         pooled = _SparsePooling.apply(weights.to(dtype), *features)
         return pooled.view(len(boxes), output_size, output_size, -1).permute(0, 3, 1, 2)
@@ -145,7 +152,9 @@ def _axis_weights(
     samples = samples.clamp(min=0)[:, None, None]
     steps = torch.arange(max(int(samples.max()), 1), dtype=extent.dtype)
     bins = torch.arange(side, dtype=extent.dtype)[:, None]
-    position = start[:, None, None] + bins * size + (steps + 0.5) * size / samples.clamp(min=1)  # (R, S, samples)
+    position = (
+        start[:, None, None] + bins * size + (steps + 0.5) * size / samples.clamp(min=1)
+    )  # (R, S, samples)
     edge = limit.to(extent.dtype)[:, None, None]
     inside = (steps < samples) & (position >= -1) & (position <= edge)
     position = torch.minimum(position.clamp(min=0), edge - 1)

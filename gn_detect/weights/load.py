@@ -128,8 +128,8 @@ def _refuse_other_architecture(report: LoadReport, checkpoint: Checkpoint, own: 
     if known < MATCHED_SHARE * min(len(own), len(checkpoint.tensors)) or not report.matched:
         raise UserError(
             f"{report.path} is of another architecture, or names its tensors in another way: {known} of "
-            f"the model's {len(own)} tensors are in it; the file has {_some(report.unexpected)}, the model wants "
-            f"{_some(report.missing)}; give a checkpoint of this configuration with detectron2's names"
+            f"the model's {len(own)} tensors are in it; the file has {_some(report.unexpected)}, the model "
+            f"wants {_some(report.missing)}; give a checkpoint of this configuration with detectron2's names"
         )
 
 
@@ -152,12 +152,15 @@ def _refuse_other_norm(report: LoadReport, own: dict[str, Tensor]) -> None:
 
 def _refuse_incomplete(report: LoadReport, own: dict[str, Tensor]) -> None:
     if report.mismatched:
-        first = report.mismatched[0]
-        classes = _class_count(report.mismatched)
-        raise UserError(
-            f"{report.path} was trained for another number of classes: {first}; set "
-            f"MODEL.ROI_HEADS.NUM_CLASSES{f' to {classes}' if classes else ''}, or train on from it first"
-        )
+        classifiers = [mismatch for mismatch in report.mismatched if ".cls_score." in mismatch.name]
+        first = [*classifiers, *report.mismatched][0]
+        if classifiers:  # one output for each class, and the background
+            remedy = (
+                f"set MODEL.ROI_HEADS.NUM_CLASSES to {first.file_shape[0] - 1}, or train on from it first"
+            )
+        else:
+            remedy = "set CLS_AGNOSTIC_BBOX_REG and CLS_AGNOSTIC_MASK as in training"
+        raise UserError(f"{report.path} was trained for other classes: {first}; {remedy}")
     if report.missing:
         raise UserError(
             f"{report.path} lacks {len(report.missing)} of the model's {len(own)} tensors, such as "
@@ -169,16 +172,6 @@ def _refuse_incomplete(report: LoadReport, own: dict[str, Tensor]) -> None:
             f"{report.path} has {len(extra)} tensors that the model lacks, such as {_some(extra)}; "
             f"use the configuration that it was trained with"
         )
-
-
-def _class_count(mismatched: list[Mismatch]) -> int | None:
-    """The file's number of classes, from its classifier (background is one more) or mask predictor."""
-    for mismatch in mismatched:
-        if ".cls_score." in mismatch.name:
-            return mismatch.file_shape[0] - 1
-        if ".mask_head." in mismatch.name:
-            return mismatch.file_shape[0]
-    return None
 
 
 def _belongs_to_absent_head(name: str, own: dict[str, Tensor]) -> bool:

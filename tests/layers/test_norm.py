@@ -32,7 +32,9 @@ def test_every_name_normalises(name: str) -> None:
     group = {"BN": (0, 2, 3), "GN1": (1, 2, 3), "IN": (2, 3), "LN": (1,)}.get(name)
     if group:
         torch.testing.assert_close(y.mean(group), torch.zeros_like(y.mean(group)), atol=1e-5, rtol=0)
-        torch.testing.assert_close(y.var(group, unbiased=False), torch.ones_like(y.mean(group)), atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            y.var(group, unbiased=False), torch.ones_like(y.mean(group)), atol=1e-3, rtol=0
+        )
 
 
 def test_names_without_a_layer() -> None:
@@ -40,7 +42,9 @@ def test_names_without_a_layer() -> None:
     assert isinstance(make_norm("SyncBN", 8), nn.SyncBatchNorm)
     with pytest.raises(ValueError, match="unknown norm 'XN'; choose one of '', 'BN'"):
         make_norm("XN", 8)
-    with pytest.raises(ValueError, match="40 channels cannot be split into 32 groups; set MODEL.GN.NUM_GROUPS"):
+    with pytest.raises(
+        ValueError, match="40 channels cannot be split into 32 groups; set MODEL.GN.NUM_GROUPS"
+    ):
         make_norm("GN", 40)
 
 
@@ -67,7 +71,9 @@ def test_frozen_batch_norm_is_batch_norm_in_evaluation_mode() -> None:
     torch.testing.assert_close(frozen(x), norm(x), rtol=1e-5, atol=1e-5)
     x.requires_grad_()
     gradient = torch.autograd.grad(frozen(x).square().sum(), x)[0]
-    torch.testing.assert_close(gradient, torch.autograd.grad(norm(x).square().sum(), x)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(norm(x).square().sum(), x)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["", "BN", "FrozenBN", "GN", "GN1", "IN", "LN"])

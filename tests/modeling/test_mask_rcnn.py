@@ -39,17 +39,26 @@ ARCHITECTURES = {
     },
     "R-50-FPN stride in 1x1": BOTTLENECK | {"MODEL.RESNETS.STRIDE_IN_1X1": True},
     "X-50-FPN": BOTTLENECK
-    | {"MODEL.RESNETS.NUM_GROUPS": 8, "MODEL.RESNETS.WIDTH_PER_GROUP": 8, "MODEL.RESNETS.STRIDE_IN_1X1": False},
+    | {
+        "MODEL.RESNETS.NUM_GROUPS": 8,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    },
     "C4": BOTTLENECK | C4,
     "DC5": DC5,
-    "class-agnostic": {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True},
+    "class-agnostic": {
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+        "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
+    },
     "Faster R-CNN": {"MODEL.MASK_ON": False},
     "FPN avg, two RPN convolutions": {"MODEL.FPN.FUSE_TYPE": "avg", "MODEL.RPN.CONV_DIMS": [-1, -1]},
 }
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_trains_and_detects(name: str, small_model, make_images, target, empty_target) -> None:
+def test_every_architecture_trains_and_detects(
+    name: str, small_model, make_images, target, empty_target
+) -> None:
     model = small_model(ARCHITECTURES[name])
     images = make_images((96, 128), (96, 96))
     losses = model(images, [target, empty_target])
@@ -64,7 +73,11 @@ def test_every_architecture_trains_and_detects(name: str, small_model, make_imag
     detections = model.detect(images, [(192, 256), (50, 50)])
     for found, (height, width) in zip(detections, [(192, 256), (50, 50)], strict=True):
         assert 0 < len(found) <= 100
-        assert (found.boxes >= 0).all() and (found.boxes[:, 2] <= width).all() and (found.boxes[:, 3] <= height).all()
+        assert (
+            (found.boxes >= 0).all()
+            and (found.boxes[:, 2] <= width).all()
+            and (found.boxes[:, 3] <= height).all()
+        )
         assert (found.scores.diff() <= 0).all() and found.labels.max() < 3
         assert (found.masks is not None) == model.has_masks
         if model.has_masks:
@@ -92,11 +105,18 @@ def test_norm_keys_choose_the_layers(norm: str, small_model, make_images, empty_
             "MODEL.ROI_BOX_HEAD.CONV_DIM": 32,
         }
     )
-    for part in (model.backbone.bottom_up, model.backbone.fpn_output2, model.roi_heads.box_head, model.roi_heads.mask_head):
+    for part in (
+        model.backbone.bottom_up,
+        model.backbone.fpn_output2,
+        model.roi_heads.box_head,
+        model.roi_heads.mask_head,
+    ):
         norms = [m for m in part.modules() if is_norm(m)]
         assert norms and len({type(m) for m in norms}) == 1
     groups = {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)}
-    assert (groups == {"GN": {32}, "GN1": {1}}.get(norm, groups)) and bool(groups) == (norm in ("GN", "GN1", "IN"))
+    assert (groups == {"GN": {32}, "GN1": {1}}.get(norm, groups)) and bool(groups) == (
+        norm in ("GN", "GN1", "IN")
+    )
     losses = model(make_images((64, 64)), [empty_target])
     assert torch.isfinite(sum(losses.values()))
 
@@ -159,5 +179,7 @@ def test_float_and_uint8_images_are_the_same(small_model, make_images) -> None:
 
 
 def test_channels_must_fit_the_groups(small_model) -> None:
-    with pytest.raises(Exception, match="40 channels cannot be split into 32 groups; set MODEL.GN.NUM_GROUPS"):
+    with pytest.raises(
+        Exception, match="40 channels cannot be split into 32 groups; set MODEL.GN.NUM_GROUPS"
+    ):
         small_model({"MODEL.FPN.OUT_CHANNELS": 40})

@@ -15,7 +15,7 @@ def test_thresholds_and_labels() -> None:
 
 
 def test_every_object_keeps_its_best_boxes() -> None:
-    """All ties count, the index stays that of the box's own best object, an overlap of zero does not count."""
+    """All ties count; the index stays that of the box's own best object; an overlap of 0 is none."""
     iou = torch.tensor([[0.2, 0.2, 0.1, 0.0], [0.0, 0.8, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     index, label = match(iou, (0.3, 0.7), (0, -1, 1), keep_best_of_each_object=True)
     assert label.tolist() == [1, 1, 0, 0]

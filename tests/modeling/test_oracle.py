@@ -111,9 +111,13 @@ def load_training_sample(folder: Path, name: str, config: Config) -> tuple[Tenso
     new_width, new_height = int(width * scale + 0.5), int(height * scale + 0.5)
     pixels = np.asarray(image.resize((new_width, new_height), Image.Resampling.BILINEAR))[:, :, ::-1].copy()
     factor = torch.tensor([new_width / width, new_height / height] * 2, dtype=torch.float64)
-    boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in objects)]).double() * factor
+    boxes = (
+        torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in objects)]).double() * factor
+    )
     masks = [
-        Image.fromarray(coco_mask.decode(a["segmentation"])).resize((new_width, new_height), Image.Resampling.NEAREST)
+        Image.fromarray(coco_mask.decode(a["segmentation"])).resize(
+            (new_width, new_height), Image.Resampling.NEAREST
+        )
         for a in objects
     ]
     bitmaps = [torch.from_numpy(np.asarray(mask).astype(bool)) for mask in masks]

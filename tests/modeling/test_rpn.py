@@ -47,7 +47,10 @@ def make_features(requires_grad: bool = True) -> dict[str, torch.Tensor]:
 
 def make_targets() -> list[Target]:
     boxes = torch.tensor([[4.0, 4, 36, 30], [50, 20, 90, 60]])
-    return [Target(boxes, torch.zeros(2, dtype=torch.int64)), Target(boxes[:0], torch.zeros(0, dtype=torch.int64))]
+    return [
+        Target(boxes, torch.zeros(2, dtype=torch.int64)),
+        Target(boxes[:0], torch.zeros(0, dtype=torch.int64)),
+    ]
 
 
 def run(sparse: bool) -> tuple[dict, list[torch.Tensor], list[torch.Tensor]]:

@@ -23,7 +23,9 @@ boxes = st.lists(st.tuples(coordinate, coordinate, length, length), min_size=1, 
 def test_decoding_inverts_encoding(reference: torch.Tensor, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     shift = torch.rand(reference.shape, generator=generator, dtype=torch.float64)
-    target = reference + shift * 0.4 * torch.tensor([-1, -1, 1, 1]) * (reference[:, 2:] - reference[:, :2]).min()
+    target = (
+        reference + shift * 0.4 * torch.tensor([-1, -1, 1, 1]) * (reference[:, 2:] - reference[:, :2]).min()
+    )
     deltas = encode_boxes(reference, target, WEIGHTS)
     decoded = decode_boxes(deltas, reference, WEIGHTS)
     assert decoded.dtype == torch.float32
@@ -39,7 +41,9 @@ def test_deltas_of_a_known_pair() -> None:
 
 
 def test_growth_is_limited() -> None:
-    grown = decode_boxes(torch.tensor([[0.0, 0.0, 100.0, 100.0]]), torch.tensor([[0.0, 0.0, 16.0, 16.0]]), (1, 1, 1, 1))
+    grown = decode_boxes(
+        torch.tensor([[0.0, 0.0, 100.0, 100.0]]), torch.tensor([[0.0, 0.0, 16.0, 16.0]]), (1, 1, 1, 1)
+    )
     torch.testing.assert_close(grown, torch.tensor([[-492.0, -492.0, 508.0, 508.0]]))
 
 

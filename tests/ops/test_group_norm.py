@@ -39,7 +39,9 @@ def test_gradients_and_inputs_survive_the_in_place_steps() -> None:
     x, residual = (
         torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)
     )
-    weight, bias = (torch.randn(4, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    weight, bias = (
+        torch.randn(4, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)
+    )
     before = x.detach().clone(), residual.detach().clone()
     assert torch.autograd.gradcheck(
         lambda x, r, w, b: group_norm(x, 2, w, b, residual=r, activation="relu"), (x, residual, weight, bias)

@@ -16,7 +16,8 @@ def make_case(dtype: torch.dtype, batch: int = 2) -> tuple[list[Tensor], Tensor,
     """Pyramid, boxes (some outside, empty or upside down), their image and their level."""
     generator = torch.Generator().manual_seed(0)
     features = [
-        torch.randn(batch, 8, 32 >> i, 40 >> i, dtype=dtype, generator=generator).requires_grad_() for i in range(3)
+        torch.randn(batch, 8, 32 >> i, 40 >> i, dtype=dtype, generator=generator).requires_grad_()
+        for i in range(3)
     ]
     corner = torch.rand(60, 2, dtype=dtype, generator=generator) * 200 - 40
     size = torch.rand(60, 2, dtype=dtype, generator=generator) ** 3 * 300
@@ -78,7 +79,9 @@ def test_without_the_sparse_product(monkeypatch: pytest.MonkeyPatch) -> None:
     features, boxes, image, level = make_case(torch.float32)
     sparse = roi_align(features, boxes, image, level, STRIDES, 7)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    torch.testing.assert_close(roi_align(features, boxes, image, level, STRIDES, 7), sparse, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        roi_align(features, boxes, image, level, STRIDES, 7), sparse, rtol=0, atol=1e-5
+    )
 
 
 def test_bfloat16_is_rounded_once() -> None:

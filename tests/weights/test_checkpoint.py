@@ -1,4 +1,4 @@
-"""Reading and writing checkpoint files: round trips, hostile and damaged files, real files of other projects."""
+"""Reading and writing checkpoint files: round trips, hostile and damaged files, files of other projects."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_tied_and_strided_tensors_fit_safetensors(tmp_path: Path) -> None:
 def test_wrappers_of_training_programs_are_removed(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
     state = make_state_dict()
     wrapped: dict[str, Any] = {prefix + name: tensor for name, tensor in state.items()}
-    torch.save({**wrapped, "epoch": 3} if wrapper is None else {wrapper: wrapped, "epoch": 3}, tmp_path / "m.pth")
+    torch.save(
+        {**wrapped, "epoch": 3} if wrapper is None else {wrapper: wrapped, "epoch": 3}, tmp_path / "m.pth"
+    )
     checkpoint = read_checkpoint(tmp_path / "m.pth")
     assert_same(checkpoint.tensors, state)
     assert checkpoint.metadata == {"epoch": 3}
@@ -109,7 +111,7 @@ def test_numpy_pickles_of_every_protocol_are_read(tmp_path: Path, protocol: int)
 
 
 def test_pickles_of_python_2_and_numpy_1_are_read(tmp_path: Path) -> None:
-    """Written by hand: the opcodes of a Python 2 ``cPickle.dump(..., 2)`` of ``{'w': array([1., -2.], 'f4')}``."""
+    """Written by hand: Python 2's opcodes for ``{'w': array([1., -2.], 'f4')}``, protocol 2."""
 
     def text(value: bytes) -> bytes:
         return b"U" + bytes([len(value)]) + value
@@ -117,8 +119,11 @@ def test_pickles_of_python_2_and_numpy_1_are_read(tmp_path: Path) -> None:
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
         b"(K\x01K\x02\x85cnumpy\ndtype\n" + text(b"f4") + b"K\x00K\x01\x87R"
-        b"(K\x03" + text(b"<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
-        + text(struct.pack("<2f", 1.0, -2.0)) + b"tb"
+        b"(K\x03"
+        + text(b"<")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        + text(struct.pack("<2f", 1.0, -2.0))
+        + b"tb"
     )
     (tmp_path / "m.pkl").write_bytes(b"\x80\x02}" + text(b"w") + array + b"s.")
     assert read_checkpoint(tmp_path / "m.pkl").tensors["w"].tolist() == [1.0, -2.0]
@@ -154,7 +159,8 @@ def test_a_hostile_torch_file_is_refused_and_not_run(tmp_path: Path, zipped: boo
 
 
 @pytest.mark.parametrize(
-    "name", ["builtins eval", "builtins getattr", "numpy load", "functools partial", "torch load", "os.path join"]
+    "name",
+    ["builtins eval", "builtins getattr", "numpy load", "functools partial", "torch load", "os.path join"],
 )
 def test_a_pickle_may_name_nothing_else(tmp_path: Path, name: str) -> None:
     path = tmp_path / "m.pkl"
@@ -285,7 +291,7 @@ def test_reading_a_pickle_does_not_import_what_it_names(tmp_path: Path) -> None:
 
 
 def test_real_checkpoints_of_other_projects_are_read(shared_dir: Path) -> None:
-    """CIFAR-10 ResNets saved by PyTorch 1.x from DataParallel, and ImageNet networks in both torch formats."""
+    """CIFAR-10 ResNets saved from DataParallel, and ImageNet networks, in both torch formats."""
     expected = {
         "resnet_cifar10_bn/resnet20-12fca82f.th": ("conv1.weight", (16, 3, 3, 3)),
         "resnet20_cifar10_gn_bn/resnet20_cifar10_gn_bs32.pth": ("conv1.weight", (16, 3, 3, 3)),

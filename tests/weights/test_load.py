@@ -96,9 +96,20 @@ def test_buffers_that_change_no_result_may_be_on_one_side(tmp_path: Path) -> Non
 
 def test_other_classes_are_refused_in_evaluation_with_the_number_to_set(tmp_path: Path) -> None:
     path = write(tmp_path / "m.pth", randomised(Detector(num_classes=80)))
-    with pytest.raises(UserError, match=r"cls_score.weight is \(81, 8\) in the file and \(4, 8\) in the model; "
-                       r"set MODEL.ROI_HEADS.NUM_CLASSES to 80"):
+    with pytest.raises(
+        UserError,
+        match=r"cls_score.weight is \(81, 8\) in the file and \(4, 8\) in the model; "
+        r"set MODEL.ROI_HEADS.NUM_CLASSES to 80",
+    ):
         load_weights(Detector(num_classes=3), path)
+
+
+def test_an_agnostic_box_head_is_told_from_other_classes(tmp_path: Path) -> None:
+    state = randomised(Detector(num_classes=3))
+    state["roi_heads.box_predictor.bbox_pred.weight"] = torch.ones(4, 8)
+    state["roi_heads.box_predictor.bbox_pred.bias"] = torch.ones(4)
+    with pytest.raises(UserError, match=r"bbox_pred.weight is \(4, 8\).*set CLS_AGNOSTIC_BBOX_REG"):
+        load_weights(Detector(num_classes=3), write(tmp_path / "m.pth", state))
 
 
 def test_other_classes_start_afresh_in_training(tmp_path: Path) -> None:
@@ -117,7 +128,7 @@ def test_other_classes_start_afresh_in_training(tmp_path: Path) -> None:
     ("other", "message"),
     [
         (Detector(width=16), r"does not fit the model: backbone.conv.weight is \(16, 3, 3, 3\) in the file"),
-        (nn.Sequential(nn.Conv2d(3, 8, 3)), r"another architecture.*0 of the model's 11 tensors are in it.*'0.weight'"),
+        (nn.Sequential(nn.Conv2d(3, 8, 3)), r"another architecture.*: 0 of the model's 11 .*'0.weight'"),
         (Detector(norm="BN"), "another norm: backbone.norm is a BatchNorm in the file and not in the model"),
     ],
 )

@@ -1,0 +1,263 @@
+"""Several processes that train together: starting them, talking between them, and configs scaled to them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+T = TypeVar("T")
+
+
+def launch(
+    function: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    *,
+    device: str,
+    num_gpus: int = 1,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+) -> None:
+    """Call ``function(*args)`` once in each process of the run; this machine starts ``num_gpus`` of them.
+
+    Under torchrun, whose environment variables are recognised, this process joins its group instead. A single
+    process runs here, without a group.
+
+    Args:
+        function: importable by name; its result is dropped.
+        device: ``MODEL.DEVICE``; on a CPU the processes share it.
+        num_gpus: processes on this machine.
+        num_machines, machine_rank: how many machines there are, and which one this is, from 0.
+        dist_url: ``tcp://host:port`` of machine 0; ``auto`` finds a port for a single machine.
+
+    Raises:
+        UserError: the flags do not fit together or the machine, or a process raised one.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        with _process_group(device, "env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])):
+            function(*args)
+        return
+    _check_flags(device, num_gpus, num_machines, machine_rank, dist_url)
+    world_size = num_gpus * num_machines
+    if world_size == 1:
+        function(*args)
+        return
+    if dist_url == "auto":
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    messages = mp.get_context("spawn").SimpleQueue()
+    first_rank = machine_rank * num_gpus
+    try:
+        mp.spawn(
+            _process,
+            (function, args, device, dist_url, first_rank, world_size, messages),
+            nprocs=num_gpus,
+        )
+    except mp.ProcessExitedException:
+        if messages.empty():
+            raise
+        raise UserError(messages.get()) from None
+
+
+def _process(
+    local_rank: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    device: str,
+    dist_url: str,
+    first_rank: int,
+    world_size: int,
+    messages: Any,
+) -> None:
+    """One spawned process: a UserError travels to the parent as its message."""
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    try:
+        with _process_group(device, dist_url, first_rank + local_rank, world_size):
+            function(*args)
+    except UserError as error:
+        messages.put(str(error))
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def _process_group(device: str, url: str, rank: int, world_size: int) -> Iterator[None]:
+    on_gpu = uses_cuda(device)
+    if on_gpu:
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=url, rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_flags(device: str, num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
+    if num_gpus < 1 or num_machines < 1:
+        raise UserError("--num-gpus and --num-machines must be at least 1")
+    if not 0 <= machine_rank < num_machines:
+        raise UserError(f"--machine-rank {machine_rank} must be from 0 to {num_machines - 1} (--num-machines)")
+    if num_machines > 1 and dist_url == "auto":
+        raise UserError("--num-machines needs --dist-url tcp://HOST:PORT with the address of machine 0")
+    if num_gpus > 1 and uses_cuda(device) and num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}; ask for fewer")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def uses_cuda(device: str) -> bool:
+    """Whether ``MODEL.DEVICE`` means a GPU on this machine."""
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def resolve_device(cfg: Config) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        UserError: ``MODEL.DEVICE`` names a GPU that is not there.
+    """
+    name = cfg.model.device
+    if not uses_cuda(name):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"MODEL.DEVICE is {name!r} but PyTorch finds no GPU; set it to cpu or auto")
+    own = is_distributed() or name in ("auto", "cuda")
+    device = torch.device("cuda", local_rank()) if own else torch.device(name)
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"MODEL.DEVICE is {name!r} but there are {torch.cuda.device_count()} GPUs; correct it")
+    return device
+
+
+def is_distributed() -> bool:
+    """Whether several processes work together."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """This process among all, from 0."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def local_rank() -> int:
+    """This process among those of this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if is_distributed() or "RANK" in os.environ else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files and log lines."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if is_distributed():
+        dist.barrier()
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor of one shape over all processes."""
+    if not is_distributed():
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / world_size()
+
+
+def from_main(value: T) -> T:
+    """The value of process 0, in all processes."""
+    if not is_distributed():
+        return value
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in all processes, in the order of ranks."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a model so that its gradients are averaged over the processes; alone it stays as it is.
+
+    Every loss touches its head even where a batch has no object, so all parameters take part in every step.
+    """
+    if not is_distributed():
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def check_synchronised_norms(model: nn.Module, device: torch.device) -> None:
+    """Refuse SyncBN where there is nothing to synchronise with.
+
+    Raises:
+        UserError: the model has SyncBN, and this is a single process or a CPU.
+    """
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        if not is_distributed() or device.type != "cuda":
+            raise UserError(
+                "NORM SyncBN needs several GPU processes; start with --num-gpus above 1, or set NORM to BN or GN"
+            )
+
+
+def scale_config(cfg: Config, world_size: int) -> Config:
+    """A config for ``SOLVER.REFERENCE_WORLD_SIZE`` processes, for ``world_size`` of them.
+
+    Images in each process stay as they are: the batch and the learning rate grow with the processes, the
+    iterations, steps, warm-up and periods shrink (Goyal et al. 2017, arXiv 1706.02677). The rules, rounding
+    included, are those of detectron2's ``auto_scale_workers``; a reference of 0 changes nothing.
+
+    Raises:
+        UserError: the batch cannot be divided by the reference.
+    """
+    solver, reference = cfg.solver, cfg.solver.reference_world_size
+    if reference in (0, world_size):
+        return cfg
+    if solver.ims_per_batch % reference:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {solver.ims_per_batch} is not divisible by SOLVER.REFERENCE_WORLD_SIZE "
+            f"{reference}; correct one of them"
+        )
+    scale = world_size / reference
+    return cfg.replace(
+        {
+            "SOLVER.IMS_PER_BATCH": round(solver.ims_per_batch * scale),
+            "SOLVER.BASE_LR": solver.base_lr * scale,
+            "SOLVER.MAX_ITER": round(solver.max_iter / scale),
+            "SOLVER.WARMUP_ITERS": round(solver.warmup_iters / scale),
+            "SOLVER.STEPS": [round(step / scale) for step in solver.steps],
+            "SOLVER.CHECKPOINT_PERIOD": round(solver.checkpoint_period / scale),
+            "TEST.EVAL_PERIOD": round(cfg.test.eval_period / scale),
+            "SOLVER.REFERENCE_WORLD_SIZE": world_size,
+        }
+    )

@@ -1,0 +1,124 @@
+"""Evaluation of a model on the test sets of a config."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes
+from ..errors import UserError
+from ..evaluation import evaluate_model
+from ..files import atomic_write_json
+from ..modeling import build_model
+from ..modeling.mask_rcnn import MaskRCNN
+from ..weights import load_weights
+from .checkpoint import find_last_checkpoint
+from .distributed import from_main, get_rank, is_main, resolve_device, world_size
+from .writers import run_log
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, Any]
+"""``{"bbox": {"AP": ...}, "segm": {...}}`` in percent; for several test sets one such dict for each name."""
+
+TestSets = dict[str, tuple[SampleLoader, CocoDataset]]
+"""Loader and dataset by name."""
+
+
+def evaluate(cfg: Config, *, resume: bool = False) -> Results:
+    """Box and mask AP of a checkpoint on ``DATASETS.TEST``.
+
+    Writes ``OUTPUT_DIR/inference/<dataset>/`` and ``OUTPUT_DIR/results.json``.
+
+    Args:
+        cfg: ``MODEL.WEIGHTS`` is the checkpoint.
+        resume: take the newest checkpoint of ``OUTPUT_DIR`` instead, if there is one.
+
+    Raises:
+        UserError: there is no checkpoint, it does not fit the config, or the data are wrong.
+    """
+    with run_log() as log:
+        device = resolve_device(cfg)
+        weights = (find_last_checkpoint(cfg.output_dir) if resume else None) or cfg.model.weights
+        if not weights:
+            raise UserError(
+                f"nothing to evaluate: MODEL.WEIGHTS is empty"
+                f"{f' and {cfg.output_dir} has no checkpoint' if resume else ''}; "
+                f"add MODEL.WEIGHTS path/to/model_final.pth"
+            )
+        tests = load_test_sets(cfg)
+        if not tests:
+            raise UserError("DATASETS.TEST is empty; name the dataset to evaluate on, or give --val-json")
+        model = build_model(cfg)
+        logger.info("%s", load_weights(model, weights))
+        model.to(device)
+        if is_main():
+            make_folder(cfg.output_dir)
+            log.open(Path(cfg.output_dir) / "log.txt")
+        results = evaluate_test_sets(cfg, model, tests)
+        if is_main():
+            atomic_write_json(Path(cfg.output_dir) / "results.json", results, indent=2)
+        return results
+
+
+def load_test_sets(cfg: Config) -> TestSets:
+    """Every set of ``DATASETS.TEST``, this process's share of it.
+
+    Raises:
+        UserError: files are missing or wrong, or ``NUM_CLASSES`` is not theirs.
+    """
+    tests = {}
+    for name in cfg.datasets.test:
+        loader, dataset = build_test_loader(cfg, name, rank=get_rank(), world_size=world_size())
+        check_classes(dataset, cfg.model.roi_heads.num_classes)
+        tests[name] = loader, dataset
+    return tests
+
+
+def evaluate_test_sets(cfg: Config, model: MaskRCNN, tests: TestSets) -> Results:
+    """AP on each set; the model comes back in the mode, training or not, in which it was."""
+    iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
+    training = model.training
+    model.eval()
+    results = {}
+    for name, (loader, dataset) in tests.items():
+        folder = Path(cfg.output_dir) / "inference" / name
+        logger.info("evaluating %d images of %s", len(dataset), name)
+        found = evaluate_model(
+            model, loader, dataset, folder, backend=cfg.test.coco_eval_backend, iou_types=iou_types
+        )
+        results[name] = found
+        for iou_type, numbers in found.items():
+            line = "  ".join(f"{key} {numbers[key]:.2f}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
+            logger.info("%s %s: %s", name, iou_type, line)
+        if is_main():
+            atomic_write_json(folder / "results.json", found, indent=2)
+    model.train(training)
+    return from_main(next(iter(results.values())) if len(results) == 1 else results)
+
+
+def scalars_of(results: Results) -> dict[str, float]:
+    """Results as flat scalars: ``bbox/AP``, or ``<dataset>/bbox/AP`` for several test sets."""
+    flat: dict[str, float] = {}
+    for key, value in results.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}/{name}": number for name, number in scalars_of(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def make_folder(path: str | Path) -> None:
+    """Create the run folder.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {path} cannot be created: {error.strerror}; choose another folder") from error

@@ -1,0 +1,105 @@
+"""The optimiser of a run, with detectron2's parameter groups, and gradient clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..layers import is_norm
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+
+def build_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW, as ``SOLVER.OPTIMIZER`` says, over the parameters that are trained.
+
+    Each group has its rate before any schedule as ``initial_lr``.
+    """
+    solver = cfg.solver
+    groups = parameter_groups(cfg, model)
+    if solver.optimizer == "AdamW":
+        return torch.optim.AdamW(groups, lr=solver.base_lr, betas=solver.betas, fused=True)
+    # Without momentum there is nothing to look ahead with; torch refuses the combination.
+    nesterov = solver.nesterov and solver.momentum > 0
+    return torch.optim.SGD(groups, lr=solver.base_lr, momentum=solver.momentum, nesterov=nesterov, fused=True)
+
+
+def parameter_groups(cfg: Config, model: nn.Module) -> list[dict[str, Any]]:
+    """Trained parameters by weight decay and learning rate, in the order of ``model.modules()``.
+
+    ``WEIGHT_DECAY_NORM`` applies to the parameters of normalisations (0 by default, which the Group
+    Normalization paper calls important), ``WEIGHT_DECAY_BIAS`` and ``BIAS_LR_FACTOR`` to whatever is named
+    ``bias``, norms included; None means ``WEIGHT_DECAY`` or the norm's own. As in detectron2.
+    """
+    solver = cfg.solver
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            rate, decay = solver.base_lr, solver.weight_decay
+            if is_norm(module):
+                decay = solver.weight_decay_norm
+            if name == "bias":
+                rate *= solver.bias_lr_factor
+                if solver.weight_decay_bias is not None:
+                    decay = solver.weight_decay_bias
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def clip_gradients(cfg: Config, parameters: Sequence[nn.Parameter]) -> None:
+    """Limit gradients in place as ``SOLVER.CLIP_GRADIENTS`` says; nothing waits for the device.
+
+    ``value`` limits each element, ``norm`` the norm of each parameter by itself (both as in detectron2),
+    ``full_model`` the norm of all gradients together.
+    """
+    clip = cfg.solver.clip_gradients
+    if not clip.enabled:
+        return
+    if clip.clip_type == "value":
+        nn.utils.clip_grad_value_(parameters, clip.clip_value)
+    elif clip.clip_type == "full_model":
+        nn.utils.clip_grad_norm_(parameters, clip.clip_value, clip.norm_type)
+    else:
+        for parameter in parameters:
+            nn.utils.clip_grad_norm_(parameter, clip.clip_value, clip.norm_type)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], origin: str) -> None:
+    """Take over momenta from ``saved``, an optimiser's ``state_dict()``; the rates and decays stay the config's.
+
+    Args:
+        origin: the checkpoint, for messages.
+
+    Raises:
+        UserError: ``saved`` belongs to other parameters or another kind of optimiser.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    wanted = {"exp_avg", "exp_avg_sq", "step"} if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
+    state = optimizer.state_dict()
+    state["state"] = {}
+    for index, values in saved.get("state", {}).items():
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        fits = index < len(parameters) and set(tensors) <= wanted
+        if not fits or any(v.dim() and v.shape != parameters[index].shape for v in tensors.values()):
+            raise UserError(
+                f"the optimiser state in {origin} belongs to other settings; resume with the SOLVER and MODEL "
+                f"keys of that run, or start anew from it with MODEL.WEIGHTS"
+            )
+        # Fused kernels walk through memory, so a momentum must lie there as its parameter does.
+        state["state"][index] = {
+            key: torch.empty_like(parameters[index]).copy_(value) if value.dim() else value
+            for key, value in tensors.items()
+        }
+    optimizer.load_state_dict(state)

@@ -1,0 +1,148 @@
+"""What a run writes while it goes: log lines, ``metrics.jsonl`` and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import UserError
+from ..files import atomic_write_text
+from .distributed import is_main
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+LOGGER = "gn_detect"
+
+
+class RunLog(logging.handlers.MemoryHandler):
+    """Keeps the package's log lines until the run folder exists, then writes them to ``log.txt``."""
+
+    def __init__(self) -> None:
+        super().__init__(capacity=0, flushLevel=logging.CRITICAL + 1)
+
+    def shouldFlush(self, record: logging.LogRecord) -> bool:
+        """As soon as there is a file."""
+        return self.target is not None
+
+    def open(self, path: Path) -> None:
+        """Append to ``path`` from now on."""
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.setTarget(handler)
+        self.flush()
+
+    def close(self) -> None:
+        """Close the file too."""
+        file = self.target
+        super().close()
+        if file is not None:
+            file.close()
+
+
+@contextmanager
+def run_log() -> Iterator[RunLog]:
+    """Log lines of the package go to standard output, unless somebody listens already, and to the RunLog.
+
+    Of several processes the first one speaks.
+    """
+    logger = logging.getLogger(LOGGER)
+    log = RunLog()
+    handlers: list[logging.Handler] = [log]
+    if not is_main():
+        handlers.append(logging.NullHandler())
+    elif not logger.hasHandlers():
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handlers.append(console)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield log
+    finally:
+        logger.setLevel(level)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class MetricsWriter:
+    """Scalars by iteration, as lines of ``metrics.jsonl`` and as TensorBoard events.
+
+    Args:
+        folder: the run's.
+        start: iterations from here on are dropped from an existing file: they are computed again.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        kept = [] if start == 0 else [line for line in _lines(self._path) if _iteration(line) < start]
+        atomic_write_text(self._path, "".join(f"{line}\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = _tensorboard(folder, start)
+
+    def write(self, iteration: int, scalars: dict[str, float]) -> None:
+        """``scalars`` after ``iteration``; values that are not finite become null.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        values = {key: value if math.isfinite(value) else None for key, value in scalars.items()}
+        try:
+            self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}; make room and --resume") from error
+        if self._board is not None:
+            for key, value in scalars.items():
+                self._board.add_scalar(key, value, iteration)
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, start: int) -> SummaryWriter | None:
+    """Events in the run's folder, or None where the tensorboard package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start or None)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _iteration(line: str) -> float:
+    """Of a line of ``metrics.jsonl``; infinite for a line that was cut off, so that it is dropped."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def memory_in_use(device: torch.device) -> float:
+    """The most memory that this process has held, in MiB: on the GPU, or as the system counts it on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,271 @@
+"""Annotation files: what is read from good ones, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+
+from gn_detect.data import CocoDataset, DatasetSource, check_classes, check_same_classes, join_datasets
+from gn_detect.errors import UserError
+
+Write = Callable[[Any], DatasetSource]
+
+
+def test_records_classes_and_objects(write_dataset: Write, small_coco: dict) -> None:
+    dataset = CocoDataset(write_dataset(small_coco))
+    assert [record.id for record in dataset.images] == [2, 5, 7, 11]
+    assert dataset.category_ids == [3, 9, 40]
+    assert dataset.class_names == ["ant", "cat", "dog"]
+    assert dataset.num_crowds == 1
+    assert dataset.objects.counts().tolist() == [1, 1, 2, 0]
+    assert [dataset.labels(i).tolist() for i in range(4)] == [[2], [0], [1, 0], []]
+    assert repr(dataset) == "CocoDataset(small: 4 images, 4 objects of 3 categories, 1 crowds)"
+
+
+def test_targets_mix_polygons_and_rle(write_dataset: Write, small_coco: dict) -> None:
+    bitmap = np.zeros((90, 60), dtype=np.uint8, order="F")
+    bitmap[20:50, 10:30] = 1
+    compressed = coco_mask.encode(bitmap)
+    compressed["counts"] = compressed["counts"].decode()
+    small_coco["annotations"].append({**small_coco["annotations"][2], "id": 6, "segmentation": compressed})
+    dataset = CocoDataset(write_dataset(small_coco))
+    target = dataset.target(0)
+    assert target.boxes.tolist() == [[10, 20, 30, 50]] * 2
+    for mask in target.masks:
+        torch.testing.assert_close(mask, torch.from_numpy(bitmap).bool())
+    target = dataset.target(2)
+    assert target.boxes.dtype == torch.float32 and target.labels.dtype == torch.int64
+    assert target.boxes.tolist() == [[10, 10, 40, 30], [50, 30, 70, 50]]
+    assert [[len(polygon) for polygon in mask] for mask in target.masks] == [[8], [6, 6]]
+    assert len(dataset.target(3)) == 0
+
+
+def test_reading_without_masks_needs_no_segmentation(write_dataset: Write, small_coco: dict) -> None:
+    for annotation in small_coco["annotations"]:
+        del annotation["segmentation"]
+    assert CocoDataset(write_dataset(small_coco), masks=False).target(2).masks is None
+    with pytest.raises(UserError, match="annotation 3 of image 2 has no segmentation; .*MODEL.MASK_ON False"):
+        CocoDataset(write_dataset(small_coco))
+
+
+def test_degenerate_boxes_are_dropped_with_one_warning(
+    write_dataset: Write, small_coco: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_coco["annotations"][0]["bbox"] = [10, 10, 0, 5]
+    small_coco["annotations"][4]["bbox"] = [64, 10, 5, 0]
+    with caplog.at_level(logging.WARNING):
+        dataset = CocoDataset(write_dataset(small_coco))
+    assert len(dataset.objects.labels) == 2
+    assert [r.getMessage().split("json: ")[1] for r in caplog.records] == [
+        "dropped 2 annotation(s) whose box has no width or no height"
+    ]
+
+
+def test_short_and_odd_polygons_are_dropped(
+    write_dataset: Write, small_coco: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_coco["annotations"][0]["segmentation"] = [[1, 1, 5, 5], [1, 2, 3, 4, 5, 6, 7]]
+    small_coco["annotations"][1]["segmentation"].append([1, 1, 5, 5])
+    with caplog.at_level(logging.WARNING):
+        dataset = CocoDataset(write_dataset(small_coco))
+    assert [len(mask) for mask in dataset.target(2).masks] == [2]
+    assert "dropped 1 annotation(s) without a polygon of at least 3 points" in caplog.text
+
+
+def test_box_partly_outside_is_kept_and_cut(write_dataset: Write, small_coco: dict) -> None:
+    small_coco["annotations"][0]["bbox"] = [-5, 50, 200, 30]
+    assert CocoDataset(write_dataset(small_coco)).target(2).boxes[0].tolist() == [0, 50, 90, 60]
+
+
+def change(**fields: Any) -> Callable[[dict], None]:
+    """Sets fields of the first annotation (id 1, image 7)."""
+    return lambda content: content["annotations"][0].update(fields)
+
+
+RLE = {"size": [60, 90], "counts": [0, 5400]}
+BAD: dict[str, tuple[Callable[[dict], Any], str]] = {
+    "unlisted category": (change(category_id=5), "annotation 1 of image 7 has category id 5, which"),
+    "unlisted image": (change(image_id=8), "annotation 1 belongs to image 8, which is not listed; add the"),
+    "repeated annotation": (change(id=2), "annotation id 2 occurs twice"),
+    "box outside": (change(bbox=[90, 0, 5, 5]), "annotation 1 of image 7 has its box .* outside .* 90x60"),
+    "box above": (change(bbox=[0, -9, 5, 9]), "annotation 1 of image 7 has its box .* outside the image"),
+    "negative box": (change(bbox=[50, 9, -5, 5]), r"annotation 1 of image 7 .*\[50, 9, -5, 5\] of negative"),
+    "nan box": (change(bbox=[float("nan"), 9, 5, 5]), "annotation 1 of image 7 .* 4 finite numbers"),
+    "short box": (change(bbox=[]), "annotation 1 of image 7 .* 4 finite numbers"),
+    "text box": (change(bbox=["1", 2, 3, 4]), "annotation 1 of image 7 .* 4 finite numbers"),
+    "no box": (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 of image 7 has no 'bbox'; add it"),
+    "no id": (lambda c: c["annotations"][0].pop("id"), r"annotation 0 \(counted from 0\) has no 'id'"),
+    "text id": (change(id="x"), r"annotation 0 .* has 'id' 'x'; it must be an integer"),
+    "text image id": (change(image_id="7"), "annotation 1 has 'image_id' '7'; it must be an integer"),
+    "crowd 2": (change(iscrowd=2), "annotation 1 of image 7 has 'iscrowd' 2; it must be 0 or 1"),
+    "ignore": (change(ignore=1), "annotation 1 of image 7 has 'ignore' 1, .*use 'iscrowd' 1"),
+    "no masks": (change(segmentation=[]), "annotation 1 of image 7 has no segmentation"),
+    "flat polygon": (change(segmentation=[1, 2, 3, 4, 5, 6]), "annotation 1 .* no list of polygons and no RLE"),
+    "nan polygon": (change(segmentation=[[1, 2, 3, 4, 5, float("inf")]]), "annotation 1 .* finite numbers"),
+    "RLE size": (change(segmentation=RLE | {"size": [90, 60]}), r"annotation 1 .* \[90, 60\], .* \[60, 90\]"),
+    "RLE sum": (change(segmentation=RLE | {"counts": [0, 5399]}), "annotation 1 .* of 5399 pixels, .* 5400"),
+    "RLE negative": (change(segmentation=RLE | {"counts": [-1, 5401]}), "annotation 1 .* without valid 'counts'"),
+    "RLE text": (change(segmentation=RLE | {"counts": "é"}), "annotation 1 .* without valid 'counts'"),
+    "RLE none": (change(segmentation={"size": [60, 90]}), "annotation 1 of image 7 .* without valid 'counts'"),
+    "annotation list": (lambda c: c["annotations"].append([1]), "annotation 5 .* is a list, not an object"),
+    "repeated image": (lambda c: c["images"].append(c["images"][0]), "image id 7 occurs twice"),
+    "no width": (lambda c: c["images"][0].pop("width"), "image 7 has no 'width'; add it"),
+    "no size": (lambda c: c["images"][0].update(width=0), "image 7 is 0x60 pixels"),
+    "no file name": (lambda c: c["images"][0].pop("file_name"), "image 7 has no 'file_name'"),
+    "no images": (lambda c: c["images"].clear(), "lists no images"),
+    "repeated category": (lambda c: c["categories"].append({"id": 3, "name": "x"}), "category id 3 occurs twice"),
+    "nameless category": (lambda c: c["categories"].append({"id": 4}), "category 4 has no 'name'"),
+    "no categories": (lambda c: c["categories"].clear(), "lists no categories"),
+    "key missing": (lambda c: c.pop("annotations"), "is not COCO: it has no 'annotations'"),
+    "key of wrong type": (lambda c: c.update(images={}), "is not COCO: 'images' is an object"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", BAD.values(), ids=BAD.keys())
+def test_bad_content_is_named(
+    write_dataset: Write, small_coco: dict, spoil: Callable[[dict], Any], message: str
+) -> None:
+    content = copy.deepcopy(small_coco)
+    spoil(content)
+    source = write_dataset(content)
+    with pytest.raises(UserError, match=message) as caught:
+        CocoDataset(source)
+    assert str(source.annotations) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", r"is not JSON \(Expecting value, line 1, column 1\)"),
+        ('{"images": [1,', "is not JSON"),
+        ("[]", r"is not COCO: it holds a list \(this looks like a result file\)"),
+        ("3", "is not COCO: it holds 3"),
+        ("{}", "is not COCO: it has no 'images'"),
+    ],
+)
+def test_files_that_are_not_coco(write_dataset: Write, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CocoDataset(write_dataset(text))
+
+
+def test_binary_and_missing_annotation_files(write_dataset: Write, small_coco: dict) -> None:
+    source = write_dataset(small_coco)
+    source.annotations.write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(UserError, match="cannot read .*annotations.json as JSON"):
+        CocoDataset(source)
+    with pytest.raises(UserError, match="annotation file .* is missing"):
+        CocoDataset(replace(source, annotations=source.annotations.with_name("no.json")))
+
+
+def test_damaged_compressed_rle_is_named_when_it_is_read(write_dataset: Write, small_coco: dict) -> None:
+    change(segmentation={"size": [60, 90], "counts": "PPPPPPPP"})(small_coco)
+    dataset = CocoDataset(write_dataset(small_coco))
+    with pytest.raises(UserError, match="annotation 1 of image 7 has a damaged RLE"):
+        dataset.target(2)
+
+
+@pytest.mark.parametrize("key", ["area", "iscrowd"])
+def test_evaluation_needs_more_keys(write_dataset: Write, small_coco: dict, key: str) -> None:
+    del small_coco["annotations"][0][key]
+    source = write_dataset(small_coco)
+    CocoDataset(source)
+    with pytest.raises(UserError, match=f"annotation 1 of image 7 has no '{key}', which the evaluation"):
+        CocoDataset(source, evaluation=True)
+
+
+def test_missing_images_are_found_without_opening_any(write_dataset: Write, small_coco: dict) -> None:
+    source = write_dataset(small_coco)
+    dataset = CocoDataset(source)
+    dataset.check_files()
+    (source.images / "5.png").unlink()
+    with pytest.raises(UserError, match=r"dataset small: image .*5\.png is missing"):
+        dataset.check_files()
+    (source.images / "7.png").unlink()
+    with pytest.raises(UserError, match="and 1 more is missing"):
+        dataset.check_files()
+    with pytest.raises(UserError, match="and 3 more is missing"):
+        CocoDataset(replace(source, images=source.images / "elsewhere")).check_files()
+
+
+def test_number_of_classes_is_checked(write_dataset: Write, small_coco: dict) -> None:
+    dataset = CocoDataset(write_dataset(small_coco))
+    check_classes(dataset, 3)
+    message = r"dataset small has 3 categories \(ant, cat, dog\) but .*NUM_CLASSES is 80: set it to 3"
+    with pytest.raises(UserError, match=message):
+        check_classes(dataset, 80)
+
+
+def test_joined_datasets(write_dataset: Write, small_coco: dict) -> None:
+    first = CocoDataset(write_dataset(small_coco))
+    second = CocoDataset(write_dataset(small_coco))
+    joined = join_datasets([first, second])
+    assert joined.name == "small+small" and len(joined) == 8 and joined.num_crowds == 2
+    for i in range(8):
+        expected, found = first.target(i % 4), joined.target(i)
+        torch.testing.assert_close(found.boxes, expected.boxes)
+        for a, b in zip(found.masks, expected.masks, strict=True):
+            torch.testing.assert_close(a, b)
+    small_coco["categories"][0]["name"] = "cow"
+    other = CocoDataset(write_dataset(small_coco))
+    with pytest.raises(UserError, match=r"\(ant, cat, dog\) and small \(ant, cow, dog\) differ"):
+        join_datasets([first, other])
+    with pytest.raises(UserError, match="differ in their categories"):
+        check_same_classes(first, other)
+
+
+def test_dataset_can_be_sent_to_another_process(write_dataset: Write, small_coco: dict) -> None:
+    dataset = CocoDataset(write_dataset(small_coco))
+    copied = pickle.loads(pickle.dumps(dataset))
+    assert copied.images == dataset.images
+    torch.testing.assert_close(copied.target(0).masks[0], dataset.target(0).masks[0])
+
+
+def test_repeated_ids_in_coco_minival_files_are_accepted(write_dataset: Write, small_coco: dict) -> None:
+    small_coco["annotations"][1]["id"] = 1
+    source = write_dataset(small_coco)
+    minival = source.annotations.rename(source.annotations.with_name("instances_minival2014.json"))
+    assert len(CocoDataset(replace(source, annotations=minival)).objects.labels) == 4
+
+
+@pytest.mark.parametrize("part, images, annotations, crowds", [("train", 92, 829, 9), ("val", 66, 560, 8)])
+def test_coco80(shared_dir: Path, part: str, images: int, annotations: int, crowds: int) -> None:
+    root = shared_dir / "data" / "coco80"
+    path = root / "annotations" / f"instances_{part}.json"
+    dataset = CocoDataset(DatasetSource(part, path, root / "images"), evaluation=True)
+    dataset.check_files()
+    assert (len(dataset), dataset.num_crowds) == (images, crowds)
+    assert len(dataset.objects.labels) == annotations - crowds
+    assert len(dataset.class_names) == 80 and dataset.category_ids[-1] == 90
+    by_id = {annotation["id"]: annotation for annotation in json.loads(path.read_text())["annotations"]}
+    for row, annotation_id in enumerate(dataset.objects.annotation_ids.tolist()):
+        annotation = by_id[annotation_id]
+        x, y, width, height = annotation["bbox"]
+        assert dataset.objects.boxes[row].tolist() == [x, y, x + width, y + height]
+        assert dataset.category_ids[dataset.objects.labels[row]] == annotation["category_id"]
+        assert np.concatenate(dataset.objects.masks.decode(row, 1, 1)).tolist() == sum(
+            annotation["segmentation"], []
+        )
+
+
+def test_dsb2018(shared_dir: Path) -> None:
+    root = shared_dir / "data" / "dsb2018"
+    path = root / "annotations" / "instances_val.json"
+    dataset = CocoDataset(DatasetSource("dsb", path, root / "images"))
+    assert len(dataset) == 41 and len(dataset.objects.labels) == 1131
+    first = min(json.loads(path.read_text())["images"], key=lambda image: image["id"])
+    labelled = dataset.read(0)
+    assert labelled.size == (first["height"], first["width"])
+    for box, mask in zip(labelled.boxes, labelled.masks, strict=True):
+        y, x = np.nonzero(mask)
+        assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
