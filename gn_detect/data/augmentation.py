@@ -265,9 +265,7 @@ def build_augmentations(cfg: Config) -> list[Augmentation]:
         chosen.append(RandomFlip(vertical=given.random_flip == "vertical"))
     if given.color_jitter.enabled:
         strength = given.color_jitter
-        chosen.append(
-            ColorJitter(strength.brightness, strength.contrast, strength.saturation, strength.hue)
-        )
+        chosen.append(ColorJitter(strength.brightness, strength.contrast, strength.saturation, strength.hue))
     return chosen
 
 
@@ -286,4 +284,3 @@ def prepare_image(image: np.ndarray, cfg: Config) -> torch.Tensor:
 def crops(cfg: Config) -> bool:
     """Whether training images are cropped, so that boxes have to be taken from the masks."""
     return cfg.input.crop.enabled or cfg.input.large_scale_jitter.enabled
-

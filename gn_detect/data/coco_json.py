@@ -247,14 +247,10 @@ class _AnnotationReader:
             )
         return [x, y, x + width, y + height]
 
-    def _segmentation(
-        self, given: Any, image: ImageRecord, what: str
-    ) -> tuple[list[list[float]], bytes]:
+    def _segmentation(self, given: Any, image: ImageRecord, what: str) -> tuple[list[list[float]], bytes]:
         """Valid polygons, or the counts of a compressed RLE; one of the two, or neither, is empty."""
         if not given:
-            raise UserError(
-                f"{self.path}: {what} has no segmentation; add one, or set MODEL.MASK_ON False"
-            )
+            raise UserError(f"{self.path}: {what} has no segmentation; add one, or set MODEL.MASK_ON False")
         if isinstance(given, dict):
             return [], self._rle(given, image, what)
         if not isinstance(given, list) or not all(isinstance(polygon, list) for polygon in given):

@@ -11,6 +11,7 @@ import multiprocessing
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..structures import Sample
+from ..structures import PolygonMask, Sample
 from .augmentation import Augmentation, build_augmentations, crops, prepare_image
 from .coco import CocoDataset, join_datasets
 from .datasets import resolve_dataset
@@ -90,8 +91,10 @@ def build_train_loader(
         boxes_from_masks=masks and crops(cfg),
     )
 
+    stream_of = _sampler(cfg, dataset, kept)
+
     def batches() -> Iterator[list[Item]]:
-        share = share_of_rank(_stream(cfg, dataset, kept, seed), rank, world_size)
+        share = share_of_rank(stream_of(seed), rank, world_size)
         stream = ((kept[i], position) for i, position in share)
         if cfg.dataloader.aspect_ratio_grouping:
             grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(dataset, i))
@@ -145,14 +148,14 @@ def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
     return kept.tolist()
 
 
-def _stream(cfg: Config, dataset: CocoDataset, kept: Sequence[int], seed: int) -> Iterator[int]:
-    """Endless positions in ``kept``."""
+def _sampler(cfg: Config, dataset: CocoDataset, kept: Sequence[int]) -> Callable[[int], Iterator[int]]:
+    """Makes from a seed an endless stream of positions in ``kept``."""
     loader = cfg.dataloader
     if loader.sampler_train == "TrainingSampler":
-        return shuffled_indices(len(kept), seed)
+        return partial(shuffled_indices, len(kept))
     if loader.sampler_train == "RepeatFactorTrainingSampler":
         labels = (dataset.labels(i).tolist() for i in kept)
-        return repeated_indices(repeat_factors(labels, loader.repeat_threshold, loader.repeat_sqrt), seed)
+        return partial(repeated_indices, repeat_factors(labels, loader.repeat_threshold, loader.repeat_sqrt))
     raise UserError(
         f"DATALOADER.SAMPLER_TRAIN {loader.sampler_train!r} is not supported; "
         "choose TrainingSampler or RepeatFactorTrainingSampler"
@@ -194,9 +197,7 @@ class TrainSamples(Dataset[Sample]):
         labelled = self.dataset.read(index)
         for augment in self.augmentations:
             labelled = augment(labelled, random)
-        target = to_target(
-            labelled, draw_polygons=self.draw_polygons, boxes_from_masks=self.boxes_from_masks
-        )
+        target = to_target(labelled, draw_polygons=self.draw_polygons, boxes_from_masks=self.boxes_from_masks)
         image = to_tensor(labelled.image, self.channel_order)
         return Sample(image, record.id, record.file_name, (record.height, record.width), target)
 
@@ -295,7 +296,7 @@ def _pack(sample: Sample) -> tuple[Sample, Tensor | None]:
     bitmaps = [mask for mask in target.masks if isinstance(mask, Tensor)]
     if not bitmaps:
         return sample, None
-    polygons = [[] if isinstance(mask, Tensor) else mask for mask in target.masks]
+    polygons: list[PolygonMask | Tensor] = [[] if isinstance(mask, Tensor) else mask for mask in target.masks]
     return replace(sample, target=replace(target, masks=polygons)), torch.stack(bitmaps)
 
 

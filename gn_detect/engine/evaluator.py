@@ -61,7 +61,7 @@ def evaluate(cfg: Config, *, resume: bool = False) -> Results:
             log.open(Path(cfg.output_dir) / "log.txt")
         results = evaluate_test_sets(cfg, model, tests)
         if is_main():
-            atomic_write_json(Path(cfg.output_dir) / "results.json", results, indent=2)
+            write_results(Path(cfg.output_dir) / "results.json", results)
         return results
 
 
@@ -96,7 +96,7 @@ def evaluate_test_sets(cfg: Config, model: MaskRCNN, tests: TestSets) -> Results
             line = "  ".join(f"{key} {numbers[key]:.2f}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
             logger.info("%s %s: %s", name, iou_type, line)
         if is_main():
-            atomic_write_json(folder / "results.json", found, indent=2)
+            write_results(folder / "results.json", found)
     model.train(training)
     return from_main(next(iter(results.values())) if len(results) == 1 else results)
 
@@ -110,6 +110,17 @@ def scalars_of(results: Results) -> dict[str, float]:
         else:
             flat[key] = value
     return flat
+
+
+def write_results(path: Path, results: Results) -> None:
+    """As JSON; what COCO does not define for these data (nan) becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return None if value != value else value
+
+    atomic_write_json(path, plain(results), indent=2)
 
 
 def make_folder(path: str | Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,7 +19,9 @@ class Conv2d(nn.Conv2d):
         activation: None or ``"relu"``, applied last.
     """
 
-    def __init__(self, *args, norm: nn.Module | None = None, activation: str | None = None, **kwargs) -> None:
+    def __init__(
+        self, *args: Any, norm: nn.Module | None = None, activation: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.norm = norm
         self.activation = activation

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..config.model import ROIBoxHead, ROIMaskHead
 from ..layers import make_norm
 from .anchors import AnchorGenerator
 from .box_head import BoxHead, BoxPredictor
@@ -178,7 +179,7 @@ def _build_mask_head(cfg: Config, in_channels: int) -> MaskHead | None:
     )
 
 
-def _build_pooler(head, strides: list[int]) -> RoIPooler:
+def _build_pooler(head: ROIBoxHead | ROIMaskHead, strides: list[int]) -> RoIPooler:
     """``head``: the settings of the box or the mask head."""
     return RoIPooler(
         head.pooler_resolution, strides, head.pooler_sampling_ratio, aligned=head.pooler_type == "ROIAlignV2"

@@ -65,13 +65,16 @@ def mask_loss(
         boxes: for each image (R_n, 4) foreground RoIs in input pixels.
         matched: for each image (R_n,) the object that each RoI stands for.
         targets: ground truth with masks.
+
+    Raises:
+        ValueError: a target without masks.
     """
     if len(logits) == 0:
         return logits.sum() * 0.0
     side = logits.shape[-1]
-    wanted = [
-        rasterize_masks(target.masks, index, box, side)
-        for target, index, box in zip(targets, matched, boxes, strict=True)
-        if len(box)
-    ]
+    wanted = []
+    for target, index, box in zip(targets, matched, boxes, strict=True):
+        if target.masks is None:
+            raise ValueError("a model with a mask head needs targets with masks")
+        wanted.append(rasterize_masks(target.masks, index, box, side))
     return F.binary_cross_entropy_with_logits(logits, torch.cat(wanted).to(logits.dtype))

@@ -27,6 +27,9 @@ class MaskRCNN(nn.Module):
         channels_last: memory format of the convolutions.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,

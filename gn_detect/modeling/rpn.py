@@ -38,7 +38,7 @@ class RPNHead(nn.Module):
             convolutions.append(Conv2d(channels, width, 3, padding=1, activation="relu"))
             channels = width
         if len(convolutions) == 1:
-            self.conv: nn.Module = convolutions[0]
+            self.conv: Conv2d | nn.Sequential = convolutions[0]
         else:
             self.conv = nn.Sequential()
             for i, convolution in enumerate(convolutions):
@@ -72,8 +72,13 @@ class RPNHead(nn.Module):
 
         Returns:
             Logits (K,) and deltas (K, 4), levels concatenated.
+
+        Raises:
+            TypeError: the head has several 3x3 convolutions, which see more than 3x3 cells.
         """
         convolution = self.conv
+        if not isinstance(convolution, Conv2d):
+            raise TypeError("only a head of one 3x3 convolution can be evaluated at single anchors")
         num_anchors = self.objectness_logits.out_channels
         patches = [
             _gather_patches(f, index.div(num_anchors, rounding_mode="floor"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torchvision
@@ -75,7 +76,7 @@ class _SparsePooling(torch.autograd.Function):
     """``weights @ cells`` for the cells of several (N, C, H, W) maps; only the weights are kept."""
 
     @staticmethod
-    def forward(ctx, weights: Tensor, *features: Tensor) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, *features: Tensor) -> Tensor:
         ctx.weights = weights
         ctx.shapes = [f.shape for f in features]
         channels = features[0].shape[1]
@@ -83,7 +84,7 @@ class _SparsePooling(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         cells = ctx.weights.t() @ gradient.contiguous()
         parts = cells.split([n * h * w for n, _, h, w in ctx.shapes])
         maps = [

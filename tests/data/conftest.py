@@ -74,12 +74,14 @@ def write_dataset(tmp_path: Path) -> Callable[[Any], DatasetSource]:
 
 @pytest.fixture
 def make_cfg() -> Callable[..., Any]:
-    """``make_cfg(sources, "INPUT.FORMAT=...")``-like: keyword ``section__key`` changes a default."""
+    """A config that registers the given sources; keywords ``section__key`` change defaults."""
     return _make_cfg
 
 
 def _make_cfg(*sources: DatasetSource, **changes: Any) -> Any:
-    register = {s.name: SimpleNamespace(annotations=str(s.annotations), images=str(s.images)) for s in sources}
+    register = {
+        s.name: SimpleNamespace(annotations=str(s.annotations), images=str(s.images)) for s in sources
+    }
     names = tuple(register)
     cfg = SimpleNamespace(
         seed=1,

@@ -74,7 +74,9 @@ def save_with_orientation(path: Path, pixels: np.ndarray, orientation: int) -> N
     Image.fromarray(pixels).save(path, exif=exif)
 
 
-def test_exif_orientation_is_ignored_if_only_the_stored_picture_has_the_annotated_size(tmp_path: Path) -> None:
+def test_exif_orientation_is_ignored_if_only_the_stored_picture_has_the_annotated_size(
+    tmp_path: Path,
+) -> None:
     save_with_orientation(tmp_path / "a.png", picture(20, 30), 6)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png", "RGB", (20, 30)), picture(20, 30))
     assert read_image(tmp_path / "a.png", "RGB", (30, 20)).shape == (30, 20, 3)

@@ -1,0 +1,106 @@
+"""Flags that several commands share, and the config that they make."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, load_config
+from ..engine import launch
+from ..errors import UserError
+
+
+NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--config-file F`` and ``KEY VALUE ...`` at the end."""
+    parser.add_argument("--config-file", metavar="FILE", help="YAML with detectron2's keys")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY VALUE", help="config keys, such as SOLVER.BASE_LR 0.01"
+    )
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Datasets that need no name."""
+    for part, purpose in (("train", "train"), ("val", "evaluate")):
+        parser.add_argument(f"--{part}-json", metavar="FILE", help=f"COCO annotations to {purpose} on")
+        parser.add_argument(f"--{part}-images", metavar="FOLDER", help=f"images of --{part}-json")
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Processes and machines, as detectron2 names them."""
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine, one for each GPU")
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0, help="this machine, from 0")
+    parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; found by itself for one")
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config of ``--config-file``, ``KEY VALUE`` and the dataset flags.
+
+    Raises:
+        UserError: there is no config file, or something in it, in the keys or in the flags is wrong.
+    """
+    if not args.config_file:
+        raise UserError("no config: add --config-file FILE, such as configs/quick/demo.yaml")
+    cfg = load_config(args.config_file, args.overrides)
+    if not hasattr(args, "train_json"):
+        return cfg
+    return _with_datasets(cfg, args)
+
+
+def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
+    """``--train-json`` and the like registered as datasets ``train`` and ``val``."""
+    given = {part: _pair(args, part) for part in ("train", "val")}
+    if given["train"] is None and given["val"] is None:
+        return cfg
+    changes: dict[str, Any] = {}
+    entries = {name: {"annotations": e.annotations, "images": e.images} for name, e in cfg.datasets.register.items()}
+    for part, key in (("train", "DATASETS.TRAIN"), ("val", "DATASETS.TEST")):
+        pair = given[part]
+        if pair is not None:
+            entries[part] = {"annotations": pair[0], "images": pair[1]}
+            changes[key] = [part]
+    if given["val"] is None:
+        changes["DATASETS.TEST"] = []
+        print("no --val-json: the model will not be evaluated")
+    changes["DATASETS.REGISTER"] = entries
+    annotations = (given["train"] or given["val"] or ("", ""))[0]
+    found = _count_categories(Path(annotations))
+    if found and found != cfg.model.roi_heads.num_classes and NUM_CLASSES not in args.overrides[::2]:
+        changes[NUM_CLASSES] = found
+        print(f"{NUM_CLASSES} set to {found}, the number of categories in {annotations}")
+    return cfg.replace(changes)
+
+
+def _pair(args: argparse.Namespace, part: str) -> tuple[str, str] | None:
+    annotations, images = getattr(args, f"{part}_json"), getattr(args, f"{part}_images")
+    if (annotations is None) != (images is None):
+        raise UserError(f"--{part}-json and --{part}-images belong together; give both")
+    return None if annotations is None else (annotations, images)
+
+
+def _count_categories(path: Path) -> int:
+    """Categories in a COCO JSON; 0 where it cannot be told: whoever reads the dataset says what is wrong."""
+    try:
+        categories = json.loads(path.read_text(encoding="utf-8"))["categories"]
+        return len(categories) if isinstance(categories, list) else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def launch_from(args: argparse.Namespace, cfg: Config, function: Callable[..., Any]) -> None:
+    """``function(cfg, resume)`` in the processes that the flags ask for."""
+    launch(
+        function,
+        (cfg, args.resume),
+        device=cfg.model.device,
+        num_gpus=args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+    )

@@ -1,0 +1,18 @@
+"""Training, evaluation and prediction."""
+
+from .distributed import launch, scale_config
+from .evaluator import evaluate
+from .optimizer import build_optimizer
+from .predictor import Predictor
+from .schedule import learning_rate_factor
+from .trainer import train
+
+__all__ = [
+    "Predictor",
+    "build_optimizer",
+    "evaluate",
+    "launch",
+    "learning_rate_factor",
+    "scale_config",
+    "train",
+]

@@ -1,0 +1,53 @@
+"""Pictures at the end of a run: test images with ground truth and prediction, and curves."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data import CocoDataset, prepare_image, read_image
+from ..errors import UserError
+from ..modeling.mask_rcnn import MaskRCNN
+from ..visualize import draw_detections, draw_ground_truth, plot_curves, save_picture, side_by_side
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+logger = logging.getLogger(__name__)
+
+
+def draw_test_images(cfg: Config, model: MaskRCNN, dataset: CocoDataset, folder: Path) -> None:
+    """``VIS.NUM_IMAGES`` images, evenly spread over a dataset, as ``<dataset>_<image id>.png``.
+
+    Args:
+        cfg: whole config.
+        model: on its device; it comes back in the mode in which it was.
+        dataset: with ground truth.
+        folder: created when missing.
+    """
+    training = model.training
+    model.eval()
+    count = min(cfg.vis.num_images, len(dataset))
+    for index in (i * len(dataset) // count for i in range(count)):
+        record = dataset.images[index]
+        size = record.height, record.width
+        pixels = read_image(record.file_name, "RGB", size)
+        found = model.detect([prepare_image(pixels, cfg)], [size])[0]
+        picture = side_by_side(
+            [
+                draw_ground_truth(pixels, dataset.target(index), dataset.class_names),
+                draw_detections(pixels, found, dataset.class_names),
+            ],
+            ["ground truth", "prediction"],
+        )
+        save_picture(folder / f"{dataset.name}_{record.id}.png", picture)
+    model.train(training)
+
+
+def draw_curves(run: Path, picture: Path) -> None:
+    """Losses, AP and learning rate of a run folder; a run without any yet gets no picture."""
+    try:
+        plot_curves(run / "metrics.jsonl", picture)
+    except UserError as error:
+        logger.warning("no curves: %s", error)

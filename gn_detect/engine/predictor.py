@@ -1,0 +1,72 @@
+"""Detections of single images, from a config whose ``MODEL.WEIGHTS`` is a trained checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..data import prepare_image, read_image
+from ..errors import UserError
+from ..modeling import build_model
+from ..structures import Detections
+from ..weights import load_weights, read_checkpoint
+from .distributed import resolve_device
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+
+class Predictor:
+    """``predictor(image)`` finds objects as the evaluation does: same resizing, same thresholds.
+
+    Args:
+        cfg: ``MODEL.WEIGHTS`` names the checkpoint; ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` is the least score.
+
+    Attributes:
+        model: in evaluation mode, on ``MODEL.DEVICE``.
+        class_names: by label; ``class 0``, ``class 1``, ... where the checkpoint does not tell them.
+        category_ids: the ids in the JSON on which the checkpoint was trained; 1, 2, ... where it does not tell.
+
+    Raises:
+        UserError: there is no checkpoint, or it does not fit the config.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        if not cfg.model.weights:
+            raise UserError("MODEL.WEIGHTS is empty; add MODEL.WEIGHTS path/to/model_final.pth")
+        self.cfg = cfg
+        device = resolve_device(cfg)
+        self.model = build_model(cfg)
+        checkpoint = read_checkpoint(cfg.model.weights)
+        load_weights(self.model, checkpoint)
+        self.model.to(device).eval()
+        count = self.model.num_classes
+        names = checkpoint.metadata.get("class_names")
+        ids = checkpoint.metadata.get("category_ids")
+        self.class_names: list[str] = names if _fits(names, count) else [f"class {i}" for i in range(count)]
+        self.category_ids: list[int] = ids if _fits(ids, count) else list(range(1, count + 1))
+
+    def __call__(self, image: str | Path | np.ndarray) -> Detections:
+        """Objects in one image.
+
+        Args:
+            image: a file, of which the EXIF orientation is applied, or (H, W, 3) uint8 RGB.
+
+        Returns:
+            on the CPU, best first, in the pixels of the image.
+
+        Raises:
+            UserError: the file cannot be read.
+            ValueError: the array is of another shape or type.
+        """
+        pixels = image if isinstance(image, np.ndarray) else read_image(image, "RGB")
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"image must be uint8 (H, W, 3) RGB, not {pixels.dtype} {pixels.shape}")
+        height, width = pixels.shape[:2]
+        return self.model.detect([prepare_image(pixels, self.cfg)], [(height, width)])[0].to("cpu")
+
+
+def _fits(values: object, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count

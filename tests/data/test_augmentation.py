@@ -1,0 +1,164 @@
+"""Random augmentation: ranges, determinism, and what must survive it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from gn_detect.data import build_augmentations, prepare_image
+from gn_detect.data.augmentation import (
+    ColorJitter,
+    LargeScaleJitter,
+    RandomCrop,
+    RandomFlip,
+    ResizeShortestEdge,
+    crop_with_object,
+)
+from gn_detect.data.transforms import LabelledImage, to_target
+from gn_detect.errors import UserError
+
+
+def scene(height: int = 40, width: int = 60) -> LabelledImage:
+    """One small square near a corner, as a bitmap, and one triangle."""
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    square = np.zeros((height, width), dtype=bool)
+    square[2:6, 50:54] = True
+    boxes = np.array([[50.0, 2, 54, 6], [5, 20, 15, 30]])
+    return LabelledImage(image, boxes, np.array([0, 1]), [square, [np.array([5.0, 20, 15, 20, 5, 30])]])
+
+
+def test_choice_and_range_of_sizes() -> None:
+    choice, between = ResizeShortestEdge((20, 30, 50), 1000), ResizeShortestEdge((20, 24), 1000, "range")
+    random = np.random.default_rng(0)
+    assert {min(choice(scene(), random).size) for _ in range(40)} == {20, 30, 50}
+    assert {min(between(scene(), random).size) for _ in range(60)} == {20, 21, 22, 23, 24}
+    assert max(ResizeShortestEdge((40,), 50)(scene(), random).size) == 50
+    with pytest.raises(UserError, match=r"MIN_SIZE_TRAIN is \(1, 2, 3\); it needs two sizes"):
+        ResizeShortestEdge((1, 2, 3), 9, "range")
+    with pytest.raises(UserError, match="MIN_SIZE_TRAIN_SAMPLING 'any'"):
+        ResizeShortestEdge((1,), 9, "any")
+
+
+@pytest.mark.parametrize("vertical", [False, True])
+def test_half_of_the_images_are_flipped(vertical: bool) -> None:
+    random, original = np.random.default_rng(0), scene()
+    axis = 0 if vertical else 1
+    flipped = 0
+    for _ in range(200):
+        found = RandomFlip(vertical)(original, random).image
+        is_same = np.array_equal(found, original.image)
+        assert is_same or np.array_equal(found, np.flip(original.image, axis))
+        flipped += not is_same
+    assert 75 < flipped < 125
+
+
+@pytest.mark.parametrize(
+    "kind, amount, heights, widths",
+    [
+        ("relative", (0.5, 0.25), (20, 20), (15, 15)),
+        ("relative_range", (0.5, 0.5), (20, 40), (30, 60)),
+        ("absolute", (30, 100), (30, 30), (60, 60)),
+        ("absolute_range", (10, 50), (10, 40), (10, 50)),
+    ],
+)
+def test_crop_sizes(kind: str, amount: tuple, heights: tuple, widths: tuple) -> None:
+    random, crop = np.random.default_rng(0), RandomCrop(kind, amount)
+    sizes = np.array([crop(scene(), random).size for _ in range(200)])
+    for found, (low, high) in zip(sizes.T, (heights, widths), strict=True):
+        assert low <= found.min() and found.max() <= high
+        assert low == high or found.max() - found.min() > 0.8 * (high - low)
+
+
+def test_every_crop_keeps_an_object() -> None:
+    random, crop = np.random.default_rng(0), RandomCrop("absolute", (6, 6))
+    seen = set()
+    for _ in range(300):
+        target = to_target(crop(scene(), random), boxes_from_masks=True)
+        assert len(target) > 0
+        seen.update(target.labels.tolist())
+    assert seen == {0, 1}
+
+
+def test_ring_whose_centre_is_empty_is_kept_too() -> None:
+    ring = np.ones((30, 30), dtype=bool)
+    ring[1:29, 1:29] = False
+    original = LabelledImage(
+        np.zeros((30, 30, 3), np.uint8), np.array([[0.0, 0, 30, 30]]), np.array([0]), [ring]
+    )
+    random = np.random.default_rng(0)
+    assert len(crop_with_object(original, 10, 10, random)) == 1  # no window with the centre touches the ring
+    assert len(crop_with_object(original, 28, 28, random)) == 1
+
+
+def test_crop_of_an_image_without_objects() -> None:
+    empty = LabelledImage(np.zeros((40, 60, 3), np.uint8), np.zeros((0, 4)), np.zeros(0, np.int64), [])
+    cropped = RandomCrop("absolute", (6, 7))(empty, np.random.default_rng(0))
+    assert cropped.size == (6, 7) and len(to_target(cropped, boxes_from_masks=True)) == 0
+
+
+@pytest.mark.parametrize(
+    "kind, amount", [("relative", (0, 1)), ("relative_range", (1.5, 1)), ("absolute_range", (9, 5))]
+)
+def test_impossible_crops_are_refused(kind: str, amount: tuple) -> None:
+    with pytest.raises(UserError, match=f"INPUT.CROP.SIZE .* does not fit TYPE '{kind}'"):
+        RandomCrop(kind, amount)
+    with pytest.raises(UserError, match="INPUT.CROP.TYPE 'circle' is unknown"):
+        RandomCrop("circle", amount)
+
+
+def test_large_scale_jitter_has_a_fixed_size_and_keeps_an_object() -> None:
+    random, jitter = np.random.default_rng(0), LargeScaleJitter(0.5, 2.0, (32, 48))
+    padded = 0
+    for _ in range(60):
+        found = jitter(scene(), random)
+        assert found.size == (32, 48)
+        padded += (found.image[-1] == 128).all()
+        assert len(to_target(found, boxes_from_masks=True)) > 0
+    assert 0 < padded < 60
+    with pytest.raises(UserError, match="0 < MIN_SCALE <= MAX_SCALE, not 2 and 1"):
+        LargeScaleJitter(2, 1, (8, 8))
+
+
+def test_colour_jitter_is_torchvisions() -> None:
+    original = scene()
+    plain = torch.from_numpy(original.image).permute(2, 0, 1)
+    brighter = ColorJitter(0.3, 0, 0, 0)(original, np.random.default_rng(5)).image
+    factors = np.linspace(0.7, 1.3, 2001)
+    candidates = [v2.functional.adjust_brightness(plain, f).permute(1, 2, 0).numpy() for f in factors]
+    assert min(np.abs(c.astype(int) - brighter).max() for c in candidates) <= 1
+    same = ColorJitter(0, 0, 0, 0)(original, np.random.default_rng(5)).image
+    np.testing.assert_allclose(same.astype(int), original.image, atol=1)
+    twice = [ColorJitter(0.4, 0.4, 0.4, 0.1)(original, np.random.default_rng(5)).image for _ in range(2)]
+    np.testing.assert_array_equal(*twice)
+    assert not np.array_equal(twice[0], original.image)
+    with pytest.raises(UserError, match="HUE at most 0.5"):
+        ColorJitter(0, 0, 0, 0.6)
+
+
+def test_config_chooses_the_augmentations(make_cfg: Callable[..., Any]) -> None:
+    def names(**changes: Any) -> list[str]:
+        return [type(augment).__name__ for augment in build_augmentations(make_cfg(**changes))]
+
+    assert names() == ["ResizeShortestEdge", "RandomFlip"]
+    assert names(input__random_flip="none") == ["ResizeShortestEdge"]
+    assert names(input__crop__enabled=True, input__color_jitter__enabled=True) == [
+        "RandomCrop",
+        "ResizeShortestEdge",
+        "RandomFlip",
+        "ColorJitter",
+    ]
+    assert names(input__large_scale_jitter__enabled=True) == ["LargeScaleJitter", "RandomFlip"]
+    with pytest.raises(UserError, match="INPUT.RANDOM_FLIP 'both' is unknown"):
+        names(input__random_flip="both")
+
+
+def test_image_for_inference(make_cfg: Callable[..., Any]) -> None:
+    image = scene(20, 60).image
+    assert prepare_image(image, make_cfg()).shape == (3, 40, 120)
+    kept = prepare_image(image[:, ::-1], make_cfg(input__min_size_test=0, input__format="RGB"))
+    np.testing.assert_array_equal(kept.permute(1, 2, 0).numpy(), image[:, ::-1])

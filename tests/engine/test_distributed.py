@@ -1,0 +1,133 @@
+"""Several processes: scaled configs, refusals, and the same weights as with one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gn_detect.config import Config, load_config
+from gn_detect.engine import launch, scale_config, train
+from gn_detect.engine.distributed import check_synchronised_norms, gather, get_rank, mean_over_processes
+from gn_detect.errors import UserError
+from gn_detect.modeling import build_model
+from gn_detect.weights import read_checkpoint
+from tests.engine.tiny import make_dataset, write_config
+
+
+def solver(cfg: Config) -> tuple[object, ...]:
+    s = cfg.solver
+    return (
+        s.ims_per_batch, s.base_lr, s.max_iter, s.steps, s.warmup_iters, s.checkpoint_period,
+        cfg.test.eval_period, s.reference_world_size,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def for_eight() -> Config:
+    """The example in detectron2's documentation of ``auto_scale_workers``."""
+    keys = {
+        "SOLVER.IMS_PER_BATCH": 16, "SOLVER.BASE_LR": 0.1, "SOLVER.REFERENCE_WORLD_SIZE": 8,
+        "SOLVER.MAX_ITER": 5000, "SOLVER.STEPS": "(4000,)", "SOLVER.WARMUP_ITERS": 1000,
+        "SOLVER.CHECKPOINT_PERIOD": 1000, "TEST.EVAL_PERIOD": 500,
+    }  # fmt: skip
+    return load_config(None, [str(item) for pair in keys.items() for item in pair])
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        (16, (32, 0.2, 2500, (2000,), 500, 500, 250, 16)),
+        (1, (2, 0.0125, 40000, (32000,), 8000, 8000, 4000, 1)),
+        (3, (6, 0.1 * 3 / 8, 13333, (10667,), 2667, 2667, 1333, 3)),
+    ],
+)
+def test_scaled_to_the_processes_as_detectron2_does(for_eight: Config, processes: int, expected: tuple) -> None:
+    assert solver(scale_config(for_eight, processes)) == pytest.approx(expected)
+
+
+def test_not_scaled_without_or_at_the_reference(for_eight: Config) -> None:
+    assert scale_config(for_eight, 8) == for_eight
+    free = for_eight.replace({"SOLVER.REFERENCE_WORLD_SIZE": 0})
+    assert scale_config(free, 4) == free
+
+
+def test_batch_that_the_reference_does_not_divide_is_refused(for_eight: Config) -> None:
+    with pytest.raises(UserError, match="IMS_PER_BATCH 12"):
+        scale_config(for_eight.replace({"SOLVER.IMS_PER_BATCH": 12}), 4)
+
+
+def test_sync_bn_in_a_single_process_is_refused(tiny_config: Config) -> None:
+    model = build_model(tiny_config.replace({"MODEL.RESNETS.NORM": "SyncBN"}))
+    with pytest.raises(UserError, match="SyncBN"):
+        check_synchronised_norms(model, torch.device("cpu"))
+    check_synchronised_norms(build_model(tiny_config), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_gpus": 0}, "at least 1"),
+        ({"num_machines": 2}, "--dist-url"),
+        ({"num_machines": 2, "machine_rank": 2, "dist_url": "tcp://127.0.0.1:1"}, "--machine-rank 2"),
+        ({"num_gpus": 99, "device": "cuda"}, "--num-gpus 99"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch(print, **{"device": "cpu", **flags})
+
+
+def test_single_process_runs_here() -> None:
+    called: list[int] = []
+    launch(called.append, (3,), device="cpu")
+    assert called == [3]
+
+
+def _talk(folder: str) -> None:
+    """Runs in each of two processes."""
+    assert gather(get_rank()) == [0, 1]
+    mean = mean_over_processes(torch.tensor([float(get_rank())]))
+    (Path(folder) / f"{get_rank()}.txt").write_text(str(float(mean)))
+
+
+def _fail_in_one(folder: str) -> None:
+    if get_rank() == 1:
+        raise UserError("image 7 is damaged")
+    gather(0)
+
+
+def test_processes_talk_and_a_user_error_in_one_ends_all(tmp_path: Path) -> None:
+    launch(_talk, (str(tmp_path),), device="cpu", num_gpus=2)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["0.5", "0.5"]
+    with pytest.raises(UserError, match="^image 7 is damaged$"):
+        launch(_fail_in_one, (str(tmp_path),), device="cpu", num_gpus=2)
+
+
+def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
+    """All images are equal and all anchors and RoIs are taken, so that no share differs from the other."""
+    data = make_dataset(tmp_path / "train", 4, same=True)
+    keys = [
+        "INPUT.RANDOM_FLIP", "none", "SOLVER.MAX_ITER", "3", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "5000",
+        "MODEL.RPN.POSITIVE_FRACTION", "1.0", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "500",
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0",
+    ]  # fmt: skip
+    weights = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        cfg = load_config(write_config(folder, data), keys)
+        launch(train, (cfg,), device="cpu", num_gpus=processes)
+        weights.append(read_checkpoint(folder / "run" / "model_final.pth").tensors)
+    start = build_model_like(cfg)
+    moved = max(float((weights[0][k] - start[k]).abs().max()) for k in start)
+    difference = max(float((weights[0][k] - weights[1][k]).abs().max()) for k in start)
+    assert moved > 1e-3
+    assert difference < 1e-3 * moved
+
+
+def build_model_like(cfg: Config) -> dict[str, torch.Tensor]:
+    """The weights with which the runs began."""
+    torch.manual_seed(cfg.seed)
+    return build_model(cfg).state_dict()

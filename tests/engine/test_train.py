@@ -1,0 +1,230 @@
+"""Whole runs of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from gn_detect import Predictor
+from gn_detect.config import Config, load_config
+from gn_detect.data import build_test_loader
+from gn_detect.engine import evaluate, train
+from gn_detect.engine import trainer as trainer_module
+from gn_detect.errors import UserError
+from gn_detect.modeling import build_model
+from gn_detect.structures import Target
+from gn_detect.weights import load_weights, read_checkpoint
+from tests.engine.tiny import make_dataset, write_config
+
+
+def weights_of(cfg: Config, name: str = "model_final.pth") -> dict[str, torch.Tensor]:
+    return read_checkpoint(Path(cfg.output_dir) / name).tensors
+
+
+def metrics_of(cfg: Config) -> list[dict]:
+    lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_losses_go_down(tiny_config: Config) -> None:
+    cfg = tiny_config.replace({"SOLVER.MAX_ITER": 20, "SOLVER.LOG_PERIOD": 5, "DATASETS.TEST": []})
+    assert train(cfg) == {}
+    losses = [row["total_loss"] for row in metrics_of(cfg)]
+    assert len(losses) == 4
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_run_folder(tiny_config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = tiny_config.replace({"VIS.NUM_IMAGES": 1, "SOLVER.CHECKPOINT_PERIOD": 3, "TEST.EVAL_PERIOD": 4})
+    with caplog.at_level(logging.INFO, logger="gn_detect"):
+        results = train(cfg)
+    folder = Path(cfg.output_dir)
+    assert load_config(folder / "config.yaml") == cfg
+    names = {path.name for path in folder.iterdir()}
+    assert {"model_0000002.pth", "model_final.pth", "last_checkpoint", "metrics.jsonl", "log.txt"} <= names
+    assert "model_0000005.pth" not in names  # model_final.pth is the same
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert set(results) == {"bbox", "segm"} and "AP" in results["segm"]
+    assert set(json.loads((folder / "results.json").read_text())) == {"bbox", "segm"}
+    assert (folder / "inference" / "tiny_test" / "coco_instances_results.json").is_file()
+    assert (folder / "inference" / "tiny_test" / "results.json").is_file()
+    assert len(list((folder / "pictures").glob("tiny_test_*.png"))) == 1
+    assert (folder / "pictures" / "curves.png").is_file()
+    rows = metrics_of(cfg)
+    assert [row["iteration"] for row in rows if "segm/AP" in row] == [3, 5]
+    training = [row for row in rows if "total_loss" in row]
+    assert [row["iteration"] for row in training] == [1, 2, 3, 5]
+    assert training[-1]["lr"] == pytest.approx(0.02) and training[-1]["images_per_second"] > 0
+    assert training[-1]["total_loss"] == pytest.approx(sum(v for k, v in training[-1].items() if k.startswith("loss_")))
+    log = (folder / "log.txt").read_text()
+    for word in ("iter 6/6", "eta", "data", "images/s", "memory", "tiny_test bbox"):
+        assert word in log and word in caplog.text
+
+
+def test_checkpoint_is_safe_to_load_and_has_detectron2s_keys(tiny_config: Config) -> None:
+    cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
+    train(cfg)
+    content = torch.load(Path(cfg.output_dir) / "model_final.pth", weights_only=True)
+    assert {"model", "optimizer", "iteration"} <= set(content)
+    assert content["iteration"] == 0
+    assert content["class_names"] == ["square", "bar"] and content["category_ids"] == [3, 7]
+    assert set(content["model"]) == set(build_model(cfg).state_dict())
+
+
+@pytest.mark.parametrize("seed", [1, -1])
+def test_resumed_run_is_bit_identical(tiny_config: Config, tmp_path: Path, seed: int) -> None:
+    """Also when an evaluation came in between, and with a random seed, which the checkpoint keeps."""
+    keys = {"SOLVER.CHECKPOINT_PERIOD": 3, "SEED": seed, "SOLVER.MAX_ITER": 5}
+    whole = tiny_config.replace({**keys, "TEST.EVAL_PERIOD": 3})
+    train(whole)
+    folder = Path(whole.output_dir)
+    expected, rows = weights_of(whole), metrics_of(whole)
+    (folder / "last_checkpoint").write_text("model_0000002.pth")
+    (folder / "model_final.pth").unlink()
+    train(whole, resume=True)
+    found = weights_of(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    again = metrics_of(whole)
+    assert [row["iteration"] for row in again] == [row["iteration"] for row in rows]
+    assert again[-1]["segm/AP"] == rows[-1]["segm/AP"]
+
+
+def test_run_is_reproducible_and_depends_on_the_seed(tiny_config: Config) -> None:
+    cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 2})
+    found = []
+    for seed in (1, 1, 2):
+        train(cfg.replace({"SEED": seed}))
+        found.append(weights_of(cfg)["backbone.fpn_output2.weight"])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_finished_run_is_only_evaluated(tiny_config: Config) -> None:
+    cfg = tiny_config.replace({"SOLVER.MAX_ITER": 2})
+    first = train(cfg)
+    before = weights_of(cfg)
+    assert train(cfg, resume=True) == pytest.approx(first, nan_ok=True) or str(first) == str(first)
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(cfg).items())
+
+
+def test_resume_without_a_checkpoint_starts_at_zero(tiny_config: Config) -> None:
+    cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
+    train(cfg, resume=True)
+    assert (Path(cfg.output_dir) / "model_final.pth").is_file()
+
+
+def test_new_run_forgets_an_old_runs_checkpoint(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
+    train(cfg)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer_module, "train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg)
+    assert not (Path(cfg.output_dir) / "last_checkpoint").exists()
+
+
+def test_best_checkpoint_is_kept(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([10.0, 30.0, 20.0])
+
+    def fake(*_: object) -> dict:
+        return {"bbox": {"AP": 1.0}, "segm": {"AP": next(values)}}
+
+    monkeypatch.setattr(trainer_module, "evaluate_test_sets", fake)
+    train(tiny_config.replace({"TEST.EVAL_PERIOD": 2}))
+    best = read_checkpoint(Path(tiny_config.output_dir) / "model_best.pth")
+    assert best.metadata["iteration"] == 3 and best.metadata["segm/AP"] == 30.0
+
+
+def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detections(tiny_config: Config) -> None:
+    cfg = tiny_config.replace({"SOLVER.MAX_ITER": 30, "SOLVER.BASE_LR": 0.05})
+    trained = train(cfg)
+    path = str(Path(cfg.output_dir) / "model_final.pth")
+    keys = {"MODEL.WEIGHTS": path, "OUTPUT_DIR": cfg.output_dir + "_again", "TEST.IMS_PER_BATCH": 2}
+    again = evaluate(cfg.replace(keys))
+    for kind in ("bbox", "segm"):
+        assert again[kind] == pytest.approx(trained[kind], nan_ok=True)
+    assert evaluate(cfg, resume=True)["bbox"] == pytest.approx(trained["bbox"], nan_ok=True)
+
+    predictor = Predictor(cfg.replace({"MODEL.WEIGHTS": path}))
+    assert predictor.class_names == ["square", "bar"] and predictor.category_ids == [3, 7]
+    file = Path(cfg.output_dir) / "inference" / "tiny_test" / "coco_instances_results.json"
+    results = json.loads(file.read_text())
+    _, dataset = build_test_loader(cfg, "tiny_test")
+    assert len(results) > 0
+    for record in dataset.images:
+        found = predictor(record.file_name)
+        scores = [r["score"] for r in results if r["image_id"] == record.id]
+        assert found.scores.tolist() == pytest.approx(scores, abs=1e-5)
+        assert found.masks is not None and found.masks.shape[1:] == (record.height, record.width)
+
+
+def test_predictor_refuses_what_is_not_an_image(tiny_config: Config) -> None:
+    cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
+    train(cfg)
+    predictor = Predictor(cfg.replace({"MODEL.WEIGHTS": str(Path(cfg.output_dir) / "model_final.pth")}))
+    with pytest.raises(ValueError, match="uint8"):
+        predictor(torch.zeros(3, 8, 8).numpy())
+    with pytest.raises(UserError, match="nowhere.jpg"):
+        predictor("nowhere.jpg")
+
+
+def test_every_parameter_takes_part_without_objects(tiny_config: Config) -> None:
+    """Otherwise several processes would wait for each other's gradients for ever."""
+    model = build_model(tiny_config).train()
+    empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [])
+    sum(model([torch.zeros(3, 64, 64)], [empty]).values()).backward()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused
+
+
+@pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
+def test_divergence_is_reported_with_iteration_losses_and_images(tiny_config: Config, norm: str) -> None:
+    keys = {"SOLVER.BASE_LR": 1e30, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 1}
+    cfg = tiny_config.replace({**keys, "MODEL.RESNETS.NORM": norm, "DATASETS.TEST": []})
+    with pytest.raises(UserError) as caught:
+        train(cfg)
+    message = str(caught.value)
+    assert "diverged" in message and "\n" not in message
+    assert not list(Path(cfg.output_dir).glob("model_*.pth"))
+
+
+def test_losses_that_are_not_finite_name_their_images(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = trainer_module.train_step, []
+
+    def spoiled(*args: object) -> dict[str, torch.Tensor]:
+        calls.append([sample.image_id for sample in args[2]])  # type: ignore[attr-defined]
+        losses = real(*args)  # type: ignore[arg-type]
+        return losses if len(calls) < 4 else losses | {"loss_cls": torch.tensor(float("nan"))}
+
+    monkeypatch.setattr(trainer_module, "train_step", spoiled)
+    with pytest.raises(UserError, match="diverged at iteration 3: .*loss_cls nan.*BASE_LR") as caught:
+        train(tiny_config.replace({"SOLVER.LOG_PERIOD": 6, "DATASETS.TEST": []}))
+    assert f"image ids {', '.join(map(str, calls[3]))}" in str(caught.value)
+
+
+def test_fine_tuning_on_other_classes(tiny_config: Config, tmp_path: Path) -> None:
+    """The predictors start afresh and everything else is taken over."""
+    cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
+    train(cfg)
+    path = Path(cfg.output_dir) / "model_final.pth"
+    data = make_dataset(tmp_path / "other", 2)
+    content = json.loads(data.read_text())
+    content["categories"].append({"id": 99, "name": "third"})
+    data.write_text(json.dumps(content))
+    folder = tmp_path / "second"
+    folder.mkdir()
+    keys = ["MODEL.WEIGHTS", str(path), "MODEL.ROI_HEADS.NUM_CLASSES", "3", "SOLVER.BASE_LR", "1e-12"]
+    second = load_config(write_config(folder, data), keys).replace({"SOLVER.MAX_ITER": 1})
+    train(second)
+    before, after = weights_of(cfg), weights_of(second)
+    assert torch.allclose(before["backbone.fpn_output2.weight"], after["backbone.fpn_output2.weight"], atol=1e-9)
+    model = build_model(second)
+    load_weights(model, Path(second.output_dir) / "model_final.pth")
