@@ -1,11 +1,12 @@
 """Pictures for people: detections and ground truth drawn on images, grids of both, and training curves.
 
-Outlines, fills and labels are drawn by matplotlib's Agg on a transparent layer of the picture's size, which is
-then laid over the picture: pixels that nothing is drawn on stay as they were.
+Outlines, fills and labels are drawn by matplotlib's Agg on a transparent layer that is then laid over the
+picture: pixels that nothing is drawn on stay as they were.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -34,17 +35,14 @@ SHORT_SIDE, LONG_SIDE = 480, 1600
 """Small images are enlarged until the short side or the long side has this many pixels."""
 
 _CROWDED = 15
-"""With more objects than this, those with masks go without boxes, and those of the only class without names."""
+"""With more objects than this, masks go without boxes, and objects of the only class without names."""
 _GAP = 8
 """Pixels between the pictures of a grid."""
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def draw_detections(
-    image: np.ndarray,
-    detections: Detections,
-    class_names: Sequence[str],
-    score_threshold: float = 0.5,
+    image: np.ndarray, detections: Detections, class_names: Sequence[str], score_threshold: float = 0.5
 ) -> np.ndarray:
     """The image with masks, boxes, names and scores of what was detected.
 
@@ -65,7 +63,9 @@ def draw_detections(
     chosen = detections.to("cpu")
     chosen = chosen[chosen.scores >= score_threshold]
     names = _names(chosen.labels, class_names)
-    labels = [f"{name} {score:.2f}".strip() for name, score in zip(names, chosen.scores.tolist(), strict=True)]
+    labels = [
+        f"{name} {score:.2f}".strip() for name, score in zip(names, chosen.scores.tolist(), strict=True)
+    ]
     masks = [None] * len(chosen) if chosen.masks is None else list(chosen.masks.numpy())
     return _draw(image, chosen.boxes.double().numpy(), masks, labels)
 
@@ -123,12 +123,9 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise ValueError(f"image must be uint8 (H, W, 3) or (H, W), not {image.dtype} {image.shape}")
     height, width = image.shape[:2]
-    scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
-    picture = Image.fromarray(image).convert("RGB")
-    if scale > 1:
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-    return np.array(picture)
+    scale = max(1.0, min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width)))
+    picture = np.array(Image.fromarray(image).convert("RGB"))
+    return _resized(picture, round(height * scale), round(width * scale))
 
 
 def _area(boxes: np.ndarray) -> np.ndarray:
@@ -147,10 +144,8 @@ def _pick_colours(boxes: np.ndarray) -> list[str]:
     return [COLOURS[index] for index in picked]
 
 
-# The transparent layer. Its coordinates are the picture's: pixels, y downwards.
-
-
 def _layer(picture: np.ndarray) -> Figure:
+    """A transparent figure of the picture's size, one pixel to matplotlib's point."""
     from matplotlib.figure import Figure
 
     height, width = picture.shape[:2]
@@ -166,11 +161,12 @@ def _flatten(figure: Figure, picture: np.ndarray) -> np.ndarray:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    layer = Image.fromarray(np.array(canvas.buffer_rgba()), "RGBA")
+    layer = Image.fromarray(np.array(canvas.buffer_rgba()))
     return np.array(Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), layer).convert("RGB"))
 
 
 def _add(figure: Figure, artist: Any) -> None:
+    """Put in what has the picture's coordinates: pixels, y downwards."""
     from matplotlib.transforms import Affine2D
 
     artist.set_transform(Affine2D().scale(1, -1).translate(0, figure.bbox.height))
@@ -196,7 +192,8 @@ def _draw_box(figure: Figure, box: np.ndarray, colour: str, faint: bool) -> None
     from matplotlib.patches import Rectangle
 
     line, alpha = _line_width(figure) * (0.7 if faint else 1.0), 0.6 if faint else 1.0
-    patch = Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, edgecolor=colour, linewidth=line, alpha=alpha)
+    patch = Rectangle((box[0], box[1]), *(box[2:] - box[:2]), fill=False, edgecolor=colour)
+    patch.set(linewidth=line, alpha=alpha)
     _add(figure, patch)
 
 
@@ -214,86 +211,60 @@ def _outline(mask: np.ndarray | None, scale: float) -> Outline | None:
     # Blur rounds off the stairs of the pixels; the limits keep each pixel on its own side of the curve.
     field = np.asarray(blurred) / 255
     field = np.where(inside, np.maximum(field, 0.51), np.minimum(field, 0.49))
-    curves: list[Any] = contour_generator(z=field).lines(0.5)
-    parts = [
-        Outline((curve + (left, top) - pad + 0.5) * scale, closed=True) for curve in curves if len(curve) > 2
-    ]
-    return Outline.make_compound_path(*parts)
-
-
-# Labels
+    curves: Any = contour_generator(z=field).lines(0.5)
+    corner = np.array([left, top]) - pad + 0.5
+    return Outline.make_compound_path(*[Outline((curve + corner) * scale, closed=True) for curve in curves])
 
 
 def _draw_labels(figure: Figure, boxes: np.ndarray, labels: Sequence[str], colours: Sequence[str]) -> None:
     """Rounded name plates near their boxes, those of large objects first."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.patches import FancyBboxPatch, PathPatch
-    from matplotlib.textpath import TextPath
-    from matplotlib.transforms import Affine2D
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    size = min(max(min(figure.bbox.size) / 42, 10.0), 28.0)
-    font = FontProperties(family="DejaVu Sans", weight="bold")
-    height, room = 1.45 * size, 0.35 * size
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    picture_size = np.array(figure.bbox.size)
+    font_size, pad = float(np.clip(picture_size.min() / 42, 10, 28)), 0.18
     taken = np.zeros((0, 4))
     for index in np.argsort(-_area(boxes), kind="stable"):
         if not labels[index]:
             continue
-        text = TextPath((0, 0), _printable(labels[index]), size=size, prop=font, usetex=False)
-        extent = text.get_extents()
-        plate = _free_place(index, boxes, taken, extent.width + 2 * room, height, figure.bbox.size)
+        text = figure.text(0, 0, " ".join(labels[index].split()), size=font_size, weight="bold")
+        text.set(family="DejaVu Sans", ha="center", va="center", parse_math=False, transform=None)
+        extent = text.get_window_extent(renderer)
+        size = np.array([extent.width, extent.height]) + 2 * pad * font_size
+        plate = _free_place(boxes[index], size, picture_size, boxes, taken)
         if plate is None:
+            text.remove()
             continue
         taken = np.vstack([taken, plate])
-        red, green, blue = to_rgb(colours[index])
-        dark_text = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-        style = f"round,pad=0,rounding_size={0.25 * size}"
-        corner, sides = plate[:2], plate[2:] - plate[:2]
-        _add(
-            figure,
-            FancyBboxPatch(corner, *sides, boxstyle=style, facecolor=colours[index], edgecolor="none", alpha=0.9),
-        )
-        place = Affine2D().scale(1, -1).translate(plate[0] + room - extent.x0, plate[1] + 1.07 * size)
-        ink = "black" if dark_text else "white"
-        _add(figure, PathPatch(text.transformed(place), facecolor=ink, edgecolor="none"))
-
-
-def _printable(text: str) -> str:
-    """Without line breaks, and with $ as a plain character, which matplotlib would read as mathematics."""
-    return " ".join(text.split()).replace("$", r"\$")
+        text.set_position(((plate[0] + plate[2]) / 2, figure.bbox.height - (plate[1] + plate[3]) / 2))
+        style = f"round,pad={pad},rounding_size=0.25"
+        text.set_bbox({"boxstyle": style, "facecolor": colours[index], "edgecolor": "none", "alpha": 0.9})
 
 
 def _free_place(
-    index: int, boxes: np.ndarray, taken: np.ndarray, width: float, height: float, size: np.ndarray
+    box: np.ndarray, size: np.ndarray, picture_size: np.ndarray, boxes: np.ndarray, taken: np.ndarray
 ) -> np.ndarray | None:
-    """Where the label of ``boxes[index]`` hides least: ``xyxy``, or None for a small object without room.
+    """Where the label of ``box`` hides least: ``xyxy``, or None for a small object without room.
 
     Args:
-        index: of the object.
+        box: of the object, ``xyxy``.
+        size, picture_size: ``width, height`` of the label and the picture.
         boxes: (N, 4) of all objects.
         taken: (M, 4) labels already placed.
-        width, height: of the label.
-        size: ``width, height`` of the picture.
     """
-    x0, y0, x1, y1 = boxes[index]
-    middle_x, middle_y = (x0 + x1 - width) / 2, (y0 + y1 - height) / 2
-    corners = np.array(
-        [
-            *[(x0, y0 - height - 1), (x0, y1 + 1), (x0 + 2, y0 + 2), (x0 + 2, y1 - height - 2)],
-            *[(x1 - width, y0 - height - 1), (x1 - width, y1 + 1), (x1 + 2, middle_y), (x0 - width - 2, middle_y)],
-            *[(middle_x, y0 - height - 1), (middle_x, y1 + 1), (middle_x, middle_y)],
-        ]
-    )
-    corners = np.clip(corners, 1, np.maximum(size - (width, height) - 1, 1))
-    plates = np.concatenate([corners, corners + (width, height)], axis=1)
+    (x0, y0, x1, y1), (width, height) = box, size
+    above, below, middle = y0 - height - 1, y1 + 1, (y0 + y1 - height) / 2
+    left, right, centre = x0, x1 - width, (x0 + x1 - width) / 2
+    places = [(x, y) for x in (left, right, centre) for y in (above, below, y0 + 2, y1 - height - 2)]
+    places += [(x1 + 2, middle), (x0 - width - 2, middle), (centre, middle)]
+    corners = np.clip(places, 1, np.maximum(picture_size - size - 1, 1))
+    plates = np.concatenate([corners, corners + size], axis=1)
     # What it hides, as parts of the objects' boxes: a corner of a large one costs little, a small one all.
     hidden = (_overlap(plates, boxes) / np.maximum(_area(boxes), 1)).sum(axis=1)
-    collides = _overlap(plates, taken).sum(axis=1) / (width * height)
+    collides = _overlap(plates, taken).sum(axis=1) / size.prod()
     best = int((10 * collides + hidden + 0.01 * np.arange(len(plates))).argmin())
     large = min(x1 - x0, y1 - y0) > 2 * height
-    if (collides[best] > 0.02 and not large) or hidden[best] > 0.4:
-        return None
-    return plates[best]
+    return None if (collides[best] > 0.02 and not large) or hidden[best] > 0.4 else plates[best]
 
 
 def _overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -301,9 +272,6 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     return _area(np.concatenate([low, high], axis=-1))
-
-
-# Pictures together
 
 
 def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str] = ()) -> np.ndarray:
@@ -345,13 +313,10 @@ def save_picture_grid(path: str | Path, rows: Sequence[Sequence[np.ndarray]]) ->
     rows = [row for row in rows if len(row)]
     if not rows:
         raise ValueError("a grid needs at least one picture")
-    same_height = [_row(row, round(float(np.mean([p.shape[0] for p in row])))) for row in rows]
-    width = round(float(np.median([row.shape[1] for row in same_height])))
-    blocks: list[np.ndarray] = []
-    for row in same_height:
-        height = max(1, round(row.shape[0] * width / row.shape[1]))
-        blocks += [_resized(row, height, width), np.full((_GAP, width, 3), 255, dtype=np.uint8)]
-    save_picture(path, np.concatenate(blocks[:-1]))
+    strips = [_row(row, round(float(np.mean([picture.shape[0] for picture in row])))) for row in rows]
+    width = round(float(np.median([strip.shape[1] for strip in strips])))
+    columns = [strip.transpose(1, 0, 2) for strip in strips]  # a column is a row on its side
+    save_picture(path, _row(columns, width).transpose(1, 0, 2))
 
 
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
@@ -364,20 +329,21 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
 
 
 def _row(pictures: Sequence[np.ndarray], height: int) -> np.ndarray:
-    gap = np.full((height, _GAP, 3), 255, dtype=np.uint8)
-    parts: list[np.ndarray] = []
-    for picture in pictures:
-        parts += [_resized(picture, height, max(1, round(picture.shape[1] * height / picture.shape[0]))), gap]
-    return np.concatenate(parts[:-1], axis=1)
+    """Pictures of one height, with gaps between them."""
+    widths = [max(1, round(picture.shape[1] * height / picture.shape[0])) for picture in pictures]
+    parts = [_resized(picture, height, width) for picture, width in zip(pictures, widths, strict=True)]
+    return np.concatenate(
+        [np.pad(p, ((0, 0), (0, _GAP), (0, 0)), constant_values=255) for p in parts], axis=1
+    )[:, :-_GAP]
 
 
 def _resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     if picture.shape[:2] == (height, width):
         return picture
-    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
-
-
-# Curves
+    enlarged = Image.fromarray(np.ascontiguousarray(picture)).resize(
+        (width, height), Image.Resampling.LANCZOS
+    )
+    return np.array(enlarged)
 
 
 def plot_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
@@ -401,24 +367,17 @@ def plot_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
     }
     panels = {title: shown for title, shown in panels.items() if shown}
     if not panels:
-        raise UserError(f"{metrics_jsonl} has no losses and no AP yet; wait for the first log line of the run")
+        raise UserError(f"{metrics_jsonl} has neither losses nor AP; wait for the first log line of the run")
     figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=150, layout="constrained", facecolor="white")
-    for axes, (title, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, shown) in zip(all_axes, panels.items(), strict=True):
         for name in sorted(shown, key=lambda name: name != "total_loss"):
             points = [(row["iteration"], row[name]) for row in rows if name in row]
-            iterations, values = np.array(points, dtype=float).T
-            total = name == "total_loss"
             marker = "o" if title == "AP (%)" or len(points) == 1 else ""
-            axes.plot(
-                *(iterations, values),
-                label=name,
-                marker=marker,
-                markersize=4,
-                color="0.15" if total else None,
-                linewidth=1.8 if total else 1.3,
-            )
-        axes.set(title=title, xlabel="iteration")
-        axes.set_ylim(bottom=0)
+            colour, width = ("0.15", 1.8) if name == "total_loss" else (None, 1.3)
+            x, y = np.array(points, dtype=float).T
+            axes.plot(x, y, label=name, marker=marker, markersize=4, color=colour, linewidth=width)
+        axes.set(title=title, xlabel="iteration", ylim=(0, None))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if len(shown) > 1:
@@ -427,7 +386,7 @@ def plot_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
     save_picture(path, _flatten(figure, blank))
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def _read_metrics(path: Path) -> list[dict[str, float]]:
     """Lines of ``metrics.jsonl``; one that a running or stopped run left unfinished is skipped."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -435,12 +394,8 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read {path}: {error}; give the metrics.jsonl of a run's folder") from error
     rows = []
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("iteration"), int | float):
-            rows.append(
-                {key: math.nan if v is None else v for key, v in row.items() if v is None or isinstance(v, int | float)}
-            )
+            if isinstance(row, dict) and "iteration" in row:
+                rows.append({key: math.nan if value is None else value for key, value in row.items()})
     return rows

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import UserError
-from . import evaluate, plot, predict, train
+from . import bench, evaluate, plot, predict, train
 
-COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "plot": plot}
+COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "plot": plot, "bench": bench}
 """Each module has ``HELP``, ``add_arguments(parser)`` and ``run(args)``."""
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         name = f" {error.filename}" if error.filename else ""
-        return _fail(f"{(error.strerror or str(error)).lower()}:{name}; correct the path, its rights or make room")
+        return _fail(
+            f"{(error.strerror or str(error)).lower()}:{name}; correct the path, its rights or make room"
+        )
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return INTERRUPTED

@@ -12,7 +12,6 @@ from ..config import Config, load_config
 from ..engine import launch
 from ..errors import UserError
 
-
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 
 
@@ -36,7 +35,9 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine, one for each GPU")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="this machine, from 0")
-    parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; found by itself for one")
+    parser.add_argument(
+        "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; found by itself for one"
+    )
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -59,7 +60,9 @@ def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
     if given["train"] is None and given["val"] is None:
         return cfg
     changes: dict[str, Any] = {}
-    entries = {name: {"annotations": e.annotations, "images": e.images} for name, e in cfg.datasets.register.items()}
+    entries = {
+        name: {"annotations": e.annotations, "images": e.images} for name, e in cfg.datasets.registered.items()
+    }
     for part, key in (("train", "DATASETS.TRAIN"), ("val", "DATASETS.TEST")):
         pair = given[part]
         if pair is not None:

@@ -28,9 +28,15 @@ _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("--config-file", metavar="FILE", help="the run's config.yaml")
-    parser.add_argument("--output", metavar="FOLDER", default="predictions", help="for pictures and predictions.json")
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score of what is drawn and written")
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE", help="files, folders or patterns, then KEY VALUE ...")
+    parser.add_argument(
+        "--output", metavar="FOLDER", default="predictions", help="for pictures and predictions.json"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="least score of what is drawn and written"
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="IMAGE", help="files, folders or patterns, then KEY VALUE ..."
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,7 +13,9 @@ HELP = "Train a model and evaluate it."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command, those of detectron2's ``train_net.py`` among them."""
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
     add_launch_arguments(parser)
     add_data_arguments(parser)

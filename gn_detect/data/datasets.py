@@ -53,7 +53,7 @@ def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
     Raises:
         UserError: the name is unknown, or the annotation file or the images folder is missing.
     """
-    registered = cfg.datasets.register
+    registered = cfg.datasets.registered
     if name in registered:
         entry = registered[name]
         source = DatasetSource(name, Path(entry.annotations).expanduser(), Path(entry.images).expanduser())

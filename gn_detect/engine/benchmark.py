@@ -138,7 +138,9 @@ def write_workload(folder: Path, workload: Workload) -> list[Tensor]:
                     "iscrowd": 0,
                 }
             )
-        proposals.append(_proposals(random, np.concatenate([corner, corner + extent], axis=1), size, workload))
+        proposals.append(
+            _proposals(random, np.concatenate([corner, corner + extent], axis=1), size, workload)
+        )
     categories = [{"id": i, "name": f"category {i}"} for i in range(1, 81)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
     atomic_write_json(folder / "annotations.json", coco)

@@ -43,7 +43,9 @@ def save_checkpoint(
     finite = torch.stack([value.isfinite().all() for value in state.values()])
     if not finite.all():
         broken = next(key for key, good in zip(state, finite.tolist(), strict=True) if not good)
-        raise UserError(f"training diverged: {broken} is not finite, so {name} was not saved; lower SOLVER.BASE_LR")
+        raise UserError(
+            f"training diverged: {broken} is not finite, so {name} was not saved; lower SOLVER.BASE_LR"
+        )
     path = folder / name
     save_weights(path, state, metadata)
     if is_last:
@@ -67,5 +69,5 @@ def find_last_checkpoint(folder: str | Path) -> Path | None:
 
 
 def start_anew(folder: Path) -> None:
-    """Forget the newest checkpoint of an earlier run, which ``--resume`` would otherwise take for this one's."""
+    """Forget the newest checkpoint of an earlier run, which ``--resume`` would take for this one's."""
     (folder / LAST).unlink(missing_ok=True)

@@ -108,11 +108,15 @@ def _check_flags(device: str, num_gpus: int, num_machines: int, machine_rank: in
     if num_gpus < 1 or num_machines < 1:
         raise UserError("--num-gpus and --num-machines must be at least 1")
     if not 0 <= machine_rank < num_machines:
-        raise UserError(f"--machine-rank {machine_rank} must be from 0 to {num_machines - 1} (--num-machines)")
+        raise UserError(
+            f"--machine-rank {machine_rank} must be from 0 to {num_machines - 1} (--num-machines)"
+        )
     if num_machines > 1 and dist_url == "auto":
         raise UserError("--num-machines needs --dist-url tcp://HOST:PORT with the address of machine 0")
     if num_gpus > 1 and uses_cuda(device) and num_gpus > torch.cuda.device_count():
-        raise UserError(f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}; ask for fewer")
+        raise UserError(
+            f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}; ask for fewer"
+        )
 
 
 def _free_port() -> int:
@@ -140,7 +144,9 @@ def resolve_device(cfg: Config) -> torch.device:
     own = is_distributed() or name in ("auto", "cuda")
     device = torch.device("cuda", local_rank()) if own else torch.device(name)
     if (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"MODEL.DEVICE is {name!r} but there are {torch.cuda.device_count()} GPUs; correct it")
+        raise UserError(
+            f"MODEL.DEVICE is {name!r} but there are {torch.cuda.device_count()} GPUs; correct it"
+        )
     return device
 
 
@@ -226,7 +232,7 @@ def check_synchronised_norms(model: nn.Module, device: torch.device) -> None:
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         if not is_distributed() or device.type != "cuda":
             raise UserError(
-                "NORM SyncBN needs several GPU processes; start with --num-gpus above 1, or set NORM to BN or GN"
+                "NORM SyncBN needs several GPU processes; start with --num-gpus 2 or more, or set NORM to GN"
             )
 
 

@@ -93,7 +93,9 @@ def evaluate_test_sets(cfg: Config, model: MaskRCNN, tests: TestSets) -> Results
         )
         results[name] = found
         for iou_type, numbers in found.items():
-            line = "  ".join(f"{key} {numbers[key]:.2f}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
+            line = "  ".join(
+                f"{key} {numbers[key]:.2f}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")
+            )
             logger.info("%s %s: %s", name, iou_type, line)
         if is_main():
             write_results(folder / "results.json", found)
@@ -132,4 +134,6 @@ def make_folder(path: str | Path) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"OUTPUT_DIR {path} cannot be created: {error.strerror}; choose another folder") from error
+        raise UserError(
+            f"OUTPUT_DIR {path} cannot be created: {error.strerror}; choose another folder"
+        ) from error

@@ -77,7 +77,7 @@ def clip_gradients(cfg: Config, parameters: Sequence[nn.Parameter]) -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], origin: str) -> None:
-    """Take over momenta from ``saved``, an optimiser's ``state_dict()``; the rates and decays stay the config's.
+    """Take over momenta from ``saved``, an optimiser's ``state_dict()``; rates and decays stay the config's.
 
     Args:
         origin: the checkpoint, for messages.
@@ -86,7 +86,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], o
         UserError: ``saved`` belongs to other parameters or another kind of optimiser.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    wanted = {"exp_avg", "exp_avg_sq", "step"} if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
+    wanted = (
+        {"exp_avg", "exp_avg_sq", "step"} if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
+    )
     state = optimizer.state_dict()
     state["state"] = {}
     for index, values in saved.get("state", {}).items():
@@ -94,12 +96,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], o
         fits = index < len(parameters) and set(tensors) <= wanted
         if not fits or any(v.dim() and v.shape != parameters[index].shape for v in tensors.values()):
             raise UserError(
-                f"the optimiser state in {origin} belongs to other settings; resume with the SOLVER and MODEL "
-                f"keys of that run, or start anew from it with MODEL.WEIGHTS"
+                f"the optimiser state in {origin} belongs to other settings; resume with the SOLVER and "
+                f"MODEL keys of that run, or start anew from it with MODEL.WEIGHTS"
             )
         # Fused kernels walk through memory, so a momentum must lie there as its parameter does.
         state["state"][index] = {
-            key: torch.empty_like(parameters[index]).copy_(value) if value.dim() else value
+            key: torch.empty_like(parameters[index]).copy_(value) if value.dim() else value.clone()
             for key, value in tensors.items()
         }
     optimizer.load_state_dict(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Predictor:
     Attributes:
         model: in evaluation mode, on ``MODEL.DEVICE``.
         class_names: by label; ``class 0``, ``class 1``, ... where the checkpoint does not tell them.
-        category_ids: the ids in the JSON on which the checkpoint was trained; 1, 2, ... where it does not tell.
+        category_ids: the ids in the training JSON; 1, 2, ... where the checkpoint does not tell them.
 
     Raises:
         UserError: there is no checkpoint, or it does not fit the config.
@@ -43,10 +43,13 @@ class Predictor:
         load_weights(self.model, checkpoint)
         self.model.to(device).eval()
         count = self.model.num_classes
-        names = checkpoint.metadata.get("class_names")
-        ids = checkpoint.metadata.get("category_ids")
-        self.class_names: list[str] = names if _fits(names, count) else [f"class {i}" for i in range(count)]
-        self.category_ids: list[int] = ids if _fits(ids, count) else list(range(1, count + 1))
+        told = checkpoint.metadata
+        self.class_names: list[str] = _of_length(count, told.get("class_names")) or [
+            f"class {i}" for i in range(count)
+        ]
+        self.category_ids: list[int] = _of_length(count, told.get("category_ids")) or list(
+            range(1, count + 1)
+        )
 
     def __call__(self, image: str | Path | np.ndarray) -> Detections:
         """Objects in one image.
@@ -68,5 +71,5 @@ class Predictor:
         return self.model.detect([prepare_image(pixels, self.cfg)], [(height, width)])[0].to("cpu")
 
 
-def _fits(values: object, count: int) -> bool:
-    return isinstance(values, list) and len(values) == count
+def _of_length(count: int, values: Any) -> list[Any] | None:
+    return values if isinstance(values, list) and len(values) == count else None

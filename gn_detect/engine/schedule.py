@@ -1,4 +1,4 @@
-"""The learning rate as a function of the iteration, and nothing else: there is no state to save or to restore."""
+"""The learning rate as a function of the iteration alone: there is no state to save or to restore."""
 
 from __future__ import annotations
 

@@ -33,7 +33,15 @@ from .distributed import (
     scale_config,
     world_size,
 )
-from .evaluator import Results, TestSets, evaluate_test_sets, load_test_sets, make_folder, scalars_of, write_results
+from .evaluator import (
+    Results,
+    TestSets,
+    evaluate_test_sets,
+    load_test_sets,
+    make_folder,
+    scalars_of,
+    write_results,
+)
 from .meter import Meter
 from .optimizer import build_optimizer, clip_gradients, restore_optimizer
 from .pictures import draw_curves, draw_test_images
@@ -203,7 +211,10 @@ def training_loop(run: Run, writer: MetricsWriter | None) -> None:
                 evaluate_and_keep_best(run, writer, iteration)
             if save_now and is_main():
                 save_checkpoint(
-                    run.folder, FINAL if last else checkpoint_name(iteration), run.model, _metadata(run, iteration)
+                    run.folder,
+                    FINAL if last else checkpoint_name(iteration),
+                    run.model,
+                    _metadata(run, iteration),
                 )
 
 

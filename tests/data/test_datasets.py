@@ -22,7 +22,7 @@ def put(root: Path, annotations: str, images: str) -> None:
 def test_registered_names_come_first(tmp_path: Path, make_cfg: Callable[..., Any]) -> None:
     put(tmp_path, "mine.json", "pictures")
     entry = SimpleNamespace(annotations=str(tmp_path / "mine.json"), images=str(tmp_path / "pictures"))
-    cfg = make_cfg(datasets__register={"coco_2017_val": entry})
+    cfg = make_cfg(datasets__registered={"coco_2017_val": entry})
     expected = DatasetSource("coco_2017_val", tmp_path / "mine.json", tmp_path / "pictures")
     assert resolve_dataset(cfg, "coco_2017_val") == expected
 
@@ -52,7 +52,7 @@ def test_missing_files_are_named(
     (tmp_path / "pictures").rmdir()
     entry = SimpleNamespace(annotations=str(tmp_path / "mine.json"), images=str(tmp_path / "pictures"))
     with pytest.raises(UserError, match=r"mine: images folder .*pictures is missing; .*REGISTER\.mine"):
-        resolve_dataset(make_cfg(datasets__register={"mine": entry}), "mine")
+        resolve_dataset(make_cfg(datasets__registered={"mine": entry}), "mine")
 
 
 def test_unknown_name_gets_the_nearest(make_cfg: Callable[..., Any]) -> None:

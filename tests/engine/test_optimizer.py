@@ -25,7 +25,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 1)
-        self.norms = nn.ModuleDict({n: make_norm(n, 8, 4) for n in ("BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")})
+        self.norms = nn.ModuleDict(
+            {n: make_norm(n, 8, 4) for n in ("BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")}
+        )
         self.frozen = nn.Conv2d(8, 8, 1).requires_grad_(False)
 
 
@@ -50,7 +52,9 @@ def test_groups_are_few() -> None:
 
 def test_bias_options_apply_to_norms_too() -> None:
     model = Net()
-    cfg = config("SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.5, "SOLVER.WEIGHT_DECAY_NORM", 0.25)
+    cfg = config(
+        "SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.5, "SOLVER.WEIGHT_DECAY_NORM", 0.25
+    )
     found = settings(build_optimizer(cfg, model), model)
     assert found["conv.weight"] == (0.1, 1e-4)
     assert found["conv.bias"] == found["norms.GN.bias"] == (0.2, 0.5)
@@ -76,7 +80,7 @@ def test_two_steps_of_sgd_by_hand(nesterov: bool) -> None:
         gradient = 1.0 + 0.2 * weight
         momentum = 0.5 * momentum + gradient
         weight -= 0.1 * (gradient + 0.5 * momentum if nesterov else momentum)
-        assert float(model.weight) == pytest.approx(weight, rel=1e-6)
+        assert model.weight.item() == pytest.approx(weight, rel=1e-6)
 
 
 def test_adamw_is_chosen_by_name() -> None:
@@ -150,4 +154,6 @@ def test_state_of_another_kind_of_optimizer_is_refused() -> None:
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     with pytest.raises(UserError, match="file.pth"):
-        restore_optimizer(build_optimizer(config("SOLVER.OPTIMIZER", "AdamW"), model), optimizer.state_dict(), "file.pth")
+        restore_optimizer(
+            build_optimizer(config("SOLVER.OPTIMIZER", "AdamW"), model), optimizer.state_dict(), "file.pth"
+        )

@@ -13,13 +13,30 @@ from gn_detect.engine.schedule import set_learning_rate
 
 
 def config(**solver: object) -> Config:
-    keys = {"BASE_LR": 0.1, "MAX_ITER": 100, "STEPS": "(60, 80)", "WARMUP_ITERS": 10, "WARMUP_FACTOR": 0.1} | solver
+    keys = {
+        "BASE_LR": 0.1,
+        "MAX_ITER": 100,
+        "STEPS": "(60, 80)",
+        "WARMUP_ITERS": 10,
+        "WARMUP_FACTOR": 0.1,
+    } | solver
     return load_config(None, [str(item) for key, value in keys.items() for item in (f"SOLVER.{key}", value)])
 
 
 @pytest.mark.parametrize(
     ("iteration", "factor"),
-    [(0, 0.1), (1, 0.19), (5, 0.55), (9, 0.91), (10, 1.0), (59, 1.0), (60, 0.1), (79, 0.1), (80, 0.01), (99, 0.01)],
+    [
+        (0, 0.1),
+        (1, 0.19),
+        (5, 0.55),
+        (9, 0.91),
+        (10, 1.0),
+        (59, 1.0),
+        (60, 0.1),
+        (79, 0.1),
+        (80, 0.01),
+        (99, 0.01),
+    ],
 )
 def test_steps_after_linear_warm_up(iteration: int, factor: float) -> None:
     assert learning_rate_factor(config(), iteration) == pytest.approx(factor, rel=1e-12)

@@ -61,7 +61,9 @@ def test_run_folder(tiny_config: Config, caplog: pytest.LogCaptureFixture) -> No
     training = [row for row in rows if "total_loss" in row]
     assert [row["iteration"] for row in training] == [1, 2, 3, 5]
     assert training[-1]["lr"] == pytest.approx(0.02) and training[-1]["images_per_second"] > 0
-    assert training[-1]["total_loss"] == pytest.approx(sum(v for k, v in training[-1].items() if k.startswith("loss_")))
+    assert training[-1]["total_loss"] == pytest.approx(
+        sum(v for k, v in training[-1].items() if k.startswith("loss_"))
+    )
     log = (folder / "log.txt").read_text()
     for word in ("iter 6/6", "eta", "data", "images/s", "memory", "tiny_test bbox"):
         assert word in log and word in caplog.text
@@ -143,7 +145,9 @@ def test_best_checkpoint_is_kept(tiny_config: Config, monkeypatch: pytest.Monkey
     assert best.metadata["iteration"] == 3 and best.metadata["segm/AP"] == 30.0
 
 
-def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detections(tiny_config: Config) -> None:
+def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detections(
+    tiny_config: Config,
+) -> None:
     cfg = tiny_config.replace({"SOLVER.MAX_ITER": 30, "SOLVER.BASE_LR": 0.05})
     trained = train(cfg)
     path = str(Path(cfg.output_dir) / "model_final.pth")
@@ -187,7 +191,12 @@ def test_every_parameter_takes_part_without_objects(tiny_config: Config) -> None
 
 @pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
 def test_divergence_is_reported_with_iteration_losses_and_images(tiny_config: Config, norm: str) -> None:
-    keys = {"SOLVER.BASE_LR": 1e30, "SOLVER.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 1}
+    keys = {
+        "SOLVER.BASE_LR": 1e30,
+        "SOLVER.WARMUP_ITERS": 0,
+        "SOLVER.LOG_PERIOD": 1,
+        "SOLVER.CHECKPOINT_PERIOD": 3,
+    }
     cfg = tiny_config.replace({**keys, "MODEL.RESNETS.NORM": norm, "DATASETS.TEST": []})
     with pytest.raises(UserError) as caught:
         train(cfg)
@@ -196,7 +205,9 @@ def test_divergence_is_reported_with_iteration_losses_and_images(tiny_config: Co
     assert not list(Path(cfg.output_dir).glob("model_*.pth"))
 
 
-def test_losses_that_are_not_finite_name_their_images(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_that_are_not_finite_name_their_images(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = trainer_module.train_step, []
 
     def spoiled(*args: object) -> dict[str, torch.Tensor]:
@@ -225,6 +236,8 @@ def test_fine_tuning_on_other_classes(tiny_config: Config, tmp_path: Path) -> No
     second = load_config(write_config(folder, data), keys).replace({"SOLVER.MAX_ITER": 1})
     train(second)
     before, after = weights_of(cfg), weights_of(second)
-    assert torch.allclose(before["backbone.fpn_output2.weight"], after["backbone.fpn_output2.weight"], atol=1e-9)
+    assert torch.allclose(
+        before["backbone.fpn_output2.weight"], after["backbone.fpn_output2.weight"], atol=1e-9
+    )
     model = build_model(second)
     load_weights(model, Path(second.output_dir) / "model_final.pth")

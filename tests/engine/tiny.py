@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 NAMES = ("square", "bar")
@@ -96,14 +97,19 @@ SEED: 1
 
 def write_config(folder: Path, train: Path | None = None, val: Path | None = None) -> Path:
     """``folder/tiny.yaml`` for datasets of :func:`make_dataset`; the run goes to ``folder/run``."""
-    text = TINY + f"OUTPUT_DIR: {folder / 'run'}\nDATASETS:\n"
     parts = {"TRAIN": train, "TEST": val}
-    for key, annotations in parts.items():
-        text += f"  {key}: [{'' if annotations is None else f'tiny_{key.lower()}'}]\n"
-    text += "  REGISTER:\n"
-    for key, annotations in parts.items():
-        if annotations is not None:
-            text += f"    tiny_{key.lower()}: {{annotations: {annotations}, images: {annotations.parent / 'images'}}}\n"
+    register = {
+        f"tiny_{key.lower()}": {"annotations": str(file), "images": str(file.parent / "images")}
+        for key, file in parts.items()
+        if file is not None
+    }
+    content = yaml.safe_load(TINY) | {
+        "OUTPUT_DIR": str(folder / "run"),
+        "DATASETS": {
+            **{key: [f"tiny_{key.lower()}"] if file else [] for key, file in parts.items()},
+            "REGISTER": register,
+        },
+    }
     path = folder / "tiny.yaml"
-    path.write_text(text)
+    path.write_text(yaml.safe_dump(content))
     return path

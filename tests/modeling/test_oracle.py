@@ -75,7 +75,9 @@ def test_inference_stage_by_stage(model: MaskRCNN, expected: dict[str, np.ndarra
     (proposals,) = rpn.propose(features, [size])
     assert proposals.shape == (1000, 4)
     stored_proposals = torch.from_numpy(expected["proposals"])
-    torch.testing.assert_close(proposals, stored_proposals, rtol=0, atol=0.05)
+    # Proposals of nearly equal scores may change places.
+    distance = torch.cdist(proposals, stored_proposals, p=torch.inf)
+    assert distance.amin(dim=1).max() < 0.05 and distance.amin(dim=0).max() < 0.05
     pooled = heads.box_pooler([features[name] for name in heads.in_features], [stored_proposals])
     assert relative(pooled[:8], expected["roi_feat_first8"]) < 1e-4
     hidden = heads.box_head(pooled)

@@ -1,0 +1,268 @@
+"""Configs from YAML files and from ``KEY VALUE`` pairs, and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import UserError
+from .schema import Root
+from .supported import SUPPORTED, conflicts, is_unread, unread
+from .types import fields, to_plain, value_at
+
+COMMAND_LINE = "command line"
+
+
+class Config(Root):
+    """A whole, checked, read-only configuration; sections and keys are lower-case attributes.
+
+    ``cfg.solver.max_iter`` is ``SOLVER.MAX_ITER`` of detectron2. Made by :func:`load_config`.
+    """
+
+    def replace(self, changes: Mapping[str, Any]) -> Config:
+        """A checked copy with other values.
+
+        Args:
+            changes: dotted keys, such as ``{"SOLVER.MAX_ITER": 10}``.
+
+        Raises:
+            UserError: an unknown key or a value that does not fit.
+        """
+        tree = to_plain(self)
+        for key, value in changes.items():
+            merge(tree, nested(key, to_plain(value)), replace_mappings=True)
+        return validate(tree, {key: "changes" for key in changes})
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file, with ``KEY VALUE`` pairs on top.
+
+    Args:
+        path: YAML with detectron2's keys; ``_BASE_`` in it names one or several files, relative to it, that it
+            builds on. A file that does not exist is looked for among the configs that come with the package,
+            such as ``GN/mask_rcnn_R_50_FPN_2x_gn.yaml``. None starts from the defaults.
+        overrides: keys and values in turn, such as ``["SOLVER.MAX_ITER", "100"]``.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key, a wrong or an unsupported value; the message names
+            the file, the key, the value and what would fit.
+    """
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if path is not None:
+        for source, values in read_chain(find_config(path)):
+            merge(tree, values)
+            origins |= dict.fromkeys(leaves(values), str(source))
+    if len(overrides) % 2:
+        raise UserError(f"{COMMAND_LINE}: {overrides[-1]} has no value; give KEY VALUE pairs")
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        values = nested(key, value)
+        merge(tree, values, replace_mappings=True)
+        origins[key] = COMMAND_LINE
+    return validate(tree, origins)
+
+
+def dump_config(cfg: Config) -> str:
+    """All keys as YAML that :func:`load_config` reads back to an equal config."""
+    return yaml.safe_dump(to_plain(cfg), sort_keys=False, default_flow_style=None, width=100)
+
+
+def find_config(path: str | Path) -> Path:
+    """The file itself, or the one of that name that comes with the package."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    for folder in shipped_folders():
+        if not name.is_absolute() and (folder / name).is_file():
+            return folder / name
+    known = sorted(str(f.relative_to(folder)) for folder in shipped_folders() for f in folder.rglob("*.yaml"))
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else "; give the path of a YAML file"
+    raise UserError(f"{path}: no such config file{hint}")
+
+
+def shipped_folders() -> list[Path]:
+    """Folders that hold the package's configs: in the wheel, or at the root of a checkout."""
+    package = Path(str(resources.files("gn_detect")))
+    return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with ``!!python/tuple``, which detectron2 writes; a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_tuple(self, node: yaml.Node) -> tuple[Any, ...]:
+        """``!!python/tuple [...]``."""
+        if not isinstance(node, yaml.SequenceNode):
+            raise yaml.constructor.ConstructorError(None, None, "a tuple needs a list", node.start_mark)
+        return tuple(self.construct_sequence(node, deep=True))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.construct_tuple)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One file as nested dictionaries, ``_BASE_`` included.
+
+    Raises:
+        UserError: it cannot be read, or is not YAML with keys and values.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise UserError(f"{path}:{line} not YAML: {getattr(error, 'problem', None) or error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a config; it needs KEY: value lines, not a {type(values).__name__}")
+    return values
+
+
+def read_chain(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files that ``path`` builds on, furthest first, then itself."""
+    resolved = path.resolve()
+    if resolved in above:
+        raise UserError(f"{path}: _BASE_ leads back to this file; remove it from one of the files")
+    values = read_yaml(path)
+    bases = values.pop("_BASE_", [])
+    for base in [bases] if isinstance(bases, str) else bases or []:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: _BASE_: {base!r} is not the name of a file")
+        file = path.parent / Path(base).expanduser()
+        if not file.is_file():
+            raise UserError(f"{path}: _BASE_: there is no file {file}")
+        yield from read_chain(file, (*above, resolved))
+    yield path, values
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """``{"A": {"B": value}}`` for ``A.B``."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def merge(tree: dict[str, Any], changes: Mapping[str, Any], replace_mappings: bool = False) -> None:
+    """Write ``changes`` into ``tree``, group by group.
+
+    Args:
+        replace_mappings: a new ``DATASETS.REGISTER`` takes the place of the old one.
+    """
+    for key, value in changes.items():
+        whole = replace_mappings and key == "REGISTER"
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict) and not whole:
+            merge(tree[key], value, replace_mappings)
+        else:
+            tree[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all groups and values."""
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+
+
+def validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
+    """The config of nested dictionaries.
+
+    Args:
+        tree: upper-case keys.
+        origins: dotted key -> the file that it comes from, for messages.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    try:
+        cfg = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_complaint(error, origins)) from None
+    skipped = unread(cfg)
+    for key, values in SUPPORTED.items():
+        value = value_at(cfg, key)
+        if value not in values and not is_unread(key, skipped):
+            choices = ", ".join(map(_show, values))
+            raise UserError(f"{_origin(key, origins)}{key}: {_show(value)} is not supported; it must be {choices}")
+    for key, complaint in conflicts(cfg):
+        raise UserError(f"{_origin(key, origins)}{key}: {_show(value_at(cfg, key))} {complaint}")
+    return cfg
+
+
+def _complaint(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """One line for the first of pydantic's errors."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        near = nearest_key(key)
+        hint = f"did you mean {near}?" if near else "see configs/ for the keys that there are"
+        return f"{_origin(key, origins)}{key}: unknown key; {hint}"
+    known = [k for k in known_keys() if key == k or key.startswith(f"{k}.")]
+    shown = max(known, key=len, default=key)
+    problem = first["msg"].removeprefix("Value error, ")
+    problem = problem[:1].lower() + problem[1:]
+    return f"{_origin(shown, origins)}{shown}: {_show(first['input'])} does not fit: {problem}"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = to_plain(value)
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _origin(key: str, origins: Mapping[str, str]) -> str:
+    """``file: `` of the key or of the closest group around it."""
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return f"{origins[key]}: " if key else ""
+
+
+def known_keys(section: type[BaseModel] = Root, prefix: str = "") -> list[str]:
+    """All dotted keys, groups included."""
+    keys = []
+    for key, attribute in fields(section):
+        keys.append(f"{prefix}{key}")
+        annotation = section.model_fields[attribute].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys += known_keys(annotation, f"{prefix}{key}.")
+    return keys
+
+
+def nearest_key(key: str) -> str | None:
+    """The known key that ``key`` most likely stands for, or None.
+
+    A key in the wrong group is found by its last part; otherwise spelling decides.
+    """
+    key = key.upper()
+    keys = known_keys()
+    same_name = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    candidates = same_name or keys
+    near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0 if same_name else 0.6)
+    if not near:
+        by_name = {k.rpartition(".")[2]: k for k in reversed(keys)}
+        near = [by_name[n] for n in difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1, cutoff=0.7)]
+    return near[0] if near else None

@@ -1,0 +1,140 @@
+"""What of detectron2's keys this version implements.
+
+detectron2's full configs name many things that we do not have. A key that nothing reads may hold anything;
+any other has to hold a value that is implemented, so that no setting is silently ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .schema import Root
+
+NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")
+
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "VERSION": (2,),
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
+    "MODEL.LOAD_PROPOSALS": (False,),
+    "MODEL.KEYPOINT_ON": (False,),
+    "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "build_resnet_fpn_backbone"),
+    "MODEL.RESNETS.NORM": NORMS,
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ((False, False, False, False),),
+    "MODEL.FPN.NORM": NORMS,
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
+    "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+    "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
+    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads"),
+    "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
+    "MODEL.ROI_BOX_HEAD.NORM": NORMS,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
+    "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False,),
+    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
+    "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
+    "MODEL.ROI_MASK_HEAD.NORM": NORMS,
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
+    "INPUT.FORMAT": ("BGR", "RGB"),
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
+    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
+    "SOLVER.RESCALE_INTERVAL": (False,),
+    "SOLVER.AMP.ENABLED": (False,),
+    "TEST.EXPECTED_RESULTS": ((),),
+    "TEST.AUG.ENABLED": (False,),
+    "TEST.PRECISE_BN.ENABLED": (False,),
+    "VIS_PERIOD": (0,),
+    "GLOBAL.HACK": (1.0,),
+}
+"""Key -> values that are implemented. Keys that are not listed are implemented for all values."""
+
+NEVER_READ = (
+    # What could read them is refused above.
+    "MODEL.RESNETS.DEFORM_MODULATED",
+    "MODEL.RESNETS.DEFORM_NUM_GROUPS",
+    "MODEL.ANCHOR_GENERATOR.ANGLES",
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER",
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES",
+    "MODEL.ROI_BOX_CASCADE_HEAD",
+    "MODEL.ROI_KEYPOINT_HEAD",
+    "MODEL.SEM_SEG_HEAD",
+    "MODEL.PANOPTIC_FPN",
+    "MODEL.RETINANET",
+    "DATASETS.PROPOSAL_FILES_TRAIN",
+    "DATASETS.PROPOSAL_FILES_TEST",
+    "TEST.KEYPOINT_OKS_SIGMAS",
+)
+
+
+def unread(root: Root) -> tuple[str, ...]:
+    """Keys, and groups of keys, that the chosen architecture does not read."""
+    model = root.model
+    keys = list(NEVER_READ)
+    if model.backbone.name == "build_resnet_backbone":
+        keys.append("MODEL.FPN")
+    if model.roi_heads.name == "Res5ROIHeads":
+        # Both branches share one pooler and res5.
+        keys += [f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NAME", "NORM")]
+        keys.append("MODEL.ROI_MASK_HEAD.POOLER_TYPE")
+    if not model.mask_on:
+        keys.append("MODEL.ROI_MASK_HEAD")
+    return tuple(keys)
+
+
+def is_unread(key: str, keys: tuple[str, ...]) -> bool:
+    """Whether ``key`` is one of ``keys`` or lies below one."""
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
+
+
+def conflicts(root: Root) -> Iterator[tuple[str, str]]:
+    """(key, complaint) for settings that are fine by themselves and do not fit together."""
+    model, resnets = root.model, root.model.resnets
+    yield from _backbone_conflicts(root)
+    if resnets.depth < 50 and (resnets.num_groups, resnets.res5_dilation) != (1, 1):
+        yield "MODEL.RESNETS.DEPTH", "ResNet-18 and 34 have neither NUM_GROUPS nor RES5_DILATION; set both to 1"
+    for section, key in ((model.rpn, "MODEL.RPN"), (model.roi_heads, "MODEL.ROI_HEADS")):
+        if len(section.iou_labels) != len(section.iou_thresholds) + 1:
+            yield f"{key}.IOU_LABELS", "must have one more entry than IOU_THRESHOLDS"
+    levels = len(model.rpn.in_features)
+    for name in ("sizes", "aspect_ratios"):
+        if len(getattr(model.anchor_generator, name)) not in (1, levels):
+            yield (
+                f"MODEL.ANCHOR_GENERATOR.{name.upper()}",
+                f"must have one entry for all levels or one for each of the {levels} in MODEL.RPN.IN_FEATURES",
+            )
+    if len({len(sizes) for sizes in model.anchor_generator.sizes}) > 1:
+        yield "MODEL.ANCHOR_GENERATOR.SIZES", "must have as many sizes for every level, which share one RPN head"
+    given = root.input
+    if given.min_size_train_sampling == "range" and len(given.min_size_train) != 2:
+        yield "INPUT.MIN_SIZE_TRAIN", "must be (least, largest) with INPUT.MIN_SIZE_TRAIN_SAMPLING range"
+    relative = given.crop.type.startswith("relative")
+    if not all(0 < side <= 1 if relative else side >= 1 for side in given.crop.size):
+        yield "INPUT.CROP.SIZE", f"must be {'fractions up to 1' if relative else 'pixels'} with {given.crop.type}"
+    jitter = given.large_scale_jitter
+    if jitter.min_scale > jitter.max_scale or len(jitter.size) != 2:
+        yield "INPUT.LARGE_SCALE_JITTER", "needs MIN_SCALE up to MAX_SCALE, and SIZE as (height, width)"
+
+
+def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
+    """Names of features that nobody makes."""
+    model = root.model
+    made = set(model.resnets.out_features)
+    source = "MODEL.RESNETS.OUT_FEATURES"
+    if model.backbone.name == "build_resnet_fpn_backbone":
+        missing = set(model.fpn.in_features) - made
+        levels = sorted(int(name[-1]) for name in model.fpn.in_features)
+        if missing or not levels:
+            yield "MODEL.FPN.IN_FEATURES", f"must name some of {source} ({', '.join(sorted(made))})"
+            return
+        if levels != list(range(levels[0], levels[-1] + 1)):
+            yield "MODEL.FPN.IN_FEATURES", "must be neighbouring stages, such as res2 ... res5"
+            return
+        made = {f"p{level}" for level in [*levels, levels[-1] + 1]}
+        source = "the FPN"
+    for section, key in ((model.rpn, "MODEL.RPN"), (model.roi_heads, "MODEL.ROI_HEADS")):
+        if not set(section.in_features) <= made:
+            yield f"{key}.IN_FEATURES", f"must be among what {source} gives: {', '.join(sorted(made))}"
+    if model.roi_heads.name == "Res5ROIHeads" and len(model.roi_heads.in_features) != 1:
+        yield "MODEL.ROI_HEADS.IN_FEATURES", "must be one feature for Res5ROIHeads"
