@@ -79,13 +79,11 @@ def draw_ground_truth(image: np.ndarray, target: Target, class_names: Sequence[s
         class_names: name of each contiguous label.
     """
     target = target.to("cpu")
-    masks: list[np.ndarray | None] = [None] * len(target)
-    if target.masks is not None:
-        height, width = image.shape[:2]
-        masks = [
-            mask.numpy() if isinstance(mask, Tensor) else rasterize_polygons(mask, height, width)
-            for mask in target.masks
-        ]
+    masks: list[np.ndarray | None] = [
+        mask.numpy() if isinstance(mask, Tensor) else rasterize_polygons(mask, *image.shape[:2])
+        for mask in target.masks or []
+    ]
+    masks = masks or [None] * len(target)
     return _draw(image, target.boxes.double().numpy(), masks, _names(target.labels, class_names))
 
 
@@ -183,8 +181,8 @@ def _draw_mask(figure: Figure, outline: Outline, colour: str) -> None:
 
     line = _line_width(figure)
     _add(figure, PathPatch(outline, facecolor=colour, edgecolor="none", alpha=0.38))
-    _add(figure, PathPatch(outline, fill=False, edgecolor="black", alpha=0.45, linewidth=line + 1.6))
-    _add(figure, PathPatch(outline, fill=False, edgecolor=colour, linewidth=line))
+    for edge, width, alpha in (("black", line + 1.6, 0.45), (colour, line, 1.0)):
+        _add(figure, PathPatch(outline, fill=False, edgecolor=edge, linewidth=width, alpha=alpha))
 
 
 def _draw_box(figure: Figure, box: np.ndarray, colour: str, faint: bool) -> None:
@@ -289,7 +287,7 @@ def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str] = ()) -> 
     row = _row(pictures, max(picture.shape[0] for picture in pictures))
     if not titles:
         return row
-    size = max(12, row.shape[0] // 28)
+    size = max(12, row.shape[1] // 60)
     strip = np.full((2 * size, row.shape[1], 3), 255, dtype=np.uint8)
     figure, left = _layer(strip), 0.0
     for picture, title in zip(pictures, titles, strict=True):
@@ -340,10 +338,8 @@ def _row(pictures: Sequence[np.ndarray], height: int) -> np.ndarray:
 def _resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     if picture.shape[:2] == (height, width):
         return picture
-    enlarged = Image.fromarray(np.ascontiguousarray(picture)).resize(
-        (width, height), Image.Resampling.LANCZOS
-    )
-    return np.array(enlarged)
+    source = Image.fromarray(np.ascontiguousarray(picture))
+    return np.array(source.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def plot_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
@@ -359,13 +355,13 @@ def plot_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     rows = _read_metrics(Path(metrics_jsonl))
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    panels = {
+    names = dict.fromkeys(name for row in rows for name in row)
+    candidates = {
         "loss": [name for name in names if name == "total_loss" or name.startswith("loss_")],
         "AP (%)": [name for name in names if name.split("/")[-1] == "AP"],
         "learning rate": [name for name in names if name == "lr"],
     }
-    panels = {title: shown for title, shown in panels.items() if shown}
+    panels = {title: shown for title, shown in candidates.items() if shown}
     if not panels:
         raise UserError(f"{metrics_jsonl} has neither losses nor AP; wait for the first log line of the run")
     figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=150, layout="constrained", facecolor="white")

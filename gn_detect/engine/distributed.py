@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -60,13 +61,12 @@ def launch(
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
     messages = mp.get_context("spawn").SimpleQueue()
     first_rank = machine_rank * num_gpus
+    # PyTorch warns about each process that it ends when another has failed; the error itself is enough.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    arguments = (function, args, device, dist_url, num_gpus, first_rank, world_size, messages)
     try:
-        mp.spawn(
-            _process,
-            (function, args, device, dist_url, first_rank, world_size, messages),
-            nprocs=num_gpus,
-        )
-    except mp.ProcessExitedException:
+        mp.spawn(_process, arguments, nprocs=num_gpus)
+    except (mp.ProcessExitedException, mp.ProcessRaisedException):
         if messages.empty():
             raise
         raise UserError(messages.get()) from None
@@ -78,18 +78,20 @@ def _process(
     args: tuple[Any, ...],
     device: str,
     dist_url: str,
+    num_processes: int,
     first_rank: int,
     world_size: int,
     messages: Any,
 ) -> None:
     """One spawned process: a UserError travels to the parent as its message."""
     os.environ["LOCAL_RANK"] = str(local_rank)
-    try:
-        with _process_group(device, dist_url, first_rank + local_rank, world_size):
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
+    with _process_group(device, dist_url, first_rank + local_rank, world_size):
+        try:
             function(*args)
-    except UserError as error:
-        messages.put(str(error))
-        raise SystemExit(2) from None
+        except UserError as error:
+            messages.put(str(error))  # before the others see this process leave
+            raise SystemExit(2) from None
 
 
 @contextmanager

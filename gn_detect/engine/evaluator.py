@@ -10,11 +10,11 @@ from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes
 from ..errors import UserError
 from ..evaluation import evaluate_model
 from ..files import atomic_write_json
-from ..modeling import build_model
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import load_weights
 from .checkpoint import find_last_checkpoint
 from .distributed import from_main, get_rank, is_main, resolve_device, world_size
+from .model import make_model
 from .writers import run_log
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def evaluate(cfg: Config, *, resume: bool = False) -> Results:
         tests = load_test_sets(cfg)
         if not tests:
             raise UserError("DATASETS.TEST is empty; name the dataset to evaluate on, or give --val-json")
-        model = build_model(cfg)
+        model = make_model(cfg)
         logger.info("%s", load_weights(model, weights))
         model.to(device)
         if is_main():

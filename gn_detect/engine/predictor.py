@@ -9,10 +9,10 @@ import numpy as np
 
 from ..data import prepare_image, read_image
 from ..errors import UserError
-from ..modeling import build_model
 from ..structures import Detections
 from ..weights import load_weights, read_checkpoint
 from .distributed import resolve_device
+from .model import make_model
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -38,7 +38,7 @@ class Predictor:
             raise UserError("MODEL.WEIGHTS is empty; add MODEL.WEIGHTS path/to/model_final.pth")
         self.cfg = cfg
         device = resolve_device(cfg)
-        self.model = build_model(cfg)
+        self.model = make_model(cfg)
         checkpoint = read_checkpoint(cfg.model.weights)
         load_weights(self.model, checkpoint)
         self.model.to(device).eval()

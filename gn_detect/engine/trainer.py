@@ -17,7 +17,6 @@ from ..config import dump_config
 from ..data import CocoDataset, SampleLoader, build_train_loader, check_classes, check_same_classes
 from ..files import atomic_write_text
 from ..layers import FrozenBatchNorm2d
-from ..modeling import build_model
 from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
 from ..weights import Checkpoint, load_weights, read_checkpoint
@@ -43,6 +42,7 @@ from .evaluator import (
     write_results,
 )
 from .meter import Meter
+from .model import make_model
 from .optimizer import build_optimizer, clip_gradients, restore_optimizer
 from .pictures import draw_curves, draw_test_images
 from .schedule import learning_rate_factor, set_learning_rate
@@ -130,7 +130,7 @@ def prepare(cfg: Config, resume: bool) -> Run:
         check_same_classes(dataset, test_set)
 
     torch.manual_seed(cfg.seed)
-    model = build_model(cfg)
+    model = make_model(cfg)
     check_synchronised_norms(model, device)
     if checkpoint is not None:
         load_weights(model, checkpoint)

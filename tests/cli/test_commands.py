@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,7 @@ def test_programs(command: list[str], repository: Path, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, *arguments, "--help"],
         cwd=repository if "-m" in command else tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         capture_output=True,
         text=True,
         check=False,

@@ -129,7 +129,7 @@ def test_objects_stand_out_from_their_surroundings(pictures: list[Picture]) -> N
     distances = []
     for image, objects in pictures:
         anything = np.zeros(image.shape[:2], dtype=bool)
-        masks = [decode(annotation["segmentation"], *anything.shape) for annotation in objects]
+        masks = [decode(annotation["segmentation"], *image.shape[:2]) for annotation in objects]
         for mask in masks:
             anything |= mask
         distances += [np.linalg.norm(image[mask].mean(0) - image[~anything].mean(0)) for mask in masks]

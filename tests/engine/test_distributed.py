@@ -87,24 +87,21 @@ def test_single_process_runs_here() -> None:
     assert called == [3]
 
 
-def _talk(folder: str) -> None:
-    """Runs in each of two processes."""
+def _talk_and_fail(folder: str) -> None:
+    """Runs in each of two processes; one of them fails while the other waits for it."""
     assert gather(get_rank()) == [0, 1]
     mean = mean_over_processes(torch.tensor([float(get_rank())]))
     (Path(folder) / f"{get_rank()}.txt").write_text(str(float(mean)))
-
-
-def _fail_in_one(folder: str) -> None:
+    gather(0)
     if get_rank() == 1:
         raise UserError("image 7 is damaged")
     gather(0)
 
 
 def test_processes_talk_and_a_user_error_in_one_ends_all(tmp_path: Path) -> None:
-    launch(_talk, (str(tmp_path),), device="cpu", num_gpus=2)
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["0.5", "0.5"]
     with pytest.raises(UserError, match="^image 7 is damaged$"):
-        launch(_fail_in_one, (str(tmp_path),), device="cpu", num_gpus=2)
+        launch(_talk_and_fail, (str(tmp_path),), device="cpu", num_gpus=2)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["0.5", "0.5"]
 
 
 def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from gn_detect.config import Config, load_config
 from gn_detect.data import build_test_loader
 from gn_detect.engine import evaluate, train
 from gn_detect.engine import trainer as trainer_module
+from gn_detect.engine.evaluator import scalars_of
 from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
 from gn_detect.structures import Target
@@ -110,7 +111,7 @@ def test_finished_run_is_only_evaluated(tiny_config: Config) -> None:
     cfg = tiny_config.replace({"SOLVER.MAX_ITER": 2})
     first = train(cfg)
     before = weights_of(cfg)
-    assert train(cfg, resume=True) == pytest.approx(first, nan_ok=True) or str(first) == str(first)
+    assert scalars_of(train(cfg, resume=True)) == pytest.approx(scalars_of(first), nan_ok=True)
     assert all(torch.equal(value, before[name]) for name, value in weights_of(cfg).items())
 
 
@@ -148,8 +149,9 @@ def test_best_checkpoint_is_kept(tiny_config: Config, monkeypatch: pytest.Monkey
 def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detections(
     tiny_config: Config,
 ) -> None:
-    cfg = tiny_config.replace({"SOLVER.MAX_ITER": 30, "SOLVER.BASE_LR": 0.05})
+    cfg = tiny_config.replace({"SOLVER.MAX_ITER": 80, "SOLVER.CLIP_GRADIENTS.ENABLED": True})
     trained = train(cfg)
+    assert trained["bbox"]["AP"] > 10 and trained["segm"]["AP"] > 10
     path = str(Path(cfg.output_dir) / "model_final.pth")
     keys = {"MODEL.WEIGHTS": path, "OUTPUT_DIR": cfg.output_dir + "_again", "TEST.IMS_PER_BATCH": 2}
     again = evaluate(cfg.replace(keys))

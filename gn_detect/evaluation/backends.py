@@ -1,0 +1,78 @@
+"""The COCO evaluators: pycocotools is the reference, the others are faster and give the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .coco_data import Json
+
+BACKENDS = ("hotcoco", "faster_coco_eval", "pycocotools")
+"""Fastest first."""
+
+
+def choose_backend(name: str | None) -> str:
+    """The evaluator to use: the named one, or for None and ``"auto"`` the fastest that is installed.
+
+    Raises:
+        UserError: it is unknown or not installed.
+    """
+    if name in (None, "auto"):
+        return next(backend for backend in BACKENDS if importlib.util.find_spec(backend))
+    if name not in BACKENDS:
+        raise UserError(f"TEST.COCO_EVAL_BACKEND: {name!r} is not one of auto, {', '.join(BACKENDS)}")
+    if importlib.util.find_spec(name) is None:
+        package = name.replace("_", "-")
+        raise UserError(f"TEST.COCO_EVAL_BACKEND: {name} is not installed; pip install {package}, or choose auto")
+    return name
+
+
+def precision_and_recall(
+    ground_truth: Json, detections: list[Json], iou_type: str, backend: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """COCO's evaluation, at 10 IoU thresholds, 4 ranges of area and at most 1, 10 and 100 detections an image.
+
+    Args:
+        ground_truth, detections: as :mod:`.coco_data` prepares them.
+        iou_type: ``"bbox"`` or ``"segm"``.
+        backend: one of :data:`BACKENDS`.
+
+    Returns:
+        Precision (10, 101, K, 4, 3) at 101 recalls and recall (10, K, 4, 3), -1 where there is nothing to find.
+        K are the categories in order of their ids.
+    """
+    found = {**ground_truth, "annotations": detections}
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluator = _make(backend, ground_truth, found, iou_type)
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
+
+
+def _make(backend: str, ground_truth: Json, found: Json, iou_type: str) -> Any:
+    if backend == "hotcoco":
+        module = importlib.import_module("hotcoco")
+        return module.COCOeval(module.COCO(ground_truth), module.COCO(found), iou_type)
+    if backend == "faster_coco_eval":
+        module = importlib.import_module("faster_coco_eval")
+        return module.COCOeval_faster(
+            module.COCO(ground_truth), module.COCO(found), iou_type, print_function=lambda *_: None
+        )
+    evaluator = importlib.import_module("pycocotools.cocoeval").COCOeval
+    return evaluator(_pycocotools(ground_truth), _pycocotools(found), iou_type)
+
+
+def _pycocotools(data: Json) -> Any:
+    coco = importlib.import_module("pycocotools.coco").COCO()
+    # The evaluator adds keys to annotations.
+    coco.dataset = {**data, "annotations": [dict(annotation) for annotation in data["annotations"]]}
+    coco.createIndex()
+    return coco

@@ -1,0 +1,168 @@
+"""A model's detections on a dataset: collected, written in COCO's format, and evaluated."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import CocoDataset
+from ..files import atomic_write_json
+from ..structures import Detections, Sample
+from .coco import IOU_TYPES, evaluate_results
+from .table import format_results
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "coco_instances_results.json"
+
+
+class Detector(Protocol):
+    """What is needed of a model; :class:`gn_detect.modeling.MaskRCNN` has it."""
+
+    training: bool
+
+    def detect(
+        self, images: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Detections]:
+        """Detections of each image in original pixels."""
+
+    def train(self, mode: bool = True) -> Any:
+        """As nn.Module's."""
+
+
+def detections_to_coco(
+    detections: Detections, image_id: int, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """One image's detections as entries of a COCO result file.
+
+    Args:
+        detections: boxes ``xyxy`` in the pixels of the image.
+        image_id: of the annotation file.
+        category_ids: contiguous label -> category id of the annotation file.
+
+    Returns:
+        Entries with ``bbox`` (x, y, width, height), ``score`` and, for a model with masks, ``segmentation``
+        (compressed RLE with text counts).
+    """
+    boxes = detections.boxes.double().cpu()
+    boxes[:, 2:] -= boxes[:, :2]
+    entries: list[dict[str, Any]] = [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for label, box, score in zip(
+            detections.labels.tolist(), boxes.tolist(), detections.scores.tolist(), strict=True
+        )
+    ]
+    if detections.masks is not None and len(entries):
+        masks = detections.masks.cpu().numpy().astype(np.uint8)
+        for entry, rle in zip(entries, coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))), strict=True):
+            entry["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+    return entries
+
+
+def evaluate_model(
+    model: Detector,
+    loader: Iterable[list[Sample]],
+    dataset: CocoDataset,
+    output_dir: str | Path,
+    *,
+    backend: str | None = None,
+    iou_types: Sequence[str] = IOU_TYPES,
+) -> dict[str, dict[str, float]]:
+    """Run a model over a dataset and compute its AP.
+
+    In a process group each process takes its own loader's images; the first one evaluates, and all return the
+    same numbers.
+
+    Args:
+        model: on its device; it comes back in the mode, training or not, in which it was.
+        loader: batches of Samples.
+        dataset: names the annotation file and the categories.
+        output_dir: gets ``coco_instances_results.json``; created when missing.
+        backend: see :func:`evaluate_results`.
+        iou_types: ``"bbox"``, ``"segm"`` or both.
+
+    Returns:
+        ``{"bbox": {"AP": ..., ...}, "segm": {...}}`` in percent.
+    """
+    training = model.training
+    model.train(False)
+    try:
+        results = _gather(_detect(model, loader, dataset.category_ids))
+    finally:
+        model.train(training)
+    metrics: dict[str, dict[str, float]] = {}
+    if _rank() == 0:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(folder / RESULTS_FILE, results)
+        begin = time.perf_counter()
+        for iou_type in iou_types:
+            metrics[iou_type] = evaluate_results(dataset.annotations_path, results, iou_type, backend)
+        logger.info("%d detections evaluated in %.1f s", len(results), time.perf_counter() - begin)
+        logger.info("%s\n%s", dataset.name, format_results(metrics))
+    return _broadcast(metrics)
+
+
+def _detect(
+    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """All detections of this process. Masks become RLE at once: as bitmaps they would fill the memory."""
+    results: list[dict[str, Any]] = []
+    seconds = {"data": 0.0, "model": 0.0, "results": 0.0}
+    images = 0
+    last = time.perf_counter()
+
+    def count(part: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[part] += now - last
+        last = now
+
+    with torch.inference_mode():
+        for batch in tqdm(loader, desc="evaluating", disable=None if _rank() == 0 else True, leave=False):
+            count("data")
+            found = [
+                d.to("cpu") for d in model.detect([s.image for s in batch], [s.original_size for s in batch])
+            ]
+            count("model")
+            for sample, detections in zip(batch, found, strict=True):
+                results += detections_to_coco(detections, sample.image_id, category_ids)
+            images += len(batch)
+            count("results")
+    spent = ", ".join(f"{part} {value:.1f} s" for part, value in seconds.items())
+    logger.info("%d images, %.1f images/s (%s)", images, images / max(sum(seconds.values()), 1e-9), spent)
+    return results
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _in_group() else 0
+
+
+def _gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not _in_group():
+        return results
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, results)
+    return [entry for part in parts for entry in part]
+
+
+def _broadcast(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    if not _in_group():
+        return metrics
+    holder = [metrics]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]

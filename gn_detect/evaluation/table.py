@@ -1,0 +1,42 @@
+"""Results as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from .coco import METRICS
+
+_COLUMNS = 3
+
+
+def format_results(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """COCO's numbers in one row for each IoU type, and below them the AP of each category.
+
+    Args:
+        metrics: ``{"bbox": {...}, "segm": {...}}`` in percent.
+
+    Returns:
+        Lines of text; ``-`` where COCO defines no value.
+    """
+    lines = ["     " + "".join(f"{name:>7}" for name in METRICS)]
+    lines += [f"{kind:<5}" + "".join(f"{_number(row[name]):>7}" for name in METRICS) for kind, row in metrics.items()]
+    names = [key.removeprefix("AP-") for row in list(metrics.values())[:1] for key in row if key.startswith("AP-")]
+    if len(names) < 2:
+        return "\n".join(lines)
+    width = max(len("category"), *map(len, names))
+    cells = [
+        f"{name:<{width}}" + "".join(f"{_number(row[f'AP-{name}']):>7}" for row in metrics.values())
+        for name in names
+    ]
+    columns = min(_COLUMNS, len(cells))
+    head = f"{'category':<{width}}" + "".join(f"{kind:>7}" for kind in metrics)
+    lines.append("   ".join([head] * columns))
+    per_column = -(-len(cells) // columns)
+    for row in range(per_column):
+        lines.append("   ".join(cells[row::per_column]))
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1f}"
