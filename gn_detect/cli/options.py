@@ -60,13 +60,11 @@ def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
     if given["train"] is None and given["val"] is None:
         return cfg
     changes: dict[str, Any] = {}
-    entries = {
-        name: {"annotations": e.annotations, "images": e.images} for name, e in cfg.datasets.registered.items()
-    }
+    entries: dict[str, Any] = dict(cfg.datasets.registered)
     for part, key in (("train", "DATASETS.TRAIN"), ("val", "DATASETS.TEST")):
         pair = given[part]
         if pair is not None:
-            entries[part] = {"annotations": pair[0], "images": pair[1]}
+            entries[part] = {"ANNOTATIONS": pair[0], "IMAGES": pair[1]}
             changes[key] = [part]
     if given["val"] is None:
         changes["DATASETS.TEST"] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from .model import Model
 from .types import (
@@ -83,7 +83,9 @@ class Input(Section):
 
 
 class RegisteredDataset(Section):
-    """One entry of ``DATASETS.REGISTER``, ours: a COCO JSON and the folder of its images."""
+    """One entry of ``DATASETS.REGISTER``, ours: a COCO JSON and the folder of its images; keys in either case."""
+
+    model_config = ConfigDict(populate_by_name=True)
 
     annotations: Str
     images: Str

@@ -213,7 +213,7 @@ def _training_step(cfg: Config, model: MaskRCNN) -> Callable[[], tuple[float, Te
         batch = next(batches)
         data = time.perf_counter() - begin
         losses = train_step(cfg, model, batch, optimizer, trained)
-        return data, torch.stack(list(losses.values())).sum()
+        return data, torch.stack(list(losses.values())).sum().detach()
 
     return step
 

@@ -13,7 +13,7 @@ from ..files import atomic_write_json
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import load_weights
 from .checkpoint import find_last_checkpoint
-from .distributed import from_main, get_rank, is_main, resolve_device, world_size
+from .distributed import get_rank, is_main, resolve_device, world_size
 from .model import make_model
 from .writers import run_log
 
@@ -80,27 +80,17 @@ def load_test_sets(cfg: Config) -> TestSets:
 
 
 def evaluate_test_sets(cfg: Config, model: MaskRCNN, tests: TestSets) -> Results:
-    """AP on each set; the model comes back in the mode, training or not, in which it was."""
+    """AP on each set, the same in all processes; the model comes back in the mode in which it was."""
     iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
-    training = model.training
-    model.eval()
     results = {}
     for name, (loader, dataset) in tests.items():
         folder = Path(cfg.output_dir) / "inference" / name
         logger.info("evaluating %d images of %s", len(dataset), name)
-        found = evaluate_model(
-            model, loader, dataset, folder, backend=cfg.test.coco_eval_backend, iou_types=iou_types
-        )
-        results[name] = found
-        for iou_type, numbers in found.items():
-            line = "  ".join(
-                f"{key} {numbers[key]:.2f}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")
-            )
-            logger.info("%s %s: %s", name, iou_type, line)
+        backend = cfg.test.coco_eval_backend
+        results[name] = evaluate_model(model, loader, dataset, folder, backend=backend, iou_types=iou_types)
         if is_main():
-            write_results(folder / "results.json", found)
-    model.train(training)
-    return from_main(next(iter(results.values())) if len(results) == 1 else results)
+            write_results(folder / "results.json", results[name])
+    return next(iter(results.values())) if len(results) == 1 else results
 
 
 def scalars_of(results: Results) -> dict[str, float]:

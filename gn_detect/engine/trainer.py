@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ..config import dump_config
 from ..data import CocoDataset, SampleLoader, build_train_loader, check_classes, check_same_classes
@@ -228,9 +229,11 @@ def train_step(
     """One update of the weights. Returns the losses, still on the device."""
     losses = model([sample.image for sample in batch], [sample.target for sample in batch])
     optimizer.zero_grad(set_to_none=True)
-    torch.stack(list(losses.values())).sum().backward()
-    clip_gradients(cfg, trained)
-    optimizer.step()
+    with record_function("backward"):
+        torch.stack(list(losses.values())).sum().backward()
+    with record_function("optimizer"):
+        clip_gradients(cfg, trained)
+        optimizer.step()
     return losses
 
 

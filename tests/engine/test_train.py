@@ -66,7 +66,7 @@ def test_run_folder(tiny_config: Config, caplog: pytest.LogCaptureFixture) -> No
         sum(v for k, v in training[-1].items() if k.startswith("loss_"))
     )
     log = (folder / "log.txt").read_text()
-    for word in ("iter 6/6", "eta", "data", "images/s", "memory", "tiny_test bbox"):
+    for word in ("iter 6/6", "eta", "data", "images/s", "memory", "of tiny_test", "segm"):
         assert word in log and word in caplog.text
 
 

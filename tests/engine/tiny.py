@@ -99,7 +99,7 @@ def write_config(folder: Path, train: Path | None = None, val: Path | None = Non
     """``folder/tiny.yaml`` for datasets of :func:`make_dataset`; the run goes to ``folder/run``."""
     parts = {"TRAIN": train, "TEST": val}
     register = {
-        f"tiny_{key.lower()}": {"annotations": str(file), "images": str(file.parent / "images")}
+        f"tiny_{key.lower()}": {"ANNOTATIONS": str(file), "IMAGES": str(file.parent / "images")}
         for key, file in parts.items()
         if file is not None
     }
