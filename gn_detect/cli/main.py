@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from .. import __version__
 from ..errors import UserError
 from . import bench, evaluate, plot, predict, train
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(
             f"{(error.strerror or str(error)).lower()}:{name}; correct the path, its rights or make room"
         )
+    except torch.cuda.OutOfMemoryError:
+        return _fail("the GPU has too little memory; lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN")
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return INTERRUPTED

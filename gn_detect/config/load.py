@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -150,7 +151,7 @@ def read_chain(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path,
     for base in [bases] if isinstance(bases, str) else bases or []:
         if not isinstance(base, str):
             raise UserError(f"{path}: _BASE_: {base!r} is not the name of a file")
-        file = path.parent / Path(base).expanduser()
+        file = Path(os.path.normpath(path.parent / Path(base).expanduser()))
         if not file.is_file():
             raise UserError(f"{path}: _BASE_: there is no file {file}")
         yield from read_chain(file, (*above, resolved))
@@ -235,7 +236,10 @@ def _show(value: Any) -> str:
 
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:
-    """``file: `` of the key or of the closest group around it."""
+    """``file: `` of the key, of what was last set below it, or of the closest group around it."""
+    below = [origin for other, origin in origins.items() if other == key or other.startswith(f"{key}.")]
+    if below:
+        return f"{below[-1]}: "
     while key and key not in origins:
         key = key.rpartition(".")[0]
     return f"{origins[key]}: " if key else ""

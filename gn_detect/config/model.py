@@ -57,11 +57,15 @@ def _conv_dims(channels: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Backbone(Section):
+    """``MODEL.BACKBONE``."""
+
     name: Str = "build_resnet_backbone"
     freeze_at: Annotated[Int, Field(ge=0, le=5)] = 2  # 1: stem, 2: stem and res2, ...
 
 
 class ResNets(Section):
+    """``MODEL.RESNETS``."""
+
     depth: Depth = 50
     out_features: Annotated[Stages, AfterValidator(_known_stages)] = ("res4",)
     num_groups: PositiveInt = 1  # of the 3x3 convolutions: ResNeXt's cardinality
@@ -77,6 +81,8 @@ class ResNets(Section):
 
 
 class FPN(Section):
+    """``MODEL.FPN``."""
+
     in_features: Annotated[Names, AfterValidator(_known_stages)] = ()
     out_channels: PositiveInt = 256
     norm: Str = ""
@@ -84,18 +90,22 @@ class FPN(Section):
 
 
 class GN(Section):
-    """Every norm that is called ``GN``."""
+    """``MODEL.GN``, ours: every norm that is called ``GN``."""
 
     num_groups: PositiveInt = 32
     eps: Positive = 1e-5
 
 
 class ProposalGenerator(Section):
+    """``MODEL.PROPOSAL_GENERATOR``."""
+
     name: Str = "RPN"
     min_size: NonNegative = 0.0  # pixels of the network's input; smaller proposals are dropped
 
 
 class AnchorGenerator(Section):
+    """``MODEL.ANCHOR_GENERATOR``."""
+
     name: Str = "DefaultAnchorGenerator"
     sizes: FloatsPerLevel = ((32.0, 64.0, 128.0, 256.0, 512.0),)  # square root of the area, in pixels
     aspect_ratios: FloatsPerLevel = ((0.5, 1.0, 2.0),)  # height / width
@@ -104,6 +114,8 @@ class AnchorGenerator(Section):
 
 
 class RPN(Section):
+    """``MODEL.RPN``."""
+
     head_name: Str = "StandardRPNHead"
     in_features: Stages = ("res4",)
     boundary_thresh: Int = -1  # pixels that an anchor may stick out of the image; -1: any
@@ -125,6 +137,8 @@ class RPN(Section):
 
 
 class ROIHeads(Section):
+    """``MODEL.ROI_HEADS``."""
+
     name: Str = "Res5ROIHeads"
     num_classes: PositiveInt = 80  # without the background
     in_features: Stages = ("res4",)
@@ -138,6 +152,8 @@ class ROIHeads(Section):
 
 
 class ROIBoxHead(Section):
+    """``MODEL.ROI_BOX_HEAD``."""
+
     name: Str = ""
     bbox_reg_loss_type: Str = "smooth_l1"
     bbox_reg_loss_weight: NonNegative = 1.0
@@ -160,6 +176,8 @@ class ROIBoxHead(Section):
 
 
 class ROIMaskHead(Section):
+    """``MODEL.ROI_MASK_HEAD``."""
+
     name: Str = "MaskRCNNConvUpsampleHead"
     pooler_resolution: PositiveInt = 14
     pooler_sampling_ratio: Count = 0
@@ -171,6 +189,8 @@ class ROIMaskHead(Section):
 
 
 class ROIBoxCascadeHead(Section):
+    """``MODEL.ROI_BOX_CASCADE_HEAD``, of architectures that are not implemented: accepted, never read."""
+
     bbox_reg_weights: Annotated[tuple[Floats, ...], AsTuple] = (
         (10.0, 10.0, 5.0, 5.0),
         (20.0, 20.0, 10.0, 10.0),
@@ -180,6 +200,8 @@ class ROIBoxCascadeHead(Section):
 
 
 class ROIKeypointHead(Section):
+    """``MODEL.ROI_KEYPOINT_HEAD``, of architectures that are not implemented: accepted, never read."""
+
     name: Str = "KRCNNConvDeconvUpsampleHead"
     pooler_resolution: Int = 14
     pooler_sampling_ratio: Int = 0
@@ -192,6 +214,8 @@ class ROIKeypointHead(Section):
 
 
 class SemSegHead(Section):
+    """``MODEL.SEM_SEG_HEAD``, of architectures that are not implemented: accepted, never read."""
+
     name: Str = "SemSegFPNHead"
     in_features: Names = ("p2", "p3", "p4", "p5")
     ignore_value: Int = 255
@@ -203,6 +227,8 @@ class SemSegHead(Section):
 
 
 class PanopticCombine(Section):
+    """``MODEL.PANOPTIC_FPN.COMBINE``, of architectures that are not implemented: accepted, never read."""
+
     enabled: Bool = True
     overlap_thresh: Float = 0.5
     stuff_area_limit: Int = 4096
@@ -210,11 +236,15 @@ class PanopticCombine(Section):
 
 
 class PanopticFPN(Section):
+    """``MODEL.PANOPTIC_FPN``, of architectures that are not implemented: accepted, never read."""
+
     instance_loss_weight: Float = 1.0
     combine: PanopticCombine = PanopticCombine()
 
 
 class RetinaNet(Section):
+    """``MODEL.RETINANET``, of architectures that are not implemented: accepted, never read."""
+
     num_classes: Int = 80
     in_features: Names = ("p3", "p4", "p5", "p6", "p7")
     num_convs: Int = 4
@@ -233,6 +263,8 @@ class RetinaNet(Section):
 
 
 class Model(Section):
+    """``MODEL``."""
+
     load_proposals: Bool = False
     mask_on: Bool = False
     keypoint_on: Bool = False

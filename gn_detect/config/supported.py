@@ -96,7 +96,7 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
         yield "MODEL.RESNETS.DEPTH", "ResNet-18 and 34 have neither NUM_GROUPS nor RES5_DILATION; set both to 1"
     for section, key in ((model.rpn, "MODEL.RPN"), (model.roi_heads, "MODEL.ROI_HEADS")):
         if len(section.iou_labels) != len(section.iou_thresholds) + 1:
-            yield f"{key}.IOU_LABELS", "must have one more entry than IOU_THRESHOLDS"
+            yield f"{key}.IOU_THRESHOLDS", "must have one entry less than IOU_LABELS"
     levels = len(model.rpn.in_features)
     for name in ("sizes", "aspect_ratios"):
         if len(getattr(model.anchor_generator, name)) not in (1, levels):

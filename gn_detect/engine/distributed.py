@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -217,12 +218,18 @@ def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if not is_distributed():
         return model
+    # The strides of sides of length 1 mean nothing, and PyTorch compares them all the same.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
+        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the running statistics of process 0, those that its checkpoints hold."""
+    if is_distributed():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def check_synchronised_norms(model: nn.Module, device: torch.device) -> None:

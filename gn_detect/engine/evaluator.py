@@ -13,7 +13,7 @@ from ..files import atomic_write_json
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import load_weights
 from .checkpoint import find_last_checkpoint
-from .distributed import get_rank, is_main, resolve_device, world_size
+from .distributed import get_rank, is_main, resolve_device, share_buffers, world_size
 from .model import make_model
 from .writers import run_log
 
@@ -82,6 +82,7 @@ def load_test_sets(cfg: Config) -> TestSets:
 def evaluate_test_sets(cfg: Config, model: MaskRCNN, tests: TestSets) -> Results:
     """AP on each set, the same in all processes; the model comes back in the mode in which it was."""
     iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
+    share_buffers(model)
     results = {}
     for name, (loader, dataset) in tests.items():
         folder = Path(cfg.output_dir) / "inference" / name

@@ -16,6 +16,8 @@ from torch.profiler import record_function
 
 from ..config import dump_config
 from ..data import CocoDataset, SampleLoader, build_train_loader, check_classes, check_same_classes
+from ..errors import UserError
+from ..evaluation import METRICS
 from ..files import atomic_write_text
 from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
@@ -129,6 +131,7 @@ def prepare(cfg: Config, resume: bool) -> Run:
     tests = load_test_sets(cfg)
     for _, test_set in tests.values():
         check_same_classes(dataset, test_set)
+    check_best_metric(cfg, dataset)
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg)
@@ -293,6 +296,28 @@ def evaluate_and_keep_best(run: Run, writer: MetricsWriter | None, iteration: in
             save_checkpoint(run.folder, BEST, run.model, metadata, is_last=False)
             logger.info("best %s so far: %.2f, saved as %s", metric, value, BEST)
     return results
+
+
+def check_best_metric(cfg: Config, dataset: CocoDataset) -> None:
+    """Refuse a ``SOLVER.BEST_CHECKPOINT_METRIC`` that no evaluation gives.
+
+    Raises:
+        UserError: it names masks of a model without masks, or no metric and no category.
+    """
+    metric = cfg.solver.best_checkpoint_metric
+    if metric == "auto":
+        return
+    kind, _, name = metric.partition("/")
+    if kind == "segm" and not cfg.model.mask_on:
+        raise UserError(
+            f"SOLVER.BEST_CHECKPOINT_METRIC {metric} needs MODEL.MASK_ON True; choose bbox/{name}"
+        )
+    known = [*METRICS, *(f"AP-{category}" for category in dataset.class_names)]
+    if name not in known:
+        raise UserError(
+            f"SOLVER.BEST_CHECKPOINT_METRIC {metric} is unknown; after {kind}/ choose {', '.join(METRICS)} "
+            f"or AP-<category>"
+        )
 
 
 def best_metric(cfg: Config) -> str:

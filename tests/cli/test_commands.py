@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import gn_detect
 from gn_detect import __version__
 from gn_detect.cli import main, options, predict
 from gn_detect.engine import trainer
@@ -82,6 +83,12 @@ def test_interrupted(case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert run("train", "--config-file", case.config) == 130
     assert capsys.readouterr().err.count("\n") == 1
     assert not [p for p in case.output.iterdir() if p.suffix in (".pth", ".tmp")]
+
+
+def test_public_names_are_there() -> None:
+    assert all(getattr(gn_detect, name) is not None for name in gn_detect.__all__)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = gn_detect.nonsense
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

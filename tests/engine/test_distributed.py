@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
 from gn_detect.weights import read_checkpoint
 from tests.engine.tiny import make_dataset, write_config
+
+RESULTS = "coco_instances_results.json"
 
 
 def solver(cfg: Config) -> tuple[object, ...]:
@@ -107,18 +110,22 @@ def test_processes_talk_and_a_user_error_in_one_ends_all(tmp_path: Path) -> None
 def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
     """All images are equal and all anchors and RoIs are taken, so that no share differs from the other."""
     data = make_dataset(tmp_path / "train", 4, same=True)
+    val = make_dataset(tmp_path / "val", 3)
     keys = [
         "INPUT.RANDOM_FLIP", "none", "SOLVER.MAX_ITER", "3", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "5000",
         "MODEL.RPN.POSITIVE_FRACTION", "1.0", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "500",
         "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0",
     ]  # fmt: skip
-    weights = []
+    weights, evaluated = [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        cfg = load_config(write_config(folder, data), keys)
+        cfg = load_config(write_config(folder, data, val), keys)
         launch(train, (cfg,), device="cpu", num_gpus=processes)
         weights.append(read_checkpoint(folder / "run" / "model_final.pth").tensors)
+        results = json.loads((folder / "run" / "inference" / "tiny_test" / RESULTS).read_text())
+        evaluated.append(sorted({result["image_id"] for result in results}))
+    assert evaluated == [[1, 2, 3], [1, 2, 3]]
     start = build_model_like(cfg)
     moved = max(float((weights[0][k] - start[k]).abs().max()) for k in start)
     difference = max(float((weights[0][k] - weights[1][k]).abs().max()) for k in start)

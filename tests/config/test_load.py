@@ -1,0 +1,214 @@
+"""Reading configs: files, bases, overrides, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from gn_detect.config import Config, dump_config, load_config
+from gn_detect.config.load import leaves
+from gn_detect.config.supported import NORMS, SUPPORTED
+from gn_detect.config.types import to_plain
+from gn_detect.errors import UserError
+from gn_detect.layers import NORM_NAMES
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+EXPECTED = """
+COCO-Detection/faster_rcnn_R_101_FPN_1x COCO-Detection/faster_rcnn_R_101_FPN_3x
+COCO-Detection/faster_rcnn_R_50_FPN_1x COCO-Detection/faster_rcnn_R_50_FPN_3x
+COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_1x COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x
+COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x
+COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x GN/mask_rcnn_R_50_C4_gn
+GN/mask_rcnn_R_50_FPN_2x_gn GN/mask_rcnn_R_50_FPN_3x_gn GN/mask_rcnn_R_101_FPN_2x_gn GN/mask_rcnn_R_101_FPN_3x_gn
+GN/faster_rcnn_R_50_FPN_2x_gn GN/faster_rcnn_R_50_FPN_3x_gn GN/faster_rcnn_R_101_FPN_2x_gn
+GN/faster_rcnn_R_101_FPN_3x_gn GN/scratch_mask_rcnn_R_50_FPN_3x_gn GN/scratch_mask_rcnn_R_101_FPN_3x_gn
+GN/scratch_mask_rcnn_R_50_FPN_9x_gn quick/demo quick/nuclei_r18_gn quick/coco80_r18_gn
+""".split()
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def error_of(*args) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_survives_a_dump(name: str, tmp_path: Path) -> None:
+    cfg = load_config(name)
+    assert load_config(write(tmp_path, "dumped.yaml", dump_config(cfg))) == cfg
+
+
+def test_everything_promised_is_shipped() -> None:
+    assert {f"{name}.yaml" for name in EXPECTED} <= set(SHIPPED)
+
+
+def test_shipped_configs_are_what_their_names_say() -> None:
+    gn = load_config("GN/mask_rcnn_R_101_FPN_2x_gn.yaml")
+    assert (gn.model.resnets.depth, gn.solver.max_iter, gn.solver.steps) == (101, 180000, (120000, 160000))
+    assert gn.model.resnets.norm == gn.model.fpn.norm == gn.model.roi_mask_head.norm == "GN"
+    assert (gn.model.roi_box_head.num_conv, gn.model.roi_box_head.num_fc) == (4, 1)
+    assert not gn.model.resnets.stride_in_1x1
+    frozen = load_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml")
+    assert (frozen.model.resnets.norm, frozen.model.resnets.stride_in_1x1) == ("FrozenBN", True)
+    assert frozen.model.mask_on and frozen.solver.max_iter == 270000
+    assert not load_config("GN/faster_rcnn_R_50_FPN_3x_gn.yaml").model.mask_on
+    scratch = load_config("GN/scratch_mask_rcnn_R_50_FPN_9x_gn.yaml")
+    assert (scratch.model.weights, scratch.model.backbone.freeze_at) == ("", 0)
+    assert (scratch.solver.ims_per_batch, scratch.solver.max_iter) == (64, 202500)
+
+
+def test_a_full_config_of_detectron2_loads_as_it_is(shared_dir: Path) -> None:
+    path = shared_dir / "oracles/dsb_r18_gn/config.yaml"
+    cfg = load_config(path)
+    assert cfg.model.resnets.depth == 18 and cfg.model.roi_heads.num_classes == 1
+    # Every key of the file is in the config with the file's value.
+    ours, theirs = to_plain(cfg), yaml.safe_load(path.read_text())
+    for key in leaves(theirs):
+        a, b = ours, theirs
+        for part in key.split("."):
+            a, b = a[part], b[part]
+        if not isinstance(b, dict):
+            assert a == b, key
+
+
+def test_the_nuclei_config_is_the_recipe_of_the_oracle(shared_dir: Path) -> None:
+    ours = to_plain(load_config("quick/nuclei_r18_gn.yaml"))
+    theirs = to_plain(load_config(shared_dir / "oracles/dsb_r18_gn/config.yaml"))
+    for tree in (ours, theirs):
+        del tree["DATASETS"], tree["OUTPUT_DIR"], tree["MODEL"]["DEVICE"], tree["SOLVER"]["CHECKPOINT_PERIOD"]
+    assert ours == theirs
+
+
+def test_defaults_are_detectron2s(shared_dir: Path) -> None:
+    """What the oracle's run left alone still has the default value."""
+    stored = yaml.safe_load((shared_dir / "oracles/dsb_r18_gn/config.yaml").read_text())
+    cfg = to_plain(Config())
+    for section in ("RETINANET", "SEM_SEG_HEAD", "PANOPTIC_FPN", "ROI_KEYPOINT_HEAD", "ROI_BOX_CASCADE_HEAD"):
+        assert cfg["MODEL"][section] == stored["MODEL"][section]
+    assert cfg["MODEL"]["PIXEL_MEAN"] == stored["MODEL"]["PIXEL_MEAN"]
+    assert (cfg["SOLVER"]["MAX_ITER"], cfg["SOLVER"]["BASE_LR"], cfg["INPUT"]["MIN_SIZE_TRAIN"]) == (40000, 1e-3, [800])
+    assert cfg["TEST"]["AUG"] == stored["TEST"]["AUG"]
+
+
+def test_bases_overrides_and_tuples(tmp_path: Path) -> None:
+    write(tmp_path, "first.yaml", "SOLVER: {MAX_ITER: 1, BASE_LR: 1e-3}\nSEED: 1\n")
+    write(tmp_path, "second.yaml", "SOLVER:\n  MAX_ITER: 2\n")
+    text = "_BASE_: [first.yaml, second.yaml]\nSOLVER: {STEPS: !!python/tuple [3, 4]}\nDATASETS: {TRAIN: \"('a', 'b')\"}\n"
+    path = write(tmp_path, "top.yaml", text)
+    cfg = load_config(path, ["SEED", "5", "SOLVER.STEPS", "(7,)", "DATASETS.TEST", "one", "MODEL.MASK_ON", "True"])
+    assert (cfg.solver.max_iter, cfg.solver.base_lr, cfg.solver.steps, cfg.seed) == (2, 1e-3, (7,), 5)
+    assert cfg.datasets.train == ("a", "b") and cfg.datasets.test == ("one",) and cfg.model.mask_on
+    assert load_config(path).solver.steps == (3, 4)
+
+
+def test_registered_datasets(tmp_path: Path) -> None:
+    text = "DATASETS:\n  REGISTER:\n    mine: {annotations: a.json, images: pictures}\n"
+    entry = load_config(write(tmp_path, "c.yaml", text)).datasets.registered["mine"]
+    assert (entry.annotations, entry.images) == ("a.json", "pictures")
+
+
+def test_a_config_is_read_only_and_replace_checks() -> None:
+    cfg = load_config()
+    with pytest.raises(ValidationError):
+        cfg.seed = 3
+    changed = cfg.replace({"SOLVER.MAX_ITER": 10, "DATASETS.TRAIN": ["x"]})
+    assert (changed.solver.max_iter, changed.datasets.train, cfg.solver.max_iter) == (10, ("x",), 40000)
+    assert isinstance(changed, Config)
+    with pytest.raises(UserError, match="SOLVER.MAX_ITER: 0 does not fit"):
+        cfg.replace({"SOLVER.MAX_ITER": 0})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("SOLVER.MAX_ITERS", "3", ["SOLVER.MAX_ITERS: unknown key", "did you mean SOLVER.MAX_ITER?"]),
+        ("MAX_ITER", "3", ["MAX_ITER: unknown key", "did you mean SOLVER.MAX_ITER?"]),
+        ("MODEL.RESNET.DEPTH", "50", ["MODEL.RESNET", "did you mean MODEL.RESNETS?"]),
+        ("SOLVER.MAX_ITER", "many", ["SOLVER.MAX_ITER: 'many' does not fit", "integer"]),
+        ("SOLVER.BASE_LR", "-1", ["SOLVER.BASE_LR", "greater than 0"]),
+        ("MODEL.RESNETS.NORM", "XN", ["MODEL.RESNETS.NORM: 'XN' is not supported", "'GN', 'GN1', 'IN', 'LN'"]),
+        ("MODEL.KEYPOINT_ON", "True", ["MODEL.KEYPOINT_ON: True is not supported; it must be False"]),
+        ("MODEL.META_ARCHITECTURE", "RetinaNet", ["'RetinaNet' is not supported", "'GeneralizedRCNN'"]),
+        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False,True,True,True]", ["DEFORM_ON_PER_STAGE", "not supported"]),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool", ["'ROIPool' is not supported", "'ROIAlignV2', 'ROIAlign'"]),
+        ("SOLVER.AMP.ENABLED", "True", ["SOLVER.AMP.ENABLED: True is not supported"]),
+        ("TEST.AUG.ENABLED", "True", ["TEST.AUG.ENABLED: True is not supported"]),
+        ("MODEL.RPN.IN_FEATURES", "[p2, p9]", ["MODEL.RPN.IN_FEATURES", "p2, p3, p4, p5, p6"]),
+        ("MODEL.RPN.IOU_THRESHOLDS", "[0.5]", ["MODEL.RPN.IOU_THRESHOLDS", "one entry less than IOU_LABELS"]),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]", ["one for each of the 5 in MODEL.RPN.IN_FEATURES"]),
+        ("INPUT.CROP.SIZE", "[300, 300]", ["INPUT.CROP.SIZE", "fractions up to 1"]),
+        ("MODEL", "3", ["MODEL: 3 does not fit"]),
+        ("SOLVER.STEPS", "(5, 3)", ["SOLVER.STEPS", "must increase"]),
+    ],
+)
+def test_bad_overrides(key: str, value: str, parts: list[str]) -> None:
+    message = error_of("GN/mask_rcnn_R_50_FPN_3x_gn.yaml", [key, value])
+    assert message.startswith("command line: ")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("SOLVER: {MAX_ITERS: 3}\n", "SOLVER.MAX_ITERS: unknown key; did you mean SOLVER.MAX_ITER?"),
+        ("SOLVER:\n  MAX_ITER: [\n", "line 3: not YAML"),
+        ("SEED: 1\nSEED: 2\n", "line 2: not YAML: SEED stands twice"),
+        ("- 1\n- 2\n", "not a config"),
+        ("3: 4\n", "key 3 is not text"),
+        ("_BASE_: none.yaml\n", "_BASE_: there is no file"),
+        ("_BASE_: c.yaml\n", "_BASE_ leads back to this file"),
+        ("SEED: !!python/object/apply:os.system [ls]\n", "not YAML: could not determine a constructor"),
+    ],
+)
+def test_bad_files(text: str, part: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "c.yaml", text)
+    message = error_of(path)
+    assert message.startswith(str(path)) and part in message
+
+
+def test_errors_name_the_file_that_sets_the_key(tmp_path: Path) -> None:
+    base = write(tmp_path, "base.yaml", "SOLVER: {MAX_ITER: none}\n")
+    assert error_of(write(tmp_path, "top.yaml", "_BASE_: base.yaml\nSEED: 1\n")).startswith(f"{base}: SOLVER.MAX_ITER")
+
+
+def test_other_mistakes(tmp_path: Path) -> None:
+    assert "SEED has no value" in error_of(None, ["SEED"])
+    assert "did you mean GN/mask_rcnn_R_50_FPN_2x_gn.yaml?" in error_of("GN/mask_rcnn_R50_FPN_2x_gn.yaml")
+    binary = tmp_path / "b.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in error_of(binary)
+
+
+def test_subtrees_that_nothing_reads_may_hold_anything() -> None:
+    names = ["MODEL.RETINANET.NORM", "XN", "MODEL.ROI_KEYPOINT_HEAD.NAME", "other", "MODEL.SEM_SEG_HEAD.NAME", "other"]
+    load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", [*names, "MODEL.ROI_MASK_HEAD.NAME", "other"])
+    load_config("GN/mask_rcnn_R_50_C4_gn.yaml", ["MODEL.FPN.NORM", "XN", "MODEL.ROI_BOX_HEAD.NAME", "other"])
+    assert "MODEL.ROI_MASK_HEAD.NAME" in error_of("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", ["MODEL.ROI_MASK_HEAD.NAME", "x"])
+
+
+def test_the_table_of_support_agrees_with_the_schema_and_the_layers() -> None:
+    assert NORMS == NORM_NAMES
+    tree = to_plain(Config.model_construct())
+    known = set(leaves(tree))
+    assert set(SUPPORTED) <= known
+
+
+def test_an_existing_file_wins_over_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/quick/demo.yaml").model.roi_heads.num_classes == 8
+    (tmp_path / "quick").mkdir()
+    write(tmp_path / "quick", "demo.yaml", "SEED: 77\n")
+    assert load_config("quick/demo.yaml").seed == 77
