@@ -237,8 +237,8 @@ def _show(value: Any) -> str:
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:
     """``file: `` of the key, of what was last set below it, or of the closest group around it."""
-    below = [origin for other, origin in origins.items() if other == key or other.startswith(f"{key}.")]
-    if below:
+    below = [origin for other, origin in origins.items() if other.startswith(f"{key}.")]
+    if key not in origins and below:
         return f"{below[-1]}: "
     while key and key not in origins:
         key = key.rpartition(".")[0]
