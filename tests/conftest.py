@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder of real data, weights and oracles beside the repository; tests that need it skip without it."""
+    """The folder of real data, weights and oracles beside the repository; tests skip where it is missing."""
     folder = REPOSITORY.parent / "shared"
     if not (folder / "oracles").is_dir():
         pytest.skip(f"needs the real data and oracles in {folder}, which is not there")

@@ -45,8 +45,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """The config of a YAML file, with ``KEY VALUE`` pairs on top.
 
     Args:
-        path: YAML with detectron2's keys; ``_BASE_`` in it names one or several files, relative to it, that it
-            builds on. A file that does not exist is looked for among the configs that come with the package,
+        path: YAML with detectron2's keys; ``_BASE_`` in it names the files, relative to it, that it builds on. A file that does not exist is looked for among the configs that come with the package,
             such as ``GN/mask_rcnn_R_50_FPN_2x_gn.yaml``. None starts from the defaults.
         overrides: keys and values in turn, such as ``["SOLVER.MAX_ITER", "100"]``.
 
@@ -103,9 +102,13 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is not text", key_node.start_mark
+                )
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} stands twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -206,7 +209,9 @@ def validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
         value = value_at(cfg, key)
         if value not in values and not is_unread(key, skipped):
             choices = ", ".join(map(_show, values))
-            raise UserError(f"{_origin(key, origins)}{key}: {_show(value)} is not supported; it must be {choices}")
+            raise UserError(
+                f"{_origin(key, origins)}{key}: {_show(value)} is not supported; it must be {choices}"
+            )
     for key, complaint in conflicts(cfg):
         raise UserError(f"{_origin(key, origins)}{key}: {_show(value_at(cfg, key))} {complaint}")
     return cfg
@@ -268,5 +273,8 @@ def nearest_key(key: str) -> str | None:
     near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0 if same_name else 0.6)
     if not near:
         by_name = {k.rpartition(".")[2]: k for k in reversed(keys)}
-        near = [by_name[n] for n in difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1, cutoff=0.7)]
+        near = [
+            by_name[n]
+            for n in difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1, cutoff=0.7)
+        ]
     return near[0] if near else None

@@ -1,4 +1,4 @@
-"""The whole schema: detectron2's keys with its defaults, and keys of ours, each group under its own comment."""
+"""The whole schema: detectron2's keys with its defaults, and keys of ours."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Input(Section):
 
 
 class RegisteredDataset(Section):
-    """One entry of ``DATASETS.REGISTER``, ours: a COCO JSON and the folder of its images; keys in either case."""
+    """An entry of ``DATASETS.REGISTER``, ours: a COCO JSON and the folder of its images; keys in any case."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -227,5 +227,3 @@ class Root(Section):
     vis_period: Int = 0
     vis: Vis = Vis()
     global_: Global = Global()
-
-

@@ -93,7 +93,10 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
     model, resnets = root.model, root.model.resnets
     yield from _backbone_conflicts(root)
     if resnets.depth < 50 and (resnets.num_groups, resnets.res5_dilation) != (1, 1):
-        yield "MODEL.RESNETS.DEPTH", "ResNet-18 and 34 have neither NUM_GROUPS nor RES5_DILATION; set both to 1"
+        yield (
+            "MODEL.RESNETS.DEPTH",
+            "ResNet-18 and 34 have neither NUM_GROUPS nor RES5_DILATION; set both to 1",
+        )
     for section, key in ((model.rpn, "MODEL.RPN"), (model.roi_heads, "MODEL.ROI_HEADS")):
         if len(section.iou_labels) != len(section.iou_thresholds) + 1:
             yield f"{key}.IOU_THRESHOLDS", "must have one entry less than IOU_LABELS"
@@ -102,16 +105,22 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
         if len(getattr(model.anchor_generator, name)) not in (1, levels):
             yield (
                 f"MODEL.ANCHOR_GENERATOR.{name.upper()}",
-                f"must have one entry for all levels or one for each of the {levels} in MODEL.RPN.IN_FEATURES",
+                f"must have one entry for all levels or one for each of {levels} in MODEL.RPN.IN_FEATURES",
             )
     if len({len(sizes) for sizes in model.anchor_generator.sizes}) > 1:
-        yield "MODEL.ANCHOR_GENERATOR.SIZES", "must have as many sizes for every level, which share one RPN head"
+        yield (
+            "MODEL.ANCHOR_GENERATOR.SIZES",
+            "must have as many sizes for every level, which share one RPN head",
+        )
     given = root.input
     if given.min_size_train_sampling == "range" and len(given.min_size_train) != 2:
         yield "INPUT.MIN_SIZE_TRAIN", "must be (least, largest) with INPUT.MIN_SIZE_TRAIN_SAMPLING range"
     relative = given.crop.type.startswith("relative")
     if not all(0 < side <= 1 if relative else side >= 1 for side in given.crop.size):
-        yield "INPUT.CROP.SIZE", f"must be {'fractions up to 1' if relative else 'pixels'} with {given.crop.type}"
+        yield (
+            "INPUT.CROP.SIZE",
+            f"must be {'fractions up to 1' if relative else 'pixels'} with {given.crop.type}",
+        )
     jitter = given.large_scale_jitter
     if jitter.min_scale > jitter.max_scale or len(jitter.size) != 2:
         yield "INPUT.LARGE_SCALE_JITTER", "needs MIN_SCALE up to MAX_SCALE, and SIZE as (height, width)"

@@ -81,7 +81,7 @@ class Report:
         return "\n".join(
             [
                 *rows,
-                f"one step: median {median:.3f} s, least {min(self.seconds):.3f} s, {len(self.seconds)} steps",
+                f"one step: median {median:.3f} s, least {min(self.seconds):.3f} s of {len(self.seconds)}",
                 f"peak memory above the start: {self.memory / MIB:.0f} MiB",
             ]
         )
@@ -97,7 +97,7 @@ def benchmark(
         mode: what a step is.
         workload: see :class:`Workload`.
         iterations: timed steps after one that is not.
-        folder: where images, ``annotations.json`` and ``proposals.json`` are left; a temporary one by default.
+        folder: where images, ``annotations.json`` and ``proposals.json`` stay; a temporary one by default.
     """
     with _folder(folder) as place:
         proposals = write_workload(place, workload)
@@ -115,7 +115,9 @@ def write_workload(folder: Path, workload: Workload) -> list[Tensor]:
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     size = np.array([workload.width, workload.height], dtype=np.float64)
-    images, annotations, proposals = [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    proposals = []
     for number in range(1, workload.images + 1):
         pixels = random.integers(0, 256, (workload.height, workload.width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
@@ -197,7 +199,7 @@ def _inject(model: MaskRCNN, proposals: list[Tensor]) -> None:
         own(*args)
         return given
 
-    rpn.select_proposals = select_proposals  # type: ignore[method-assign]
+    rpn.select_proposals = select_proposals  # type: ignore[method-assign,assignment]
 
 
 def _training_step(cfg: Config, model: MaskRCNN) -> Callable[[], tuple[float, Tensor]]:

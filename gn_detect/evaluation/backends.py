@@ -30,14 +30,16 @@ def choose_backend(name: str | None) -> str:
         raise UserError(f"TEST.COCO_EVAL_BACKEND: {name!r} is not one of auto, {', '.join(BACKENDS)}")
     if importlib.util.find_spec(name) is None:
         package = name.replace("_", "-")
-        raise UserError(f"TEST.COCO_EVAL_BACKEND: {name} is not installed; pip install {package}, or choose auto")
+        raise UserError(
+            f"TEST.COCO_EVAL_BACKEND: {name} is not installed; pip install {package}, or choose auto"
+        )
     return name
 
 
 def precision_and_recall(
     ground_truth: Json, detections: list[Json], iou_type: str, backend: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """COCO's evaluation, at 10 IoU thresholds, 4 ranges of area and at most 1, 10 and 100 detections an image.
+    """COCO's evaluation at 10 IoU thresholds, 4 ranges of area and at most 1, 10 or 100 detections an image.
 
     Args:
         ground_truth, detections: as :mod:`.coco_data` prepares them.
@@ -45,7 +47,7 @@ def precision_and_recall(
         backend: one of :data:`BACKENDS`.
 
     Returns:
-        Precision (10, 101, K, 4, 3) at 101 recalls and recall (10, K, 4, 3), -1 where there is nothing to find.
+        Precision (10, 101, K, 4, 3) at 101 recalls and recall (10, K, 4, 3); -1 where nothing is to be found.
         K are the categories in order of their ids.
     """
     found = {**ground_truth, "annotations": detections}

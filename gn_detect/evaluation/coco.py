@@ -13,8 +13,8 @@ from .coco_data import category_labels, prepare_detections, prepare_ground_truth
 
 IOU_TYPES = ("bbox", "segm")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""Averages over the IoU thresholds 0.5, 0.55, ..., 0.95 unless one is named; s, m and l are areas of less than
-32^2, up to 96^2 and more square pixels; AR1 to AR100 limit the detections of an image."""
+"""Averages over the IoU thresholds 0.5, 0.55, ..., 0.95 unless one is named; s, m and l are areas of less
+than 32^2, up to 96^2 and more square pixels; AR1 to AR100 limit the detections of an image."""
 
 _IOU_50, _IOU_75 = 0, 5
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)

@@ -1,7 +1,7 @@
 """Ground truth and detections brought into one exact form, so that every evaluator reads the same thing.
 
-COCO evaluators differ in what they make of missing areas, annotation ids of 0, uncompressed RLE or bytes. Here
-all of that is decided once, as pycocotools documents it, and whatever makes no sense is refused.
+COCO evaluators differ in what they make of missing areas, annotation ids of 0, uncompressed RLE or bytes.
+All of that is decided here once, as pycocotools documents it, and whatever makes no sense is refused.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def prepare_ground_truth(source: str | Path | Mapping[str, Any], iou_type: str) 
     if not isinstance(data, Mapping) or not all(
         isinstance(data.get(key), list) for key in ("images", "annotations", "categories")
     ):
-        raise UserError(f"{name}: not COCO ground truth; it needs the lists images, annotations and categories")
+        raise UserError(
+            f"{name}: not COCO ground truth; it needs the lists images, annotations and categories"
+        )
     try:
         sizes = {image["id"]: (image.get("height"), image.get("width")) for image in data["images"]}
         categories = [{"id": c["id"], "name": str(c.get("name", c["id"]))} for c in data["categories"]]
@@ -63,7 +65,9 @@ def prepare_ground_truth(source: str | Path | Mapping[str, Any], iou_type: str) 
         try:
             image_id, category_id = given["image_id"], given["category_id"]
             if image_id not in sizes or category_id not in known:
-                raise UserError(f"{label} belongs to an image or a category that is not listed; add or remove it")
+                raise UserError(
+                    f"{label} belongs to an image or a category that is not listed; add or remove it"
+                )
             annotations.append(_annotation(given, number, sizes[image_id], iou_type))
         except (TypeError, KeyError, ValueError) as error:
             raise UserError(f"{label} cannot be evaluated: {error!r}; complete or remove it") from None

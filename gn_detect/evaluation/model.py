@@ -64,7 +64,9 @@ def detections_to_coco(
     ]
     if detections.masks is not None and len(entries):
         masks = detections.masks.cpu().numpy().astype(np.uint8)
-        for entry, rle in zip(entries, coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))), strict=True):
+        for entry, rle in zip(
+            entries, coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))), strict=True
+        ):
             entry["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
     return entries
 

@@ -20,8 +20,13 @@ def format_results(metrics: Mapping[str, Mapping[str, float]]) -> str:
         Lines of text; ``-`` where COCO defines no value.
     """
     lines = ["     " + "".join(f"{name:>7}" for name in METRICS)]
-    lines += [f"{kind:<5}" + "".join(f"{_number(row[name]):>7}" for name in METRICS) for kind, row in metrics.items()]
-    names = [key.removeprefix("AP-") for row in list(metrics.values())[:1] for key in row if key.startswith("AP-")]
+    lines += [
+        f"{kind:<5}" + "".join(f"{_number(row[name]):>7}" for name in METRICS)
+        for kind, row in metrics.items()
+    ]
+    names = [
+        key.removeprefix("AP-") for row in list(metrics.values())[:1] for key in row if key.startswith("AP-")
+    ]
     if len(names) < 2:
         return "\n".join(lines)
     width = max(len("category"), *map(len, names))

@@ -23,7 +23,8 @@ COCO-Detection/faster_rcnn_R_50_FPN_1x COCO-Detection/faster_rcnn_R_50_FPN_3x
 COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_1x COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x
 COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x
 COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x GN/mask_rcnn_R_50_C4_gn
-GN/mask_rcnn_R_50_FPN_2x_gn GN/mask_rcnn_R_50_FPN_3x_gn GN/mask_rcnn_R_101_FPN_2x_gn GN/mask_rcnn_R_101_FPN_3x_gn
+GN/mask_rcnn_R_50_FPN_2x_gn GN/mask_rcnn_R_50_FPN_3x_gn GN/mask_rcnn_R_101_FPN_2x_gn
+GN/mask_rcnn_R_101_FPN_3x_gn
 GN/faster_rcnn_R_50_FPN_2x_gn GN/faster_rcnn_R_50_FPN_3x_gn GN/faster_rcnn_R_101_FPN_2x_gn
 GN/faster_rcnn_R_101_FPN_3x_gn GN/scratch_mask_rcnn_R_50_FPN_3x_gn GN/scratch_mask_rcnn_R_101_FPN_3x_gn
 GN/scratch_mask_rcnn_R_50_FPN_9x_gn quick/demo quick/nuclei_r18_gn quick/coco80_r18_gn
@@ -98,16 +99,23 @@ def test_defaults_are_detectron2s(shared_dir: Path) -> None:
     for section in ("RETINANET", "SEM_SEG_HEAD", "PANOPTIC_FPN", "ROI_KEYPOINT_HEAD", "ROI_BOX_CASCADE_HEAD"):
         assert cfg["MODEL"][section] == stored["MODEL"][section]
     assert cfg["MODEL"]["PIXEL_MEAN"] == stored["MODEL"]["PIXEL_MEAN"]
-    assert (cfg["SOLVER"]["MAX_ITER"], cfg["SOLVER"]["BASE_LR"], cfg["INPUT"]["MIN_SIZE_TRAIN"]) == (40000, 1e-3, [800])
+    assert (cfg["SOLVER"]["MAX_ITER"], cfg["SOLVER"]["BASE_LR"], cfg["INPUT"]["MIN_SIZE_TRAIN"]) == (
+        40000,
+        1e-3,
+        [800],
+    )
     assert cfg["TEST"]["AUG"] == stored["TEST"]["AUG"]
 
 
 def test_bases_overrides_and_tuples(tmp_path: Path) -> None:
     write(tmp_path, "first.yaml", "SOLVER: {MAX_ITER: 1, BASE_LR: 1e-3}\nSEED: 1\n")
     write(tmp_path, "second.yaml", "SOLVER:\n  MAX_ITER: 2\n")
-    text = "_BASE_: [first.yaml, second.yaml]\nSOLVER: {STEPS: !!python/tuple [3, 4]}\nDATASETS: {TRAIN: \"('a', 'b')\"}\n"
+    text = "_BASE_: [first.yaml, second.yaml]\nSOLVER: {STEPS: !!python/tuple [3, 4]}\n"
+    text += "DATASETS: {TRAIN: \"('a', 'b')\"}\n"
     path = write(tmp_path, "top.yaml", text)
-    cfg = load_config(path, ["SEED", "5", "SOLVER.STEPS", "(7,)", "DATASETS.TEST", "one", "MODEL.MASK_ON", "True"])
+    cfg = load_config(
+        path, ["SEED", "5", "SOLVER.STEPS", "(7,)", "DATASETS.TEST", "one", "MODEL.MASK_ON", "True"]
+    )
     assert (cfg.solver.max_iter, cfg.solver.base_lr, cfg.solver.steps, cfg.seed) == (2, 1e-3, (7,), 5)
     assert cfg.datasets.train == ("a", "b") and cfg.datasets.test == ("one",) and cfg.model.mask_on
     assert load_config(path).solver.steps == (3, 4)
@@ -138,16 +146,28 @@ def test_a_config_is_read_only_and_replace_checks() -> None:
         ("MODEL.RESNET.DEPTH", "50", ["MODEL.RESNET", "did you mean MODEL.RESNETS?"]),
         ("SOLVER.MAX_ITER", "many", ["SOLVER.MAX_ITER: 'many' does not fit", "integer"]),
         ("SOLVER.BASE_LR", "-1", ["SOLVER.BASE_LR", "greater than 0"]),
-        ("MODEL.RESNETS.NORM", "XN", ["MODEL.RESNETS.NORM: 'XN' is not supported", "'GN', 'GN1', 'IN', 'LN'"]),
+        (
+            "MODEL.RESNETS.NORM",
+            "XN",
+            ["MODEL.RESNETS.NORM: 'XN' is not supported", "'GN', 'GN1', 'IN', 'LN'"],
+        ),
         ("MODEL.KEYPOINT_ON", "True", ["MODEL.KEYPOINT_ON: True is not supported; it must be False"]),
         ("MODEL.META_ARCHITECTURE", "RetinaNet", ["'RetinaNet' is not supported", "'GeneralizedRCNN'"]),
-        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False,True,True,True]", ["DEFORM_ON_PER_STAGE", "not supported"]),
-        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool", ["'ROIPool' is not supported", "'ROIAlignV2', 'ROIAlign'"]),
+        (
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE",
+            "[False,True,True,True]",
+            ["DEFORM_ON_PER_STAGE", "not supported"],
+        ),
+        (
+            "MODEL.ROI_BOX_HEAD.POOLER_TYPE",
+            "ROIPool",
+            ["'ROIPool' is not supported", "'ROIAlignV2', 'ROIAlign'"],
+        ),
         ("SOLVER.AMP.ENABLED", "True", ["SOLVER.AMP.ENABLED: True is not supported"]),
         ("TEST.AUG.ENABLED", "True", ["TEST.AUG.ENABLED: True is not supported"]),
         ("MODEL.RPN.IN_FEATURES", "[p2, p9]", ["MODEL.RPN.IN_FEATURES", "p2, p3, p4, p5, p6"]),
         ("MODEL.RPN.IOU_THRESHOLDS", "[0.5]", ["MODEL.RPN.IOU_THRESHOLDS", "one entry less than IOU_LABELS"]),
-        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]", ["one for each of the 5 in MODEL.RPN.IN_FEATURES"]),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]", ["one for each of 5 in MODEL.RPN.IN_FEATURES"]),
         ("INPUT.CROP.SIZE", "[300, 300]", ["INPUT.CROP.SIZE", "fractions up to 1"]),
         ("MODEL", "3", ["MODEL: 3 does not fit"]),
         ("SOLVER.STEPS", "(5, 3)", ["SOLVER.STEPS", "must increase"]),
@@ -181,7 +201,9 @@ def test_bad_files(text: str, part: str, tmp_path: Path) -> None:
 
 def test_errors_name_the_file_that_sets_the_key(tmp_path: Path) -> None:
     base = write(tmp_path, "base.yaml", "SOLVER: {MAX_ITER: none}\n")
-    assert error_of(write(tmp_path, "top.yaml", "_BASE_: base.yaml\nSEED: 1\n")).startswith(f"{base}: SOLVER.MAX_ITER")
+    assert error_of(write(tmp_path, "top.yaml", "_BASE_: base.yaml\nSEED: 1\n")).startswith(
+        f"{base}: SOLVER.MAX_ITER"
+    )
 
 
 def test_other_mistakes(tmp_path: Path) -> None:
@@ -193,10 +215,19 @@ def test_other_mistakes(tmp_path: Path) -> None:
 
 
 def test_subtrees_that_nothing_reads_may_hold_anything() -> None:
-    names = ["MODEL.RETINANET.NORM", "XN", "MODEL.ROI_KEYPOINT_HEAD.NAME", "other", "MODEL.SEM_SEG_HEAD.NAME", "other"]
+    names = [
+        "MODEL.RETINANET.NORM",
+        "XN",
+        "MODEL.ROI_KEYPOINT_HEAD.NAME",
+        "other",
+        "MODEL.SEM_SEG_HEAD.NAME",
+        "other",
+    ]
     load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", [*names, "MODEL.ROI_MASK_HEAD.NAME", "other"])
     load_config("GN/mask_rcnn_R_50_C4_gn.yaml", ["MODEL.FPN.NORM", "XN", "MODEL.ROI_BOX_HEAD.NAME", "other"])
-    assert "MODEL.ROI_MASK_HEAD.NAME" in error_of("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", ["MODEL.ROI_MASK_HEAD.NAME", "x"])
+    assert "MODEL.ROI_MASK_HEAD.NAME" in error_of(
+        "GN/mask_rcnn_R_50_FPN_2x_gn.yaml", ["MODEL.ROI_MASK_HEAD.NAME", "x"]
+    )
 
 
 def test_the_table_of_support_agrees_with_the_schema_and_the_layers() -> None:

@@ -28,11 +28,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def random_data(seed: int, images: int = 12, categories: tuple[int, ...] = (1, 3, 4, 90)) -> tuple[dict, list[dict]]:
+def random_data(
+    seed: int, images: int = 12, categories: tuple[int, ...] = (1, 3, 4, 90)
+) -> tuple[dict, list[dict]]:
     """Rectangles as ground truth, crowds among them, and shifted copies and inventions as detections."""
     random = np.random.default_rng(seed)
     truth: dict[str, list] = {
-        "images": [{"id": int(i), "height": HEIGHT, "width": WIDTH} for i in random.permutation(1000)[:images]],
+        "images": [
+            {"id": int(i), "height": HEIGHT, "width": WIDTH} for i in random.permutation(1000)[:images]
+        ],
         "categories": [{"id": c, "name": f"kind {c}"} for c in categories],
         "annotations": [],
     }
@@ -52,7 +56,9 @@ def random_data(seed: int, images: int = 12, categories: tuple[int, ...] = (1, 3
                     "bbox": [x, y, w, h],
                     "area": w * h,
                     "iscrowd": crowd,
-                    "segmentation": rectangle(x, y, w, h) if crowd else [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                    "segmentation": rectangle(x, y, w, h)
+                    if crowd
+                    else [[x, y, x + w, y, x + w, y + h, x, y + h]],
                 }
             )
             for _ in range(random.integers(0, 4)):
@@ -109,7 +115,10 @@ def test_known_numbers(backend: str, shared_dir: Path) -> None:
     expected = json.loads((folder / "expected_pycocotools.json").read_text())
     for iou_type in ("bbox", "segm"):
         numbers = evaluate_results(
-            folder / "annotations/instances_val.json", folder / f"results/fake{iou_type}_results.json", iou_type, backend
+            folder / "annotations/instances_val.json",
+            folder / f"results/fake{iou_type}_results.json",
+            iou_type,
+            backend,
         )
         for name, value in expected[iou_type].items():
             assert numbers[name] / 100 == pytest.approx(value, abs=1e-9)
@@ -149,7 +158,10 @@ def test_real_ground_truth_moved_a_little(name: str, backend: str, shared_dir: P
             {
                 "image_id": annotation["image_id"],
                 "category_id": annotation["category_id"],
-                "bbox": [value + shift for value, shift in zip(annotation["bbox"], random.normal(0, 3, 4), strict=True)],
+                "bbox": [
+                    value + shift
+                    for value, shift in zip(annotation["bbox"], random.normal(0, 3, 4), strict=True)
+                ],
                 "score": round(float(random.random()), 2),
                 "segmentation": {"size": [height, width], "counts": rle["counts"].decode()},
             }
@@ -218,13 +230,17 @@ def test_other_spellings_of_the_same_ground_truth(change: Callable[[dict], None]
     other, _ = spelled_otherwise(change)
     for iou_type in ("bbox", "segm"):
         expected = evaluate_results(plain, detections, iou_type, "pycocotools")
-        assert evaluate_results(other, detections, iou_type, backend) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+        assert evaluate_results(other, detections, iou_type, backend) == pytest.approx(
+            expected, abs=1e-9, nan_ok=True
+        )
 
 
 def test_perfect_and_no_detections(backend: str) -> None:
     truth, _ = random_data(1)
     perfect = [
-        make_detection(a["image_id"], a["category_id"], a["bbox"], 1.0) for a in truth["annotations"] if not a["iscrowd"]
+        make_detection(a["image_id"], a["category_id"], a["bbox"], 1.0)
+        for a in truth["annotations"]
+        if not a["iscrowd"]
     ]
     assert evaluate_results(truth, perfect, "bbox", backend)["AP"] == pytest.approx(100)
     assert evaluate_results(truth, perfect, "segm", backend)["AP"] == pytest.approx(100)
@@ -295,7 +311,9 @@ def test_bad_files(tmp_path: Path) -> None:
 def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="'fast' is not one of auto, hotcoco, faster_coco_eval, pycocotools"):
         backends_module.choose_backend("fast")
-    monkeypatch.setattr(backends_module.importlib.util, "find_spec", lambda name: name == "pycocotools" or None)
+    monkeypatch.setattr(
+        backends_module.importlib.util, "find_spec", lambda name: name == "pycocotools" or None
+    )
     assert backends_module.choose_backend("auto") == "pycocotools"
     with pytest.raises(UserError, match="hotcoco is not installed; pip install hotcoco"):
         backends_module.choose_backend("hotcoco")
@@ -307,4 +325,6 @@ def test_table() -> None:
     lines = format_results(numbers).splitlines()
     assert lines[1].split()[:2] == ["bbox", f"{numbers['bbox']['AP']:.1f}"]
     assert lines[2].split()[0] == "segm"
-    assert "kind 90" in "\n".join(lines[4:]) and f"{numbers['segm']['AP-kind 90']:.1f}" in "\n".join(lines[4:])
+    assert "kind 90" in "\n".join(lines[4:]) and f"{numbers['segm']['AP-kind 90']:.1f}" in "\n".join(
+        lines[4:]
+    )

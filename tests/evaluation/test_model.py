@@ -29,7 +29,9 @@ class PerfectModel(torch.nn.Module):
     """Finds in every image what is there."""
 
     def detect(self, images: list, original_sizes: list) -> list[Detections]:
-        assert not self.training and torch.is_inference_mode_enabled() and original_sizes == [SIZE] * len(images)
+        assert (
+            not self.training and torch.is_inference_mode_enabled() and original_sizes == [SIZE] * len(images)
+        )
         return [make_detections() for _ in images]
 
 
@@ -77,11 +79,15 @@ def test_a_perfect_model(dataset: SimpleNamespace, tmp_path: Path) -> None:
     assert metrics["bbox"]["AP"] == pytest.approx(100) and metrics["segm"]["AP"] == pytest.approx(100)
     written = folder / "coco_instances_results.json"
     assert len(json.loads(written.read_text())) == 6
-    assert evaluate_results(dataset.annotations_path, written, "segm") == pytest.approx(metrics["segm"], nan_ok=True)
+    assert evaluate_results(dataset.annotations_path, written, "segm") == pytest.approx(
+        metrics["segm"], nan_ok=True
+    )
 
 
 def test_boxes_alone(dataset: SimpleNamespace, tmp_path: Path) -> None:
-    assert set(evaluate_model(PerfectModel().eval(), make_loader(), dataset, tmp_path, iou_types=["bbox"])) == {"bbox"}
+    assert set(
+        evaluate_model(PerfectModel().eval(), make_loader(), dataset, tmp_path, iou_types=["bbox"])
+    ) == {"bbox"}
 
 
 def test_a_failing_model_keeps_its_mode_and_leaves_no_file(dataset: SimpleNamespace, tmp_path: Path) -> None:
