@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: by argparse, for unknown flags (status 2) and ``--help`` (0).
     """
-    args = make_parser().parse_args(arguments)
+    args = parse(arguments)
     try:
         COMMANDS[args.command].run(args)
     except UserError as error:
@@ -49,6 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; ``KEY VALUE`` pairs may also follow flags, which argparse alone refuses."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("--") for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def make_parser() -> argparse.ArgumentParser:
