@@ -27,7 +27,7 @@ from ..files import atomic_write_json
 from .demo_shapes import CATEGORIES, MAX_SIZE, MIN_SIZE, make_outline
 from .demo_textures import background, finish, object_texture
 
-VERSION = 1
+VERSION = 2
 """Raise it with every change of the pictures or annotations: older copies are then generated again."""
 
 TRAIN_SEED, VAL_SEED = 1, 2

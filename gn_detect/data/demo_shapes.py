@@ -24,6 +24,9 @@ CATEGORIES: dict[int, str] = {
 MIN_SIZE, MAX_SIZE = 12, 160
 """Longer side of an object's box in pixels."""
 
+MAX_TURN = math.radians(40)
+"""Objects stand about upright, as most things in photos do."""
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -67,8 +70,8 @@ def make_outline(category_id: int, size: float, random: Random) -> Outline:
         The outline with its box centred on (0, 0).
     """
     outer, hole = _UNIT_SHAPES[CATEGORIES[category_id]](random)
-    stretch = math.exp(random.uniform(-0.22, 0.22))
-    angle = random.uniform(0, 2 * math.pi)
+    stretch = math.exp(random.uniform(-0.15, 0.15))
+    angle = random.uniform(-MAX_TURN, MAX_TURN)
     cosine, sine = math.cos(angle), math.sin(angle)
     transform = np.array([[cosine, -sine], [sine, cosine]]) @ np.diag([stretch, 1 / stretch])
     outer = outer @ transform.T

@@ -23,12 +23,16 @@ def random_colour(random: np.random.Generator) -> Colour:
     return _hsv(random.random(), random.uniform(0.25, 1.0), random.uniform(0.25, 1.0))
 
 
+def _clearance(colour: Colour, behind: list[Colour]) -> float:
+    return min(float(np.linalg.norm(colour - other)) for other in behind)
+
+
 def contrasting_colour(random: np.random.Generator, behind: list[Colour]) -> Colour:
     """A random colour at least :data:`CONTRAST` from each in ``behind``, or the best of many if none is."""
     best, best_distance = random_colour(random), -1.0
     for _ in range(40):
         colour = random_colour(random)
-        distance = min(float(np.linalg.norm(colour - other)) for other in behind)
+        distance = _clearance(colour, behind)
         if distance >= CONTRAST:
             return colour
         if distance > best_distance:
@@ -47,11 +51,10 @@ def object_texture(height: int, width: int, behind: list[Colour], random: np.ran
         Float32 RGB (height, width, 3).
     """
     first = contrasting_colour(random, behind)
-    second = first
-    for _ in range(20):  # a second colour that differs from the first and is as clear from what lies behind
-        second = contrasting_colour(random, behind)
-        if 40 <= float(np.linalg.norm(second - first)) <= 160:
-            break
+    # The second colour is near the first: the outline tells what an object is, not the pattern in it.
+    step = random.standard_normal(3).astype(np.float32)
+    step *= random.uniform(20, 60) / np.linalg.norm(step)
+    second = max((first + step, first - step), key=lambda colour: _clearance(colour, behind))
     pattern = _PATTERNS[random.integers(len(_PATTERNS))](height, width, random)
     patch = first + pattern[..., None] * (second - first)
     light = _ramp(height, width, random) * random.uniform(0.0, 0.25)
