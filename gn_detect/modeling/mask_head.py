@@ -49,10 +49,14 @@ class MaskHead(nn.Module):
         """(R, C, S, S) features and (R,) classes -> (R, 2S, 2S) logits of the mask of each RoI's class."""
         for i in range(1, self.num_convs + 1):
             x = getattr(self, f"mask_fcn{i}")(x)
-        x = self.predictor(F.relu_(self.deconv(x)))
-        if x.shape[1] == 1:
-            return x[:, 0]
-        return x[torch.arange(len(x), device=x.device), labels]
+        x = F.relu_(self.deconv(x))
+        if self.predictor.out_channels == 1:
+            return self.predictor(x)[:, 0]
+        # A RoI needs the mask of one class, so only that class' 1x1 filter is applied: for COCO an 80th of
+        # the predictor's work and memory.
+        cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (R, 4 * S * S, C)
+        weight, bias = self.predictor.weight[labels, :, 0], self.predictor.bias[labels]
+        return torch.baddbmm(bias[:, None, None], cells, weight).view(len(x), *x.shape[2:])
 
 
 def mask_loss(
