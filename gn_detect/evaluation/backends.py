@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
+import importlib.metadata
 import io
 import warnings
 from typing import Any
@@ -17,23 +17,42 @@ from .coco_data import Json
 BACKENDS = ("hotcoco", "faster_coco_eval", "pycocotools")
 """Fastest first."""
 
+_PROVEN_FROM = {"hotcoco": (1, 3), "faster_coco_eval": (1, 8)}
+"""Oldest versions shown to equal pycocotools; early ones of hotcoco gave other numbers without a word."""
+
 
 def choose_backend(name: str | None) -> str:
-    """The evaluator to use: the named one, or for None and ``"auto"`` the fastest that is installed.
+    """The evaluator to use: the named one; for None and ``"auto"`` the fastest proven one that is installed.
 
     Raises:
         UserError: it is unknown or not installed.
     """
     if name in (None, "auto"):
-        return next(backend for backend in BACKENDS if importlib.util.find_spec(backend))
+        return next(backend for backend in BACKENDS if _is_proven(backend))
     if name not in BACKENDS:
         raise UserError(f"TEST.COCO_EVAL_BACKEND: {name!r} is not one of auto, {', '.join(BACKENDS)}")
-    if importlib.util.find_spec(name) is None:
-        package = name.replace("_", "-")
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
         raise UserError(
-            f"TEST.COCO_EVAL_BACKEND: {name} is not installed; pip install {package}, or choose auto"
-        )
+            f"TEST.COCO_EVAL_BACKEND: {name} is not installed; pip install {_package(name)}, or choose auto"
+        ) from error
     return name
+
+
+def _is_proven(backend: str) -> bool:
+    if backend not in _PROVEN_FROM:
+        return True
+    try:
+        importlib.import_module(backend)
+        version = importlib.metadata.version(_package(backend))
+        return tuple(int(part) for part in version.split(".")[:2]) >= _PROVEN_FROM[backend]
+    except (ImportError, ValueError):
+        return False
+
+
+def _package(backend: str) -> str:
+    return backend.replace("_", "-")
 
 
 def precision_and_recall(
@@ -49,13 +68,20 @@ def precision_and_recall(
     Returns:
         Precision (10, 101, K, 4, 3) at 101 recalls and recall (10, K, 4, 3); -1 where nothing is to be found.
         K are the categories in order of their ids.
+
+    Raises:
+        UserError: the backend refuses a mask that is not valid RLE.
     """
     found = {**ground_truth, "annotations": detections}
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        evaluator = _make(backend, ground_truth, found, iou_type)
-        evaluator.evaluate()
-        evaluator.accumulate()
+        try:
+            evaluator = _make(backend, ground_truth, found, iou_type)
+            evaluator.evaluate()
+            evaluator.accumulate()
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{backend} cannot evaluate these masks: {reason}; encode them again") from error
     return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,12 +13,14 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import CocoDataset
+from ..errors import UserError
 from ..files import atomic_write_json
 from ..structures import Detections, Sample
+from .backends import choose_backend
 from .coco import IOU_TYPES, evaluate_results
 from .table import format_results
 
@@ -25,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "coco_instances_results.json"
 
+Metrics = dict[str, dict[str, float]]
+
 
 class Detector(Protocol):
     """What is needed of a model; :class:`gn_detect.modeling.MaskRCNN` has it."""
-
-    training: bool
 
     def detect(
         self, images: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]] | None = None
@@ -37,6 +40,9 @@ class Detector(Protocol):
         """Detections of each image in original pixels."""
 
     def train(self, mode: bool = True) -> Any:
+        """As nn.Module's."""
+
+    def modules(self) -> Iterator[nn.Module]:
         """As nn.Module's."""
 
 
@@ -52,10 +58,10 @@ def detections_to_coco(
 
     Returns:
         Entries with ``bbox`` (x, y, width, height), ``score`` and, for a model with masks, ``segmentation``
-        (compressed RLE with text counts).
+        (compressed RLE with text counts). Widths and heights are float32 differences, as detectron2 writes.
     """
-    boxes = detections.boxes.double().cpu()
-    boxes[:, 2:] -= boxes[:, :2]
+    corners = detections.boxes.cpu()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
     entries: list[dict[str, Any]] = [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for label, box, score in zip(
@@ -63,7 +69,7 @@ def detections_to_coco(
         )
     ]
     if detections.masks is not None and len(entries):
-        masks = detections.masks.cpu().numpy().astype(np.uint8)
+        masks = detections.masks.cpu().numpy().view(np.uint8)
         for entry, rle in zip(
             entries, coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))), strict=True
         ):
@@ -79,14 +85,14 @@ def evaluate_model(
     *,
     backend: str | None = None,
     iou_types: Sequence[str] = IOU_TYPES,
-) -> dict[str, dict[str, float]]:
+) -> Metrics:
     """Run a model over a dataset and compute its AP.
 
     In a process group each process takes its own loader's images; the first one evaluates, and all return the
     same numbers.
 
     Args:
-        model: on its device; it comes back in the mode, training or not, in which it was.
+        model: on its device; its modules come back in the modes, training or not, in which they were.
         loader: batches of Samples.
         dataset: names the annotation file and the categories.
         output_dir: gets ``coco_instances_results.json``; created when missing.
@@ -95,24 +101,52 @@ def evaluate_model(
 
     Returns:
         ``{"bbox": {"AP": ..., ...}, "segm": {...}}`` in percent.
+
+    Raises:
+        UserError: see :func:`evaluate_results`; in all processes. By then the detections are written,
+            unless it is the backend that is missing.
     """
-    training = model.training
-    model.train(False)
-    try:
+    backend = choose_backend(backend)  # what is missing shows before the work
+    with _in_evaluation_mode(model):
         results = _gather(_detect(model, loader, dataset.category_ids))
+    if results is None:
+        return _from_first(None)
+    try:
+        return _from_first(_evaluate(results, dataset, Path(output_dir), backend, iou_types))
+    except UserError as error:
+        _from_first(error)  # the others wait for numbers
+        raise
+
+
+@contextmanager
+def _in_evaluation_mode(model: Detector) -> Iterator[None]:
+    """Afterwards every module is in its own mode again: some may have been frozen on purpose."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(False)
+        yield
     finally:
-        model.train(training)
-    metrics: dict[str, dict[str, float]] = {}
-    if _rank() == 0:
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(folder / RESULTS_FILE, results)
-        begin = time.perf_counter()
-        for iou_type in iou_types:
-            metrics[iou_type] = evaluate_results(dataset.annotations_path, results, iou_type, backend)
-        logger.info("%d detections evaluated in %.1f s", len(results), time.perf_counter() - begin)
-        logger.info("%s\n%s", dataset.name, format_results(metrics))
-    return _broadcast(metrics)
+        model.train(modes[0][1])
+        for module, training in modes:
+            module.training = training
+
+
+def _evaluate(
+    results: list[dict[str, Any]],
+    dataset: CocoDataset,
+    folder: Path,
+    backend: str,
+    iou_types: Sequence[str],
+) -> Metrics:
+    atomic_write_json(folder / RESULTS_FILE, results)
+    begin = time.perf_counter()
+    metrics = {
+        iou_type: evaluate_results(dataset.annotations_path, results, iou_type, backend)
+        for iou_type in iou_types
+    }
+    logger.info("%d detections evaluated in %.1f s", len(results), time.perf_counter() - begin)
+    logger.info("%s\n%s", dataset.name, format_results(metrics))
+    return metrics
 
 
 def _detect(
@@ -154,17 +188,21 @@ def _rank() -> int:
     return dist.get_rank() if _in_group() else 0
 
 
-def _gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _gather(results: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """All processes' detections in the first one, None in the others."""
     if not _in_group():
         return results
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, results)
-    return [entry for part in parts for entry in part]
+    parts: list[Any] | None = [None] * dist.get_world_size() if _rank() == 0 else None
+    dist.gather_object(results, parts, dst=0)
+    return None if parts is None else [entry for part in parts for entry in part]
 
 
-def _broadcast(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    if not _in_group():
-        return metrics
-    holder = [metrics]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
+def _from_first(outcome: Metrics | UserError | None) -> Metrics:
+    """The first process' numbers in all of them; its error is raised in the others."""
+    if _in_group():
+        holder = [outcome]
+        dist.broadcast_object_list(holder, src=0)
+        if isinstance(holder[0], UserError) and _rank() > 0:
+            raise holder[0]
+        outcome = holder[0]
+    return outcome if isinstance(outcome, dict) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pycocotools.mask as coco_mask
 import pytest
 import torch
 
+from gn_detect.errors import UserError
 from gn_detect.evaluation import detections_to_coco, evaluate_model, evaluate_results
 from gn_detect.structures import Detections, Sample
 
@@ -82,6 +84,61 @@ def test_a_perfect_model(dataset: SimpleNamespace, tmp_path: Path) -> None:
     assert evaluate_results(dataset.annotations_path, written, "segm") == pytest.approx(
         metrics["segm"], nan_ok=True
     )
+
+
+def test_modules_that_were_frozen_on_purpose_stay_so(dataset: SimpleNamespace, tmp_path: Path) -> None:
+    model = PerfectModel()
+    model.frozen, model.free = torch.nn.BatchNorm2d(2).eval(), torch.nn.BatchNorm2d(2)
+    evaluate_model(model, make_loader(), dataset, tmp_path)
+    assert (model.training, model.frozen.training, model.free.training) == (True, False, True)
+
+
+def test_a_missing_backend_is_refused_before_the_work(
+    dataset: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    monkeypatch.setattr(PerfectModel, "detect", lambda *_: pytest.fail("ran the model"))
+    with pytest.raises(UserError, match="pip install hotcoco"):
+        evaluate_model(PerfectModel(), make_loader(), dataset, tmp_path, backend="hotcoco")
+
+
+def test_log_tells_numbers_and_speed(
+    dataset: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="gn_detect"):
+        evaluate_model(PerfectModel(), make_loader(), dataset, tmp_path)
+    assert "3 images, " in caplog.text and "images/s (data " in caplog.text
+    assert "segm   100.0  100.0  100.0" in caplog.text
+
+
+def in_one_process(rank: int, folder: Path) -> None:
+    """Rank 0 has images 1 and 2, rank 1 has image 3; then the annotation file disappears."""
+    group = {"init_method": f"file://{folder}/group", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **group)
+    try:
+        data = SimpleNamespace(
+            name="toy", annotations_path=folder / "truth.json", category_ids=[7, 20], class_names=["a", "b"]
+        )
+        out = folder / "out"
+        metrics = evaluate_model(PerfectModel(), [make_loader()[rank]], data, out, backend="pycocotools")
+        data.annotations_path = folder / "nowhere.json"
+        try:
+            evaluate_model(PerfectModel(), [make_loader()[rank]], data, out, backend="pycocotools")
+        except UserError as error:
+            (folder / f"{rank}.json").write_text(json.dumps([metrics["segm"]["AR10"], str(error)]))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_return_the_same_numbers_and_raise_the_same_error(
+    dataset: SimpleNamespace, tmp_path: Path
+) -> None:
+    torch.multiprocessing.spawn(in_one_process, (tmp_path,), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first[0] == pytest.approx(100) and "nowhere.json: cannot be read" in first[1]
+    written = json.loads((tmp_path / "out/coco_instances_results.json").read_text())
+    assert [entry["image_id"] for entry in written] == [1, 1, 2, 2, 3, 3]
 
 
 def test_boxes_alone(dataset: SimpleNamespace, tmp_path: Path) -> None:
