@@ -45,7 +45,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """The config of a YAML file, with ``KEY VALUE`` pairs on top.
 
     Args:
-        path: YAML with detectron2's keys; ``_BASE_`` in it names the files, relative to it, that it builds on.
+        path: YAML with detectron2's keys; ``_BASE_`` in it names files, relative to it, that it builds on.
             A file that does not exist is looked for among the configs that come with the package, such as
             ``GN/mask_rcnn_R_50_FPN_2x_gn.yaml``. None starts from the defaults.
         overrides: keys and values in turn, such as ``["SOLVER.MAX_ITER", "100"]``.

@@ -34,6 +34,7 @@ from .types import (
 
 Depth = Annotated[Literal[18, 34, 50, 101, 152], BeforeValidator(_from_text)]
 Dilation = Annotated[Literal[1, 2], BeforeValidator(_from_text)]
+MatchLabels = Annotated[tuple[Literal[-1, 0, 1], ...], AsTuple]  # ignored, background, foreground
 Stages = Annotated[Names, Field(min_length=1)]
 
 
@@ -120,7 +121,7 @@ class RPN(Section):
     in_features: Stages = ("res4",)
     boundary_thresh: Int = -1  # pixels that an anchor may stick out of the image; -1: any
     iou_thresholds: Thresholds = (0.3, 0.7)
-    iou_labels: Ints = (0, -1, 1)
+    iou_labels: MatchLabels = (0, -1, 1)
     batch_size_per_image: PositiveInt = 256
     positive_fraction: Fraction = 0.5
     bbox_reg_loss_type: Str = "smooth_l1"
@@ -143,7 +144,7 @@ class ROIHeads(Section):
     num_classes: PositiveInt = 80  # without the background
     in_features: Stages = ("res4",)
     iou_thresholds: Thresholds = (0.5,)
-    iou_labels: Ints = (0, 1)
+    iou_labels: MatchLabels = (0, 1)
     batch_size_per_image: PositiveInt = 512
     positive_fraction: Fraction = 0.25
     score_thresh_test: Float = 0.05

@@ -19,7 +19,6 @@ from .types import (
     Milestones,
     Names,
     NonNegative,
-    OptionalFloat,
     Pair,
     Positive,
     PositiveInt,
@@ -154,7 +153,7 @@ class Solver(Section):
     ims_per_batch: PositiveInt = 16
     reference_world_size: Count = 0
     bias_lr_factor: NonNegative = 1.0
-    weight_decay_bias: OptionalFloat = None
+    weight_decay_bias: Annotated[NonNegative | None, BeforeValidator(_from_text)] = None
     clip_gradients: ClipGradients = ClipGradients()
     amp: AMP = AMP()
     optimizer: Literal["SGD", "AdamW"] = "SGD"

@@ -64,6 +64,13 @@ NEVER_READ = (
     "MODEL.RETINANET",
     "DATASETS.PROPOSAL_FILES_TRAIN",
     "DATASETS.PROPOSAL_FILES_TEST",
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN",
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST",
+    "SOLVER.NUM_DECAYS",
+    "TEST.AUG.MIN_SIZES",
+    "TEST.AUG.MAX_SIZE",
+    "TEST.AUG.FLIP",
+    "TEST.PRECISE_BN.NUM_ITER",
     "TEST.KEYPOINT_OKS_SIGMAS",
 )
 
@@ -90,60 +97,84 @@ def is_unread(key: str, keys: tuple[str, ...]) -> bool:
 
 def conflicts(root: Root) -> Iterator[tuple[str, str]]:
     """(key, complaint) for settings that are fine by themselves and do not fit together."""
-    model, resnets = root.model, root.model.resnets
     yield from _backbone_conflicts(root)
-    if resnets.depth < 50 and (resnets.num_groups, resnets.res5_dilation) != (1, 1):
-        yield (
-            "MODEL.RESNETS.DEPTH",
-            "ResNet-18 and 34 have neither NUM_GROUPS nor RES5_DILATION; set both to 1",
-        )
+    yield from _feature_conflicts(root)
+    model = root.model
     for section, key in ((model.rpn, "MODEL.RPN"), (model.roi_heads, "MODEL.ROI_HEADS")):
         if len(section.iou_labels) != len(section.iou_thresholds) + 1:
             yield f"{key}.IOU_THRESHOLDS", "must have one entry less than IOU_LABELS"
     levels = len(model.rpn.in_features)
     for name in ("sizes", "aspect_ratios"):
-        if len(getattr(model.anchor_generator, name)) not in (1, levels):
+        key, values = f"MODEL.ANCHOR_GENERATOR.{name.upper()}", getattr(model.anchor_generator, name)
+        if len(values) not in (1, levels):
             yield (
-                f"MODEL.ANCHOR_GENERATOR.{name.upper()}",
+                key,
                 f"must have one entry for all levels or one for each of {levels} in MODEL.RPN.IN_FEATURES",
             )
-    if len({len(sizes) for sizes in model.anchor_generator.sizes}) > 1:
-        yield (
-            "MODEL.ANCHOR_GENERATOR.SIZES",
-            "must have as many sizes for every level, which share one RPN head",
-        )
+        if len({len(value) for value in values}) > 1:
+            yield key, "must have as many values for every level, which share one RPN head"
     given = root.input
     if given.min_size_train_sampling == "range" and len(given.min_size_train) != 2:
         yield "INPUT.MIN_SIZE_TRAIN", "must be (least, largest) with INPUT.MIN_SIZE_TRAIN_SAMPLING range"
     relative = given.crop.type.startswith("relative")
     if not all(0 < side <= 1 if relative else side >= 1 for side in given.crop.size):
-        yield (
-            "INPUT.CROP.SIZE",
-            f"must be {'fractions up to 1' if relative else 'pixels'} with {given.crop.type}",
-        )
+        unit = "fractions up to 1" if relative else "pixels"
+        yield "INPUT.CROP.SIZE", f"must be {unit} with {given.crop.type}"
     jitter = given.large_scale_jitter
     if jitter.min_scale > jitter.max_scale or len(jitter.size) != 2:
         yield "INPUT.LARGE_SCALE_JITTER", "needs MIN_SCALE up to MAX_SCALE, and SIZE as (height, width)"
 
 
 def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
-    """Names of features that nobody makes."""
+    resnets = root.model.resnets
+    if resnets.depth < 50:
+        if (resnets.num_groups, resnets.res5_dilation) != (1, 1):
+            yield "MODEL.RESNETS.DEPTH", "has neither NUM_GROUPS nor RES5_DILATION; set both to 1"
+        if resnets.res2_out_channels > 64:
+            yield "MODEL.RESNETS.DEPTH", "needs RES2_OUT_CHANNELS of 64, its own width, or less"
+        if root.model.roi_heads.name == "Res5ROIHeads":
+            yield "MODEL.RESNETS.DEPTH", "must be 50 or more for Res5ROIHeads, whose blocks are bottlenecks"
+    if resnets.res5_dilation != 1:
+        if root.model.backbone.name == "build_resnet_fpn_backbone":
+            yield "MODEL.RESNETS.RES5_DILATION", "must be 1 with an FPN, whose levels differ in stride"
+        elif "res5" not in resnets.out_features:
+            yield "MODEL.RESNETS.RES5_DILATION", "must be 1 where the backbone ends before res5"
+
+
+def _feature_conflicts(root: Root) -> Iterator[tuple[str, str]]:
+    """Names of features that nobody makes, or in an order that the pooling cannot use."""
     model = root.model
     made = set(model.resnets.out_features)
     source = "MODEL.RESNETS.OUT_FEATURES"
-    if model.backbone.name == "build_resnet_fpn_backbone":
-        missing = set(model.fpn.in_features) - made
-        levels = sorted(int(name[-1]) for name in model.fpn.in_features)
-        if missing or not levels:
+    has_fpn = model.backbone.name == "build_resnet_fpn_backbone"
+    if has_fpn:
+        if not model.fpn.in_features or not set(model.fpn.in_features) <= made:
             yield "MODEL.FPN.IN_FEATURES", f"must name some of {source} ({', '.join(sorted(made))})"
             return
+        levels = _levels(model.fpn.in_features)
         if levels != list(range(levels[0], levels[-1] + 1)):
-            yield "MODEL.FPN.IN_FEATURES", "must be neighbouring stages, such as res2 ... res5"
+            yield "MODEL.FPN.IN_FEATURES", "must be neighbouring stages in order, such as res2 ... res5"
             return
         made = {f"p{level}" for level in [*levels, levels[-1] + 1]}
         source = "the FPN"
     for section, key in ((model.rpn, "MODEL.RPN"), (model.roi_heads, "MODEL.ROI_HEADS")):
-        if not set(section.in_features) <= made:
+        names = section.in_features
+        if not set(names) <= made:
             yield f"{key}.IN_FEATURES", f"must be among what {source} gives: {', '.join(sorted(made))}"
-    if model.roi_heads.name == "Res5ROIHeads" and len(model.roi_heads.in_features) != 1:
-        yield "MODEL.ROI_HEADS.IN_FEATURES", "must be one feature for Res5ROIHeads"
+        elif len(names) > 1 and (
+            not has_fpn or model.roi_heads.name == "Res5ROIHeads" and key != "MODEL.RPN"
+        ):
+            yield f"{key}.IN_FEATURES", "must be one feature without an FPN, and for Res5ROIHeads"
+        elif _levels(names) != sorted(set(_levels(names))):
+            yield f"{key}.IN_FEATURES", "must be different levels, the finest first"
+    levels = _levels(model.roi_heads.in_features)
+    if levels != list(range(levels[0], levels[0] + len(levels))):
+        yield (
+            "MODEL.ROI_HEADS.IN_FEATURES",
+            "must be neighbouring levels: a box is pooled from the one that fits it",
+        )
+
+
+def _levels(names: tuple[str, ...]) -> list[int]:
+    """``[2, 3]`` for ``("p2", "p3")`` or ``("res2", "res3")``."""
+    return [int(name.lstrip("pres") or -1) for name in names]

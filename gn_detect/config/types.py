@@ -63,7 +63,6 @@ NonNegative = Annotated[Float, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 PossiblyInfinite = Annotated[float, Strict(), Field(gt=0), BeforeValidator(_from_text)]
-OptionalFloat = Annotated[Annotated[float, Strict()] | None, BeforeValidator(_from_text)]
 BoolOrAuto = Annotated[Literal["auto", True, False], BeforeValidator(_from_text)]
 
 AsTuple = BeforeValidator(_sequence)

@@ -142,10 +142,6 @@ def prepare(cfg: Config, resume: bool) -> Run:
     elif cfg.model.weights:
         logger.info("%s", load_weights(model, cfg.model.weights, for_training=True))
     model.to(device).train()
-    if cfg.float32_precision:
-        torch.set_float32_matmul_precision(cfg.float32_precision)
-    torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
-
     optimizer = build_optimizer(cfg, model)
     run = Run(cfg, device, model, optimizer, loader, dataset, tests, start)
     if checkpoint is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import group_norm
 from .norm import GroupNorm
 
 
@@ -25,14 +26,15 @@ class Conv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.norm = norm
         self.activation = activation
-        if isinstance(norm, GroupNorm):
-            norm.activation = activation  # one call for norm, residual and ReLU
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C_in, H, W) -> ``activation(norm(conv(x)) + residual)``, (N, C_out, H', W')."""
         y = super().forward(x)
-        if isinstance(self.norm, GroupNorm):
-            return self.norm(y, residual)
+        if isinstance(self.norm, GroupNorm):  # one call for norm, residual and ReLU
+            n = self.norm
+            return group_norm(
+                y, n.num_groups, n.weight, n.bias, n.eps, residual=residual, activation=self.activation
+            )
         if self.norm is not None:
             y = self.norm(y)
         # In place: neither a convolution nor these norms read their own output in backward.

@@ -133,7 +133,7 @@ class BoxPredictor(nn.Module):
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
         confident = (scores[:, :-1] > self.score_thresh) & finite[:, None]
         row, label = confident.nonzero(as_tuple=True)
-        boxes = clip_boxes(boxes.view(len(boxes), -1, 4), size)
+        boxes = clip_boxes(boxes.view(len(boxes), boxes.shape[1] // 4, 4), size)
         boxes = boxes[row, 0 if boxes.shape[1] == 1 else label]
         score = scores[row, label]
         keep = batched_nms(boxes, score, label, self.nms_thresh)[: self.detections_per_image]

@@ -55,8 +55,10 @@ class MaskHead(nn.Module):
         # A RoI needs the mask of one class, so only that class' 1x1 filter is applied: for COCO an 80th of
         # the predictor's work and memory.
         cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (R, 4 * S * S, C)
-        weight, bias = self.predictor.weight[labels, :, 0], self.predictor.bias[labels]
-        return torch.baddbmm(bias[:, None, None], cells, weight).view(len(x), *x.shape[2:])
+        logits = torch.bmm(cells, self.predictor.weight[labels, :, 0])[..., 0]
+        if self.predictor.bias is not None:
+            logits = logits + self.predictor.bias[labels, None]
+        return logits.view(len(x), *x.shape[2:])
 
 
 def mask_loss(

@@ -132,7 +132,7 @@ class MaskRCNN(nn.Module):
         return torch.stack(batch).contiguous(memory_format=self.memory_format)
 
     def _padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        unit = max(self.size_divisibility, 1)
+        unit = self.size_divisibility
         height, width = (max(size[i] for size in sizes) for i in (0, 1))
         return -(-height // unit) * unit, -(-width // unit) * unit
 

@@ -18,7 +18,7 @@ def match(
         thresholds: increasing IoU values that separate the labels.
         labels: one more than thresholds: 1 foreground, 0 background, -1 ignored.
         keep_best_of_each_object: boxes that no other box beats for some object become foreground even
-            when their IoU is low (but not when it is 0).
+            when their IoU is low, but not when it is 0 (detectron2 then takes every box).
 
     Returns:
         (N,) int64 index of the object (0 where there is none) and (N,) int8 label.

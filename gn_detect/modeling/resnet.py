@@ -124,7 +124,7 @@ class ResNet(nn.Module):
             self.add_module(name, blocks)
         self.stage_names = tuple(stages)
         self.out_features = tuple(out_features)
-        frozen = ["stem", "res2", "res3", "res4", "res5"][: max(freeze_at, 0)]
+        frozen = ["stem", "res2", "res3", "res4", "res5"][:freeze_at]
         self.frozen_stages = tuple(name for name in frozen if hasattr(self, name))
         for name in self.frozen_stages:
             freeze(getattr(self, name))

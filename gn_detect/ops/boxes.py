@@ -69,7 +69,7 @@ def decode_boxes(deltas: Tensor, reference: Tensor, weights: Sequence[float]) ->
     size = (reference[:, 2:] - reference[:, :2])[:, None]  # (N, 1, 2)
     center = reference[:, None, :2] + 0.5 * size
     wx, wy, ww, wh = weights
-    steps = deltas.view(len(deltas), -1, 4)
+    steps = deltas.view(len(deltas), deltas.shape[1] // 4, 4)
     position = steps[..., :2] / deltas.new_tensor([wx, wy])
     scale = (steps[..., 2:] / deltas.new_tensor([ww, wh])).clamp(max=SCALE_CLAMP)
     new_center = position * size + center

@@ -20,7 +20,7 @@ def rasterize_polygons(polygons: PolygonMask, height: int, width: int) -> np.nda
     """Union of polygons as COCO draws them.
 
     Args:
-        polygons: arrays (2K,) of ``x0, y0, x1, y1, ...`` in pixels; may be empty.
+        polygons: arrays (2K,) of ``x0, y0, x1, y1, ...`` in pixels, K at least 3; the list may be empty.
         height, width: size of the result in pixels.
 
     Returns:

@@ -170,6 +170,18 @@ def test_a_config_is_read_only_and_replace_checks() -> None:
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]", ["one for each of 5 in MODEL.RPN.IN_FEATURES"]),
         ("INPUT.CROP.SIZE", "[300, 300]", ["INPUT.CROP.SIZE", "fractions up to 1"]),
         ("MODEL", "3", ["MODEL: 3 does not fit"]),
+        ("MODEL.ROI_HEADS.IN_FEATURES", "[p5, p4, p3, p2]", ["IN_FEATURES", "the finest first"]),
+        ("MODEL.ROI_HEADS.IN_FEATURES", "[p2, p4]", ["IN_FEATURES", "must be neighbouring levels"]),
+        ("MODEL.RPN.IN_FEATURES", "[p2, p2, p4, p5, p6]", ["MODEL.RPN.IN_FEATURES", "different levels"]),
+        ("MODEL.FPN.IN_FEATURES", "[res5, res4, res3, res2]", ["MODEL.FPN.IN_FEATURES", "in order"]),
+        ("MODEL.RESNETS.RES5_DILATION", "2", ["RES5_DILATION", "must be 1 with an FPN"]),
+        (
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
+            "[[1],[1,2],[1],[1],[1]]",
+            ["as many values for every level"],
+        ),
+        ("MODEL.RPN.IOU_LABELS", "[0, 5, 9]", ["MODEL.RPN.IOU_LABELS", "does not fit"]),
+        ("MODEL.RESNETS.DEPTH", "18", ["MODEL.RESNETS.DEPTH: 18 needs RES2_OUT_CHANNELS of 64"]),
         ("SOLVER.STEPS", "(5, 3)", ["SOLVER.STEPS", "must increase"]),
     ],
 )

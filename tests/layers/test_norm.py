@@ -101,6 +101,12 @@ def test_convolution_norm_residual_relu(name: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_a_norm_that_is_exchanged_keeps_the_activation() -> None:
+    unit = Conv2d(8, 8, 1, norm=nn.BatchNorm2d(8), activation="relu")
+    unit.norm = GroupNorm(2, 8)
+    assert (unit(make_input()) >= 0).all()
+
+
 def test_state_dict_names_are_detectron2s() -> None:
     unit = Conv2d(8, 8, 1, bias=False, norm=make_norm("GN", 8, 4))
     assert set(unit.state_dict()) == {"weight", "norm.weight", "norm.bias"}

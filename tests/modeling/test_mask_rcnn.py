@@ -159,6 +159,20 @@ def test_detections_do_not_depend_on_batch_mates(small_model, make_images) -> No
         assert (found.masks != alone.masks).float().mean() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["R-18-FPN", "C4", "class-agnostic"])
+def test_an_image_without_proposals_or_a_diverged_model_finds_nothing(
+    name: str, small_model, make_images
+) -> None:
+    images = make_images((96, 128), (96, 96))
+    model = small_model(ARCHITECTURES[name] | {"MODEL.PROPOSAL_GENERATOR.MIN_SIZE": 10000}).eval()
+    assert [len(found) for found in model.detect(images)] == [0, 0]
+    model = small_model(ARCHITECTURES[name]).eval()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    found = model.detect(images)[0]
+    assert len(found) == 0 and found.masks.shape == (0, 96, 128)
+
+
 def test_memory_formats_agree(small_model, make_images, target) -> None:
     images, targets = make_images((96, 128)), [target]
     values = []

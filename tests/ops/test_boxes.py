@@ -54,6 +54,10 @@ def test_a_box_for_each_class() -> None:
     torch.testing.assert_close(decode_boxes(deltas, reference, WEIGHTS), expected)
 
 
+def test_no_boxes() -> None:
+    assert decode_boxes(torch.zeros(0, 320), torch.zeros(0, 4), WEIGHTS).shape == (0, 320)
+
+
 def test_clip_area_and_scale() -> None:
     box = torch.tensor([[-5.0, 3.0, 50.0, 70.0]])
     assert clip_boxes(box, (60, 40)).tolist() == [[0, 3, 40, 60]]
