@@ -1,9 +1,23 @@
-"""Group Normalization with an optional residual and ReLU (Wu & He 2018, arXiv 1803.08494, section 3)."""
+"""Group Normalization with an optional residual and ReLU (Wu & He 2018, arXiv 1803.08494, section 3).
+
+On an NVIDIA GPU one operator does it all, with the kernels of ``group_norm_triton``; elsewhere PyTorch's own does.
+``GN_DETECT_FUSED=0`` in the environment turns the operator off.
+"""
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from .group_norm_operator import fused_group_norm
+
+FUSED = os.environ.get("GN_DETECT_FUSED", "1") != "0" and find_spec("triton") is not None
+"""Whether the operator is used on a GPU."""
 
 
 def group_norm(
@@ -18,6 +32,8 @@ def group_norm(
 ) -> Tensor:
     """``activation(GN(x) + residual)``.
 
+    Statistics are in float32 (float64 for float64), also under autocast, which does not change the dtype.
+
     Args:
         x: (N, C, *), any floating dtype and memory format; N may be 0.
         num_groups: number of groups; must divide C.
@@ -27,19 +43,61 @@ def group_norm(
         activation: None or ``"relu"``.
 
     Returns:
-        A tensor of x's shape.
+        A tensor of x's shape, dtype and memory format.
 
     Raises:
-        ValueError: an unknown activation, or a residual of another shape.
+        ValueError: an unknown activation, a residual of another shape, or one element in all.
+        RuntimeError: C is not divisible, or weight or bias are not (C,), as from ``F.group_norm``.
     """
-    if activation not in (None, "relu"):
+    if activation is not None and activation != "relu":
         raise ValueError(f"activation must be None or 'relu', not {activation!r}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}")
+    relu = activation is not None
+    if _use_operator(x) and _is_valid(x, num_groups, weight, bias):
+        return fused_group_norm(x, num_groups, weight, bias, eps, residual, relu)
+    return _native(x, num_groups, weight, bias, eps, residual, relu)
+
+
+def _use_operator(x: Tensor) -> bool:
+    """Not for transformed tensors (torch.func, forward-mode gradients), whose rules PyTorch has for its own."""
+    return FUSED and x.is_cuda and (torch.compiler.is_compiling() or not _is_transformed())
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _is_valid(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the operator can take it; what it cannot goes to ``F.group_norm``, which says what is wrong."""
+    if x.dim() < 2 or not x.is_floating_point() or num_groups < 1 or x.shape[1] % num_groups:
+        return False
+    if x.numel() == num_groups:  # a single element in a group, and a single sample
+        return False
+    shape = x.shape[1:2]
+    return all(p is None or (p.shape == shape and p.device == x.device) for p in (weight, bias))
+
+
+def _native(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """By PyTorch's operators."""
+    device = x.device.type
+    if device == "cpu" and torch.is_autocast_enabled(device):
+        # Autocast would copy x to float32; on the CPU the operator itself works in float32 inside.
+        with torch.autocast(device, enabled=False):
+            return _native(x, num_groups, weight, bias, eps, residual, relu)
     y = F.group_norm(x, num_groups, weight, bias, eps)
     # In place: the backward of group_norm reads its input, never its output.
     if residual is not None:
-        y = y.add_(residual)
-    if activation == "relu":
+        keep = torch.compiler.is_compiling() or _is_transformed()
+        y = y + residual if keep else y.add_(residual)
+    if relu:
         y = F.relu_(y)
-    return y
+    return y.to(x.dtype)

@@ -1,0 +1,300 @@
+"""``gn_detect::group_norm`` as a PyTorch operator, with its backward: what compile, export and autograd see.
+
+Results that nobody wants are empty tensors, as an operator cannot return None.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton runs its kernels on the CPU, slowly, to debug or to test them."""
+
+LEAST_CAPABILITY = (8, 0)
+"""The kernels are compiled and tested for Ampere and later."""
+
+
+def fused_group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """``relu(GN(x) + residual)`` by the operator; arguments as of :func:`gn_detect.ops.group_norm`, and valid."""
+    last = _is_channels_last(x)
+    x = _in_order(x, last)
+    if residual is not None:
+        residual = _in_order(residual, last)
+    if torch.compiler.is_compiling():
+        return torch.ops.gn_detect.group_norm(x, num_groups, weight, bias, eps, residual, relu)[0]
+    return _GroupNorm.apply(x, num_groups, weight, bias, eps, residual, relu)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel are neighbours in memory, and the pixels follow one another."""
+    if x.is_contiguous():
+        return False
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
+
+
+def _in_order(x: Tensor, channels_last: bool) -> Tensor:
+    """``x`` itself, or a copy of this memory order."""
+    if not channels_last:
+        return x.contiguous()
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+torch.library.define(
+    "gn_detect::group_norm",
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool relu)"
+    " -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "gn_detect::group_norm_backward",
+    "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, bool relu, bool[3] needs)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("gn_detect::group_norm", ("cuda", "cpu"))
+def _forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, and mean and rstd of each group in float32 (float64 for float64) as (2, N, G)."""
+    last = _is_channels_last(x)
+    x = _in_order(x, last)
+    if x.numel() == 0:
+        return torch.empty_like(x), _empty_statistics(x, num_groups).zero_()
+    if not _kernels_run_on(x.device):
+        return _native_forward(x, num_groups, weight, bias, eps, residual, relu)
+    from .group_norm_triton import launch
+
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    residual = None if residual is None else _in_order(residual, last)
+    return launch.forward(x, num_groups, weight, bias, eps, residual, relu, last)
+
+
+@torch.library.register_fake("gn_detect::group_norm")
+def _forward_fake(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(_in_order(x, _is_channels_last(x))), _empty_statistics(x, num_groups)
+
+
+@torch.library.impl("gn_detect::group_norm_backward", ("cuda", "cpu"))
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    relu: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of the residual (only where there is a ReLU; else it is dy) and of weight and bias (2, C)."""
+    last = _is_channels_last(x)
+    x, dy = _in_order(x, last), _in_order(dy, last)
+    if x.numel() == 0:
+        found = torch.empty_like(x), torch.empty_like(x), statistics.new_zeros((2, x.shape[1]))
+    elif not _kernels_run_on(x.device):
+        found = _native_backward(dy, x, y, weight, bias, statistics, relu)
+    else:
+        from .group_norm_triton import launch
+
+        y = None if y is None else _in_order(y, last)
+        wanted = (needs[0], needs[1], needs[2])
+        weight, bias = _contiguous(weight), _contiguous(bias)
+        found = launch.backward(dy, x, y, weight, bias, statistics, relu, last, wanted)
+    dx, d_residual, d_affine = (
+        t if t is not None and wanted else x.new_empty(0) for t, wanted in zip(found, needs, strict=True)
+    )
+    return dx, d_residual, d_affine
+
+
+@torch.library.register_fake("gn_detect::group_norm_backward")
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    relu: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = _in_order(x, _is_channels_last(x))
+    return (
+        torch.empty_like(x) if needs[0] else x.new_empty(0),
+        torch.empty_like(x) if needs[1] else x.new_empty(0),
+        statistics.new_empty((2, x.shape[1])) if needs[2] else x.new_empty(0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep x, mean and rstd, and the output where a residual hides from them what the ReLU let through."""
+    x, ctx.num_groups, weight, bias, ctx.eps, residual, ctx.relu = inputs
+    y, statistics = output
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(x, weight, bias, statistics, y if ctx.relu and residual is not None else None)
+
+
+def _gradients(ctx: Any, dy: Tensor, _: Tensor | None = None) -> tuple[Any, ...]:
+    """Gradients of the operator's inputs."""
+    x, weight, bias, statistics, y = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _differentiable_gradients(ctx, dy)
+    needs_x, _, needs_weight, needs_bias, _, needs_residual, _ = ctx.needs_input_grad
+    needs = [needs_x, needs_residual and ctx.relu, needs_weight or needs_bias]
+    op = torch.ops.gn_detect.group_norm_backward.default
+    dx, d_residual, d_affine = op(dy, x, y, weight, bias, statistics, ctx.relu, needs)
+    if not ctx.relu:
+        d_residual = dy
+    return (
+        dx if needs_x else None,
+        None,
+        d_affine[0].to(weight.dtype) if needs_weight else None,
+        d_affine[1].to(bias.dtype) if needs_bias else None,
+        None,
+        d_residual.to(ctx.residual_dtype) if needs_residual else None,
+        None,
+    )
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """The same by PyTorch's operators, whose gradients have gradients."""
+    x, weight, bias, _, y = ctx.saved_tensors
+    dtypes = [t.dtype for t in (weight, bias) if t is not None]
+    dtype = torch.promote_types(x.dtype, dtypes[0]) if dtypes else x.dtype
+    z = F.group_norm(x.to(dtype), ctx.num_groups, weight, bias, ctx.eps)
+    if ctx.relu:
+        dy = torch.where((z if y is None else y) <= 0, 0, dy)
+    needs = [i for i in (0, 2, 3) if ctx.needs_input_grad[i]]
+    inputs = {0: x, 2: weight, 3: bias}
+    found = (
+        torch.autograd.grad(z, [inputs[i] for i in needs], dy.to(dtype), create_graph=True) if needs else ()
+    )
+    gradients: list[Any] = [None] * 7
+    for i, gradient in zip(needs, found, strict=True):
+        gradients[i] = gradient
+    if ctx.needs_input_grad[5]:
+        gradients[5] = dy.to(ctx.residual_dtype)
+    return tuple(gradients)
+
+
+torch.library.register_autograd("gn_detect::group_norm", _gradients, setup_context=_save)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """The operator's gradient for eager mode: its own registration costs 13 us of host time more a call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = torch.ops.gn_detect.group_norm.default(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        return _gradients(ctx, *gradients)
+
+
+@lru_cache(maxsize=64)
+def _kernels_run_on(device: torch.device) -> bool:
+    if device.type == "cuda":
+        supported = (
+            torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+        )
+        return find_spec("triton") is not None and supported
+    return INTERPRETED
+
+
+def _native_forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator where the kernels do not run: a program compiled or exported elsewhere, an old GPU."""
+    y = F.group_norm(x.to(_accumulator(x)), num_groups, _as(weight, x), _as(bias, x), eps)
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = F.relu(y)
+    groups = x.to(_accumulator(x)).reshape(x.shape[0], num_groups, -1)
+    variance, mean = torch.var_mean(groups, dim=2, correction=0)
+    return torch.empty_like(x).copy_(y), torch.stack([mean, (variance + eps).rsqrt()])
+
+
+def _native_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = statistics.reshape(2, x.shape[0], -1, 1)
+    dtype = statistics.dtype
+    samples, channels = x.shape[:2]
+    xhat = ((x.to(dtype).reshape(samples, mean.shape[1], -1) - mean) * rstd).reshape(samples, channels, -1)
+    scale = (
+        torch.ones(channels, 1, dtype=dtype, device=x.device) if weight is None else _as(weight, x)[:, None]
+    )
+    shift = 0 if bias is None else _as(bias, x)[:, None]
+    dz = dy.to(dtype).reshape(xhat.shape)
+    if relu:
+        z = xhat * scale + shift if y is None else y.reshape(xhat.shape)
+        dz = torch.where(z <= 0, 0, dz)
+    d_affine = torch.stack([(dz * xhat).sum((0, 2)), dz.sum((0, 2))])
+    groups = (samples, mean.shape[1], -1)
+    d_xhat, xhat = (dz * scale).reshape(groups), xhat.reshape(groups)
+    dx = rstd * (d_xhat - d_xhat.mean(2, keepdim=True) - xhat * (d_xhat * xhat).mean(2, keepdim=True))
+    dx, dz = (torch.empty_like(x).copy_(t.reshape(x.shape)) for t in (dx, dz))
+    return dx, dz, d_affine
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _as(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(_accumulator(x))
+
+
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
+def _empty_statistics(x: Tensor, num_groups: int) -> Tensor:
+    return x.new_empty((2, x.shape[0], num_groups), dtype=_accumulator(x))

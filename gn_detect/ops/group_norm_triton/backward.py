@@ -1,0 +1,273 @@
+"""Backward kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import tile_channels, fold, load_statistics, tile_offsets, per_channel, tile_program, spread
+
+
+@triton.jit
+def _output_gradient(dy, y, offsets, mask, centred, scale, shift, dtype: tl.constexpr, RELU: tl.constexpr):
+    """dz of a tile: dy where the ReLU passed, and at NaN as in PyTorch.
+
+    With a residual the output y tells; without, z is computed again.
+    """
+    dz = tl.load(dy + offsets, mask=mask, other=0).to(dtype)
+    if RELU:
+        if y is not None:
+            z = tl.load(y + offsets, mask=mask, other=0).to(dtype)
+        else:
+            z = centred * scale[:, None] + shift[:, None]
+        dz = tl.where(z <= 0, 0, dz)
+    return dz
+
+
+@triton.jit(do_not_specialize=["samples", "samples_per_program", "pixel_units"])
+def backward_groups(
+    dy,
+    x,
+    y,
+    weight,
+    bias,
+    statistics,
+    dx,
+    d_residual,
+    partials,
+    samples,
+    samples_per_program,
+    pixel_units,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    """Whole groups of several samples in one program.
+
+    ``partials``: (programs of a tile, 2, CHANNELS) sums over the program's samples of the gradients of weight and
+    bias. ``dx``, ``d_residual``, ``partials`` and the output ``y`` may be None. Grid: runs of samples x tiles.
+    """
+    DEPTH: tl.constexpr = CHANNELS // GROUPS
+    TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
+    dtype: tl.constexpr = statistics.dtype.element_ty
+    pixels = pixel_units * ALIGNMENT
+    count = (pixels * DEPTH).to(dtype)
+    run, tile, _ = tile_program(TILES, 1, CHANNELS_LAST, False)
+    channel, exists, group, _ = tile_channels(tile, CHANNELS, DEPTH, BLOCK_GROUPS, BLOCK_DEPTH)
+    w = per_channel(weight, channel, exists, dtype, 1)
+    b = per_channel(bias, channel, exists, dtype, 0)
+    i = tl.arange(0, BLOCK_PIXELS)
+    d_weight = tl.zeros(channel.shape, dtype)
+    d_bias = tl.zeros(channel.shape, dtype)
+    first = run * samples_per_program
+    for sample in range(first, tl.minimum(first + samples_per_program, samples)):
+        base = sample * CHANNELS * pixels
+        x_here = x + base
+        dy_here = dy + base
+        y_here = y
+        if y is not None:
+            y_here = y + base
+        mean, rstd = load_statistics(statistics, sample, group, samples, GROUPS, BLOCK_GROUPS)
+        mean = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
+        rstd = spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH)
+        scale = rstd * w
+        if ONE_TILE:
+            offsets, mask = tile_offsets(channel, exists, i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
+            centred = tl.load(x_here + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
+            dz = _output_gradient(dy_here, y_here, offsets, mask, centred, scale, b, dtype, RELU)
+            if d_residual is not None:
+                tl.store(d_residual + base + offsets, dz.to(d_residual.dtype.element_ty), mask=mask)
+            a = tl.sum(tl.where(mask, dz * centred, 0), axis=1) * rstd
+            c = tl.sum(dz, axis=1)
+            if dx is not None:
+                of_bias = fold(w * c, BLOCK_GROUPS, BLOCK_DEPTH) / count
+                of_scale = fold(w * a, BLOCK_GROUPS, BLOCK_DEPTH) / count
+                of_bias = spread(of_bias, BLOCK_GROUPS, BLOCK_DEPTH) * rstd
+                of_scale = spread(of_scale, BLOCK_GROUPS, BLOCK_DEPTH) * rstd * rstd
+                d = scale[:, None] * dz - of_bias[:, None] - centred * of_scale[:, None]
+                tl.store(dx + base + offsets, d.to(dx.dtype.element_ty), mask=mask)
+        else:
+            sums = tl.zeros((BLOCK_GROUPS * BLOCK_DEPTH, BLOCK_PIXELS), dtype)
+            products = tl.zeros((BLOCK_GROUPS * BLOCK_DEPTH, BLOCK_PIXELS), dtype)
+            for start in range(0, pixels, BLOCK_PIXELS):
+                offsets, mask = tile_offsets(
+                    channel, exists, start + i, pixels, CHANNELS, CHANNELS_LAST, WIDE
+                )
+                centred = tl.load(x_here + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
+                dz = _output_gradient(dy_here, y_here, offsets, mask, centred, scale, b, dtype, RELU)
+                if d_residual is not None:
+                    tl.store(d_residual + base + offsets, dz.to(d_residual.dtype.element_ty), mask=mask)
+                sums += dz
+                products += tl.where(mask, dz * centred, 0)
+            a = tl.sum(products, axis=1) * rstd
+            c = tl.sum(sums, axis=1)
+            if dx is not None:
+                of_bias = fold(w * c, BLOCK_GROUPS, BLOCK_DEPTH) / count
+                of_scale = fold(w * a, BLOCK_GROUPS, BLOCK_DEPTH) / count
+                of_bias = spread(of_bias, BLOCK_GROUPS, BLOCK_DEPTH) * rstd
+                of_scale = spread(of_scale, BLOCK_GROUPS, BLOCK_DEPTH) * rstd * rstd
+                for start in range(0, pixels, BLOCK_PIXELS):
+                    offsets, mask = tile_offsets(
+                        channel, exists, start + i, pixels, CHANNELS, CHANNELS_LAST, WIDE
+                    )
+                    centred = tl.load(x_here + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
+                    dz = _output_gradient(dy_here, y_here, offsets, mask, centred, scale, b, dtype, RELU)
+                    d = scale[:, None] * dz - of_bias[:, None] - centred * of_scale[:, None]
+                    tl.store(dx + base + offsets, d.to(dx.dtype.element_ty), mask=mask)
+        d_weight += a
+        d_bias += c
+    if partials is not None:
+        place = partials + run * 2 * CHANNELS + channel
+        tl.store(place, d_weight, mask=exists)
+        tl.store(place + CHANNELS, d_bias, mask=exists)
+
+
+@triton.jit(do_not_specialize=["samples", "pixel_units", "splits", "split_tiles"])
+def partial_gradients(
+    dy,
+    x,
+    y,
+    weight,
+    bias,
+    statistics,
+    d_residual,
+    partials,
+    group_partials,
+    samples,
+    pixel_units,
+    splits,
+    split_tiles,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """Split backward, first launch: sums of a part of each group, and the residual's gradient.
+
+    ``partials``: (samples * splits, 2, CHANNELS) sums of dz * xhat and of dz; ``group_partials``: (samples, GROUPS,
+    2, splits * pieces), the same times weight and summed over the group; either may be None. Grid: samples x tiles x
+    splits.
+    """
+    DEPTH: tl.constexpr = CHANNELS // GROUPS
+    PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
+    TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS * PIECES
+    dtype: tl.constexpr = statistics.dtype.element_ty
+    pixels = pixel_units * ALIGNMENT
+    sample, tile, split = tile_program(TILES, splits, CHANNELS_LAST, False)
+    channel, exists, group, piece = tile_channels(tile, CHANNELS, DEPTH, BLOCK_GROUPS, BLOCK_DEPTH)
+    w = per_channel(weight, channel, exists, dtype, 1)
+    b = per_channel(bias, channel, exists, dtype, 0)
+    mean, rstd = load_statistics(statistics, sample, group, samples, GROUPS, BLOCK_GROUPS)
+    mean = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
+    rstd = spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH)
+    scale = rstd * w
+    base = sample * CHANNELS * pixels
+    x += base
+    dy += base
+    if y is not None:
+        y += base
+    i = tl.arange(0, BLOCK_PIXELS)
+    sums = tl.zeros((BLOCK_GROUPS * BLOCK_DEPTH, BLOCK_PIXELS), dtype)
+    products = tl.zeros((BLOCK_GROUPS * BLOCK_DEPTH, BLOCK_PIXELS), dtype)
+    begin = split * split_tiles * BLOCK_PIXELS
+    for start in range(begin, tl.minimum(begin + split_tiles * BLOCK_PIXELS, pixels), BLOCK_PIXELS):
+        offsets, mask = tile_offsets(channel, exists, start + i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
+        centred = tl.load(x + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
+        dz = _output_gradient(dy, y, offsets, mask, centred, scale, b, dtype, RELU)
+        if d_residual is not None:
+            tl.store(d_residual + base + offsets, dz.to(d_residual.dtype.element_ty), mask=mask)
+        sums += dz
+        products += tl.where(mask, dz * centred, 0)
+    a = tl.sum(products, axis=1) * rstd
+    c = tl.sum(sums, axis=1)
+    if partials is not None:
+        place = partials + (sample * splits + split) * 2 * CHANNELS + channel
+        tl.store(place, a, mask=exists)
+        tl.store(place + CHANNELS, c, mask=exists)
+    if group_partials is not None:
+        g = group + tl.arange(0, BLOCK_GROUPS)
+        parts = splits * PIECES
+        place = group_partials + (sample * GROUPS + g) * 2 * parts + split * PIECES + piece
+        tl.store(place, fold(w * a, BLOCK_GROUPS, BLOCK_DEPTH), mask=g < GROUPS)
+        tl.store(place + parts, fold(w * c, BLOCK_GROUPS, BLOCK_DEPTH), mask=g < GROUPS)
+
+
+@triton.jit(do_not_specialize=["samples", "pixel_units", "splits", "split_tiles"])
+def input_gradient(
+    dy,
+    x,
+    y,
+    weight,
+    bias,
+    statistics,
+    dx,
+    group_partials,
+    samples,
+    pixel_units,
+    splits,
+    split_tiles,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """Split backward, second launch: dx. Grid: samples x tiles x splits.
+
+    With a residual, ``dy`` is its gradient, where the first launch has applied the ReLU, and ``RELU`` is False.
+    """
+    DEPTH: tl.constexpr = CHANNELS // GROUPS
+    PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
+    TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS * PIECES
+    dtype: tl.constexpr = statistics.dtype.element_ty
+    pixels = pixel_units * ALIGNMENT
+    sample, tile, split = tile_program(TILES, splits, CHANNELS_LAST, True)
+    channel, exists, group, _ = tile_channels(tile, CHANNELS, DEPTH, BLOCK_GROUPS, BLOCK_DEPTH)
+    w = per_channel(weight, channel, exists, dtype, 1)
+    b = per_channel(bias, channel, exists, dtype, 0)
+    mean, rstd = load_statistics(statistics, sample, group, samples, GROUPS, BLOCK_GROUPS)
+    mean = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
+    rstd = spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH)
+    scale = rstd * w
+
+    g = group + tl.arange(0, BLOCK_GROUPS)
+    part = tl.arange(0, BLOCK_PARTS)
+    parts = splits * PIECES
+    given = (g < GROUPS)[:, None] & (part < parts)[None, :]
+    place = group_partials + ((sample * GROUPS + g) * 2 * parts)[:, None] + part[None, :]
+    count = (pixels * DEPTH).to(dtype)
+    of_scale = tl.sum(tl.load(place, mask=given, other=0), axis=1) / count
+    of_bias = tl.sum(tl.load(place + parts, mask=given, other=0), axis=1) / count
+    of_scale = spread(of_scale, BLOCK_GROUPS, BLOCK_DEPTH) * rstd * rstd
+    of_bias = spread(of_bias, BLOCK_GROUPS, BLOCK_DEPTH) * rstd
+
+    base = sample * CHANNELS * pixels
+    x += base
+    dy += base
+    if y is not None:
+        y += base
+    i = tl.arange(0, BLOCK_PIXELS)
+    begin = split * split_tiles * BLOCK_PIXELS
+    for start in range(begin, tl.minimum(begin + split_tiles * BLOCK_PIXELS, pixels), BLOCK_PIXELS):
+        offsets, mask = tile_offsets(channel, exists, start + i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
+        centred = tl.load(x + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
+        dz = _output_gradient(dy, y, offsets, mask, centred, scale, b, dtype, RELU)
+        d = scale[:, None] * dz - of_bias[:, None] - centred * of_scale[:, None]
+        tl.store(dx + base + offsets, d.to(dx.dtype.element_ty), mask=mask)

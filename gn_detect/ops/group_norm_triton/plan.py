@@ -1,0 +1,190 @@
+"""Which kernels normalise a tensor and with what tiles: arithmetic on its shape alone, so that results repeat.
+
+A tile covers ``block_groups`` groups x ``block_depth`` channels of each x ``block_pixels`` pixels. Two plans:
+
+- *one launch*, where the groups of a tile have at most :data:`ONE_LAUNCH_BYTES`: a program normalises whole
+  groups. They stay in registers where the tile holds all pixels (x is then read once and written once), and
+  are read a second time, from the multiprocessor's own cache, where it does not.
+- *split*, for larger groups: with 1 or 2 images there are only 32 or 64 groups of up to half a million
+  elements, fewer than a GPU has multiprocessors. About :data:`SPLIT_PROGRAMS` programs take the statistics of a
+  part of a group each; a second launch merges them and normalises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+ONE_LAUNCH_BYTES = 72 * 1024
+"""Of x in one program: x and its gradient together fit the 192 KiB (A100) or 256 KiB (H100) cache of a
+multiprocessor, and one of 32 programs still reads them in about a microsecond."""
+
+SPLIT_PROGRAMS = 512
+"""Four programs of 8 warps with two 16-byte loads a thread on each of 132 multiprocessors: 32 KB in flight each,
+and 23 KB are needed to hide the latency of the H200's memory."""
+
+SPLIT_BYTES = 16 * 1024
+"""Least work of a program, so that small tensors are not cut into crumbs."""
+
+MOST_PARTS = 4096
+"""Partial results that each program of the second launch merges; 32 KB for one tensor, against 16 KB to 2 MB of x."""
+
+GROUP_TILE = {"forward": 16384, "backward": 8192}
+"""Most elements of a tile of 16 warps: 32 a thread for x, 16 for x and dy. Twice as many spill registers."""
+
+SPLIT_TILE = 4096
+"""Elements of a tile of 8 warps: 16 a thread."""
+
+SECTOR, LINE = 32, 128
+"""Bytes of the smallest and of the full transaction of global memory."""
+
+GRADIENT_PROGRAMS = 1024
+"""Programs that sum the affine gradients of many samples (RoIs): each runs over several samples and leaves one
+partial sum, so that the partial sums stay small beside x."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one tensor is normalised.
+
+    Attributes:
+        one_launch: each program owns whole groups.
+        block_groups, block_depth, block_pixels: extent of a tile, powers of two.
+        pieces: tiles that cover the channels of one group.
+        tiles: programs for one sample and one part of its pixels.
+        splits: parts of the pixels; 1 with ``one_launch``.
+        split_tiles: tiles of pixels in a part.
+        samples: that one program of the one-launch backward runs over.
+        num_warps: of a program.
+    """
+
+    one_launch: bool
+    block_groups: int
+    block_depth: int
+    block_pixels: int
+    pieces: int
+    tiles: int
+    splits: int
+    split_tiles: int
+    samples: int
+    num_warps: int
+
+    def holds_all(self, pixels: int) -> bool:
+        """Whether a tile holds its groups whole."""
+        return self.one_launch and self.block_pixels >= pixels
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def alignment(pixels: int, itemsize: int) -> int:
+    """The largest power of two up to 16 bytes of elements that divides the pixels of a channel."""
+    return min(pixels & -pixels, 16 // itemsize)
+
+
+@lru_cache(maxsize=4096)
+def make_plan(
+    direction: str, samples: int, channels: int, pixels: int, groups: int, itemsize: int, channels_last: bool
+) -> Plan:
+    """The plan for x of (samples, channels, pixels).
+
+    Args:
+        direction: ``"forward"`` or ``"backward"``.
+        samples, channels, pixels: N, C and the product of the spatial dimensions, all positive.
+        groups: divides ``channels``.
+        itemsize: bytes of an element of x.
+        channels_last: memory order (N, pixels, C) instead of (N, C, pixels).
+    """
+    depth = channels // groups
+    narrow = 0 if channels_last else _narrowness(pixels, itemsize)
+    width = _one_launch_groups(pixels, groups, depth, itemsize, channels_last, narrow)
+    rows = width * power_of_two(depth)
+    if width * depth * pixels * itemsize <= ONE_LAUNCH_BYTES and rows <= GROUP_TILE[direction]:
+        return _one_launch(direction, samples, pixels, groups, depth, width, narrow)
+    return _split(direction, samples, pixels, groups, depth, itemsize, channels_last, narrow)
+
+
+def _one_launch_groups(
+    pixels: int, groups: int, depth: int, itemsize: int, channels_last: bool, narrow: int
+) -> int:
+    """Groups in a tile: several small ones, and in channels-last order at least a sector of every pixel."""
+    area = power_of_two(depth) * power_of_two(pixels)
+    if not channels_last:
+        return min(max((SPLIT_TILE >> narrow) // area, 1), power_of_two(groups))
+    least, most = (max(size // itemsize // power_of_two(depth), 1) for size in (SECTOR, LINE))
+    return min(max(2 * SPLIT_TILE // area, least), most, power_of_two(groups))
+
+
+def _one_launch(
+    direction: str, samples: int, pixels: int, groups: int, depth: int, width: int, narrow: int
+) -> Plan:
+    block_depth = power_of_two(depth)
+    rows = width * block_depth
+    block_pixels = min(power_of_two(pixels), max((GROUP_TILE[direction] >> narrow) // rows, 1))
+    tiles = -(-groups // width)
+    return Plan(
+        one_launch=True,
+        block_groups=width,
+        block_depth=block_depth,
+        block_pixels=block_pixels,
+        pieces=1,
+        tiles=tiles,
+        splits=1,
+        split_tiles=-(-pixels // block_pixels),
+        samples=-(-samples * tiles // GRADIENT_PROGRAMS) if direction == "backward" else 1,
+        num_warps=_warps(rows * block_pixels << narrow),
+    )
+
+
+def _split(
+    direction: str,
+    samples: int,
+    pixels: int,
+    groups: int,
+    depth: int,
+    itemsize: int,
+    channels_last: bool,
+    narrow: int,
+) -> Plan:
+    line = LINE // itemsize
+    block_depth = min(power_of_two(depth), line)
+    width = min(line // block_depth, power_of_two(groups)) if channels_last else 1
+    pieces = -(-depth // block_depth)
+    tiles = -(-groups // width) * pieces
+    wanted = -(-SPLIT_PROGRAMS // (samples * tiles))
+    most = max(MOST_PARTS // (width * pieces), 1)
+    # Few programs (64 channels, channels last) get twice the warps and a larger tile.
+    few = 2 * min(wanted, most) * samples * tiles <= SPLIT_PROGRAMS
+    rows = width * block_depth
+    area = (GROUP_TILE[direction] if few else SPLIT_TILE) >> narrow
+    block_pixels = min(max(area // rows, 1), power_of_two(pixels))
+    pixel_tiles = -(-pixels // block_pixels)
+    least = -(-SPLIT_BYTES // (rows * block_pixels * itemsize))
+    split_tiles = min(max(-(-pixel_tiles // min(wanted, most)), least), pixel_tiles)
+    return Plan(
+        one_launch=False,
+        block_groups=width,
+        block_depth=block_depth,
+        block_pixels=block_pixels,
+        pieces=pieces,
+        tiles=tiles,
+        splits=-(-pixel_tiles // split_tiles),
+        split_tiles=split_tiles,
+        samples=1,
+        num_warps=16 if few else 8,
+    )
+
+
+def _narrowness(pixels: int, itemsize: int) -> int:
+    """How often tiles are halved where a channel's odd number of pixels forbids 16-byte accesses.
+
+    Each access holds its address in two registers, so that narrow ones take many.
+    """
+    return min((16 // (alignment(pixels, itemsize) * itemsize)).bit_length() - 1, 2)
+
+
+def _warps(elements: int) -> int:
+    """16 elements a thread, up to 16 warps."""
+    return min(max(elements // (32 * 16), 1), 16)

@@ -1,0 +1,109 @@
+"""What the kernels share: which channels, pixels and memory a program works on."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fold(v, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr):
+    """Sum of each group's channels: (BLOCK_GROUPS * BLOCK_DEPTH,) -> (BLOCK_GROUPS,)."""
+    return tl.sum(tl.reshape(v, (BLOCK_GROUPS, BLOCK_DEPTH)), axis=1)
+
+
+@triton.jit
+def spread(v, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr):
+    """Each group's value for its channels: (BLOCK_GROUPS,) -> (BLOCK_GROUPS * BLOCK_DEPTH,)."""
+    wide = tl.broadcast_to(v[:, None], (BLOCK_GROUPS, BLOCK_DEPTH))
+    return tl.reshape(wide, (BLOCK_GROUPS * BLOCK_DEPTH,))
+
+
+@triton.jit
+def tile_channels(
+    tile,
+    CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """Channels of a tile, which of them exist, its first group and the piece of the group."""
+    PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
+    group = tile // PIECES * BLOCK_GROUPS
+    piece = tile % PIECES
+    i = tl.arange(0, BLOCK_GROUPS * BLOCK_DEPTH)
+    if BLOCK_GROUPS == 1:  # written apart so that the compiler sees neighbours in memory
+        depth = piece * BLOCK_DEPTH + i
+        channel = group * DEPTH + depth
+        exists = depth < DEPTH
+    elif BLOCK_DEPTH == DEPTH:
+        channel = group * DEPTH + i
+        exists = channel < CHANNELS
+    else:
+        depth = i % BLOCK_DEPTH
+        channel = (group + i // BLOCK_DEPTH) * DEPTH + depth
+        exists = (depth < DEPTH) & (channel < CHANNELS)
+    return channel, exists, group, piece
+
+
+@triton.jit
+def tile_offsets(
+    channel,
+    exists,
+    pixel,
+    pixels,
+    CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Where a tile's (channels, pixels) lie in a sample, in 64 bits if it has 2**31 elements, and which exist."""
+    mask = exists[:, None] & (pixel < pixels)[None, :]
+    if WIDE:
+        channel = channel.to(tl.int64)
+        pixel = pixel.to(tl.int64)
+    if CHANNELS_LAST:
+        return pixel[None, :] * CHANNELS + channel[:, None], mask
+    return channel[:, None] * pixels + pixel[None, :], mask
+
+
+@triton.jit
+def per_channel(pointer, channel, exists, dtype: tl.constexpr, default: tl.constexpr):
+    """A scale or shift, or its neutral value where there is none."""
+    if pointer is not None:
+        return tl.load(pointer + channel, mask=exists, other=0).to(dtype)
+    return tl.full(channel.shape, default, dtype)
+
+
+@triton.jit
+def tile_program(tiles, splits, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr):
+    """Sample, tile and split of a program, in the order of memory or from its end.
+
+    The second pass begins with what the first one read last, which is still in the L2 cache.
+    """
+    i = tl.program_id(0)
+    if REVERSE:
+        i = tl.num_programs(0) - 1 - i
+    sample = (i // (tiles * splits)).to(tl.int64)
+    i = i % (tiles * splits)
+    if CHANNELS_LAST:
+        return sample, i % tiles, i // tiles
+    return sample, i // splits, i % splits
+
+
+@triton.jit
+def load_statistics(statistics, sample, group, samples, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
+    """Mean and rstd of a tile's groups, (BLOCK_GROUPS,)."""
+    g = group + tl.arange(0, BLOCK_GROUPS)
+    place = statistics + sample * GROUPS + g
+    mean = tl.load(place, mask=g < GROUPS, other=0)
+    return mean, tl.load(place + samples.to(tl.int64) * GROUPS, mask=g < GROUPS, other=0)
+
+
+@triton.jit
+def store_statistics(
+    statistics, mean, rstd, sample, group, samples, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr
+):
+    g = group + tl.arange(0, BLOCK_GROUPS)
+    place = statistics + sample * GROUPS + g
+    tl.store(place, mean, mask=g < GROUPS)
+    tl.store(place + samples.to(tl.int64) * GROUPS, rstd, mask=g < GROUPS)

@@ -1,0 +1,204 @@
+"""The Triton kernels against float64: on a GPU where there is one, else on the CPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs Triton, which PyTorch brings along on Linux")
+
+from gn_detect.ops.group_norm_triton import launch, plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1.1e-3, torch.bfloat16: 9e-3}
+"""Relative to the largest value: a few roundings of the result, and of the sums in float32."""
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FOLLOWS = [(False, False), (False, True), (True, True), (True, False)]
+"""With a residual, with a ReLU."""
+
+SHAPES = [
+    ((2, 8, 6, 7), 4),  # 2 channels in a group
+    ((2, 12, 7, 7), 4),  # 3, padded to 4
+    ((1, 24, 5, 9), 3),  # 3 groups, which do not fill a tile
+    ((1, 40, 4, 6), 1),  # one group, in pieces of its channels
+    ((1, 6, 9, 11), 6),  # a channel in a group
+    ((7, 8, 7, 7), 2),
+    ((1, 32, 16, 12), 2),  # 16-byte accesses
+    ((2, 16, 1, 1), 4),
+    ((2, 12, 33), 4),
+    ((3, 32), 4),
+    ((1, 8, 3, 4, 5), 2),  # video
+]
+
+
+@pytest.fixture(params=["as planned", "small tiles", "split"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Small tensors go through every kernel: in one launch with a tile or with a loop, and split."""
+    if request.param != "as planned":
+        monkeypatch.setattr(plan, "GROUP_TILE", {"forward": 256, "backward": 128})
+        monkeypatch.setattr(plan, "SPLIT_TILE", 256)
+        monkeypatch.setattr(plan, "SPLIT_BYTES", 1024)
+        monkeypatch.setattr(plan, "LINE", 32)
+    if request.param == "split":
+        monkeypatch.setattr(plan, "ONE_LAUNCH_BYTES", 0)
+    plan.make_plan.cache_clear()
+    yield request.param
+    plan.make_plan.cache_clear()
+
+
+def in_order(x: Tensor, channels_last: bool) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+
+
+def run(
+    x: Tensor, groups: int, *, residual: bool, relu: bool, channels_last: bool, affine: bool = True, eps: float = 1e-5
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Results and gradients by the kernels, and by PyTorch in float64 on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    x = in_order(x.to(DEVICE), channels_last)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    extra = in_order(random(*x.shape).to(DEVICE, x.dtype), channels_last) if residual else None
+    parameters = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias = (random(x.shape[1]).to(DEVICE, parameters) if affine else None for _ in range(2))
+    dy = in_order(random(*x.shape).to(DEVICE, x.dtype), channels_last)
+    y, statistics = launch.forward(x, groups, weight, bias, eps, extra, relu, channels_last)
+    saved = y if residual and relu else None
+    needs = (True, residual and relu, affine)
+    dx, d_residual, d_affine = launch.backward(
+        dy, x, saved, weight, bias, statistics, relu, channels_last, needs
+    )
+    assert y.stride() == x.stride() == dx.stride() and y.dtype == dx.dtype == x.dtype  # type: ignore[union-attr]
+    ours = {"y": y, "dx": dx, "d_residual": d_residual, "d_affine": d_affine, "statistics": statistics}
+
+    leaves = {"dx": x, "d_residual": extra, "weight": weight, "bias": bias}
+    leaves = {k: v.detach().double().cpu().requires_grad_() for k, v in leaves.items() if v is not None}
+    z = F.group_norm(leaves["dx"], groups, leaves.get("weight"), leaves.get("bias"), eps)
+    z = z + leaves["d_residual"] if residual else z
+    expected: dict[str, Tensor] = {"y": z.relu() if relu else z}
+    # With a residual the rounded output decides where the ReLU passed, as in PyTorch.
+    passed = (y.cpu() > 0 if residual else z > 0) if relu else torch.ones_like(z, dtype=torch.bool)
+    found = torch.autograd.grad(z, list(leaves.values()), dy.double().cpu() * passed)
+    gradients = dict(zip(leaves, found, strict=True))
+    expected["dx"] = gradients["dx"]
+    if d_residual is not None:
+        expected["d_residual"] = gradients["d_residual"]
+    if affine:
+        expected["d_affine"] = torch.stack([gradients["weight"], gradients["bias"]])
+    rows = leaves["dx"].detach().reshape(len(x), groups, -1)
+    variance, mean = torch.var_mean(rows, 2, correction=0)
+    expected["statistics"] = torch.stack([mean, (variance + eps).rsqrt()])
+    return {k: v for k, v in ours.items() if v is not None}, expected
+
+
+def check(ours: dict[str, Tensor], expected: dict[str, Tensor], note: Any, factor: float = 1.0) -> None:
+    assert ours.keys() == expected.keys(), note
+    for name, value in expected.items():
+        mine = ours[name].double().cpu()
+        assert torch.isfinite(mine).all(), (note, name)
+        error = (mine - value.detach()).abs().max() / value.abs().max().clamp(min=1)
+        dtype = ours[name].dtype
+        assert error <= factor * TOLERANCE[dtype], (note, name, float(error))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_results_and_gradients(shape: tuple[int, ...], groups: int, channels_last: bool, tiles: str) -> None:
+    if channels_last and len(shape) == 2:
+        pytest.skip("without pixels there is one order")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * 2 + 0.5
+    for i, (residual, relu) in enumerate(FOLLOWS):
+        # The interpreter takes 10 ms a program, so each case is for one dtype there.
+        dtypes = DTYPES if DEVICE == "cuda" else [DTYPES[(i + shape[1] + channels_last) % 4]]
+        for dtype in dtypes:
+            found = run(x.to(dtype), groups, residual=residual, relu=relu, channels_last=channels_last)
+            # A group of few elements has a large rstd, which magnifies the roundings of x - mean.
+            check(*found, (dtype, residual, relu), factor=1 if x[0].numel() // groups > 16 else 10)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_without_affine_parameters(channels_last: bool, tiles: str) -> None:
+    x = torch.randn(2, 12, 6, 7, generator=torch.Generator().manual_seed(0))
+    check(*run(x, 4, residual=False, relu=True, channels_last=channels_last, affine=False), tiles)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large_means_cost_no_more_than_their_rounding(channels_last: bool, tiles: str) -> None:
+    """x = 1e4 + noise: float32 holds the mean to 5e-4, and no step may lose more than that."""
+    x = torch.randn(1, 4, 24, 25, generator=torch.Generator().manual_seed(0)) + 1e4
+    ours, expected = run(x, 2, residual=True, relu=False, channels_last=channels_last)
+    torch.testing.assert_close(ours["statistics"][0].cpu(), expected["statistics"][0].float(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(ours["statistics"][1].cpu(), expected["statistics"][1].float(), rtol=3e-5, atol=0)
+    assert (ours["y"].cpu() - expected["y"]).abs().max() < 3e-3
+
+
+def test_a_first_tile_unlike_the_rest(tiles: str) -> None:
+    """The loop subtracts its first tile's mean, here far from the others'."""
+    x = torch.randn(1, 2, 40, 40, generator=torch.Generator().manual_seed(0))
+    x[:, :, :4] -= 1e5
+    ours, expected = run(x, 1, residual=False, relu=False, channels_last=False)
+    torch.testing.assert_close(ours["statistics"].cpu(), expected["statistics"].float(), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_constant_groups(channels_last: bool, tiles: str) -> None:
+    x = torch.full((2, 8, 6, 6), 3.7)
+    ours, expected = run(x, 4, residual=False, relu=False, channels_last=channels_last)
+    torch.testing.assert_close(ours["statistics"].cpu(), expected["statistics"].float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours["y"].double().cpu(), expected["y"].detach(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_values_that_are_not_finite_stay_in_their_group(value: float, channels_last: bool, tiles: str) -> None:
+    x = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(0))
+    x[1, 2, 3, 4] = value
+    ours, expected = run(x, 4, residual=False, relu=True, channels_last=channels_last)
+    for name in ("y", "dx"):
+        mine = ours[name].cpu()
+        assert torch.equal(mine.isnan(), expected[name].isnan() if name == "y" else mine.isnan())
+        assert mine[1, 2:4].isnan().all()
+        mine[1, 2:4] = 0
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine[0].double(), expected[name][0].detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_relu_passes_gradients_at_nan(residual: bool, tiles: str) -> None:
+    """As PyTorch's, whose gradient is cut where the output is at most 0, which NaN is not."""
+    x = torch.randn(1, 4, 6, 5)
+    x[0, 0, 0, 0] = float("nan")
+    y = torch.full_like(x, float("nan")) if residual else None
+    statistics = torch.stack([torch.full((1, 2), float("nan")), torch.ones(1, 2)])
+    arguments = (torch.ones_like(x), x, y, None, None, statistics)
+    arguments = tuple(None if a is None else a.to(DEVICE) for a in arguments)
+    d_bias = launch.backward(*arguments, True, False, (True, residual, True))[2]  # type: ignore[arg-type]
+    assert torch.equal(d_bias[1].cpu(), torch.full((4,), 30.0))  # type: ignore[index]
+
+
+def test_gradients_that_nobody_needs_are_not_computed(tiles: str) -> None:
+    x = torch.randn(2, 8, 6, 5, device=DEVICE)
+    y, statistics = launch.forward(x, 4, None, None, 1e-5, x, True, False)
+    arguments = (x, x, y, None, None, statistics, True, False)
+    everything = launch.backward(*arguments, (True, True, True))
+    for needs in [(True, False, False), (False, True, False), (False, False, True)]:
+        found = launch.backward(*arguments, needs)
+        for wanted, one, whole in zip(needs, found, everything, strict=True):
+            assert torch.equal(one, whole) if wanted else one is None or not needs[1]  # type: ignore[arg-type]
+        assert found[0] is None or needs[0]
+        assert found[2] is None or needs[2]
+
+
+def test_the_same_bits_every_time(tiles: str) -> None:
+    x = torch.randn(3, 8, 9, 9, generator=torch.Generator().manual_seed(0))
+    runs = [run(x, 4, residual=True, relu=True, channels_last=True)[0] for _ in range(2)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
