@@ -22,6 +22,7 @@ class GroupNorm(nn.GroupNorm):
         eps: added to the variance of a group.
         affine: learn a scale and a shift for each channel.
         activation: None or ``"relu"``.
+        bias: learn a shift; with ``affine`` only.
     """
 
     def __init__(
@@ -31,8 +32,14 @@ class GroupNorm(nn.GroupNorm):
         eps: float = 1e-5,
         affine: bool = True,
         activation: str | None = None,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_groups, num_channels, eps, affine)
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

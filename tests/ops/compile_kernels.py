@@ -22,10 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from layers_of_r50 import LAYERS  # noqa: E402
-
+from gn_detect.engine.benchmark_norm import LAYERS  # noqa: E402
 from gn_detect.ops.group_norm_triton import backward, forward, launch  # noqa: E402
 
 KERNELS = {
@@ -46,24 +44,22 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((self.name, self.kernel, args, kwargs))
 
 
-def record(
-    layer: tuple[int, ...], dtype: torch.dtype, channels_last: bool, residual: bool, relu: bool
-) -> list[Any]:
+def record(layer: Layer, dtype: torch.dtype, channels_last: bool) -> list[Any]:
     """The launches of one norm, forward and backward, on tensors without memory."""
     calls: list[Any] = []
     originals = [(m, n, getattr(m, n)) for m, names in KERNELS.items() for n in names]
     for module, name, kernel in originals:
         setattr(module, name, Recorder(name, kernel, calls))
     try:
-        x = torch.empty(layer, dtype=dtype, device="meta")
+        x = torch.empty(layer.shape, dtype=dtype, device="meta")
         if channels_last:
             x = x.to(memory_format=torch.channels_last)
-        weight = torch.empty(layer[1], device="meta")
-        extra = x if residual else None
-        y, statistics = launch.forward(x, 32, weight, weight, 1e-5, extra, relu, channels_last)
-        y_saved = y if residual and relu else None
-        needs = (True, residual and relu, True)
-        launch.backward(y, x, y_saved, weight, weight, statistics, relu, channels_last, needs)
+        weight = torch.empty(layer.shape[1], device="meta")
+        extra = x if layer.residual else None
+        y, statistics = launch.forward(x, 32, weight, weight, 1e-5, extra, layer.relu, channels_last)
+        y_saved = y if layer.residual and layer.relu else None
+        needs = (True, layer.residual and layer.relu, True)
+        launch.backward(y, x, y_saved, weight, weight, statistics, layer.relu, channels_last, needs)
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
@@ -110,10 +106,10 @@ def widest(ptx: str, instruction: str) -> int:
 
 def main(architecture: int, dtype: torch.dtype, channels_last: bool, names: list[str]) -> None:
     seen = set()
-    for name, (shape, residual, relu) in LAYERS.items():
+    for name, layer in LAYERS.items():
         if names and name not in names:
             continue
-        for kernel_name, kernel, args, kwargs in record(shape, dtype, channels_last, residual, relu):
+        for kernel_name, kernel, args, kwargs in record(layer, dtype, channels_last):
             key = (
                 kernel_name,
                 tuple(a if not isinstance(a, torch.Tensor) else a.dtype for a in args),

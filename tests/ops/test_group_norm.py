@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from gn_detect.layers import GroupNorm
 from gn_detect.ops import group_norm
 
 
@@ -63,3 +71,115 @@ def test_bad_arguments() -> None:
         group_norm(x, 2, activation="gelu")
     with pytest.raises(ValueError, match=r"residual has shape \(1, 4, 2, 3\), x has \(1, 4, 2, 2\)"):
         group_norm(x, 2, residual=torch.zeros(1, 4, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "order", [torch.contiguous_format, torch.channels_last, torch.channels_last_3d, torch.preserve_format]
+)
+def test_dtypes_and_orders(dtype: torch.dtype, order: torch.memory_format) -> None:
+    shape = (2, 8, 3, 5, 4) if order == torch.channels_last_3d else (2, 8, 9, 5)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x[..., ::2] if order == torch.preserve_format else x.contiguous(memory_format=order)
+    ones, zeros = torch.ones(8), torch.zeros(8)
+    y = group_norm(x, 4, ones.to(dtype), zeros.to(dtype), residual=x, activation="relu")
+    assert y.dtype == dtype
+    assert order == torch.preserve_format or y.is_contiguous(memory_format=order)
+    expected = (formula(x, 4, ones, zeros, 1e-5) + x.double()).relu()
+    tolerance = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(y.double(), expected, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_dtype(dtype: torch.dtype) -> None:
+    """PyTorch's own returns float32 under autocast, and the tensors after it are twice as large."""
+    x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight, bias = torch.randn(8), torch.randn(8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = group_norm(x, 2, weight, bias, residual=x)
+    assert y.dtype == dtype
+    expected = formula(x, 2, weight, bias, 1e-5) + x.double()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_one_element_in_a_group_is_refused_as_by_pytorch() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        group_norm(torch.randn(1, 4), 4)
+    assert torch.equal(group_norm(torch.randn(2, 4), 4), torch.zeros(2, 4))
+
+
+def test_compiles_whole_on_the_cpu() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(0))
+
+    def f(x: Tensor) -> Tensor:
+        return group_norm(x, 4, residual=x, activation="relu")
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), f(x))
+
+
+def test_vmap_over_the_residual_alone() -> None:
+    x, residuals = torch.randn(2, 8, 3, 3), torch.randn(4, 2, 8, 3, 3)
+    found = torch.func.vmap(lambda r: group_norm(x, 4, residual=r))(residuals)
+    torch.testing.assert_close(found, torch.stack([group_norm(x, 4, residual=r) for r in residuals]))
+
+
+def test_the_switch() -> None:
+    """``GN_DETECT_FUSED=0``, read when the package is imported."""
+    code = "import importlib; print(importlib.import_module('gn_detect.ops.group_norm').FUSED)"
+    for value, expected in (("0", "False"), ("1", str(find_spec("triton") is not None))):
+        environment = os.environ | {"GN_DETECT_FUSED": value}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+
+
+class TestPyTorchsOwnSamples:
+    """The inputs with which PyTorch tests ``F.group_norm`` and ``nn.GroupNorm``, on the CPU's and the GPU's path."""
+
+    @pytest.fixture(params=["native", "operator"])
+    def path(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+        pytest.importorskip("expecttest", reason="PyTorch's test inputs need it")
+        if request.param == "operator":
+            pytest.importorskip("triton")
+            module = importlib.import_module("gn_detect.ops.group_norm")
+            monkeypatch.setattr(module, "_use_operator", lambda x: True)
+        return request.param
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_operator(self, path: str, dtype: torch.dtype) -> None:
+        from torch.testing._internal.common_methods_invocations import op_db
+
+        info = next(o for o in op_db if o.name == "nn.functional.group_norm")
+        seen = 0
+        for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+            groups, options = sample.args[0], dict(sample.kwargs)
+            eps = options.pop("eps", 1e-5)
+            inputs = {"x": sample.input} | options
+            dy = torch.randn(sample.input.shape, generator=torch.Generator().manual_seed(seen)).to(dtype)
+            results = []
+            for function, precision in ((group_norm, dtype), (F.group_norm, torch.float64)):
+                given = {k: v.detach().to(precision).requires_grad_() for k, v in inputs.items()}
+                y = function(given["x"], groups, given.get("weight"), given.get("bias"), eps)
+                results.append([y, *torch.autograd.grad(y, list(given.values()), dy.to(precision))])
+            tolerance = max(4 * torch.finfo(dtype).eps, 1e-5)
+            for ours, exact in zip(*results, strict=True):
+                torch.testing.assert_close(
+                    ours.double(), exact, rtol=tolerance, atol=tolerance, equal_nan=True
+                )
+            seen += 1
+        assert seen > 10
+
+    def test_module(self, path: str) -> None:
+        from torch.testing._internal.common_modules import module_db
+
+        info = next(m for m in module_db if m.module_cls is nn.GroupNorm)
+        seen = 0
+        for sample in info.module_inputs_func(info, "cpu", torch.float32, False, True):
+            new = sample.constructor_input
+            theirs, ours = nn.GroupNorm(*new.args, **new.kwargs), GroupNorm(*new.args, **new.kwargs)
+            ours.load_state_dict(theirs.state_dict())
+            given = sample.forward_input
+            torch.testing.assert_close(ours(*given.args, **given.kwargs), theirs(*given.args, **given.kwargs))
+            seen += 1
+        assert seen >= 8

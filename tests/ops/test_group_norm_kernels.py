@@ -57,7 +57,14 @@ def in_order(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def run(
-    x: Tensor, groups: int, *, residual: bool, relu: bool, channels_last: bool, affine: bool = True, eps: float = 1e-5
+    x: Tensor,
+    groups: int,
+    *,
+    residual: bool,
+    relu: bool,
+    channels_last: bool,
+    affine: bool = True,
+    eps: float = 1e-5,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Results and gradients by the kernels, and by PyTorch in float64 on the CPU."""
     generator = torch.Generator().manual_seed(1)
@@ -136,8 +143,12 @@ def test_large_means_cost_no_more_than_their_rounding(channels_last: bool, tiles
     """x = 1e4 + noise: float32 holds the mean to 5e-4, and no step may lose more than that."""
     x = torch.randn(1, 4, 24, 25, generator=torch.Generator().manual_seed(0)) + 1e4
     ours, expected = run(x, 2, residual=True, relu=False, channels_last=channels_last)
-    torch.testing.assert_close(ours["statistics"][0].cpu(), expected["statistics"][0].float(), rtol=1e-7, atol=0)
-    torch.testing.assert_close(ours["statistics"][1].cpu(), expected["statistics"][1].float(), rtol=3e-5, atol=0)
+    torch.testing.assert_close(
+        ours["statistics"][0].cpu(), expected["statistics"][0].float(), rtol=1e-7, atol=0
+    )
+    torch.testing.assert_close(
+        ours["statistics"][1].cpu(), expected["statistics"][1].float(), rtol=3e-5, atol=0
+    )
     assert (ours["y"].cpu() - expected["y"]).abs().max() < 3e-3
 
 
@@ -159,7 +170,9 @@ def test_constant_groups(channels_last: bool, tiles: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_values_that_are_not_finite_stay_in_their_group(value: float, channels_last: bool, tiles: str) -> None:
+def test_values_that_are_not_finite_stay_in_their_group(
+    value: float, channels_last: bool, tiles: str
+) -> None:
     x = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(0))
     x[1, 2, 3, 4] = value
     ours, expected = run(x, 4, residual=False, relu=True, channels_last=channels_last)

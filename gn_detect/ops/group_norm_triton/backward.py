@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import tile_channels, fold, load_statistics, tile_offsets, per_channel, tile_program, spread
+from .tiles import fold, load_statistics, per_channel, spread, tile_channels, tile_offsets, tile_program
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import tile_channels, fold, tile_offsets, per_channel, tile_program, spread, store_statistics
+from .tiles import fold, per_channel, spread, store_statistics, tile_channels, tile_offsets, tile_program
 
 
 @triton.jit

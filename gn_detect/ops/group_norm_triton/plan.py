@@ -26,8 +26,9 @@ and 23 KB are needed to hide the latency of the H200's memory."""
 SPLIT_BYTES = 16 * 1024
 """Least work of a program, so that small tensors are not cut into crumbs."""
 
-MOST_PARTS = 4096
-"""Partial results that each program of the second launch merges; 32 KB for one tensor, against 16 KB to 2 MB of x."""
+MOST_PARTS = 132 * 32
+"""Partial results that each program of the second launch merges, two numbers each: 33 KB, against 134 KB of x where
+it is most (64 channels, channels last, whose tiles hold all 32 groups)."""
 
 GROUP_TILE = {"forward": 16384, "backward": 8192}
 """Most elements of a tile of 16 warps: 32 a thread for x, 16 for x and dy. Twice as many spill registers."""
@@ -103,7 +104,7 @@ def make_plan(
     rows = width * power_of_two(depth)
     if width * depth * pixels * itemsize <= ONE_LAUNCH_BYTES and rows <= GROUP_TILE[direction]:
         return _one_launch(direction, samples, pixels, groups, depth, width, narrow)
-    return _split(direction, samples, pixels, groups, depth, itemsize, channels_last, narrow)
+    return _split(samples, pixels, groups, depth, itemsize, channels_last, narrow)
 
 
 def _one_launch_groups(
@@ -139,7 +140,6 @@ def _one_launch(
 
 
 def _split(
-    direction: str,
     samples: int,
     pixels: int,
     groups: int,
@@ -153,16 +153,16 @@ def _split(
     width = min(line // block_depth, power_of_two(groups)) if channels_last else 1
     pieces = -(-depth // block_depth)
     tiles = -(-groups // width) * pieces
+    rows = width * block_depth
     wanted = -(-SPLIT_PROGRAMS // (samples * tiles))
     most = max(MOST_PARTS // (width * pieces), 1)
     # Few programs (64 channels, channels last) get twice the warps and a larger tile.
     few = 2 * min(wanted, most) * samples * tiles <= SPLIT_PROGRAMS
-    rows = width * block_depth
-    area = (GROUP_TILE[direction] if few else SPLIT_TILE) >> narrow
+    area = (2 * SPLIT_TILE if few else SPLIT_TILE) >> narrow
     block_pixels = min(max(area // rows, 1), power_of_two(pixels))
     pixel_tiles = -(-pixels // block_pixels)
     least = -(-SPLIT_BYTES // (rows * block_pixels * itemsize))
-    split_tiles = min(max(-(-pixel_tiles // min(wanted, most)), least), pixel_tiles)
+    split_tiles = min(max(pixel_tiles // wanted, -(-pixel_tiles // most), least), pixel_tiles)
     return Plan(
         one_launch=False,
         block_groups=width,

@@ -1,0 +1,282 @@
+"""The normalisation layers of Mask R-CNN R-50-FPN one by one: ours beside PyTorch's, frozen BN and a plain copy."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import group_norm
+from ..ops.group_norm_triton.plan import make_plan
+
+GROUPS = 32
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ORDERS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
+LARGE_BYTES = 16e6
+"""Above this a tensor's time on a GPU is bytes; below, launches."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A normalised tensor.
+
+    Attributes:
+        shape: (N, C, H, W) for one image of 800 x 1344, or all its RoIs.
+        residual, relu: what follows the norm.
+        count: norms of this kind in the model.
+    """
+
+    shape: tuple[int, int, int, int]
+    residual: bool
+    relu: bool
+    count: int
+
+    def of_images(self, images: int) -> Layer:
+        """The same for a batch of several images."""
+        return Layer((self.shape[0] * images, *self.shape[1:]), self.residual, self.relu, self.count)
+
+
+LAYERS = {
+    "stem": Layer((1, 64, 400, 672), False, True, 1),
+    "res2 conv1, conv2": Layer((1, 64, 200, 336), False, True, 6),
+    "res2 conv3": Layer((1, 256, 200, 336), True, True, 3),
+    "res2 shortcut, p2": Layer((1, 256, 200, 336), False, False, 3),
+    "res3.0 conv1": Layer((1, 128, 200, 336), False, True, 1),
+    "res3 conv1, conv2": Layer((1, 128, 100, 168), False, True, 7),
+    "res3 conv3": Layer((1, 512, 100, 168), True, True, 4),
+    "res3 shortcut": Layer((1, 512, 100, 168), False, False, 1),
+    "res4.0 conv1": Layer((1, 256, 100, 168), False, True, 1),
+    "res4 conv1, conv2": Layer((1, 256, 50, 84), False, True, 11),
+    "res4 conv3": Layer((1, 1024, 50, 84), True, True, 6),
+    "res4 shortcut": Layer((1, 1024, 50, 84), False, False, 1),
+    "res5.0 conv1": Layer((1, 512, 50, 84), False, True, 1),
+    "res5 conv1, conv2": Layer((1, 512, 25, 42), False, True, 5),
+    "res5 conv3": Layer((1, 2048, 25, 42), True, True, 3),
+    "res5 shortcut": Layer((1, 2048, 25, 42), False, False, 1),
+    "p3": Layer((1, 256, 100, 168), False, False, 2),
+    "p4": Layer((1, 256, 50, 84), False, False, 2),
+    "p5": Layer((1, 256, 25, 42), False, False, 2),
+    "box head": Layer((512, 256, 7, 7), False, True, 4),
+    "mask head": Layer((128, 256, 14, 14), False, True, 4),
+}
+"""All 69 normalised tensors of Mask R-CNN R-50-FPN with GN everywhere."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians for one layer, dtype, memory order and direction.
+
+    Attributes:
+        layer, dtype, order: keys of :data:`LAYERS`, :data:`DTYPES` and :data:`ORDERS`.
+        images: in the batch.
+        backward: forward and backward instead of forward alone.
+        megabytes: of x.
+        seconds: implementation -> device time; ``"copy"`` is one read and one write of x.
+        host: seconds that one of our calls keeps the host, on a GPU; else None.
+        passes: fewest sweeps over tensors of x's size, for the fraction of the copy's bandwidth.
+    """
+
+    layer: str
+    dtype: str
+    order: str
+    images: int
+    backward: bool
+    megabytes: float
+    seconds: dict[str, float]
+    host: float | None
+    passes: int
+
+    @property
+    def bandwidth(self) -> float:
+        """Our fraction of the copy's bandwidth, by the fewest bytes possible."""
+        return self.passes / 2 * self.seconds["copy"] / self.seconds["ours"]
+
+    def ratio(self, other: str) -> float:
+        """How many times longer ``other`` takes than ours."""
+        return self.seconds[other] / self.seconds["ours"]
+
+
+def fewest_passes(layer: Layer, itemsize: int, channels_last: bool, backward: bool) -> int:
+    """Reads and writes of tensors of x's size; a group that one program keeps on chip is read once."""
+    n, c, h, w = layer.shape
+    plan = make_plan("forward", n, c, h * w, GROUPS, itemsize, channels_last)
+    again = 0 if plan.one_launch else 1
+    passes = 2 + layer.residual + again
+    if backward:
+        # dy, x and dx; with a residual and ReLU also y and the residual's gradient; dy and x again.
+        passes += 3 + 2 * (layer.residual and layer.relu) + 2 * again
+    return passes
+
+
+def implementations(layer: Layer, x: Tensor, compiled: bool) -> dict[str, Callable[..., Tensor]]:
+    """Functions of (x, residual, weight, bias) that end in the layer's ReLU."""
+    channels = (1, -1, 1, 1)
+
+    def ours(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        relu = "relu" if layer.relu else None
+        return group_norm(x, GROUPS, weight, bias, residual=residual, activation=relu)
+
+    def follow(y: Tensor, residual: Tensor | None) -> Tensor:
+        y = y if residual is None else y + residual
+        return F.relu(y) if layer.relu else y
+
+    def native(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        return follow(F.group_norm(x, GROUPS, weight.to(x.dtype), bias.to(x.dtype)), residual)
+
+    def frozen(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        scale, shift = weight.detach().to(x.dtype).view(channels), bias.detach().to(x.dtype).view(channels)
+        return follow(x * scale + shift, residual)
+
+    functions: dict[str, Callable[..., Tensor]] = {"ours": ours, "native": native, "frozen BN": frozen}
+    if compiled:
+        functions["compiled native"] = torch.compile(native, dynamic=False)
+    return functions
+
+
+def benchmark_norms(
+    device: torch.device,
+    images: int = 1,
+    layers: Iterable[str] = LAYERS,
+    dtypes: Iterable[str] = DTYPES,
+    orders: Iterable[str] = ORDERS,
+    compiled: bool = True,
+    rounds: int = 5,
+) -> Iterator[Timing]:
+    """Time every combination, each implementation in turn, ``rounds`` times."""
+    for name, dtype, order in itertools.product(layers, dtypes, orders):
+        torch._dynamo.reset()
+        yield from _benchmark_layer(name, device, images, dtype, order, compiled, rounds)
+
+
+def _benchmark_layer(
+    name: str, device: torch.device, images: int, dtype: str, order: str, compiled: bool, rounds: int
+) -> Iterator[Timing]:
+    layer = LAYERS[name].of_images(images)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    x, residual, dy = (random(*layer.shape).to(DTYPES[dtype], memory_format=ORDERS[order]) for _ in range(3))
+    weight, bias = random(layer.shape[1]), random(layer.shape[1])
+    extra = residual if layer.residual else None
+    functions = implementations(layer, x, compiled)
+    copy = torch.empty_like(x)
+    for backward in (False, True):
+        leaves = [t.requires_grad_(backward) for t in (x, residual, weight, bias)]
+        calls: dict[str, Callable[[], Any]] = {"copy": lambda: copy.copy_(x.detach())}
+        for key, function in functions.items():
+            calls[key] = _call(function, x, extra, leaves, dy if backward else None)
+        seconds = _measure(calls, device, rounds)
+        host = _host_seconds(calls["ours"], device)
+        passes = fewest_passes(layer, x.element_size(), order == "channels_last", backward)
+        megabytes = prod(layer.shape) * x.element_size() / 1e6
+        yield Timing(name, dtype, order, images, backward, megabytes, seconds, host, passes)
+
+
+def _call(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    residual: Tensor | None,
+    leaves: list[Tensor],
+    dy: Tensor | None,
+) -> Callable[[], Any]:
+    weight, bias = leaves[2:]
+    if dy is None:
+        return lambda: function(x, residual, weight, bias)
+    inputs = [t for t in leaves if t is not leaves[1] or residual is not None]
+
+    def step() -> Any:
+        return torch.autograd.grad(function(x, residual, weight, bias), inputs, dy, allow_unused=True)
+
+    return step
+
+
+def _measure(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of each call: on a GPU the device's, with a cold L2 cache, as Triton measures."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return {k: do_bench(call, warmup=10, rep=40, return_mode="median") / 1e3 for k, call in calls.items()}
+    spent: dict[str, list[float]] = {key: [] for key in calls}
+    for call in calls.values():
+        call()  # once unmeasured
+    for _ in range(rounds):
+        for key, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            spent[key].append(time.perf_counter() - begin)
+    return {key: statistics.median(times) for key, times in spent.items()}
+
+
+def _host_seconds(call: Callable[[], Any], device: torch.device, calls: int = 50) -> float | None:
+    """Seconds until a call returns, while the device works behind it."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    spent = (time.perf_counter() - begin) / calls
+    torch.cuda.synchronize(device)
+    return spent
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers; nan where there are none."""
+    found = list(values)
+    return statistics.geometric_mean(found) if found else float("nan")
+
+
+def row(timing: Timing) -> str:
+    """A line of the table, under :func:`header`."""
+    others = "".join(
+        f"{timing.ratio(k):10.2f}" for k in ("native", "compiled native", "frozen BN") if k in timing.seconds
+    )
+    if "compiled native" not in timing.seconds:
+        others = others[:10] + f"{'-':>10}" + others[10:]
+    host = f"{timing.host * 1e6:9.0f}" if timing.host is not None else f"{'-':>9}"
+    return (
+        f"{timing.layer:<18} {timing.dtype:<8} {timing.order:<14} {'fwd+bwd' if timing.backward else 'fwd':<7}"
+        f"{timing.megabytes:7.1f}{timing.seconds['ours'] * 1e3:10.3f}{timing.bandwidth:8.0%}{others}{host}"
+    )
+
+
+def header() -> str:
+    """The table's first line: MB of x, our milliseconds, our part of the copy's bandwidth; others' time over ours."""
+    columns = f"{'layer':<18} {'dtype':<8} {'order':<14} {'':<7}{'MB':>7}{'ours, ms':>10}{'copy':>8}"
+    return f"{columns}{'native':>10}{'compiled':>10}{'frozenBN':>10}{'host, us':>9}"
+
+
+def summary(timings: list[Timing]) -> str:
+    """Geometric means over the layers, and the worst against native."""
+    lines = []
+    for backward, dtype, order in itertools.product((False, True), DTYPES, ORDERS):
+        some = [t for t in timings if (t.backward, t.dtype, t.order) == (backward, dtype, order)]
+        if not some:
+            continue
+        worst = min(some, key=lambda t: t.ratio("native"))
+        large = geometric_mean(t.bandwidth for t in some if t.megabytes * 1e6 > LARGE_BYTES)
+        small = geometric_mean(t.bandwidth for t in some if t.megabytes * 1e6 <= LARGE_BYTES)
+        means = {
+            k: geometric_mean(t.ratio(k) for t in some) for k in some[0].seconds if k not in ("ours", "copy")
+        }
+        lines.append(
+            f"{'fwd+bwd' if backward else 'fwd':<7} {dtype:<8} {order:<14} of copy: {large:.0%} over 16 MB, {small:.0%} "
+            f"below; time over ours: {', '.join(f'{k} {v:.2f}' for k, v in means.items())}; "
+            f"least against native {worst.ratio('native'):.2f} ({worst.layer})"
+        )
+    return "\n".join(lines)
+
+
+def as_json(timings: list[Timing]) -> list[dict[str, Any]]:
+    """The figures as plain data."""
+    return [asdict(t) | {"bandwidth": t.bandwidth} for t in timings]

@@ -1,0 +1,41 @@
+"""The Triton kernels of every layer compile for GPUs that are not there, without spills and with wide accesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which PyTorch brings along on Linux")
+
+from gn_detect.engine.benchmark_norm import LAYERS
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+WRITERS = {"forward_groups", "normalize", "backward_groups", "input_gradient"}
+"""Kernels that write a tensor of x's size."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_kernels_compile(architecture: str, dtype: str, order: str, tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+    command = [sys.executable, str(SCRIPT), architecture, dtype, order]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {k["kernel"] for k in kernels} == WRITERS | {"partial_statistics", "partial_gradients"}
+    vector = 16 // (2 if dtype == "bfloat16" else 4)
+    for kernel in kernels:
+        assert kernel["spilt"] == 0, kernel
+        assert kernel["registers"] * kernel["warps"] * 32 <= 65536, kernel
+        _, _, height, width = LAYERS[kernel["layer"]].shape
+        if order == "channels_last" or height * width % vector == 0:
+            assert kernel["load"] == 16, kernel
+            assert kernel["store"] == 16 or kernel["kernel"] not in WRITERS, kernel
