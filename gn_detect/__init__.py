@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .config import Config, load_config
     from .engine import Predictor, evaluate, train
     from .errors import UserError
-    from .layers import GroupNorm
+    from .layers import GroupNorm, fuse
     from .modeling import build_model
     from .weights import load_weights
 
@@ -29,6 +29,7 @@ __all__ = [
     "data",
     "evaluate",
     "evaluation",
+    "fuse",
     "layers",
     "load_config",
     "load_weights",
@@ -45,6 +46,7 @@ _HOME = {
     "UserError": "errors",
     "build_model": "modeling",
     "evaluate": "engine",
+    "fuse": "layers",
     "load_config": "config",
     "load_weights": "weights",
     "train": "engine",

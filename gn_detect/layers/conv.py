@@ -32,8 +32,9 @@ class Conv2d(nn.Conv2d):
         y = super().forward(x)
         if isinstance(self.norm, GroupNorm):  # one call for norm, residual and ReLU
             n = self.norm
+            activation = self.activation or n.activation
             return group_norm(
-                y, n.num_groups, n.weight, n.bias, n.eps, residual=residual, activation=self.activation
+                y, n.num_groups, n.weight, n.bias, n.eps, residual=residual, activation=activation
             )
         if self.norm is not None:
             y = self.norm(y)
