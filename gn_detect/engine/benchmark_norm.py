@@ -1,4 +1,4 @@
-"""The normalisation layers of Mask R-CNN R-50-FPN one by one: ours beside PyTorch's, frozen BN and a plain copy."""
+"""The norms of Mask R-CNN R-50-FPN one by one: ours beside PyTorch's, frozen BN and a plain copy."""
 
 from __future__ import annotations
 
@@ -238,20 +238,17 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def row(timing: Timing) -> str:
     """A line of the table, under :func:`header`."""
-    others = "".join(
-        f"{timing.ratio(k):10.2f}" for k in ("native", "compiled native", "frozen BN") if k in timing.seconds
-    )
-    if "compiled native" not in timing.seconds:
-        others = others[:10] + f"{'-':>10}" + others[10:]
+    names = ("native", "compiled native", "frozen BN")
+    others = "".join(f"{timing.ratio(k):10.2f}" if k in timing.seconds else f"{'-':>10}" for k in names)
     host = f"{timing.host * 1e6:9.0f}" if timing.host is not None else f"{'-':>9}"
     return (
-        f"{timing.layer:<18} {timing.dtype:<8} {timing.order:<14} {'fwd+bwd' if timing.backward else 'fwd':<7}"
+        """The table's first line: MB of x, our ms, our part of a copy's bandwidth; ratios."""
         f"{timing.megabytes:7.1f}{timing.seconds['ours'] * 1e3:10.3f}{timing.bandwidth:8.0%}{others}{host}"
     )
 
 
 def header() -> str:
-    """The table's first line: MB of x, our milliseconds, our part of the copy's bandwidth; others' time over ours."""
+    """The table's first line: MB of x, our ms, our part of the copy's bandwidth; ratios."""
     columns = f"{'layer':<18} {'dtype':<8} {'order':<14} {'':<7}{'MB':>7}{'ours, ms':>10}{'copy':>8}"
     return f"{columns}{'native':>10}{'compiled':>10}{'frozenBN':>10}{'host, us':>9}"
 
@@ -269,9 +266,10 @@ def summary(timings: list[Timing]) -> str:
         means = {
             k: geometric_mean(t.ratio(k) for t in some) for k in some[0].seconds if k not in ("ours", "copy")
         }
+        ratios = ", ".join(f"{k} {v:.2f}" for k, v in means.items())
         lines.append(
-            f"{'fwd+bwd' if backward else 'fwd':<7} {dtype:<8} {order:<14} of copy: {large:.0%} over 16 MB, {small:.0%} "
-            f"below; time over ours: {', '.join(f'{k} {v:.2f}' for k, v in means.items())}; "
+            f"{'fwd+bwd' if backward else 'fwd':<7} {dtype:<8} {order:<14} of copy: {large:.0%} over 16 MB, "
+            f"{small:.0%} below; time over ours: {ratios}; "
             f"least against native {worst.ratio('native'):.2f} ({worst.layer})"
         )
     return "\n".join(lines)

@@ -4,4 +4,13 @@ from .conv import Conv2d
 from .fuse import fuse
 from .norm import NORM_NAMES, FrozenBatchNorm2d, GroupNorm, LayerNorm2d, is_norm, make_norm
 
-__all__ = ["NORM_NAMES", "Conv2d", "FrozenBatchNorm2d", "GroupNorm", "LayerNorm2d", "fuse", "is_norm", "make_norm"]
+__all__ = [
+    "NORM_NAMES",
+    "Conv2d",
+    "FrozenBatchNorm2d",
+    "GroupNorm",
+    "LayerNorm2d",
+    "fuse",
+    "is_norm",
+    "make_norm",
+]

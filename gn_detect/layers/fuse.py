@@ -12,19 +12,19 @@ from .norm import GroupNorm
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Replace every ``nn.GroupNorm`` by :class:`GroupNorm`, together with the ReLU behind it where that is certain.
+    """Replace every ``nn.GroupNorm`` by :class:`GroupNorm`, with the ReLU behind it where that is certain.
 
-    It is certain where a ReLU follows the norm in an ``nn.Sequential`` (it becomes an ``nn.Identity``, so that
-    numbers and names of the others stay), and in detectron2's ``Conv2d``, which holds both. A norm that stands in
-    several places keeps its ReLU apart. A norm with hooks is left as it is, as are subclasses of ``nn.GroupNorm``,
+    It is certain where a ReLU follows the norm in an ``nn.Sequential`` (it becomes an ``nn.Identity``, and the
+    numbers and names of the others stay), and in detectron2's ``Conv2d``, which holds both. A norm in several
+    places keeps its ReLU apart. A norm with hooks is left as it is, as are subclasses of ``nn.GroupNorm``,
     whose forward may differ, and a ReLU with hooks.
 
-    Parameters, their names and the state dict do not change, nor does the function. To a part of a model that calls
-    a ReLU by itself, the residual's addition included, give :func:`gn_detect.ops.group_norm` by hand.
+    Parameters, their names and the state dict do not change, nor does the function. A block that calls its
+    ReLU or adds its residual in its own ``forward`` can be given :func:`gn_detect.ops.group_norm` by hand.
 
     Args:
         model: any module.
-        inplace: change ``model``; its parameters stay the same objects, so that an optimizer of theirs stays valid.
+        inplace: change ``model``; its parameters stay the same objects, and their optimizer valid.
 
     Returns:
         The model or its copy. If it is itself an ``nn.GroupNorm``, a new module.
@@ -86,7 +86,7 @@ def _absorb_next(sequential: nn.Module, norms: set[GroupNorm]) -> None:
     children = list(sequential._modules.items())
     for (_, norm), (name, after) in zip(children, children[1:], strict=False):
         if norm in norms and type(after) is nn.ReLU and not _has_hooks(after):
-            norm.activation = "relu"  # type: ignore[union-attr,assignment]
+            norm.activation = "relu"
             _replace(sequential, name, nn.Identity())
 
 

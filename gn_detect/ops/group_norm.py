@@ -1,7 +1,7 @@
 """Group Normalization with an optional residual and ReLU (Wu & He 2018, arXiv 1803.08494, section 3).
 
-On an NVIDIA GPU one operator does it all, with the kernels of ``group_norm_triton``; elsewhere PyTorch's own does.
-``GN_DETECT_FUSED=0`` in the environment turns the operator off.
+On an NVIDIA GPU one operator does it all, with the kernels of ``group_norm_triton``; elsewhere PyTorch's own
+does. ``GN_DETECT_FUSED=0`` in the environment turns the operator off.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def group_norm(
 
 
 def _use_operator(x: Tensor) -> bool:
-    """Not for transformed tensors (torch.func, forward-mode gradients), whose rules PyTorch has for its own."""
+    """Not for transformed tensors (torch.func, forward-mode gradients): PyTorch has the rules of its own."""
     return FUSED and x.is_cuda and (torch.compiler.is_compiling() or not _is_transformed())
 
 

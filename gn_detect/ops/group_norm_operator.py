@@ -30,7 +30,7 @@ def fused_group_norm(
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """``relu(GN(x) + residual)`` by the operator; arguments as of :func:`gn_detect.ops.group_norm`, and valid."""
+    """``relu(GN(x) + residual)`` by the operator; valid arguments of :func:`gn_detect.ops.group_norm`."""
     last = _is_channels_last(x)
     x = _in_order(x, last)
     if residual is not None:
@@ -65,8 +65,8 @@ torch.library.define(
 )
 torch.library.define(
     "gn_detect::group_norm_backward",
-    "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, bool relu, bool[3] needs)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, bool relu,"
+    " bool[3] needs) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -118,11 +118,15 @@ def _backward(
     relu: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the residual (only where there is a ReLU; else it is dy) and of weight and bias (2, C)."""
+    """Gradients of x, of the residual (of a ReLU; without, it is dy), and of weight and bias as (2, C)."""
     last = _is_channels_last(x)
     x, dy = _in_order(x, last), _in_order(dy, last)
     if x.numel() == 0:
-        found = torch.empty_like(x), torch.empty_like(x), statistics.new_zeros((2, x.shape[1]))
+        found: tuple[Tensor | None, ...] = (
+            torch.empty_like(x),
+            torch.empty_like(x),
+            statistics.new_zeros((2, x.shape[1])),
+        )
     elif not _kernels_run_on(x.device):
         found = _native_backward(dy, x, y, weight, bias, statistics, relu)
     else:
@@ -268,10 +272,8 @@ def _native_backward(
     dtype = statistics.dtype
     samples, channels = x.shape[:2]
     xhat = ((x.to(dtype).reshape(samples, mean.shape[1], -1) - mean) * rstd).reshape(samples, channels, -1)
-    scale = (
-        torch.ones(channels, 1, dtype=dtype, device=x.device) if weight is None else _as(weight, x)[:, None]
-    )
-    shift = 0 if bias is None else _as(bias, x)[:, None]
+    scale = 1 if weight is None else weight.to(dtype)[:, None]
+    shift = 0 if bias is None else bias.to(dtype)[:, None]
     dz = dy.to(dtype).reshape(xhat.shape)
     if relu:
         z = xhat * scale + shift if y is None else y.reshape(xhat.shape)

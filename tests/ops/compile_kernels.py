@@ -1,9 +1,9 @@
-"""Compile the Triton kernels ahead of time for a GPU that need not be there, and print what came out as JSON lines.
+"""Compile the Triton kernels for a GPU that need not be there, and print what came out as JSON lines.
 
     python tests/ops/compile_kernels.py ARCHITECTURE DTYPE ORDER [LAYER ...]
 
-ARCHITECTURE is 80 or 90, DTYPE float32 or bfloat16, ORDER channels_first or channels_last. Each line: kernel, layer,
-registers a thread, bytes spilt to memory, widest global load and store in bytes, warps.
+ARCHITECTURE is 80 or 90, DTYPE float32 or bfloat16, ORDER channels_first or channels_last. Each line: kernel,
+layer, registers a thread, bytes spilt to memory, widest global load and store in bytes, warps, tile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gn_detect.engine.benchmark_norm import LAYERS  # noqa: E402
+from gn_detect.engine.benchmark_norm import LAYERS, Layer  # noqa: E402
 from gn_detect.ops.group_norm_triton import backward, forward, launch  # noqa: E402
 
 KERNELS = {

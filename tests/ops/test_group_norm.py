@@ -135,7 +135,7 @@ def test_the_switch() -> None:
 
 
 class TestPyTorchsOwnSamples:
-    """The inputs with which PyTorch tests ``F.group_norm`` and ``nn.GroupNorm``, on the CPU's and the GPU's path."""
+    """The inputs with which PyTorch tests its own, on the CPU's and the GPU's path."""
 
     @pytest.fixture(params=["native", "operator"])
     def path(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -1,4 +1,4 @@
-"""The Triton kernels of every layer compile for GPUs that are not there, without spills and with wide accesses."""
+"""The kernels of every layer compile for GPUs that are not there, without spills, with wide accesses."""
 
 from __future__ import annotations
 

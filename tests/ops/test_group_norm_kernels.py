@@ -1,4 +1,4 @@
-"""The Triton kernels against float64: on a GPU where there is one, else on the CPU by Triton's interpreter."""
+"""The Triton kernels against float64: on a GPU where there is one, else by Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import itertools
 import pytest
 
 from gn_detect.engine.benchmark_norm import LAYERS
-from gn_detect.ops.group_norm_triton import plan
 from gn_detect.ops.group_norm_triton.plan import Plan, alignment, make_plan, power_of_two
 
 CASES = list(itertools.product(LAYERS.values(), (1, 2), (2, 4), (False, True), ("forward", "backward")))
@@ -44,7 +43,7 @@ def test_tiles_fit_registers_and_threads() -> None:
 
 
 def test_large_tensors_fill_the_gpu() -> None:
-    """One image's tensors of 8 to 34 MB get four programs for each of 132 multiprocessors, or one twice as large."""
+    """One image's tensors of 8 to 34 MB get four programs a multiprocessor of 132, or one twice as large."""
     for layer, itemsize, last, direction in itertools.product(
         ("stem", "res2 conv3", "res3 conv3", "res4 conv3"), (2, 4), (False, True), ("forward", "backward")
     ):

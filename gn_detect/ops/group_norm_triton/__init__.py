@@ -1,15 +1,15 @@
 """Triton kernels of Group Normalization; ``launch`` calls them with what ``plan`` decides.
 
-Both memory orders, (N, C, pixels) and (N, pixels, C), run the same code on tiles of (channels, pixels); only the
-strides differ. The channels of a tile are ``BLOCK_GROUPS`` groups of ``BLOCK_DEPTH`` channels, or with
-``BLOCK_GROUPS`` 1 a piece of one group. Formulas: Wu & He 2018, section 3.1, with dz = dy where the ReLU passed:
+Both memory orders, (N, C, pixels) and (N, pixels, C), run the same code on tiles of (channels, pixels); only
+the strides differ. The channels of a tile are ``BLOCK_GROUPS`` groups of ``BLOCK_DEPTH`` channels, or with
+``BLOCK_GROUPS`` 1 a piece of one group. Formulas: Wu & He 2018, section 3.1, dz = dy where the ReLU passed:
 
     xhat = (x - mean) * rstd          z = xhat * weight + bias + residual          y = relu(z)
     d_weight = sum(dz * xhat)         d_bias = sum(dz)                             d_residual = dz
     dx = rstd * (weight * dz - (sum(weight * dz) + xhat * sum(weight * dz * xhat)) / count)
 
-Statistics are in float32, or float64 for float64 input, and never the difference of two large numbers: a tile in
-registers is centred before it is squared; a loop sums differences from the mean of its first tile, and as that
-tile is a part of the data the cancellation is at most the number of tiles in the loop; partial statistics are
-merged as in Chan, Golub & LeVeque 1979.
+Statistics are in float32, or float64 for float64 input, and never the difference of two large numbers: a tile
+in registers is centred before it is squared; a loop sums differences from the mean of its first tile, and as
+that tile is a part of the data the cancellation is at most the number of tiles in the loop; partial
+statistics are merged as in Chan, Golub & LeVeque 1979.
 """

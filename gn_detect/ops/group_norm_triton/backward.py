@@ -51,8 +51,9 @@ def backward_groups(
 ):
     """Whole groups of several samples in one program.
 
-    ``partials``: (programs of a tile, 2, CHANNELS) sums over the program's samples of the gradients of weight and
-    bias. ``dx``, ``d_residual``, ``partials`` and the output ``y`` may be None. Grid: runs of samples x tiles.
+    ``partials``: (programs of a tile, 2, CHANNELS) sums over the program's samples of the gradients of weight
+    and bias. ``dx``, ``d_residual``, ``partials`` and the output ``y`` may be None. Grid: runs of samples x
+    tiles.
     """
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
@@ -156,9 +157,9 @@ def partial_gradients(
 ):
     """Split backward, first launch: sums of a part of each group, and the residual's gradient.
 
-    ``partials``: (samples * splits, 2, CHANNELS) sums of dz * xhat and of dz; ``group_partials``: (samples, GROUPS,
-    2, splits * pieces), the same times weight and summed over the group; either may be None. Grid: samples x tiles x
-    splits.
+    ``partials``: (samples * splits, 2, CHANNELS) sums of dz * xhat and of dz; ``group_partials``: (samples,
+    GROUPS, 2, splits * pieces), the same times weight and summed over the group; either may be None. Grid:
+    samples x tiles x splits.
     """
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
@@ -231,7 +232,7 @@ def input_gradient(
 ):
     """Split backward, second launch: dx. Grid: samples x tiles x splits.
 
-    With a residual, ``dy`` is its gradient, where the first launch has applied the ReLU, and ``RELU`` is False.
+    With a residual, ``dy`` is its gradient, to which the first launch applied the ReLU: ``RELU`` is False.
     """
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH

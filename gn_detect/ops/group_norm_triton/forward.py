@@ -223,7 +223,7 @@ def normalize(
     WIDE: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """Split forward, second launch: merge the partial statistics and normalise. Grid: samples x tiles x splits."""
+    """Split forward, second launch: merge partial statistics, normalise. Grid: samples x tiles x splits."""
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS * PIECES

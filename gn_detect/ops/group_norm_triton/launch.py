@@ -91,7 +91,7 @@ def backward(
         x, weight, bias, relu, channels_last: of the forward.
         y: the output, where there were a residual and a ReLU.
         statistics: of the forward.
-        needs: which of the three results are wanted; the residual's only where there was a ReLU, else it is dy.
+        needs: which of the three results are wanted; the residual's where there was a ReLU, else it is dy.
     """
     num_groups = statistics.shape[2]
     plan, sizes, common = _arguments("backward", x, num_groups, channels_last)

@@ -1,4 +1,4 @@
-"""Which kernels normalise a tensor and with what tiles: arithmetic on its shape alone, so that results repeat.
+"""Which kernels normalise a tensor, with what tiles: arithmetic on its shape alone, so that results repeat.
 
 A tile covers ``block_groups`` groups x ``block_depth`` channels of each x ``block_pixels`` pixels. Two plans:
 
@@ -6,8 +6,8 @@ A tile covers ``block_groups`` groups x ``block_depth`` channels of each x ``blo
   groups. They stay in registers where the tile holds all pixels (x is then read once and written once), and
   are read a second time, from the multiprocessor's own cache, where it does not.
 - *split*, for larger groups: with 1 or 2 images there are only 32 or 64 groups of up to half a million
-  elements, fewer than a GPU has multiprocessors. About :data:`SPLIT_PROGRAMS` programs take the statistics of a
-  part of a group each; a second launch merges them and normalises.
+  elements, fewer than a GPU has multiprocessors. About :data:`SPLIT_PROGRAMS` programs take the statistics of
+  a part of a group each; a second launch merges them and normalises.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ ONE_LAUNCH_BYTES = 72 * 1024
 multiprocessor, and one of 32 programs still reads them in about a microsecond."""
 
 SPLIT_PROGRAMS = 512
-"""Four programs of 8 warps with two 16-byte loads a thread on each of 132 multiprocessors: 32 KB in flight each,
-and 23 KB are needed to hide the latency of the H200's memory."""
+"""Four programs of 8 warps with two 16-byte loads a thread on each of 132 multiprocessors: 32 KB in flight
+each, and 23 KB are needed to hide the latency of the H200's memory."""
 
 SPLIT_BYTES = 16 * 1024
 """Least work of a program, so that small tensors are not cut into crumbs."""
 
 MOST_PARTS = 132 * 32
-"""Partial results that each program of the second launch merges, two numbers each: 33 KB, against 134 KB of x where
-it is most (64 channels, channels last, whose tiles hold all 32 groups)."""
+"""Partial results that each program of the second launch merges, two numbers each: 33 KB, against 134 KB of x
+where it is most (64 channels, channels last, whose tiles hold all 32 groups)."""
 
 GROUP_TILE = {"forward": 16384, "backward": 8192}
 """Most elements of a tile of 16 warps: 32 a thread for x, 16 for x and dy. Twice as many spill registers."""
@@ -40,8 +40,8 @@ SECTOR, LINE = 32, 128
 """Bytes of the smallest and of the full transaction of global memory."""
 
 GRADIENT_PROGRAMS = 1024
-"""Programs that sum the affine gradients of many samples (RoIs): each runs over several samples and leaves one
-partial sum, so that the partial sums stay small beside x."""
+"""Programs that sum the affine gradients of many samples (RoIs): each runs over several samples and leaves
+one partial sum, so that the partial sums stay small beside x."""
 
 
 @dataclass(frozen=True)

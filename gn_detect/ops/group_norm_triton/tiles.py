@@ -56,7 +56,7 @@ def tile_offsets(
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Where a tile's (channels, pixels) lie in a sample, in 64 bits if it has 2**31 elements, and which exist."""
+    """Where a tile's (channels, pixels) lie in a sample, ``WIDE`` in 64 bits, and which exist."""
     mask = exists[:, None] & (pixel < pixels)[None, :]
     if WIDE:
         channel = channel.to(tl.int64)

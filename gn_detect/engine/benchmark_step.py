@@ -1,0 +1,63 @@
+"""Whole training steps with frozen BN, PyTorch's GN and the fused GN, in turn, a process each."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UserError
+
+VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "fused GN": ([], {}),
+    "native GN": ([], {"GN_DETECT_FUSED": "0"}),
+    "frozen BN": (["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""], {}),
+}
+"""Config overrides and environment of each; box and mask heads are the same."""
+
+
+@dataclass
+class Step:
+    """Of one variant.
+
+    Attributes:
+        seconds: median of a step, for each round.
+        megabytes: peak memory above the start, for each round, in decimal MB.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    megabytes: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        times = " ".join(f"{s:.4f}" for s in self.seconds)
+        memory = " ".join(f"{m:.0f}" for m in self.megabytes)
+        seconds, megabytes = statistics.median(self.seconds), statistics.median(self.megabytes)
+        return f"{seconds:8.4f} s ({times}), {megabytes:6.0f} MB ({memory})"
+
+
+def compare_steps(config: str, overrides: Sequence[str], images: int, rounds: int) -> dict[str, Step]:
+    """Run ``bench train`` on every variant ``rounds`` times.
+
+    Raises:
+        UserError: a run failed; the text is its own.
+    """
+    steps = {name: Step() for name in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        for _ in range(rounds):
+            for name, (keys, environment) in VARIANTS.items():
+                command = [sys.executable, "-m", "gn_detect", "bench", "train", "--config-file", config]
+                command += ["--images", str(images), "--json", str(report), *overrides, *keys]
+                done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+                if done.returncode:
+                    raise UserError(f"the training step with {name} failed:\n{done.stderr.strip()}")
+                figures = json.loads(report.read_text())
+                steps[name].seconds.append(statistics.median(figures["seconds"]))
+                steps[name].megabytes.append(figures["memory"] / 1e6)
+    return steps
