@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -162,11 +163,11 @@ def _benchmark_layer(
     layer = LAYERS[name].of_images(images)
     generator = torch.Generator(device).manual_seed(0)
 
-    def random(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, generator=generator)
 
-    x, residual, dy = (random(*layer.shape).to(DTYPES[dtype], memory_format=ORDERS[order]) for _ in range(3))
-    weight, bias = random(layer.shape[1]), random(layer.shape[1])
+    x, residual, dy = (normal(*layer.shape).to(DTYPES[dtype], memory_format=ORDERS[order]) for _ in range(3))
+    weight, bias = normal(layer.shape[1]), normal(layer.shape[1])
     extra = residual if layer.residual else None
     functions = implementations(layer, x, compiled)
     copy = torch.empty_like(x)
@@ -207,10 +208,12 @@ def _measure(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: 
 
         return {k: do_bench(call, warmup=10, rep=40, return_mode="median") / 1e3 for k, call in calls.items()}
     spent: dict[str, list[float]] = {key: [] for key in calls}
-    for call in calls.values():
-        call()  # once unmeasured
+    order = list(calls.items())
+    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        for key, call in calls.items():
+        shuffle(order)
+        for key, call in order:
+            call()  # unmeasured: it finds another's freed memory, or none, and the next one finds its own
             begin = time.perf_counter()
             call()
             spent[key].append(time.perf_counter() - begin)
@@ -240,15 +243,16 @@ def row(timing: Timing) -> str:
     """A line of the table, under :func:`header`."""
     names = ("native", "compiled native", "frozen BN")
     others = "".join(f"{timing.ratio(k):10.2f}" if k in timing.seconds else f"{'-':>10}" for k in names)
+    direction = "fwd+bwd" if timing.backward else "fwd"
     host = f"{timing.host * 1e6:9.0f}" if timing.host is not None else f"{'-':>9}"
     return (
-        """The table's first line: MB of x, our ms, our part of a copy's bandwidth; ratios."""
+        f"{timing.layer:<18} {timing.dtype:<8} {timing.order:<14} {direction:<7}"
         f"{timing.megabytes:7.1f}{timing.seconds['ours'] * 1e3:10.3f}{timing.bandwidth:8.0%}{others}{host}"
     )
 
 
 def header() -> str:
-    """The table's first line: MB of x, our ms, our part of the copy's bandwidth; ratios."""
+    """The table's first line; the ratios are others' time over ours."""
     columns = f"{'layer':<18} {'dtype':<8} {'order':<14} {'':<7}{'MB':>7}{'ours, ms':>10}{'copy':>8}"
     return f"{columns}{'native':>10}{'compiled':>10}{'frozenBN':>10}{'host, us':>9}"
 

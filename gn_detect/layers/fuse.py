@@ -14,10 +14,10 @@ from .norm import GroupNorm
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace every ``nn.GroupNorm`` by :class:`GroupNorm`, with the ReLU behind it where that is certain.
 
-    It is certain where a ReLU follows the norm in an ``nn.Sequential`` (it becomes an ``nn.Identity``, and the
-    numbers and names of the others stay), and in detectron2's ``Conv2d``, which holds both. A norm in several
-    places keeps its ReLU apart. A norm with hooks is left as it is, as are subclasses of ``nn.GroupNorm``,
-    whose forward may differ, and a ReLU with hooks.
+    It is certain where a ReLU follows the norm in an ``nn.Sequential`` (it becomes an ``nn.Identity``; names
+    stay), and in detectron2's ``Conv2d``, which holds both. A norm in several places keeps its ReLU apart. A
+    norm with hooks is left as it is, as are subclasses of ``nn.GroupNorm``, whose forward may differ, and a
+    ReLU with hooks.
 
     Parameters, their names and the state dict do not change, nor does the function. A block that calls its
     ReLU or adds its residual in its own ``forward`` can be given :func:`gn_detect.ops.group_norm` by hand.
