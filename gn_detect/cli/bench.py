@@ -92,7 +92,9 @@ def _run_norms(args: argparse.Namespace) -> None:
     steps = {}
     if args.steps:
         config = args.config_file or DEFAULT_CONFIG
-        steps = compare_steps(config, [*args.overrides, "MODEL.DEVICE", device.type], args.images, args.steps)
+        size = [str(length) for length in args.size]
+        arguments = ["--size", *size, "--images", str(args.images), "--objects", str(args.objects)]
+        steps = compare_steps(config, [*arguments, *args.overrides, "MODEL.DEVICE", device.type], args.steps)
         for name, step in steps.items():
             print(f"training step, {name:<10} {step}")
     if args.json:

@@ -130,13 +130,18 @@ def implementations(layer: Layer, x: Tensor, compiled: bool) -> dict[str, Callab
         return F.relu(y) if layer.relu else y
 
     def native(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        return follow(F.group_norm(x, GROUPS, weight.to(x.dtype), bias.to(x.dtype)), residual)
+        return follow(F.group_norm(x, GROUPS, weight, bias), residual)
+
+    def autocast(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=x.dtype):  # which runs group_norm in float32
+            return native(x, residual, weight, bias).to(x.dtype)
 
     def frozen(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        scale, shift = weight.detach().to(x.dtype).view(channels), bias.detach().to(x.dtype).view(channels)
-        return follow(x * scale + shift, residual)
+        return follow(x * weight.detach().view(channels) + bias.detach().view(channels), residual)
 
     functions: dict[str, Callable[..., Tensor]] = {"ours": ours, "native": native, "frozen BN": frozen}
+    if x.dtype != torch.float32:
+        functions["autocast native"] = autocast
     if compiled:
         functions["compiled native"] = torch.compile(native, dynamic=False)
     return functions
@@ -167,7 +172,7 @@ def _benchmark_layer(
         return torch.randn(shape, device=device, generator=generator)
 
     x, residual, dy = (normal(*layer.shape).to(DTYPES[dtype], memory_format=ORDERS[order]) for _ in range(3))
-    weight, bias = normal(layer.shape[1]), normal(layer.shape[1])
+    weight, bias = (normal(layer.shape[1]).to(x.dtype) for _ in range(2))
     extra = residual if layer.residual else None
     functions = implementations(layer, x, compiled)
     copy = torch.empty_like(x)
@@ -241,7 +246,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def row(timing: Timing) -> str:
     """A line of the table, under :func:`header`."""
-    names = ("native", "compiled native", "frozen BN")
+    names = ("native", "autocast native", "compiled native", "frozen BN")
     others = "".join(f"{timing.ratio(k):10.2f}" if k in timing.seconds else f"{'-':>10}" for k in names)
     direction = "fwd+bwd" if timing.backward else "fwd"
     host = f"{timing.host * 1e6:9.0f}" if timing.host is not None else f"{'-':>9}"
@@ -254,7 +259,7 @@ def row(timing: Timing) -> str:
 def header() -> str:
     """The table's first line; the ratios are others' time over ours."""
     columns = f"{'layer':<18} {'dtype':<8} {'order':<14} {'':<7}{'MB':>7}{'ours, ms':>10}{'copy':>8}"
-    return f"{columns}{'native':>10}{'compiled':>10}{'frozenBN':>10}{'host, us':>9}"
+    return f"{columns}{'native':>10}{'autocast':>10}{'compiled':>10}{'frozenBN':>10}{'host, us':>9}"
 
 
 def summary(timings: list[Timing]) -> str:

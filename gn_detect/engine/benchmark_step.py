@@ -41,8 +41,13 @@ class Step:
         return f"{seconds:8.4f} s ({times}), {megabytes:6.0f} MB ({memory})"
 
 
-def compare_steps(config: str, overrides: Sequence[str], images: int, rounds: int) -> dict[str, Step]:
+def compare_steps(config: str, arguments: Sequence[str], rounds: int) -> dict[str, Step]:
     """Run ``bench train`` on every variant ``rounds`` times.
+
+    Args:
+        config: of the model with GN.
+        arguments: further flags, then config overrides.
+        rounds: of all variants in turn.
 
     Raises:
         UserError: a run failed; the text is its own.
@@ -53,7 +58,7 @@ def compare_steps(config: str, overrides: Sequence[str], images: int, rounds: in
         for _ in range(rounds):
             for name, (keys, environment) in VARIANTS.items():
                 command = [sys.executable, "-m", "gn_detect", "bench", "train", "--config-file", config]
-                command += ["--images", str(images), "--json", str(report), *overrides, *keys]
+                command += ["--json", str(report), *arguments, *keys]
                 done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
                 if done.returncode:
                     raise UserError(f"the training step with {name} failed:\n{done.stderr.strip()}")

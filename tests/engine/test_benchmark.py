@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from gn_detect.cli import main
 from gn_detect.engine.benchmark import Workload, write_workload
+from gn_detect.engine.benchmark_norm import LAYERS, benchmark_norms, fewest_passes, implementations
+from gn_detect.engine.benchmark_step import VARIANTS, compare_steps
+from gn_detect.errors import UserError
 
 SMALL = [
     *("--config-file", "quick/demo.yaml", "--size", "64", "96", "--objects", "3", "--iterations", "2"),
@@ -40,3 +44,66 @@ def test_the_workload_is_the_same_each_time(tmp_path: Path) -> None:
     assert (first[0] == second[0]).all() and first[0].shape == (1000, 4)
     assert (tmp_path / "a/1.png").read_bytes() == (tmp_path / "b/1.png").read_bytes()
     assert (tmp_path / "a/annotations.json").read_text() == (tmp_path / "b/annotations.json").read_text()
+
+
+def test_the_norms_of_the_model() -> None:
+    """69 norms of 335 million elements an image, of which the RoI heads' are 51 million."""
+    assert sum(layer.count for layer in LAYERS.values()) == 69
+    elements = sum(layer.count * torch.Size(layer.shape).numel() for layer in LAYERS.values())
+    assert round(elements / 1e6) == 335
+
+
+def test_passes_over_memory() -> None:
+    """The fewest reads and writes: 2 + 3 on chip and 3 + 5 else, 3 + 5 and 4 + 7 with a residual and ReLU."""
+    small, large, block = LAYERS["p5"], LAYERS["res2 shortcut, p2"], LAYERS["res2 conv3"]
+    assert [fewest_passes(small, 2, True, backward) for backward in (False, True)] == [2, 5]
+    assert [fewest_passes(large, 2, True, backward) for backward in (False, True)] == [3, 8]
+    assert [fewest_passes(block, 2, True, backward) for backward in (False, True)] == [4, 11]
+
+
+@pytest.mark.parametrize("layer", ["res5 conv3", "p5", "box head"])
+def test_implementations_compute_the_same(layer: str) -> None:
+    """But for frozen BN, which is another function."""
+    shape = (2, *LAYERS[layer].shape[1:])
+    x, residual = torch.randn(shape), torch.randn(shape) if LAYERS[layer].residual else None
+    weight, bias = torch.randn(shape[1]), torch.randn(shape[1])
+    functions = implementations(LAYERS[layer], x, compiled=False)
+    ours, native = (functions[name](x, residual, weight, bias) for name in ("ours", "native"))
+    torch.testing.assert_close(ours, native)
+    assert functions["frozen BN"](x, residual, weight, bias).shape == ours.shape
+
+
+def test_norms_one_by_one() -> None:
+    timings = list(benchmark_norms(torch.device("cpu"), layers=["p5"], compiled=False, rounds=1))
+    assert len(timings) == 2 * 2 * 2
+    for timing in timings:
+        assert timing.bandwidth > 0 and all(seconds > 0 for seconds in timing.seconds.values())
+        assert ("autocast native" in timing.seconds) == (timing.dtype == "bfloat16")
+
+
+def test_bench_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "norms.json"
+    some = ["--layers", "p5", "--dtypes", "float32", "--orders", "channels_last", "--no-compile"]
+    command = ["bench", "norm", "--device", "cpu", "--iterations", "1", *some, "--steps", "0"]
+    assert main([*command, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "p5" in printed and "least against native" in printed
+    figures = json.loads(path.read_text())
+    assert [n["backward"] for n in figures["norms"]] == [False, True] and figures["steps"] == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_norm_without_the_gpu_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "norm", "--device", "cuda"]) == 2
+    assert "--device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_steps_side_by_side() -> None:
+    small = ["--size", "64", "96", "--objects", "3", "--iterations", "1", "MODEL.DEVICE", "cpu"]
+    steps = compare_steps("quick/demo.yaml", small, rounds=1)
+    assert steps.keys() == VARIANTS.keys()
+    for step in steps.values():
+        assert step.seconds[0] > 0 and " MB (" in str(step)
+    with pytest.raises(UserError, match="fused GN failed"):
+        compare_steps("quick/demo.yaml", ["NO.SUCH_KEY", "1"], rounds=1)

@@ -103,6 +103,7 @@ def load_statistics(statistics, sample, group, samples, GROUPS: tl.constexpr, BL
 def store_statistics(
     statistics, mean, rstd, sample, group, samples, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr
 ):
+    """Mean and rstd of a tile's groups, (BLOCK_GROUPS,), into ``statistics`` (2, samples, GROUPS)."""
     g = group + tl.arange(0, BLOCK_GROUPS)
     place = statistics + sample * GROUPS + g
     tl.store(place, mean, mask=g < GROUPS)
