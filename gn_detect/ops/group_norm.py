@@ -70,12 +70,17 @@ def _is_transformed() -> bool:
 
 def _is_valid(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the operator can take it; what it cannot goes to ``F.group_norm``, which says what is wrong."""
-    if x.dim() < 2 or not x.is_floating_point() or num_groups < 1 or x.shape[1] % num_groups:
+    if x.dim() < 2 or not x.is_floating_point() or num_groups < 1:
         return False
-    if x.numel() == num_groups:  # a single element in a group, and a single sample
+    channels = x.size(1)
+    if channels % num_groups or x.numel() == num_groups:  # the latter: a single element in a group and sample
         return False
-    shape = x.shape[1:2]
-    return all(p is None or (p.shape == shape and p.device == x.device) for p in (weight, bias))
+    for parameter in (weight, bias):
+        if parameter is not None and (
+            parameter.dim() != 1 or parameter.numel() != channels or parameter.device != x.device
+        ):
+            return False
+    return True
 
 
 def _native(

@@ -58,19 +58,6 @@ def _in_order(x: Tensor, channels_last: bool) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-torch.library.define(
-    "gn_detect::group_norm",
-    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool relu)"
-    " -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "gn_detect::group_norm_backward",
-    "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, bool relu,"
-    " bool[3] needs) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("gn_detect::group_norm", ("cuda", "cpu"))
 def _forward(
     x: Tensor,
     num_groups: int,
@@ -94,7 +81,6 @@ def _forward(
     return launch.forward(x, num_groups, weight, bias, eps, residual, relu, last)
 
 
-@torch.library.register_fake("gn_detect::group_norm")
 def _forward_fake(
     x: Tensor,
     num_groups: int,
@@ -107,7 +93,6 @@ def _forward_fake(
     return torch.empty_like(_in_order(x, _is_channels_last(x))), _empty_statistics(x, num_groups)
 
 
-@torch.library.impl("gn_detect::group_norm_backward", ("cuda", "cpu"))
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -142,7 +127,6 @@ def _backward(
     return dx, d_residual, d_affine
 
 
-@torch.library.register_fake("gn_detect::group_norm_backward")
 def _backward_fake(
     dy: Tensor,
     x: Tensor,
@@ -176,15 +160,16 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor | None = None) -> tuple[Any, ...]
         return _differentiable_gradients(ctx, dy)
     needs_x, _, needs_weight, needs_bias, _, needs_residual, _ = ctx.needs_input_grad
     needs = [needs_x, needs_residual and ctx.relu, needs_weight or needs_bias]
-    op = torch.ops.gn_detect.group_norm_backward.default
+    op = _backward if _is_plain(dy) else torch.ops.gn_detect.group_norm_backward.default
     dx, d_residual, d_affine = op(dy, x, y, weight, bias, statistics, ctx.relu, needs)
     if not ctx.relu:
         d_residual = dy
+    d_weight, d_bias = d_affine.unbind() if needs[2] else (d_affine, d_affine)
     return (
         dx if needs_x else None,
         None,
-        d_affine[0].to(weight.dtype) if needs_weight else None,
-        d_affine[1].to(bias.dtype) if needs_bias else None,
+        d_weight.to(weight.dtype) if needs_weight else None,
+        d_bias.to(bias.dtype) if needs_bias else None,
         None,
         d_residual.to(ctx.residual_dtype) if needs_residual else None,
         None,
@@ -212,7 +197,28 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return tuple(gradients)
 
 
+torch.library.define(
+    "gn_detect::group_norm",
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool relu)"
+    " -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "gn_detect::group_norm_backward",
+    "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, bool relu,"
+    " bool[3] needs) -> (Tensor, Tensor, Tensor)",
+)
+
+torch.library.impl("gn_detect::group_norm", ("cuda", "cpu"), _forward)
+torch.library.impl("gn_detect::group_norm_backward", ("cuda", "cpu"), _backward)
+torch.library.register_fake("gn_detect::group_norm", _forward_fake)
+torch.library.register_fake("gn_detect::group_norm_backward", _backward_fake)
 torch.library.register_autograd("gn_detect::group_norm", _gradients, setup_context=_save)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nobody watches the operators: they can then be called past PyTorch's dispatch, 6 us cheaper."""
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
+    return type(x) in (Tensor, torch.nn.Parameter) and not watched
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -220,7 +226,8 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = torch.ops.gn_detect.group_norm.default(*inputs)
+        op = _forward if _is_plain(inputs[0]) else torch.ops.gn_detect.group_norm.default
+        output = op(*inputs)
         _save(ctx, inputs, output)
         return output[0]
 
