@@ -92,17 +92,28 @@ def _native(
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """By PyTorch's operators."""
+    """By PyTorch's operators; x's dtype also under autocast, which runs group_norm in float32."""
     device = x.device.type
-    if device == "cpu" and torch.is_autocast_enabled(device):
-        # Autocast would copy x to float32; on the CPU the operator itself works in float32 inside.
+    if not torch.is_autocast_enabled(device):
+        return _composed(x, num_groups, weight, bias, eps, residual, relu)
+    if device == "cpu":  # whose operator works in float32 inside, without a copy of x
         with torch.autocast(device, enabled=False):
-            return _native(x, num_groups, weight, bias, eps, residual, relu)
+            return _composed(x, num_groups, weight, bias, eps, residual, relu)
+    return _composed(x, num_groups, weight, bias, eps, residual, relu).to(x.dtype)
+
+
+def _composed(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
     y = F.group_norm(x, num_groups, weight, bias, eps)
     # In place: the backward of group_norm reads its input, never its output.
     if residual is not None:
         keep = torch.compiler.is_compiling() or _is_transformed()
         y = y + residual if keep else y.add_(residual)
-    if relu:
-        y = F.relu_(y)
-    return y.to(x.dtype)
+    return F.relu_(y) if relu else y

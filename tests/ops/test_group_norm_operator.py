@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +189,36 @@ def test_checkpointing() -> None:
     y = checkpoint(model, leaf, use_reentrant=False)
     again = [y.detach(), *torch.autograd.grad((y * y).sum(), [leaf, *model.parameters()])]
     assert_all_close(again, step(model, x))
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    from torch.distributed import destroy_process_group, init_process_group
+
+    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, x = Block(), random(2, 8, 6, 5)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(x).square().sum().backward()
+        found = [p.grad for p in model.parameters()]
+        assert_all_close(found, step(Block(), x)[2:])  # type: ignore[arg-type]
+    finally:
+        destroy_process_group()
+
+
+def test_traced_and_watched_programs_see_the_operator() -> None:
+    """A dispatch mode, such as the one that selective checkpointing uses, gets the operator's name."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+            seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    seen: list[str] = []
+    x = random(2, 8, 6, 5).requires_grad_()
+    with Watch():
+        group_norm(x, 4).sum().backward()
+    assert "gn_detect.group_norm.default" in seen and "gn_detect.group_norm_backward.default" in seen
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 5, 6), (2, 8, 0, 6)])
