@@ -197,15 +197,20 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return tuple(gradients)
 
 
+# A compiler must give the operators the memory order with which it traced them: their results have it, too.
+_EXACT_STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+
 torch.library.define(
     "gn_detect::group_norm",
     "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool relu)"
     " -> (Tensor, Tensor)",
+    tags=_EXACT_STRIDES,
 )
 torch.library.define(
     "gn_detect::group_norm_backward",
     "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, bool relu,"
     " bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    tags=_EXACT_STRIDES,
 )
 
 torch.library.impl("gn_detect::group_norm", ("cuda", "cpu"), _forward)

@@ -59,7 +59,7 @@ def backward_groups(
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
     dtype: tl.constexpr = statistics.dtype.element_ty
     pixels = pixel_units * ALIGNMENT
-    count = (pixels * DEPTH).to(dtype)
+    count = pixels.to(dtype) * DEPTH
     run, tile, _ = tile_program(TILES, 1, CHANNELS_LAST, False)
     channel, exists, group, _ = tile_channels(tile, CHANNELS, DEPTH, BLOCK_GROUPS, BLOCK_DEPTH)
     w = per_channel(weight, channel, exists, dtype, 1)
@@ -253,7 +253,7 @@ def input_gradient(
     parts = splits * PIECES
     given = (g < GROUPS)[:, None] & (part < parts)[None, :]
     place = group_partials + ((sample * GROUPS + g) * 2 * parts)[:, None] + part[None, :]
-    count = (pixels * DEPTH).to(dtype)
+    count = pixels.to(dtype) * DEPTH
     of_scale = tl.sum(tl.load(place, mask=given, other=0), axis=1) / count
     of_bias = tl.sum(tl.load(place + parts, mask=given, other=0), axis=1) / count
     of_scale = spread(of_scale, BLOCK_GROUPS, BLOCK_DEPTH) * rstd * rstd
