@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .group_norm_operator import fused_group_norm, is_channels_last
+from .group_norm_operator import fused_group_norm
 
 FUSED = os.environ.get("GN_DETECT_FUSED", "1") != "0" and find_spec("triton") is not None
 """Whether the operator is used on a GPU."""
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def group_norm(
@@ -113,17 +111,9 @@ def _composed(
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    if _is_slow_on_cpu(x):
-        weight, bias = (None if p is None else p.float() for p in (weight, bias))
-        return _composed(x.float(), num_groups, weight, bias, eps, residual, relu).to(x.dtype)
     y = F.group_norm(x, num_groups, weight, bias, eps)
     # In place: the backward of group_norm reads its input, never its output.
     if residual is not None:
         keep = torch.compiler.is_compiling() or _is_transformed()
         y = y + residual if keep else y.add_(residual)
     return F.relu_(y) if relu else y
-
-
-def _is_slow_on_cpu(x: Tensor) -> bool:
-    """Many small samples (RoIs) in half precision, channels last: float32 takes a third of the time."""
-    return x.dtype in _HALF and x.is_cpu and x.shape[0] > 32 and is_channels_last(x)

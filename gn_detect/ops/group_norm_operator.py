@@ -31,7 +31,7 @@ def fused_group_norm(
     relu: bool,
 ) -> Tensor:
     """``relu(GN(x) + residual)`` by the operator; valid arguments of :func:`gn_detect.ops.group_norm`."""
-    last = is_channels_last(x)
+    last = _is_channels_last(x)
     x = _in_order(x, last)
     if residual is not None:
         residual = _in_order(residual, last)
@@ -40,7 +40,7 @@ def fused_group_norm(
     return _GroupNorm.apply(x, num_groups, weight, bias, eps, residual, relu)
 
 
-def is_channels_last(x: Tensor) -> bool:
+def _is_channels_last(x: Tensor) -> bool:
     """Whether the channels of a pixel are neighbours in memory, and the pixels follow one another."""
     if x.is_contiguous():
         return False
@@ -68,7 +68,7 @@ def _forward(
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, and mean and rstd of each group in float32 (float64 for float64) as (2, N, G)."""
-    last = is_channels_last(x)
+    last = _is_channels_last(x)
     x = _in_order(x, last)
     if x.numel() == 0:
         return torch.empty_like(x), _empty_statistics(x, num_groups).zero_()
@@ -90,7 +90,7 @@ def _forward_fake(
     residual: Tensor | None,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_in_order(x, is_channels_last(x))), _empty_statistics(x, num_groups)
+    return torch.empty_like(_in_order(x, _is_channels_last(x))), _empty_statistics(x, num_groups)
 
 
 def _backward(
@@ -104,7 +104,7 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the residual (of a ReLU; without, it is dy), and of weight and bias as (2, C)."""
-    last = is_channels_last(x)
+    last = _is_channels_last(x)
     x, dy = _in_order(x, last), _in_order(dy, last)
     if x.numel() == 0:
         found: tuple[Tensor | None, ...] = (
@@ -137,7 +137,7 @@ def _backward_fake(
     relu: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _in_order(x, is_channels_last(x))
+    x = _in_order(x, _is_channels_last(x))
     return (
         torch.empty_like(x) if needs[0] else x.new_empty(0),
         torch.empty_like(x) if needs[1] else x.new_empty(0),

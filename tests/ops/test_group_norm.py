@@ -102,19 +102,6 @@ def test_autocast_keeps_the_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_many_rois_in_half_precision(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 8, 7, 7, generator=generator).to(dtype, memory_format=torch.channels_last)
-    weight, bias = (torch.randn(8, generator=generator).to(dtype) for _ in range(2))
-    y = group_norm(x.requires_grad_(), 2, weight.requires_grad_(), bias, residual=x, activation="relu")
-    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
-    expected = (formula(x, 2, weight, bias, 1e-5) + x.double()).relu()
-    torch.testing.assert_close(y.double(), expected, rtol=8e-3, atol=1e-3)
-    for gradient in torch.autograd.grad(y.sum(), [x, weight]):
-        assert gradient.dtype == dtype and gradient.isfinite().all()
-
-
 def test_one_element_in_a_group_is_refused_as_by_pytorch() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         group_norm(torch.randn(1, 4), 4)
