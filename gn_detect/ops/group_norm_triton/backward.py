@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import fold, load_statistics, per_channel, spread, tile_channels, tile_offsets, tile_program
+from .tiles import (
+    fold,
+    group_size,
+    load_statistics,
+    per_channel,
+    spread,
+    tile_channels,
+    tile_offsets,
+    tile_program,
+)
 
 
 @triton.jit
@@ -59,7 +68,7 @@ def backward_groups(
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
     dtype: tl.constexpr = statistics.dtype.element_ty
     pixels = pixel_units * ALIGNMENT
-    count = pixels.to(dtype) * DEPTH
+    count = group_size(pixels, DEPTH, WIDE, dtype)
     run, tile, _ = tile_program(TILES, 1, CHANNELS_LAST, False)
     channel, exists, group, _ = tile_channels(tile, CHANNELS, DEPTH, BLOCK_GROUPS, BLOCK_DEPTH)
     w = per_channel(weight, channel, exists, dtype, 1)
@@ -253,7 +262,7 @@ def input_gradient(
     parts = splits * PIECES
     given = (g < GROUPS)[:, None] & (part < parts)[None, :]
     place = group_partials + ((sample * GROUPS + g) * 2 * parts)[:, None] + part[None, :]
-    count = pixels.to(dtype) * DEPTH
+    count = group_size(pixels, DEPTH, WIDE, dtype)
     of_scale = tl.sum(tl.load(place, mask=given, other=0), axis=1) / count
     of_bias = tl.sum(tl.load(place + parts, mask=given, other=0), axis=1) / count
     of_scale = spread(of_scale, BLOCK_GROUPS, BLOCK_DEPTH) * rstd * rstd

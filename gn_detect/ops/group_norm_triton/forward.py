@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import fold, per_channel, spread, store_statistics, tile_channels, tile_offsets, tile_program
+from .tiles import (
+    fold,
+    group_size,
+    per_channel,
+    spread,
+    store_statistics,
+    tile_channels,
+    tile_offsets,
+    tile_program,
+)
 
 
 @triton.jit
@@ -106,7 +115,7 @@ def forward_groups(
     w = per_channel(weight, channel, exists, dtype, 1)
     b = per_channel(bias, channel, exists, dtype, 0)
     i = tl.arange(0, BLOCK_PIXELS)
-    count = pixels.to(dtype) * DEPTH
+    count = group_size(pixels, DEPTH, WIDE, dtype)
     if ONE_TILE:
         offsets, mask = tile_offsets(channel, exists, i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
         value = tl.load(x + offsets, mask=mask, other=0).to(dtype)
@@ -241,7 +250,7 @@ def normalize(
     squares = tl.load(place + parts, mask=given, other=0)
     left = tl.minimum(split_tiles * BLOCK_PIXELS, pixels - part // PIECES * (split_tiles * BLOCK_PIXELS))
     counts = (left * tl.minimum(BLOCK_DEPTH, DEPTH - part % PIECES * BLOCK_DEPTH)).to(dtype)[None, :]
-    count = pixels.to(dtype) * DEPTH
+    count = group_size(pixels, DEPTH, WIDE, dtype)
     some = tl.sum(tl.where(part[None, :] == 0, means, 0), axis=1)
     away = tl.where(given, means - some[:, None], 0)
     offset = tl.sum(counts * away, axis=1) / count

@@ -67,6 +67,14 @@ def tile_offsets(
 
 
 @triton.jit
+def group_size(pixels, DEPTH: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr):
+    """Elements of a group; ``WIDE`` ones may be more than 32 bits count."""
+    if WIDE:
+        return pixels.to(dtype) * DEPTH
+    return (pixels * DEPTH).to(dtype)
+
+
+@triton.jit
 def per_channel(pointer, channel, exists, dtype: tl.constexpr, default: tl.constexpr):
     """A scale or shift, or its neutral value where there is none."""
     if pointer is not None:
