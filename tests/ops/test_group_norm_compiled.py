@@ -14,9 +14,27 @@ pytest.importorskip("triton", reason="needs Triton, which PyTorch brings along o
 
 from gn_detect.engine.benchmark_norm import LAYERS
 
-SCRIPT = Path(__file__).with_name("compile_kernels.py")
 WRITERS = {"forward_groups", "normalize", "backward_groups", "input_gradient"}
 """Kernels that write a tensor of x's size."""
+
+
+def run_script(name: str, cache: Path, *arguments: str) -> list[str]:
+    """What a script beside this file prints, in a process where Triton compiles instead of interpreting."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_launches_bind_their_arguments(tmp_path: Path) -> None:
+    """Also without weight, bias, residual or wanted gradients, whose pointers are None."""
+    assert set(run_script("bind_kernels.py", tmp_path)) == WRITERS | {
+        "partial_statistics",
+        "partial_gradients",
+    }
 
 
 @pytest.mark.slow
@@ -24,12 +42,8 @@ WRITERS = {"forward_groups", "normalize", "backward_groups", "input_gradient"}
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_kernels_compile(architecture: str, dtype: str, order: str, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
-    command = [sys.executable, str(SCRIPT), architecture, dtype, order]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = run_script("compile_kernels.py", tmp_path, architecture, dtype, order)
+    kernels = [json.loads(line) for line in lines]
     assert {k["kernel"] for k in kernels} == WRITERS | {"partial_statistics", "partial_gradients"}
     vector = 16 // (2 if dtype == "bfloat16" else 4)
     for kernel in kernels:
