@@ -59,6 +59,29 @@ class GroupNorm(nn.GroupNorm):
         return text if self.activation is None else f"{text}, activation={self.activation}"
 
 
+class GroupNormAct(GroupNorm):
+    """``act(drop(GN(x)))``, the layout of timm's BatchNormAct2d: norm and activation under one name.
+
+    Attributes:
+        drop, act: any module; ``nn.Identity`` for none. A ReLU right behind the norm is part of its kernel.
+    """
+
+    drop: nn.Module
+    act: nn.Module
+
+    def attach(self, act: nn.Module | None, drop: nn.Module | None = None) -> None:
+        """Set what follows the norm."""
+        fused = type(act) is nn.ReLU and drop is None
+        self.activation = "relu" if fused else None
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.Identity() if act is None or fused else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *) -> (N, C, *)."""
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
 class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
     """torchvision's layer; the identity until weights are loaded, one pass where no gradient is needed."""
 

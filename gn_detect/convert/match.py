@@ -1,0 +1,41 @@
+"""The scale and shift with which a GroupNorm continues a BatchNorm's function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .source import SourceNorm
+
+
+@dataclass(frozen=True)
+class GroupStatistics:
+    """What a group norm is expected to subtract and to divide by: (G,) float64 each."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def expected_statistics(mean: Tensor, var: Tensor, num_groups: int) -> GroupStatistics:
+    """Mean and variance over the channels of each group, from those of the channels (the law of total variance).
+
+    The variance is that of all images together; one image's is lower by what the images' means differ.
+
+    Args:
+        mean, var: (C,) of each channel over images and pixels.
+    """
+    means, variances = mean.view(num_groups, -1), var.view(num_groups, -1)
+    return GroupStatistics(means.mean(1), variances.mean(1) + means.var(1, unbiased=False))
+
+
+def matched_affine(norm: SourceNorm, statistics: GroupStatistics, eps: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias, (C,) float64 each, of the GroupNorm that equals ``norm`` where an image's groups have
+    exactly these statistics.
+
+    ``scale * x + shift`` with ``x = m + sqrt(v + eps) * normalised``.
+    """
+    channels = norm.channels // len(statistics.mean)
+    mean = statistics.mean.repeat_interleave(channels)
+    std = (statistics.var + eps).sqrt().repeat_interleave(channels)
+    return norm.scale * std, norm.shift + norm.scale * mean

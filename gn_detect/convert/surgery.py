@@ -1,0 +1,258 @@
+"""From BatchNorm to GroupNorm: what is replaced, by what, and with which parameters."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..layers import GroupNorm, GroupNormAct, choose_groups
+from .match import GroupStatistics, expected_statistics, matched_affine
+from .moments import measure_moments
+from .report import ConversionReport, LayerReport
+from .source import SourceNorm, read_norm
+
+DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS = 32, 1
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """How channels are split; see :func:`gn_detect.layers.choose_groups`."""
+
+    to: str = "GN"
+    num_groups: int = DEFAULT_GROUPS
+    min_channels_per_group: int = DEFAULT_MIN_CHANNELS
+    group_size: int | None = None
+
+    def groups(self, channels: int) -> int:
+        """Number of groups of a layer. Raises ValueError where the channels cannot be split."""
+        if self.to == "GN":
+            return choose_groups(channels, self.num_groups, self.min_channels_per_group, self.group_size)
+        fixed = {"GN1": 1, "IN": channels}
+        if self.to not in fixed:
+            raise ValueError(f"cannot convert to {self.to!r}; choose 'GN', 'GN1' (Layer Norm) or 'IN'")
+        return fixed[self.to]
+
+
+def convert_norm(
+    model: nn.Module,
+    to: str = "GN",
+    *,
+    num_groups: int = DEFAULT_GROUPS,
+    min_channels_per_group: int = DEFAULT_MIN_CHANNELS,
+    group_size: int | None = None,
+    init: Literal["match", "copy", "reset"] = "match",
+    eps: float | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    requires_grad: bool | None = True,
+    images: Iterable[Any] | None = None,
+    inplace: bool = False,
+    dry_run: bool = False,
+) -> tuple[nn.Module, ConversionReport]:
+    """Replace every BatchNorm by the GroupNorm that continues its function most closely.
+
+    BatchNorm1d/2d/3d and their subclasses, SyncBatchNorm, FrozenBatchNorm2d of any library, Caffe2's
+    affine-only norms and timm's BatchNormAct2d (which keeps its activation) are converted; ``nn.GroupNorm``
+    becomes the fused :class:`gn_detect.GroupNorm`. Everything else keeps its name, order, device, type and
+    mode, and a norm in several places stays one norm. Converting twice is converting once.
+
+    ``init="match"`` needs no data: from the running statistics of its channels follow the mean m and the
+    variance v that a group is expected to have, and the new weight ``w sqrt(v + eps) / sqrt(var + eps_bn)``
+    and bias ``b + w (m - mean) / sqrt(var + eps_bn)`` give BatchNorm's output where an image has them.
+
+    Args:
+        model: any module; a norm itself gives its replacement.
+        to: ``"GN"``; ``"GN1"``, one group (Layer Normalization); ``"IN"``, a group for each channel.
+        num_groups, min_channels_per_group, group_size: see :func:`gn_detect.layers.choose_groups`.
+        init: ``"match"``, ``"copy"`` (BatchNorm's weight and bias) or ``"reset"`` (ones and zeros).
+        eps: of the new layers; by default each BatchNorm's own.
+        include, exclude: patterns of names of modules, as in ``"backbone.*"``.
+        requires_grad: of the new weights and biases; None gives each what it had (a frozen norm stays
+            frozen). By default all can be trained: that GN can be is the point of it.
+        images: inputs for ``model``, from which the statistics of norms that hold none are measured.
+        inplace: change ``model`` instead of a copy; other parameters stay the same objects.
+        dry_run: change nothing; the report says what would be done.
+
+    Returns:
+        The converted model (``model`` itself for ``dry_run``) and the report, whose ``str`` is a table.
+
+    Raises:
+        UserError: a norm is lazy, without statistics, or unlike a BatchNorm, its channels cannot be split, a
+            pattern fits no module, or the model is scripted or wrapped for DDP. It is then as it was.
+    """
+    _refuse_wrapped(model)
+    rule = GroupRule(to, num_groups, min_channels_per_group, group_size)
+    if init not in ("match", "copy", "reset"):
+        raise UserError(f"init is {init!r}; choose 'match', 'copy' or 'reset'")
+    norms = _find_norms(model, _as_patterns(include), _as_patterns(exclude))
+    report = ConversionReport.of_model(model)
+    groups = {name: _groups(name, norm, rule) for name, norm in norms.items()}
+    if init == "match":
+        _refuse_untracked(norms)
+    measured = _measure(model, norms, images) if init == "match" and images is not None else {}
+    new: dict[str, nn.Module] = {}
+    for name, norm in norms.items():
+        if isinstance(norm, nn.GroupNorm):
+            new[name] = _fused(norm)
+            report.layers.append(_kept(name, norm))
+            continue
+        new[name], how = _group_norm(norm, groups[name], init, eps, measured.get(name))
+        keep = requires_grad if requires_grad is not None else norm.trainable
+        new[name].requires_grad_(keep)
+        report.layers.append(LayerReport.of(name, norm.kind, new[name], how))
+    report.warn_of_conversion(norms, init)
+    if dry_run:
+        return model, report
+    converted = model if inplace else copy.deepcopy(model)
+    result = _replace(converted, new)
+    report.parameters_after = sum(parameter.numel() for parameter in result.parameters())
+    return result, report
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("a scripted model cannot be converted; convert it before torch.jit.script")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UserError("a model in DistributedDataParallel cannot be converted; convert it before wrapping")
+
+
+def _as_patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
+    return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
+
+
+def _find_norms(
+    model: nn.Module, include: list[str] | None, exclude: list[str] | None
+) -> dict[str, SourceNorm | nn.GroupNorm]:
+    """By name of its first place. What is excluded is not even looked at."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for pattern in [*(include or []), *(exclude or [])]:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"the pattern {pattern!r} fits no module of the model; see model.named_modules()")
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    found: dict[str, SourceNorm | nn.GroupNorm] = {}
+    for module, called in places.items():
+        if include is not None and not _fits(called, include):
+            continue
+        if exclude is not None and _fits(called, exclude):
+            continue
+        norm = module if type(module) is nn.GroupNorm else read_norm(called[0], module)
+        if norm is not None:
+            found[called[0]] = norm
+    return found
+
+
+def _fits(names: list[str], patterns: list[str]) -> bool:
+    return any(fnmatch.filter(names, pattern) for pattern in patterns)
+
+
+def _groups(name: str, norm: SourceNorm | nn.GroupNorm, rule: GroupRule) -> int:
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_groups
+    try:
+        return rule.groups(norm.channels)
+    except ValueError as error:
+        raise UserError(f"'{name}': {error}; leave it out with exclude={name!r}") from error
+
+
+def _refuse_untracked(norms: dict[str, SourceNorm | nn.GroupNorm]) -> None:
+    for name, norm in norms.items():
+        if isinstance(norm, SourceNorm) and not norm.tracked:
+            raise UserError(
+                f"'{name}' is a {norm.kind} without running statistics, so it is no fixed function to match; "
+                f"use init='copy', or leave it out with exclude={name!r}"
+            )
+
+
+def _measure(
+    model: nn.Module, norms: dict[str, SourceNorm | nn.GroupNorm], images: Iterable[Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Statistics of the norms that hold none."""
+    names = [name for name, norm in norms.items() if isinstance(norm, SourceNorm) and norm.mean is None]
+    return measure_moments(model, names, images) if names else {}
+
+
+def _group_norm(
+    norm: SourceNorm, groups: int, init: str, eps: float | None, measured: tuple[Tensor, Tensor] | None
+) -> tuple[GroupNorm, str]:
+    """The new layer, and in a word how it was initialised."""
+    matches = init == "match"
+    kind = GroupNorm if norm.activation is None and norm.dropout is None else GroupNormAct
+    new = kind(
+        groups,
+        norm.channels,
+        norm.eps if eps is None else eps,
+        affine=norm.affine or matches,
+        device=norm.device,
+        dtype=norm.dtype,
+    )
+    if isinstance(new, GroupNormAct):
+        new.attach(norm.activation, norm.dropout)
+    if new.weight is None or init == "reset":
+        return new, "reset"
+    if not matches:
+        _set_affine(new, norm.weight, norm.bias)
+        return new, "copy"
+    if measured is not None:
+        mean, var, how = *measured, "match, measured"
+    elif norm.mean is not None and norm.var is not None:
+        mean, var, how = norm.mean, norm.var, "match"
+    else:  # its statistics are taken to be 0 and 1
+        _set_affine(new, norm.weight, norm.bias)
+        return new, "copy, no statistics"
+    _set_affine(new, *matched_affine(norm, expected_statistics(mean, var, groups), new.eps))
+    return new, how
+
+
+@torch.no_grad()
+def _set_affine(norm: GroupNorm, weight: Tensor, bias: Tensor) -> None:
+    norm.weight.copy_(weight)
+    norm.bias.copy_(bias)
+
+
+def _replace(model: nn.Module, new: dict[str, nn.Module]) -> nn.Module:
+    """Put each new norm wherever the old one is: in modules, and in the lists and dicts that modules keep."""
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, norm in new.items():
+        old = model.get_submodule(name)
+        _keep_state(old, norm)
+        replaced[old] = norm
+    if model in replaced:
+        return replaced[model]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+        for name, value in list(vars(parent).items()):
+            if name not in ("_modules", "_parameters", "_buffers"):
+                vars(parent)[name] = _in_container(value, replaced)
+    return model
+
+
+def _keep_state(old: nn.Module, new: nn.Module) -> None:
+    """Mode and hooks."""
+    new.train(old.training)
+    for name, held in vars(old).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name:
+            getattr(new, name).update(held)
+
+
+def _in_container(value: Any, replaced: dict[nn.Module, nn.Module]) -> Any:
+    """``value`` with its modules replaced; lists and dicts stay the same objects."""
+    if isinstance(value, nn.Module):
+        return replaced.get(value, value)
+    if type(value) is list:
+        value[:] = [_in_container(item, replaced) for item in value]
+    elif type(value) is dict:
+        value.update({key: _in_container(item, replaced) for key, item in value.items()})
+    elif type(value) is tuple and any(isinstance(item, nn.Module) for item in value):
+        return tuple(_in_container(item, replaced) for item in value)
+    return value
