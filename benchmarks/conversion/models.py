@@ -215,7 +215,5 @@ class LiteBlock(nn.Module):
 
 def normalise(images: Tensor, pretrained: Pretrained) -> Tensor:
     """(N, 3, H, W) uint8 RGB -> float32 as the model expects."""
-    mean, std = (
-        torch.tensor(values).view(1, 3, 1, 1) for values in (pretrained.mean, pretrained.std)
-    )
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (pretrained.mean, pretrained.std))
     return (images.float() / 255 - mean) / std

@@ -18,7 +18,7 @@ class GroupStatistics:
 
 
 def expected_statistics(mean: Tensor, var: Tensor, num_groups: int) -> GroupStatistics:
-    """Mean and variance over the channels of each group, from those of the channels (the law of total variance).
+    """Mean and variance over the channels of each group, from those of its channels (law of total variance).
 
     The variance is that of all images together; one image's is lower by what the images' means differ.
 

@@ -72,7 +72,9 @@ def read_norm(name: str, module: nn.Module) -> SourceNorm | None:
     if not is_batch_norm and not _holds_statistics(module) and not _is_affine_only(module):
         return None
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        raise UserError(f"{_called(name)} is a {type(module).__name__} without shape; run one forward pass first")
+        raise UserError(
+            f"{_called(name)} is a {type(module).__name__} without shape; run one forward pass first"
+        )
     norm = _read(name, module)
     stock = is_batch_norm and type(module).forward in _STOCK_FORWARDS
     if not stock and norm.tracked and not _computes(module, norm):

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..layers import GroupNorm, GroupNormAct, choose_groups
-from .match import GroupStatistics, expected_statistics, matched_affine
+from ..layers import GroupNorm, GroupNormAct, choose_groups, fuse
+from .match import expected_statistics, matched_affine
 from .moments import measure_moments
 from .report import ConversionReport, LayerReport
 from .source import SourceNorm, read_norm
 
-DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS = 32, 1
+DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS = 32, 16
+"""The paper's 32 groups where they are wide; small groups, whose statistics differ most from image to image,
+lose most of the function (see benchmarks/conversion)."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,14 @@ def convert_norm(
     new: dict[str, nn.Module] = {}
     for name, norm in norms.items():
         if isinstance(norm, nn.GroupNorm):
-            new[name] = _fused(norm)
-            report.layers.append(_kept(name, norm))
+            new[name] = fuse(norm, inplace=inplace)
+            report.layers.append(LayerReport.of(name, "GroupNorm", norm, "as it was"))
             continue
-        new[name], how = _group_norm(norm, groups[name], init, eps, measured.get(name))
-        keep = requires_grad if requires_grad is not None else norm.trainable
-        new[name].requires_grad_(keep)
-        report.layers.append(LayerReport.of(name, norm.kind, new[name], how))
-    report.warn_of_conversion(norms, init)
+        group_norm, how = _group_norm(norm, groups[name], init, eps, measured.get(name))
+        group_norm.requires_grad_(requires_grad if requires_grad is not None else norm.trainable)
+        new[name] = group_norm
+        report.layers.append(LayerReport.of(name, norm.kind, group_norm, how))
+    report.warnings += _warnings(norms, init, measured)
     if dry_run:
         return model, report
     converted = model if inplace else copy.deepcopy(model)
@@ -180,6 +182,22 @@ def _measure(
     return measure_moments(model, names, images) if names else {}
 
 
+def _warnings(norms: dict[str, SourceNorm | nn.GroupNorm], init: str, measured: dict[str, Any]) -> list[str]:
+    if not norms:
+        return ["there is no norm to convert"]
+    without = [
+        name
+        for name, norm in norms.items()
+        if isinstance(norm, SourceNorm) and norm.mean is None and norm.affine and name not in measured
+    ]
+    if init != "match" or not without:
+        return []
+    return [
+        f"{len(without)} norms, from '{without[0]}' on, hold no running statistics (as Caffe2's, whose are "
+        "folded, and fresh ones), so their weight and bias were copied; give images= to measure them"
+    ]
+
+
 def _group_norm(
     norm: SourceNorm, groups: int, init: str, eps: float | None, measured: tuple[Tensor, Tensor] | None
 ) -> tuple[GroupNorm, str]:
@@ -241,7 +259,7 @@ def _keep_state(old: nn.Module, new: nn.Module) -> None:
     """Mode and hooks."""
     new.train(old.training)
     for name, held in vars(old).items():
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name:
+        if "_hooks" in name and "state_dict" not in name:
             getattr(new, name).update(held)
 
 

@@ -76,9 +76,9 @@ class GroupNormAct(GroupNorm):
         self.drop = nn.Identity() if drop is None else drop
         self.act = nn.Identity() if act is None or fused else act
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, *) -> (N, C, *)."""
-        y: Tensor = self.act(self.drop(super().forward(x)))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, *) -> (N, C, *); ``residual`` is added before ``drop``."""
+        y: Tensor = self.act(self.drop(super().forward(x, residual)))
         return y
 
 

@@ -1,0 +1,95 @@
+"""``python -m benchmarks.conversion MODEL``: original, fresh, copied, matched and calibrated, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from gn_detect.convert import calibrate, convert_norm
+
+from . import crops, measure, models
+
+
+def main() -> None:
+    """Print the table and, with ``--json``, save it."""
+    args = _parse()
+    torch.set_num_threads(args.threads)
+    folder = args.shared / "data" / "coco80"
+    pretrained = models.load(args.model, args.shared / "weights")
+    validation = _validation(args, pretrained, folder)
+    unlabelled = crops.object_crops(folder, "train", pretrained.size).images
+    if args.random_crops:
+        more = crops.random_crops(folder, "train", pretrained.size, args.random_crops)
+        unlabelled = torch.cat([more, unlabelled])
+    rule = {"num_groups": args.num_groups, "min_channels_per_group": args.min_channels}
+    expected = measure.outputs_of(pretrained.model, validation.images)
+    rows = {}
+    for name, make in measure.initialisations(pretrained.model, **rule).items():
+        rows[name] = measure.compare(expected, measure.outputs_of(make(), validation.images), validation)
+    model, report = convert_norm(pretrained.model, **rule)
+    start = time.perf_counter()
+    report = calibrate(
+        pretrained.model,
+        model,
+        models.normalise(unlabelled, pretrained),
+        args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        report=report,
+    )
+    seconds = time.perf_counter() - start
+    rows["calibrated"] = measure.compare(expected, measure.outputs_of(model, validation.images), validation)
+    print(f"{args.model}, {len(validation.images)} {args.on} of val; {len(unlabelled)} unlabelled images")
+    print(f"{args.num_groups} groups of at least {args.min_channels} channels")
+    print(f"calibrated in {seconds:.0f} s, {args.steps} steps of {args.batch_size}, {args.threads} threads")
+    print(measure.as_table(rows))
+    if "accuracy" in rows["original"]:
+        print(f"accuracy kept: {rows['calibrated']['accuracy'] / rows['original']['accuracy']:.3f}")
+    if args.report:
+        report.save(args.report.with_suffix(".json"))
+        report.draw(args.report.with_suffix(".png"))
+    if args.json:
+        settings = {
+            key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+        }
+        args.json.write_text(json.dumps({"settings": settings, "seconds": seconds, "rows": rows}, indent=2))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description=main.__doc__)
+    parser.add_argument("model", choices=models.NAMES)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of weights and images")
+    parser.add_argument("--on", choices=("crops", "photos"), default="crops")
+    parser.add_argument("--num-groups", type=int, default=32)
+    parser.add_argument("--min-channels", type=int, default=16, help="in each group")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--random-crops", type=int, default=0, help="of whole train images, in addition")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--report", type=Path, help="files .json and .png of the conversion report")
+    return parser.parse_args()
+
+
+def _validation(args: argparse.Namespace, pretrained: models.Pretrained, folder: Path) -> measure.Validation:
+    if args.on == "photos":
+        images = crops.photos(folder, "val", pretrained.size)
+        labels = torch.full((len(images),), -1)
+        return measure.Validation(models.normalise(images, pretrained), labels, False)
+    found = crops.object_crops(folder, "val", pretrained.size)
+    by_neighbour = args.model == "mobilenet_v2"
+    labels = found.categories
+    if not by_neighbour:  # of what the crops show, only CIFAR's classes are the models'
+        ten = args.model.startswith(("cifar", "resnet20"))
+        names = [found.names[category] if ten else "" for category in found.categories.tolist()]
+        labels = torch.tensor([crops.CIFAR_CLASSES.get(name, -1) for name in names])
+    return measure.Validation(models.normalise(found.images, pretrained), labels, by_neighbour)
+
+
+if __name__ == "__main__":
+    main()

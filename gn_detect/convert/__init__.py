@@ -1,0 +1,7 @@
+"""BatchNorm models become GroupNorm models that still compute nearly the same function."""
+
+from .calibrate import calibrate
+from .report import ConversionReport, LayerReport
+from .surgery import convert_norm
+
+__all__ = ["ConversionReport", "LayerReport", "calibrate", "convert_norm"]

@@ -1,0 +1,305 @@
+"""Bringing a converted model back to its original's function, with unlabelled images."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..files import atomic_write
+from ..layers import GroupNorm
+from .anneal import Annealing, statistics_of
+from .images import ImageStream
+from .moments import measure_moments
+from .objective import Objective, Outputs, find_blocks, measure_errors, outputs_of_one_input
+from .report import CALIBRATED, CONVERTED, ConversionReport, LayerReport
+from .source import read_norm
+
+ANNEALED = 0.6
+"""Fraction of the steps over which the statistics go from BatchNorm's to GroupNorm's."""
+
+CHECKS = 5
+"""Evaluations on the held-out images once the norms are what they will be."""
+
+
+@dataclass
+class _Progress:
+    """What a resumed calibration starts from.
+
+    Attributes:
+        step: number of steps taken.
+        best_loss, best: smallest loss on the held-out images, and the model's state there.
+    """
+
+    step: int
+    best_loss: float
+    best: dict[str, Tensor]
+
+
+def calibrate(
+    original: nn.Module,
+    converted: nn.Module,
+    images: Tensor | Iterable[Any],
+    steps: int = 200,
+    *,
+    batch_size: int = 8,
+    learning_rate: float = 3e-4,
+    parameters: Literal["all", "affine"] = "all",
+    held_out: float = 0.1,
+    augment: bool = True,
+    outputs: Outputs = outputs_of_one_input,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    report: ConversionReport | None = None,
+    progress: bool = True,
+) -> ConversionReport:
+    """Train ``converted`` to give what ``original`` gives, on images without labels.
+
+    The student starts as exactly the original: its norms use the statistics that BatchNorm had. Over the
+    first 60% of the steps these are exchanged, by degrees, for each image's own. Outputs, blocks and the
+    norms outside blocks are compared (:func:`find_blocks`). Of the states after that the best on the
+    held-out images is kept, which may be the one before the first step: calibrating never does harm there.
+
+    Both models run in evaluation mode and have their modes and ``requires_grad`` afterwards as before.
+    With the same arguments, on the same machine, the result is the same.
+
+    Args:
+        original: with BatchNorm; does not change.
+        converted: what :func:`convert_norm` made of it with ``init="match"``; changed in place.
+        images: (N, C, H, W), or an iterable of images (C, H, W) of one size, of which batches are drawn; or
+            an iterable of batches of any kind that the models accept, which are used as they are.
+        steps: of the optimizer (Adam, cosine schedule); 0 only measures.
+        batch_size: images for each step, where ``images`` are single images.
+        parameters: what to train: ``"all"``, or the norms' weights and biases alone (``"affine"``).
+        held_out: fraction of the images (at least one batch) that is not trained on.
+        augment: flip and crop single images at random.
+        outputs: (original, converted, batch) -> pairs of tensors to compare, for models whose outputs on the
+            same batch cannot be paired, such as detectors (see ``gn_detect.modeling.matching_outputs``).
+        seed: of the order of images and of the augmentation.
+        checkpoint: file that is written now and then, and from which an interrupted calibration goes on.
+        report: of :func:`convert_norm`, to be completed; by default a new one.
+        progress: show a bar.
+
+    Returns:
+        The report, with each layer's error and the outputs' similarity on the held-out images, before and
+        after.
+
+    Raises:
+        UserError: too few images, no converted norm with a counterpart in ``original``, a loss that is not
+            finite, or a checkpoint of another calibration.
+    """
+    stream = ImageStream(images, batch_size, held_out, augment, seed)
+    with _prepared(original, converted, parameters):
+        norms = _converted_norms(original, converted)
+        annealing = Annealing(_expected_statistics(original, norms, stream))
+        report = report or _new_report(original, converted, norms)
+        by_name = {layer.name: layer for layer in report.layers}
+
+        def measure(stage: str) -> None:
+            errors, report.similarity[stage] = measure_errors(
+                original, converted, list(norms), stream.held_out, outputs
+            )
+            for name, error in errors.items():
+                if name in by_name:
+                    by_name[name].errors[stage] = error
+
+        measure(CONVERTED)
+        if steps:
+            objective = Objective(original, converted, find_blocks(converted, list(norms)), outputs)
+            trainer = _Trainer(objective, stream, annealing, steps, learning_rate, checkpoint, progress)
+            trainer.run()
+            measure(CALIBRATED)
+    return report
+
+
+class _Trainer:
+    """The distillation; ``run`` leaves the best state in the model."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        stream: ImageStream,
+        annealing: Annealing,
+        steps: int,
+        learning_rate: float,
+        checkpoint: str | Path | None,
+        progress: bool,
+    ) -> None:
+        self.objective, self.stream, self.annealing = objective, stream, annealing
+        self.model = objective.converted
+        self.steps, self.learning_rate = steps, learning_rate
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.shows = progress
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=learning_rate)
+        self.every = max(1, math.ceil(steps * (1 - ANNEALED) / CHECKS))
+
+    def run(self) -> None:
+        """All steps that remain."""
+        self.objective.set_scales(self.stream.held_out)
+        state = self._resumed() or _Progress(0, self._held_out_loss(), _copy_of_state(self.model))
+        with tqdm(total=self.steps, initial=state.step, desc="calibrating", disable=not self.shows) as bar:
+            while state.step < self.steps:
+                bar.set_postfix(
+                    loss=f"{self._step(state.step):.4f}", best=f"{state.best_loss:.4f}", refresh=False
+                )
+                state.step += 1
+                bar.update()
+                if (self.steps - state.step) % self.every == 0:
+                    self._check(state)
+        self.model.load_state_dict(state.best)
+        if self.checkpoint is not None:
+            self.checkpoint.unlink(missing_ok=True)
+
+    def _step(self, step: int) -> float:
+        done = step / self.steps
+        self.annealing.share = min(1.0, done / ANNEALED)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        with self.annealing.applied():
+            output, blocks = self.objective.loss(self.stream.next_batch())
+            loss = output + blocks
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the calibration's loss is {value} at step {step + 1}; lower the learning rate, and see "
+                "that the images are prepared as the original expects"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return value
+
+    def _check(self, state: _Progress) -> None:
+        if state.step >= self.steps * ANNEALED:
+            loss = self._held_out_loss()
+            if loss < state.best_loss:
+                state.best_loss, state.best = loss, _copy_of_state(self.model)
+        if self.checkpoint is not None and state.step < self.steps:
+            self._save(state)
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        """Of the outputs, with the norms as they will be."""
+        losses = [self.objective.loss(batch)[0] for batch in self.stream.held_out]
+        return torch.stack(losses).mean().item()
+
+    def _identity(self) -> str:
+        """What a checkpoint must agree on to go on from it."""
+        shapes = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
+        settings = (self.steps, self.learning_rate, self.stream.identity, shapes)
+        return hashlib.sha256(repr(settings).encode()).hexdigest()
+
+    def _save(self, state: _Progress) -> None:
+        assert self.checkpoint is not None
+        content = {
+            "identity": self._identity(),
+            "step": state.step,
+            "best_loss": state.best_loss,
+            "best": state.best,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stream": self.stream.state_dict(),
+        }
+        with atomic_write(self.checkpoint, "wb") as file:
+            torch.save(content, file)
+
+    def _resumed(self) -> _Progress | None:
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return None
+        try:
+            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            same = content["identity"] == self._identity()
+        except Exception as error:
+            raise UserError(f"{self.checkpoint} is no checkpoint of a calibration; delete it") from error
+        if not same:
+            raise UserError(
+                f"{self.checkpoint} belongs to a calibration with other settings, images or model; "
+                "delete it, or choose another file"
+            )
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.stream.load_state_dict(content["stream"])
+        return _Progress(content["step"], content["best_loss"], content["best"])
+
+
+def _copy_of_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _converted_norms(original: nn.Module, converted: nn.Module) -> dict[str, GroupNorm]:
+    """By name, those whose counterpart in the original is a BatchNorm."""
+    before = dict(original.named_modules())
+    norms = {
+        name: module
+        for name, module in converted.named_modules()
+        if isinstance(module, GroupNorm) and name in before and read_norm(name, before[name]) is not None
+    }
+    if not norms:
+        raise UserError(
+            "no GroupNorm of the converted model has a BatchNorm of the same name in the original; calibrate "
+            "what convert_norm returned against the model it was given (not in place)"
+        )
+    return norms
+
+
+def _expected_statistics(
+    original: nn.Module, norms: dict[str, GroupNorm], stream: ImageStream
+) -> dict[GroupNorm, Any]:
+    modules = dict(original.named_modules())
+    sources = {name: read_norm(name, modules[name]) for name in norms}
+    unknown = [name for name, source in sources.items() if source is not None and source.mean is None]
+    measured = measure_moments(original, unknown, stream.held_out) if unknown else {}
+    found = {
+        norms[name]: statistics_of(source, norms[name], measured.get(name))
+        for name, source in sources.items()
+        if source is not None and norms[name].affine
+    }
+    return {norm: statistics for norm, statistics in found.items() if statistics is not None}
+
+
+def _new_report(original: nn.Module, converted: nn.Module, norms: dict[str, GroupNorm]) -> ConversionReport:
+    report = ConversionReport.of_model(original)
+    report.parameters_after = sum(parameter.numel() for parameter in converted.parameters())
+    modules = dict(original.named_modules())
+    for name, norm in norms.items():
+        report.layers.append(LayerReport.of(name, type(modules[name]).__name__, norm, "as given"))
+    return report
+
+
+@contextlib.contextmanager
+def _prepared(original: nn.Module, converted: nn.Module, parameters: str) -> Iterator[None]:
+    """Evaluation mode, and gradients for what is trained; everything is put back."""
+    if parameters not in ("all", "affine"):
+        raise UserError(f"parameters is {parameters!r}; choose 'all' or 'affine'")
+    models: Sequence[nn.Module] = (original, converted)
+    modes = {module: module.training for model in models for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in converted.parameters()}
+    affine = {
+        parameter
+        for module in converted.modules()
+        if isinstance(module, GroupNorm)
+        for parameter in module.parameters(recurse=False)
+    }
+    try:
+        for model in models:
+            model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(parameters == "all" or parameter in affine)
+        with torch.random.fork_rng(), torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, trains in trained.items():
+            parameter.requires_grad_(trains)
+            parameter.grad = None

@@ -1,0 +1,104 @@
+"""The unlabelled images of a calibration: batches in a random order, and some that are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+
+SMALLEST_CROP = 0.6
+"""Side of the smallest random crop, as a fraction of the image's."""
+
+
+class ImageStream:
+    """Batches to train on, in a seeded random order without end, and the batches held out.
+
+    Attributes:
+        held_out: batches that are never trained on.
+        identity: what two streams have in common that give the same batches.
+    """
+
+    def __init__(
+        self, images: Tensor | Iterable[Any], batch_size: int, held_out: float, augment: bool, seed: int
+    ) -> None:
+        if batch_size < 1 or not 0 < held_out < 1:
+            raise UserError("batch_size is at least 1, and held_out between 0 and 1")
+        self._generator = torch.Generator().manual_seed(seed)
+        items = _as_single_images(images)
+        single = isinstance(items, Tensor)
+        count = len(items)
+        kept = max(1, round(count * held_out))
+        if single:
+            kept = max(kept, min(batch_size, count // 2))
+        if count - kept < 1:
+            raise UserError(
+                f"{count} images or batches are too few to calibrate and to check with; give more"
+            )
+        # Images of one photo are often neighbours: spread, the held-out ones would be near copies of others.
+        self._items, rest = items[: count - kept], items[count - kept :]
+        self.held_out: list[Any] = list(rest.split(batch_size)) if isinstance(rest, Tensor) else list(rest)
+        self._batch_size = min(batch_size, len(self._items)) if single else 1
+        self._augments = augment and isinstance(items, Tensor) and items.dim() == 4
+        self._order: list[int] = []
+        self.identity = (
+            count,
+            tuple(items.shape) if isinstance(items, Tensor) else None,
+            batch_size,
+            seed,
+            augment,
+        )
+
+    def next_batch(self) -> Any:
+        """Single images are stacked to (N, C, H, W) and augmented; batches are given as they are."""
+        if len(self._order) < self._batch_size:
+            self._order = torch.randperm(len(self._items), generator=self._generator).tolist()
+        taken, self._order = self._order[: self._batch_size], self._order[self._batch_size :]
+        if not isinstance(self._items, Tensor):
+            return self._items[taken[0]]
+        batch = self._items[taken]
+        return _augmented(batch, self._generator) if self._augments else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is."""
+        return {"order": self._order, "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._order = list(state["order"])
+        self._generator.set_state(state["generator"])
+
+
+def _as_single_images(images: Tensor | Iterable[Any]) -> Tensor | list[Any]:
+    if isinstance(images, Tensor):
+        return images
+    items = list(images)
+    are_images = items and all(isinstance(item, Tensor) and item.dim() == 3 for item in items)
+    if not are_images:
+        return items
+    if len({item.shape for item in items}) > 1:
+        raise UserError(
+            "the images differ in size; resize them to what the original expects, or give batches"
+        )
+    return torch.stack(items)
+
+
+def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flipped, and cropped to at least 60% of each side, at random for each image; (N, C, H, W)."""
+    count = len(images)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(count, generator=generator) * (high - low) + low
+
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    wide = uniform(SMALLEST_CROP, 1.0)
+    high = (wide * uniform(0.9, 1.0 / 0.9)).clamp(max=1.0)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = wide * flip, high
+    theta[:, 0, 2], theta[:, 1, 2] = uniform(-1, 1) * (1 - wide), uniform(-1, 1) * (1 - high)
+    grid = F.affine_grid(theta.to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
