@@ -1,4 +1,4 @@
-"""``python -m benchmarks.conversion MODEL``: original, fresh, copied, matched and calibrated, side by side."""
+"""``python -m benchmarks.conversion MODEL``: original, fresh, copied, matched, calibrated side by side."""
 
 from __future__ import annotations
 

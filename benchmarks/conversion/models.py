@@ -109,7 +109,7 @@ class CifarBlock(nn.Module):
 
 
 class PairResNet20(nn.Module):
-    """The ResNet-20 that was trained once with BN and once with GN of 8 groups: biases, no norm in the stem."""
+    """The ResNet-20 trained with BN and with GN of 8 groups: biases, no norm in the stem."""
 
     def __init__(self, norm: str) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,19 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..layers import GroupNorm
 from .anneal import Annealing, statistics_of
+from .balance import MAX_SAMPLES, balance
 from .images import ImageStream
-from .moments import measure_moments
+from .match import GroupStatistics
+from .moments import Run, measure_moments
 from .objective import Objective, Outputs, find_blocks, measure_errors, outputs_of_one_input
-from .report import CALIBRATED, CONVERTED, ConversionReport, LayerReport
-from .source import read_norm
+from .report import BALANCED, CALIBRATED, CONVERTED, ConversionReport, LayerReport
+from .source import SourceNorm, read_norm
 
 ANNEALED = 0.6
 """Fraction of the steps over which the statistics go from BatchNorm's to GroupNorm's."""
+
+ROUNDING = 1e-2
+"""Largest relative difference to the original that a change of nothing but scales may make."""
 
 CHECKS = 5
 """Evaluations on the held-out images once the norms are what they will be."""
@@ -56,6 +61,7 @@ def calibrate(
     parameters: Literal["all", "affine"] = "all",
     held_out: float = 0.1,
     augment: bool = True,
+    rescale: bool = True,
     outputs: Outputs = outputs_of_one_input,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -64,10 +70,12 @@ def calibrate(
 ) -> ConversionReport:
     """Train ``converted`` to give what ``original`` gives, on images without labels.
 
-    The student starts as exactly the original: its norms use the statistics that BatchNorm had. Over the
-    first 60% of the steps these are exchanged, by degrees, for each image's own. Outputs, blocks and the
-    norms outside blocks are compared (:func:`find_blocks`). Of the states after that the best on the
-    held-out images is kept, which may be the one before the first step: calibrating never does harm there.
+    First, layer by layer, the channels of the convolutions are rescaled, so that the group statistics vary
+    least from image to image, and the norms are matched to that (:mod:`gn_detect.convert.balance`). Then
+    the model is distilled. It starts as exactly the original, as its norms use the statistics that
+    BatchNorm had; over the first 60% of the steps these are exchanged, by degrees, for each image's own.
+    Outputs, blocks and the norms outside blocks are compared. Of the states after that the best on the
+    held-out images is kept, or that before the first step, if none is better.
 
     Both models run in evaluation mode and have their modes and ``requires_grad`` afterwards as before.
     With the same arguments, on the same machine, the result is the same.
@@ -77,11 +85,12 @@ def calibrate(
         converted: what :func:`convert_norm` made of it with ``init="match"``; changed in place.
         images: (N, C, H, W), or an iterable of images (C, H, W) of one size, of which batches are drawn; or
             an iterable of batches of any kind that the models accept, which are used as they are.
-        steps: of the optimizer (Adam, cosine schedule); 0 only measures.
+        steps: of the distillation (Adam, cosine schedule); 0 only rescales.
         batch_size: images for each step, where ``images`` are single images.
         parameters: what to train: ``"all"``, or the norms' weights and biases alone (``"affine"``).
         held_out: fraction of the images (at least one batch) that is not trained on.
         augment: flip and crop single images at random.
+        rescale: do the first part. It is left out for convolutions that differ from the original's.
         outputs: (original, converted, batch) -> pairs of tensors to compare, for models whose outputs on the
             same batch cannot be paired, such as detectors (see ``gn_detect.modeling.matching_outputs``).
         seed: of the order of images and of the augmentation.
@@ -100,7 +109,8 @@ def calibrate(
     stream = ImageStream(images, batch_size, held_out, augment, seed)
     with _prepared(original, converted, parameters):
         norms = _converted_norms(original, converted)
-        annealing = Annealing(_expected_statistics(original, norms, stream))
+        sources = _sources(original, norms)
+        run = _run_on_one(outputs)
         report = report or _new_report(original, converted, norms)
         by_name = {layer.name: layer for layer in report.layers}
 
@@ -113,7 +123,18 @@ def calibrate(
                     by_name[name].errors[stage] = error
 
         measure(CONVERTED)
+        statistics = _expected_statistics(sources, norms, run, original, stream.some_batches(MAX_SAMPLES))
+        if rescale:
+            found = _rescaled(original, converted, sources, stream, outputs, run)
+            if found is None:
+                report.warnings.append(
+                    "the channels were not rescaled, as that would have changed the function"
+                )
+            else:
+                statistics |= {norms[name]: group_statistics for name, group_statistics in found.items()}
+                measure(BALANCED)
         if steps:
+            annealing = Annealing(statistics)
             objective = Objective(original, converted, find_blocks(converted, list(norms)), outputs)
             trainer = _Trainer(objective, stream, annealing, steps, learning_rate, checkpoint, progress)
             trainer.run()
@@ -232,6 +253,13 @@ class _Trainer:
         return _Progress(content["step"], content["best_loss"], content["best"])
 
 
+def _run_on_one(outputs: Outputs) -> Run:
+    """How one model alone is run on a batch."""
+    if outputs is outputs_of_one_input:
+        return lambda model, batch: model(batch)
+    return lambda model, batch: outputs(model, model, batch)
+
+
 def _copy_of_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -252,19 +280,51 @@ def _converted_norms(original: nn.Module, converted: nn.Module) -> dict[str, Gro
     return norms
 
 
-def _expected_statistics(
-    original: nn.Module, norms: dict[str, GroupNorm], stream: ImageStream
-) -> dict[GroupNorm, Any]:
+def _sources(original: nn.Module, norms: dict[str, GroupNorm]) -> dict[str, SourceNorm]:
     modules = dict(original.named_modules())
-    sources = {name: read_norm(name, modules[name]) for name in norms}
-    unknown = [name for name, source in sources.items() if source is not None and source.mean is None]
-    measured = measure_moments(original, unknown, stream.held_out) if unknown else {}
+    found = {name: read_norm(name, modules[name]) for name, norm in norms.items() if norm.affine}
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def _expected_statistics(
+    sources: dict[str, SourceNorm], norms: dict[str, GroupNorm], run: Run, original: nn.Module, batches: Any
+) -> dict[GroupNorm, GroupStatistics]:
+    unknown = [name for name, source in sources.items() if source.mean is None]
+    measured = measure_moments(original, unknown, batches, run) if unknown else {}
     found = {
         norms[name]: statistics_of(source, norms[name], measured.get(name))
         for name, source in sources.items()
-        if source is not None and norms[name].affine
     }
     return {norm: statistics for norm, statistics in found.items() if statistics is not None}
+
+
+def _rescaled(
+    original: nn.Module,
+    converted: nn.Module,
+    sources: dict[str, SourceNorm],
+    stream: ImageStream,
+    outputs: Outputs,
+    run: Run,
+) -> dict[str, GroupStatistics] | None:
+    """None, and the model as it was, where the rescaled model with BatchNorm's statistics is another."""
+    before = _copy_of_state(converted)
+    found = balance(original, converted, sources, run, stream.some_batches(MAX_SAMPLES))
+    modules = dict(converted.named_modules())
+    annealing = Annealing({cast(GroupNorm, modules[name]): statistics for name, statistics in found.items()})
+    annealing.share = 0.0
+    with annealing.applied(), torch.no_grad():
+        pairs = outputs(original, converted, stream.held_out[0])
+    error = max((_relative_error(*pair) for pair in pairs), default=0.0)
+    if error <= ROUNDING:
+        return found
+    converted.load_state_dict(before)
+    return None
+
+
+def _relative_error(expected: Tensor, found: Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-12)).item()
 
 
 def _new_report(original: nn.Module, converted: nn.Module, norms: dict[str, GroupNorm]) -> ConversionReport:

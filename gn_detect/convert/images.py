@@ -63,6 +63,13 @@ class ImageStream:
         batch = self._items[taken]
         return _augmented(batch, self._generator) if self._augments else batch
 
+    def some_batches(self, count: int) -> list[Any]:
+        """About ``count`` images to train on, spread over all, as they are; or as many batches."""
+        chosen = range(0, len(self._items), max(1, len(self._items) // count))
+        if isinstance(self._items, Tensor):
+            return list(self._items[list(chosen)].split(self._batch_size))
+        return [self._items[index] for index in chosen]
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""
         return {"order": self._order, "generator": self._generator.get_state()}

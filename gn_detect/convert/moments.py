@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+
+Run = Callable[[nn.Module, Any], Any]
+"""Runs a model on a batch."""
 
 
 class RunningMoments:
@@ -35,12 +38,15 @@ class RunningMoments:
 
 @torch.no_grad()
 def measure_moments(
-    model: nn.Module, names: Sequence[str], images: Iterable[Any]
+    model: nn.Module,
+    names: Sequence[str],
+    images: Iterable[Any],
+    run: Run = lambda model, batch: model(batch),
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and variance of each channel of the inputs of the named layers.
 
     Args:
-        model: called as ``model(batch)`` in evaluation mode, which is then put back.
+        model: run in evaluation mode; its mode is then put back.
         images: batches that it accepts.
 
     Returns:
@@ -61,7 +67,7 @@ def measure_moments(
     try:
         model.eval()
         for batch in images:
-            model(batch)
+            run(model, batch)
             batches += 1
     finally:
         for handle in handles:

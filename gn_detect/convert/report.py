@@ -11,10 +11,10 @@ from torch import nn
 
 from ..files import atomic_write, atomic_write_json
 
-CONVERTED, CALIBRATED = "converted", "calibrated"
+CONVERTED, BALANCED, CALIBRATED = "converted", "balanced", "calibrated"
 """The stages at which errors and similarity are measured."""
 
-_SERIES = ((CONVERTED, "#d9822b"), (CALIBRATED, "#1f6feb"))
+_SERIES = ((CONVERTED, "#d9822b"), (BALANCED, "#2e9e5b"), (CALIBRATED, "#1f6feb"))
 
 
 @dataclass

@@ -1,0 +1,226 @@
+"""Scales of channels under which an image's group statistics vary least, so that GroupNorm is BatchNorm.
+
+BatchNorm does not see the scale of what it normalises: a convolution's output channel may be multiplied by
+any number, and its running statistics with it, without a change of the function. A group norm sees it, as
+the scales decide how much each channel of a group counts in the group's mean and variance. They are chosen
+here, for each layer alone, so that the group norm's output differs least from BatchNorm's on measured
+images. Nothing is regressed, hence nothing shrinks: the new layer still equals BatchNorm wherever an image
+is as expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import GroupNorm
+from .match import GroupStatistics, matched_affine
+from .moments import Run
+from .source import SourceNorm
+
+STEPS, LEARNING_RATE = 100, 0.1
+"""Of Adam on the logarithms of the scales; further steps change the error by less than 2%."""
+
+PENALTY = 0.01
+"""On the squares of the logarithms, so that channels that hardly matter stay where they are."""
+
+MAX_SAMPLES = 256
+"""Images, or regions of interest, that each layer's scales are chosen from."""
+
+
+@dataclass(frozen=True)
+class ImageMoments:
+    """Mean and mean square of each channel in each image: (N, C) float32."""
+
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Scales (C,) of a norm's input channels, and the statistics of its groups then; float64, on the CPU."""
+
+    scales: Tensor
+    statistics: GroupStatistics
+
+
+def balance(
+    original: nn.Module,
+    converted: nn.Module,
+    sources: dict[str, SourceNorm],
+    run: Run,
+    batches: Sequence[Any],
+) -> dict[str, GroupStatistics]:
+    """Rescale the convolutions before the named norms of ``converted``, and match the norms to that.
+
+    Args:
+        sources: the original's norms by name.
+        run: runs a model on a batch.
+        batches: what to measure on.
+
+    Returns:
+        The expected statistics of each norm that was changed. Norms that no convolution feeds alone keep
+        their input, and get the statistics that were measured.
+    """
+    feeds = _find_feeding(original, list(sources), lambda: run(original, batches[0]))
+    before, after = dict(original.named_modules()), dict(converted.named_modules())
+    # Where the convolution was trained since, the norm behind it no longer continues the original's function.
+    feeds = {
+        norm: conv for norm, conv in feeds.items() if torch.equal(before[conv].weight, after[conv].weight)
+    }
+    moments = _measure(original, list(sources), run, batches)
+    found = {}
+    for name, measured in moments.items():
+        norm = after[name]
+        assert isinstance(norm, GroupNorm)
+        result = solve(measured, sources[name], norm.num_groups, scales=name in feeds)
+        if name in feeds:
+            _rescale(after[feeds[name]], result.scales)
+        rescaled = dataclasses.replace(sources[name], scale=sources[name].scale / result.scales)
+        weight, bias = matched_affine(rescaled, result.statistics, norm.eps)
+        with torch.no_grad():
+            norm.weight.copy_(weight)
+            norm.bias.copy_(bias)
+        found[name] = result.statistics
+    return found
+
+
+def solve(moments: ImageMoments, source: SourceNorm, num_groups: int, *, scales: bool = True) -> Balance:
+    """The scales that minimise the squared difference between the two norms' outputs on the images.
+
+    With the group's mean m_i and variance v_i in image i, both of scaled channels, and those expected, m and
+    With the mean m_i and variance v_i of a group of scaled channels in image i, and those expected, m and
+    mean square over the pixels follows from the channel's moments. m is the mean of m_i, and v such that r is
+    1 on average: an image's variance is less than that of all images together.
+
+    Args:
+        scales: choose scales; otherwise all are 1, and only m and v are found.
+    """
+    mean, square = moments.mean, moments.square
+    size = source.channels // num_groups
+    start = torch.ones(source.channels)
+    if scales:
+        start = (square.mean(0) - mean.mean(0).square()).clamp_min(0).add(source.eps).rsqrt()
+    strength = source.scale.float().square() / (source.scale / start.double()).square().sum().float()
+    variance = (square - mean.square()).clamp_min(0.0)
+
+    def group_statistics(scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        means = (mean * scale).view(len(mean), num_groups, size).mean(2)
+        squares = (square * scale.square()).view(len(mean), num_groups, size).mean(2)
+        variances = (squares - means.square()).clamp_min(1e-6 * squares.detach().mean() + 1e-20)
+        return means, variances, means.mean(0), variances.rsqrt().mean(0).pow(-2)
+
+    def error(scale: Tensor) -> Tensor:
+        means, variances, m, v = group_statistics(scale)
+        r = (v / variances).sqrt()
+        shift = (m - means * r).repeat_interleave(size, 1) / scale
+        r = r.repeat_interleave(size, 1) - 1
+        return (strength * (variance * r.square() + (mean * r + shift).square())).sum(1).mean()
+
+    logarithm = torch.zeros(source.channels, requires_grad=True)
+    if scales and size > 1:
+        optimizer = torch.optim.Adam([logarithm], lr=LEARNING_RATE)
+        with torch.enable_grad():
+            for _ in range(STEPS):
+                loss = error(start * logarithm.exp()) + PENALTY * logarithm.square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    with torch.no_grad():
+        scale = start * logarithm.exp()
+        if scales:  # each group's variance becomes 1, which no eps and no half precision can hurt
+            scale = scale * group_statistics(scale)[3].rsqrt().repeat_interleave(size)
+        _, _, m, v = group_statistics(scale)
+    return Balance(scale.double(), GroupStatistics(m.double(), v.double()))
+
+
+def _rescale(conv: Any, scales: Tensor) -> None:
+    with torch.no_grad():
+        factor = scales.to(conv.weight.device)
+        conv.weight.copy_(conv.weight.double() * factor.view(-1, *(1,) * (conv.weight.dim() - 1)))
+        if conv.bias is not None:
+            conv.bias.copy_(conv.bias.double() * factor)
+
+
+def _find_feeding(model: nn.Module, norms: list[str], run: Callable[[], Any]) -> dict[str, str]:
+    """The convolution or linear layer whose output is the input of a norm and, it seems, of nothing else.
+
+    Seen are the inputs of all modules: an output that a module's ``forward`` uses in an expression of its
+    own is not. That is for :func:`gn_detect.convert.calibrate` to check, by the function.
+    """
+    weights: dict[Tensor | nn.Module, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            weights[parameter] = weights.get(parameter, 0) + 1
+    layers = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+        and isinstance(module._parameters.get("weight"), nn.Parameter)
+        and weights[module.weight] == 1
+    }
+    produced: dict[int, tuple[str, Tensor]] = {}  # holds the tensors, so that no identity is used twice
+    calls: dict[str, int] = {}
+    used: dict[int, list[str]] = {}
+    handles = []
+    for name, module in model.named_modules():
+
+        def before(module: nn.Module, inputs: Any, name: str = name) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            if next(module.children(), None) is None or name in norms:
+                for value in inputs:
+                    if isinstance(value, Tensor):
+                        used.setdefault(id(value), []).append(name)
+
+        def after(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
+            if module in layers:
+                produced[id(output)] = name, output
+
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    feeds = {}
+    for identity, (layer, _) in produced.items():
+        users = used.get(identity, [])
+        if len(users) == 1 and users[0] in norms and calls[layer] == calls[users[0]] == 1:
+            feeds[users[0]] = layer
+    return feeds
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, names: list[str], run: Run, batches: Sequence[Any]) -> dict[str, ImageMoments]:
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    counts = dict.fromkeys(names, 0)
+    handles = []
+    for name in names:
+
+        def record(_: nn.Module, inputs: Any, name: str = name) -> None:
+            x = inputs[0].detach()[: MAX_SAMPLES - counts[name]].float()
+            if len(x):
+                counts[name] += len(x)
+                pixels = x.reshape(*x.shape[:2], -1)
+                found[name].append((pixels.mean(2).cpu(), pixels.square().mean(2).cpu()))
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(record))
+    try:
+        for batch in batches:
+            if min(counts.values(), default=0) >= MAX_SAMPLES:
+                break
+            run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: ImageMoments(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+        for name, pieces in found.items()
+        if pieces
+    }
