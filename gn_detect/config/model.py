@@ -94,6 +94,7 @@ class GN(Section):
     """``MODEL.GN``, ours: every norm that is called ``GN``."""
 
     num_groups: PositiveInt = 32
+    min_channels_per_group: PositiveInt = 1  # narrow layers get fewer groups, as converted models have
     eps: Positive = 1e-5
 
 

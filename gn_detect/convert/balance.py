@@ -93,9 +93,9 @@ def balance(
 def solve(moments: ImageMoments, source: SourceNorm, num_groups: int, *, scales: bool = True) -> Balance:
     """The scales that minimise the squared difference between the two norms' outputs on the images.
 
-    With the group's mean m_i and variance v_i in image i, both of scaled channels, and those expected, m and
     With the mean m_i and variance v_i of a group of scaled channels in image i, and those expected, m and
-    mean square over the pixels follows from the channel's moments. m is the mean of m_i, and v such that r is
+    v, the difference of channel c is ``w/sigma ((r - 1) x + (m - m_i r) / s)``, ``r = sqrt(v / v_i)``; its mean
+    square over the pixels follows from the channel's moments. m is the mean of m_i, and v such that r is
     1 on average: an image's variance is less than that of all images together.
 
     Args:

@@ -92,7 +92,7 @@ def calibrate(
         augment: flip and crop single images at random.
         rescale: do the first part. It is left out for convolutions that differ from the original's.
         outputs: (original, converted, batch) -> pairs of tensors to compare, for models whose outputs on the
-            same batch cannot be paired, such as detectors (see ``gn_detect.modeling.matching_outputs``).
+            same batch cannot be paired, such as detectors (see ``gn_detect.modeling.paired_outputs``).
         seed: of the order of images and of the augmentation.
         checkpoint: file that is written now and then, and from which an interrupted calibration goes on.
         report: of :func:`convert_norm`, to be completed; by default a new one.

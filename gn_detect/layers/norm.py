@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import misc
 
 from ..ops import group_norm
+from .groups import choose_groups
 
 NORM_NAMES = ("", "BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")
 """Values of every ``NORM`` key."""
@@ -139,13 +140,17 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, _NORM_TYPES)
 
 
-def make_norm(name: str, channels: int, num_groups: int = 32, eps: float = 1e-5) -> nn.Module | None:
+def make_norm(
+    name: str, channels: int, num_groups: int = 32, eps: float = 1e-5, min_channels_per_group: int = 1
+) -> nn.Module | None:
     """The normalisation layer of a config's ``NORM`` key.
 
     Args:
         name: one of :data:`NORM_NAMES`; ``""`` gives None.
         channels: C.
         num_groups, eps: of ``GN``; ``eps`` also of ``GN1`` and ``IN``.
+        min_channels_per_group: above 1, ``num_groups`` is the most groups of a ``GN``, see
+            :func:`choose_groups`; at 1 each has exactly so many.
 
     Raises:
         ValueError: unknown name, or C not divisible by the number of groups.
@@ -160,6 +165,8 @@ def make_norm(name: str, channels: int, num_groups: int = 32, eps: float = 1e-5)
         return FrozenBatchNorm2d(channels)
     if name == "LN":
         return LayerNorm2d(channels)
+    if min_channels_per_group > 1:
+        num_groups = choose_groups(channels, num_groups, min_channels_per_group)
     groups = {"GN": num_groups, "GN1": 1, "IN": channels}.get(name)
     if groups is None:
         raise ValueError(f"unknown norm {name!r}; choose one of {', '.join(map(repr, NORM_NAMES))}")

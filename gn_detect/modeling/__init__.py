@@ -2,5 +2,6 @@
 
 from .build import build_model
 from .mask_rcnn import MaskRCNN
+from .paired_outputs import paired_outputs
 
-__all__ = ["MaskRCNN", "build_model"]
+__all__ = ["MaskRCNN", "build_model", "paired_outputs"]

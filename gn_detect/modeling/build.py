@@ -54,7 +54,8 @@ def _use_channels_last(cfg: Config) -> bool:
 
 def _norm(cfg: Config, name: str) -> NormFactory:
     """channels -> layer, for the value of one ``NORM`` key."""
-    return lambda channels: make_norm(name, channels, cfg.model.gn.num_groups, cfg.model.gn.eps)
+    gn = cfg.model.gn
+    return lambda channels: make_norm(name, channels, gn.num_groups, gn.eps, gn.min_channels_per_group)
 
 
 def _build_backbone(cfg: Config) -> tuple[nn.Module, dict[str, int], dict[str, int]]:

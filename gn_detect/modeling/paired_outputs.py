@@ -1,0 +1,72 @@
+"""What two detectors make of the same images, compared at the same places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .mask_rcnn import MaskRCNN, image_size
+from .roi_heads import StandardRoIHeads
+
+PROPOSALS = 128
+"""Of each image, the best of the original's; as many as training samples in many configs."""
+
+
+def paired_outputs(
+    original: nn.Module, converted: nn.Module, images: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Features, RPN outputs, and box and mask outputs on the *original's* proposals; for ``calibrate``.
+
+    The two detectors' own proposals differ, so that their detections could not be compared one by one.
+
+    Args:
+        original, converted: of one config but for the norms.
+        images: (3, H, W) each, as for :meth:`MaskRCNN.losses`.
+
+    Returns:
+        Pairs of the original's tensor, without gradient, and the other's: each level's feature map
+        (N, C, h, w), each level's RPN logits and deltas, class logits (R, K + 1), box deltas (R, 4 K) and
+        mask logits (R, S, S) of the class that the original finds most likely.
+    """
+    assert isinstance(original, MaskRCNN) and isinstance(converted, MaskRCNN)
+    sizes = [image_size(image) for image in images]
+    with torch.no_grad():
+        features = original.backbone(original.preprocess(images))
+        proposals = [p[:PROPOSALS] for p in original.proposal_generator.propose(features, sizes)]
+        expected = _dense_outputs(original, features)
+        regions, labels = _region_outputs(original, features, proposals, None)
+        expected += regions
+    features = converted.backbone(converted.preprocess(images))
+    regions, _ = _region_outputs(converted, features, proposals, labels)
+    return list(zip(expected, _dense_outputs(converted, features) + regions, strict=True))
+
+
+def _dense_outputs(model: MaskRCNN, features: dict[str, Tensor]) -> list[Tensor]:
+    rpn = model.proposal_generator
+    logits, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
+    return [*features.values(), *logits, *deltas]
+
+
+def _region_outputs(
+    model: MaskRCNN, features: dict[str, Tensor], proposals: Sequence[Tensor], labels: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """Outputs of the second stage, and the labels whose masks were taken."""
+    heads = model.roi_heads
+    levels = [features[name] for name in heads.in_features]
+    if isinstance(heads, StandardRoIHeads):
+        box_features = heads.box_head(heads.box_pooler(levels, proposals))
+    else:
+        shared = heads.res5(heads.pooler(levels, proposals))
+        box_features = shared.mean(dim=(2, 3))
+    logits, deltas = heads.box_predictor(box_features)
+    if labels is None:
+        labels = logits[:, :-1].argmax(1)  # the last is the background
+    found = [logits, deltas]
+    if heads.mask_head is not None:
+        if isinstance(heads, StandardRoIHeads):
+            assert heads.mask_pooler is not None
+            shared = heads.mask_pooler(levels, proposals)
+        found.append(heads.mask_head(shared, labels))
+    return found, labels
