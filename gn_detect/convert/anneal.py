@@ -45,12 +45,13 @@ class _Forward:
         self.mean = statistics.mean.to(device, torch.float32)
         self.var = statistics.var.to(device, torch.float32)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         norm, share = self.norm, self.annealing.share
         if share >= 1:
-            return type(norm).forward(norm, x)
+            return type(norm).forward(norm, x, residual, activation)
         y = _blended_norm(x, norm, self.mean, self.var, share)
-        if norm.activation == "relu":
+        y = y if residual is None else y + residual
+        if (norm.activation or activation) == "relu":
             y = F.relu(y)
         return norm.act(norm.drop(y)) if isinstance(norm, GroupNormAct) else y
 

@@ -94,9 +94,9 @@ def solve(moments: ImageMoments, source: SourceNorm, num_groups: int, *, scales:
     """The scales that minimise the squared difference between the two norms' outputs on the images.
 
     With the mean m_i and variance v_i of a group of scaled channels in image i, and those expected, m and
-    v, the difference of channel c is ``w/sigma ((r - 1) x + (m - m_i r) / s)``, ``r = sqrt(v / v_i)``; its mean
-    square over the pixels follows from the channel's moments. m is the mean of m_i, and v such that r is
-    1 on average: an image's variance is less than that of all images together.
+    v, the outputs differ in channel c by ``w/sigma ((r - 1) x + (m - m_i r) / s)``, ``r = sqrt(v / v_i)``.
+    The mean square over the pixels follows from the channel's moments. m is the mean of m_i, and v such that
+    r is 1 on average: an image's variance is less than that of all images together.
 
     Args:
         scales: choose scales; otherwise all are 1, and only m and v are found.
@@ -133,8 +133,8 @@ def solve(moments: ImageMoments, source: SourceNorm, num_groups: int, *, scales:
                 optimizer.step()
     with torch.no_grad():
         scale = start * logarithm.exp()
-        if scales:  # each group's variance becomes 1, which no eps and no half precision can hurt
-            scale = scale * group_statistics(scale)[3].rsqrt().repeat_interleave(size)
+        if scales:  # on average the weights stay as large as they were, as the distillation's steps do
+            scale = scale * scale.log().mean().neg().exp()
         _, _, m, v = group_statistics(scale)
     return Balance(scale.double(), GroupStatistics(m.double(), v.double()))
 
@@ -193,6 +193,10 @@ def _find_feeding(model: nn.Module, norms: list[str], run: Callable[[], Any]) ->
         users = used.get(identity, [])
         if len(users) == 1 and users[0] in norms and calls[layer] == calls[users[0]] == 1:
             feeds[users[0]] = layer
+    for norm in norms:  # detectron2's Conv2d and ours call the norm that they hold
+        layer = norm.rpartition(".")[0]
+        if layer in layers.values() and calls.get(layer) == calls.get(norm) == 1:
+            feeds[norm] = layer
     return feeds
 
 

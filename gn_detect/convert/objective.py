@@ -51,7 +51,19 @@ def find_blocks(model: nn.Module, norms: Sequence[str]) -> list[str]:
             inside.setdefault(held, name)
     smallest = {held: name for held, name in inside.items() if not any(other < held for other in inside)}
     covered = {norm for held in smallest for norm in held}
-    return [name for name in smallest.values() if name] + [norm for norm in norms if norm not in covered]
+    return [name for name in smallest.values() if name] + [
+        outputs_of_norm(model, norm) for norm in norms if norm not in covered
+    ]
+
+
+def outputs_of_norm(model: nn.Module, norm: str) -> str:
+    """Name of the module whose output is that norm's.
+
+    detectron2's ``Conv2d`` and ours hold a norm, and apply what follows it together with a GroupNorm but
+    after a BatchNorm; there only the convolution's output is comparable.
+    """
+    parent = norm.rpartition(".")[0]
+    return parent if parent and isinstance(model.get_submodule(parent), nn.Conv2d) else norm
 
 
 class Objective:
@@ -148,16 +160,18 @@ def measure_errors(
     A layer's error is the root mean square of the difference, as a fraction of the standard deviation of
     the original's values about their channels' means.
     """
-    squares = dict.fromkeys(names, 0.0)
-    moments = {name: RunningMoments() for name in names}
+    tapped = {name: outputs_of_norm(original, name) for name in names}
+    taps = list(dict.fromkeys(tapped.values()))
+    squares = dict.fromkeys(taps, 0.0)
+    moments = {name: RunningMoments() for name in taps}
     cosines: list[Tensor] = []
     for batch in batches:
         with (
-            recorded(original, names, copies=True) as expected,
-            recorded(converted, names, copies=True) as found,
+            recorded(original, taps, copies=True) as expected,
+            recorded(converted, taps, copies=True) as found,
         ):
             pairs = outputs(original, converted, batch)
-        for name in names:
+        for name in taps:
             for a, b in zip(expected[name], found[name], strict=False):
                 if a.shape == b.shape and a.numel():
                     squares[name] += (b.double() - a.double()).square().sum(dtype=torch.float64).item()
@@ -167,10 +181,10 @@ def measure_errors(
                 a, b = _with_channels(a).flatten(1), _with_channels(b).flatten(1)
                 cosines.append(torch.cosine_similarity(a.double(), b.double()).cpu())
     errors = {}
-    for name, found_moments in moments.items():
-        if found_moments.count:
-            total = found_moments.result()[1].sum().item() * found_moments.count
-            errors[name] = (squares[name] / max(total, 1e-30)) ** 0.5
+    for name, tap in tapped.items():
+        if moments[tap].count:
+            total = moments[tap].result()[1].sum().item() * moments[tap].count
+            errors[name] = (squares[tap] / max(total, 1e-30)) ** 0.5
     return errors, torch.cat(cosines).mean().item() if cosines else float("nan")
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import group_norm
 from .norm import GroupNorm
 
 
@@ -31,11 +30,8 @@ class Conv2d(nn.Conv2d):
         """(N, C_in, H, W) -> ``activation(norm(conv(x)) + residual)``, (N, C_out, H', W')."""
         y = super().forward(x)
         if isinstance(self.norm, GroupNorm):  # one call for norm, residual and ReLU
-            n = self.norm
-            activation = self.activation or n.activation
-            return group_norm(
-                y, n.num_groups, n.weight, n.bias, n.eps, residual=residual, activation=activation
-            )
+            normalised: Tensor = self.norm(y, residual, self.activation)
+            return normalised
         if self.norm is not None:
             y = self.norm(y)
         # In place: neither a convolution nor these norms read their own output in backward.

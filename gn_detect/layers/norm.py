@@ -43,8 +43,8 @@ class GroupNorm(nn.GroupNorm):
             self.register_parameter("bias", None)
         self.activation = activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, C, *) -> (N, C, *); ``residual`` has x's shape."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """(N, C, *) -> (N, C, *); ``residual`` has x's shape, ``activation`` is for a norm without one."""
         return group_norm(
             x,
             self.num_groups,
@@ -52,7 +52,7 @@ class GroupNorm(nn.GroupNorm):
             self.bias,
             self.eps,
             residual=residual,
-            activation=self.activation,
+            activation=self.activation or activation,
         )
 
     def extra_repr(self) -> str:
@@ -77,9 +77,9 @@ class GroupNormAct(GroupNorm):
         self.drop = nn.Identity() if drop is None else drop
         self.act = nn.Identity() if act is None or fused else act
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, C, *) -> (N, C, *); ``residual`` is added before ``drop``."""
-        y: Tensor = self.act(self.drop(super().forward(x, residual)))
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """(N, C, *) -> (N, C, *); what is given here comes before ``drop``."""
+        y: Tensor = self.act(self.drop(super().forward(x, residual, activation)))
         return y
 
 
