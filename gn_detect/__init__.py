@@ -1,4 +1,4 @@
-"""Mask R-CNN with Group Normalization: training, evaluation and detectron2-compatible checkpoints.
+"""Mask R-CNN with Group Normalization: training, evaluation, conversion and detectron2's checkpoints.
 
 The names below are loaded when they are first used, so that importing one part does not import all.
 """
@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import data, evaluation, layers, modeling, ops, weights
+    from . import convert, data, evaluation, layers, modeling, ops, weights
     from .config import Config, load_config
+    from .convert import calibrate, convert_norm
     from .engine import Predictor, evaluate, train
     from .errors import UserError
     from .layers import GroupNorm, fuse
@@ -26,6 +27,9 @@ __all__ = [
     "UserError",
     "__version__",
     "build_model",
+    "calibrate",
+    "convert",
+    "convert_norm",
     "data",
     "evaluate",
     "evaluation",
@@ -45,6 +49,8 @@ _HOME = {
     "Predictor": "engine",
     "UserError": "errors",
     "build_model": "modeling",
+    "calibrate": "convert",
+    "convert_norm": "convert",
     "evaluate": "engine",
     "fuse": "layers",
     "load_config": "config",

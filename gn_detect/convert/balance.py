@@ -204,11 +204,13 @@ def _find_feeding(model: nn.Module, norms: list[str], run: Callable[[], Any]) ->
 def _measure(model: nn.Module, names: list[str], run: Run, batches: Sequence[Any]) -> dict[str, ImageMoments]:
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
     counts = dict.fromkeys(names, 0)
+    share = -(-MAX_SAMPLES // len(batches))  # of a batch, which may hold many regions of one image
     handles = []
     for name in names:
 
         def record(_: nn.Module, inputs: Any, name: str = name) -> None:
-            x = inputs[0].detach()[: MAX_SAMPLES - counts[name]].float()
+            x = inputs[0].detach()
+            x = x[:: max(1, len(x) // share)][: MAX_SAMPLES - counts[name]].float()
             if len(x):
                 counts[name] += len(x)
                 pixels = x.reshape(*x.shape[:2], -1)

@@ -124,18 +124,17 @@ def calibrate(
 
         measure(CONVERTED)
         statistics = _expected_statistics(sources, norms, run, original, stream.some_batches(MAX_SAMPLES))
+        objective = Objective(original, converted, find_blocks(converted, list(norms)), outputs)
+        objective.set_scales(stream.held_out)
         if rescale:
-            found = _rescaled(original, converted, sources, stream, outputs, run)
-            if found is None:
-                report.warnings.append(
-                    "the channels were not rescaled, as that would have changed the function"
-                )
-            else:
+            try:
+                found = _rescale(objective, sources, stream, run)
                 statistics |= {norms[name]: group_statistics for name, group_statistics in found.items()}
                 measure(BALANCED)
+            except _NoGain as reason:
+                report.warnings.append(f"the channels were not rescaled: {reason}")
         if steps:
             annealing = Annealing(statistics)
-            objective = Objective(original, converted, find_blocks(converted, list(norms)), outputs)
             trainer = _Trainer(objective, stream, annealing, steps, learning_rate, checkpoint, progress)
             trainer.run()
             measure(CALIBRATED)
@@ -166,7 +165,6 @@ class _Trainer:
 
     def run(self) -> None:
         """All steps that remain."""
-        self.objective.set_scales(self.stream.held_out)
         state = self._resumed() or _Progress(0, self._held_out_loss(), _copy_of_state(self.model))
         with tqdm(total=self.steps, initial=state.step, desc="calibrating", disable=not self.shows) as bar:
             while state.step < self.steps:
@@ -208,11 +206,9 @@ class _Trainer:
         if self.checkpoint is not None and state.step < self.steps:
             self._save(state)
 
-    @torch.no_grad()
     def _held_out_loss(self) -> float:
-        """Of the outputs, with the norms as they will be."""
-        losses = [self.objective.loss(batch)[0] for batch in self.stream.held_out]
-        return torch.stack(losses).mean().item()
+        """With the norms as they will be."""
+        return self.objective.output_loss(self.stream.held_out)
 
     def _identity(self) -> str:
         """What a checkpoint must agree on to go on from it."""
@@ -298,27 +294,30 @@ def _expected_statistics(
     return {norm: statistics for norm, statistics in found.items() if statistics is not None}
 
 
-def _rescaled(
-    original: nn.Module,
-    converted: nn.Module,
-    sources: dict[str, SourceNorm],
-    stream: ImageStream,
-    outputs: Outputs,
-    run: Run,
-) -> dict[str, GroupStatistics] | None:
-    """None, and the model as it was, where the rescaled model with BatchNorm's statistics is another."""
-    before = _copy_of_state(converted)
+class _NoGain(Exception):
+    """Why the rescaling was undone."""
+
+
+def _rescale(
+    objective: Objective, sources: dict[str, SourceNorm], stream: ImageStream, run: Run
+) -> dict[str, GroupStatistics]:
+    """The expected statistics after :func:`balance`. When _NoGain is raised the model is as it was."""
+    original, converted = objective.original, objective.converted
+    before, loss = _copy_of_state(converted), objective.output_loss(stream.held_out)
     found = balance(original, converted, sources, run, stream.some_batches(MAX_SAMPLES))
     modules = dict(converted.named_modules())
     annealing = Annealing({cast(GroupNorm, modules[name]): statistics for name, statistics in found.items()})
     annealing.share = 0.0
     with annealing.applied(), torch.no_grad():
-        pairs = outputs(original, converted, stream.held_out[0])
-    error = max((_relative_error(*pair) for pair in pairs), default=0.0)
-    if error <= ROUNDING:
+        pairs = objective.outputs(original, converted, stream.held_out[0])
+    if max((_relative_error(*pair) for pair in pairs), default=0.0) > ROUNDING:
+        reason = "it would have changed the function"
+    elif objective.output_loss(stream.held_out) > loss:
+        reason = "the outputs on the held-out images did not come closer"
+    else:
         return found
     converted.load_state_dict(before)
-    return None
+    raise _NoGain(reason)
 
 
 def _relative_error(expected: Tensor, found: Tensor) -> float:

@@ -110,6 +110,11 @@ class Objective:
                 block = block + (found - expected).square().mean() / scale / len(self._block_scales)
         return output / len(pairs), block
 
+    @torch.no_grad()
+    def output_loss(self, batches: Sequence[Any]) -> float:
+        """Mean over the batches, of the outputs alone."""
+        return torch.stack([self.loss(batch)[0] for batch in batches]).mean().item()
+
     def _forward(
         self, batch: Any
     ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, list[tuple[Tensor, Tensor]]]]:

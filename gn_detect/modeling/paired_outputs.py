@@ -27,8 +27,8 @@ def paired_outputs(
 
     Returns:
         Pairs of the original's tensor, without gradient, and the other's: each level's feature map
-        (N, C, h, w), each level's RPN logits and deltas, class logits (R, K + 1), box deltas (R, 4 K) and
-        mask logits (R, S, S) of the class that the original finds most likely.
+        (N, C, h, w), each level's RPN logits (N, 1, A) and deltas (N, 4, A), class logits (R, K + 1), box
+        deltas (R, 4 K) and mask logits (R, 1, S, S) of the class that the original finds most likely.
     """
     assert isinstance(original, MaskRCNN) and isinstance(converted, MaskRCNN)
     sizes = [image_size(image) for image in images]
@@ -46,6 +46,8 @@ def paired_outputs(
 def _dense_outputs(model: MaskRCNN, features: dict[str, Tensor]) -> list[Tensor]:
     rpn = model.proposal_generator
     logits, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
+    logits = [x[:, None] for x in logits]
+    deltas = [x.transpose(1, 2) for x in deltas]
     return [*features.values(), *logits, *deltas]
 
 
@@ -68,5 +70,5 @@ def _region_outputs(
         if isinstance(heads, StandardRoIHeads):
             assert heads.mask_pooler is not None
             shared = heads.mask_pooler(levels, proposals)
-        found.append(heads.mask_head(shared, labels))
+        found.append(heads.mask_head(shared, labels)[:, None])
     return found, labels

@@ -1,0 +1,203 @@
+"""``calibrate`` on small networks: closer, repeatable, resumable, and nothing else changed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gn_detect import UserError
+from gn_detect.convert import calibrate, convert_norm
+from gn_detect.convert.objective import find_blocks
+
+QUIET = {"progress": False, "batch_size": 8, "learning_rate": 3e-3}
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """(48, 3, 16, 16), of very different contrast and brightness, as photos are."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(48, 3, 16, 16, generator=generator)
+    contrast = torch.rand(48, 1, 1, 1, generator=generator) * 2 + 0.2
+    return F.avg_pool2d(noise, 3, 1, 1) * contrast * 3 + torch.randn(48, 3, 1, 1, generator=generator)
+
+
+@pytest.fixture
+def original(images: Tensor) -> nn.Module:
+    """With statistics of the images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True), Block(16), Block(16),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.3)
+            norm.momentum = None
+    model.train()(images)
+    return model.eval()
+
+
+def converted(original: nn.Module) -> nn.Module:
+    return convert_norm(original, num_groups=4, min_channels_per_group=4)[0]
+
+
+def test_each_stage_comes_closer(original: nn.Module, images: Tensor) -> None:
+    model, report = convert_norm(original, num_groups=4, min_channels_per_group=4)
+    before = copy.deepcopy(original.state_dict())
+    same = calibrate(original, model, images, 100, report=report, **QUIET)
+    assert same is report
+    found = report.similarity
+    assert found["converted"] < found["balanced"] < found["calibrated"]
+    errors = [sum(layer.errors[stage] for layer in report.layers) for stage in found]
+    assert errors[0] > errors[1] and errors[0] > errors[2]
+    for name, tensor in original.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert not original.training and all(p.grad is None for p in model.parameters())
+    # The report's figure is that of the outputs on the held-out images, the last ones.
+    cosine = F.cosine_similarity(original(images[-8:]), model(images[-8:])).mean().item()
+    assert cosine == pytest.approx(found["calibrated"], abs=1e-5)
+
+
+def test_repeats_and_resumes_to_the_same_weights(original: nn.Module, images: Tensor, tmp_path) -> None:
+    whole = converted(original)
+    calibrate(original, whole, images, 20, **QUIET)
+    again = converted(original)
+    calibrate(original, again, images, 20, **QUIET)
+    path = tmp_path / "calibration.pth"
+    resumed = converted(original)
+
+    class Interrupt(Exception):
+        pass
+
+    calls = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 16:
+            raise Interrupt
+
+    handle = resumed[0].register_forward_hook(interrupt)
+    with pytest.raises(Interrupt):
+        calibrate(original, resumed, images, 20, checkpoint=path, **QUIET)
+    handle.remove()
+    assert path.exists()
+    resumed = converted(original)
+    calibrate(original, resumed, images, 20, checkpoint=path, **QUIET)
+    assert not path.exists()
+    for a, b, c in zip(whole.parameters(), again.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, c, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_something_else_is_refused(original: nn.Module, images: Tensor, tmp_path) -> None:
+    path = tmp_path / "calibration.pth"
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="is no checkpoint of a calibration; delete it"):
+        calibrate(original, converted(original), images, 2, checkpoint=path, **QUIET)
+    assert path.read_bytes() == b"nothing"
+
+
+def test_affine_alone(original: nn.Module, images: Tensor) -> None:
+    model = converted(original)
+    weights = [m.weight.clone() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    affine = [p.clone() for name, p in model.named_parameters() if ".bn1." in name]
+    model[0].weight.requires_grad_(False)
+    calibrate(original, model, images, 60, parameters="affine", rescale=False, **QUIET)
+    after = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert all(torch.equal(a, b) for a, b in zip(weights, after, strict=True))
+    changed = [p for name, p in model.named_parameters() if ".bn1." in name]
+    assert not any(torch.equal(a, b) for a, b in zip(affine, changed, strict=True))
+    assert not model[0].weight.requires_grad and model[3].conv1.weight.requires_grad
+
+
+class ReadsTheConvolution(nn.Module):
+    """What feeds the norm is used beside it: rescaling it would change the function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return (self.norm(y) + y).mean((2, 3))
+
+
+def test_no_rescaling_where_it_would_change_the_function(images: Tensor) -> None:
+    torch.manual_seed(0)
+    original = ReadsTheConvolution()
+    original.train()(images)
+    original.eval()
+    model, report = convert_norm(original)
+    before = copy.deepcopy(model.state_dict())
+    calibrate(original, model, images, 0, report=report, **QUIET)
+    assert "not rescaled" in report.warnings[-1]
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_batches_of_any_kind_and_outputs_of_any_kind(images: Tensor) -> None:
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None)
+
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+            y = self.norm(self.conv(batch["image"] * batch["gain"]))
+            return {"maps": [y, F.relu(y)]}
+
+    torch.manual_seed(0)
+    original = TwoInputs()
+    batches = [{"image": image[None], "gain": torch.tensor(2.0)} for image in images[:12]]
+    for batch in batches:
+        original.train()(batch)
+    original.eval()
+    model, _ = convert_norm(original)
+
+    def difference() -> float:
+        pairs = zip(original(batches[-1])["maps"], model(batches[-1])["maps"], strict=True)
+        return sum((a - b).square().mean().item() / a.var().item() for a, b in pairs)
+
+    before = difference()
+    calibrate(original, model, batches, 60, learning_rate=3e-3, progress=False)
+    assert difference() < before
+
+
+def test_clear_errors(original: nn.Module, images: Tensor) -> None:
+    with pytest.raises(UserError, match="1 images or batches are too few"):
+        calibrate(original, converted(original), images[:1], 1, **QUIET)
+    with pytest.raises(UserError, match="no GroupNorm of the converted model"):
+        calibrate(original, original, images, 1, **QUIET)
+    with pytest.raises(UserError, match="differ in size"):
+        calibrate(original, converted(original), [images[0], images[0][:, :8]], 1, **QUIET)
+    with pytest.raises(UserError, match="the calibration's loss is nan at step 1"):
+        bad = images.clone()
+        bad[:40] = float("nan")
+        calibrate(original, converted(original), bad, 1, rescale=False, augment=False, **QUIET)
+
+
+def test_blocks_are_residual_blocks(original: nn.Module) -> None:
+    names = [name for name, module in original.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert find_blocks(original, names) == ["3", "4", "1"]
+
+
+def test_picture(original: nn.Module, images: Tensor, tmp_path) -> None:
+    report = calibrate(original, converted(original), images, 0, **QUIET)
+    report.draw(tmp_path / "errors.png")
+    assert Image.open(tmp_path / "errors.png").size == (1200, 540)
