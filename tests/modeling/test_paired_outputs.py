@@ -5,23 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-import gn_detect
 from gn_detect import calibrate, convert_norm
 from gn_detect.modeling import paired_outputs
 
-NARROW = [
-    "MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16,
-    "MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 16,
-    "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN",
-    "MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.NORM", "BN", "MODEL.ROI_HEADS.NUM_CLASSES", 2,
-]  # fmt: skip
+BATCH_NORM = {f"MODEL.{part}.NORM": "BN" for part in ("RESNETS", "FPN", "ROI_MASK_HEAD")}
 
 
 @pytest.fixture
-def detector():
-    torch.manual_seed(0)
-    model = gn_detect.build_model(gn_detect.load_config(None, [str(value) for value in NARROW]))
+def detector(small_model):
+    model = small_model(BATCH_NORM)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.2)
@@ -36,10 +28,10 @@ def test_pairs_of_one_model_are_equal_and_of_the_documented_shapes(detector) -> 
         torch.testing.assert_close(expected, found, rtol=0, atol=0)
         assert found.requires_grad and not expected.requires_grad
     shapes = [tuple(expected.shape) for expected, _ in pairs]
-    assert shapes[0] == (1, 16, 24, 32)
+    assert shapes[0] == (1, 32, 24, 32)
     assert shapes[5][:2] == (1, 1) and shapes[10][:2] == (1, 4)
     regions = shapes[-1][0]
-    assert shapes[-3:] == [(regions, 3), (regions, 8), (regions, 1, 28, 28)] and 0 < regions <= 128
+    assert shapes[-3:] == [(regions, 4), (regions, 12), (regions, 1, 28, 28)] and 0 < regions <= 128
 
 
 def test_a_detector_is_calibrated_on_images_of_several_sizes(detector) -> None:
