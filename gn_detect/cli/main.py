@@ -11,9 +11,16 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
-from . import bench, evaluate, plot, predict, train
+from . import bench, convert, evaluate, plot, predict, train
 
-COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "plot": plot, "bench": bench}
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "convert": convert,
+    "plot": plot,
+    "bench": bench,
+}
 """Each module has ``HELP``, ``add_arguments(parser)`` and ``run(args)``."""
 
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -1,0 +1,73 @@
+"""``gn-detect convert``: a detector's checkpoint, with and without images."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import gn_detect
+from gn_detect.cli import main
+from gn_detect.weights import read_checkpoint, save_weights
+
+NORMS = [f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")]
+CONFIG = "configs/quick/nuclei_r18_gn.yaml"
+SMALL = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.DEVICE", "cpu"]
+BATCH_NORM = [word for key in NORMS for word in (key, "BN")] + SMALL
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Of a small detector with BatchNorm."""
+    torch.manual_seed(0)
+    model = gn_detect.build_model(gn_detect.load_config(CONFIG, BATCH_NORM))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    path = tmp_path / "bn.pth"
+    save_weights(path, model.state_dict(), {"class_names": ["nucleus"], "category_ids": [1], "iteration": 9})
+    return path
+
+
+def loads(path) -> bool:
+    cfg = gn_detect.load_config(CONFIG, [*SMALL, "MODEL.GN.MIN_CHANNELS_PER_GROUP", "16"])
+    gn_detect.load_weights(gn_detect.build_model(cfg), path)
+    return True
+
+
+def test_without_data(checkpoint, tmp_path, capsys) -> None:
+    target, report = tmp_path / "gn.pth", tmp_path / "report.json"
+    assert main(["convert", str(checkpoint), str(target), "--report", str(report)]) == 0
+    assert loads(target)
+    assert read_checkpoint(target).metadata == {"class_names": ["nucleus"], "category_ids": [1]}
+    assert "MODEL.GN.MIN_CHANNELS_PER_GROUP 16" in capsys.readouterr().out
+    assert len(json.loads(report.read_text())["layers"]) == 37
+
+
+def test_with_images(checkpoint, tmp_path, capsys) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(3):
+        Image.effect_noise((96, 80 + 16 * i), 60).save(folder / f"{i}.png")
+    target, report = tmp_path / "gn.safetensors", tmp_path / "report.json"
+    words = ["convert", str(checkpoint), str(target), "--images", str(folder), "--steps", "2"]
+    words += ["--report", str(report), "--config-file", CONFIG, *BATCH_NORM, "INPUT.MIN_SIZE_TEST", "96"]
+    assert main(words) == 0
+    assert loads(target)
+    assert set(json.loads(report.read_text())["similarity"]) >= {"converted", "calibrated"}
+    assert Image.open(report.with_suffix(".png")).size == (1200, 540)
+
+
+def test_errors_write_nothing(checkpoint, tmp_path, capsys) -> None:
+    target = tmp_path / "gn.pth"
+    assert main(["convert", str(checkpoint), str(target), "--images", str(tmp_path)]) == 2
+    assert "--images needs the detector's --config-file" in capsys.readouterr().err
+    assert main(["convert", str(checkpoint), str(tmp_path / "gn.bin")]) == 2
+    assert "must end in .pth" in capsys.readouterr().err
+    assert main(["convert", str(checkpoint), str(target)]) == 0
+    again = tmp_path / "again.pth"
+    assert main(["convert", str(target), str(again)]) == 2
+    assert "no BatchNorm" in capsys.readouterr().err and not again.exists()
