@@ -146,7 +146,8 @@ def _refuse_other_norm(report: LoadReport, own: dict[str, Tensor]) -> None:
             batch, group = ("the model", "the file") if name in own else ("the file", "the model")
             raise UserError(
                 f"{report.path} was trained with another norm: {owner} is a BatchNorm in {batch} and "
-                f"not in {group}; set MODEL.RESNETS.NORM and the other NORM keys as in training"
+                f"not in {group}; set MODEL.RESNETS.NORM and the other NORM keys as in training, or "
+                "make a GroupNorm checkpoint of it with gn-detect convert"
             )
 
 
