@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
 
 from ..config import Config, load_config
 from ..convert import ConversionReport, calibrate, convert_norm, convert_state_dict
 from ..convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
-from ..data import prepare_image, read_image
+from ..data import prepare_image, read_image, read_image_list
 from ..engine.model import make_model
 from ..errors import UserError
 from ..modeling import paired_outputs
 from ..weights import load_weights, read_checkpoint, save_weights
+from .library_models import DEFAULT, is_library_model, load_library_model
 from .options import add_config_arguments
 from .predict import find_images
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 HELP = "Convert a checkpoint from BatchNorm to GroupNorm."
 
@@ -29,8 +31,15 @@ _KEPT = ("class_names", "category_ids")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("source", metavar="SRC", help="checkpoint with BatchNorm")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="checkpoint with BatchNorm, or a model of torchvision (resnet50) or timm (timm/resnet50)",
+    )
     parser.add_argument("target", metavar="DST", help="checkpoint to write: .pth or .safetensors")
+    parser.add_argument(
+        "--weights", metavar="W", help=f"of a model: a file, {DEFAULT}, or IMAGENET1K_V1 and so on"
+    )
     parser.add_argument("--num-groups", type=int, default=DEFAULT_GROUPS)
     parser.add_argument(
         "--min-channels-per-group",
@@ -38,11 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MIN_CHANNELS,
         help="narrow layers get fewer groups",
     )
-    parser.add_argument("--eps", type=float, default=1e-5, help="of the BatchNorms in SRC")
-    parser.add_argument(
-        "--images", metavar="FOLDER", help="to calibrate on, without labels; with --config-file"
+    parser.add_argument("--eps", type=float, default=1e-5, help="of the BatchNorms in a checkpoint")
+    calibration = parser.add_argument_group("calibration", "needs a model, or a detector's --config-file")
+    calibration.add_argument("--images", metavar="FOLDER|JSON", help="without labels; a COCO JSON names them")
+    calibration.add_argument(
+        "--image-folder", metavar="FOLDER", help="of the JSON's images; by default its own"
     )
-    parser.add_argument("--steps", type=int, default=200, help="of the calibration")
+    calibration.add_argument("--max-images", type=int, default=500, help="spread over all of them")
+    calibration.add_argument("--steps", type=int, default=200)
+    calibration.add_argument("--batch-size", type=int, help="8; 2 for detectors")
+    calibration.add_argument("--learning-rate", type=float, default=3e-4)
+    calibration.add_argument("--checkpoint", metavar="FILE", help="to go on from, if it is interrupted")
     parser.add_argument("--report", metavar="FILE", help="report.json; a picture is written beside it")
     add_config_arguments(parser)
 
@@ -51,39 +66,114 @@ def run(args: argparse.Namespace) -> None:
     """Write DST, print the report, and say which config keys it needs."""
     if Path(args.target).suffix not in (".pth", ".pt", ".safetensors"):
         raise UserError(f"{args.target} must end in .pth, .pt or .safetensors")
-    if args.images and not args.config_file:
+    names_model = not Path(args.source).exists() and is_library_model(args.source)
+    if args.weights and not names_model:
+        raise UserError(f"--weights is for the name of a model, and {args.source} is none")
+    if args.images and not args.config_file and not names_model:
         raise UserError("--images needs the detector's --config-file, the one that SRC was trained with")
-    checkpoint = read_checkpoint(args.source)
-    if args.config_file:
-        tensors, report = _convert_detector(args, load_config(args.config_file, args.overrides))
+    metadata: dict[str, Any] = {}
+    if names_model:
+        tensors, report = _convert_library_model(args)
     else:
-        tensors, report = convert_state_dict(
-            checkpoint.tensors,
-            eps=args.eps,
-            num_groups=args.num_groups,
-            min_channels_per_group=args.min_channels_per_group,
-        )
-    told = {key: checkpoint.metadata[key] for key in _KEPT if key in checkpoint.metadata}
-    save_weights(args.target, tensors, told)
+        checkpoint = read_checkpoint(args.source)
+        metadata = {key: checkpoint.metadata[key] for key in _KEPT if key in checkpoint.metadata}
+        if args.config_file:
+            tensors, report = _convert_detector(args, load_config(args.config_file, args.overrides))
+        else:
+            tensors, report = convert_state_dict(checkpoint.tensors, eps=args.eps, **_group_rule(args))
+    save_weights(args.target, tensors, metadata)
     print(report)
     if args.report:
         report.save(args.report)
         if report.similarity:
             report.draw(Path(args.report).with_suffix(".png"))
+    print(f"wrote {args.target}; {_how_to_load(args, names_model)}")
+
+
+def _how_to_load(args: argparse.Namespace, names_model: bool) -> str:
+    if names_model:
+        rule = ", ".join(f"{key}={value}" for key, value in _group_rule(args).items())
+        return f"load its 'model' into gn_detect.convert_norm(model, init='reset', {rule})[0]"
     smallest = f"MODEL.GN.MIN_CHANNELS_PER_GROUP {args.min_channels_per_group}"
     keys = f"MODEL.GN.NUM_GROUPS {args.num_groups} {smallest}"
-    print(f"wrote {args.target}; set the NORM keys to GN and MODEL.WEIGHTS {args.target} {keys}")
+    return f"set the NORM keys to GN and MODEL.WEIGHTS {args.target} {keys}"
+
+
+def _group_rule(args: argparse.Namespace) -> dict[str, Any]:
+    return {"num_groups": args.num_groups, "min_channels_per_group": args.min_channels_per_group}
+
+
+def _convert_library_model(args: argparse.Namespace) -> tuple[dict[str, Tensor], ConversionReport]:
+    found = load_library_model(args.source, args.weights)
+    if args.images and found.prepare is None:
+        raise UserError(
+            f"{args.source} does not take single pictures, so --images cannot calibrate it; leave them "
+            "away, or call gn_detect.calibrate with what the model takes"
+        )
+    model, report = convert_norm(found.model, **_group_rule(args))
+    if args.images:
+        assert found.prepare is not None
+        images = torch.stack(
+            [found.prepare(Image.fromarray(read_image(path, "RGB"))) for path in _find_images(args)]
+        )
+        _calibrate(args, found.model, model, images, report, batch_size=args.batch_size or 8)
+    return dict(model.state_dict()), report
 
 
 def _convert_detector(args: argparse.Namespace, cfg: Config) -> tuple[dict[str, Tensor], ConversionReport]:
     original = make_model(cfg)
     load_weights(original, args.source)
     original.eval()
-    model, report = convert_norm(
-        original, num_groups=args.num_groups, min_channels_per_group=args.min_channels_per_group
-    )
+    model, report = convert_norm(original, **_group_rule(args))
     if args.images:
-        paths = find_images([args.images])
-        images = [[prepare_image(read_image(path, "RGB"), cfg)] for path in paths]
-        calibrate(original, model, images, args.steps, outputs=paired_outputs, report=report)
+        images = [prepare_image(read_image(path, "RGB"), cfg) for path in _find_images(args)]
+        _calibrate(
+            args, original, model, _batches(images, args.batch_size or 2), report, outputs=paired_outputs
+        )
     return dict(model.state_dict()), report
+
+
+def _batches(images: list[Tensor], size: int) -> list[list[Tensor]]:
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def _calibrate(
+    args: argparse.Namespace,
+    original: nn.Module,
+    model: nn.Module,
+    images: Tensor | list[list[Tensor]],
+    report: ConversionReport,
+    **settings: Any,
+) -> None:
+    calibrate(
+        original,
+        model,
+        images,
+        args.steps,
+        learning_rate=args.learning_rate,
+        checkpoint=args.checkpoint,
+        report=report,
+        **settings,
+    )
+
+
+def _find_images(args: argparse.Namespace) -> list[Path]:
+    """At most ``--max-images``, spread evenly over the folder or the COCO JSON."""
+    given = Path(args.images)
+    if args.max_images < 2:
+        raise UserError(f"--max-images {args.max_images}: a calibration needs two images at least")
+    if args.image_folder and given.suffix != ".json":
+        raise UserError("--image-folder belongs to --images FILE.json")
+    if given.suffix == ".json":
+        paths = read_image_list(given, Path(args.image_folder or given.parent))
+    else:
+        paths = find_images([args.images])
+    count = min(args.max_images, len(paths))
+    paths = [paths[i * len(paths) // count] for i in range(count)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{args.images}: {len(missing)} of {count} images are missing, such as {missing[0]}; name "
+            "their folder with --image-folder"
+        )
+    return paths

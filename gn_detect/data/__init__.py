@@ -2,6 +2,7 @@
 
 from .augmentation import build_augmentations, prepare_image, shortest_edge_size
 from .coco import CocoDataset, check_classes, check_same_classes, join_datasets
+from .coco_json import read_image_list
 from .datasets import DatasetSource, datasets_root, resolve_dataset
 from .images import read_image
 from .loader import SampleLoader, build_test_loader, build_train_loader
@@ -19,6 +20,7 @@ __all__ = [
     "join_datasets",
     "prepare_image",
     "read_image",
+    "read_image_list",
     "resolve_dataset",
     "shortest_edge_size",
 ]

@@ -76,7 +76,23 @@ def read_coco_json(path: Path, images: Path, *, masks: bool, evaluation: bool) -
     return CocoContent(list(names), list(names.values()), records, reader.builder.build(), reader.num_crowds)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_image_list(path: Path, folder: Path) -> list[Path]:
+    """The images that a COCO JSON names, in its order; annotations are not needed.
+
+    Args:
+        path: JSON with ``images``.
+        folder: to which its file names are relative.
+
+    Raises:
+        UserError: the file is not COCO, or lists no images.
+    """
+    entries = _load(path, ("images",))["images"]
+    if not entries:
+        raise UserError(f"{path} lists no images; give a file with images")
+    return [folder / _field(entry, "file_name", str, f"image {i}", path) for i, entry in enumerate(entries)]
+
+
+def _load(path: Path, lists: tuple[str, ...] = ("images", "annotations", "categories")) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -90,11 +106,11 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         hint = " (this looks like a result file)" if isinstance(content, list) else ""
         raise UserError(f"{path} is not COCO: it holds {_kind(content)}{hint}; give a COCO annotation file")
-    for key in ("images", "annotations", "categories"):
+    for key in lists:
         if not isinstance(content.get(key), list):
             found = f"{key!r} is {_kind(content[key])}" if key in content else f"it has no {key!r}"
-            needed = "it needs the lists 'images', 'annotations' and 'categories'"
-            raise UserError(f"{path} is not COCO: {found}; {needed}")
+            needed = ", ".join(map(repr, lists))
+            raise UserError(f"{path} is not COCO: {found}; it must hold the lists {needed}")
     return content
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import gn_detect
@@ -47,11 +48,17 @@ def test_without_data(checkpoint, tmp_path, capsys) -> None:
     assert len(json.loads(report.read_text())["layers"]) == 37
 
 
-def test_with_images(checkpoint, tmp_path, capsys) -> None:
+@pytest.fixture
+def folder(tmp_path):
+    """With six pictures."""
     folder = tmp_path / "images"
     folder.mkdir()
-    for i in range(3):
+    for i in range(6):
         Image.effect_noise((96, 80 + 16 * i), 60).save(folder / f"{i}.png")
+    return folder
+
+
+def test_with_images(checkpoint, folder, tmp_path) -> None:
     target, report = tmp_path / "gn.safetensors", tmp_path / "report.json"
     words = ["convert", str(checkpoint), str(target), "--images", str(folder), "--steps", "2"]
     words += ["--report", str(report), "--config-file", CONFIG, *BATCH_NORM, "INPUT.MIN_SIZE_TEST", "96"]
@@ -71,3 +78,53 @@ def test_errors_write_nothing(checkpoint, tmp_path, capsys) -> None:
     again = tmp_path / "again.pth"
     assert main(["convert", str(target), str(again)]) == 2
     assert "no BatchNorm" in capsys.readouterr().err and not again.exists()
+
+
+def test_images_of_a_coco_json(checkpoint, folder, tmp_path, capsys) -> None:
+    annotations, target = tmp_path / "coco.json", tmp_path / "gn.pth"
+    annotations.write_text(json.dumps({"images": [{"file_name": f"{i}.png"} for i in range(6)]}))
+    words = ["convert", str(checkpoint), str(target), "--images", str(annotations), "--steps", "1"]
+    words += ["--max-images", "4", "--config-file", CONFIG]
+    keys = [*BATCH_NORM, "INPUT.MIN_SIZE_TEST", "64"]
+    assert main(words + keys) == 2
+    said = capsys.readouterr().err
+    assert "4 of 4 images are missing" in said and "--image-folder" in said and not target.exists()
+    assert main([*words, "--image-folder", str(folder), *keys]) == 0
+    assert loads(target)
+    annotations.write_text('{"annotations": []}')
+    assert main(words + keys) == 2
+    assert "it has no 'images'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t"])
+def test_a_librarys_model(name, folder, tmp_path, capsys) -> None:
+    torch.manual_seed(0)
+    if name == "resnet18":
+        model = torchvision.models.resnet18()
+    else:
+        model = pytest.importorskip("timm").create_model("resnet10t")
+    weights, target = tmp_path / "bn.pth", tmp_path / "gn.pth"
+    torch.save(model.state_dict(), weights)
+    words = ["convert", name, str(target), "--weights", str(weights), "--images", str(folder)]
+    assert main([*words, "--steps", "1", "--batch-size", "2"]) == 0
+    assert "gn_detect.convert_norm(model, init='reset', num_groups=32" in capsys.readouterr().out
+    converted, _ = gn_detect.convert_norm(model, init="reset")
+    converted.load_state_dict(read_checkpoint(target).tensors)
+
+
+def test_what_is_wrong_with_a_librarys_model(checkpoint, folder, tmp_path, capsys) -> None:
+    target = str(tmp_path / "gn.pth")
+
+    def refused(*words: str) -> str:
+        assert main(["convert", *words]) == 2
+        assert not (tmp_path / "gn.pth").exists()
+        return capsys.readouterr().err
+
+    assert "add --weights FILE" in refused("resnet18", target)
+    assert "IMAGENET1K_V1" in refused("resnet18", target, "--weights", "V9")
+    assert "does not fit resnet18" in refused("resnet18", target, "--weights", str(checkpoint))
+    assert "--weights is for the name of a model" in refused(str(checkpoint), target, "--weights", "DEFAULT")
+    torch.save(torchvision.models.video.r3d_18().state_dict(), tmp_path / "video.pth")
+    video = ["r3d_18", target, "--weights", str(tmp_path / "video.pth")]
+    assert "does not take single pictures" in refused(*video, "--images", str(folder))
+    assert main(["convert", *video]) == 0
