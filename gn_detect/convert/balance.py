@@ -106,7 +106,8 @@ def solve(moments: ImageMoments, source: SourceNorm, num_groups: int, *, scales:
     start = torch.ones(source.channels)
     if scales:
         start = (square.mean(0) - mean.mean(0).square()).clamp_min(0).add(source.eps).rsqrt()
-    strength = source.scale.float().square() / (source.scale / start.double()).square().sum().float()
+    total = (source.scale / start.double()).square().sum()
+    strength = (source.scale.square() / total.clamp_min(1e-30)).float()  # a norm may have weights of zero
     variance = (square - mean.square()).clamp_min(0.0)
 
     def group_statistics(scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
