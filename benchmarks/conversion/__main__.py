@@ -1,4 +1,8 @@
-"""``python -m benchmarks.conversion MODEL``: original, fresh, copied, matched, calibrated side by side."""
+"""``python -m benchmarks.conversion MODEL``: original, fresh, copied, matched, calibrated side by side.
+
+The row "mirrored" is the original itself on mirrored images: what a change that nobody would mind does to
+the figures.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +34,23 @@ def main() -> None:
     rows = {}
     for name, make in measure.initialisations(pretrained.model, **rule).items():
         rows[name] = measure.compare(expected, measure.outputs_of(make(), validation.images), validation)
-    model, report = convert_norm(pretrained.model, **rule)
-    start = time.perf_counter()
-    report = calibrate(
-        pretrained.model,
-        model,
-        models.normalise(unlabelled, pretrained),
-        args.steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        report=report,
-    )
-    seconds = time.perf_counter() - start
-    rows["calibrated"] = measure.compare(expected, measure.outputs_of(model, validation.images), validation)
+    mirrored = measure.outputs_of(pretrained.model, validation.images.flip(3))
+    rows["mirrored"] = measure.compare(expected, mirrored, validation)
+    seconds = 0.0
+    for name, steps in (("balanced", 0), ("calibrated", args.steps)):
+        model, report = convert_norm(pretrained.model, **rule)
+        start = time.perf_counter()
+        calibrate(
+            pretrained.model,
+            model,
+            models.normalise(unlabelled, pretrained),
+            steps,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            report=report,
+        )
+        seconds = time.perf_counter() - start
+        rows[name] = measure.compare(expected, measure.outputs_of(model, validation.images), validation)
     print(f"{args.model}, {len(validation.images)} {args.on} of val; {len(unlabelled)} unlabelled images")
     print(f"{args.num_groups} groups of at least {args.min_channels} channels")
     print(f"calibrated in {seconds:.0f} s, {args.steps} steps of {args.batch_size}, {args.threads} threads")
@@ -63,7 +71,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description=main.__doc__)
     parser.add_argument("model", choices=models.NAMES)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of weights and images")
-    parser.add_argument("--on", choices=("crops", "photos"), default="crops")
+    parser.add_argument("--on", choices=("crops", "photos", "random"), default="crops")
     parser.add_argument("--num-groups", type=int, default=32)
     parser.add_argument("--min-channels", type=int, default=16, help="in each group")
     parser.add_argument("--steps", type=int, default=200)
@@ -77,8 +85,11 @@ def _parse() -> argparse.Namespace:
 
 
 def _validation(args: argparse.Namespace, pretrained: models.Pretrained, folder: Path) -> measure.Validation:
-    if args.on == "photos":
-        images = crops.photos(folder, "val", pretrained.size)
+    if args.on != "crops":
+        if args.on == "photos":
+            images = crops.photos(folder, "val", pretrained.size)
+        else:
+            images = crops.random_crops(folder, "val", pretrained.size, 1000)
         labels = torch.full((len(images),), -1)
         return measure.Validation(models.normalise(images, pretrained), labels, False)
     found = crops.object_crops(folder, "val", pretrained.size)
