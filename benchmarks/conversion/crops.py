@@ -71,7 +71,10 @@ def random_crops(folder: Path, part: str, size: int, count: int, seed: int = 0) 
         photo = opened[i % len(opened)]
         side = MIN_SIDE * (min(photo.size) / MIN_SIDE) ** random.uniform(0.0, 1.0)
         ratio = np.exp(random.normal(0.0, 0.5))
-        w, h = (min(max(side * x, MIN_SIDE), most) for x, most in zip((ratio**0.5, ratio**-0.5), photo.size))
+        w, h = (
+            min(max(side * x, MIN_SIDE), most)
+            for x, most in zip((ratio**0.5, ratio**-0.5), photo.size, strict=True)
+        )
         left, top = random.uniform(0, photo.width - w), random.uniform(0, photo.height - h)
         images.append(_resized(photo, size, (left, top, left + w, top + h)))
     return torch.stack(images)
