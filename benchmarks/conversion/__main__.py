@@ -74,7 +74,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--on", choices=("crops", "photos", "random"), default="crops")
     parser.add_argument("--num-groups", type=int, default=32)
     parser.add_argument("--min-channels", type=int, default=16, help="in each group")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--random-crops", type=int, default=0, help="of whole train images, in addition")

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-folder", metavar="FOLDER", help="of the JSON's images; by default its own"
     )
     calibration.add_argument("--max-images", type=int, default=500, help="spread over all of them")
-    calibration.add_argument("--steps", type=int, default=200)
+    calibration.add_argument("--steps", type=int, default=400)
     calibration.add_argument("--batch-size", type=int, help="8; 2 for detectors")
     calibration.add_argument("--learning-rate", type=float, default=3e-4)
     calibration.add_argument("--checkpoint", metavar="FILE", help="to go on from, if it is interrupted")

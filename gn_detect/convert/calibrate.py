@@ -54,7 +54,7 @@ def calibrate(
     original: nn.Module,
     converted: nn.Module,
     images: Tensor | Iterable[Any],
-    steps: int = 200,
+    steps: int = 400,
     *,
     batch_size: int = 8,
     learning_rate: float = 3e-4,
