@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .moments import RunningMoments
@@ -103,11 +104,11 @@ class Objective:
         output = torch.zeros((), device=pairs[0][0].device)
         for (expected, found), scale in zip(pairs, self._output_scales, strict=True):
             if expected.numel():
-                output = output + (found - expected).square().mean() / scale
+                output = output + F.mse_loss(found, expected) / scale
         block = torch.zeros_like(output)
         for name, scale in self._block_scales.items():
             for expected, found in compared.get(name, []):
-                block = block + (found - expected).square().mean() / scale / len(self._block_scales)
+                block = block + F.mse_loss(found, expected) / scale / len(self._block_scales)
         return output / len(pairs), block
 
     @torch.no_grad()

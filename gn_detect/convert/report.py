@@ -92,8 +92,8 @@ class ConversionReport:
                 axes.plot(depth, errors, "o-", color=colour, label=label, markersize=4)
         axes.set(xlabel="norm, from input to output", ylabel="error / standard deviation of the output")
         axes.set_title("How far each layer is from the BatchNorm model")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
+        axes.set_yscale("log")  # a single layer can be ten times as far as the others
+        axes.grid(alpha=0.3, which="both")
         if self.similarity:
             axes.legend()
         with atomic_write(path, "wb") as file:
