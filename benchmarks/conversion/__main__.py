@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gn_detect.convert import calibrate, convert_norm
 
@@ -19,30 +20,23 @@ from . import crops, measure, models
 
 
 def main() -> None:
-    """Print the table and, with ``--json``, save it."""
+    """Print a table for each kind of validation images and, with ``--json``, save them."""
     args = _parse()
     torch.set_num_threads(args.threads)
     folder = args.shared / "data" / "coco80"
     pretrained = models.load(args.model, args.shared / "weights")
-    validation = _validation(args, pretrained, folder)
     unlabelled = crops.object_crops(folder, "train", pretrained.size).images
     if args.random_crops:
         more = crops.random_crops(folder, "train", pretrained.size, args.random_crops)
         unlabelled = torch.cat([more, unlabelled])
     rule = {"num_groups": args.num_groups, "min_channels_per_group": args.min_channels}
-    expected = measure.outputs_of(pretrained.model, validation.images)
-    rows = {}
-    for name, make in measure.initialisations(pretrained.model, **rule).items():
-        rows[name] = measure.compare(expected, measure.outputs_of(make(), validation.images), validation)
-    mirrored = measure.outputs_of(pretrained.model, validation.images.flip(3))
-    rows["mirrored"] = measure.compare(expected, mirrored, validation)
-    seconds = 0.0
+    converted = {name: make() for name, make in measure.initialisations(pretrained.model, **rule).items()}
     for name, steps in (("balanced", 0), ("calibrated", args.steps)):
-        model, report = convert_norm(pretrained.model, **rule)
+        converted[name], report = convert_norm(pretrained.model, **rule)
         start = time.perf_counter()
         calibrate(
             pretrained.model,
-            model,
+            converted[name],
             models.normalise(unlabelled, pretrained),
             steps,
             batch_size=args.batch_size,
@@ -50,13 +44,20 @@ def main() -> None:
             report=report,
         )
         seconds = time.perf_counter() - start
-        rows[name] = measure.compare(expected, measure.outputs_of(model, validation.images), validation)
-    print(f"{args.model}, {len(validation.images)} {args.on} of val; {len(unlabelled)} unlabelled images")
-    print(f"{args.num_groups} groups of at least {args.min_channels} channels")
-    print(f"calibrated in {seconds:.0f} s, {args.steps} steps of {args.batch_size}, {args.threads} threads")
-    print(measure.as_table(rows))
-    if "accuracy" in rows["original"]:
-        print(f"accuracy kept: {rows['calibrated']['accuracy'] / rows['original']['accuracy']:.3f}")
+    print(f"{args.model}, {args.num_groups} groups of at least {args.min_channels} channels")
+    print(
+        f"calibrated in {seconds:.0f} s, {args.steps} steps of {args.batch_size}, {args.threads} threads, on "
+        f"{len(unlabelled)} unlabelled images"
+    )
+    tables = {}
+    for kind in args.on:
+        validation = _validation(args, kind, pretrained, folder)
+        rows = tables[kind] = _rows(pretrained.model, converted, validation)
+        print(f"{len(validation.images)} {kind} of val")
+        print(measure.as_table(rows))
+        if "accuracy" in rows["original"]:
+            kept = rows["calibrated"]["accuracy"] / rows["original"]["accuracy"]
+            print(f"accuracy kept: {kept:.3f}")
     if args.report:
         report.save(args.report.with_suffix(".json"))
         report.draw(args.report.with_suffix(".png"))
@@ -64,14 +65,25 @@ def main() -> None:
         settings = {
             key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
         }
-        args.json.write_text(json.dumps({"settings": settings, "seconds": seconds, "rows": rows}, indent=2))
+        content = {"settings": settings, "seconds": seconds, "tables": tables}
+        args.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _rows(
+    original: nn.Module, converted: dict[str, nn.Module], validation: measure.Validation
+) -> dict[str, measure.Row]:
+    expected = measure.outputs_of(original, validation.images)
+    found = {name: measure.outputs_of(model, validation.images) for name, model in converted.items()}
+    found["mirrored"] = measure.outputs_of(original, validation.images.flip(3))
+    return {name: measure.compare(expected, outputs, validation) for name, outputs in found.items()}
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description=main.__doc__)
     parser.add_argument("model", choices=models.NAMES)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of weights and images")
-    parser.add_argument("--on", choices=("crops", "photos", "random"), default="crops")
+    kinds = ("crops", "photos", "random")
+    parser.add_argument("--on", choices=kinds, nargs="+", default=["crops"], help="to be compared on")
     parser.add_argument("--num-groups", type=int, default=32)
     parser.add_argument("--min-channels", type=int, default=16, help="in each group")
     parser.add_argument("--steps", type=int, default=400)
@@ -84,9 +96,11 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _validation(args: argparse.Namespace, pretrained: models.Pretrained, folder: Path) -> measure.Validation:
-    if args.on != "crops":
-        if args.on == "photos":
+def _validation(
+    args: argparse.Namespace, kind: str, pretrained: models.Pretrained, folder: Path
+) -> measure.Validation:
+    if kind != "crops":
+        if kind == "photos":
             images = crops.photos(folder, "val", pretrained.size)
         else:
             images = crops.random_crops(folder, "val", pretrained.size, 1000)

@@ -29,6 +29,10 @@ from .source import SourceNorm, read_norm
 ANNEALED = 0.6
 """Fraction of the steps over which the statistics go from BatchNorm's to GroupNorm's."""
 
+WARMED_UP = 0.1
+"""Fraction of the steps over which the learning rate rises. Adam's first steps are as long as its later ones,
+and the model has its smallest loss before them."""
+
 ROUNDING = 1e-2
 """Largest relative difference to the original that a change of nothing but scales may make."""
 
@@ -85,7 +89,7 @@ def calibrate(
         converted: what :func:`convert_norm` made of it with ``init="match"``; changed in place.
         images: (N, C, H, W), or an iterable of images (C, H, W) of one size, of which batches are drawn; or
             an iterable of batches of any kind that the models accept, which are used as they are.
-        steps: of the distillation (Adam, cosine schedule); 0 only rescales.
+        steps: of the distillation (Adam, warm-up and cosine schedule); 0 only rescales.
         batch_size: images for each step, where ``images`` are single images.
         parameters: what to train: ``"all"``, or the norms' weights and biases alone (``"affine"``).
         held_out: fraction of the images (at least one batch) that is not trained on.
@@ -183,7 +187,7 @@ class _Trainer:
         done = step / self.steps
         self.annealing.share = min(1.0, done / ANNEALED)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = self.learning_rate * _schedule(done)
         with self.annealing.applied():
             output, blocks = self.objective.loss(self.stream.next_batch())
             loss = output + blocks
@@ -247,6 +251,11 @@ class _Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         self.stream.load_state_dict(content["stream"])
         return _Progress(content["step"], content["best_loss"], content["best"])
+
+
+def _schedule(done: float) -> float:
+    """Of the learning rate: a linear rise, then half a cosine; ``done`` is a fraction of the steps."""
+    return min(1.0, (done + 0.1 * WARMED_UP) / WARMED_UP) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _run_on_one(outputs: Outputs) -> Run:

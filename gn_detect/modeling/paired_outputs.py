@@ -13,6 +13,9 @@ from .roi_heads import StandardRoIHeads
 PROPOSALS = 128
 """Of each image, the best of the original's; as many as training samples in many configs."""
 
+MASK_PROPOSALS = 32
+"""Of these; a quarter, as in training, where masks are of objects only. They take most of the time."""
+
 
 def paired_outputs(
     original: nn.Module, converted: nn.Module, images: Sequence[Tensor]
@@ -28,7 +31,8 @@ def paired_outputs(
     Returns:
         Pairs of the original's tensor, without gradient, and the other's: each level's feature map
         (N, C, h, w), each level's RPN logits (N, 1, A) and deltas (N, 4, A), class logits (R, K + 1), box
-        deltas (R, 4 K) and mask logits (R, 1, S, S) of the class that the original finds most likely.
+        deltas (R, 4 K), and of the best proposals mask logits (M, 1, S, S) of the class that the original
+        finds most likely.
     """
     assert isinstance(original, MaskRCNN) and isinstance(converted, MaskRCNN)
     sizes = [image_size(image) for image in images]
@@ -67,8 +71,11 @@ def _region_outputs(
         labels = logits[:, :-1].argmax(1)  # the last is the background
     found = [logits, deltas]
     if heads.mask_head is not None:
+        with_mask = torch.cat([torch.arange(len(p), device=p.device) < MASK_PROPOSALS for p in proposals])
         if isinstance(heads, StandardRoIHeads):
             assert heads.mask_pooler is not None
-            shared = heads.mask_pooler(levels, proposals)
-        found.append(heads.mask_head(shared, labels)[:, None])
+            shared = heads.mask_pooler(levels, [p[:MASK_PROPOSALS] for p in proposals])
+        else:
+            shared = shared[with_mask]
+        found.append(heads.mask_head(shared, labels[with_mask])[:, None])
     return found, labels
