@@ -33,7 +33,7 @@ BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2
 
 
 def main() -> None:
-    """Print a line for each model, and save all after each, so that an interrupted run loses nothing."""
+    """Print a line for each model, and save all after each; a run with the same file goes on behind it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion.families", description=__doc__)
     parser.add_argument("--only", default="", help="part of the names")
     parser.add_argument("--largest", type=float, default=200, help="millions of parameters to compile")
@@ -43,16 +43,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows: dict[str, dict[str, Any]] = {}
+    if args.json and args.json.exists():
+        rows = json.loads(args.json.read_text())
     print(f"{'model':44}{'norms':>6}{'ours':>12}{'compiled':>10}{'opacus left':>13}{'affine lost':>13}")
     for family, module in FAMILIES.items():
         for name in torchvision.models.list_models(module=module):
-            if args.only in name:
+            if args.only not in name:
+                continue
+            if name not in rows:
                 row = measure(family, name, 0 if args.no_compile else args.largest * 1e6)
                 rows[name] = {"family": family, **row}
-                if row["norms"]:
-                    print(_line(name, row), flush=True)
                 if args.json:
-                    args.json.write_text(json.dumps(rows, indent=1))
+                    args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            if rows[name]["norms"]:
+                print(_line(name, rows[name]), flush=True)
     with_norms = [row for row in rows.values() if row["norms"]]
     print(f"{len(rows)} models, {len(with_norms)} with BatchNorm or FrozenBatchNorm")
 

@@ -60,9 +60,6 @@ def _parse() -> argparse.Namespace:
 
 
 def _variants(args: argparse.Namespace) -> dict[str, list[str]]:
-    def norm(kind: str, weights: str | Path) -> list[str]:
-        return [word for key in NORMS for word in (key, kind)] + ["MODEL.WEIGHTS", str(weights)]
-
     grouped = ["MODEL.GN.MIN_CHANNELS_PER_GROUP", str(args.min_channels_per_group)]
     args.output.mkdir(parents=True, exist_ok=True)
     variants = {
@@ -74,9 +71,14 @@ def _variants(args: argparse.Namespace) -> dict[str, list[str]]:
     return {name: keys for name, keys in variants.items() if not args.variants or name in args.variants}
 
 
+def norm(kind: str, weights: str | Path) -> list[str]:
+    """Config keys of one norm everywhere, and the weights to start from."""
+    return [word for key in NORMS for word in (key, kind)] + ["MODEL.WEIGHTS", str(weights)]
+
+
 def _with_fresh_norms(args: argparse.Namespace) -> Path:
     """The BatchNorm model's weights and GroupNorm as it is initialised: what a plain swap gives."""
-    model = make_model(load_config(args.config_file, args.overrides))
+    model = make_model(load_config(args.config_file, [*args.overrides, *norm("BN", args.weights)]))
     load_weights(model, args.weights)
     model, _ = convert_norm(model, init="reset", min_channels_per_group=args.min_channels_per_group)
     path: Path = args.output / "fresh.pth"
