@@ -11,6 +11,7 @@ from typing import Any
 from ..config import Config, load_config
 from ..engine import launch
 from ..errors import UserError
+from ..weights import as_command_line, implied_keys
 
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 
@@ -18,6 +19,11 @@ NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """``--config-file F`` and ``KEY VALUE ...`` at the end."""
     parser.add_argument("--config-file", metavar="FILE", help="YAML with detectron2's keys")
+    parser.add_argument(
+        "--fix-config",
+        action="store_true",
+        help="set the input's keys (format, mean, deviation, stride) to what MODEL.WEIGHTS was trained with",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY VALUE", help="config keys, such as SOLVER.BASE_LR 0.01"
     )
@@ -49,9 +55,12 @@ def read_config(args: argparse.Namespace) -> Config:
     if not args.config_file:
         raise UserError("no config: add --config-file FILE, such as configs/quick/demo.yaml")
     cfg = load_config(args.config_file, args.overrides)
-    if not hasattr(args, "train_json"):
-        return cfg
-    return _with_datasets(cfg, args)
+    if args.fix_config and cfg.model.weights:
+        keys = implied_keys(cfg, cfg.model.weights)
+        if keys:
+            print(f"--fix-config: {as_command_line(keys)}")
+        cfg = cfg.replace(keys)
+    return _with_datasets(cfg, args) if hasattr(args, "train_json") else cfg
 
 
 def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:

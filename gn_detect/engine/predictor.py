@@ -40,7 +40,7 @@ class Predictor:
         device = resolve_device(cfg)
         self.model = make_model(cfg)
         checkpoint = read_checkpoint(cfg.model.weights)
-        load_weights(self.model, checkpoint)
+        load_weights(self.model, checkpoint, config=cfg)
         self.model.to(device).eval()
         count = self.model.num_classes
         told = checkpoint.metadata

@@ -16,12 +16,28 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..config import load_config
 from ..errors import UserError
 from ..files import atomic_write
+from .convention import InputConvention
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
+from .zip_archive import is_npz, read_npz
+from .zoo import entry_of, resolve
 
-MODEL_KEYS = ("model", "state_dict", "model_state", "model_state_dict", "blobs")
+MODEL_KEYS = (
+    "state_dict_ema", "model_ema", "ema_state_dict",  # averaged weights are those meant for use
+    "model", "state_dict", "model_state", "model_state_dict", "blobs",
+)  # fmt: skip
 """Where checkpoints of training programs keep the weights; the first that is a dict is read."""
+
+FORMAT_VERSION = 1
+"""Of the files that :func:`save_weights` writes."""
+
+_VERSION_KEY, _AUTHOR_KEY = "format_version", "__author__"
+_OURS = "gn_detect"
+
+SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
+"""Of files that can be written."""
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 """Added by DistributedDataParallel, torch.compile and Lightning; removed where all names have it."""
@@ -39,7 +55,7 @@ class Checkpoint:
     Attributes:
         tensors: weights by name, on the CPU, in the file's data types, wrapper prefixes removed.
         metadata: everything beside the weights: iteration, optimiser state, ...
-        format: ``"pytorch"``, ``"safetensors"`` or ``"pickle"``.
+        format: ``"pytorch"``, ``"safetensors"``, ``"pickle"`` or ``"npz"``.
         path: the file, for messages.
     """
 
@@ -50,22 +66,25 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors`` or ``.pkl`` by what the file contains.
+    """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors``, ``.pkl`` or ``.npz`` by what is in the file.
 
     ``{"model": ...}``, ``{"state_dict": ...}``, ``{"model_state": ...}``, ``{"blobs": ...}`` and a plain dict
     of tensors are recognised; what is not a tensor or a NumPy array goes to ``metadata``.
 
     Raises:
-        UserError: no such file, a URL or zoo name, truncated or of another format, without tensors, or naming
+        UserError: no such file, a failed download, truncated or of another format, without tensors, or naming
             classes or functions other than tensors, arrays and containers; none of them is called.
     """
+    entry = entry_of(path)
     path = _existing_file(path)
     try:
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if head.startswith((_ZIP, _TORCH_LEGACY)):
+    if head.startswith(_ZIP) and is_npz(path):
+        content, kind = read_npz(path), "npz"
+    elif head.startswith((_ZIP, _TORCH_LEGACY)):
         content, kind = _read_torch(path), "pytorch"
     elif head[8:9] == b"{":
         content, kind = _read_safetensors(path), "safetensors"
@@ -76,8 +95,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     elif head.startswith(b"\x80") or path.suffix == ".pkl":
         content, kind = _read_pickle(path), "pickle"
     else:
-        raise UserError(f"{path} is not a .pth, .safetensors or .pkl checkpoint; {_FETCH_AGAIN}")
+        raise UserError(f"{path} is not a .pth, .safetensors, .pkl or .npz checkpoint; {_FETCH_AGAIN}")
     tensors, metadata = _split(content, path)
+    _check_version(metadata, path)
+    if entry is not None and entry.scheme == "detectron2":  # such a file does not tell how it was trained
+        convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
+        metadata.setdefault("input", convention.as_metadata())
     return Checkpoint(_strip_wrappers(tensors), metadata, kind, path)
 
 
@@ -87,51 +110,85 @@ def save_weights(
     """Write a checkpoint that :func:`read_checkpoint` and detectron2 read; the file is whole or absent.
 
     Args:
-        path: ends in ``.pth`` or ``.pt`` (a dict ``{"model": state_dict, **metadata}``) or ``.safetensors``
-            (metadata as JSON).
+        path: ends in ``.pth`` or ``.pt`` (a dict ``{"model": state_dict, **metadata}``), ``.pkl`` (the same
+            with NumPy arrays, as detectron2's model zoo has it) or ``.safetensors`` (metadata as JSON).
         state_dict: tensors by name, on any device.
         metadata: more to store; for ``.pth``, anything that ``torch.load(weights_only=True)`` reads, such as
-            optimiser states; for ``.safetensors``, JSON values.
+            optimiser states; otherwise JSON values.
 
     Raises:
-        UserError: another ending, metadata that the format cannot hold, or the disk is full or read-only.
+        UserError: another ending, metadata or a type that the format cannot hold, or the disk is full or
+            read-only.
     """
     path, metadata = Path(path), dict(metadata or {})
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise UserError(f"cannot save weights as {path}: end the name in .pth or .safetensors")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"cannot save weights as {path}: end the name in {', '.join(SUFFIXES)}")
     if "model" in metadata:
         raise UserError(f"cannot save {path}: the metadata key 'model' is taken by the weights; rename it")
+    metadata |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS}
     tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     if path.suffix == ".safetensors":
+        _write(path, _as_safetensors(path, tensors, metadata))
+    elif path.suffix == ".pkl":
+        _write(path, _as_pickle(path, tensors, metadata))
+    else:
         try:
-            header = {key: json.dumps(value) for key, value in metadata.items()}
-        except (TypeError, ValueError) as error:
-            raise UserError(f"cannot save {path}: {error}; save as .pth or leave it out") from error
-        # Tied tensors may not share memory in this format, and views must be dense.
-        dense = torch.contiguous_format
-        copies = {name: tensor.clone(memory_format=dense) for name, tensor in tensors.items()}
-        content = safetensors.torch.save(copies, header)
-        with atomic_write(path, "wb") as file:
-            file.write(content)
-        return
+            with atomic_write(path, "wb") as file:
+                torch.save({"model": tensors, **metadata}, file)
+        except RuntimeError as error:  # torch's writer reports a full disk so
+            raise UserError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path, "wb") as file:
+        file.write(content)
+
+
+def _as_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
     try:
-        with atomic_write(path, "wb") as file:
-            torch.save({"model": tensors, **metadata}, file)
-    except RuntimeError as error:  # torch's writer reports a full disk so
-        raise UserError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from error
+        header = {key: json.dumps(value) for key, value in metadata.items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot save {path}: {error}; save as .pth or leave it out") from error
+    # Tied tensors may not share memory in this format, and views must be dense.
+    dense = torch.contiguous_format
+    copies = {name: tensor.clone(memory_format=dense) for name, tensor in tensors.items()}
+    return safetensors.torch.save(copies, header)
+
+
+def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
+    """Without ``matching_heuristics``, detectron2 takes the names as they are."""
+    try:
+        json.dumps(metadata)  # the reader's restrictions, nearly
+        arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot save {path}: {error}; save as .pth") from error
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}  # 0-dimensional ones became (1,)
+    arrays = {name: array.reshape(shapes[name]) for name, array in arrays.items()}
+    return pickle.dumps({"model": arrays, **metadata}, protocol=2)
+
+
+def _check_version(metadata: dict[str, Any], path: Path) -> None:
+    """Only of our own files; the two keys do not stay in the metadata."""
+    if metadata.get(_AUTHOR_KEY) != _OURS:
+        return
+    del metadata[_AUTHOR_KEY]
+    version = metadata.pop(_VERSION_KEY, FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version!r}, and this gn_detect reads up to {FORMAT_VERSION}; "
+            "install a newer one"
+        )
 
 
 def _existing_file(path: str | Path) -> Path:
-    if re.match(r"[A-Za-z][\w+.-]*://", str(path)):
-        raise UserError(
-            f"cannot load weights from {path}: there is no download and no model zoo yet; "
-            f"fetch the file yourself and give its path as MODEL.WEIGHTS"
-        )
-    path = Path(path)
+    path = resolve(path)
     if path.is_dir():
         raise UserError(f"cannot load weights from {path}: it is a folder; give a file inside it")
     if not path.is_file():
-        raise UserError(f"cannot load weights from {path}: no such file; check MODEL.WEIGHTS")
+        raise UserError(
+            f"cannot load weights from {path}: no such file; check MODEL.WEIGHTS, or give zoo://NAME of "
+            "gn-detect zoo list"
+        )
     return path
 
 
@@ -198,7 +255,7 @@ def _split(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     tensors: dict[str, Tensor] = {}
     for key, value in weights.items():
         if isinstance(value, Tensor):
-            tensors[str(key)] = value.detach()
+            tensors[str(key)] = _checked(value.detach(), key, path)
         elif isinstance(value, np.ndarray):
             tensors[str(key)] = _as_tensor(value, key, path)
         elif container is None:
@@ -207,6 +264,17 @@ def _split(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         keys = ", ".join(repr(key) for key in list(weights)[:3]) or "none"
         raise UserError(f"{path} holds no tensors (keys: {keys}); give a checkpoint with a state dict")
     return tensors, metadata
+
+
+def _checked(tensor: Tensor, key: Any, path: Path) -> Tensor:
+    """A file can describe a tensor of terabytes that all lie on one stored number."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise UserError(f"{path}: {key!r} is not a dense tensor; store dense weights")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(
+            f"refused to read {path}: {key!r} has shape {tuple(tensor.shape)}, more than is stored"
+        )
+    return tensor
 
 
 def _as_tensor(array: np.ndarray, key: Any, path: Path) -> Tensor:

@@ -7,6 +7,7 @@ Files of NumPy 1 (``numpy.core``), NumPy 2 (``numpy._core``) and Python 2 are re
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 from collections import OrderedDict
@@ -15,6 +16,8 @@ from functools import partial
 from typing import IO, Any
 
 import numpy as np
+
+from .pickle_check import check_pickle
 
 
 class RefusedGlobal(pickle.UnpicklingError):
@@ -39,7 +42,9 @@ def load_numpy_pickle(file: IO[bytes]) -> Any:
         pickle.UnpicklingError: the pickle is truncated, malformed, or holds arrays that are not numeric.
     """
     try:
-        return _plain(_NumpyUnpickler(file, encoding="latin1").load())
+        data = file.read()
+        check_pickle(data)
+        return _plain(_NumpyUnpickler(io.BytesIO(data), encoding="latin1").load(), {})
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a malformed pickle can make any opcode fail in any way
@@ -107,19 +112,37 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")  # how Python 3 writes bytes in protocols 0 to 2
 
 
-def _plain(value: Any) -> Any:
-    """Replace the stand-ins in nested containers by what they stand for."""
+def _bytes(data: Any = b"", encoding: str | None = None) -> bytes:
+    """Never of a number, for which Python's own makes as many bytes."""
+    if isinstance(data, str):
+        return data.encode("latin1")
+    if not isinstance(data, bytes | bytearray | list | tuple):
+        raise pickle.UnpicklingError(f"bytes of {data!r}")
+    return bytes(data)
+
+
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """Replace the stand-ins in nested containers by what they stand for; what is shared stays shared."""
+    if id(value) in done:
+        return done[id(value)]
     if isinstance(value, _Array):
         if value.array is None:
             raise pickle.UnpicklingError("an array without data")
         return value.array
     if isinstance(value, _Dtype):
         return value.dtype
+    new: Any
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
-    return value
+        new = done[id(value)] = {}
+        new.update((key, _plain(item, done)) for key, item in value.items())
+    elif isinstance(value, list):
+        new = done[id(value)] = []
+        new.extend(_plain(item, done) for item in value)
+    elif isinstance(value, tuple):
+        new = done[id(value)] = tuple(_plain(item, done) for item in value)
+    else:
+        new = value
+    return new
 
 
 _ALLOWED: dict[tuple[str, str], type | str | Callable[..., Any]] = {
@@ -130,8 +153,8 @@ _ALLOWED: dict[tuple[str, str], type | str | Callable[..., Any]] = {
     ("numpy", "dtype"): _make_dtype,
     ("_codecs", "encode"): _encode,
     ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "bytes"): bytes,
-    ("builtins", "bytearray"): bytearray,
+    ("builtins", "bytes"): _bytes,
+    ("builtins", "bytearray"): _bytes,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
 }

@@ -218,7 +218,7 @@ def test_truncated_files_are_refused_in_one_line(tmp_path: Path, share: float) -
     ("content", "message"),
     [
         (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
-        (b"<!DOCTYPE html><html>not found</html>", "not a .pth, .safetensors or .pkl checkpoint"),
+        (b"<!DOCTYPE html><html>not found</html>", "not a .pth, .safetensors, .pkl or .npz checkpoint"),
         (pickle.dumps([1, 2]), "holds a list"),
         (pickle.dumps({"lr": 0.1}), "holds no tensors .*'lr'"),
     ],
@@ -232,15 +232,16 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes,
 def test_a_zip_file_without_weights_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "m.pth", "w") as archive:
         archive.writestr("hello.txt", "hello")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="neither of PyTorch nor of NumPy"):
         read_checkpoint(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "no download and no model zoo yet.*give its path"),
-        ("https://example.com/m.pth", "no download"),
+        ("zoo://R-51-GN", "no 'R-51-GN'; did you mean R-50-GN or"),
+        ("catalog://ImageNetPretrained/FAIR/R-51-GN", "does not know.*gn-detect zoo list"),
+        ("http://example.com/m.pth", "only zoo://, detectron2://, catalog:// and https://"),
         ("missing.pth", "no such file; check MODEL.WEIGHTS"),
         (".", "it is a folder"),
     ],
@@ -252,7 +253,7 @@ def test_sources_that_are_not_files(source: str, message: str) -> None:
 
 def test_saving_refuses_what_it_cannot_store(tmp_path: Path) -> None:
     state = make_state_dict()
-    with pytest.raises(UserError, match=r"end the name in \.pth or \.safetensors"):
+    with pytest.raises(UserError, match=r"end the name in \.pth, \.pt, \.pkl, \.safetensors"):
         save_weights(tmp_path / "m.h5", state)
     with pytest.raises(UserError, match=r"save as \.pth"):
         save_weights(tmp_path / "m.safetensors", state, {"optimizer": torch.ones(1)})

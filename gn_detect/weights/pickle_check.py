@@ -1,0 +1,116 @@
+"""Looks through a pickle before anything of it is carried out: size, depth and kind of its instructions.
+
+The unpickler of ``numpy_pickle`` calls nothing that a file names. What is left to a hostile file is to make
+Python itself fail: a memo index of billions reserves as much memory, tuples nested a million deep overflow
+the stack when they are hashed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+
+MAX_INSTRUCTIONS = 2_000_000
+"""The largest published checkpoints have some ten thousand."""
+
+MAX_DEPTH = 64
+"""Of containers in containers."""
+
+_REFUSED = {
+    "PERSID": "a persistent id",
+    "BINPERSID": "a persistent id",
+    "EXT1": "a code of the extension registry",
+    "EXT2": "a code of the extension registry",
+    "EXT4": "a code of the extension registry",
+    "NEXT_BUFFER": "a buffer outside the file",
+    "READONLY_BUFFER": "a buffer outside the file",
+    "OBJ": "a class",
+    "NEWOBJ": "a class",
+    "NEWOBJ_EX": "a class",
+}
+_GROWING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+_STORES = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_FETCHES = {"GET", "BINGET", "LONG_BINGET"}
+
+
+def check_pickle(data: bytes) -> None:
+    """Follow the instructions without carrying them out.
+
+    Raises:
+        pickle.UnpicklingError: truncated or malformed, or more, deeper or other instructions than arrays in
+            plain containers need.
+    """
+    follower = _Follower()
+    try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if number >= MAX_INSTRUCTIONS:
+                raise pickle.UnpicklingError(f"more than {MAX_INSTRUCTIONS} instructions")
+            follower.follow(opcode, argument)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise pickle.UnpicklingError(f"a malformed pickle: {error}") from error
+
+
+class _Depth:
+    """Of one value; shared by all places that refer to it."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+
+class _Follower:
+    """The unpickler's stack and memo, with depths for values and None for marks."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Depth | None] = []
+        self.memo: dict[int, _Depth] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
+        name = opcode.name
+        if name in _REFUSED:
+            raise pickle.UnpicklingError(
+                f"it holds {_REFUSED[name]}, and only arrays and containers are read"
+            )
+        if name in _STORES:
+            index = len(self.memo) if name == "MEMOIZE" else argument
+            # Python numbers them one after the other, and reserves memory up to the largest.
+            if not isinstance(index, int) or index > 2 * len(self.memo) + 16:
+                raise pickle.UnpicklingError(f"a memo index of {index}")
+            self.memo[index] = self._top()
+        elif name in _FETCHES:
+            assert isinstance(argument, int)
+            self.stack.append(self.memo[argument])
+        elif name == "DUP":
+            self.stack.append(self._top())
+        else:
+            self._apply(name, opcode)
+
+    def _top(self) -> _Depth:
+        top = self.stack[-1]
+        if top is None:
+            raise ValueError("a mark where a value should be")
+        return top
+
+    def _apply(self, name: str, opcode: pickletools.OpcodeInfo) -> None:
+        popped: list[_Depth] = []
+        before = list(opcode.stack_before)
+        if pickletools.markobject in before or (name == "POP" and self.stack and self.stack[-1] is None):
+            while (value := self.stack.pop()) is not None:
+                popped.append(value)
+            before = before[: before.index(pickletools.markobject)] if before else []
+            if name == "POP":
+                before = []
+        for _ in before:
+            value = self.stack.pop()
+            if value is None:
+                raise ValueError("a mark where a value should be")
+            popped.append(value)
+        if name in _GROWING:
+            target, items = popped[-1], popped[:-1]
+            target.depth = max(target.depth, 1 + max((item.depth for item in items), default=0))
+            result = target
+        else:
+            result = _Depth(1 + max((item.depth for item in popped), default=0))
+        if result.depth > MAX_DEPTH:
+            raise pickle.UnpicklingError(f"containers nested more than {MAX_DEPTH} deep")
+        for kind in opcode.stack_after:
+            self.stack.append(None if kind is pickletools.markobject else result)
