@@ -140,7 +140,9 @@ def prepare(cfg: Config, resume: bool) -> Run:
         load_weights(model, checkpoint)
         logger.info("resuming from %s at iteration %d", checkpoint.path, start)
     elif cfg.model.weights:
-        logger.info("%s", load_weights(model, cfg.model.weights, for_training=True, config=cfg))
+        names = class_metadata(dataset)["class_names"]
+        report = load_weights(model, cfg.model.weights, for_training=True, config=cfg, class_names=names)
+        logger.info("%s", report)
     model.to(device).train()
     optimizer = build_optimizer(cfg, model)
     run = Run(cfg, device, model, optimizer, loader, dataset, tests, start)

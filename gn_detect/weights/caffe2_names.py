@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .classes import background_last, boxes_without_background, masks_without_background
-from .convention import DETECTRON_GN, DETECTRON_MSRA, DETECTRON_RESNEXT_32, InputConvention
+from .convention import DETECTRON_GN, DETECTRON_MSRA, DETECTRON_RESNEXT, InputConvention, plain_text
 from .resnet_names import caffe2_leaf, from_caffe2
 
 FROZEN_EPS = 1e-5
@@ -57,15 +57,19 @@ def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list
 
 
 def convention(checkpoint: Checkpoint) -> InputConvention:
-    """BGR; the rest follows from the norm and from the groups of the 3x3 convolutions."""
+    """BGR; the rest follows from the norm and from the groups of the 3x3 convolutions.
+
+    A ResNeXt with whole BatchNorms is detectron2's copy, which wants a deviation; Detectron's own has it folded.
+    """
     names = checkpoint.tensors
     found = DETECTRON_GN if any("_gn_" in name for name in names) else DETECTRON_MSRA
     narrow, wide = names.get("res2_0_branch2b_w"), names.get("res2_0_branch2a_w")
     if narrow is not None and wide is not None and narrow.dim() == 4 and wide.dim() == 4:
         groups = len(wide) // max(1, narrow.shape[1])
         if groups > 1:
-            found = DETECTRON_RESNEXT_32 if groups == 32 else replace(found, stride_in_1x1=False)
-    stated = re.search(r"STRIDE_1X1:\s*(true|false)", str(checkpoint.metadata.get("cfg", "")), re.IGNORECASE)
+            whole = any(name.endswith(("_bn_running_mean", "_bn_rm")) for name in names)
+            found = DETECTRON_RESNEXT if whole else replace(found, stride_in_1x1=False)
+    stated = re.search(r"STRIDE_1X1:\s*(true|false)", plain_text(checkpoint.metadata, "cfg"), re.IGNORECASE)
     return found if stated is None else replace(found, stride_in_1x1=stated[1].lower() == "true")
 
 

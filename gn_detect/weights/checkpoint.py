@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from .convention import InputConvention
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
+from .pickle_check import check_pickle
 from .zip_archive import is_npz, read_npz
 from .zoo import entry_of, resolve
 
@@ -44,7 +45,16 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 _ZIP = b"PK\x03\x04"
 _TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch's magic number, pickled
-_HDF5 = b"\x89HDF"
+_LEGACY_PICKLES = 5  # magic number, version, platform, content, keys of the storages that follow
+_OTHERS = {
+    b"\x89HDF": "an HDF5 file; export its weights to .pth, .safetensors or .pkl",
+    b"\x1f\x8b": "compressed with gzip; unpack it with gunzip",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch it with git lfs pull",
+    b"<": "a web page or XML, perhaps a server's message instead of the file; download it again",
+    b"{": "JSON, and holds no weights; give a checkpoint",
+}
+"""What is taken for a checkpoint by mistake, by its first bytes."""
+
 _FETCH_AGAIN = "the file may be truncated: copy or download it again"
 
 
@@ -77,30 +87,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     entry = entry_of(path)
     path = _existing_file(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if head.startswith(_ZIP) and is_npz(path):
-        content, kind = read_npz(path), "npz"
-    elif head.startswith((_ZIP, _TORCH_LEGACY)):
-        content, kind = _read_torch(path), "pytorch"
-    elif head[8:9] == b"{":
-        content, kind = _read_safetensors(path), "safetensors"
-    elif head.startswith(_HDF5):
-        raise UserError(f"{path} is an HDF5 file; export its weights to .pth, .safetensors or .pkl")
-    elif not head:
-        raise UserError(f"{path} is empty; copy or download it again")
-    elif head.startswith(b"\x80") or path.suffix == ".pkl":
-        content, kind = _read_pickle(path), "pickle"
-    else:
-        raise UserError(f"{path} is not a .pth, .safetensors, .pkl or .npz checkpoint; {_FETCH_AGAIN}")
+    content, kind = _read(path)
     tensors, metadata = _split(content, path)
     _check_version(metadata, path)
-    if entry is not None and entry.scheme == "detectron2":  # such a file does not tell how it was trained
+    if entry is not None:  # the catalogue knows better than the names what the weights were trained with
         convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
-        metadata.setdefault("input", convention.as_metadata())
+        metadata["input"] = convention.as_metadata()
     return Checkpoint(_strip_wrappers(tensors), metadata, kind, path)
 
 
@@ -178,6 +170,41 @@ def _check_version(metadata: dict[str, Any], path: Path) -> None:
             f"{path} has format version {version!r}, and this gn_detect reads up to {FORMAT_VERSION}; "
             "install a newer one"
         )
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """What a file holds, and its format."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            size = file.seek(0, 2)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if head.startswith((_ZIP, _TORCH_LEGACY)):
+        return _read_torch_or_npz(path, head)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return _read_safetensors(path), "safetensors"
+    if head.startswith((b"\x80", b"(", b"}", b"]")) or path.suffix == ".pkl":  # b"\x80": protocol 2 and on
+        return _read_pickle(path), "pickle"
+    for start, remedy in _OTHERS.items():
+        if head.lstrip().startswith(start):
+            raise UserError(f"{path} is {remedy}")
+    if not head:
+        raise UserError(f"{path} is empty; copy or download it again")
+    raise UserError(f"{path} is not a .pth, .safetensors, .pkl or .npz checkpoint; {_FETCH_AGAIN}")
+
+
+def _read_torch_or_npz(path: Path, head: bytes) -> tuple[Any, str]:
+    try:
+        if head.startswith(_TORCH_LEGACY):
+            with path.open("rb") as file:
+                for _ in range(_LEGACY_PICKLES):
+                    check_pickle(file)
+        elif is_npz(path):
+            return read_npz(path), "npz"
+    except pickle.UnpicklingError as error:
+        raise UserError(f"cannot read {path}: {_first_line(error)}; {_FETCH_AGAIN}") from error
+    return _read_torch(path), "pytorch"
 
 
 def _existing_file(path: str | Path) -> Path:

@@ -88,6 +88,12 @@ def as_command_line(keys: dict[str, Any]) -> str:
     )
 
 
+def plain_text(metadata: Any, *keys: str) -> str:
+    """The first of the keys that holds text, or ""; nothing else that a file has there is made text."""
+    values = [metadata.get(key) for key in keys] if isinstance(metadata, dict) else []
+    return next((value for value in values if isinstance(value, str)), "")
+
+
 def _near(found: Sequence[float], wanted: Sequence[float], tolerance: float) -> bool:
     pairs = zip(found, wanted, strict=False)
     return len(found) == len(wanted) and all(abs(a - b) <= tolerance for a, b in pairs)
@@ -96,7 +102,8 @@ def _near(found: Sequence[float], wanted: Sequence[float], tolerance: float) -> 
 def _three_numbers(value: Any) -> tuple[float, ...] | None:
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         return None
-    return tuple(map(float, value)) if all(isinstance(x, (int, float)) for x in value) else None
+    plain = all(isinstance(x, int | float) and -1e6 < x < 1e6 for x in value)
+    return tuple(map(float, value)) if plain else None
 
 
 _IMAGENET_RGB = (123.675, 116.28, 103.53)
@@ -111,5 +118,5 @@ DETECTRON_GN = InputConvention("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0,
 DETECTRON_MSRA = InputConvention("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0), True)
 """The ResNets of He et al. in Caffe2's format."""
 
-DETECTRON_RESNEXT_32 = InputConvention("BGR", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395), False)
-"""FAIR's X-101-32x8d, trained with PyTorch's recipe in Caffe2."""
+DETECTRON_RESNEXT = InputConvention("BGR", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395), False)
+"""FAIR's X-101-32x8d as detectron2 publishes it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,13 +34,16 @@ MATCHED_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor whose shapes disagree."""
+    """A tensor whose shapes disagree, or that is of no use for another ``reason``."""
 
     name: str
     file_shape: tuple[int, ...]
     model_shape: tuple[int, ...]
+    reason: str = ""
 
     def __str__(self) -> str:
+        if self.reason:
+            return f"{self.name} is {self.reason}"
         return f"{self.name} is {self.file_shape} in the file and {self.model_shape} in the model"
 
 
@@ -52,13 +56,15 @@ class LoadReport:
         matched: names that were loaded.
         missing: names of the model that the file lacks; they keep their initial values.
         unexpected: names of the file that the model lacks; they were not read.
-        mismatched: predictor layers of another number of classes; they keep their initial values.
+        mismatched: predictor layers of other classes; they keep their initial values.
+        reshaped: names of tensors whose shapes differ by ones at the end, such as those of a linear layer in
+            the model and of a 1x1 convolution in the file; they were loaded and are in ``matched``, too.
         ignored: buffers that change no result and were on one side only.
         scheme: whose names the file has: ``"detectron2"``, ``"Detectron"``, ``"torchvision"`` (and timm) or
             ``"mmdetection"``.
         converted: what was done to values on the way, such as moving the background's class.
         left_out: names of the file that mean nothing to a detector, such as ImageNet's classifier.
-        convention: what the file implies about input; None where it says nothing.
+        convention: what the file says or implies about input; None where it does neither.
     """
 
     path: Path
@@ -66,6 +72,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[Mismatch] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     scheme: str = "detectron2"
     converted: list[str] = field(default_factory=list)
@@ -78,6 +85,8 @@ class LoadReport:
         if self.scheme != "detectron2":
             lines.append(f"  names of {self.scheme} translated")
         lines += [f"  {change}" for change in self.converted]
+        if self.reshaped:
+            lines.append(f"  {len(self.reshaped)} reshaped: {_some(self.reshaped)}")
         if self.mismatched:
             lines.append(f"  {len(self.mismatched)} start afresh, made for other classes:")
             lines += [f"    {mismatch}" for mismatch in self.mismatched]
@@ -85,6 +94,8 @@ class LoadReport:
             lines.append(f"  {len(self.missing)} not in the file, start afresh: {_some(self.missing)}")
         if self.unexpected:
             lines.append(f"  {len(self.unexpected)} in the file only, not used: {_some(self.unexpected)}")
+        if self.left_out:
+            lines.append(f"  {len(self.left_out)} are of no use to a detector: {_some(self.left_out)}")
         return "\n".join(lines)
 
 
@@ -95,6 +106,7 @@ def load_weights(
     *,
     for_training: bool = False,
     config: Config | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> LoadReport:
     """Copy a checkpoint's tensors into the parameters and buffers that they belong to.
 
@@ -109,6 +121,8 @@ def load_weights(
             for evaluation or resuming: every tensor of the model must be in the file, and the other way
             round, except for heads that the model lacks as a whole (a mask head when masks are switched off).
         config: of the model, to be compared with what the file implies about input.
+        class_names: of the model by label. With ``for_training``, predictor layers of a file that names as
+            many other classes start afresh.
 
     Raises:
         UserError: the file cannot be read, belongs to another architecture, number of classes or kind of
@@ -118,8 +132,10 @@ def load_weights(
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     own = model.state_dict()
     translation = _translated(checkpoint, own)
-    checkpoint = replace(checkpoint, tensors=translation.tensors)
+    checkpoint = replace(checkpoint, tensors=dict(translation.tensors))
     report = _compare(own, checkpoint)
+    if for_training and class_names is not None:
+        _drop_other_classes(report, checkpoint, list(class_names))
     report.scheme, report.converted = translation.scheme, translation.changes
     report.left_out, report.convention = translation.left_out, translation.convention
     _refuse_other_architecture(report, checkpoint, own)
@@ -154,6 +170,9 @@ def _translated(checkpoint: Checkpoint, own: dict[str, Tensor]) -> Translation:
         convention = InputConvention.from_metadata(checkpoint.metadata.get("input"))
         return Translation(checkpoint.tensors, convention=convention)
     translation = translate(checkpoint)
+    if not any(name.startswith("backbone.") for name in own):  # a backbone alone
+        bare = {name.removeprefix(BACKBONE): tensor for name, tensor in translation.tensors.items()}
+        return replace(translation, tensors=bare)
     has_pyramid = any(name.startswith(BACKBONE) for name in own)
     has_res5_head = any(name.startswith("roi_heads.res5.") for name in own)
 
@@ -171,15 +190,37 @@ def _compare(own: dict[str, Tensor], checkpoint: Checkpoint) -> LoadReport:
     for name, tensor in own.items():
         if name not in checkpoint.tensors:
             (report.ignored if BOOKKEEPING.search(name) else report.missing).append(name)
-        elif checkpoint.tensors[name].shape != tensor.shape:
+        elif _without_ones(checkpoint.tensors[name]) != _without_ones(tensor):
             shapes = tuple(checkpoint.tensors[name].shape), tuple(tensor.shape)
             report.mismatched.append(Mismatch(name, *shapes))
         else:
             report.matched.append(name)
+            if checkpoint.tensors[name].shape != tensor.shape:
+                report.reshaped.append(name)
+                checkpoint.tensors[name] = checkpoint.tensors[name].reshape(tensor.shape)
     for name in checkpoint.tensors:
         if name not in own:
             (report.ignored if BOOKKEEPING.search(name) else report.unexpected).append(name)
     return report
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    """The shape without the ones at its end."""
+    shape = list(tensor.shape)
+    while shape and shape[-1] == 1:
+        shape.pop()
+    return shape
+
+
+def _drop_other_classes(report: LoadReport, checkpoint: Checkpoint, class_names: list[str]) -> None:
+    """The same number of classes, but others, or in another order: the file's predictors mean nothing."""
+    told = checkpoint.metadata.get("class_names")
+    if not isinstance(told, list) or len(told) != len(class_names) or told == class_names:
+        return
+    for name in [name for name in report.matched if PREDICTORS.search(name)]:
+        report.matched.remove(name)
+        shape = tuple(checkpoint.tensors[name].shape)
+        report.mismatched.append(Mismatch(name, shape, shape, "of other classes"))
 
 
 def _refuse_other_architecture(report: LoadReport, checkpoint: Checkpoint, own: dict[str, Tensor]) -> None:
@@ -207,8 +248,8 @@ def _refuse_poor_backbone(report: LoadReport, own: dict[str, Tensor]) -> None:
     missing = [name for name in report.missing if is_of_backbone(name)]
     if len(missing) > (1 - BACKBONE_SHARE) * len(wanted):
         raise UserError(
-            f"{report.path} has only {len(wanted) - len(missing)} of the backbone's {len(wanted)} tensors; it "
-            f"lacks {_some(missing)}; give a checkpoint of this backbone, or set MODEL.RESNETS as in the file"
+            f"{report.path} has only {len(wanted) - len(missing)} of the backbone's {len(wanted)} tensors; "
+            f"it lacks {_some(missing)}; give a checkpoint of this backbone, or set MODEL.RESNETS as in the file"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .classes import background_last, boxes_without_background, masks_without_background
-from .convention import DETECTRON_GN, TORCHVISION, InputConvention
+from .convention import DETECTRON_GN, TORCHVISION, InputConvention, plain_text
 from .resnet_names import from_torchvision
 
 _LAYERS: list[tuple[str, str]] = [
@@ -60,8 +60,7 @@ def convention(checkpoint: Checkpoint) -> InputConvention:
     """What the file's config says; otherwise GN models stem from Detectron, others from torchvision."""
     grouped = any(re.match(r"backbone\.(gn1|layer1\.0\.gn1)\.", name) for name in checkpoint.tensors)
     found = DETECTRON_GN if grouped else TORCHVISION
-    meta = checkpoint.metadata.get("meta")
-    text = str(meta.get("config") or meta.get("cfg") or "") if isinstance(meta, dict) else ""
+    text = plain_text(checkpoint.metadata.get("meta"), "config", "cfg")
     mean, std = (_numbers(text, key) for key in ("mean", "std"))
     order = re.search(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)", text)
     if mean and std and order:

@@ -12,7 +12,6 @@ import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -43,7 +42,7 @@ def load_numpy_pickle(file: IO[bytes]) -> Any:
     """
     try:
         data = file.read()
-        check_pickle(data)
+        check_pickle(data, only_arrays=True)
         return _plain(_NumpyUnpickler(io.BytesIO(data), encoding="latin1").load(), {})
     except pickle.UnpicklingError:
         raise
@@ -59,14 +58,34 @@ class _NumpyUnpickler(pickle.Unpickler):
         allowed = _ALLOWED.get((module, name))
         if allowed is None:
             raise RefusedGlobal(f"{module}.{name}")
-        # A fresh partial each time: a pickle can set attributes on what it is given, and must not reach ours.
-        return allowed if isinstance(allowed, type | str) else partial(allowed)
+        return allowed if isinstance(allowed, type | str) else _Function(allowed)
+
+
+class _Function:
+    """One of our functions in a pickle's hands, which may only call it.
+
+    A pickle can set attributes on what it is given, and must not reach those of the function; nor could this
+    be ``functools.partial``, which a pickle can make call itself for ever.
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state for a function")
 
 
 class _Dtype:
     """Stands in for ``np.dtype``: numbers and bools only, with a byte order."""
 
     def __init__(self, code: str) -> None:
+        if not isinstance(code, str):
+            raise pickle.UnpicklingError("an array type that is not one of numbers")
         self.dtype = np.dtype(code)
         if self.dtype.kind not in "biuf":
             raise pickle.UnpicklingError(f"an array of type {code!r}: only numbers are read")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class Translation:
         tensors: by name; those of a backbone begin with ``backbone.bottom_up.``.
         scheme: whose names the file has: ``"detectron2"``, ``"Detectron"``, ``"torchvision"`` (and timm) or
             ``"mmdetection"``.
-        convention: what the file implies about input; None where it says nothing.
+        convention: what the file says or implies about input; None where it does neither.
         changes: what was done to values, in words.
         left_out: names of the file that mean nothing to a detector, such as ImageNet's classifier.
     """
@@ -52,25 +52,30 @@ def translate(checkpoint: Checkpoint) -> Translation:
         found = mmdetection_names.translate(checkpoint, result.tensors, result.left_out)
         result.convention = mmdetection_names.convention(checkpoint)
     elif _any_matches(names, r"backbone\.body\.|layer\d\.\d+\."):
-        result = Translation({}, "torchvision")
+        # mmdetection's backbones have torchvision's names, but for the norms of GN models.
+        result = Translation({}, "mmdetection" if _any_matches(names, r"gn1\.") else "torchvision")
         found = torchvision_names.translate(checkpoint, result.tensors, result.left_out)
         result.convention = torchvision_names.convention(checkpoint)
     else:
         return _of_detectron2(checkpoint)
     result.changes = list(dict.fromkeys(found))
+    result.convention = InputConvention.from_metadata(checkpoint.metadata.get("input")) or result.convention
     return result
 
 
 def _of_detectron2(checkpoint: Checkpoint) -> Translation:
     """Names stay, but for a backbone alone, which detectron2 stores without a prefix."""
-    bare = all(re.match(r"(stem|res\d|fc|linear)\.", name) for name in checkpoint.tensors)
-    rename: Callable[[str], str] = (lambda name: BACKBONE + name) if bare else (lambda name: name)
+    names = list(checkpoint.tensors)
+    left_out: list[str] = []
+    prefix = ""
+    if all(re.match(r"(stem|res\d|fc|linear)\.", name) for name in names):
+        prefix = BACKBONE
+        left_out = [name for name in names if re.match(r"(stem\.)?(fc|linear)\.", name)]
     convention = InputConvention.from_metadata(checkpoint.metadata.get("input"))
     if convention is None and checkpoint.metadata.get("__author__") == "torchvision":
         convention = TORCHVISION
-    return Translation(
-        {rename(name): tensor for name, tensor in checkpoint.tensors.items()}, convention=convention
-    )
+    tensors = {prefix + name: checkpoint.tensors[name] for name in names if name not in left_out}
+    return Translation(tensors, convention=convention, left_out=left_out)
 
 
 def _any_matches(names: Iterable[str], pattern: str) -> bool:

@@ -50,15 +50,30 @@ def background_first(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def as_detectron(state: State, depth: int = 50) -> State:
-    """Caffe2 blobs; a backbone alone, or a whole model."""
+def as_detectron(state: State, depth: int = 50, whole_norms: bool = False) -> State:
+    """Caffe2 blobs; a backbone alone, or a whole model.
+
+    Args:
+        whole_norms: BatchNorms with statistics, as in detectron2's copies; Detectron's own are scale and shift.
+    """
     frozen = any(name.endswith("running_mean") for name in state)
     pyramid = "_fpn2" if any("fpn_lateral" in name for name in state) else ""
     blobs = {}
     for name, tensor in state.items():
-        if name.endswith(("running_mean", "running_var", "num_batches_tracked")) or "pixel_" in name:
+        if name.endswith("num_batches_tracked") or "pixel_" in name:
             continue
-        blobs[_detectron(name, depth, frozen, pyramid)] = background_first(name, tensor)
+        if name.endswith(("running_mean", "running_var")):
+            if whole_norms:
+                layer, _, leaf = name.rpartition(".")
+                short = _detectron(f"{layer}.weight", depth, frozen, pyramid)
+                blobs[short.removesuffix("_s") + f"_{leaf}"] = tensor
+            continue
+        theirs = _detectron(name, depth, frozen, pyramid)
+        if whole_norms and ".norm." in name:
+            theirs = theirs.removesuffix("_s").removesuffix("_b") + (
+                "_gamma" if theirs.endswith("_s") else "_beta"
+            )
+        blobs[theirs] = background_first(name, tensor)
     return blobs
 
 
@@ -112,7 +127,7 @@ def _detectron(name: str, depth: int, frozen: bool, pyramid: str) -> str:
 
 
 def torchvision_backbone(state: State, norm: str = "bn") -> State:
-    """``conv1.weight``, ``bn1.weight``, ``layer1.0.downsample.0.weight``; timm's too. ``norm`` "gn": mmdetection's."""
+    """``conv1.weight``, ``bn1.weight``, ``layer1.0.downsample.0.weight``; timm's, and mmdetection's with "gn"."""
     found = {}
     for name, tensor in state.items():
         name = name.removeprefix("backbone.bottom_up.")
@@ -163,7 +178,7 @@ def mmdetection(state: State, version: int = 2, norm: str = "gn") -> State:
 
 
 def backbone_of(state: State) -> State:
-    """Layers of the backbone, with the prefix of a model with a pyramid; ``res5`` of a C4 model among them."""
+    """Layers of the backbone, with the prefix of a model with a pyramid."""
     return {name: tensor for name, tensor in state.items() if name.startswith("backbone.bottom_up.")}
 
 

@@ -218,7 +218,10 @@ def test_truncated_files_are_refused_in_one_line(tmp_path: Path, share: float) -
     ("content", "message"),
     [
         (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
-        (b"<!DOCTYPE html><html>not found</html>", "not a .pth, .safetensors, .pkl or .npz checkpoint"),
+        (b"<!DOCTYPE html><html>not found</html>", "a web page.*download it again"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS.*git lfs pull"),
+        (b"\x1f\x8b\x08\x00", "compressed with gzip"),
+        (b"BM" + bytes(100), "not a .pth, .safetensors, .pkl or .npz checkpoint"),
         (pickle.dumps([1, 2]), "holds a list"),
         (pickle.dumps({"lr": 0.1}), "holds no tensors .*'lr'"),
     ],

@@ -19,8 +19,8 @@ from . import schemes
 SMALL = [
     "MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.RESNETS.WIDTH_PER_GROUP", "8",
     "MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.GN.NUM_GROUPS", "4",
-    "MODEL.ROI_BOX_HEAD.CONV_DIM", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16",
-    "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "",
+    "MODEL.ROI_BOX_HEAD.CONV_DIM", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "32",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "",
 ]  # fmt: skip
 GN = "GN/mask_rcnn_R_50_FPN_2x_gn.yaml"
 FROZEN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
@@ -131,7 +131,7 @@ def test_torchvisions_own_detectors(version: int) -> None:
     for module in original.modules():
         if hasattr(module, "running_var"):
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-            if hasattr(module, "eps") and "Frozen" in type(module).__name__:
+            if version == 1:
                 module.eps = 0.0  # as torchvision sets it for its published weights
     keys = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]", "MODEL.DEVICE", "cpu"]
     keys += ["MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]", "MODEL.RESNETS.STRIDE_IN_1X1", "False"]
@@ -179,12 +179,21 @@ def test_backbone_alone_in_detectron2s_names(tmp_path: Path) -> None:
     assert set(report.matched) == set(state)
 
 
-def test_resnext_has_its_own_deviation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_resnext_has_its_own_deviation(whole: bool, tmp_path: Path) -> None:
+    """In detectron2's copies; Detectron's have the deviation in their first convolution."""
     cfg = config(FROZEN, "MODEL.RESNETS.NUM_GROUPS", "32", "MODEL.RESNETS.WIDTH_PER_GROUP", "1")
-    state = schemes.backbone_of(schemes.with_affine_norms(schemes.randomised(model_of(cfg))))
-    schemes.write_pickle(tmp_path / "X.pkl", schemes.arrays(schemes.as_detectron(state)))
+    model = model_of(cfg)
+    state = schemes.backbone_of(schemes.randomised(model))
+    state = state if whole else schemes.with_affine_norms(state)
+    schemes.write_pickle(tmp_path / "X.pkl", schemes.arrays(schemes.as_detectron(state, whole_norms=whole)))
     keys = implied_keys(cfg, tmp_path / "X.pkl")
-    assert keys == {"MODEL.PIXEL_STD": [57.375, 57.12, 58.395], "MODEL.RESNETS.STRIDE_IN_1X1": False}
+    deviation = {"MODEL.PIXEL_STD": [57.375, 57.12, 58.395]} if whole else {}
+    assert keys == deviation | {"MODEL.RESNETS.STRIDE_IN_1X1": False}
+    report = load_weights(model, tmp_path / "X.pkl", for_training=True, config=cfg.replace(keys))
+    assert set(report.matched) == set(state)
+    for name, tensor in state.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_a_backbone_that_matches_in_part_is_an_error(tmp_path: Path) -> None:
@@ -193,7 +202,7 @@ def test_a_backbone_that_matches_in_part_is_an_error(tmp_path: Path) -> None:
     blobs = schemes.as_detectron(schemes.backbone_of(schemes.randomised(model)))
     part = {name: tensor for name, tensor in blobs.items() if not name.startswith("res5")}
     schemes.write_pickle(tmp_path / "m.pkl", schemes.arrays(part))
-    with pytest.raises(UserError, match="only 125 of the backbone's 159 tensors.*'backbone.bottom_up.res5"):
+    with pytest.raises(UserError, match="only 129 of the backbone's 159 tensors.*'backbone.bottom_up.res5"):
         load_weights(model, tmp_path / "m.pkl", for_training=True, config=cfg)
 
 
