@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 
+from ..errors import UserError
+from ..weights.download import MD5_BESIDE
 from ..weights.zoo import ZooEntry, check, fetch, find_entry, read_catalog
 
 HELP = "List, explain, download and check published weights."
@@ -13,7 +15,10 @@ HELP = "List, explain, download and check published weights."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("action", choices=sorted(_ACTIONS), help="path prints where a file is or would be")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of the list; all when left out")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="of the list; left out: all, but to download"
+    )
+    parser.add_argument("--all", action="store_true", help="download: all, several GB")
     parser.add_argument("--markdown", action="store_true", help="list: the table of model_zoo/README.md")
 
 
@@ -24,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
         UserError: an unknown name, a failed download, or a file that is not what was published.
     """
     entries = [find_entry(name) for name in args.names] or list(read_catalog().values())
+    if args.action == "download" and bool(args.names) == args.all:
+        raise UserError("name what to download, such as R-50-GN (gn-detect zoo list shows all), or --all")
     if args.action == "list" and args.markdown:
         print(as_markdown(entries), end="")
         return
@@ -53,6 +60,9 @@ def _list(entries: Iterable[ZooEntry]) -> None:
 def _info(entries: Iterable[ZooEntry]) -> None:
     for entry in entries:
         told = entry.model_dump(exclude={"name", "overrides"}, exclude_defaults=True)
+        told["checksum"] = {"": "none is published", MD5_BESIDE: f"md5, at {entry.url}.md5"}.get(
+            entry.checksum, entry.checksum
+        )
         print(entry.name)
         for key, value in told.items():
             words = (
@@ -68,7 +78,7 @@ def _info(entries: Iterable[ZooEntry]) -> None:
 
 def _download(entries: Iterable[ZooEntry]) -> None:
     for entry in entries:
-        print(f"{entry.name}: {fetch(entry)}")
+        print(f"{entry.name}: {fetch(entry)}, {check(entry)}")
 
 
 def _verify(entries: Iterable[ZooEntry]) -> None:
@@ -104,7 +114,7 @@ def as_markdown(entries: Iterable[ZooEntry]) -> str:
             _number(entry.memory),
             _number(entry.seconds),
             f"`{entry.config}`" + (" and keys" if entry.overrides else ""),
-            {"": "none", "md5-url": "md5"}.get(entry.checksum, entry.checksum.partition(":")[0]),
+            {"": "none", MD5_BESIDE: "md5"}.get(entry.checksum, entry.checksum.partition(":")[0]),
             f"[{entry.licence}]({entry.source})",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -59,7 +59,7 @@ def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list
 def convention(checkpoint: Checkpoint) -> InputConvention:
     """BGR; the rest follows from the norm and from the groups of the 3x3 convolutions.
 
-    A ResNeXt with whole BatchNorms is detectron2's copy, which wants a deviation; Detectron's own has it folded.
+    A ResNeXt with whole BatchNorms is detectron2's copy, which wants a deviation; Detectron's has it folded.
     """
     names = checkpoint.tensors
     found = DETECTRON_GN if any("_gn_" in name for name in names) else DETECTRON_MSRA

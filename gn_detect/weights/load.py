@@ -249,7 +249,7 @@ def _refuse_poor_backbone(report: LoadReport, own: dict[str, Tensor]) -> None:
     if len(missing) > (1 - BACKBONE_SHARE) * len(wanted):
         raise UserError(
             f"{report.path} has only {len(wanted) - len(missing)} of the backbone's {len(wanted)} tensors; "
-            f"it lacks {_some(missing)}; give a checkpoint of this backbone, or set MODEL.RESNETS as in the file"
+            f"it lacks {_some(missing)}; give a checkpoint of this backbone, or set MODEL.RESNETS as in it"
         )
 
 

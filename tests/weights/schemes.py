@@ -54,7 +54,7 @@ def as_detectron(state: State, depth: int = 50, whole_norms: bool = False) -> St
     """Caffe2 blobs; a backbone alone, or a whole model.
 
     Args:
-        whole_norms: BatchNorms with statistics, as in detectron2's copies; Detectron's own are scale and shift.
+        whole_norms: BatchNorms with statistics, as in detectron2's copies; Detectron's are scale and shift.
     """
     frozen = any(name.endswith("running_mean") for name in state)
     pyramid = "_fpn2" if any("fpn_lateral" in name for name in state) else ""
@@ -127,7 +127,7 @@ def _detectron(name: str, depth: int, frozen: bool, pyramid: str) -> str:
 
 
 def torchvision_backbone(state: State, norm: str = "bn") -> State:
-    """``conv1.weight``, ``bn1.weight``, ``layer1.0.downsample.0.weight``; timm's, and mmdetection's with "gn"."""
+    """``conv1.weight``, ``bn1.weight``, ``layer1.0.downsample.0.weight``; timm's; "gn": mmdetection's."""
     found = {}
     for name, tensor in state.items():
         name = name.removeprefix("backbone.bottom_up.")
