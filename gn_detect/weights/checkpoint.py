@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from .convention import InputConvention
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
-from .pickle_check import check_pickle
+from .pickle_check import RefusedPickle, check_pickle
 from .zip_archive import is_npz, read_npz
 from .zoo import entry_of, resolve
 
@@ -202,6 +202,8 @@ def _read_torch_or_npz(path: Path, head: bytes) -> tuple[Any, str]:
                     check_pickle(file)
         elif is_npz(path):
             return read_npz(path), "npz"
+    except RefusedPickle as error:
+        raise _refusal(path, str(error)) from error
     except pickle.UnpicklingError as error:
         raise UserError(f"cannot read {path}: {_first_line(error)}; {_FETCH_AGAIN}") from error
     return _read_torch(path), "pytorch"
@@ -226,7 +228,7 @@ def _read_torch(path: Path) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
             raise UserError(f"cannot read {path}: {_first_line(error)}; {_FETCH_AGAIN}") from error
-        raise _refusal(path, refused[1].rstrip(".")) from error
+        raise _refusal(path, f"it names {refused[1].rstrip('.')!r}") from error
     except Exception as error:  # truncated or damaged archives fail in many ways
         raise UserError(f"cannot read {path} with PyTorch: {_first_line(error)}; {_FETCH_AGAIN}") from error
 
@@ -254,21 +256,23 @@ def _read_pickle(path: Path) -> Any:
         with path.open("rb") as file:
             return load_numpy_pickle(file)
     except RefusedGlobal as error:
-        raise _refusal(path, error.name) from error
+        raise _refusal(path, f"it names {error.name!r}") from error
+    except RefusedPickle as error:
+        raise _refusal(path, str(error)) from error
     except (pickle.UnpicklingError, OSError) as error:
         raise UserError(f"cannot read {path} as a pickle: {_first_line(error)}; {_FETCH_AGAIN}") from error
 
 
-def _refusal(path: Path, name: str) -> UserError:
+def _refusal(path: Path, reason: str) -> UserError:
     return UserError(
-        f"refused to read {path}: it names {name!r}, and a checkpoint may hold only tensors, arrays and "
+        f"refused to read {path}: {reason}, and a checkpoint may hold only tensors, arrays and "
         f"plain containers (nothing was run); save its state dict alone with torch.save"
     )
 
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return text.splitlines()[0].partition(". ")[0].rstrip(".") if text else type(error).__name__
 
 
 def _split(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,6 +18,9 @@ import numpy as np
 
 from .pickle_check import check_pickle
 
+_MAX_SIZE = 1 << 40
+"""Of one dimension, which may be too large for NumPy where another one is 0."""
+
 
 class RefusedGlobal(pickle.UnpicklingError):
     """The pickle names something else than arrays and containers; ``name`` is ``module.attribute``."""
@@ -109,7 +112,9 @@ def _from_bytes(
     data: bytes | bytearray | str, dtype: _Dtype, shape: tuple[int, ...], order: str
 ) -> np.ndarray:
     raw = data.encode("latin1") if isinstance(data, str) else bytes(data)  # str: bytes written by Python 2
-    if any(size < 0 for size in shape) or math.prod(shape) * dtype.dtype.itemsize != len(raw):
+    if any(not 0 <= size <= _MAX_SIZE for size in shape) or math.prod(shape) * dtype.dtype.itemsize != len(
+        raw
+    ):
         raise pickle.UnpicklingError(f"an array of shape {shape} has {len(raw)} bytes")
     array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
     return np.array(array, dtype=dtype.dtype.newbyteorder("="), order="C")

@@ -11,7 +11,7 @@ import pickle
 import pickletools
 from typing import IO
 
-MAX_INSTRUCTIONS = 2_000_000
+MAX_INSTRUCTIONS = 1_000_000
 """The largest published checkpoints have some ten thousand."""
 
 MAX_DEPTH = 64
@@ -34,6 +34,10 @@ _STORES = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _FETCHES = {"GET", "BINGET", "LONG_BINGET"}
 
 
+class RefusedPickle(pickle.UnpicklingError):
+    """Well-formed, but no checkpoint of an honest program looks so."""
+
+
 def check_pickle(data: bytes | IO[bytes], *, only_arrays: bool = False) -> None:
     """Follow the instructions up to the first pickle's end, without carrying them out.
 
@@ -42,18 +46,16 @@ def check_pickle(data: bytes | IO[bytes], *, only_arrays: bool = False) -> None:
         only_arrays: refuse instructions that arrays in plain containers do not need, too.
 
     Raises:
-        pickle.UnpicklingError: truncated or malformed, or more, deeper or other instructions than a
-            checkpoint needs.
+        RefusedPickle: more, deeper or other instructions than a checkpoint needs.
+        pickle.UnpicklingError: truncated or malformed.
     """
     follower = _Follower()
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if number >= MAX_INSTRUCTIONS:
-                raise pickle.UnpicklingError(f"more than {MAX_INSTRUCTIONS} instructions")
+                raise RefusedPickle(f"it has more than {MAX_INSTRUCTIONS} instructions")
             if only_arrays and opcode.name in _REFUSED:
-                raise pickle.UnpicklingError(
-                    f"it holds {_REFUSED[opcode.name]}, and only arrays and containers are read"
-                )
+                raise RefusedPickle(f"it holds {_REFUSED[opcode.name]}")
             follower.follow(opcode, argument)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise pickle.UnpicklingError(f"a malformed pickle: {error}") from error
@@ -70,9 +72,9 @@ class _Value:
         self.depth = max(self.depth, 1 + max((item.depth for item in items), default=0))
         self.count += sum(item.count for item in items)
         if self.depth > MAX_DEPTH:
-            raise pickle.UnpicklingError(f"containers nested more than {MAX_DEPTH} deep")
+            raise RefusedPickle(f"it has containers nested more than {MAX_DEPTH} deep")
         if self.count > MAX_VALUES:
-            raise pickle.UnpicklingError(f"a value that holds others more than {MAX_VALUES} times")
+            raise RefusedPickle(f"it repeats values more than {MAX_VALUES} times")
 
 
 class _Follower:
@@ -80,6 +82,7 @@ class _Follower:
 
     def __init__(self) -> None:
         self.stack: list[_Value | None] = []
+        self.marks = 0
         self.memo: dict[int, _Value] = {}
 
     def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
@@ -88,7 +91,7 @@ class _Follower:
             index = len(self.memo) if name == "MEMOIZE" else argument
             # Python numbers them one after the other, and reserves memory up to the largest.
             if not isinstance(index, int) or index > 2 * len(self.memo) + 16:
-                raise pickle.UnpicklingError(f"a memo index of {index}")
+                raise RefusedPickle(f"it has a memo index of {index}")
             self.memo[index] = self._top()
         elif name in _FETCHES:
             assert isinstance(argument, int)
@@ -110,6 +113,7 @@ class _Follower:
         if pickletools.markobject in before or (name == "POP" and self.stack and self.stack[-1] is None):
             while (value := self.stack.pop()) is not None:
                 popped.append(value)
+            self.marks -= 1
             before = before[: before.index(pickletools.markobject)] if before else []
             if name == "POP":
                 before = []
@@ -125,3 +129,6 @@ class _Follower:
             result = _Value(popped)
         for kind in opcode.stack_after:
             self.stack.append(None if kind is pickletools.markobject else result)
+        self.marks += pickletools.markobject in opcode.stack_after
+        if self.marks > MAX_DEPTH:  # containers whose ends are still to come
+            raise RefusedPickle(f"it has containers nested more than {MAX_DEPTH} deep")

@@ -47,6 +47,8 @@ def _check_torch(path: Path, archive: zipfile.ZipFile, entries: list[zipfile.Zip
     pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
     if not pickles:
         raise UserError(f"{path} is a zip archive, but neither of PyTorch nor of NumPy; unpack it")
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise UserError(f"{path} is a TorchScript program, which is not run; save its state dict instead")
     # torch.save stores without compression, so the parts are no larger than the file.
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
@@ -74,8 +76,12 @@ def read_npz(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # damaged archives fail in many ways
         raise UserError(
-            f"cannot read {path} as .npz: {error or type(error).__name__}; copy or download it again"
+            f"cannot read {path} as .npz: {_first_line(error)}; copy or download it again"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_array(data: bytes) -> np.ndarray:
