@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
-from .translate import BACKBONE, Translation, translate
+from .translate import BACKBONE, CLASSIFIER, Translation, translate
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -168,7 +168,9 @@ def _translated(checkpoint: Checkpoint, own: dict[str, Tensor]) -> Translation:
     fitting = sum(name in own for name in checkpoint.tensors)
     if fitting > len(checkpoint.tensors) / 2:
         convention = InputConvention.from_metadata(checkpoint.metadata.get("input"))
-        return Translation(checkpoint.tensors, convention=convention)
+        left_out = [name for name in checkpoint.tensors if CLASSIFIER.fullmatch(name) and name not in own]
+        tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left_out}
+        return Translation(tensors, convention=convention, left_out=left_out)
     translation = translate(checkpoint)
     if not any(name.startswith("backbone.") for name in own):  # a backbone alone
         bare = {name.removeprefix(BACKBONE): tensor for name, tensor in translation.tensors.items()}

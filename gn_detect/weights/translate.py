@@ -16,6 +16,10 @@ BACKBONE = "backbone.bottom_up."
 """Before the names of a backbone's layers, as in a model with an FPN."""
 
 
+CLASSIFIER = re.compile(r"(stem\.)?(fc|linear)\.(weight|bias)")
+"""Of ImageNet, as detectron2 names it in a file of a backbone."""
+
+
 @dataclass
 class Translation:
     """A checkpoint in our names.
@@ -70,7 +74,7 @@ def _of_detectron2(checkpoint: Checkpoint) -> Translation:
     prefix = ""
     if all(re.match(r"(stem|res\d|fc|linear)\.", name) for name in names):
         prefix = BACKBONE
-        left_out = [name for name in names if re.match(r"(stem\.)?(fc|linear)\.", name)]
+        left_out = [name for name in names if CLASSIFIER.fullmatch(name)]
     convention = InputConvention.from_metadata(checkpoint.metadata.get("input"))
     if convention is None and checkpoint.metadata.get("__author__") == "torchvision":
         convention = TORCHVISION

@@ -1,7 +1,7 @@
 """Files that someone made to do harm, or that an accident spoiled.
 
-Each is a function of the file that its code would create. ``python hostile.py LIST`` reads all files of a list
-and prints what became of each, so that a crash of the interpreter is seen from outside.
+Each is a function of the file that its code would create. ``python hostile.py LIST`` reads all files of a
+list and prints what became of each, so that a crash of the interpreter is seen from outside.
 """
 
 from __future__ import annotations

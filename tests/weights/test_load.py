@@ -153,7 +153,8 @@ def test_the_backbone_alone_is_a_starting_point_but_not_a_detector(tmp_path: Pat
     state = {name: t for name, t in randomised(Detector()).items() if name.startswith("backbone")}
     path = write(tmp_path / "m.pth", {**state, "stem.fc.weight": torch.ones(2)})
     report = load_weights(Detector(), path, for_training=True)
-    assert len(report.matched) == len(state) and report.unexpected == ["stem.fc.weight"]
+    assert len(report.matched) == len(state) and report.left_out == ["stem.fc.weight"]
+    assert "1 are of no use to a detector: 'stem.fc.weight'" in str(report) and not report.unexpected
     assert "6 not in the file, start afresh: 'roi_heads" in str(report)
     with pytest.raises(UserError, match="lacks 6 of the model's 11 tensors, such as 'roi_heads"):
         load_weights(Detector(), path)
