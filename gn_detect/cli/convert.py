@@ -27,7 +27,7 @@ from ..weights import (
     translate,
 )
 from .library_models import DEFAULT, is_library_model, load_library_model
-from .options import add_config_arguments
+from .options import add_config_arguments, add_fix_argument, fix_config
 from .predict import find_images
 
 HELP = "Convert a checkpoint from BatchNorm to GroupNorm."
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--learning-rate", type=float, default=3e-4)
     calibration.add_argument("--checkpoint", metavar="FILE", help="to go on from, if it is interrupted")
     parser.add_argument("--report", metavar="FILE", help="report.json; a picture is written beside it")
+    add_fix_argument(parser)
     add_config_arguments(parser)
 
 
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
         metadata = {key: checkpoint.metadata[key] for key in _KEPT if key in checkpoint.metadata}
         if args.config_file:
             cfg = load_config(args.config_file, args.overrides)
+            cfg = fix_config(cfg, checkpoint) if args.fix_config else cfg
             tensors, report = _convert_detector(args, cfg, checkpoint)
             metadata["input"] = InputConvention.of_config(cfg).as_metadata()
         else:
@@ -125,8 +127,8 @@ def _rewrite(args: argparse.Namespace, target: Path) -> None:
     """The same weights with detectron2's names in another format."""
     checkpoint = read_checkpoint(args.source)
     translation = translate(checkpoint)
-    metadata = {key: checkpoint.metadata[key] for key in _KEPT if key in checkpoint.metadata}
-    save_weights(target, translation.tensors, metadata | _input_of(checkpoint))
+    kept = {key: checkpoint.metadata[key] for key in (*_KEPT, "config") if key in checkpoint.metadata}
+    save_weights(target, translation.tensors, kept | _input_of(checkpoint))
     print(f"wrote {len(translation.tensors)} tensors to {target}; names of {translation.scheme}")
     for change in translation.changes:
         print(f"  {change}")

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import Config, load_config
 from ..engine import launch
 from ..errors import UserError
-from ..weights import as_command_line, implied_keys
+from ..weights import Checkpoint, as_command_line, implied_keys
 
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 
@@ -20,13 +20,28 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """``--config-file F`` and ``KEY VALUE ...`` at the end."""
     parser.add_argument("--config-file", metavar="FILE", help="YAML with detectron2's keys")
     parser.add_argument(
-        "--fix-config",
-        action="store_true",
-        help="set the input's keys (format, mean, deviation, stride) to what MODEL.WEIGHTS was trained with",
-    )
-    parser.add_argument(
         "overrides", nargs="*", metavar="KEY VALUE", help="config keys, such as SOLVER.BASE_LR 0.01"
     )
+
+
+def add_fix_argument(parser: argparse.ArgumentParser) -> None:
+    """``--fix-config``."""
+    parser.add_argument(
+        "--fix-config",
+        action="store_true",
+        help="set the input's keys (format, mean, deviation, stride) to what the weights were trained with",
+    )
+
+
+def fix_config(cfg: Config, weights: str | Path | Checkpoint) -> Config:
+    """With the keys that ``weights`` imply; they are printed.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    keys = implied_keys(cfg, weights)
+    print(f"--fix-config: {as_command_line(keys)}" if keys else "--fix-config: nothing to set")
+    return cfg.replace(keys)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +71,7 @@ def read_config(args: argparse.Namespace) -> Config:
         raise UserError("no config: add --config-file FILE, such as configs/quick/demo.yaml")
     cfg = load_config(args.config_file, args.overrides)
     if args.fix_config and cfg.model.weights:
-        keys = implied_keys(cfg, cfg.model.weights)
-        if keys:
-            print(f"--fix-config: {as_command_line(keys)}")
-        cfg = cfg.replace(keys)
+        cfg = fix_config(cfg, cfg.model.weights)
     return _with_datasets(cfg, args) if hasattr(args, "train_json") else cfg
 
 

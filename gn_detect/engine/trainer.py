@@ -270,6 +270,7 @@ def _metadata(run: Run, iteration: int) -> dict[str, Any]:
         "iteration": iteration,
         "seed": run.cfg.seed,
         "best": run.best,
+        "config": dump_config(run.cfg),
         "input": InputConvention.of_config(run.cfg).as_metadata(),
         **class_metadata(run.dataset),
     }

@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ MODEL_KEYS = (
 FORMAT_VERSION = 1
 """Of the files that :func:`save_weights` writes."""
 
-_VERSION_KEY, _AUTHOR_KEY = "format_version", "__author__"
+_VERSION_KEY, _AUTHOR_KEY, _PROGRAM_KEY = "format_version", "__author__", "gn_detect_version"
 _OURS = "gn_detect"
 
 SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
@@ -42,6 +43,9 @@ SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 """Added by DistributedDataParallel, torch.compile and Lightning; removed where all names have it."""
+
+_COUNTERS = {"steps", "n_averaged"}
+"""Beside averaged weights: mmdetection's and PyTorch's number of updates."""
 
 _ZIP = b"PK\x03\x04"
 _TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch's magic number, pickled
@@ -117,7 +121,7 @@ def save_weights(
         raise UserError(f"cannot save weights as {path}: end the name in {', '.join(SUFFIXES)}")
     if "model" in metadata:
         raise UserError(f"cannot save {path}: the metadata key 'model' is taken by the weights; rename it")
-    metadata |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS}
+    metadata |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS, _PROGRAM_KEY: _program_version()}
     tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     if path.suffix == ".safetensors":
         _write(path, _as_safetensors(path, tensors, metadata))
@@ -129,6 +133,13 @@ def save_weights(
                 torch.save({"model": tensors, **metadata}, file)
         except RuntimeError as error:  # torch's writer reports a full disk so
             raise UserError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from error
+
+
+def _program_version() -> str:
+    try:
+        return version("gn_detect")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -160,14 +171,15 @@ def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
 
 
 def _check_version(metadata: dict[str, Any], path: Path) -> None:
-    """Only of our own files; the two keys do not stay in the metadata."""
+    """Only of our own files; their own keys do not stay in the metadata."""
     if metadata.get(_AUTHOR_KEY) != _OURS:
         return
     del metadata[_AUTHOR_KEY]
-    version = metadata.pop(_VERSION_KEY, FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    metadata.pop(_PROGRAM_KEY, None)
+    found = metadata.pop(_VERSION_KEY, FORMAT_VERSION)
+    if not isinstance(found, int) or found > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version!r}, and this gn_detect reads up to {FORMAT_VERSION}; "
+            f"{path} has format version {found!r}, and this gn_detect reads up to {FORMAT_VERSION}; "
             "install a newer one"
         )
 
@@ -316,7 +328,9 @@ def _as_tensor(array: np.ndarray, key: Any, path: Path) -> Tensor:
 
 
 def _strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove prefixes that every name has, repeatedly: wrappers nest."""
+    """Remove prefixes that every name has, repeatedly: wrappers nest. Counters of averaging have none."""
+    if any(name.startswith(WRAPPER_PREFIXES) for name in tensors):
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in _COUNTERS}
     for prefix in WRAPPER_PREFIXES * 2:
         if all(name.startswith(prefix) and len(name) > len(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}

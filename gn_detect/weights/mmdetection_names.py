@@ -1,4 +1,4 @@
-"""mmdetection's Faster and Mask R-CNN with an FPN, before version 2 and since."""
+"""mmdetection's Faster and Mask R-CNN, before version 2 and since."""
 
 from __future__ import annotations
 
@@ -76,10 +76,11 @@ def _numbers(text: str, key: str) -> tuple[float, ...] | None:
 
 
 def _translated(name: str) -> str | None:
-    if name.startswith("backbone."):
-        ours = from_torchvision(name.removeprefix("backbone."))
-        return None if ours is None else f"backbone.bottom_up.{ours}"
     plain = name.removeprefix("roi_head.")
+    for part in ("backbone.", "shared_head."):  # the latter: res5 of a model without a pyramid
+        if plain.startswith(part):
+            ours = from_torchvision(plain.removeprefix(part))
+            return None if ours is None else f"backbone.bottom_up.{ours}"
     for pattern, layer in _LAYERS:
         if found := re.fullmatch(pattern, plain):
             groups = found.groups()

@@ -51,7 +51,9 @@ def translate(checkpoint: Checkpoint) -> Translation:
         result = Translation({}, "Detectron")
         found: Iterable[str] = caffe2_names.translate(checkpoint, result.tensors, result.left_out)
         result.convention = caffe2_names.convention(checkpoint)
-    elif _any_matches(names, r"backbone\.(layer\d\.|conv1\.)|neck\.|roi_head\.|rpn_head\.|bbox_head\."):
+    elif _any_matches(
+        names, r"backbone\.(layer\d\.|conv1\.)|neck\.|roi_head\.|rpn_head\.|bbox_head\.|shared_head\."
+    ):
         result = Translation({}, "mmdetection")
         found = mmdetection_names.translate(checkpoint, result.tensors, result.left_out)
         result.convention = mmdetection_names.convention(checkpoint)

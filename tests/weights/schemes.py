@@ -145,11 +145,20 @@ def torchvision_backbone(state: State, norm: str = "bn") -> State:
 
 
 def mmdetection(state: State, version: int = 2, norm: str = "gn") -> State:
-    """A whole detector with an FPN."""
-    found = {f"backbone.{name}": tensor for name, tensor in torchvision_backbone(state, norm).items()}
+    """A whole detector, with an FPN or without."""
     head = "roi_head." if version >= 2 else ""
+    found = {f"backbone.{name}": tensor for name, tensor in torchvision_backbone(state, norm).items()}
+    res5 = {name.removeprefix("roi_heads."): tensor for name, tensor in state.items() if ".res5." in name}
+    if "roi_heads.res5.0.conv1.weight" in state:
+        plain = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+        body = torchvision_backbone(
+            {name: t for name, t in plain.items() if name[:3] in ("ste", "res")}, norm
+        )
+        found = {f"backbone.{name}": tensor for name, tensor in body.items()}
+        shared = torchvision_backbone(res5, norm)
+        found |= {f"{head}shared_head.{name}": tensor for name, tensor in shared.items()}
     for name, tensor in state.items():
-        if "bottom_up" in name or "pixel_" in name:
+        if "bottom_up" in name or "pixel_" in name or ".res" in name or ".stem." in name:
             continue
         if version < 2:
             tensor = background_first(name, tensor)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from gn_detect.errors import UserError
-from gn_detect.weights import read_checkpoint, save_weights
+from gn_detect.weights import load_weights, read_checkpoint, save_weights
 
 
 def make_state_dict() -> dict[str, torch.Tensor]:
@@ -80,6 +80,37 @@ def test_wrappers_of_training_programs_are_removed(tmp_path: Path, wrapper: str 
 def test_a_prefix_that_only_some_names_have_is_part_of_the_name(tmp_path: Path) -> None:
     torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "m.pth")
     assert set(read_checkpoint(tmp_path / "m.pth").tensors) == {"module.a", "b"}
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema_state_dict"])
+def test_averaged_weights_are_preferred(tmp_path: Path, key: str) -> None:
+    """Also where a counter of mmdetection's or PyTorch's is among them."""
+    state = make_state_dict()
+    averaged = {f"module.{name}": tensor + 1 for name, tensor in state.items()}
+    content = {
+        "state_dict": state,
+        key: {**averaged, "steps": torch.tensor(9), "n_averaged": torch.tensor(9)},
+    }
+    torch.save(content, tmp_path / "m.pth")
+    assert_same(read_checkpoint(tmp_path / "m.pth").tensors, {name: t + 1 for name, t in state.items()})
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_of_tensorpack_and_bit(tmp_path: Path, save: Any) -> None:
+    """Names with slashes and colons; read, and refused by a model with a list of both sides' names."""
+    names = ("conv0/W:0", "group0/block0/conv1/gn/gamma:0", "resnet/root_block/standardized_conv2d/kernel")
+    arrays = {name: np.random.default_rng(i).normal(size=(3, 4)) for i, name in enumerate(names)}
+    save(tmp_path / "m.npz", **arrays)
+    found = read_checkpoint(tmp_path / "m.npz")
+    assert found.format == "npz" and set(found.tensors) == set(names)
+    assert all(np.array_equal(found.tensors[name].numpy(), array) for name, array in arrays.items())
+    with pytest.raises(UserError, match="names its tensors in another way.*'conv0/W:0'"):
+        load_weights(torch.nn.Linear(2, 2), found)
+
+
+def test_pickles_of_protocol_0_are_told_by_content(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(pickle.dumps({"w": np.ones(2)}, protocol=0))
+    assert read_checkpoint(tmp_path / "weights").format == "pickle"
 
 
 def test_legacy_format_is_read(tmp_path: Path) -> None:
@@ -260,6 +291,8 @@ def test_saving_refuses_what_it_cannot_store(tmp_path: Path) -> None:
         save_weights(tmp_path / "m.h5", state)
     with pytest.raises(UserError, match=r"save as \.pth"):
         save_weights(tmp_path / "m.safetensors", state, {"optimizer": torch.ones(1)})
+    with pytest.raises(UserError, match=r"save as \.pth"):
+        save_weights(tmp_path / "m.pkl", {"w": torch.ones(1, dtype=torch.bfloat16)})
     with pytest.raises(UserError, match="key 'model' is taken"):
         save_weights(tmp_path / "m.pth", state, {"model": 1})
     assert list(tmp_path.iterdir()) == []

@@ -169,6 +169,41 @@ def test_a_mask_model_evaluates_without_its_mask_head_but_not_without_a_layer(tm
         load_weights(Detector(mask=True), path)
 
 
+def test_a_linear_layer_takes_a_1x1_convolution(tmp_path: Path) -> None:
+    """And a number takes an array of one; the report says so. Other shapes of as many values are refused."""
+    model, state = Detector(norm="BN"), randomised(Detector(norm="BN"))
+    weight = state["roi_heads.box_predictor.cls_score.weight"]
+    state["roi_heads.box_predictor.cls_score.weight"] = weight[:, :, None, None]
+    state["backbone.norm.num_batches_tracked"] = torch.tensor([3])
+    report = load_weights(model, write(tmp_path / "m.pth", state))
+    assert set(report.reshaped) == {
+        "roi_heads.box_predictor.cls_score.weight",
+        "backbone.norm.num_batches_tracked",
+    }
+    assert set(report.matched) == set(state) and "2 reshaped: 'backbone.norm" in str(report)
+    assert torch.equal(model.state_dict()["roi_heads.box_predictor.cls_score.weight"], weight)
+    state["backbone.conv2.weight"] = state["backbone.conv2.weight"].reshape(8, 1, 8, 1)
+    with pytest.raises(UserError, match=r"backbone.conv2.weight is \(8, 1, 8, 1\)"):
+        load_weights(Detector(norm="BN"), write(tmp_path / "m.pth", state))
+
+
+def test_as_many_other_classes_start_afresh(tmp_path: Path) -> None:
+    state = randomised(Detector())
+    save_weights(tmp_path / "m.pth", state, {"class_names": ["cat", "dog", "cow"]})
+    for names, afresh in (
+        (["cat", "dog", "cow"], False),
+        (["dog", "cat", "cow"], True),
+        (["a", "b", "c"], True),
+    ):
+        model = Detector()
+        report = load_weights(model, tmp_path / "m.pth", for_training=True, class_names=names)
+        assert len(report.mismatched) == (6 if afresh else 0)
+        assert ("6 start afresh, made for other classes" in str(report)) == afresh
+        weight = model.state_dict()["roi_heads.box_predictor.cls_score.weight"]
+        assert torch.equal(weight, state["roi_heads.box_predictor.cls_score.weight"]) != afresh
+        assert torch.equal(model.state_dict()["backbone.conv.weight"], state["backbone.conv.weight"])
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     state = randomised(Detector())
     state["backbone.conv2.bias"][3] = float("nan")

@@ -56,12 +56,18 @@ def test_detectron(name: str, tmp_path: Path) -> None:
     assert any("background moved" in change for change in report.converted)
 
 
+RGB = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]"]
+RGB += ["MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]", "MODEL.RESNETS.STRIDE_IN_1X1", "False"]
+"""What ResNets of torchvision want."""
+
+
 @pytest.mark.parametrize("version", [1, 2])
-def test_mmdetection(version: int, tmp_path: Path) -> None:
-    cfg = config(GN)
+@pytest.mark.parametrize("name", [GN, FROZEN, C4])
+def test_mmdetection(name: str, version: int, tmp_path: Path) -> None:
+    cfg = config(name, *([] if name == GN else RGB))
     model = model_of(cfg)
     state = schemes.randomised(model)
-    theirs = schemes.mmdetection(state, version)
+    theirs = schemes.mmdetection(state, version, "gn" if name == GN else "bn")
     theirs["ema_backbone_conv1_weight"] = theirs["backbone.conv1.weight"]
     torch.save({"meta": {"epoch": 24}, "state_dict": theirs, "optimizer": {}}, tmp_path / "m.pth")
     report = load_weights(model, tmp_path / "m.pth", config=cfg)
@@ -163,6 +169,24 @@ def test_torchvisions_own_detectors(version: int) -> None:
         masks = original.roi_heads.mask_predictor(original.roi_heads.mask_head(regions))
         masks = masks[range(3), [1, 13, 90]]
         torch.testing.assert_close(model.roi_heads.mask_head(regions, labels), masks, rtol=1e-4, atol=1e-4)
+
+
+def test_faster_rcnn_of_torchvision() -> None:
+    """The same without masks; other classes than COCO's 91 ids keep their order."""
+    torch.manual_seed(0)
+    original = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=4
+    )
+    cfg = gn_detect.load_config(
+        "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+        ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", "3", *RGB],
+    )
+    model = model_of(cfg)
+    theirs = dict(original.state_dict())
+    report = load_weights(model, gn_detect.weights.Checkpoint(theirs), config=cfg)
+    assert not report.missing and not report.unexpected and not report.mismatched
+    ours = model.state_dict()["roi_heads.box_predictor.cls_score.bias"]
+    assert torch.equal(ours, theirs["roi_heads.box_predictor.cls_score.bias"][[1, 2, 3, 0]])
 
 
 def test_backbone_alone_in_detectron2s_names(tmp_path: Path) -> None:
