@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .caffe2_names import FROZEN_EPS
 from .checkpoint import Checkpoint
 from .classes import background_last, boxes_without_background, masks_without_background
 from .convention import DETECTRON_GN, TORCHVISION, InputConvention
@@ -31,6 +30,9 @@ _HEADS: list[tuple[str, str]] = [
     (r"roi_heads\.mask_head\.(\d)\.1\.(\w+)", "roi_heads.mask_head.mask_fcn{next}.norm.{1}"),
     (r"roi_heads\.mask_predictor\.conv5_mask\.(\w+)", "roi_heads.mask_head.deconv.{0}"),
 ]
+FROZEN_EPS = 1e-5
+"""Of our frozen BatchNorm."""
+
 _CLASSIFIER = re.compile(r"(fc|head\.fc|classifier)\.(weight|bias)")
 
 

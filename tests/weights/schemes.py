@@ -35,7 +35,7 @@ def with_affine_norms(state: State) -> State:
         if name.endswith("running_mean"):
             state[name] = torch.zeros_like(tensor)
         elif name.endswith("running_var"):
-            state[name] = torch.full_like(tensor, 1.0 - 1e-5)
+            state[name] = torch.ones_like(tensor)
     return state
 
 
