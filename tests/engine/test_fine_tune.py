@@ -33,9 +33,9 @@ def test_a_detector_of_other_classes_is_worth_much(tmp_path: Path, caplog: pytes
     assert main([*common, *whole, "OUTPUT_DIR", str(tmp_path / "whole")]) == 0
 
     data: list[str] = []
-    for part, annotations in (("train", train), ("val", val)):
-        data += [f"--{part}-json", str(with_one_class(annotations))]
-        data += [f"--{part}-images", str(annotations.parent / "images")]
+    for part, file in (("train", train), ("val", val)):
+        data += [f"--{part}-json", str(with_one_class(file))]
+        data += [f"--{part}-images", str(file.parent / "images")]
     accuracy = {}
     for weights in ("", str(tmp_path / "whole" / "model_final.pth")):
         output = tmp_path / ("scratch", "fine_tuned")[bool(weights)]
