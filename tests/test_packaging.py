@@ -33,7 +33,7 @@ def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         if (repository / name).exists():
             shutil.copy(repository / name, copy)
-    for name in ("gn_detect", "configs"):
+    for name in ("gn_detect", "configs", "model_zoo"):
         shutil.copytree(repository / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
     result = subprocess.run(
@@ -46,7 +46,8 @@ def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_folder_of_code_is_listed_as_a_package(repository: Path, project: dict) -> None:
     folders = {path.parent for path in (repository / "gn_detect").rglob("*.py")}
     code = {".".join(folder.relative_to(repository).parts) for folder in folders}
-    assert set(project["tool"]["setuptools"]["packages"]) == code | {"gn_detect.configs"}
+    beside = {"gn_detect.configs", "gn_detect.model_zoo"}
+    assert set(project["tool"]["setuptools"]["packages"]) == code | beside
 
 
 def test_the_wheel_holds_the_code_and_the_configurations(repository: Path, wheel: Path) -> None:
@@ -57,7 +58,7 @@ def test_the_wheel_holds_the_code_and_the_configurations(repository: Path, wheel
     configs = sorted((repository / "configs").rglob("*.yaml"))
     assert configs
     expected |= {f"gn_detect/{path.relative_to(repository).as_posix()}" for path in configs}
-    assert shipped == expected
+    assert shipped == expected | {"gn_detect/model_zoo/catalog.yaml"}
 
 
 def test_an_installed_wheel_finds_its_configurations(repository: Path, wheel: Path, tmp_path: Path) -> None:
@@ -74,6 +75,8 @@ with resources.as_file(resources.files("gn_detect") / "configs") as folder:
     for file in files:
         gn_detect.load_config(file)
 cfg = gn_detect.load_config("GN/mask_rcnn_R_50_FPN_2x_gn.yaml")
+from gn_detect.weights.zoo import find_entry
+assert find_entry("R-50-GN").url.endswith("R-50-GN.pkl")
 print(len(files), cfg.model.resnets.norm)
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

@@ -17,9 +17,17 @@ from ..data import prepare_image, read_image, read_image_list
 from ..engine.model import make_model
 from ..errors import UserError
 from ..modeling import paired_outputs
-from ..weights import load_weights, read_checkpoint, save_weights
+from ..weights import (
+    SUFFIXES,
+    Checkpoint,
+    InputConvention,
+    load_weights,
+    read_checkpoint,
+    save_weights,
+    translate,
+)
 from .library_models import DEFAULT, is_library_model, load_library_model
-from .options import add_config_arguments
+from .options import add_config_arguments, add_fix_argument, fix_config
 from .predict import find_images
 
 HELP = "Convert a checkpoint from BatchNorm to GroupNorm."
@@ -36,7 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="checkpoint with BatchNorm, or a model of torchvision (resnet50) or timm (timm/resnet50)",
     )
-    parser.add_argument("target", metavar="DST", help="checkpoint to write: .pth or .safetensors")
+    parser.add_argument("target", metavar="DST", help="checkpoint to write: .pth, .pkl or .safetensors")
+    parser.add_argument(
+        "--format", choices=[suffix[1:] for suffix in SUFFIXES], help="for a DST without ending"
+    )
+    parser.add_argument(
+        "--keep-norm", action="store_true", help="only change names to detectron2's, and the format"
+    )
     parser.add_argument(
         "--weights", metavar="W", help=f"of a model: a file, {DEFAULT}, or IMAGENET1K_V1 and so on"
     )
@@ -59,13 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--learning-rate", type=float, default=3e-4)
     calibration.add_argument("--checkpoint", metavar="FILE", help="to go on from, if it is interrupted")
     parser.add_argument("--report", metavar="FILE", help="report.json; a picture is written beside it")
+    add_fix_argument(parser)
     add_config_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write DST, print the report, and say which config keys it needs."""
-    if Path(args.target).suffix not in (".pth", ".pt", ".safetensors"):
-        raise UserError(f"{args.target} must end in .pth, .pt or .safetensors")
+    target = _target(args)
+    if args.keep_norm:
+        _rewrite(args, target)
+        return
     names_model = not Path(args.source).exists() and is_library_model(args.source)
     if args.weights and not names_model:
         raise UserError(f"--weights is for the name of a model, and {args.source} is none")
@@ -78,25 +95,57 @@ def run(args: argparse.Namespace) -> None:
         checkpoint = read_checkpoint(args.source)
         metadata = {key: checkpoint.metadata[key] for key in _KEPT if key in checkpoint.metadata}
         if args.config_file:
-            tensors, report = _convert_detector(args, load_config(args.config_file, args.overrides))
+            cfg = load_config(args.config_file, args.overrides)
+            cfg = fix_config(cfg, checkpoint) if args.fix_config else cfg
+            tensors, report = _convert_detector(args, cfg, checkpoint)
+            metadata["input"] = InputConvention.of_config(cfg).as_metadata()
         else:
+            metadata |= _input_of(checkpoint)
             tensors, report = convert_state_dict(checkpoint.tensors, eps=args.eps, **_group_rule(args))
-    save_weights(args.target, tensors, metadata)
+    save_weights(target, tensors, metadata)
     print(report)
     if args.report:
         report.save(args.report)
         if report.similarity:
             report.draw(Path(args.report).with_suffix(".png"))
-    print(f"wrote {args.target}; {_how_to_load(args, names_model)}")
+    print(f"wrote {target}; {_how_to_load(args, target, names_model)}")
 
 
-def _how_to_load(args: argparse.Namespace, names_model: bool) -> str:
+def _target(args: argparse.Namespace) -> Path:
+    """DST; ``--format`` gives it an ending if it has none."""
+    target = Path(args.target)
+    if args.format and target.suffix not in SUFFIXES:
+        return target.with_name(f"{target.name}.{args.format}")
+    if target.suffix not in SUFFIXES:
+        raise UserError(f"{target} must end in {', '.join(SUFFIXES)}, or add --format")
+    if args.format and target.suffix != f".{args.format}":
+        raise UserError(f"--format {args.format}, but {target} ends in {target.suffix}")
+    return target
+
+
+def _rewrite(args: argparse.Namespace, target: Path) -> None:
+    """The same weights with detectron2's names in another format."""
+    checkpoint = read_checkpoint(args.source)
+    translation = translate(checkpoint)
+    kept = {key: checkpoint.metadata[key] for key in (*_KEPT, "config") if key in checkpoint.metadata}
+    save_weights(target, translation.tensors, kept | _input_of(checkpoint))
+    print(f"wrote {len(translation.tensors)} tensors to {target}; names of {translation.scheme}")
+    for change in translation.changes:
+        print(f"  {change}")
+
+
+def _input_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    convention = translate(checkpoint).convention
+    return {} if convention is None else {"input": convention.as_metadata()}
+
+
+def _how_to_load(args: argparse.Namespace, target: Path, names_model: bool) -> str:
     if names_model:
         rule = ", ".join(f"{key}={value}" for key, value in _group_rule(args).items())
         return f"load its 'model' into gn_detect.convert_norm(model, init='reset', {rule})[0]"
     smallest = f"MODEL.GN.MIN_CHANNELS_PER_GROUP {args.min_channels_per_group}"
     keys = f"MODEL.GN.NUM_GROUPS {args.num_groups} {smallest}"
-    return f"set the NORM keys to GN and MODEL.WEIGHTS {args.target} {keys}"
+    return f"set the NORM keys to GN and MODEL.WEIGHTS {target} {keys}"
 
 
 def _group_rule(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,9 +169,11 @@ def _convert_library_model(args: argparse.Namespace) -> tuple[dict[str, Tensor],
     return dict(model.state_dict()), report
 
 
-def _convert_detector(args: argparse.Namespace, cfg: Config) -> tuple[dict[str, Tensor], ConversionReport]:
+def _convert_detector(
+    args: argparse.Namespace, cfg: Config, checkpoint: Checkpoint
+) -> tuple[dict[str, Tensor], ConversionReport]:
     original = make_model(cfg)
-    load_weights(original, args.source)
+    load_weights(original, checkpoint, config=cfg)
     original.eval()
     model, report = convert_norm(original, **_group_rule(args))
     if args.images:

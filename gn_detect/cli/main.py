@@ -11,13 +11,14 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
-from . import bench, convert, evaluate, plot, predict, train
+from . import bench, convert, evaluate, plot, predict, train, zoo
 
 COMMANDS = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
     "convert": convert,
+    "zoo": zoo,
     "plot": plot,
     "bench": bench,
 }

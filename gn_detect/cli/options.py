@@ -11,6 +11,7 @@ from typing import Any
 from ..config import Config, load_config
 from ..engine import launch
 from ..errors import UserError
+from ..weights import Checkpoint, as_command_line, implied_keys
 
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 
@@ -21,6 +22,26 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY VALUE", help="config keys, such as SOLVER.BASE_LR 0.01"
     )
+
+
+def add_fix_argument(parser: argparse.ArgumentParser) -> None:
+    """``--fix-config``."""
+    parser.add_argument(
+        "--fix-config",
+        action="store_true",
+        help="set the input's keys (format, mean, deviation, stride) to what the weights were trained with",
+    )
+
+
+def fix_config(cfg: Config, weights: str | Path | Checkpoint) -> Config:
+    """With the keys that ``weights`` imply; they are printed.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    keys = implied_keys(cfg, weights)
+    print(f"--fix-config: {as_command_line(keys)}" if keys else "--fix-config: nothing to set")
+    return cfg.replace(keys)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +70,9 @@ def read_config(args: argparse.Namespace) -> Config:
     if not args.config_file:
         raise UserError("no config: add --config-file FILE, such as configs/quick/demo.yaml")
     cfg = load_config(args.config_file, args.overrides)
-    if not hasattr(args, "train_json"):
-        return cfg
-    return _with_datasets(cfg, args)
+    if args.fix_config and cfg.model.weights:
+        cfg = fix_config(cfg, cfg.model.weights)
+    return _with_datasets(cfg, args) if hasattr(args, "train_json") else cfg
 
 
 def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:

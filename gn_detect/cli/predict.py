@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..evaluation import detections_to_coco
 from ..files import atomic_write_json
 from ..visualize import draw_detections, save_picture
+from .options import add_fix_argument, fix_config
 
 HELP = "Find objects in images with a trained checkpoint, MODEL.WEIGHTS."
 
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="least score of what is drawn and written"
     )
+    add_fix_argument(parser)
     parser.add_argument(
         "inputs", nargs="+", metavar="IMAGE", help="files, folders or patterns, then KEY VALUE ..."
     )
@@ -45,7 +47,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     inputs, overrides = split_overrides(args.inputs)
     images = find_images(inputs)
-    predictor = Predictor(load_config(args.config_file, overrides))
+    cfg = load_config(args.config_file, overrides)
+    if args.fix_config and cfg.model.weights:
+        cfg = fix_config(cfg, cfg.model.weights)
+    predictor = Predictor(cfg)
+    print(predictor.report)
     output = Path(args.output)
     results: list[dict[str, Any]] = []
     for image_id, (path, name) in enumerate(tqdm(name_pictures(images), unit="image", disable=None), start=1):

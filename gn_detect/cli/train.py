@@ -6,7 +6,14 @@ import argparse
 
 from ..config import Config
 from ..engine import evaluate, train
-from .options import add_config_arguments, add_data_arguments, add_launch_arguments, launch_from, read_config
+from .options import (
+    add_config_arguments,
+    add_data_arguments,
+    add_fix_argument,
+    add_launch_arguments,
+    launch_from,
+    read_config,
+)
 
 HELP = "Train a model and evaluate it."
 
@@ -19,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
     add_launch_arguments(parser)
     add_data_arguments(parser)
+    add_fix_argument(parser)
     add_config_arguments(parser)
 
 

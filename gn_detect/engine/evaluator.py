@@ -54,7 +54,7 @@ def evaluate(cfg: Config, *, resume: bool = False) -> Results:
         if not tests:
             raise UserError("DATASETS.TEST is empty; name the dataset to evaluate on, or give --val-json")
         model = make_model(cfg)
-        logger.info("%s", load_weights(model, weights))
+        logger.info("%s", load_weights(model, weights, config=cfg))
         model.to(device)
         if is_main():
             make_folder(cfg.output_dir)

@@ -26,6 +26,7 @@ class Predictor:
 
     Attributes:
         model: in evaluation mode, on ``MODEL.DEVICE``.
+        report: how the weights were loaded.
         class_names: by label; ``class 0``, ``class 1``, ... where the checkpoint does not tell them.
         category_ids: the ids in the training JSON; 1, 2, ... where the checkpoint does not tell them.
 
@@ -40,7 +41,7 @@ class Predictor:
         device = resolve_device(cfg)
         self.model = make_model(cfg)
         checkpoint = read_checkpoint(cfg.model.weights)
-        load_weights(self.model, checkpoint)
+        self.report = load_weights(self.model, checkpoint, config=cfg)
         self.model.to(device).eval()
         count = self.model.num_classes
         told = checkpoint.metadata

@@ -22,7 +22,7 @@ from ..files import atomic_write_text
 from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
-from ..weights import Checkpoint, load_weights, read_checkpoint
+from ..weights import Checkpoint, InputConvention, load_weights, read_checkpoint
 from .checkpoint import BEST, FINAL, checkpoint_name, find_last_checkpoint, save_checkpoint, start_anew
 from .distributed import (
     barrier,
@@ -140,7 +140,9 @@ def prepare(cfg: Config, resume: bool) -> Run:
         load_weights(model, checkpoint)
         logger.info("resuming from %s at iteration %d", checkpoint.path, start)
     elif cfg.model.weights:
-        logger.info("%s", load_weights(model, cfg.model.weights, for_training=True))
+        names = class_metadata(dataset)["class_names"]
+        report = load_weights(model, cfg.model.weights, for_training=True, config=cfg, class_names=names)
+        logger.info("%s", report)
     model.to(device).train()
     optimizer = build_optimizer(cfg, model)
     run = Run(cfg, device, model, optimizer, loader, dataset, tests, start)
@@ -268,6 +270,8 @@ def _metadata(run: Run, iteration: int) -> dict[str, Any]:
         "iteration": iteration,
         "seed": run.cfg.seed,
         "best": run.best,
+        "config": dump_config(run.cfg),
+        "input": InputConvention.of_config(run.cfg).as_metadata(),
         **class_metadata(run.dataset),
     }
 

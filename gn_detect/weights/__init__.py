@@ -1,6 +1,21 @@
-"""Checkpoints: read without running what they contain, loaded into a model, saved whole."""
+"""Checkpoints of many libraries: read without running what they contain, translated, loaded, saved whole."""
 
-from .checkpoint import Checkpoint, read_checkpoint, save_weights
-from .load import LoadReport, Mismatch, load_weights
+from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint, save_weights
+from .convention import InputConvention, as_command_line
+from .load import LoadReport, Mismatch, implied_keys, load_weights
+from .translate import Translation, translate
 
-__all__ = ["Checkpoint", "LoadReport", "Mismatch", "load_weights", "read_checkpoint", "save_weights"]
+__all__ = [
+    "SUFFIXES",
+    "Checkpoint",
+    "InputConvention",
+    "LoadReport",
+    "Mismatch",
+    "Translation",
+    "as_command_line",
+    "implied_keys",
+    "load_weights",
+    "read_checkpoint",
+    "save_weights",
+    "translate",
+]

@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,48 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..config import load_config
 from ..errors import UserError
 from ..files import atomic_write
+from .convention import InputConvention
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
+from .pickle_check import RefusedPickle, check_pickle
+from .zip_archive import is_npz, read_npz
+from .zoo import entry_of, resolve
 
-MODEL_KEYS = ("model", "state_dict", "model_state", "model_state_dict", "blobs")
+MODEL_KEYS = (
+    "state_dict_ema", "model_ema", "ema_state_dict",  # averaged weights are those meant for use
+    "model", "state_dict", "model_state", "model_state_dict", "blobs",
+)  # fmt: skip
 """Where checkpoints of training programs keep the weights; the first that is a dict is read."""
+
+FORMAT_VERSION = 1
+"""Of the files that :func:`save_weights` writes."""
+
+_VERSION_KEY, _AUTHOR_KEY, _PROGRAM_KEY = "format_version", "__author__", "gn_detect_version"
+_OURS = "gn_detect"
+
+SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
+"""Of files that can be written."""
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 """Added by DistributedDataParallel, torch.compile and Lightning; removed where all names have it."""
 
+_COUNTERS = {"steps", "n_averaged"}
+"""Beside averaged weights: mmdetection's and PyTorch's number of updates."""
+
 _ZIP = b"PK\x03\x04"
 _TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch's magic number, pickled
-_HDF5 = b"\x89HDF"
+_LEGACY_PICKLES = 5  # magic number, version, platform, content, keys of the storages that follow
+_OTHERS = {
+    b"\x89HDF": "an HDF5 file; export its weights to .pth, .safetensors or .pkl",
+    b"\x1f\x8b": "compressed with gzip; unpack it with gunzip",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch it with git lfs pull",
+    b"<": "a web page or XML, perhaps a server's message instead of the file; download it again",
+    b"{": "JSON, and holds no weights; give a checkpoint",
+}
+"""What is taken for a checkpoint by mistake, by its first bytes."""
+
 _FETCH_AGAIN = "the file may be truncated: copy or download it again"
 
 
@@ -39,7 +69,7 @@ class Checkpoint:
     Attributes:
         tensors: weights by name, on the CPU, in the file's data types, wrapper prefixes removed.
         metadata: everything beside the weights: iteration, optimiser state, ...
-        format: ``"pytorch"``, ``"safetensors"`` or ``"pickle"``.
+        format: ``"pytorch"``, ``"safetensors"``, ``"pickle"`` or ``"npz"``.
         path: the file, for messages.
     """
 
@@ -50,34 +80,23 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors`` or ``.pkl`` by what the file contains.
+    """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors``, ``.pkl`` or ``.npz`` by what is in the file.
 
     ``{"model": ...}``, ``{"state_dict": ...}``, ``{"model_state": ...}``, ``{"blobs": ...}`` and a plain dict
     of tensors are recognised; what is not a tensor or a NumPy array goes to ``metadata``.
 
     Raises:
-        UserError: no such file, a URL or zoo name, truncated or of another format, without tensors, or naming
+        UserError: no such file, a failed download, truncated or of another format, without tensors, or naming
             classes or functions other than tensors, arrays and containers; none of them is called.
     """
+    entry = entry_of(path)
     path = _existing_file(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if head.startswith((_ZIP, _TORCH_LEGACY)):
-        content, kind = _read_torch(path), "pytorch"
-    elif head[8:9] == b"{":
-        content, kind = _read_safetensors(path), "safetensors"
-    elif head.startswith(_HDF5):
-        raise UserError(f"{path} is an HDF5 file; export its weights to .pth, .safetensors or .pkl")
-    elif not head:
-        raise UserError(f"{path} is empty; copy or download it again")
-    elif head.startswith(b"\x80") or path.suffix == ".pkl":
-        content, kind = _read_pickle(path), "pickle"
-    else:
-        raise UserError(f"{path} is not a .pth, .safetensors or .pkl checkpoint; {_FETCH_AGAIN}")
+    content, kind = _read(path)
     tensors, metadata = _split(content, path)
+    _check_version(metadata, path)
+    if entry is not None:  # the catalogue knows better than the names what the weights were trained with
+        convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
+        metadata["input"] = convention.as_metadata()
     return Checkpoint(_strip_wrappers(tensors), metadata, kind, path)
 
 
@@ -87,51 +106,130 @@ def save_weights(
     """Write a checkpoint that :func:`read_checkpoint` and detectron2 read; the file is whole or absent.
 
     Args:
-        path: ends in ``.pth`` or ``.pt`` (a dict ``{"model": state_dict, **metadata}``) or ``.safetensors``
-            (metadata as JSON).
+        path: ends in ``.pth`` or ``.pt`` (a dict ``{"model": state_dict, **metadata}``), ``.pkl`` (the same
+            with NumPy arrays, as detectron2's model zoo has it) or ``.safetensors`` (metadata as JSON).
         state_dict: tensors by name, on any device.
         metadata: more to store; for ``.pth``, anything that ``torch.load(weights_only=True)`` reads, such as
-            optimiser states; for ``.safetensors``, JSON values.
+            optimiser states; otherwise JSON values.
 
     Raises:
-        UserError: another ending, metadata that the format cannot hold, or the disk is full or read-only.
+        UserError: another ending, metadata or a type that the format cannot hold, or the disk is full or
+            read-only.
     """
     path, metadata = Path(path), dict(metadata or {})
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise UserError(f"cannot save weights as {path}: end the name in .pth or .safetensors")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"cannot save weights as {path}: end the name in {', '.join(SUFFIXES)}")
     if "model" in metadata:
         raise UserError(f"cannot save {path}: the metadata key 'model' is taken by the weights; rename it")
+    metadata |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS, _PROGRAM_KEY: _program_version()}
     tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     if path.suffix == ".safetensors":
+        _write(path, _as_safetensors(path, tensors, metadata))
+    elif path.suffix == ".pkl":
+        _write(path, _as_pickle(path, tensors, metadata))
+    else:
         try:
-            header = {key: json.dumps(value) for key, value in metadata.items()}
-        except (TypeError, ValueError) as error:
-            raise UserError(f"cannot save {path}: {error}; save as .pth or leave it out") from error
-        # Tied tensors may not share memory in this format, and views must be dense.
-        dense = torch.contiguous_format
-        copies = {name: tensor.clone(memory_format=dense) for name, tensor in tensors.items()}
-        content = safetensors.torch.save(copies, header)
-        with atomic_write(path, "wb") as file:
-            file.write(content)
-        return
+            with atomic_write(path, "wb") as file:
+                torch.save({"model": tensors, **metadata}, file)
+        except RuntimeError as error:  # torch's writer reports a full disk so
+            raise UserError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from error
+
+
+def _program_version() -> str:
     try:
-        with atomic_write(path, "wb") as file:
-            torch.save({"model": tensors, **metadata}, file)
-    except RuntimeError as error:  # torch's writer reports a full disk so
-        raise UserError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from error
+        return version("gn_detect")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path, "wb") as file:
+        file.write(content)
+
+
+def _as_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
+    try:
+        header = {key: json.dumps(value) for key, value in metadata.items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot save {path}: {error}; save as .pth or leave it out") from error
+    # Tied tensors may not share memory in this format, and views must be dense.
+    dense = torch.contiguous_format
+    copies = {name: tensor.clone(memory_format=dense) for name, tensor in tensors.items()}
+    return safetensors.torch.save(copies, header)
+
+
+def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
+    """Without ``matching_heuristics``, detectron2 takes the names as they are."""
+    try:
+        json.dumps(metadata)  # the reader's restrictions, nearly
+        arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot save {path}: {error}; save as .pth") from error
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}  # 0-dimensional ones became (1,)
+    arrays = {name: array.reshape(shapes[name]) for name, array in arrays.items()}
+    return pickle.dumps({"model": arrays, **metadata}, protocol=2)
+
+
+def _check_version(metadata: dict[str, Any], path: Path) -> None:
+    """Only of our own files; their own keys do not stay in the metadata."""
+    if metadata.get(_AUTHOR_KEY) != _OURS:
+        return
+    del metadata[_AUTHOR_KEY]
+    metadata.pop(_PROGRAM_KEY, None)
+    found = metadata.pop(_VERSION_KEY, FORMAT_VERSION)
+    if not isinstance(found, int) or found > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {found!r}, and this gn_detect reads up to {FORMAT_VERSION}; "
+            "install a newer one"
+        )
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """What a file holds, and its format."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            size = file.seek(0, 2)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if head.startswith((_ZIP, _TORCH_LEGACY)):
+        return _read_torch_or_npz(path, head)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return _read_safetensors(path), "safetensors"
+    if head.startswith((b"\x80", b"(", b"}", b"]")) or path.suffix == ".pkl":  # b"\x80": protocol 2 and on
+        return _read_pickle(path), "pickle"
+    for start, remedy in _OTHERS.items():
+        if head.lstrip().startswith(start):
+            raise UserError(f"{path} is {remedy}")
+    if not head:
+        raise UserError(f"{path} is empty; copy or download it again")
+    raise UserError(f"{path} is not a .pth, .safetensors, .pkl or .npz checkpoint; {_FETCH_AGAIN}")
+
+
+def _read_torch_or_npz(path: Path, head: bytes) -> tuple[Any, str]:
+    try:
+        if head.startswith(_TORCH_LEGACY):
+            with path.open("rb") as file:
+                for _ in range(_LEGACY_PICKLES):
+                    check_pickle(file)
+        elif is_npz(path):
+            return read_npz(path), "npz"
+    except RefusedPickle as error:
+        raise _refusal(path, str(error)) from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"cannot read {path}: {_first_line(error)}; {_FETCH_AGAIN}") from error
+    return _read_torch(path), "pytorch"
 
 
 def _existing_file(path: str | Path) -> Path:
-    if re.match(r"[A-Za-z][\w+.-]*://", str(path)):
-        raise UserError(
-            f"cannot load weights from {path}: there is no download and no model zoo yet; "
-            f"fetch the file yourself and give its path as MODEL.WEIGHTS"
-        )
-    path = Path(path)
+    path = resolve(path)
     if path.is_dir():
         raise UserError(f"cannot load weights from {path}: it is a folder; give a file inside it")
     if not path.is_file():
-        raise UserError(f"cannot load weights from {path}: no such file; check MODEL.WEIGHTS")
+        raise UserError(
+            f"cannot load weights from {path}: no such file; check MODEL.WEIGHTS, or give zoo://NAME of "
+            "gn-detect zoo list"
+        )
     return path
 
 
@@ -142,7 +240,7 @@ def _read_torch(path: Path) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
             raise UserError(f"cannot read {path}: {_first_line(error)}; {_FETCH_AGAIN}") from error
-        raise _refusal(path, refused[1].rstrip(".")) from error
+        raise _refusal(path, f"it names {refused[1].rstrip('.')!r}") from error
     except Exception as error:  # truncated or damaged archives fail in many ways
         raise UserError(f"cannot read {path} with PyTorch: {_first_line(error)}; {_FETCH_AGAIN}") from error
 
@@ -170,21 +268,23 @@ def _read_pickle(path: Path) -> Any:
         with path.open("rb") as file:
             return load_numpy_pickle(file)
     except RefusedGlobal as error:
-        raise _refusal(path, error.name) from error
+        raise _refusal(path, f"it names {error.name!r}") from error
+    except RefusedPickle as error:
+        raise _refusal(path, str(error)) from error
     except (pickle.UnpicklingError, OSError) as error:
         raise UserError(f"cannot read {path} as a pickle: {_first_line(error)}; {_FETCH_AGAIN}") from error
 
 
-def _refusal(path: Path, name: str) -> UserError:
+def _refusal(path: Path, reason: str) -> UserError:
     return UserError(
-        f"refused to read {path}: it names {name!r}, and a checkpoint may hold only tensors, arrays and "
+        f"refused to read {path}: {reason}, and a checkpoint may hold only tensors, arrays and "
         f"plain containers (nothing was run); save its state dict alone with torch.save"
     )
 
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return text.splitlines()[0].partition(". ")[0].rstrip(".") if text else type(error).__name__
 
 
 def _split(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -198,7 +298,7 @@ def _split(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     tensors: dict[str, Tensor] = {}
     for key, value in weights.items():
         if isinstance(value, Tensor):
-            tensors[str(key)] = value.detach()
+            tensors[str(key)] = _checked(value.detach(), key, path)
         elif isinstance(value, np.ndarray):
             tensors[str(key)] = _as_tensor(value, key, path)
         elif container is None:
@@ -209,6 +309,17 @@ def _split(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     return tensors, metadata
 
 
+def _checked(tensor: Tensor, key: Any, path: Path) -> Tensor:
+    """A file can describe a tensor of terabytes that all lie on one stored number."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise UserError(f"{path}: {key!r} is not a dense tensor; store dense weights")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(
+            f"refused to read {path}: {key!r} has shape {tuple(tensor.shape)}, more than is stored"
+        )
+    return tensor
+
+
 def _as_tensor(array: np.ndarray, key: Any, path: Path) -> Tensor:
     try:
         return torch.from_numpy(array)
@@ -217,7 +328,9 @@ def _as_tensor(array: np.ndarray, key: Any, path: Path) -> Tensor:
 
 
 def _strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove prefixes that every name has, repeatedly: wrappers nest."""
+    """Remove prefixes that every name has, repeatedly: wrappers nest. Counters of averaging have none."""
+    if any(name.startswith(WRAPPER_PREFIXES) for name in tensors):
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in _COUNTERS}
     for prefix in WRAPPER_PREFIXES * 2:
         if all(name.startswith(prefix) and len(name) > len(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .checkpoint import Checkpoint, read_checkpoint
+from .convention import InputConvention, as_command_line
+from .translate import BACKBONE, CLASSIFIER, Translation, translate
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 PREDICTORS = re.compile(r"^roi_heads\.(box_predictor\.(cls_score|bbox_pred)|mask_head\.predictor)\.")
 """Layers with output channels for each class; fine-tuning on other classes starts them afresh."""
@@ -18,19 +25,25 @@ PREDICTORS = re.compile(r"^roi_heads\.(box_predictor\.(cls_score|bbox_pred)|mask
 BOOKKEEPING = re.compile(r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std|cell_anchors\.\d+)$")
 """Buffers that follow from the configuration, or count batches: absent or extra, they change no result."""
 
+BACKBONE_SHARE = 0.9
+"""Of a backbone's tensors; with fewer, what the file is said to be pretrained on is mostly lost."""
+
 MATCHED_SHARE = 0.5
 """Fine-tuning wants at least this share of the model's tensors, or of the file's, to match."""
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor whose shapes disagree."""
+    """A tensor whose shapes disagree, or that is of no use for another ``reason``."""
 
     name: str
     file_shape: tuple[int, ...]
     model_shape: tuple[int, ...]
+    reason: str = ""
 
     def __str__(self) -> str:
+        if self.reason:
+            return f"{self.name} is {self.reason}"
         return f"{self.name} is {self.file_shape} in the file and {self.model_shape} in the model"
 
 
@@ -43,8 +56,15 @@ class LoadReport:
         matched: names that were loaded.
         missing: names of the model that the file lacks; they keep their initial values.
         unexpected: names of the file that the model lacks; they were not read.
-        mismatched: predictor layers of another number of classes; they keep their initial values.
+        mismatched: predictor layers of other classes; they keep their initial values.
+        reshaped: names of tensors whose shapes differ by ones at the end, such as those of a linear layer in
+            the model and of a 1x1 convolution in the file; they were loaded and are in ``matched``, too.
         ignored: buffers that change no result and were on one side only.
+        scheme: whose names the file has: ``"detectron2"``, ``"Detectron"``, ``"torchvision"`` (and timm) or
+            ``"mmdetection"``.
+        converted: what was done to values on the way, such as moving the background's class.
+        left_out: names of the file that mean nothing to a detector, such as ImageNet's classifier.
+        convention: what the file says or implies about input; None where it does neither.
     """
 
     path: Path
@@ -52,11 +72,21 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[Mismatch] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    scheme: str = "detectron2"
+    converted: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    convention: InputConvention | None = None
 
     def __str__(self) -> str:
         total = len(self.matched) + len(self.missing) + len(self.mismatched)
         lines = [f"loaded {len(self.matched)} of {total} tensors from {self.path}"]
+        if self.scheme != "detectron2":
+            lines.append(f"  names of {self.scheme} translated")
+        lines += [f"  {change}" for change in self.converted]
+        if self.reshaped:
+            lines.append(f"  {len(self.reshaped)} reshaped: {_some(self.reshaped)}")
         if self.mismatched:
             lines.append(f"  {len(self.mismatched)} start afresh, made for other classes:")
             lines += [f"    {mismatch}" for mismatch in self.mismatched]
@@ -64,40 +94,97 @@ class LoadReport:
             lines.append(f"  {len(self.missing)} not in the file, start afresh: {_some(self.missing)}")
         if self.unexpected:
             lines.append(f"  {len(self.unexpected)} in the file only, not used: {_some(self.unexpected)}")
+        if self.left_out:
+            lines.append(f"  {len(self.left_out)} are of no use to a detector: {_some(self.left_out)}")
         return "\n".join(lines)
 
 
 @torch.no_grad()
 def load_weights(
-    model: nn.Module, source: str | Path | Checkpoint, *, for_training: bool = False
+    model: nn.Module,
+    source: str | Path | Checkpoint,
+    *,
+    for_training: bool = False,
+    config: Config | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> LoadReport:
-    """Copy a checkpoint's tensors into the parameters and buffers of the same names.
+    """Copy a checkpoint's tensors into the parameters and buffers that they belong to.
 
-    Values are cast to the model's types and devices. When an error is raised the model is as it was.
+    Names of Detectron, torchvision, timm and mmdetection are translated. Values are cast to the model's types
+    and devices. When an error is raised the model is as it was.
 
     Args:
-        model: names as in detectron2's state dicts, for its checkpoints to fit.
+        model: names as in detectron2's state dicts.
         source: a file that :func:`read_checkpoint` reads, or what it returned.
         for_training: True for a starting point: tensors that are absent on one side are reported, and
-            predictor layers of another number of classes start afresh. False for evaluation or resuming:
-            every tensor of the model must be in the file, and the other way round, except for heads that
-            the model lacks as a whole (a mask head when masks are switched off).
+            predictor layers of another number of classes start afresh; of a backbone 90% must be there. False
+            for evaluation or resuming: every tensor of the model must be in the file, and the other way
+            round, except for heads that the model lacks as a whole (a mask head when masks are switched off).
+        config: of the model, to be compared with what the file implies about input.
+        class_names: of the model by label. With ``for_training``, predictor layers of a file that names as
+            many other classes start afresh.
 
     Raises:
         UserError: the file cannot be read, belongs to another architecture, number of classes or kind of
-            normalisation, or has values that are not finite. The message names the first keys and shapes.
+            normalisation, was trained with other input than the config has, or has values that are not
+            finite. The message names the first keys and shapes, or the config keys to set.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     own = model.state_dict()
+    translation = _translated(checkpoint, own)
+    checkpoint = replace(checkpoint, tensors=dict(translation.tensors))
     report = _compare(own, checkpoint)
+    if for_training and class_names is not None:
+        _drop_other_classes(report, checkpoint, list(class_names))
+    report.scheme, report.converted = translation.scheme, translation.changes
+    report.left_out, report.convention = translation.left_out, translation.convention
     _refuse_other_architecture(report, checkpoint, own)
     _refuse_other_norm(report, own)
-    if not for_training:
+    if for_training:
+        _refuse_poor_backbone(report, own)
+    else:
         _refuse_incomplete(report, own)
+    if config is not None:
+        _refuse_other_input(report, config)
     _refuse_not_finite(report, checkpoint)
     for name in report.matched:
         own[name].copy_(checkpoint.tensors[name])
     return report
+
+
+def implied_keys(cfg: Config, source: str | Path | Checkpoint) -> dict[str, Any]:
+    """The config keys that a checkpoint needs and ``cfg`` has otherwise: format, mean, deviation, stride.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    convention = translate(checkpoint).convention
+    return {} if convention is None else convention.differing_keys(cfg)
+
+
+def _translated(checkpoint: Checkpoint, own: dict[str, Tensor]) -> Translation:
+    """In the model's names. Where most names fit as they are, they stay: any module may be loaded."""
+    fitting = sum(name in own for name in checkpoint.tensors)
+    if fitting > len(checkpoint.tensors) / 2:
+        convention = InputConvention.from_metadata(checkpoint.metadata.get("input"))
+        left_out = [name for name in checkpoint.tensors if CLASSIFIER.fullmatch(name) and name not in own]
+        tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left_out}
+        return Translation(tensors, convention=convention, left_out=left_out)
+    translation = translate(checkpoint)
+    if not any(name.startswith("backbone.") for name in own):  # a backbone alone
+        bare = {name.removeprefix(BACKBONE): tensor for name, tensor in translation.tensors.items()}
+        return replace(translation, tensors=bare)
+    has_pyramid = any(name.startswith(BACKBONE) for name in own)
+    has_res5_head = any(name.startswith("roi_heads.res5.") for name in own)
+
+    def place(name: str) -> str:
+        if has_res5_head and name.startswith(f"{BACKBONE}res5."):
+            return "roi_heads." + name.removeprefix(BACKBONE)
+        return name if has_pyramid else re.sub(f"^{re.escape(BACKBONE)}", "backbone.", name)
+
+    placed = {place(name): tensor for name, tensor in translation.tensors.items()}
+    return replace(translation, tensors=placed)
 
 
 def _compare(own: dict[str, Tensor], checkpoint: Checkpoint) -> LoadReport:
@@ -105,15 +192,37 @@ def _compare(own: dict[str, Tensor], checkpoint: Checkpoint) -> LoadReport:
     for name, tensor in own.items():
         if name not in checkpoint.tensors:
             (report.ignored if BOOKKEEPING.search(name) else report.missing).append(name)
-        elif checkpoint.tensors[name].shape != tensor.shape:
+        elif _without_ones(checkpoint.tensors[name]) != _without_ones(tensor):
             shapes = tuple(checkpoint.tensors[name].shape), tuple(tensor.shape)
             report.mismatched.append(Mismatch(name, *shapes))
         else:
             report.matched.append(name)
+            if checkpoint.tensors[name].shape != tensor.shape:
+                report.reshaped.append(name)
+                checkpoint.tensors[name] = checkpoint.tensors[name].reshape(tensor.shape)
     for name in checkpoint.tensors:
         if name not in own:
             (report.ignored if BOOKKEEPING.search(name) else report.unexpected).append(name)
     return report
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    """The shape without the ones at its end."""
+    shape = list(tensor.shape)
+    while shape and shape[-1] == 1:
+        shape.pop()
+    return shape
+
+
+def _drop_other_classes(report: LoadReport, checkpoint: Checkpoint, class_names: list[str]) -> None:
+    """The same number of classes, but others, or in another order: the file's predictors mean nothing."""
+    told = checkpoint.metadata.get("class_names")
+    if not isinstance(told, list) or len(told) != len(class_names) or told == class_names:
+        return
+    for name in [name for name in report.matched if PREDICTORS.search(name)]:
+        report.matched.remove(name)
+        shape = tuple(checkpoint.tensors[name].shape)
+        report.mismatched.append(Mismatch(name, shape, shape, "of other classes"))
 
 
 def _refuse_other_architecture(report: LoadReport, checkpoint: Checkpoint, own: dict[str, Tensor]) -> None:
@@ -130,6 +239,28 @@ def _refuse_other_architecture(report: LoadReport, checkpoint: Checkpoint, own: 
             f"{report.path} is of another architecture, or names its tensors in another way: {known} of "
             f"the model's {len(own)} tensors are in it; the file has {_some(report.unexpected)}, the model "
             f"wants {_some(report.missing)}; give a checkpoint of this configuration with detectron2's names"
+        )
+
+
+def _refuse_poor_backbone(report: LoadReport, own: dict[str, Tensor]) -> None:
+    def is_of_backbone(name: str) -> bool:
+        return name.startswith("backbone.") and ".fpn_" not in name and not BOOKKEEPING.search(name)
+
+    wanted = [name for name in own if is_of_backbone(name)]
+    missing = [name for name in report.missing if is_of_backbone(name)]
+    if len(missing) > (1 - BACKBONE_SHARE) * len(wanted):
+        raise UserError(
+            f"{report.path} has only {len(wanted) - len(missing)} of the backbone's {len(wanted)} tensors; "
+            f"it lacks {_some(missing)}; give a checkpoint of this backbone, or set MODEL.RESNETS as in it"
+        )
+
+
+def _refuse_other_input(report: LoadReport, config: Config) -> None:
+    keys = {} if report.convention is None else report.convention.differing_keys(config)
+    if keys:
+        raise UserError(
+            f"{report.path} was trained with other input than the config has, and would load and then find "
+            f"little; add --fix-config, or set {as_command_line(keys)}"
         )
 
 

@@ -7,14 +7,19 @@ Files of NumPy 1 (``numpy.core``), NumPy 2 (``numpy._core``) and Python 2 are re
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from typing import IO, Any
 
 import numpy as np
+
+from .pickle_check import check_pickle
+
+_MAX_SIZE = 1 << 40
+"""Of one dimension, which may be too large for NumPy where another one is 0."""
 
 
 class RefusedGlobal(pickle.UnpicklingError):
@@ -39,7 +44,9 @@ def load_numpy_pickle(file: IO[bytes]) -> Any:
         pickle.UnpicklingError: the pickle is truncated, malformed, or holds arrays that are not numeric.
     """
     try:
-        return _plain(_NumpyUnpickler(file, encoding="latin1").load())
+        data = file.read()
+        check_pickle(data, only_arrays=True)
+        return _plain(_NumpyUnpickler(io.BytesIO(data), encoding="latin1").load(), {})
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a malformed pickle can make any opcode fail in any way
@@ -54,14 +61,34 @@ class _NumpyUnpickler(pickle.Unpickler):
         allowed = _ALLOWED.get((module, name))
         if allowed is None:
             raise RefusedGlobal(f"{module}.{name}")
-        # A fresh partial each time: a pickle can set attributes on what it is given, and must not reach ours.
-        return allowed if isinstance(allowed, type | str) else partial(allowed)
+        return allowed if isinstance(allowed, type | str) else _Function(allowed)
+
+
+class _Function:
+    """One of our functions in a pickle's hands, which may only call it.
+
+    A pickle can set attributes on what it is given, and must not reach those of the function; nor could this
+    be ``functools.partial``, which a pickle can make call itself for ever.
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state for a function")
 
 
 class _Dtype:
     """Stands in for ``np.dtype``: numbers and bools only, with a byte order."""
 
     def __init__(self, code: str) -> None:
+        if not isinstance(code, str):
+            raise pickle.UnpicklingError("an array type that is not one of numbers")
         self.dtype = np.dtype(code)
         if self.dtype.kind not in "biuf":
             raise pickle.UnpicklingError(f"an array of type {code!r}: only numbers are read")
@@ -85,7 +112,9 @@ def _from_bytes(
     data: bytes | bytearray | str, dtype: _Dtype, shape: tuple[int, ...], order: str
 ) -> np.ndarray:
     raw = data.encode("latin1") if isinstance(data, str) else bytes(data)  # str: bytes written by Python 2
-    if any(size < 0 for size in shape) or math.prod(shape) * dtype.dtype.itemsize != len(raw):
+    if any(not 0 <= size <= _MAX_SIZE for size in shape) or math.prod(shape) * dtype.dtype.itemsize != len(
+        raw
+    ):
         raise pickle.UnpicklingError(f"an array of shape {shape} has {len(raw)} bytes")
     array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
     return np.array(array, dtype=dtype.dtype.newbyteorder("="), order="C")
@@ -107,19 +136,37 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")  # how Python 3 writes bytes in protocols 0 to 2
 
 
-def _plain(value: Any) -> Any:
-    """Replace the stand-ins in nested containers by what they stand for."""
+def _bytes(data: Any = b"", encoding: str | None = None) -> bytes:
+    """Never of a number, for which Python's own makes as many bytes."""
+    if isinstance(data, str):
+        return data.encode("latin1")
+    if not isinstance(data, bytes | bytearray | list | tuple):
+        raise pickle.UnpicklingError(f"bytes of {data!r}")
+    return bytes(data)
+
+
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """Replace the stand-ins in nested containers by what they stand for; what is shared stays shared."""
+    if id(value) in done:
+        return done[id(value)]
     if isinstance(value, _Array):
         if value.array is None:
             raise pickle.UnpicklingError("an array without data")
         return value.array
     if isinstance(value, _Dtype):
         return value.dtype
+    new: Any
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
-    return value
+        new = done[id(value)] = {}
+        new.update((key, _plain(item, done)) for key, item in value.items())
+    elif isinstance(value, list):
+        new = done[id(value)] = []
+        new.extend(_plain(item, done) for item in value)
+    elif isinstance(value, tuple):
+        new = done[id(value)] = tuple(_plain(item, done) for item in value)
+    else:
+        new = value
+    return new
 
 
 _ALLOWED: dict[tuple[str, str], type | str | Callable[..., Any]] = {
@@ -130,8 +177,8 @@ _ALLOWED: dict[tuple[str, str], type | str | Callable[..., Any]] = {
     ("numpy", "dtype"): _make_dtype,
     ("_codecs", "encode"): _encode,
     ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "bytes"): bytes,
-    ("builtins", "bytearray"): bytearray,
+    ("builtins", "bytes"): _bytes,
+    ("builtins", "bytearray"): _bytes,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
 }

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from gn_detect.errors import UserError
-from gn_detect.weights import read_checkpoint, save_weights
+from gn_detect.weights import load_weights, read_checkpoint, save_weights
 
 
 def make_state_dict() -> dict[str, torch.Tensor]:
@@ -80,6 +80,37 @@ def test_wrappers_of_training_programs_are_removed(tmp_path: Path, wrapper: str 
 def test_a_prefix_that_only_some_names_have_is_part_of_the_name(tmp_path: Path) -> None:
     torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "m.pth")
     assert set(read_checkpoint(tmp_path / "m.pth").tensors) == {"module.a", "b"}
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema_state_dict"])
+def test_averaged_weights_are_preferred(tmp_path: Path, key: str) -> None:
+    """Also where a counter of mmdetection's or PyTorch's is among them."""
+    state = make_state_dict()
+    averaged = {f"module.{name}": tensor + 1 for name, tensor in state.items()}
+    content = {
+        "state_dict": state,
+        key: {**averaged, "steps": torch.tensor(9), "n_averaged": torch.tensor(9)},
+    }
+    torch.save(content, tmp_path / "m.pth")
+    assert_same(read_checkpoint(tmp_path / "m.pth").tensors, {name: t + 1 for name, t in state.items()})
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_of_tensorpack_and_bit(tmp_path: Path, save: Any) -> None:
+    """Names with slashes and colons; read, and refused by a model with a list of both sides' names."""
+    names = ("conv0/W:0", "group0/block0/conv1/gn/gamma:0", "resnet/root_block/standardized_conv2d/kernel")
+    arrays = {name: np.random.default_rng(i).normal(size=(3, 4)) for i, name in enumerate(names)}
+    save(tmp_path / "m.npz", **arrays)
+    found = read_checkpoint(tmp_path / "m.npz")
+    assert found.format == "npz" and set(found.tensors) == set(names)
+    assert all(np.array_equal(found.tensors[name].numpy(), array) for name, array in arrays.items())
+    with pytest.raises(UserError, match="names its tensors in another way.*'conv0/W:0'"):
+        load_weights(torch.nn.Linear(2, 2), found)
+
+
+def test_pickles_of_protocol_0_are_told_by_content(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(pickle.dumps({"w": np.ones(2)}, protocol=0))
+    assert read_checkpoint(tmp_path / "weights").format == "pickle"
 
 
 def test_legacy_format_is_read(tmp_path: Path) -> None:
@@ -218,7 +249,10 @@ def test_truncated_files_are_refused_in_one_line(tmp_path: Path, share: float) -
     ("content", "message"),
     [
         (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
-        (b"<!DOCTYPE html><html>not found</html>", "not a .pth, .safetensors or .pkl checkpoint"),
+        (b"<!DOCTYPE html><html>not found</html>", "a web page.*download it again"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS.*git lfs pull"),
+        (b"\x1f\x8b\x08\x00", "compressed with gzip"),
+        (b"BM" + bytes(100), "not a .pth, .safetensors, .pkl or .npz checkpoint"),
         (pickle.dumps([1, 2]), "holds a list"),
         (pickle.dumps({"lr": 0.1}), "holds no tensors .*'lr'"),
     ],
@@ -232,15 +266,16 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes,
 def test_a_zip_file_without_weights_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "m.pth", "w") as archive:
         archive.writestr("hello.txt", "hello")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="neither of PyTorch nor of NumPy"):
         read_checkpoint(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "no download and no model zoo yet.*give its path"),
-        ("https://example.com/m.pth", "no download"),
+        ("zoo://R-51-GN", "no 'R-51-GN'; did you mean R-50-GN or"),
+        ("catalog://ImageNetPretrained/FAIR/R-51-GN", "does not know.*gn-detect zoo list"),
+        ("http://example.com/m.pth", "only zoo://, detectron2://, catalog:// and https://"),
         ("missing.pth", "no such file; check MODEL.WEIGHTS"),
         (".", "it is a folder"),
     ],
@@ -252,10 +287,12 @@ def test_sources_that_are_not_files(source: str, message: str) -> None:
 
 def test_saving_refuses_what_it_cannot_store(tmp_path: Path) -> None:
     state = make_state_dict()
-    with pytest.raises(UserError, match=r"end the name in \.pth or \.safetensors"):
+    with pytest.raises(UserError, match=r"end the name in \.pth, \.pt, \.pkl, \.safetensors"):
         save_weights(tmp_path / "m.h5", state)
     with pytest.raises(UserError, match=r"save as \.pth"):
         save_weights(tmp_path / "m.safetensors", state, {"optimizer": torch.ones(1)})
+    with pytest.raises(UserError, match=r"save as \.pth"):
+        save_weights(tmp_path / "m.pkl", {"w": torch.ones(1, dtype=torch.bfloat16)})
     with pytest.raises(UserError, match="key 'model' is taken"):
         save_weights(tmp_path / "m.pth", state, {"model": 1})
     assert list(tmp_path.iterdir()) == []

@@ -153,7 +153,8 @@ def test_the_backbone_alone_is_a_starting_point_but_not_a_detector(tmp_path: Pat
     state = {name: t for name, t in randomised(Detector()).items() if name.startswith("backbone")}
     path = write(tmp_path / "m.pth", {**state, "stem.fc.weight": torch.ones(2)})
     report = load_weights(Detector(), path, for_training=True)
-    assert len(report.matched) == len(state) and report.unexpected == ["stem.fc.weight"]
+    assert len(report.matched) == len(state) and report.left_out == ["stem.fc.weight"]
+    assert "1 are of no use to a detector: 'stem.fc.weight'" in str(report) and not report.unexpected
     assert "6 not in the file, start afresh: 'roi_heads" in str(report)
     with pytest.raises(UserError, match="lacks 6 of the model's 11 tensors, such as 'roi_heads"):
         load_weights(Detector(), path)
@@ -166,6 +167,41 @@ def test_a_mask_model_evaluates_without_its_mask_head_but_not_without_a_layer(tm
     path = write(tmp_path / "n.pth", {**state, "backbone.conv3.weight": torch.ones(1)})
     with pytest.raises(UserError, match="1 tensors that the model lacks, such as 'backbone.conv3.weight'"):
         load_weights(Detector(mask=True), path)
+
+
+def test_a_linear_layer_takes_a_1x1_convolution(tmp_path: Path) -> None:
+    """And a number takes an array of one; the report says so. Other shapes of as many values are refused."""
+    model, state = Detector(norm="BN"), randomised(Detector(norm="BN"))
+    weight = state["roi_heads.box_predictor.cls_score.weight"]
+    state["roi_heads.box_predictor.cls_score.weight"] = weight[:, :, None, None]
+    state["backbone.norm.num_batches_tracked"] = torch.tensor([3])
+    report = load_weights(model, write(tmp_path / "m.pth", state))
+    assert set(report.reshaped) == {
+        "roi_heads.box_predictor.cls_score.weight",
+        "backbone.norm.num_batches_tracked",
+    }
+    assert set(report.matched) == set(state) and "2 reshaped: 'backbone.norm" in str(report)
+    assert torch.equal(model.state_dict()["roi_heads.box_predictor.cls_score.weight"], weight)
+    state["backbone.conv2.weight"] = state["backbone.conv2.weight"].reshape(8, 1, 8, 1)
+    with pytest.raises(UserError, match=r"backbone.conv2.weight is \(8, 1, 8, 1\)"):
+        load_weights(Detector(norm="BN"), write(tmp_path / "m.pth", state))
+
+
+def test_as_many_other_classes_start_afresh(tmp_path: Path) -> None:
+    state = randomised(Detector())
+    save_weights(tmp_path / "m.pth", state, {"class_names": ["cat", "dog", "cow"]})
+    for names, afresh in (
+        (["cat", "dog", "cow"], False),
+        (["dog", "cat", "cow"], True),
+        (["a", "b", "c"], True),
+    ):
+        model = Detector()
+        report = load_weights(model, tmp_path / "m.pth", for_training=True, class_names=names)
+        assert len(report.mismatched) == (6 if afresh else 0)
+        assert ("6 start afresh, made for other classes" in str(report)) == afresh
+        weight = model.state_dict()["roi_heads.box_predictor.cls_score.weight"]
+        assert torch.equal(weight, state["roi_heads.box_predictor.cls_score.weight"]) != afresh
+        assert torch.equal(model.state_dict()["backbone.conv.weight"], state["backbone.conv.weight"])
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -192,5 +228,7 @@ def test_a_cifar_network_is_no_detector(shared_dir: Path) -> None:
 
     model = build_model(load_config(shared_dir / "oracles" / "dsb_r18_gn" / "config.yaml"))
     file = shared_dir / "weights" / "resnet20_cifar10_gn_bn" / "resnet20_cifar10_gn_bs32.pth"
-    with pytest.raises(UserError, match="another architecture.*'conv1.weight'.*'backbone"):
+    with pytest.raises(
+        UserError, match=r"does not fit the model: backbone\.bottom_up\.stem\.conv1\.weight is"
+    ):
         load_weights(model, file, for_training=True)

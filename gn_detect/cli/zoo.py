@@ -1,0 +1,131 @@
+"""``gn-detect zoo``: published weights listed, explained, downloaded and checked."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+
+from ..errors import UserError
+from ..weights.download import MD5_BESIDE
+from ..weights.zoo import ZooEntry, check, fetch, find_entry, read_catalog
+
+HELP = "List, explain, download and check published weights."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument("action", choices=sorted(_ACTIONS), help="path prints where a file is or would be")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="of the list; left out: all, but to download"
+    )
+    parser.add_argument("--all", action="store_true", help="download: all, several GB")
+    parser.add_argument("--markdown", action="store_true", help="list: the table of model_zoo/README.md")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what was asked for with each name.
+
+    Raises:
+        UserError: an unknown name, a failed download, or a file that is not what was published.
+    """
+    entries = [find_entry(name) for name in args.names] or list(read_catalog().values())
+    if args.action == "download" and bool(args.names) == args.all:
+        raise UserError("name what to download, such as R-50-GN (gn-detect zoo list shows all), or --all")
+    if args.action == "list" and args.markdown:
+        print(as_markdown(entries), end="")
+        return
+    if args.action == "verify" and not args.names:
+        entries = [entry for entry in entries if entry.file.is_file()]
+        if not entries:
+            print("nothing is downloaded")
+    _ACTIONS[args.action](entries)
+
+
+def _list(entries: Iterable[ZooEntry]) -> None:
+    rows = [("name", "box/mask AP", "trained", "file")]
+    for entry in entries:
+        rows.append(
+            (
+                entry.name,
+                _quality(entry),
+                entry.schedule or "ImageNet",
+                "here" if entry.file.is_file() else "-",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _info(entries: Iterable[ZooEntry]) -> None:
+    for entry in entries:
+        told = entry.model_dump(exclude={"name", "overrides"}, exclude_defaults=True)
+        told["checksum"] = {"": "none is published", MD5_BESIDE: f"md5, at {entry.url}.md5"}.get(
+            entry.checksum, entry.checksum
+        )
+        print(entry.name)
+        for key, value in told.items():
+            words = (
+                " ".join(f"'{word}'" if " " in word else word for word in value)
+                if isinstance(value, tuple)
+                else value
+            )
+            print(f"  {key:10} {words}")
+        print(f"  {'here' if entry.file.is_file() else 'goes to':10} {entry.file}")
+        keys = " ".join(["", *(f"'{word}'" if " " in word else word for word in entry.overrides)])
+        print(f"  {'use':10} --config-file {entry.config} MODEL.WEIGHTS zoo://{entry.name}{keys}")
+
+
+def _download(entries: Iterable[ZooEntry]) -> None:
+    for entry in entries:
+        print(f"{entry.name}: {fetch(entry)}, {check(entry)}")
+
+
+def _verify(entries: Iterable[ZooEntry]) -> None:
+    for entry in entries:
+        print(f"{entry.name}: {check(entry)}")
+
+
+def _path(entries: Iterable[ZooEntry]) -> None:
+    for entry in entries:
+        print(entry.file)
+
+
+_ACTIONS: dict[str, Callable[[Iterable[ZooEntry]], None]] = {
+    "list": _list,
+    "info": _info,
+    "download": _download,
+    "verify": _verify,
+    "path": _path,
+}
+
+
+def as_markdown(entries: Iterable[ZooEntry]) -> str:
+    """One row for each entry."""
+    lines = [
+        "| name | box / mask AP | schedule | GB | s/iter | config | checksum | licence |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        cells = [
+            f"[{entry.name}]({entry.url})",
+            _quality(entry),
+            entry.schedule or "ImageNet",
+            _number(entry.memory),
+            _number(entry.seconds),
+            f"`{entry.config}`" + (" and keys" if entry.overrides else ""),
+            {"": "none", MD5_BESIDE: "md5"}.get(entry.checksum, entry.checksum.partition(":")[0]),
+            f"[{entry.licence}]({entry.source})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _quality(entry: ZooEntry) -> str:
+    if entry.box_ap is not None:
+        return f"{entry.box_ap} / {entry.mask_ap}"
+    return f"{entry.top1_error}% top-1 error" if entry.top1_error is not None else "-"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"

@@ -1,0 +1,79 @@
+"""Files as the catalogue's publishers write them: names, layouts, containers and types, with any values."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+from gn_detect.config import Config
+from gn_detect.weights.zoo import ZooEntry
+
+from . import schemes
+from .schemes import State
+
+MMDETECTIONS_CONFIG = (
+    "norm_cfg = dict(type='GN', num_groups=32, requires_grad=True)\n"
+    "img_norm_cfg = dict(\n    mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)\n"
+)
+
+
+def values_for(entry: ZooEntry, model: torch.nn.Module) -> State:
+    """Of a whole model, in our names; norms are such as the entry's format can hold."""
+    state = schemes.randomised(model)
+    # Detectron stores frozen BatchNorms as scale and shift, detectron2's copies of its backbones whole.
+    folded = entry.scheme == "Detectron" and "/detectron2/" not in entry.url
+    return schemes.with_affine_norms(state) if folded else state
+
+
+def write(entry: ZooEntry, cfg: Config, state: State) -> Path:
+    """``entry.file`` with those values, or those of the backbone for an entry of a backbone."""
+    path = entry.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if entry.kind == "backbone":
+        state = schemes.backbone_of(state)
+    {"Detectron": _detectron, "detectron2": _detectron2, "torchvision": _timm, "mmdetection": _mmdetection}[
+        entry.scheme
+    ](path, entry, cfg, state)
+    return path
+
+
+def _detectron(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
+    whole_norms = "/detectron2/" in entry.url
+    blobs = schemes.arrays(schemes.as_detectron(state, cfg.model.resnets.depth, whole_norms))
+    if entry.kind == "detector":
+        blobs |= {f"{name}_momentum": value for name, value in blobs.items()}
+        schemes.write_pickle(path, {"blobs": blobs, "cfg": "MODEL:\n  TYPE: generalized_rcnn\n"})
+        return
+    classifier = "fc1000" if "MSRA" in entry.name else "pred"
+    blobs |= schemes.arrays({f"{classifier}_w": torch.ones(1000, 8), f"{classifier}_b": torch.ones(1000)})
+    if "MSRA" in entry.name:
+        blobs["conv1_b"] = torch.zeros(len(state["backbone.bottom_up.stem.conv1.weight"])).numpy()
+    schemes.write_pickle(path, blobs if whole_norms else {"blobs": blobs})
+
+
+def _detectron2(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
+    if entry.kind == "backbone":  # made from torchvision's, classifier and all
+        bare = {name.removeprefix("backbone.bottom_up."): tensor for name, tensor in state.items()}
+        bare |= {"stem.fc.weight": torch.ones(1000, 8), "stem.fc.bias": torch.ones(1000)}
+        content = {"__author__": "torchvision", "matching_heuristics": True, "model": schemes.arrays(bare)}
+    else:
+        whole = {name: tensor for name, tensor in state.items() if "pixel_" not in name}
+        whole |= {f"proposal_generator.anchor_generator.cell_anchors.{i}": torch.ones(3, 4) for i in range(5)}
+        content = {"__author__": "Detectron2 Model Zoo", "model": schemes.arrays(whole)}
+    schemes.write_pickle(path, content)
+
+
+def _timm(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
+    theirs = schemes.torchvision_backbone(state)
+    torch.save(OrderedDict(theirs | {"fc.weight": torch.ones(1000, 8), "fc.bias": torch.ones(1000)}), path)
+
+
+def _mmdetection(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
+    if entry.kind == "backbone":
+        content = {"state_dict": OrderedDict(schemes.torchvision_backbone(state, "gn"))}
+    else:
+        meta = {"epoch": 24, "config": MMDETECTIONS_CONFIG, "CLASSES": ("person", "bicycle")}
+        content = {"meta": meta, "state_dict": OrderedDict(schemes.mmdetection(state)), "optimizer": {}}
+    torch.save(content, path, _use_new_zipfile_serialization=False)  # older than PyTorch 1.6
