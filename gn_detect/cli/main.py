@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
-from . import bench, convert, evaluate, plot, predict, train
+from . import bench, convert, evaluate, plot, predict, replay, train
 
 COMMANDS = {
     "train": train,
@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": convert,
     "plot": plot,
     "bench": bench,
+    "replay": replay,
 }
 """Each module has ``HELP``, ``add_arguments(parser)`` and ``run(args)``."""
 

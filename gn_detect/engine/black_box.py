@@ -102,7 +102,7 @@ def examine(
             total = torch.stack(list(losses.values())).sum() / len(parts)
         (total * scale).backward()
         for name, loss in losses.items():
-            totals[name] = totals.get(name, 0.0) + float(loss) / len(parts)
+            totals[name] = totals.get(name, 0.0) + float(loss.detach()) / len(parts)
     named = [*model.named_parameters(), *model.named_buffers()]
     broken = next((name for name, value in named if not value.isfinite().all()), None)
     return Finding(totals, broken, watch.output, watch.gradient)

@@ -76,12 +76,6 @@ def save_checkpoint(
     return path
 
 
-def find_last_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that ``last_checkpoint`` names, or None in a folder without one; it may be damaged."""
-    candidates = _candidates(Path(folder))
-    return candidates[0] if candidates else None
-
-
 def read_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Checkpoint | None:
     """The newest checkpoint that can be read, or None in a folder without any.
 
