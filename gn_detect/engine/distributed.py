@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
+"""In the errors of gloo and NCCL when another process is gone."""
+
 
 def launch(
     function: Callable[..., Any],
@@ -52,7 +55,8 @@ def launch(
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         with _process_group(device, "env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])):
-            record(function)(*args)  # what went wrong also goes into torchrun's summary
+            with lost_peer_help():
+                record(function)(*args)  # what went wrong also goes into torchrun's summary
         return
     _check_flags(device, num_gpus, num_machines, machine_rank, dist_url)
     world_size = num_gpus * num_machines
@@ -80,6 +84,21 @@ def _process(
     torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     with _process_group(device, dist_url, first_rank + local_rank, world_size):
         function(*args)
+
+
+@contextmanager
+def lost_peer_help() -> Iterator[None]:
+    """A process whose peer has failed says so in one line; the peer's message holds the cause.
+
+    Raises:
+        UserError: the connection to another process was lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PEER):
+            raise
+        raise UserError("another process of the run has failed; its own message names the cause") from None
 
 
 @contextmanager

@@ -64,7 +64,9 @@ def train(cfg: Config, *, resume: bool = False) -> Results:
             open_run_folder(run)
             log.open(run.folder / "log.txt")
         barrier()
-        with closing(MetricsWriter(run.folder, run.start)) if is_main() else nullcontext() as writer:
+        again = run.evaluate_first or run.start >= run.cfg.solver.max_iter
+        metrics = closing(MetricsWriter(run.folder, run.start, again)) if is_main() else nullcontext()
+        with metrics as writer:
             training_loop(run, writer)
             results = finish(run, writer)
         return results

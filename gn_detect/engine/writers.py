@@ -93,11 +93,14 @@ class MetricsWriter:
     Args:
         folder: the run's.
         start: iterations from here on are dropped from an existing file: they are computed again.
+        evaluate_first: the evaluation after the iteration before ``start`` is repeated, too.
     """
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start: int, evaluate_first: bool = False) -> None:
         self._folder, self._path = folder, folder / "metrics.jsonl"
         kept = [] if start == 0 else [line for line in _lines(self._path) if _iteration(line) < start]
+        while evaluate_first and kept and _iteration(kept[-1]) == start - 1 and "total_loss" not in kept[-1]:
+            kept.pop()
         atomic_write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder, start)
