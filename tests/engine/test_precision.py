@@ -59,6 +59,16 @@ def run_with_a_break(cfg: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     return final(cfg), expected
 
 
+@pytest.mark.parametrize("amp", AMP)
+def test_all_of_them_together_resume_exactly(tiny_config: Config, amp: str) -> None:
+    """But for compilation, which takes its time: see the next test."""
+    keys = AMP[amp] | OTHERS["accumulate"] | OTHERS["ema"] | OTHERS["checkpointing"]
+    found, expected = run_with_a_break(tiny_config.replace(keys))
+    assert differences(found, expected) == []
+    assert ("scaler" in expected) == (amp == "fp16") and "trained" in expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES, ids=["-".join(choice) for choice in CHOICES])
 def test_every_combination_resumes_exactly(
     tiny_config: Config, choice: tuple[str, ...], eager_compiler: None
