@@ -150,8 +150,8 @@ Made by `python -m benchmarks.scaling`. **No GPU was used: the table is arithmet
 float32 gradients per step, in {-(-gradients // BUCKET)} buckets of 25 MiB.
 A ring all-reduce sends 2 (N - 1) / N of that from each GPU. Assumed: {STEP_SECONDS} s for a step of 2 images
 per GPU (what detectron2 publishes for this model on V100s), of which {BACKWARD_SHARE:.0%} is the backward
-pass that the exchange hides behind, but for the last bucket. Beside the gradients a step exchanges less than 100
-bytes: a flag for losses that are not finite, one for a request to stop, and the pixel statistics. A rank
+pass that the exchange hides behind, but for the last bucket. Beside the gradients a step exchanges less than
+100 bytes: a flag for losses that are not finite, one for a request to stop, and the pixel statistics. A rank
 that waits for data or has more objects than others costs more than the exchange; that is not in the table.
 
 {table(gradients)}
