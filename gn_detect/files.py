@@ -39,11 +39,22 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_current_umask())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the new name last through a power failure, where the system can do that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _current_umask() -> int:

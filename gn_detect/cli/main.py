@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
-from . import bench, convert, evaluate, plot, predict, train, zoo
+from . import bench, convert, evaluate, plot, predict, replay, train, zoo
 
 COMMANDS = {
     "train": train,
@@ -21,6 +21,7 @@ COMMANDS = {
     "zoo": zoo,
     "plot": plot,
     "bench": bench,
+    "replay": replay,
 }
 """Each module has ``HELP``, ``add_arguments(parser)`` and ``run(args)``."""
 

@@ -1,4 +1,4 @@
-"""The ``MODEL`` section: detectron2's keys and defaults, and ``GN`` and ``CHANNELS_LAST`` of ours."""
+"""The ``MODEL`` section: detectron2's keys and defaults, with ``GN``, ``CHANNELS_LAST`` and more of ours."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ class Backbone(Section):
 
     name: Str = "build_resnet_backbone"
     freeze_at: Annotated[Int, Field(ge=0, le=5)] = 2  # 1: stem, 2: stem and res2, ...
+    activation_checkpointing: Bool = False  # ours: less memory, as each block is computed twice
 
 
 class ResNets(Section):
@@ -276,6 +277,7 @@ class Model(Section):
     pixel_mean: PerChannel = (103.53, 116.28, 123.675)  # in the order of INPUT.FORMAT, 0..255
     pixel_std: PositivePerChannel = (1.0, 1.0, 1.0)
     channels_last: BoolOrAuto = "auto"  # memory format of the backbone and heads
+    compile: Bool = False  # torch.compile of backbone and FPN in training
     gn: GN = GN()
     backbone: Backbone = Backbone()
     resnets: ResNets = ResNets()

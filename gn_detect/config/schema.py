@@ -126,13 +126,21 @@ class ClipGradients(Section):
 
 
 class AMP(Section):
-    """``SOLVER.AMP``."""
+    """``SOLVER.AMP``; ``DTYPE`` is ours. float16 scales the loss, bfloat16 need not."""
 
     enabled: Bool = False
+    dtype: Literal["float16", "bfloat16"] = "float16"
+
+
+class EMA(Section):
+    """``SOLVER.EMA``, ours: an exponential moving average of the weights, which is evaluated and saved."""
+
+    enabled: Bool = False
+    decay: Annotated[Float, Field(gt=0, lt=1)] = 0.9998
 
 
 class Solver(Section):
-    """``SOLVER``; ``OPTIMIZER``, ``BETAS``, ``BEST_CHECKPOINT_METRIC`` and ``LOG_PERIOD`` are ours."""
+    """``SOLVER``; from ``OPTIMIZER`` on, the keys are ours."""
 
     lr_scheduler_name: Str = "WarmupMultiStepLR"
     max_iter: PositiveInt = 40000
@@ -160,6 +168,15 @@ class Solver(Section):
     betas: Annotated[Pair, AfterValidator(lambda pair: _below_one(pair))] = (0.9, 0.999)
     best_checkpoint_metric: Annotated[Str, AfterValidator(_metric)] = "auto"
     log_period: PositiveInt = 20
+    accumulate: PositiveInt = 1  # parts of IMS_PER_BATCH that go through the model one after the other
+    ema: EMA = EMA()
+    non_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
+
+
+class Checkpoint(Section):
+    """``CHECKPOINT``, ours: which checkpoints stay beside the best and the final one."""
+
+    keep: Count = 0  # the newest so many; 0: all
 
 
 def _below_one(pair: tuple[float, float]) -> tuple[float, float]:
@@ -218,6 +235,7 @@ class Root(Section):
     datasets: Datasets = Datasets()
     dataloader: DataLoader = DataLoader()
     solver: Solver = Solver()
+    checkpoint: Checkpoint = Checkpoint()
     test: Test = Test()
     output_dir: Annotated[Str, Field(min_length=1)] = "./output"
     seed: Int = -1  # negative: another one for each run

@@ -41,7 +41,6 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.RESCALE_INTERVAL": (False,),
-    "SOLVER.AMP.ENABLED": (False,),
     "TEST.EXPECTED_RESULTS": ((),),
     "TEST.AUG.ENABLED": (False,),
     "TEST.PRECISE_BN.ENABLED": (False,),
@@ -103,6 +102,8 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
     for section, key in ((model.rpn, "MODEL.RPN"), (model.roi_heads, "MODEL.ROI_HEADS")):
         if len(section.iou_labels) != len(section.iou_thresholds) + 1:
             yield f"{key}.IOU_THRESHOLDS", "must have one entry less than IOU_LABELS"
+    if root.solver.ims_per_batch % root.solver.accumulate:
+        yield "SOLVER.ACCUMULATE", f"must divide SOLVER.IMS_PER_BATCH, which is {root.solver.ims_per_batch}"
     levels = len(model.rpn.in_features)
     for name in ("sizes", "aspect_ratios"):
         key, values = f"MODEL.ANCHOR_GENERATOR.{name.upper()}", getattr(model.anchor_generator, name)
@@ -127,6 +128,11 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
 
 def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
     resnets = root.model.resnets
+    if root.model.backbone.activation_checkpointing and resnets.norm in ("BN", "SyncBN"):
+        yield (
+            "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING",
+            "needs a MODEL.RESNETS.NORM without running statistics, which would be updated twice; choose GN",
+        )
     if resnets.depth < 50:
         if (resnets.num_groups, resnets.res5_dilation) != (1, 1):
             yield "MODEL.RESNETS.DEPTH", "has neither NUM_GROUPS nor RES5_DILATION; set both to 1"

@@ -1,5 +1,6 @@
 """Training, evaluation and prediction."""
 
+from .black_box import replay
 from .distributed import launch, scale_config
 from .evaluator import evaluate
 from .optimizer import build_optimizer
@@ -13,6 +14,7 @@ __all__ = [
     "evaluate",
     "launch",
     "learning_rate_factor",
+    "replay",
     "scale_config",
     "train",
 ]

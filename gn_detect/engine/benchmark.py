@@ -30,8 +30,7 @@ from ..files import atomic_write_json
 from ..modeling import build_model
 from ..modeling.mask_rcnn import MaskRCNN
 from .distributed import resolve_device
-from .optimizer import build_optimizer
-from .trainer import train_step
+from .step import make_state, train_step
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -206,15 +205,14 @@ def _training_step(cfg: Config, model: MaskRCNN) -> Callable[[], tuple[float, Te
     """A function that does one step and returns the seconds spent on data, and the losses."""
     loader, _ = build_train_loader(cfg)
     batches = iter(loader)
-    optimizer = build_optimizer(cfg, model)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    state = make_state(cfg, model)
     model.train()
 
     def step() -> tuple[float, Tensor]:
         begin = time.perf_counter()
         batch = next(batches)
         data = time.perf_counter() - begin
-        losses = train_step(cfg, model, batch, optimizer, trained)
+        losses, _ = train_step(cfg, model, batch, state)
         return data, torch.stack(list(losses.values())).sum().detach()
 
     return step

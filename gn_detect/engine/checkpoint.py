@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +14,20 @@ from torch import nn
 
 from ..errors import UserError
 from ..files import atomic_write_text
-from ..weights import save_weights
+from ..weights import Checkpoint, read_checkpoint, save_weights
+
+logger = logging.getLogger(__name__)
 
 LAST = "last_checkpoint"
-"""A text file with the name of the newest checkpoint."""
+"""A text file with the name of the newest checkpoint; detectron2's."""
+
+HISTORY = "checkpoints.txt"
+"""The names of the run's checkpoints that are kept, the newest last. Files of other runs are not in it."""
 
 FINAL = "model_final.pth"
 BEST = "model_best.pth"
+DAMAGED = ".damaged"
+"""Ending of a checkpoint that could not be read and was set aside."""
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -25,7 +36,13 @@ def checkpoint_name(iteration: int) -> str:
 
 
 def save_checkpoint(
-    folder: Path, name: str, model: nn.Module, metadata: dict[str, Any], *, is_last: bool = True
+    folder: Path,
+    name: str,
+    model: nn.Module,
+    metadata: dict[str, Any],
+    *,
+    is_last: bool = True,
+    keep: int = 0,
 ) -> Path:
     """Write ``{"model": state dict, **metadata}``; the file is whole or absent.
 
@@ -35,6 +52,7 @@ def save_checkpoint(
         model: the plain model, not wrapped.
         metadata: ``iteration``, ``optimizer`` and more.
         is_last: note the name in ``last_checkpoint``.
+        keep: delete the run's checkpoints but the last so many (``CHECKPOINT.KEEP``); 0 deletes nothing.
 
     Raises:
         UserError: a weight is not finite, or the file cannot be written.
@@ -49,25 +67,84 @@ def save_checkpoint(
     path = folder / name
     save_weights(path, state, metadata)
     if is_last:
+        names = [*(other for other in _history(folder) if other != name), name]
+        dropped = names[:-keep] if keep else []
+        atomic_write_text(folder / HISTORY, "".join(f"{other}\n" for other in names[len(dropped) :]))
         atomic_write_text(folder / LAST, name)
+        for other in dropped:
+            (folder / other).unlink(missing_ok=True)
     return path
 
 
-def find_last_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that ``last_checkpoint`` names, or None in a folder without one.
+def read_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Checkpoint | None:
+    """The newest checkpoint that can be read, or None in a folder without any.
+
+    One that is missing, truncated or damaged is passed over with a warning, and the one before it is taken.
+
+    Args:
+        folder: ``OUTPUT_DIR``.
+        set_aside: rename what is damaged, so that it is not tried again.
 
     Raises:
-        UserError: the named file is missing.
+        UserError: none of the run's checkpoints can be read.
     """
-    pointer = Path(folder) / LAST
-    if not pointer.is_file():
+    candidates = _candidates(Path(folder))
+    if not candidates:
         return None
-    path = Path(folder) / pointer.read_text(encoding="utf-8").strip()
+    complaint = ""
+    for path in candidates:
+        try:
+            _check_sums(path)
+            return read_checkpoint(path)
+        except UserError as error:
+            complaint = complaint or str(error)
+            logger.warning("%s is passed over, and the checkpoint before it is used: %s", path.name, error)
+            if set_aside and path.is_file():
+                os.replace(path, path.with_name(path.name + DAMAGED))
+    raise UserError(f"no checkpoint in {folder} can be read ({complaint}); start anew without --resume")
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The checkpoint that ``last_checkpoint`` names, then those before it, the newest first."""
+    pointer = folder / LAST
+    if not pointer.is_file():
+        return []
+    last = pointer.read_text(encoding="utf-8").strip()
+    names = _history(folder)
+    before = names[: names.index(last)] if last in names else [name for name in names if name != last]
+    return [folder / name for name in [last, *reversed(before)]]
+
+
+def _history(folder: Path) -> list[str]:
+    path = folder / HISTORY
+    lines = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    return [name for name in lines if re.fullmatch(r"model_(\d+|final)\.pth", name)]
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the content of a ``.pth`` with its CRC-32 sums, which ``torch.load`` does not read.
+
+    Raises:
+        UserError: they differ, or the file is cut off.
+    """
     if not path.is_file():
-        raise UserError(f"{pointer} names {path.name}, which is missing; restore it or delete {pointer}")
-    return path
+        raise UserError(f"{path} is missing")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise UserError(f"{path} is cut off or damaged: {error}") from error
+    if damaged is not None:
+        raise UserError(f"{path} is damaged at {damaged}")
 
 
 def start_anew(folder: Path) -> None:
-    """Forget the newest checkpoint of an earlier run, which ``--resume`` would take for this one's."""
+    """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's."""
     (folder / LAST).unlink(missing_ok=True)
+    (folder / HISTORY).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of a process that was killed while it wrote."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import warnings
@@ -12,16 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from .processes import start_processes
 
 if TYPE_CHECKING:
     from ..config import Config
 
 T = TypeVar("T")
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
+"""In the errors of gloo and NCCL when another process is gone."""
 
 
 def launch(
@@ -47,11 +50,13 @@ def launch(
         dist_url: ``tcp://host:port`` of machine 0; ``auto`` finds a port for a single machine.
 
     Raises:
-        UserError: the flags do not fit together or the machine, or a process raised one.
+        UserError: the flags do not fit together or the machine, or a process raised one or died.
+        SystemExit: the processes were told to stop, and did so.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         with _process_group(device, "env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])):
-            function(*args)
+            with lost_peer_help():
+                record(function)(*args)  # what went wrong also goes into torchrun's summary
         return
     _check_flags(device, num_gpus, num_machines, machine_rank, dist_url)
     world_size = num_gpus * num_machines
@@ -60,17 +65,8 @@ def launch(
         return
     if dist_url == "auto":
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    messages = mp.get_context("spawn").SimpleQueue()
-    first_rank = machine_rank * num_gpus
-    # PyTorch warns about each process that it ends when another has failed; the error itself is enough.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    arguments = (function, args, device, dist_url, num_gpus, first_rank, world_size, messages)
-    try:
-        mp.spawn(_process, arguments, nprocs=num_gpus)
-    except (mp.ProcessExitedException, mp.ProcessRaisedException):
-        if messages.empty():
-            raise
-        raise UserError(messages.get()) from None
+    arguments = (function, args, device, dist_url, num_gpus, machine_rank * num_gpus, world_size)
+    start_processes(_process, arguments, num_gpus)
 
 
 def _process(
@@ -82,17 +78,27 @@ def _process(
     num_processes: int,
     first_rank: int,
     world_size: int,
-    messages: Any,
 ) -> None:
-    """One spawned process: a UserError travels to the parent as its message."""
+    """One of the processes that :func:`launch` starts."""
     os.environ["LOCAL_RANK"] = str(local_rank)
     torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     with _process_group(device, dist_url, first_rank + local_rank, world_size):
-        try:
-            function(*args)
-        except UserError as error:
-            messages.put(str(error))  # before the others see this process leave
-            raise SystemExit(2) from None
+        function(*args)
+
+
+@contextmanager
+def lost_peer_help() -> Iterator[None]:
+    """A process whose peer has failed says so in one line; the peer's message holds the cause.
+
+    Raises:
+        UserError: the connection to another process was lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PEER):
+            raise
+        raise UserError("another process of the run has failed; its own message names the cause") from None
 
 
 @contextmanager
@@ -101,10 +107,8 @@ def _process_group(device: str, url: str, rank: int, world_size: int) -> Iterato
     if on_gpu:
         torch.cuda.set_device(local_rank())
     dist.init_process_group("nccl" if on_gpu else "gloo", init_method=url, rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: the other processes are not there to take part
 
 
 def _check_flags(device: str, num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> None:

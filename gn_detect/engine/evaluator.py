@@ -12,8 +12,9 @@ from ..evaluation import evaluate_model
 from ..files import atomic_write_json
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import load_weights
-from .checkpoint import find_last_checkpoint
+from .checkpoint import read_last_checkpoint
 from .distributed import get_rank, is_main, resolve_device, share_buffers, world_size
+from .faults import worker_help
 from .model import make_model
 from .writers import run_log
 
@@ -41,9 +42,9 @@ def evaluate(cfg: Config, *, resume: bool = False) -> Results:
     Raises:
         UserError: there is no checkpoint, it does not fit the config, or the data are wrong.
     """
-    with run_log() as log:
+    with run_log() as log, worker_help(cfg):
         device = resolve_device(cfg)
-        weights = (find_last_checkpoint(cfg.output_dir) if resume else None) or cfg.model.weights
+        weights = (read_last_checkpoint(cfg.output_dir) if resume else None) or cfg.model.weights
         if not weights:
             raise UserError(
                 f"nothing to evaluate: MODEL.WEIGHTS is empty"

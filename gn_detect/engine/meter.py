@@ -11,12 +11,24 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..structures import Sample
-from .distributed import gather, mean_over_processes, world_size
+from .distributed import mean_over_processes, world_size
 from .writers import memory_in_use
 
 logger = logging.getLogger(__name__)
+
+
+class NotFinite(Exception):
+    """A loss or gradient was not finite; in all processes at once.
+
+    Attributes:
+        iteration: the first in which that happened, from 0.
+        losses: their means over the processes in that iteration.
+    """
+
+    def __init__(self, iteration: int, losses: dict[str, float]) -> None:
+        super().__init__(iteration)
+        self.iteration, self.losses = iteration, losses
 
 
 class Meter:
@@ -26,15 +38,18 @@ class Meter:
         device: of the model.
         start: the first iteration.
         end: ``SOLVER.MAX_ITER``.
-        remedy: what to do when training diverges, for the message.
+        history: :meth:`state` of a run that is resumed between two reports.
     """
 
-    def __init__(self, device: torch.device, start: int, end: int, remedy: str) -> None:
-        self.device, self.end, self.remedy = device, end, remedy
+    def __init__(
+        self, device: torch.device, start: int, end: int, history: dict[str, list[float]] | None = None
+    ) -> None:
+        self.device, self.end = device, end
         self._iteration = start
+        self._history = dict(history or {})  # read back already
         self._names: list[str] = []
         self._losses: list[Tensor] = []
-        self._image_ids: list[list[int]] = []
+        self._images, self._count = 0, 0  # since the last report
         self._waiting = 0.0
         self._total_time, self._total_iterations = 0.0, 0
         self._begin = time.perf_counter()
@@ -53,52 +68,77 @@ class Meter:
         yield
         self._begin += time.perf_counter() - begin
 
-    def add(self, losses: dict[str, Tensor], batch: Sequence[Sample]) -> None:
-        """The losses of one more iteration, which are not read yet."""
+    def add(self, losses: dict[str, Tensor], broken: Tensor, batch: Sequence[Sample]) -> None:
+        """The losses of one more iteration, and 1 if something was not finite; they are not read yet."""
         self._names = list(losses)
-        self._losses.append(torch.stack([loss.detach().float() for loss in losses.values()]))
-        self._image_ids.append([sample.image_id for sample in batch])
+        self._losses.append(torch.stack([*losses.values(), broken]))
+        self._images += len(batch)
+
+    def state(self) -> dict[str, list[float]]:
+        """The losses since the last report, for a checkpoint that is saved between two reports.
+
+        Raises:
+            NotFinite: see :meth:`report`.
+        """
+        self._read()
+        return self._history
 
     def report(self, learning_rate: float) -> dict[str, float]:
         """Means over the iterations since the last report, logged as one line; empty if there were none.
+
+        Iterations with a loss that is not finite, which are left out of training, are left out here.
 
         Returns:
             each loss and ``total_loss``, ``lr``, ``time`` and ``data_time`` in seconds for an iteration,
             ``images_per_second`` over all processes, ``memory_mb``.
 
         Raises:
-            UserError: a loss is not finite. The message names the iteration, the losses and the images.
+            NotFinite: a loss or gradient of an iteration that was not read before is not finite.
         """
-        count = len(self._losses)
-        if count == 0:
+        self._read()
+        if not self._history:
             return {}
-        own = torch.stack(self._losses)
-        losses = mean_over_processes(own).tolist()
-        self._check_finite(losses, own)
+        count = self._count
         now = time.perf_counter()
-        seconds = (now - self._begin) / count
-        images = sum(map(len, self._image_ids)) * world_size()
         self._total_time += now - self._begin
         self._total_iterations += count
-        means = [sum(column) / count for column in zip(*losses, strict=True)]
+        means = {name: sum(values) / max(len(values), 1) for name, values in self._history.items()}
         scalars = {
-            "total_loss": sum(means),
-            **dict(zip(self._names, means, strict=True)),
+            "total_loss": sum(means.values()),
+            **means,
             "lr": learning_rate,
-            "time": seconds,
-            "data_time": self._waiting / count,
-            "images_per_second": images / max(now - self._begin, 1e-9),
+            "time": (now - self._begin) / max(count, 1),
+            "data_time": self._waiting / max(count, 1),
+            "images_per_second": self._images * world_size() / max(now - self._begin, 1e-9),
             "memory_mb": memory_in_use(self.device),
         }
-        self._iteration += count
-        self._log(scalars)
-        self._losses, self._image_ids = [], []
+        self._log(scalars, list(means))
+        self._history, self._images, self._count = {}, 0, 0
         self._waiting, self._begin = 0.0, now
         return scalars
 
-    def _log(self, scalars: dict[str, float]) -> None:
-        left = (self.end - self._iteration) * self._total_time / self._total_iterations
-        losses = "  ".join(f"{name} {scalars[name]:.4g}" for name in ("total_loss", *self._names))
+    def _read(self) -> None:
+        """Losses from the device, as means over the processes."""
+        count = len(self._losses)
+        if count == 0:
+            return
+        rows = mean_over_processes(torch.stack(self._losses)).tolist()
+        first, self._losses = self._iteration, []
+        self._iteration += count
+        self._count += count
+        bad = [index for index, row in enumerate(rows) if row[-1]]
+        for index, row in enumerate(rows):
+            if index not in bad:
+                for name, value in zip(self._names, row, strict=False):
+                    self._history.setdefault(name, []).append(value)
+        if bad:
+            losses = dict(zip(self._names, rows[bad[0]], strict=False))
+            raise NotFinite(first + bad[0], losses)
+
+    def _log(self, scalars: dict[str, float], names: list[str]) -> None:
+        per_iteration = self._total_time / max(self._total_iterations, 1)
+        left = (self.end - self._iteration) * per_iteration
+        losses = "  ".join(f"{name} {scalars[name]:.4g}" for name in ("total_loss", *names))
         logger.info(
             "iter %d/%d  eta %s  %s  lr %.4g  %.3f s/iter  data %.3f s  %.2f images/s  memory %.0f MB",
             self._iteration,
@@ -110,19 +150,4 @@ class Meter:
             scalars["data_time"],
             scalars["images_per_second"],
             scalars["memory_mb"],
-        )
-
-    def _check_finite(self, losses: list[list[float]], own: Tensor) -> None:
-        """All processes come here with the same means, so all leave together."""
-        finite = torch.tensor(losses).isfinite().all(dim=1)
-        if finite.all():
-            return
-        row = int((~finite).nonzero()[0])
-        values = ", ".join(f"{n} {v:.4g}" for n, v in zip(self._names, losses[row], strict=True))
-        # A process whose own losses are finite has nothing to do with it.
-        guilty = [] if own[row].isfinite().all() else self._image_ids[row]
-        ids = [image_id for part in gather(guilty) for image_id in part]
-        raise UserError(
-            f"training diverged at iteration {self._iteration + row}: {values} "
-            f"(image ids {', '.join(map(str, ids))}); {self.remedy}"
         )

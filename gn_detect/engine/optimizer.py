@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,24 @@ def build_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=solver.base_lr, betas=solver.betas, fused=True)
     # Without momentum there is nothing to look ahead with; torch refuses the combination.
     nesterov = solver.nesterov and solver.momentum > 0
-    return torch.optim.SGD(groups, lr=solver.base_lr, momentum=solver.momentum, nesterov=nesterov, fused=True)
+    optimizer = torch.optim.SGD(
+        groups, lr=solver.base_lr, momentum=solver.momentum, nesterov=nesterov, fused=True
+    )
+    if solver.momentum > 0:
+        # PyTorch makes these in the first step, and leaves them uninitialised where that step is skipped.
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """One step, or none where ``skip``, a scalar on the device, is not zero; nothing waits for the device.
+
+    PyTorch's fused optimisers read these two attributes, which its ``GradScaler`` sets in the same way.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def parameter_groups(cfg: Config, model: nn.Module) -> list[dict[str, Any]]:
@@ -58,22 +76,31 @@ def parameter_groups(cfg: Config, model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def clip_gradients(cfg: Config, parameters: Sequence[nn.Parameter]) -> None:
+def clip_gradients(cfg: Config, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Limit gradients in place as ``SOLVER.CLIP_GRADIENTS`` says; nothing waits for the device.
 
     ``value`` limits each element, ``norm`` the norm of each parameter by itself (both as in detectron2),
     ``full_model`` the norm of all gradients together.
+
+    Returns:
+        The norm of all gradients before that; it is finite where all of them are.
     """
     clip = cfg.solver.clip_gradients
-    if not clip.enabled:
-        return
-    if clip.clip_type == "value":
+    if clip.enabled and clip.clip_type == "full_model":
+        return nn.utils.clip_grad_norm_(parameters, clip.clip_value, clip.norm_type)
+    norm = _total_norm(parameters)
+    if clip.enabled and clip.clip_type == "value":
         nn.utils.clip_grad_value_(parameters, clip.clip_value)
-    elif clip.clip_type == "full_model":
-        nn.utils.clip_grad_norm_(parameters, clip.clip_value, clip.norm_type)
-    else:
+    elif clip.enabled:
         for parameter in parameters:
             nn.utils.clip_grad_norm_(parameter, clip.clip_value, clip.norm_type)
+    return norm
+
+
+def _total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    if hasattr(nn.utils, "get_total_norm"):  # from PyTorch 2.6 on
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return nn.utils.clip_grad_norm_(parameters, math.inf)  # which multiplies them by 1
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], origin: str) -> None:
@@ -90,7 +117,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], o
         {"exp_avg", "exp_avg_sq", "step"} if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
     )
     state = optimizer.state_dict()
-    state["state"] = {}
     for index, values in saved.get("state", {}).items():
         tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
         fits = index < len(parameters) and set(tensors) <= wanted

@@ -6,9 +6,10 @@ import json
 import logging
 import logging.handlers
 import math
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 LOGGER = "gn_detect"
 
+logger = logging.getLogger(__name__)
+
 
 class RunLog(logging.handlers.MemoryHandler):
     """Keeps the package's log lines until the run folder exists, then writes them to ``log.txt``."""
@@ -36,7 +39,7 @@ class RunLog(logging.handlers.MemoryHandler):
 
     def open(self, path: Path) -> None:
         """Append to ``path`` from now on."""
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.setTarget(handler)
         self.flush()
@@ -47,6 +50,13 @@ class RunLog(logging.handlers.MemoryHandler):
         super().close()
         if file is not None:
             file.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A full disk does not end a run for a log line; whatever matters more says so itself."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop the line."""
 
 
 @contextmanager
@@ -83,11 +93,14 @@ class MetricsWriter:
     Args:
         folder: the run's.
         start: iterations from here on are dropped from an existing file: they are computed again.
+        evaluate_first: the evaluation after the iteration before ``start`` is repeated, too.
     """
 
-    def __init__(self, folder: Path, start: int) -> None:
-        self._path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, start: int, evaluate_first: bool = False) -> None:
+        self._folder, self._path = folder, folder / "metrics.jsonl"
         kept = [] if start == 0 else [line for line in _lines(self._path) if _iteration(line) < start]
+        while evaluate_first and kept and _iteration(kept[-1]) == start - 1 and "total_loss" not in kept[-1]:
+            kept.pop()
         atomic_write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder, start)
@@ -100,19 +113,36 @@ class MetricsWriter:
         """
         values = {key: value if math.isfinite(value) else None for key, value in scalars.items()}
         try:
+            if not self._path.exists():
+                self._begin_again(iteration)
             self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
             self._file.flush()
+            if self._board is not None:
+                for key, value in scalars.items():
+                    self._board.add_scalar(key, value, iteration)
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}; make room and --resume") from error
-        if self._board is not None:
-            for key, value in scalars.items():
-                self._board.add_scalar(key, value, iteration)
+
+    def _begin_again(self, iteration: int) -> None:
+        """The folder, or the file in it, was deleted while the run goes on."""
+        logger.warning(
+            "%s was deleted; it is written anew, without what was before iteration %d", self._path, iteration
+        )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file.close()
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = _tensorboard(self._folder, iteration)
+
+    def sync(self) -> None:
+        """Make the lines last through a power failure, as the checkpoint that follows them does."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Finish both files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with suppress(OSError):  # the disk is full, which write() has said
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
 
 def _tensorboard(folder: Path, start: int) -> SummaryWriter | None:

@@ -92,7 +92,14 @@ def _build_resnet(cfg: Config) -> tuple[ResNet, dict[str, int], dict[str, int]]:
         in_channels = r.res2_out_channels * 2**i
         stride *= 1 if name == "res2" or dilation == 2 else 2
         channels[name], strides[name] = in_channels, stride
-    resnet = ResNet(Stem(r.stem_out_channels, norm), stages, r.out_features, cfg.model.backbone.freeze_at)
+    backbone = cfg.model.backbone
+    resnet = ResNet(
+        Stem(r.stem_out_channels, norm),
+        stages,
+        r.out_features,
+        backbone.freeze_at,
+        backbone.activation_checkpointing,
+    )
     return resnet, channels, strides
 
 

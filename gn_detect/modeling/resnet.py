@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint
 
 from ..layers import Conv2d, FrozenBatchNorm2d
 from .init import init_he
@@ -113,13 +114,21 @@ class ResNet(nn.Module):
         stages: name -> blocks, in order.
         out_features: stages whose outputs are returned.
         freeze_at: 1 freezes the stem, 2 the stem and res2, and so on.
+        activation_checkpointing: keep only the inputs of the blocks, and compute each block again in the
+            backward pass (Chen et al. 2016, arXiv 1604.06174).
     """
 
     def __init__(
-        self, stem: Stem, stages: dict[str, nn.Sequential], out_features: Sequence[str], freeze_at: int
+        self,
+        stem: Stem,
+        stages: dict[str, nn.Sequential],
+        out_features: Sequence[str],
+        freeze_at: int,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.stem = stem
+        self.activation_checkpointing = activation_checkpointing
         for name, blocks in stages.items():
             self.add_module(name, blocks)
         self.stage_names = tuple(stages)
@@ -135,10 +144,18 @@ class ResNet(nn.Module):
         with record_function("backbone"):
             x = self.stem(x)
             for name in self.stage_names:
-                x = getattr(self, name)(x)
+                x = self._stage(name, x)
                 if name in self.out_features:
                     features[name] = x
         return features
+
+    def _stage(self, name: str, x: Tensor) -> Tensor:
+        blocks = getattr(self, name)
+        if not (self.activation_checkpointing and torch.is_grad_enabled()) or name in self.frozen_stages:
+            return blocks(x)
+        for block in blocks:  # there is no dropout, so no random state to restore
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+        return x
 
 
 def freeze(module: nn.Module) -> None:

@@ -44,7 +44,7 @@ def roi_align(
     """
     dtype = features[0].dtype
     on_cpu = features[0].device.type == "cpu"
-    if on_cpu and dtype not in (torch.float32, torch.float64):  # no kernel of its own: in float32
+    if dtype not in (torch.float32, torch.float64):  # half precision cannot tell neighbouring pixels apart
         wide = [f.float() for f in features]
         return roi_align(wide, boxes, image, level, strides, output_size, sampling_ratio, aligned).to(dtype)
     if on_cpu and torch.backends.mkl.is_available() and len(boxes):
@@ -80,7 +80,9 @@ class _SparsePooling(torch.autograd.Function):
         ctx.weights = weights
         ctx.shapes = [f.shape for f in features]
         channels = features[0].shape[1]
-        return weights @ torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features])
+        cells = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features])
+        with torch.autocast("cpu", enabled=False):  # there is no sparse product in half precision
+            return weights @ cells
 
     @staticmethod
     @once_differentiable

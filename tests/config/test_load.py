@@ -163,7 +163,7 @@ def test_a_config_is_read_only_and_replace_checks() -> None:
             "ROIPool",
             ["'ROIPool' is not supported", "'ROIAlignV2', 'ROIAlign'"],
         ),
-        ("SOLVER.AMP.ENABLED", "True", ["SOLVER.AMP.ENABLED: True is not supported"]),
+        ("SOLVER.ACCUMULATE", "3", ["SOLVER.ACCUMULATE: 3 must divide"]),
         ("TEST.AUG.ENABLED", "True", ["TEST.AUG.ENABLED: True is not supported"]),
         ("MODEL.RPN.IN_FEATURES", "[p2, p9]", ["MODEL.RPN.IN_FEATURES", "p2, p3, p4, p5, p6"]),
         ("MODEL.RPN.IOU_THRESHOLDS", "[0.5]", ["MODEL.RPN.IOU_THRESHOLDS", "one entry less than IOU_LABELS"]),

@@ -212,10 +212,11 @@ def test_losses_that_are_not_finite_name_their_images(
 ) -> None:
     real, calls = trainer_module.train_step, []
 
-    def spoiled(*args: object) -> dict[str, torch.Tensor]:
+    def spoiled(*args: object) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         calls.append([sample.image_id for sample in args[2]])  # type: ignore[attr-defined]
-        losses = real(*args)  # type: ignore[arg-type]
-        return losses if len(calls) < 4 else losses | {"loss_cls": torch.tensor(float("nan"))}
+        losses, broken = real(*args)  # type: ignore[arg-type]
+        bad = {"loss_cls": torch.tensor(float("nan"))}
+        return (losses, broken) if len(calls) < 4 else (losses | bad, torch.ones(()))
 
     monkeypatch.setattr(trainer_module, "train_step", spoiled)
     with pytest.raises(UserError, match="diverged at iteration 3: .*loss_cls nan.*BASE_LR") as caught:

@@ -1,0 +1,254 @@
+"""The black box: what is kept of a step whose loss or gradient is not finite, and its replay."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import dump_config, load_config
+from ..errors import UserError
+from ..files import atomic_write_json, atomic_write_text
+from ..structures import Sample, Target
+from ..weights import load_weights, read_checkpoint, save_weights
+from .distributed import resolve_device
+from .model import make_model
+from .step import autocast, split
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+logger = logging.getLogger(__name__)
+
+STATE, CONFIG, REPORT = "state.pth", "config.yaml", "report.json"
+
+THE_MODEL = "the losses, which no module computes"
+
+
+@dataclass
+class Finding:
+    """What was not finite in one process' forward and backward pass; None where everything was.
+
+    Attributes:
+        losses: by name, as floats.
+        weight: the first parameter or buffer of the model.
+        output: the first module whose output was not finite.
+        gradient: the module at whose output the gradient was first not finite, going backwards.
+    """
+
+    losses: dict[str, float]
+    weight: str | None
+    output: str | None
+    gradient: str | None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether nothing was found."""
+        losses = all(math.isfinite(value) for value in self.losses.values())
+        return losses and self.weight is None and self.output is None and self.gradient is None
+
+    def __str__(self) -> str:
+        places = [
+            (self.weight, "the weight {} is not finite"),
+            (self.output, "the first output that is not finite is that of {}"),
+            (self.gradient, "the first gradient that is not finite is at the output of {}"),
+        ]
+        for place, text in places:
+            if place is not None:
+                return text.format(place)
+        return "everything is finite"
+
+
+def seed_iteration(seed: int, iteration: int, rank: int) -> None:
+    """Random numbers of the model as a function of the iteration.
+
+    Nothing that happens between iterations, an evaluation or a break, can change them, and no random state
+    has to be saved.
+    """
+    torch.manual_seed((seed * 1_000_003 + iteration) * 4093 + rank)
+
+
+def examine(
+    cfg: Config, weights: dict[str, Tensor], batch: Sequence[Sample], iteration: int, rank: int, scale: float
+) -> Finding:
+    """Repeat a step on a fresh copy of the model, with an eye on every module.
+
+    Args:
+        cfg: whole config, its seed decided.
+        weights: state dict before the step.
+        batch: of this process.
+        iteration, rank: decide the random numbers.
+        scale: of the loss, in float16; otherwise 1.
+    """
+    model = make_model(cfg)
+    model.load_state_dict(weights)
+    device = resolve_device(cfg)
+    model.to(device).train()
+    watch = _Watch(model)
+    seed_iteration(cfg.seed, iteration, rank)
+    totals: dict[str, float] = {}
+    parts = split(batch, cfg.solver.accumulate)
+    for part in parts:
+        with autocast(cfg, device):
+            losses = model([sample.image for sample in part], [sample.target for sample in part])
+            total = torch.stack(list(losses.values())).sum() / len(parts)
+        (total * scale).backward()
+        for name, loss in losses.items():
+            totals[name] = totals.get(name, 0.0) + float(loss.detach()) / len(parts)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    broken = next((name for name, value in named if not value.isfinite().all()), None)
+    return Finding(totals, broken, watch.output, watch.gradient)
+
+
+class _Watch:
+    """Notes the first module whose output, and the first whose gradient, is not finite."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.output: str | None = None
+        self.gradient: str | None = None
+        for name, module in model.named_modules():
+            module.register_forward_hook(partial(self._forward, name or THE_MODEL))
+
+    def _forward(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in _tensors(output):
+            if self.output is None and not tensor.isfinite().all():
+                self.output = name
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._backward, name))
+
+    def _backward(self, name: str, gradient: Tensor) -> None:
+        if self.gradient is None and not gradient.isfinite().all():
+            self.gradient = name
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in a module's output."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def write_black_box(
+    folder: Path,
+    cfg: Config,
+    weights: dict[str, Tensor],
+    iteration: int,
+    batches: Mapping[int, Sequence[Sample]],
+    findings: dict[int, Finding],
+    scale: float,
+) -> None:
+    """Everything that a replay needs.
+
+    Args:
+        folder: is made.
+        cfg, weights, iteration, scale: see :func:`examine`.
+        batches, findings: by rank, of the processes where something was not finite.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    names = {rank: [sample.file_name for sample in batch] for rank, batch in batches.items()}
+    content = {
+        "iteration": iteration,
+        "findings": {str(rank): asdict(finding) for rank, finding in findings.items()},
+        "images": [
+            {
+                "rank": rank,
+                "image_id": sample.image_id,
+                "file_name": sample.file_name,
+                "size": list(sample.image.shape[-2:]),
+                "boxes": sample.target.boxes.tolist() if sample.target is not None else [],
+                "labels": sample.target.labels.tolist() if sample.target is not None else [],
+            }
+            for rank, batch in batches.items()
+            for sample in batch
+        ],
+        "loss_scale": scale,
+        "replay": replay_command(folder),
+    }
+    packed = {rank: [_pack(sample) for sample in batch] for rank, batch in batches.items()}
+    save_weights(folder / STATE, weights, {"iteration": iteration, "batches": packed, "scale": scale})
+    atomic_write_text(folder / CONFIG, dump_config(cfg))
+    atomic_write_json(folder / REPORT, _plain(content), indent=1)
+    logger.info("%s holds the step, of images %s", folder, names)
+
+
+def replay_command(folder: Path) -> str:
+    """What a user types to repeat the step."""
+    return f"gn-detect replay {folder}"
+
+
+def replay(folder: str | Path) -> dict[int, Finding]:
+    """Repeat the step that a black box holds.
+
+    Returns:
+        What is not finite, by rank.
+
+    Raises:
+        UserError: the folder is not a black box.
+    """
+    folder = Path(folder)
+    if not (folder / STATE).is_file():
+        raise UserError(
+            f"{folder} is not a black box: it has no {STATE}; give a folder under OUTPUT_DIR/black_box"
+        )
+    cfg = load_config(folder / CONFIG)
+    checkpoint = read_checkpoint(folder / STATE)
+    model = make_model(cfg)
+    load_weights(model, checkpoint)
+    known = checkpoint.metadata
+    return {
+        rank: examine(
+            cfg, model.state_dict(), [_unpack(s) for s in packed], known["iteration"], rank, known["scale"]
+        )
+        for rank, packed in known["batches"].items()
+    }
+
+
+def _pack(sample: Sample) -> dict[str, Any]:
+    """As tensors and plain values, which ``torch.load(weights_only=True)`` reads."""
+    target = sample.target
+    masks = None if target is None or target.masks is None else [
+        mask if isinstance(mask, Tensor) else [torch.from_numpy(polygon) for polygon in mask]
+        for mask in target.masks
+    ]  # fmt: skip
+    return {
+        "image": sample.image,
+        "image_id": sample.image_id,
+        "file_name": sample.file_name,
+        "original_size": list(sample.original_size),
+        "boxes": None if target is None else target.boxes,
+        "labels": None if target is None else target.labels,
+        "masks": masks,
+    }
+
+
+def _unpack(packed: dict[str, Any]) -> Sample:
+    masks = packed["masks"]
+    if masks is not None:
+        masks = [mask if isinstance(mask, Tensor) else [np.asarray(p) for p in mask] for mask in masks]
+    height, width = packed["original_size"]
+    target = Target(packed["boxes"], packed["labels"], masks)
+    return Sample(packed["image"], packed["image_id"], packed["file_name"], (height, width), target)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities: what is not finite becomes text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

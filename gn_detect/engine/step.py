@@ -1,0 +1,171 @@
+"""One training step: from a batch to an update of the weights, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.profiler import record_function
+
+from ..structures import Sample
+from .distributed import is_distributed
+from .faults import memory_help
+from .optimizer import build_optimizer, clip_gradients, restore_optimizer, step_unless
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+
+@dataclass
+class TrainingState:
+    """All that a step changes. Made by :func:`make_state`.
+
+    Attributes:
+        model: the plain model.
+        optimizer: over its trained parameters.
+        trained: those parameters.
+        scaler: of the loss; switched off unless training is in float16.
+        average: ``SOLVER.EMA``, or None.
+        broken: scalar on the device, 1 from the first loss or gradient on that was not finite, where
+            ``SOLVER.NON_FINITE`` is ``stop``: from there on the weights stay as they were.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None
+    broken: Tensor
+    trained: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose AP counts: the average where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint of :attr:`evaluated` needs beside its weights, to go on from there."""
+        saved: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+        if self.scaler.is_enabled():
+            saved["scaler"] = self.scaler.state_dict()
+        if self.average is not None:
+            saved["trained"] = {name: value.cpu() for name, value in self.model.state_dict().items()}
+            saved["averaged_steps"] = int(self.average.n_averaged)
+        return saved
+
+    def restore(self, metadata: dict[str, Any], origin: str) -> None:
+        """Undo :meth:`metadata`; the model already holds the checkpoint's weights.
+
+        Raises:
+            UserError: the optimiser's state belongs to other parameters.
+        """
+        restore_optimizer(self.optimizer, metadata.get("optimizer", {}), origin)
+        if self.scaler.is_enabled() and "scaler" in metadata:
+            self.scaler.load_state_dict(metadata["scaler"])
+        if self.average is not None:
+            self.average.module.load_state_dict(self.model.state_dict())
+            self.average.n_averaged.fill_(metadata.get("averaged_steps", 0))
+        if "trained" in metadata:
+            self.model.load_state_dict(metadata["trained"])
+
+
+def make_state(cfg: Config, model: nn.Module) -> TrainingState:
+    """Optimiser, scaler and average for a model that is on its device."""
+    device = next(model.parameters()).device
+    amp = cfg.solver.amp
+    scaler = torch.amp.GradScaler(device.type, enabled=amp.enabled and amp.dtype == "float16")
+    average = None
+    if cfg.solver.ema.enabled:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.solver.ema.decay))
+        average.requires_grad_(False)
+    broken = torch.zeros((), device=device)
+    return TrainingState(model, build_optimizer(cfg, model), scaler, average, broken)
+
+
+def train_step(
+    cfg: Config, model: nn.Module, batch: Sequence[Sample], state: TrainingState
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One update of the weights, or none where a loss or gradient is not finite.
+
+    Args:
+        cfg: whole config.
+        model: ``state.model``, or what wraps it.
+        batch: of this process; it goes through the model in ``SOLVER.ACCUMULATE`` parts.
+        state: is changed.
+
+    Returns:
+        The losses, and 1 where something is not finite (0 where not), still on the device. float16 gradients
+        that are too large do not count: the scaler lowers their scale, and the step is left out.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    parts = split(batch, cfg.solver.accumulate)
+    collected = []
+    for part in parts:
+        with _communicate(model, part is parts[-1]):
+            with memory_help(cfg, part, "in the forward pass"), autocast(cfg, state.broken.device):
+                losses = model([sample.image for sample in part], [sample.target for sample in part])
+                total = torch.stack(list(losses.values())).sum() / len(parts)
+            with memory_help(cfg, part, "in the backward pass"), record_function("backward"):
+                state.scaler.scale(total).backward()
+        collected.append({name: loss.detach().float() for name, loss in losses.items()})
+    losses = {name: torch.stack([part[name] for part in collected]).mean() for name in losses}
+
+    with memory_help(cfg, batch, "in the optimiser's step"), record_function("optimizer"):
+        state.scaler.unscale_(state.optimizer)
+        norm = clip_gradients(cfg, state.trained)
+        broken, skip = judge(state.scaler, torch.stack(list(losses.values())), norm)
+        if cfg.solver.non_finite == "stop":
+            state.broken = torch.maximum(state.broken, broken)
+            skip = torch.maximum(skip, state.broken)
+        step_unless(state.optimizer, skip)
+        state.scaler.update()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+    return losses, broken
+
+
+def split(batch: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
+    """A batch in equal parts."""
+    size = len(batch) // parts
+    return [batch[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def autocast(cfg: Config, device: torch.device) -> torch.autocast:
+    """``SOLVER.AMP`` for a forward pass."""
+    amp = cfg.solver.amp
+    return torch.autocast(device.type, dtype=getattr(torch, amp.dtype), enabled=amp.enabled)
+
+
+def judge(scaler: torch.amp.GradScaler, losses: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether something is wrong with this step, and whether to skip it: 0 or 1, the same in all processes.
+
+    Args:
+        scaler: of the loss.
+        losses: (L,) of this process.
+        norm: of the gradients, which all processes share.
+    """
+    bad_loss = 1 - losses.isfinite().all().float()
+    if is_distributed():
+        dist.all_reduce(bad_loss, op=dist.ReduceOp.MAX)
+    bad_gradient = 1 - norm.isfinite().float()
+    skip = torch.maximum(bad_loss, bad_gradient)
+    if scaler.is_enabled():
+        exhausted = scaler.scale(torch.ones_like(bad_loss)) <= 1  # there is no scale left to lower
+        bad_gradient = bad_gradient * exhausted
+    return torch.maximum(bad_loss, bad_gradient), skip
+
+
+def _communicate(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
+    """Gradients of several parts are summed here, and averaged over the processes with the last part."""
+    if now or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()

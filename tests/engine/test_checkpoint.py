@@ -1,0 +1,103 @@
+"""Checkpoints that are damaged, missing or too many."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from gn_detect.config import Config
+from gn_detect.engine import train
+from gn_detect.engine import trainer as trainer_module
+from gn_detect.errors import UserError
+from tests.engine.chaos import differences
+
+
+@pytest.fixture
+def trained(tiny_config: Config) -> Config:
+    """A run of five iterations with a checkpoint after each."""
+    keys = {"DATASETS.TEST": [], "SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 1, "CHECKPOINT.KEEP": 3}
+    cfg = tiny_config.replace(keys)
+    train(cfg)
+    return cfg
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_the_last_ones_are_kept(trained: Config) -> None:
+    names = sorted(path.name for path in Path(trained.output_dir).glob("model_*.pth"))
+    assert names == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, os.unlink])
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    trained: Config, damage, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(trained.output_dir)
+    expected = torch.load(folder / "model_final.pth", weights_only=True)
+    damage(folder / "model_final.pth")
+    there = (folder / "model_final.pth").exists()
+    with caplog.at_level(logging.INFO, logger="gn_detect"):
+        train(trained, resume=True)
+    assert "model_final.pth is passed over" in caplog.text
+    assert "model_0000003.pth at iteration 4" in caplog.text
+    assert (folder / "model_final.pth.damaged").exists() == there
+    assert differences(torch.load(folder / "model_final.pth", weights_only=True), expected) == []
+
+
+def test_no_readable_checkpoint_is_an_error(trained: Config) -> None:
+    for path in Path(trained.output_dir).glob("model_*.pth"):
+        truncate(path)
+    with pytest.raises(UserError, match="no checkpoint in .* can be read .*model_final.pth"):
+        train(trained, resume=True)
+
+
+def test_leftovers_of_a_killed_process_are_removed(trained: Config) -> None:
+    leftover = Path(trained.output_dir) / ".model_0000003.pth.abc.tmp"
+    leftover.write_bytes(b"half")
+    train(trained, resume=True)
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_finishes_the_step_and_saves(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    """Between two reports and before an evaluation that is due, and nothing is lost."""
+    cfg = tiny_config.replace({"SOLVER.LOG_PERIOD": 3, "TEST.EVAL_PERIOD": 2, "SOLVER.MAX_ITER": 4})
+    train(cfg)
+    folder = Path(cfg.output_dir)
+    expected = torch.load(folder / "model_final.pth", weights_only=True)
+    lines = (folder / "metrics.jsonl").read_text().count("\n")
+    real, stop_at = trainer_module.train_step, iter([False, True, False, True])
+
+    def step(*args: object) -> object:
+        if next(stop_at, False):
+            os.kill(os.getpid(), number)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer_module, "train_step", step)
+    for resume in (False, True):
+        with pytest.raises(SystemExit) as left:
+            train(cfg, resume=resume)
+        assert left.value.code == status
+    train(cfg, resume=True)
+    assert differences(torch.load(folder / "model_final.pth", weights_only=True), expected) == []
+    assert (folder / "metrics.jsonl").read_text().count("\n") == lines
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

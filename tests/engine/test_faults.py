@@ -1,0 +1,179 @@
+"""What fails while a run goes on: one clear line, and the newest good checkpoint stays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gn_detect.config import Config, load_config
+from gn_detect.data import build_train_loader
+from gn_detect.engine import launch, train
+from gn_detect.engine import trainer as trainer_module
+from gn_detect.engine.step import make_state, train_step
+from gn_detect.errors import UserError
+from gn_detect.modeling import build_model
+from tests.engine.tiny import make_dataset, write_config
+
+KEYS = {"DATASETS.TEST": [], "SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_ITER": 4, "SOLVER.LOG_PERIOD": 1}
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", "--recursive", str(folder)], check=False)
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Arranges that something happens before a step, counted from 0."""
+
+    def arrange(number: int, happen: Callable[[], object]) -> None:
+        real, steps = trainer_module.train_step, iter(range(1000))
+
+        def step(*args: object) -> object:
+            if next(steps) == number:
+                happen()
+            return real(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(trainer_module, "train_step", step)
+
+    return arrange
+
+
+def fails(cfg: Config, message: str) -> None:
+    """Training ends with one line, and the newest checkpoint can be read."""
+    with pytest.raises(UserError, match=message) as caught:
+        train(cfg)
+    assert "\n" not in str(caught.value)
+    folder = Path(cfg.output_dir)
+    last = folder / (folder / "last_checkpoint").read_text()
+    assert torch.load(last, weights_only=True)["iteration"] >= 0
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_disk_full(tiny_config: Config, mounted: Path, at_step: Callable) -> None:
+    cfg = tiny_config.replace({**KEYS, "OUTPUT_DIR": str(mounted / "run")})
+
+    def fill() -> None:
+        with pytest.raises(OSError), (mounted / "filler").open("wb") as file:
+            file.write(b"0" * 2**23)
+
+    at_step(2, fill)
+    fails(cfg, "cannot write .*(No space left|is the disk full)")
+
+
+def test_folder_that_becomes_read_only(tiny_config: Config, mounted: Path, at_step: Callable) -> None:
+    """As by a remount after an error of the disk; files that are open stay writable."""
+    cfg = tiny_config.replace({**KEYS, "OUTPUT_DIR": str(mounted / "run")})
+
+    def protect() -> None:
+        for options in (["--bind", cfg.output_dir], ["-o", "remount,bind,ro"]):
+            subprocess.run(["mount", *options, cfg.output_dir], check=True)
+
+    at_step(2, protect)
+    fails(cfg, "cannot write .*model_0000002.pth: Read-only file system")
+
+
+def test_read_only_folder_is_refused_at_the_start(tiny_config: Config, mounted: Path) -> None:
+    (mounted / "run").mkdir()
+    if subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=False).returncode:
+        pytest.skip("this system does not remount file systems")
+    cfg = tiny_config.replace({**KEYS, "OUTPUT_DIR": str(mounted / "run")})
+    with pytest.raises(UserError, match="cannot write .*config.yaml: Read-only file system; choose"):
+        train(cfg)
+
+
+def test_deleted_folder_is_made_again(
+    tiny_config: Config, at_step: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = tiny_config.replace(KEYS)
+    folder = Path(cfg.output_dir)
+    at_step(2, lambda: shutil.rmtree(folder))
+    train(cfg)
+    assert "was deleted; it is written anew" in caplog.text
+    assert (folder / "model_final.pth").is_file()
+    assert (folder / "metrics.jsonl").read_text().count("\n") == 2
+
+
+@pytest.fixture
+def own_config(tmp_path: Path) -> Config:
+    """Its data may be spoiled."""
+    return load_config(write_config(tmp_path, make_dataset(tmp_path / "train", 6, seed=1))).replace(KEYS)
+
+
+def images_of(cfg: Config) -> list[Path]:
+    return sorted(Path(cfg.datasets.registered["tiny_train"].images).iterdir())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_that_vanishes(own_config: Config, at_step: Callable, workers: int) -> None:
+    cfg = own_config.replace({"DATALOADER.NUM_WORKERS": workers, "SOLVER.MAX_ITER": 30})
+    at_step(1, lambda: [path.unlink() for path in images_of(cfg)])
+    fails(cfg, r"image .*\d.png is missing; restore it")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_that_becomes_corrupt(own_config: Config, at_step: Callable, workers: int) -> None:
+    cfg = own_config.replace({"DATALOADER.NUM_WORKERS": workers, "SOLVER.MAX_ITER": 30})
+    at_step(1, lambda: [os.truncate(path, 500) for path in images_of(cfg)])
+    fails(cfg, r"cannot read image .*\d.png")
+
+
+def test_killed_worker(own_config: Config, at_step: Callable) -> None:
+    cfg = own_config.replace({"DATALOADER.NUM_WORKERS": 1, "SOLVER.MAX_ITER": 60})
+
+    def kill_workers() -> None:
+        import multiprocessing
+
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, signal.SIGKILL)
+
+    at_step(1, kill_workers)
+    fails(cfg, r"a data-loader worker died .*DATALOADER.NUM_WORKERS \(1\); --resume")
+
+
+def test_out_of_gpu_memory_names_the_batch_and_the_keys(tiny_config: Config) -> None:
+    model = build_model(tiny_config)
+    loader, _ = build_train_loader(tiny_config)
+
+    def forward(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    state = make_state(tiny_config, model)
+    model.forward = forward  # type: ignore[method-assign, assignment]
+    with pytest.raises(UserError) as caught:
+        train_step(tiny_config, model, next(iter(loader)), state)
+    message = str(caught.value)
+    for words in (
+        "out of GPU memory in the forward pass: 2 images", "the largest 80x64", "4 instances (2 in one image",
+        "SOLVER.ACCUMULATE (1)", "ACTIVATION_CHECKPOINTING", "AMP.ENABLED", "INPUT.MAX_SIZE_TRAIN (96)",
+    ):  # fmt: skip
+        assert words in message
+
+
+def _die(rank_that_dies: int) -> None:
+    """Runs in each of two processes."""
+    from gn_detect.engine.distributed import barrier, get_rank
+
+    barrier()
+    if get_rank() == rank_that_dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+    barrier()
+
+
+def test_killed_process_ends_the_others() -> None:
+    with pytest.raises(UserError, match="process 1 of this machine was killed by SIGKILL.*--resume"):
+        launch(_die, (1,), device="cpu", num_gpus=2)

@@ -1,0 +1,155 @@
+"""Mixed precision, accumulation, averages, compilation, checkpointed activations: alone, and each resumed."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gn_detect.config import Config
+from gn_detect.data import build_train_loader
+from gn_detect.engine import evaluate, train
+from gn_detect.engine.step import make_state, train_step
+from gn_detect.errors import UserError
+from gn_detect.modeling import build_model
+from tests.engine.chaos import differences
+
+AMP = {
+    "fp32": {},
+    "bf16": {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"},
+    "fp16": {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "float16"},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "accumulate": {"SOLVER.ACCUMULATE": 2},
+    "ema": {"SOLVER.EMA.ENABLED": True, "SOLVER.EMA.DECAY": 0.5},
+    "compile": {"MODEL.COMPILE": True},
+    "checkpointing": {"MODEL.BACKBONE.ACTIVATION_CHECKPOINTING": True},
+}
+CHOICES = [
+    (amp, *others)
+    for amp in AMP
+    for count in range(len(OTHERS) + 1)
+    for others in itertools.combinations(OTHERS, count)
+]
+
+
+def final(cfg: Config) -> dict[str, Any]:
+    return torch.load(Path(cfg.output_dir) / "model_final.pth", weights_only=True)
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are traced, and run without the compiler, which takes minutes."""
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **keys: real(self, backend="eager", **keys))
+
+
+def run_with_a_break(cfg: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The final checkpoint of a whole run, and of one that is resumed in the middle."""
+    cfg = cfg.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2})
+    train(cfg)
+    expected, folder = final(cfg), Path(cfg.output_dir)
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    (folder / "model_final.pth").unlink()
+    train(cfg, resume=True)
+    return final(cfg), expected
+
+
+@pytest.mark.parametrize("amp", AMP)
+def test_all_of_them_together_resume_exactly(tiny_config: Config, amp: str) -> None:
+    """But for compilation, which takes its time: see the next test."""
+    keys = AMP[amp] | OTHERS["accumulate"] | OTHERS["ema"] | OTHERS["checkpointing"]
+    found, expected = run_with_a_break(tiny_config.replace(keys))
+    assert differences(found, expected) == []
+    assert ("scaler" in expected) == (amp == "fp16") and "trained" in expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", CHOICES, ids=["-".join(choice) for choice in CHOICES])
+def test_every_combination_resumes_exactly(
+    tiny_config: Config, choice: tuple[str, ...], eager_compiler: None
+) -> None:
+    keys = AMP[choice[0]] | {k: v for other in choice[1:] for k, v in OTHERS[other].items()}
+    found, expected = run_with_a_break(tiny_config.replace(keys))
+    assert differences(found, expected) == []
+    assert ("scaler" in expected) == (choice[0] == "fp16")
+    assert ("trained" in expected) == ("ema" in choice)
+
+
+def test_adamw_resumes_exactly(tiny_config: Config) -> None:
+    keys = {"SOLVER.OPTIMIZER": "AdamW", "SOLVER.BASE_LR": 1e-4}
+    assert differences(*run_with_a_break(tiny_config.replace(keys))) == []
+
+
+def one_step(cfg: Config, images: int = 2) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses and gradients of the first step."""
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    loader, _ = build_train_loader(cfg)
+    losses, _ = train_step(cfg, model, next(iter(loader)), make_state(cfg, model))
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_checkpointed_activations_change_nothing(tiny_config: Config) -> None:
+    plain = one_step(tiny_config)
+    assert differences(one_step(tiny_config.replace(OTHERS["checkpointing"])), plain) == []
+
+
+def test_checkpointed_activations_refuse_running_statistics(tiny_config: Config) -> None:
+    with pytest.raises(UserError, match="ACTIVATION_CHECKPOINTING.*running statistics"):
+        tiny_config.replace(OTHERS["checkpointing"] | {"MODEL.RESNETS.NORM": "BN"})
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_is_close_to_float32(tiny_config: Config, amp: str) -> None:
+    expected, _ = one_step(tiny_config)
+    found, gradients = one_step(tiny_config.replace(AMP[amp]))
+    for name, loss in expected.items():
+        assert float(found[name]) == pytest.approx(float(loss), rel=0.05)
+        assert float(found[name]) != float(expected["loss_cls"])
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+
+
+def test_average_of_weights_is_what_is_saved_and_evaluated(tiny_config: Config) -> None:
+    keys = OTHERS["ema"] | {"SOLVER.MAX_ITER": 3, "SOLVER.CHECKPOINT_PERIOD": 1}
+    cfg = tiny_config.replace(keys)
+    results = train(cfg)
+    name = "backbone.fpn_output2.weight"
+    trained = [
+        torch.load(Path(cfg.output_dir) / file, weights_only=True)["trained"][name]
+        for file in ("model_0000000.pth", "model_0000001.pth", "model_final.pth")
+    ]
+    average = trained[0]
+    for weight in trained[1:]:
+        average = 0.5 * average + 0.5 * weight
+    assert torch.allclose(final(cfg)["model"][name], average, atol=1e-7)
+    path = str(Path(cfg.output_dir) / "model_final.pth")
+    again = evaluate(cfg.replace({"MODEL.WEIGHTS": path, "OUTPUT_DIR": cfg.output_dir + "_again"}))
+    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused(tiny_config: Config) -> None:
+    with pytest.raises(UserError, match="SOLVER.ACCUMULATE: 3 must divide SOLVER.IMS_PER_BATCH"):
+        tiny_config.replace({"SOLVER.ACCUMULATE": 3})
+
+
+def test_float16_gradients_that_overflow_lower_the_scale_and_skip_the_step(tiny_config: Config) -> None:
+    cfg = tiny_config.replace(AMP["fp16"])
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    state = make_state(cfg, model)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loader, _ = build_train_loader(cfg)
+    batch = next(iter(loader))
+    _, broken = train_step(cfg, model, batch, state)
+    assert not broken and state.scaler.get_scale() == 2.0**39
+    assert differences(dict(model.state_dict()), before) == []
+    while state.scaler.get_scale() > 2.0**10:
+        train_step(cfg, model, batch, state)
+    assert differences(dict(model.state_dict()), before) != []
+    assert all(value.isfinite().all() for value in model.state_dict().values())
