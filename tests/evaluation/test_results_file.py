@@ -12,7 +12,7 @@ from gn_detect.errors import UserError
 from gn_detect.evaluation import results_file
 from gn_detect.evaluation.results_file import ResultsWriter, read_entries
 
-ENTRIES = [{"a": [1.5, "]},{"], "b": {}}, {}, {"text": "\u00e9\n\\\""}, {"n": 12345678901}]
+ENTRIES = [{"a": [1.5, "]},{"], "b": {}}, {}, {"text": '\u00e9\n\\"'}, {"n": 12345678901}]
 
 
 @pytest.mark.parametrize("window", [1, 3, 7, 1 << 20])
@@ -27,7 +27,9 @@ def test_entries_come_back_whatever_the_layout_and_the_window(
         assert list(read_entries(path)) == content
 
 
-@pytest.mark.parametrize("text", ["", "[", "[1", "[1,", "[1,]", "[1 2]", "[1]x", "[nul]", "x", '{"a"', "[" * 99999])
+@pytest.mark.parametrize(
+    "text", ["", "[", "[1", "[1,", "[1,]", "[1 2]", "[1]x", "[nul]", "x", '{"a"', "[" * 99999]
+)
 def test_what_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.json"
     path.write_text(text)
