@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +137,7 @@ class Rules:
             if key not in annotation:
                 raise self.error(f"{what} has no {key!r}, which the evaluation needs; add it", "incomplete")
         area = annotation["area"]
-        if not isinstance(area, int | float) or isinstance(area, bool) or not _is_finite(area) or area < 0:
+        if not is_area(area):
             raise self.error(f"{what} has 'area' {shown(area)}; it must be a number of pixels", "bad-area")
 
     def box(self, annotation: dict[str, Any], image: ImageRecord, what: str) -> list[float] | None:
@@ -208,8 +207,6 @@ def is_polygon(numbers: list[float]) -> bool:
     return len(numbers) % 2 == 0 and len(numbers) >= 6
 
 
-def _is_finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # an integer beyond float's range
-        return False
+def is_area(value: Any) -> bool:
+    """A JSON number of square pixels."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= FARTHEST**2
