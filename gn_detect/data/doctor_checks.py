@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .coco_json import ids_may_repeat
 from .coco_rules import Rules, is_area, is_polygon
 from .doctor_images import Probes
@@ -281,6 +283,11 @@ def overhang(box: list[float], image: ImageRecord) -> float:
     return max(-box[0], -box[1], box[2] - image.width, box[3] - image.height)
 
 
+def box_tolerance(side: Any) -> Any:
+    """Pixels by which a box may differ from its mask's: a number or an array, as the lengths of sides are."""
+    return np.maximum(_BOX_PIXELS, _BOX_SHARE * side)
+
+
 def box_disagrees(box: list[float], measures: MaskMeasures, image: ImageRecord) -> bool:
     """Whether a side of an ``xyxy`` box, cut to the image, is elsewhere than its mask's."""
     limits = [image.width, image.height] * 2
@@ -288,8 +295,7 @@ def box_disagrees(box: list[float], measures: MaskMeasures, image: ImageRecord) 
     sides = [max(cut[2] - cut[0], measures.box[2] - measures.box[0])]
     sides.append(max(cut[3] - cut[1], measures.box[3] - measures.box[1]))
     return any(
-        abs(a - b) > max(_BOX_PIXELS, _BOX_SHARE * side)
-        for a, b, side in zip(cut, measures.box, sides * 2, strict=True)
+        abs(a - b) > box_tolerance(side) for a, b, side in zip(cut, measures.box, sides * 2, strict=True)
     )
 
 

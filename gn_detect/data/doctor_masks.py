@@ -45,7 +45,7 @@ def measure_mask(polygons: Sequence[Sequence[float]], rle: bytes, image: ImageRe
     else:
         encoded = coco_mask.merge(coco_mask.frPyObjects([list(map(float, p)) for p in polygons], *size))
         box = polygon_bounds([np.array(p, dtype=np.float64) for p in polygons], *size).tolist()
-    text = {"size": size, "counts": bytes(encoded["counts"]).decode("ascii")}
+    text: dict[str, object] = {"size": size, "counts": bytes(encoded["counts"]).decode("ascii")}
     return MaskMeasures(float(coco_mask.area(encoded)), box, text)
 
 

@@ -39,6 +39,10 @@ class ImageTable(Sequence[ImageRecord]):
         self._numbers = np.array(numbers, dtype=np.int64).reshape(-1, 3)
         self._names, self._ends = np.frombuffer(bytes(names), np.uint8), np.array(ends, dtype=np.int64)
 
+    def sizes(self) -> np.ndarray:
+        """(I, 2) int64 height and width in pixels."""
+        return self._numbers[:, 1:]
+
     def __len__(self) -> int:
         return len(self._numbers)
 

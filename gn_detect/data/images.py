@@ -46,6 +46,8 @@ def read_image(
         raise UserError(f"INPUT.FORMAT {channel_order!r} is not supported; choose 'BGR' or 'RGB'")
     try:
         with Image.open(path) as file:
+            if expected_size is not None and sorted(file.size) != sorted(expected_size):
+                raise _other_size(path, file.size, expected_size)  # before the work, and the memory
             stored = _to_rgb(file, path)
             orientation = _orientation(file)
     except FileNotFoundError as error:
@@ -58,13 +60,16 @@ def read_image(
         ) from error
     pixels = np.array(_upright(stored, orientation, expected_size))
     if expected_size is not None and pixels.shape[:2] != tuple(expected_size):
-        height, width = pixels.shape[:2]
-        raise DataError(
-            f"image {path} is {width}x{height} (width x height) but the annotations say "
-            f"{expected_size[1]}x{expected_size[0]}; correct the size in the JSON or replace the image",
-            "size-differs",
-        )
+        raise _other_size(path, (pixels.shape[1], pixels.shape[0]), expected_size)
     return pixels if channel_order == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
+
+
+def _other_size(path: str | Path, found: tuple[int, int], expected: tuple[int, int]) -> DataError:
+    return DataError(
+        f"image {path} is {found[0]}x{found[1]} (width x height) but the annotations say "
+        f"{expected[1]}x{expected[0]}; correct the size in the JSON or replace the image",
+        "size-differs",
+    )
 
 
 def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:

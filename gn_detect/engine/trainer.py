@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..config import dump_config
-from ..data import CocoDataset, SampleLoader, build_train_loader, check_classes, check_same_classes
+from ..data import (
+    CocoDataset,
+    SampleLoader,
+    build_train_loader,
+    check_classes,
+    check_same_classes,
+    warn_of_faults,
+)
 from ..errors import UserError
 from ..evaluation import METRICS
 from ..files import atomic_write_text
@@ -132,6 +139,7 @@ def prepare(cfg: Config, resume: bool) -> Run:
     for _, test_set in tests.values():
         check_same_classes(dataset, test_set)
     check_best_metric(cfg, dataset)
+    warn_of_faults(dataset, [test_set for _, test_set in tests.values()])
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg)
