@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .coco_json import ids_may_repeat
-from .coco_rules import Rules, is_area, is_polygon
+from .coco_rules import Rules, is_area, is_integer, is_polygon
 from .doctor_images import Probes
 from .doctor_masks import MaskMeasures, crosses_itself, measure_mask
 from .faults import DataError, Finding
@@ -194,7 +194,7 @@ class _AnnotationChecker:
             part.add("dangling-image", f"{what}, which is not listed", **about)
             return
         category_id, crowd = None, False
-        with part.collecting(**about):
+        with part.collecting(**about, category_id=_id_of(entry, "category_id")):
             category_id = rules.category_id(entry, part.categories, what)
         with part.collecting(**about):
             crowd = rules.crowd(entry, what)
@@ -307,9 +307,9 @@ def area_disagrees(area: Any, measures: MaskMeasures) -> bool:
     return bool(difference > max(_AREA_PIXELS, _AREA_SHARE * larger))
 
 
-def _id_of(entry: Any) -> Any:
-    found = entry.get("id") if isinstance(entry, dict) else None
-    return found if isinstance(found, int) else None
+def _id_of(entry: Any, key: str = "id") -> int | None:
+    found = entry.get(key) if isinstance(entry, dict) else None
+    return found if is_integer(found) else None
 
 
 def _name_of(entry: Any) -> str | None:
