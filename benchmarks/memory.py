@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,7 +108,10 @@ def train_long(folder: Path, iterations: int, records: int) -> None:
 
 
 class GeneratedDetections(torch.nn.Module):
-    """Finds some true objects of each image and many others."""
+    """Finds some true objects of each image and many others.
+
+    ``shapes`` are (S, width, height) bool: in pycocotools' order of pixels they are encoded sooner.
+    """
 
     def __init__(self, shapes: torch.Tensor, boxes: torch.Tensor, count: int) -> None:
         super().__init__()
@@ -122,7 +126,8 @@ class GeneratedDetections(torch.nn.Module):
         """Random shapes of random classes; a class goes with a shape often enough to be right sometimes."""
         which = torch.randint(SHAPES, (self.count,), generator=self.random)
         scores = torch.rand(self.count, generator=self.random).sort(descending=True).values
-        return Detections(self.boxes[which], scores, which % CATEGORIES, self.shapes[which])
+        masks = self.shapes[which].transpose(1, 2)
+        return Detections(self.boxes[which], scores, which % CATEGORIES, masks)
 
 
 def evaluate_many(folder: Path, images: int, masks: int) -> None:
@@ -160,7 +165,9 @@ def evaluate_many(folder: Path, images: int, masks: int) -> None:
     )
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     loader = ([Sample(image, i, f"{i}.png", (HEIGHT, WIDTH))] for i in range(images))
-    model = GeneratedDetections(torch.from_numpy(shapes), boxes, masks)
+    columns = torch.from_numpy(shapes.transpose(0, 2, 1).copy())
+    del shapes
+    model = GeneratedDetections(columns, boxes, masks)
     metrics = evaluate_model(model, loader, dataset, folder / "out")
     size = (folder / "out" / "coco_instances_results.json").stat().st_size / MEGABYTE
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -218,23 +225,20 @@ def report(args: argparse.Namespace, folder: Path) -> None:
 
     for part in ("train", "evaluate"):
         (folder / part).mkdir()
-    options = ["--iterations", str(args.iterations), "--records", str(args.records)]
-    trained = watch(
-        [*command, "train", "--folder", str(folder / "train"), *options], folder / "t.log", iteration, 1.0
-    )
+    begin = time.perf_counter()
+    training = [*command, "train", "--folder", str(folder / "train")]
+    training += ["--iterations", str(args.iterations), "--records", str(args.records)]
+    evaluation = [*command, "evaluate", "--folder", str(folder / "evaluate")]
+    evaluation += ["--images", str(args.images), "--masks", str(args.masks)]
+    with ThreadPoolExecutor() as pool:  # their memory is their own: they can run at the same time
+        first = pool.submit(watch, training, folder / "t.log", iteration, 1.0)
+        second = pool.submit(watch, evaluation, folder / "e.log", lambda: time.perf_counter() - begin, 0.25)
+        trained, evaluated = first.result(), second.result()
     for name, curve in trained.items():
         print(
             f"training, {name}: peak {max(curve.resident):.0f} MB resident; per iteration "
             f"{curve.slope('resident'):+.2f} kB resident, {curve.slope('private'):+.2f} kB private"
         )
-    begin = time.perf_counter()
-    options = ["--images", str(args.images), "--masks", str(args.masks)]
-    evaluated = watch(
-        [*command, "evaluate", "--folder", str(folder / "evaluate"), *options],
-        folder / "e.log",
-        lambda: time.perf_counter() - begin,
-        0.25,
-    )
     print((folder / "e.log").read_text().partition("RESULT ")[2].strip())
     draw(args.picture, trained, evaluated["main process"])
 

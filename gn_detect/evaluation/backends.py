@@ -76,6 +76,9 @@ def precision_and_recall(
     Raises:
         UserError: the backend refuses a mask that is not valid RLE.
     """
+    # Names do not matter here, and hotcoco refuses some.
+    numbered = [{"id": c["id"], "name": str(c["id"])} for c in ground_truth["categories"]]
+    ground_truth = {**ground_truth, "categories": numbered}
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

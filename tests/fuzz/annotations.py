@@ -18,9 +18,10 @@ from gn_detect.data.coco_json import LISTS
 Content = dict[str, Any]
 
 JUNK: list[Any] = [
-    None, True, False, -1, 0, 1, 7, 0.5, -0.0, 1e9, -1e9, 1e300, float("nan"), float("inf"), 2**31, 2**63, -(2**63),
-    10**30, 10**400, "", "x", "1", "\ud800", "a\0b", "../..", "é" * 300, [], {}, [[]], [None], [1], [[1, 2, 3]],
-    {"size": [1, 1], "counts": [1]}, {"size": None}, {"counts": ""}, [1e300] * 4, [-5, -5, 3, 3], [[[[]]]],
+    None, True, False, -1, 0, 1, 7, 0.5, -0.0, 1e9, -1e9, 1e300, float("nan"), float("inf"), 2**31, 2**63,
+    -(2**63), 10**30, 10**400, "", "x", "1", "\ud800", "a\0b", "../..", "é" * 300, [], {}, [[]], [None], [1],
+    [[1, 2, 3]], {"size": [1, 1], "counts": [1]}, {"size": None}, {"counts": ""}, [1e300] * 4,
+    [-5, -5, 3, 3], [[[[]]]],
 ]  # fmt: skip
 """Values that do not belong."""
 

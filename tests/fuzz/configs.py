@@ -19,9 +19,10 @@ from gn_detect.errors import UserError
 from tests.fuzz.trial import Tally
 
 JUNK: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 3, 5, 0.5, -0.5, 1e-30, 1e30, float("nan"), float("inf"), 10**25, "", "x", "GN",
-    "BN", "auto", "1", "[1, 2]", "{", "a: b: c", [], [0], [-1], [1], [[]], [[1]], [[8, 16]], ["p2"], ["res2", "res9"],
-    [1, "x"], {}, {"A": 1}, [3, 1, 2], [0.5, 0.5], "\ud800", "nowhere.pth", [[0.0]], [[0.5, 1.0, 2.0]],
+    None, True, False, -1, 0, 1, 2, 3, 5, 0.5, -0.5, 1e-30, 1e30, float("nan"), float("inf"), 10**25, "", "x",
+    "GN", "BN", "auto", "1", "[1, 2]", "{", "a: b: c", [], [0], [-1], [1], [[]], [[1]], [[8, 16]], ["p2"],
+    ["res2", "res9"], [1, "x"], {}, {"A": 1}, [3, 1, 2], [0.5, 0.5], "\ud800", "nowhere.pth",
+    [[0.0]], [[0.5, 1.0, 2.0]],
 ]  # fmt: skip
 
 MOST = 4096
