@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,11 @@ import yaml
 
 from gn_detect import train
 from gn_detect.config import load_config
-from gn_detect.evaluation import evaluate_model
-from gn_detect.structures import Detections, Sample
+from gn_detect.evaluation import evaluate_results
+from gn_detect.evaluation.backends import choose_backend
+from gn_detect.evaluation.coco import IOU_TYPES
+from gn_detect.evaluation.results_file import ResultsWriter
+from gn_detect.files import atomic_write
 from tests.engine.tiny import TINY, make_dataset
 
 MEGABYTE = 1 << 20
@@ -99,7 +101,10 @@ def train_long(folder: Path, iterations: int, records: int) -> None:
         "REGISTER": {"many": {"ANNOTATIONS": str(small), "IMAGES": str(folder / "data" / "images")}},
     }
     settings["DATALOADER"]["NUM_WORKERS"] = 2
-    settings["SOLVER"] |= {"MAX_ITER": iterations, "BASE_LR": 0.001, "LOG_PERIOD": 20}
+    settings["SOLVER"] |= {"MAX_ITER": iterations, "BASE_LR": 0.001, "LOG_PERIOD": 20, "IMS_PER_BATCH": 1}
+    settings["MODEL"]["RPN"] |= {"PRE_NMS_TOPK_TRAIN": 50, "POST_NMS_TOPK_TRAIN": 20}
+    settings["MODEL"]["ROI_HEADS"]["BATCH_SIZE_PER_IMAGE"] = 8
+    settings["INPUT"] = {"MIN_SIZE_TRAIN": [48, 64], "MAX_SIZE_TRAIN": 80}
     settings["OUTPUT_DIR"] = str(folder / "run")
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -107,31 +112,8 @@ def train_long(folder: Path, iterations: int, records: int) -> None:
     train(load_config(path))
 
 
-class GeneratedDetections(torch.nn.Module):
-    """Finds some true objects of each image and many others.
-
-    ``shapes`` are (S, width, height) bool: in pycocotools' order of pixels they are encoded sooner.
-    """
-
-    def __init__(self, shapes: torch.Tensor, boxes: torch.Tensor, count: int) -> None:
-        super().__init__()
-        self.shapes, self.boxes, self.count = shapes, boxes, count
-        self.random = torch.Generator().manual_seed(1)
-
-    def detect(self, images: list[Any], original_sizes: list[tuple[int, int]]) -> list[Detections]:
-        """``count`` detections in each image."""
-        return [self.one() for _ in images]
-
-    def one(self) -> Detections:
-        """Random shapes of random classes; a class goes with a shape often enough to be right sometimes."""
-        which = torch.randint(SHAPES, (self.count,), generator=self.random)
-        scores = torch.rand(self.count, generator=self.random).sort(descending=True).values
-        masks = self.shapes[which].transpose(1, 2)
-        return Detections(self.boxes[which], scores, which % CATEGORIES, masks)
-
-
 def evaluate_many(folder: Path, images: int, masks: int) -> None:
-    """The whole way from detections to AP, on generated ones."""
+    """Detections in COCO's format written as an evaluation writes them, and evaluated from that file."""
     random = np.random.default_rng(0)
     shapes = np.stack([_blob(random) for _ in range(SHAPES)])
     encoded = coco_mask.encode(np.asfortranarray(shapes.transpose(1, 2, 0).astype(np.uint8)))
@@ -158,23 +140,37 @@ def evaluate_many(folder: Path, images: int, masks: int) -> None:
     path = folder / "truth.json"
     path.write_text(json.dumps(truth))
     del truth
-    boxes = torch.from_numpy(corners).float()
-    boxes[:, 2:] += boxes[:, :2]
-    dataset: Any = SimpleNamespace(
-        name="generated", annotations_path=path, category_ids=list(range(1, CATEGORIES + 1))
-    )
-    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    loader = ([Sample(image, i, f"{i}.png", (HEIGHT, WIDTH))] for i in range(images))
-    columns = torch.from_numpy(shapes.transpose(0, 2, 1).copy())
-    del shapes
-    model = GeneratedDetections(columns, boxes, masks)
-    metrics = evaluate_model(model, loader, dataset, folder / "out")
-    size = (folder / "out" / "coco_instances_results.json").stat().st_size / MEGABYTE
+    results = folder / "coco_instances_results.json"
+    with atomic_write(results) as file:
+        writer = ResultsWriter(file)
+        for image_id in range(images):
+            writer.add(_detections(random, image_id, masks, encoded, corners))
+        writer.end()
+    metrics = {kind: evaluate_results(path, results, kind) for kind in IOU_TYPES}
+    size = results.stat().st_size / MEGABYTE
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     scores = ", ".join(f"{kind} AP {values['AP']:.2f}" for kind, values in metrics.items())
     print(
-        f"RESULT {images * masks} detections, file of {size:.0f} MB, peak {peak:.0f} MB, {scores}", flush=True
+        f"RESULT evaluation: {images * masks} detections with {choose_backend(None)}, file of {size:.0f} MB, "
+        f"peak {peak:.0f} MB, {scores}",
+        flush=True,
     )
+
+
+def _detections(
+    random: np.random.Generator, image_id: int, count: int, encoded: Any, corners: np.ndarray
+) -> list[dict[str, Any]]:
+    """Random shapes; a class goes with a shape, so that some are right."""
+    return [
+        {
+            "image_id": image_id,
+            "category_id": shape % CATEGORIES + 1,
+            "bbox": corners[shape].tolist(),
+            "score": float(random.random()),
+            "segmentation": {"size": [HEIGHT, WIDTH], "counts": encoded[shape]["counts"].decode()},
+        }
+        for shape in random.integers(0, SHAPES, count).tolist()
+    ]
 
 
 def _blob(random: np.random.Generator) -> np.ndarray:
