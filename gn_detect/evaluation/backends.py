@@ -110,11 +110,16 @@ def _load_from_disk(hotcoco: Any, ground_truth: Json, detections: Iterable[Json]
     """hotcoco reads a file into a fifth of the memory that the same detections take as Python objects."""
     with tempfile.TemporaryDirectory(prefix="gn_detect-") as folder:
         path = Path(folder) / "detections.json"
-        with open(path, "w", encoding="ascii") as file:
-            file.write(json.dumps(ground_truth | {"annotations": []}).removesuffix("]}"))
-            for number, detection in enumerate(detections):
-                file.write(("," if number else "") + json.dumps(detection) + "\n")
-            file.write("]}")
+        try:
+            with open(path, "w", encoding="ascii") as file:
+                file.write(json.dumps(ground_truth | {"annotations": []}).removesuffix("]}"))
+                for number, detection in enumerate(detections):
+                    file.write(("," if number else "") + json.dumps(detection) + "\n")
+                file.write("]}")
+        except OSError as error:
+            raise UserError(
+                f"cannot write detections to {folder}: {error.strerror}; set TMPDIR to a folder with room"
+            ) from error
         return hotcoco.COCO(str(path))
 
 

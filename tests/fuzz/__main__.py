@@ -12,6 +12,7 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ NEEDED = 0.95
 """Share of refused cases in which the doctor must name what was damaged."""
 
 
-def fuzz_annotations(folder: Path, seeds: range) -> Tally:
+def fuzz_annotations(folder: Path, seeds: Iterable[int]) -> Tally:
     """Damaged annotation files, see :class:`AnnotationTrial`."""
     base = write_base(folder)
     config = write_config(folder, folder / "annotations.json")
@@ -40,7 +41,7 @@ def fuzz_annotations(folder: Path, seeds: range) -> Tally:
     return trial.tally
 
 
-def fuzz_images(folder: Path, seeds: range) -> Tally:
+def fuzz_images(folder: Path, seeds: Iterable[int]) -> Tally:
     """Damaged pictures."""
     folder.mkdir()
     tally = Tally()
@@ -49,7 +50,7 @@ def fuzz_images(folder: Path, seeds: range) -> Tally:
     return tally
 
 
-def fuzz_configs(folder: Path, seeds: range) -> Tally:
+def fuzz_configs(folder: Path, seeds: Iterable[int]) -> Tally:
     """Damaged configs."""
     base = write_base(folder)
     (folder / "annotations.json").write_text(json.dumps(base))

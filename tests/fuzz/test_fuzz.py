@@ -8,6 +8,15 @@ from pathlib import Path
 from tests.fuzz.__main__ import NEEDED, fuzz_annotations, fuzz_configs, fuzz_images
 from tests.fuzz.annotations import changed_ids, mutate, write_base
 
+FAILED_ONCE = {"annotations": [471], "configs": [14, 387]}
+"""A category called by half a surrogate pair; a message of two lines; a SEED of more than 64 bits."""
+
+
+def test_what_failed_once(tmp_path: Path) -> None:
+    for name, run in (("annotations", fuzz_annotations), ("configs", fuzz_configs)):
+        tally = run(tmp_path / name, FAILED_ONCE[name])
+        assert tally.failures == [] and tally.unnamed == []
+
 
 def test_annotation_files(tmp_path: Path) -> None:
     tally = fuzz_annotations(tmp_path / "annotations", range(5000, 5060))
