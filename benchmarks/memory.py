@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("part", nargs="?", choices=["train", "evaluate"], help="run it here, unwatched")
     parser.add_argument("--folder", type=Path, help="of a part")
     parser.add_argument("--iterations", type=int, default=2000)
-    parser.add_argument("--records", type=int, default=50_000, help="images in the training set")
+    parser.add_argument("--records", type=int, default=20_000, help="images in the training set")
     parser.add_argument("--images", type=int, default=5000, help="in the evaluation")
     parser.add_argument("--masks", type=int, default=100, help="detections in each of them")
     parser.add_argument("--picture", type=Path, default=Path("benchmarks/memory.png"))
@@ -186,7 +186,7 @@ def watch(command: list[str], log: Path, progress: Callable[[], float], every: f
     """Run a command and look at it and its children until it ends."""
     curves: dict[str, Curve] = {}
     with open(log, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             with contextlib.suppress(psutil.Error):
@@ -227,8 +227,8 @@ def report(args: argparse.Namespace, folder: Path) -> None:
     evaluation = [*command, "evaluate", "--folder", str(folder / "evaluate")]
     evaluation += ["--images", str(args.images), "--masks", str(args.masks)]
     with ThreadPoolExecutor() as pool:  # their memory is their own: they can run at the same time
-        first = pool.submit(watch, training, folder / "t.log", iteration, 1.0)
-        second = pool.submit(watch, evaluation, folder / "e.log", lambda: time.perf_counter() - begin, 0.25)
+        first = pool.submit(watch, training, folder / "t.log", iteration, 2.0)
+        second = pool.submit(watch, evaluation, folder / "e.log", lambda: time.perf_counter() - begin, 0.5)
         trained, evaluated = first.result(), second.result()
     for name, curve in trained.items():
         print(
