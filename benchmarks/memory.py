@@ -51,9 +51,9 @@ class Curve:
     private: list[float] = field(default_factory=list)
 
     def slope(self, which: str) -> float:
-        """Kilobytes for each iteration, once it has settled."""
+        """Kilobytes for each iteration, once it has settled, and before the workers end."""
         x, y = np.array(self.progress), np.array(getattr(self, which))
-        late = x > SETTLED * x.max()
+        late = (x > SETTLED * x.max()) & (x < x.max())
         return float(np.polyfit(x[late], y[late], 1)[0] * 1024)
 
 
