@@ -31,10 +31,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "modeling": MIDDLE,
     "data": LOWER,
     "visualize": LOWER | {"data"},
+    "histograms": LOWER | {"data"},
     "evaluation": LOWER | {"data"},
     "engine": LOWER | {"data", "evaluation", "visualize"},
     "predictor": LOWER | {"data", "visualize"},
-    "cli": LOWER | {"data", "evaluation", "visualize", "engine", "predictor", "__init__"},
+    "cli": LOWER | {"data", "evaluation", "visualize", "histograms", "engine", "predictor", "__init__"},
     "__main__": {"cli"},
     "__init__": LOWER | {"data", "evaluation", "visualize", "engine", "predictor"},
 }

@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
-from . import bench, convert, evaluate, plot, predict, replay, train, zoo
+from . import bench, convert, doctor, evaluate, plot, predict, replay, train, zoo
 
 COMMANDS = {
     "train": train,
@@ -22,8 +22,9 @@ COMMANDS = {
     "plot": plot,
     "bench": bench,
     "replay": replay,
+    "doctor": doctor,
 }
-"""Each module has ``HELP``, ``add_arguments(parser)`` and ``run(args)``."""
+"""Each module has ``HELP``, ``add_arguments(parser)`` and ``run(args)``, which may return an exit status."""
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -35,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0; 2 after bad input, with one line on standard error; 130 after Ctrl-C.
+        0, or what the command returns; 2 after bad input, with one line on standard error; 130 after Ctrl-C.
 
     Raises:
         SystemExit: by argparse, for unknown flags (status 2) and ``--help`` (0).
     """
     args = parse(arguments)
     try:
-        COMMANDS[args.command].run(args)
+        return COMMANDS[args.command].run(args) or 0
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of standard output, such as head, has gone

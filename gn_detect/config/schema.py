@@ -238,7 +238,7 @@ class Root(Section):
     checkpoint: Checkpoint = Checkpoint()
     test: Test = Test()
     output_dir: Annotated[Str, Field(min_length=1)] = "./output"
-    seed: Int = -1  # negative: another one for each run
+    seed: Annotated[Int, Field(lt=2**31)] = -1  # negative: another one for each run
     cudnn_benchmark: Bool = False
     float32_precision: Literal["", "highest", "high", "medium"] = ""
     vis_period: Int = 0

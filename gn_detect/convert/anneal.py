@@ -70,7 +70,7 @@ def _blended_norm(x: Tensor, norm: GroupNorm, mean: Tensor, var: Tensor, share: 
 
 
 class _BlendedNorm(torch.autograd.Function):
-    """``weight (x - M) / S + bias`` with ``M`` and ``S^2 - eps`` between a group's expected and own statistics.
+    """``weight (x - M) / S + bias``, with ``M`` and ``S^2 - eps`` between expected and own statistics.
 
     Written out because it is most of a calibration's time: PyTorch's group norm gives the statistics many
     times faster than ``var_mean`` does, its batch norm in evaluation mode applies them in one pass, and its

@@ -4,6 +4,7 @@ from .augmentation import build_augmentations, prepare_image, shortest_edge_size
 from .coco import CocoDataset, check_classes, check_same_classes, join_datasets
 from .coco_json import read_image_list
 from .datasets import DatasetSource, datasets_root, resolve_dataset
+from .doctor_quick import warn_of_faults
 from .images import read_image
 from .loader import SampleLoader, build_test_loader, build_train_loader
 
@@ -23,4 +24,5 @@ __all__ = [
     "read_image_list",
     "resolve_dataset",
     "shortest_edge_size",
+    "warn_of_faults",
 ]

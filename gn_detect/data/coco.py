@@ -11,8 +11,10 @@ import numpy as np
 
 from ..errors import UserError
 from ..structures import PolygonMask, Target
-from .coco_json import ImageRecord, read_coco_json
+from .coco_json import read_coco_json
 from .datasets import DatasetSource
+from .faults import DataError
+from .image_table import ImageRecord, join_images
 from .images import read_image
 from .object_table import join_tables
 from .transforms import LabelledImage, to_target
@@ -31,7 +33,7 @@ class CocoDataset:
         annotations_path: the JSON (of the first, if joined).
         class_names: by contiguous label.
         category_ids: ids in the JSON by contiguous label, ascending.
-        images: records ordered by image id.
+        images: records ordered by image id, packed.
         objects: flat table of all objects.
         num_crowds: crowd annotations in the file.
 
@@ -92,9 +94,10 @@ class CocoDataset:
         try:
             return self.objects.masks.decode(row, record.height, record.width)
         except ValueError as error:
-            raise UserError(
+            raise DataError(
                 f"{self.annotations_path}: annotation {self.objects.annotation_ids[row]} of image "
-                f"{record.id} has a damaged RLE ({error}); encode the mask again"
+                f"{record.id} has a damaged RLE ({error}); encode the mask again",
+                "bad-rle",
             ) from error
 
     def check_files(self) -> None:
@@ -113,9 +116,10 @@ class CocoDataset:
             missing += [os.path.join(folder, name) for name in wanted if name not in present]
         if missing:
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(
+            raise DataError(
                 f"dataset {self.name}: image {missing[0]}{others} is missing; "
-                "restore it, correct the images folder or remove it from the JSON"
+                "restore it, correct the images folder or remove it from the JSON",
+                "missing-image",
             )
 
 
@@ -134,7 +138,7 @@ def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
     joined.name = "+".join(d.name for d in datasets)
     joined.annotations_path = first.annotations_path
     joined.class_names, joined.category_ids = first.class_names, first.category_ids
-    joined.images = [record for d in datasets for record in d.images]
+    joined.images = join_images([d.images for d in datasets])
     joined.objects = join_tables([d.objects for d in datasets])
     joined.num_crowds = sum(d.num_crowds for d in datasets)
     return joined

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from ..errors import UserError
+from .faults import DataError
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,25 +46,35 @@ def read_image(
         raise UserError(f"INPUT.FORMAT {channel_order!r} is not supported; choose 'BGR' or 'RGB'")
     try:
         with Image.open(path) as file:
+            if expected_size is not None and sorted(file.size) != sorted(expected_size):
+                raise _other_size(path, file.size, expected_size)  # before the work, and the memory
             stored = _to_rgb(file, path)
             orientation = _orientation(file)
     except FileNotFoundError as error:
-        raise UserError(f"image {path} is missing; restore it or correct the images folder") from error
+        raise DataError(
+            f"image {path} is missing; restore it or correct the images folder", "missing-image"
+        ) from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read image {path}: {_one_line(error)}; replace or remove it") from error
+        raise DataError(
+            f"cannot read image {path}: {_one_line(error)}; replace or remove it", "unreadable-image"
+        ) from error
     pixels = np.array(_upright(stored, orientation, expected_size))
     if expected_size is not None and pixels.shape[:2] != tuple(expected_size):
-        height, width = pixels.shape[:2]
-        raise UserError(
-            f"image {path} is {width}x{height} (width x height) but the annotations say "
-            f"{expected_size[1]}x{expected_size[0]}; correct the size in the JSON or replace the image"
-        )
+        raise _other_size(path, (pixels.shape[1], pixels.shape[0]), expected_size)
     return pixels if channel_order == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
+
+
+def _other_size(path: str | Path, found: tuple[int, int], expected: tuple[int, int]) -> DataError:
+    return DataError(
+        f"image {path} is {found[0]}x{found[1]} (width x height) but the annotations say "
+        f"{expected[1]}x{expected[0]}; correct the size in the JSON or replace the image",
+        "size-differs",
+    )
 
 
 def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode == "F":
-        raise UserError(f"image {path} has floating-point pixels; convert it to 8 bits")
+        raise DataError(f"image {path} has floating-point pixels; convert it to 8 bits", "unreadable-image")
     if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
         values = np.asarray(image).astype(np.int64)
         if values.size and values.max() > 255:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import dump_config
-from ..data import CocoDataset, SampleLoader, build_train_loader, check_classes, check_same_classes
+from ..data import (
+    CocoDataset,
+    SampleLoader,
+    build_train_loader,
+    check_classes,
+    check_same_classes,
+    warn_of_faults,
+)
 from ..errors import UserError
 from ..evaluation import METRICS
 from ..files import atomic_write_text
@@ -81,15 +88,17 @@ class Run:
             "best": self.best,
             "losses": losses,
             "evaluate_first": self.evaluate_first,
-            "config": dump_config(self.cfg),
-            "input": InputConvention.of_config(self.cfg).as_metadata(),
-            **class_metadata(self.dataset),
+            **self.origin(),
         }
 
-
-def class_metadata(dataset: CocoDataset) -> dict[str, Any]:
-    """Names and ids of the classes, so that a checkpoint can be used without its dataset."""
-    return {"class_names": list(dataset.class_names), "category_ids": list(dataset.category_ids)}
+    def origin(self) -> dict[str, Any]:
+        """Config, input and classes, so that a checkpoint can be used without them."""
+        return {
+            "config": dump_config(self.cfg),
+            "input": InputConvention.of_config(self.cfg).as_metadata(),
+            "class_names": list(self.dataset.class_names),
+            "category_ids": list(self.dataset.category_ids),
+        }
 
 
 def prepare(cfg: Config, resume: bool) -> Run:
@@ -108,6 +117,7 @@ def prepare(cfg: Config, resume: bool) -> Run:
     for _, test_set in tests.values():
         check_same_classes(dataset, test_set)
     check_best_metric(cfg, dataset)
+    warn_of_faults(dataset, [test_set for _, test_set in tests.values()])
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg)

@@ -22,7 +22,7 @@ from .faults import worker_help
 from .interruption import Interruption
 from .meter import Meter, NotFinite
 from .pictures import draw_curves, draw_test_images
-from .run import Run, best_metric, class_metadata, open_run_folder, prepare
+from .run import Run, best_metric, open_run_folder, prepare
 from .schedule import learning_rate_factor, set_learning_rate
 from .step import train_step
 from .writers import MetricsWriter, run_log
@@ -213,7 +213,7 @@ def evaluate_and_keep_best(run: Run, writer: MetricsWriter | None, iteration: in
     if value > run.best:
         run.best = value
         if is_main():
-            metadata = {"iteration": iteration, metric: value, **class_metadata(run.dataset)}
+            metadata = {"iteration": iteration, metric: value, **run.origin()}
             save_checkpoint(run.folder, BEST, model, metadata, is_last=False)
             logger.info("best %s so far: %.2f, saved as %s", metric, value, BEST)
     return results

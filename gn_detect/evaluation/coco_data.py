@@ -17,8 +17,9 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 
 from ..errors import UserError
+from .results_file import read_entries
 
 logger = logging.getLogger(__name__)
 
@@ -221,8 +223,10 @@ def _polygons_to_rle(polygons: list[Any], size: Size) -> Json | None:
 
 def prepare_detections(
     source: str | Path | Sequence[Mapping[str, Any]], truth: GroundTruth, iou_type: str
-) -> list[Json]:
+) -> Iterator[Json]:
     """Detections with id, area, box and, for masks, compressed RLE; the area is that of what is compared.
+
+    They come one by one, so that a large file never lies in memory as a whole.
 
     Args:
         source: COCO result file or its content, which is left as it is. A detection without ``bbox`` has its
@@ -234,19 +238,23 @@ def prepare_detections(
         UserError: no list of results, one of an unknown image or category, or one without a finite score.
     """
     name = str(source) if isinstance(source, str | Path) else "results"
-    data = read_json(source) if isinstance(source, str | Path) else source
-    if not isinstance(data, Sequence) or isinstance(data, str | Mapping):
+    data = read_entries(source) if isinstance(source, str | Path) else source
+    if not isinstance(data, Iterable) or isinstance(data, str | Mapping):
         raise UserError(f"{name}: not COCO results; it needs a list of detections")
-    prepared = []
+    prepared = _prepare(data, truth, iou_type, name)
+    while some := list(islice(prepared, _MASKS_AT_ONCE)):
+        if iou_type == "segm":
+            _measure_masks(some)
+        yield from some
+
+
+def _prepare(data: Iterable[Any], truth: GroundTruth, iou_type: str, name: str) -> Iterator[Json]:
     for number, given in enumerate(data, start=1):
         try:
-            prepared.append(_detection(given, number, truth, iou_type))
+            prepared = _detection(given, number, truth, iou_type)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise _refusal(f"{name}: detection {number}", given, error) from None
-    if iou_type == "segm":
-        for start in range(0, len(prepared), _MASKS_AT_ONCE):
-            _measure_masks(prepared[start : start + _MASKS_AT_ONCE])
-    return prepared
+        yield prepared
 
 
 def _measure_masks(detections: list[Json]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from tqdm import tqdm
 
 from ..data import CocoDataset
 from ..errors import UserError
-from ..files import atomic_write_json
+from ..files import atomic_write
 from ..structures import Detections, Sample
 from .backends import choose_backend
 from .coco import IOU_TYPES, evaluate_results
+from .results_file import ResultsWriter, entry_text, gather_text
 from .table import format_results
 
 logger = logging.getLogger(__name__)
@@ -107,15 +109,40 @@ def evaluate_model(
             unless it is the backend that is missing.
     """
     backend = choose_backend(backend)  # what is missing shows before the work
+    path = Path(output_dir) / RESULTS_FILE
     with _in_evaluation_mode(model):
-        results = _gather(_detect(model, loader, dataset.category_ids))
-    if results is None:
-        return _from_first(None)
+        if _rank() == 0:
+            _write_results(model, loader, dataset.category_ids, path)
+        else:
+            _send_results(model, loader, dataset.category_ids)
+            return _from_first(None)
     try:
-        return _from_first(_evaluate(results, dataset, Path(output_dir), backend, iou_types))
+        return _from_first(_evaluate(path, dataset, backend, iou_types))
     except UserError as error:
         _from_first(error)  # the others wait for numbers
         raise
+
+
+def _write_results(
+    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int], path: Path
+) -> None:
+    """The detections of all processes, those of the first one as they come."""
+    with atomic_write(path) as file:
+        results = ResultsWriter(file)
+        for entries in _detect(model, loader, category_ids):
+            results.add(entries)
+        for text in gather_text(None) if _in_group() else ():
+            results.add_text(text)
+        results.end()
+
+
+def _send_results(model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int]) -> None:
+    """Detections of another process: on its own disk until the first one has finished, too."""
+    with tempfile.TemporaryFile("w+", encoding="ascii") as spool:
+        for entries in _detect(model, loader, category_ids):
+            spool.writelines(map(entry_text, entries))
+        for _ in gather_text(spool):
+            pass
 
 
 @contextmanager
@@ -131,29 +158,21 @@ def _in_evaluation_mode(model: Detector) -> Iterator[None]:
             module.training = training
 
 
-def _evaluate(
-    results: list[dict[str, Any]],
-    dataset: CocoDataset,
-    folder: Path,
-    backend: str,
-    iou_types: Sequence[str],
-) -> Metrics:
-    atomic_write_json(folder / RESULTS_FILE, results)
+def _evaluate(path: Path, dataset: CocoDataset, backend: str, iou_types: Sequence[str]) -> Metrics:
     begin = time.perf_counter()
     metrics = {
-        iou_type: evaluate_results(dataset.annotations_path, results, iou_type, backend)
+        iou_type: evaluate_results(dataset.annotations_path, path, iou_type, backend)
         for iou_type in iou_types
     }
-    logger.info("%d detections evaluated in %.1f s", len(results), time.perf_counter() - begin)
+    logger.info("evaluated in %.1f s: %s", time.perf_counter() - begin, path)
     logger.info("%s\n%s", dataset.name, format_results(metrics))
     return metrics
 
 
 def _detect(
     model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int]
-) -> list[dict[str, Any]]:
-    """All detections of this process. Masks become RLE at once: as bitmaps they would fill the memory."""
-    results: list[dict[str, Any]] = []
+) -> Iterator[list[dict[str, Any]]]:
+    """This process's detections, image by image. Masks become RLE at once: bitmaps would fill the memory."""
     seconds = {"data": 0.0, "model": 0.0, "results": 0.0}
     images = 0
     last = time.perf_counter()
@@ -164,20 +183,19 @@ def _detect(
         seconds[part] += now - last
         last = now
 
-    with torch.inference_mode():
-        for batch in tqdm(loader, desc="evaluating", disable=None if _rank() == 0 else True, leave=False):
-            count("data")
+    for batch in tqdm(loader, desc="evaluating", disable=None if _rank() == 0 else True, leave=False):
+        count("data")
+        with torch.inference_mode():
             found = [
                 d.to("cpu") for d in model.detect([s.image for s in batch], [s.original_size for s in batch])
             ]
-            count("model")
-            for sample, detections in zip(batch, found, strict=True):
-                results += detections_to_coco(detections, sample.image_id, category_ids)
-            images += len(batch)
-            count("results")
+        count("model")
+        for sample, detections in zip(batch, found, strict=True):
+            yield detections_to_coco(detections, sample.image_id, category_ids)
+        images += len(batch)
+        count("results")
     spent = ", ".join(f"{part} {value:.1f} s" for part, value in seconds.items())
     logger.info("%d images, %.1f images/s (%s)", images, images / max(sum(seconds.values()), 1e-9), spent)
-    return results
 
 
 def _in_group() -> bool:
@@ -186,15 +204,6 @@ def _in_group() -> bool:
 
 def _rank() -> int:
     return dist.get_rank() if _in_group() else 0
-
-
-def _gather(results: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """All processes' detections in the first one, None in the others."""
-    if not _in_group():
-        return results
-    parts: list[Any] | None = [None] * dist.get_world_size() if _rank() == 0 else None
-    dist.gather_object(results, parts, dst=0)
-    return None if parts is None else [entry for part in parts for entry in part]
 
 
 def _from_first(outcome: Metrics | UserError | None) -> Metrics:

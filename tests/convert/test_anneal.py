@@ -1,4 +1,4 @@
-"""The norm between BatchNorm and GroupNorm: its values and gradients, against the formula in plain tensors."""
+"""The norm between BatchNorm and GroupNorm: its values and gradients, against the formula in tensors."""
 
 from __future__ import annotations
 

@@ -189,3 +189,13 @@ def test_bad_files(tmp_path: Path) -> None:
     del truth["annotations"][0]["bbox"], truth["annotations"][0]["segmentation"]
     with pytest.raises(UserError, match="annotation 1 cannot be evaluated"):
         evaluate_results(truth, detections, "bbox")
+
+
+def test_any_name_of_a_category(backend: str) -> None:
+    """Half a surrogate pair is valid JSON, and no valid text."""
+    truth, detections = random_data(1)
+    expected = evaluate_results(truth, detections, "segm", "pycocotools")
+    for category, name in zip(truth["categories"], ["\ud800", "", "é\n", "kind"], strict=True):
+        category["name"] = name
+    numbers = evaluate_results(truth, detections, "segm", backend)
+    assert numbers["AP"] == pytest.approx(expected["AP"]) and "AP-\ud800" in numbers

@@ -1,0 +1,85 @@
+"""``gn-detect doctor``: what is wrong with annotation files and images, and a repaired copy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..data.coco_json import load_coco
+from ..data.coco_rules import Rules
+from ..data.datasets import DatasetSource
+from ..data.doctor import Diagnosis, examine, leaked_paths
+from ..data.doctor_repair import output_is_input, repair
+from ..errors import UserError
+from ..files import atomic_write_json, atomic_write_text
+from ..histograms import draw_histograms
+
+HELP = "Find what is wrong with a dataset, before training does."
+
+FOUND = 1
+"""Exit status of ``--strict``."""
+
+_CHANGES_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument(
+        "--json", metavar="FILE", action="append", required=True, help="COCO annotations; again for each part"
+    )
+    parser.add_argument(
+        "--images", metavar="FOLDER", action="append", required=True, help="of each --json, in their order"
+    )
+    parser.add_argument("--no-images", action="store_true", help="look at the JSON alone; quick")
+    parser.add_argument("--no-masks", action="store_true", help="objects need no masks (MODEL.MASK_ON False)")
+    parser.add_argument(
+        "--report", metavar="FILE", help="report.json, for machines; a picture of the data beside it"
+    )
+    parser.add_argument("--fix", metavar="FILE", help="write a repaired copy of the (first) --json")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if there are errors or warnings")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found. Returns the exit status."""
+    sources = _sources(args)
+    written = [Path(path) for path in (args.fix, args.report) if path]
+    if any(output_is_input(path, [source.annotations for source in sources]) for path in written):
+        raise UserError("--fix and --report must not name an input: the doctor never changes it")
+    diagnosis = examine(sources, open_images=not args.no_images, masks=not args.no_masks)
+    print(diagnosis)
+    if args.report:
+        report = Path(args.report)
+        atomic_write_json(report, diagnosis.as_json(), indent=1)
+        draw_histograms(report.with_suffix(".png"), diagnosis.parts)
+        print(f"see {report} and {report.with_suffix('.png')}")
+    if args.fix:
+        _fix(Path(args.fix), sources[0], diagnosis, masks=not args.no_masks)
+    return FOUND if args.strict and not diagnosis.healthy else 0
+
+
+def _sources(args: argparse.Namespace) -> list[DatasetSource]:
+    if len(args.json) != len(args.images):
+        raise UserError(
+            f"{len(args.json)} --json but {len(args.images)} --images; give each annotation file its folder"
+        )
+    sources: list[DatasetSource] = []
+    for file, images in zip(map(Path, args.json), map(Path, args.images), strict=True):
+        if not images.is_dir() and not args.no_images:
+            raise UserError(f"images folder {images} is missing; correct --images, or add --no-images")
+        known = any(other.name == file.name for other in sources)
+        sources.append(DatasetSource(str(file) if known else file.name, file, images))
+    return sources
+
+
+def _fix(output: Path, source: DatasetSource, diagnosis: Diagnosis, masks: bool) -> None:
+    rules = Rules(source.annotations, source.images, evaluation=True)
+    leaked = leaked_paths(diagnosis.parts)
+    mended = repair(load_coco(source.annotations), rules, diagnosis.probes, leaked, masks)
+    atomic_write_json(output, mended.content)
+    listed = output.with_name(f"{output.stem}_changes.txt")
+    print(f"\nwrote {output} with {len(mended.changes)} changes to {source.annotations}")
+    for change in mended.changes[:_CHANGES_SHOWN]:
+        print(f"  {change}")
+    if len(mended.changes) > _CHANGES_SHOWN:
+        atomic_write_text(listed, "\n".join(mended.changes) + "\n")
+        print(f"  and {len(mended.changes) - _CHANGES_SHOWN} more: see {listed}")

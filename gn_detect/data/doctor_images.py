@@ -1,0 +1,61 @@
+"""Looking at the image files of a dataset: each is read as in training, and its content hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import UserError
+from .faults import DataError
+from .images import read_image
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What is known of an image file.
+
+    Attributes:
+        sizes: (height, width) in pixels, upright and as stored; empty for a file that cannot be read.
+        digest: of its bytes; empty for a missing file.
+        error: why it cannot be read.
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ()
+    digest: str = ""
+    error: DataError | None = None
+
+
+Probes = Mapping[str, Probe]
+"""By path."""
+
+
+def probe_images(paths: Iterable[str]) -> Probes:
+    """Read every file once, on all processors (decoders work outside Python's lock)."""
+    unique = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(probe_image, unique)
+        bar = tqdm(found, desc="reading images", total=len(unique), disable=None, leave=False)
+        return dict(zip(unique, bar, strict=True))
+
+
+def probe_image(path: str) -> Probe:
+    """Read one file."""
+    digest = ""
+    try:
+        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+        height, width = read_image(path, "RGB").shape[:2]
+        with Image.open(path) as stored:
+            return Probe(((height, width), (stored.height, stored.width)), digest)
+    except DataError as error:
+        return Probe(digest=digest, error=error)
+    except (OSError, ValueError, UserError) as error:
+        kind = "missing-image" if isinstance(error, FileNotFoundError) else "unreadable-image"
+        reason = getattr(error, "strerror", None) or str(error)
+        return Probe(digest=digest, error=DataError(f"image {path} cannot be read: {reason}", kind))

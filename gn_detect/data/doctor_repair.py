@@ -1,0 +1,261 @@
+"""A repaired copy of an annotation file. What cannot be decided without a person is left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .coco_json import ids_may_repeat
+from .coco_rules import Rules, is_area, is_coordinate, is_integer, is_polygon
+from .doctor_checks import BORDER, area_disagrees, box_disagrees, overhang
+from .doctor_images import Probe, Probes
+from .doctor_masks import MaskMeasures, measure_mask
+from .faults import DataError
+from .image_table import ImageRecord
+
+T = TypeVar("T")
+
+
+@dataclass
+class Repair:
+    """A repaired copy.
+
+    Attributes:
+        content: of the new file.
+        changes: one line for each.
+    """
+
+    content: dict[str, Any]
+    changes: list[str] = field(default_factory=list)
+
+
+def repair(
+    content: Mapping[str, Any],
+    rules: Rules,
+    probes: Probes | None,
+    leaked: Collection[str] = (),
+    masks: bool = True,
+) -> Repair:
+    """Mend what :data:`.faults.FAULTS` says can be mended.
+
+    Args:
+        content: of a COCO file; it is left as it is.
+        rules: for its entries.
+        probes: of its images by path; None if they were not opened.
+        leaked: paths of images to leave out.
+        masks: objects without a usable mask are removed.
+    """
+    done = Repair(dict(content))
+    done.content["categories"], names = _categories(content["categories"], rules, done.changes)
+    used = _uses(content["annotations"])
+    images = _Images(rules, probes, leaked, used, done.changes)
+    done.content["images"] = images.mend(content["images"])
+    annotations = _Annotations(rules, names, images.records, masks, done.changes)
+    done.content["annotations"] = annotations.mend(content["annotations"])
+    return done
+
+
+def _categories(entries: list[Any], rules: Rules, changes: list[str]) -> tuple[list[Any], set[int]]:
+    kept: list[Any] = []
+    ids: set[int] = set()
+    for position, entry in enumerate(entries):
+        category_id = entry.get("id") if isinstance(entry, dict) else None
+        if category_id is None or not is_integer(category_id) or category_id in ids:
+            changes.append(f"category {position} (counted from 0) removed: no id, or that of another")
+            continue
+        if not isinstance(entry.get("name"), str):
+            entry = {**entry, "name": f"category {category_id}"}
+            changes.append(f"category {category_id}: named {entry['name']!r}")
+        ids.add(category_id)
+        kept.append(entry)
+    return kept, ids
+
+
+def _uses(annotations: list[Any]) -> dict[Any, list[dict[str, Any]]]:
+    """Annotations by image id."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for entry in annotations:
+        if isinstance(entry, dict) and is_integer(entry.get("image_id")):
+            found.setdefault(entry["image_id"], []).append(entry)
+    return found
+
+
+class _Images:
+    def __init__(
+        self,
+        rules: Rules,
+        probes: Probes | None,
+        leaked: Collection[str],
+        used: Mapping[Any, list[dict[str, Any]]],
+        changes: list[str],
+    ) -> None:
+        self.rules, self.probes, self.leaked, self.used = rules, probes, leaked, used
+        self.changes = changes
+        self.records: dict[int, ImageRecord] = {}
+
+    def mend(self, entries: list[Any]) -> list[Any]:
+        kept = []
+        for position, entry in enumerate(entries):
+            try:
+                mended = self._mend_one(entry)
+                record = self.rules.image(mended, position)
+                if record.id in self.records:
+                    raise DataError(f"image {record.id}: the id is another's")
+                if record.file_name in self.leaked:
+                    raise DataError(f"image {record.id}: it is in another part, too")
+                probe = None if self.probes is None else self.probes[record.file_name]
+                if probe is not None and probe.error is not None:
+                    raise probe.error
+            except DataError as error:
+                self.changes.append(f"image removed: {error}".replace(f"{self.rules.path}: ", ""))
+                continue
+            self.records[record.id] = record
+            kept.append(mended)
+        return kept
+
+    def _mend_one(self, entry: Any) -> Any:
+        """With the file's size, if it is known."""
+        if self.probes is None or not isinstance(entry, dict):
+            return entry
+        probe = self.probes.get(str(self.rules.folder / str(entry.get("file_name"))))
+        given = (entry.get("height"), entry.get("width"))
+        if probe is None or not probe.sizes or given in probe.sizes:
+            return entry
+        what = f"image {entry.get('id')}"
+        if not self._fits(entry.get("id"), probe):
+            raise DataError(f"{what}: its size is wrong, and annotations do not fit into the file's")
+        height, width = probe.sizes[0]
+        self.changes.append(f"{what}: size {given} becomes {(height, width)} (height, width)")
+        return {**entry, "height": height, "width": width}
+
+    def _fits(self, image_id: Any, probe: Probe) -> bool:
+        """Whether all boxes and RLE of an image are in the file's picture."""
+        record = ImageRecord(0, "", *probe.sizes[0])
+        for entry in self.used.get(image_id, ()):
+            box, mask = entry.get("bbox"), entry.get("segmentation")
+            if isinstance(mask, dict) and mask.get("size") != [record.height, record.width]:
+                return False
+            if isinstance(box, list) and len(box) == 4 and all(map(is_coordinate, box)):
+                x, y, width, height = box
+                if overhang([x, y, x + width, y + height], record) > BORDER:
+                    return False
+        return True
+
+
+class _Annotations:
+    def __init__(
+        self,
+        rules: Rules,
+        categories: Collection[int],
+        images: Mapping[int, ImageRecord],
+        masks: bool,
+        changes: list[str],
+    ) -> None:
+        self.rules, self.categories, self.images, self.masks = rules, categories, images, masks
+        self.changes = changes
+        self.ids: set[int] = set()
+        self.first: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def mend(self, entries: list[Any]) -> list[Any]:
+        ids = [entry["id"] for entry in entries if isinstance(entry, dict) and is_integer(entry.get("id"))]
+        self.free = max([0, *ids]) + 1
+        kept = []
+        for position, entry in enumerate(entries):
+            try:
+                kept.append(self._mend_one(entry, position))
+            except (DataError, ValueError) as error:
+                self.changes.append(f"annotation removed: {error}".replace(f"{self.rules.path}: ", ""))
+        return kept
+
+    def _mend_one(self, entry: Any, position: int) -> dict[str, Any]:
+        if isinstance(entry, dict) and (not is_integer(entry.get("id")) or self._repeats(entry["id"])):
+            self._say(f"annotation {position} (counted from 0)", f"new id {self.free}")
+            entry = {**entry, "id": self.free}
+            self.free += 1
+        annotation_id, image_id = self.rules.ids(entry, position)
+        what = f"annotation {annotation_id} of image {image_id}"
+        if image_id not in self.images:
+            raise DataError(f"{what}, which is not there")
+        image, entry = self.images[image_id], dict(entry)
+        category_id = self.rules.category_id(entry, self.categories, what)
+        self._mend_flags(entry, what)
+        measures = self._mend_mask(entry, image, what)
+        self._mend_box(entry, measures, image, what)
+        self._mend_area(entry, measures, what)
+        other = self.first.setdefault((image_id, category_id, *entry["bbox"]), entry)
+        if other is not entry and other.get("segmentation") == entry.get("segmentation"):
+            raise DataError(f"{what} repeats annotation {other['id']}")
+        self.ids.add(annotation_id)
+        return entry
+
+    def _repeats(self, annotation_id: int) -> bool:
+        return annotation_id in self.ids and not ids_may_repeat(self.rules.path)
+
+    def _say(self, what: str, change: str) -> None:
+        self.changes.append(f"{what}: {change}")
+
+    def _mend_flags(self, entry: dict[str, Any], what: str) -> None:
+        if entry.get("ignore", 0) != 0:
+            self._say(what, "'ignore' becomes 'iscrowd' 1")
+            entry["iscrowd"] = 1
+            del entry["ignore"]
+        if "iscrowd" not in entry or entry["iscrowd"] not in (0, 1):
+            value = int(str(entry.get("iscrowd")).strip().lower() in ("1", "1.0", "true", "yes"))
+            self._say(what, f"'iscrowd' {value}")
+            entry["iscrowd"] = value
+
+    def _mend_mask(self, entry: dict[str, Any], image: ImageRecord, what: str) -> MaskMeasures | None:
+        """Drops bad polygons, encodes those of crowds; None for an object without a mask, if that may be."""
+        given = entry.get("segmentation")
+        if not given and not self.masks:
+            return None
+        if isinstance(given, list):
+            good = [p for p in given if isinstance(p, list) and all(map(is_coordinate, p)) and is_polygon(p)]
+            if len(good) < len(given):
+                self._say(what, f"{len(given) - len(good)} of {len(given)} polygons removed")
+                entry["segmentation"] = given = good
+        polygons, rle = self.rules.segmentation(given, image, what)
+        measures = measure_mask(polygons, rle, image)
+        if measures.area == 0:
+            raise DataError(f"{what} has a mask without a pixel")
+        if entry["iscrowd"] and polygons:
+            self._say(what, "the crowd's polygons become an RLE")
+            entry["segmentation"] = measures.rle
+        return measures
+
+    def _mend_box(
+        self, entry: dict[str, Any], measures: MaskMeasures | None, image: ImageRecord, what: str
+    ) -> None:
+        box = _unless_refused(lambda: self.rules.box(entry, image, what))
+        if box and overhang(box, image) <= BORDER and not (measures and box_disagrees(box, measures, image)):
+            return
+        if measures is not None:
+            box = measures.box
+        if not box:
+            raise DataError(f"{what} has no usable box and no mask")
+        x0, y0 = max(box[0], 0), max(box[1], 0)
+        x1, y1 = min(box[2], image.width), min(box[3], image.height)
+        self._say(what, f"bbox {entry.get('bbox')} becomes {[x0, y0, x1 - x0, y1 - y0]}")
+        entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+        self.rules.box(entry, image, what)
+
+    def _mend_area(self, entry: dict[str, Any], measures: MaskMeasures | None, what: str) -> None:
+        area = entry.get("area")
+        if is_area(area) and (not measures or entry["iscrowd"] or not area_disagrees(area, measures)):
+            return
+        entry["area"] = measures.area if measures else entry["bbox"][2] * entry["bbox"][3]
+        self._say(what, f"area {area} becomes {entry['area']}")
+
+
+def _unless_refused(read: Callable[[], T]) -> T | None:
+    try:
+        return read()
+    except DataError:
+        return None
+
+
+def output_is_input(output: Path, inputs: Collection[Path]) -> bool:
+    """Whether a repaired copy would overwrite what it was made from."""
+    return any(output.resolve() == path.resolve() for path in inputs)

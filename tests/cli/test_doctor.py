@@ -1,0 +1,119 @@
+"""``gn-detect doctor`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gn_detect.cli import main
+from tests.cli.conftest import Case
+
+Refused = Callable[..., str]
+
+
+def doctor(case: Case, *arguments: object) -> int:
+    given = ["--json", case.train, "--images", case.train.parent / "images", *arguments]
+    return main(["doctor", *map(str, given)])
+
+
+def spoil(content: dict) -> None:
+    content["annotations"][0]["bbox"] = [500, 500, 10, 10]
+    content["annotations"][1]["id"] = 1
+
+
+def test_a_good_dataset(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    val = ("--json", case.val, "--images", case.val.parent / "images")
+    assert doctor(case, *val, "--strict") == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("0 errors, 0 warnings, 0 notes\n") and err == ""
+
+
+def test_strict_tells_by_the_exit_status(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    case.edit(spoil)
+    assert doctor(case) == 0 and doctor(case, "--strict") == 1
+    out = capsys.readouterr().out
+    assert "1 x boxes outside the image [box-outside]\n      001.png: annotation 1 of image 1 has its" in out
+    assert "2 errors, 0 warnings, 0 notes; --fix OUT.json repairs 2 of them in a copy" in out
+
+
+def test_a_repaired_copy_trains_and_the_input_stays(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case.edit(spoil)
+    before, fixed = case.train.read_bytes(), case.train.with_name("fixed.json")
+    assert doctor(case, "--fix", fixed) == 0
+    out = capsys.readouterr().out
+    assert f"wrote {fixed} with 2 changes" in out and "annotation 1 (counted from 0): new id 9" in out
+    assert case.train.read_bytes() == before
+    case.train.write_bytes(fixed.read_bytes())
+    assert doctor(case, "--strict") == 0
+    keys = ["SOLVER.MAX_ITER", "1", "DATASETS.TEST", "[]"]
+    assert main(["train", "--config-file", str(case.config), *keys]) == 0
+
+
+def test_shared_pictures_leave_the_first_part(case: Case, tmp_path: Path) -> None:
+    images = case.train.parent / "images"
+    (case.val.parent / "images" / "001.png").write_bytes((images / "003.png").read_bytes())
+    val = ("--json", case.val, "--images", case.val.parent / "images")
+    fixed = tmp_path / "fixed.json"
+    assert doctor(case, *val, "--strict", "--fix", fixed) == 1
+    content = json.loads(fixed.read_text())
+    assert [image["id"] for image in content["images"]] == [1, 2, 4]
+    assert {a["image_id"] for a in content["annotations"]} == {1, 2, 4}
+
+
+def test_report_and_picture(case: Case, tmp_path: Path) -> None:
+    case.edit(spoil)
+    assert doctor(case, "--report", tmp_path / "new" / "report.json") == 0
+    report = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert set(report["summary"]) == {"box-outside", "duplicate-annotation-id"}
+    with Image.open(tmp_path / "new" / "report.png") as picture:
+        assert picture.size[0] > 1000 and picture.getcolors(1 << 20) is not None
+
+
+def test_a_dataset_without_any_object_is_drawn_too(case: Case, tmp_path: Path) -> None:
+    case.edit(lambda content: content["annotations"].clear())
+    assert doctor(case, "--report", tmp_path / "report.json", "--no-images") == 0
+    assert (tmp_path / "report.png").is_file()
+
+
+def test_many_changes_are_listed_in_a_file(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    def repeat(content: dict) -> None:
+        content["annotations"] *= 5
+
+    case.edit(repeat)
+    assert doctor(case, "--fix", case.train.with_name("fixed.json")) == 0
+    listed = case.train.with_name("fixed_changes.txt").read_text().splitlines()
+    assert len(listed) > 20 and f"and {len(listed) - 20} more: see" in capsys.readouterr().out
+
+
+def test_what_is_refused(case: Case, refused: Refused, tmp_path: Path) -> None:
+    images = case.train.parent / "images"
+    pair = ("doctor", "--json", case.train, "--images", images)
+    assert "must not name an input" in refused(*pair, "--fix", case.train)
+    assert "must not name an input" in refused(*pair, "--report", case.train)
+    assert "2 --json but 1 --images" in refused(*pair, "--json", case.val)
+    assert "nowhere" in refused("doctor", "--json", case.train, "--images", tmp_path / "nowhere")
+    assert "nowhere.json" in refused("doctor", "--json", tmp_path / "nowhere.json", "--images", images)
+    case.train.write_text("[]")
+    assert "not COCO" in refused(*pair)
+
+
+def test_training_speaks_of_the_doctor(case: Case, refused: Refused) -> None:
+    case.edit(spoil)
+    assert "gn-detect doctor lists all" in refused("train", "--config-file", case.config)
+    assert not case.output.exists()
+
+
+def test_the_tool_in_a_checkout(repository: Path, case: Case, tmp_path: Path) -> None:
+    case.edit(spoil)
+    images = case.train.parent / "images"
+    command = [sys.executable, repository / "tools" / "doctor.py", "--json", case.train, "--images", images]
+    result = subprocess.run([*map(str, command), "--strict"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and "[box-outside]" in result.stdout and result.stderr == ""

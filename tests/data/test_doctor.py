@@ -1,0 +1,243 @@
+"""The doctor finds each fault, names what it is about, and repairs what can be repaired."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gn_detect.data import CocoDataset, DatasetSource
+from gn_detect.data.coco_rules import Rules
+from gn_detect.data.doctor import Diagnosis, examine, leaked_paths
+from gn_detect.data.doctor_repair import repair
+from gn_detect.data.faults import ERROR, FAULTS, NOTE, Finding
+from gn_detect.errors import UserError
+
+Write = Callable[[Any], DatasetSource]
+Spoil = Callable[[dict[str, Any]], Any]
+
+
+def of_annotation(number: int, **fields: Any) -> Spoil:
+    """Sets fields of the annotation with this position."""
+    return lambda content: content["annotations"][number].update(fields)
+
+
+def of_image(number: int, **fields: Any) -> Spoil:
+    return lambda content: content["images"][number].update(fields)
+
+
+def again(part: str, **fields: Any) -> Spoil:
+    """The first entry once more, with other fields."""
+    return lambda content: content[part].append({**content[part][0], **fields})
+
+
+BOW = [[10, 10, 40, 30, 40, 10, 10, 30]]
+RLE = {"size": [60, 90], "counts": [0, 5400]}
+FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
+    "no file name": ("malformed", lambda c: c["images"][0].pop("file_name"), {"image_id": 7}),
+    "no bbox": ("malformed", lambda c: c["annotations"][0].pop("bbox"), {"annotation_id": 1}),
+    "text id": ("malformed", of_annotation(0, id="x"), {}),
+    "huge id": ("malformed", of_annotation(0, image_id=2**63), {"annotation_id": 1}),
+    "no objects": ("nothing", lambda c: c["annotations"].clear(), {}),
+    "category twice": ("duplicate-category-id", again("categories"), {"category_id": 9}),
+    "image twice": ("duplicate-image-id", again("images"), {"image_id": 7}),
+    "annotation twice": ("duplicate-annotation-id", again("annotations", image_id=11), {"annotation_id": 1}),
+    "unlisted image": ("dangling-image", of_annotation(0, image_id=8), {"annotation_id": 1, "image_id": 8}),
+    "unlisted category": ("dangling-category", of_annotation(0, category_id=5), {"category_id": 5}),
+    "no height": ("image-size", of_image(0, height=0), {"image_id": 7}),
+    "impossible size": ("image-size", of_image(0, height=10**7), {"image_id": 7}),
+    "missing": ("missing-image", of_image(0, file_name="gone.png"), {"image_id": 7, "file_name": "gone.png"}),
+    "other size": ("size-differs", of_image(0, height=61), {"image_id": 7}),
+    "negative box": ("bad-box", of_annotation(0, bbox=[9, 9, -5, 5]), {"annotation_id": 1}),
+    "box outside": ("box-outside", of_annotation(0, bbox=[90, 0, 5, 5]), {"annotation_id": 1, "image_id": 7}),
+    "crowd 2": ("bad-flag", of_annotation(0, iscrowd=2), {"annotation_id": 1}),
+    "ignore": ("bad-flag", of_annotation(0, ignore=1), {"annotation_id": 1}),
+    "no area": ("incomplete", lambda c: c["annotations"][0].pop("area"), {"annotation_id": 1}),
+    "nan area": ("bad-area", of_annotation(0, area=float("nan")), {"annotation_id": 1}),
+    "no mask": ("no-mask", of_annotation(0, segmentation=[]), {"annotation_id": 1}),
+    "far polygon": (
+        "bad-polygon",
+        of_annotation(0, segmentation=[[1, 1, 1e300, 1, 5, 5]]),
+        {"annotation_id": 1},
+    ),
+    "RLE size": ("rle-size", of_annotation(0, segmentation=RLE | {"size": [90, 60]}), {"annotation_id": 1}),
+    "RLE sum": ("bad-rle", of_annotation(0, segmentation=RLE | {"counts": [1]}), {"annotation_id": 1}),
+    "RLE text": ("bad-rle", of_annotation(0, segmentation=RLE | {"counts": "oooo"}), {"annotation_id": 1}),
+    "flat box": ("box-empty", of_annotation(0, bbox=[10, 10, 30, 0]), {"annotation_id": 1}),
+    "wide box": ("box-overlaps-border", of_annotation(0, bbox=[10, 10, 90, 20]), {"annotation_id": 1}),
+    "other box": ("box-mask", of_annotation(0, bbox=[10, 10, 30, 26]), {"annotation_id": 1}),
+    "other area": ("area-mask", of_annotation(0, area=100), {"annotation_id": 1}),
+    "two points": ("short-polygon", of_annotation(0, segmentation=[[1, 1, 5, 5]]), {"annotation_id": 1}),
+    "odd": ("short-polygon", of_annotation(0, segmentation=[[1, 1, 5, 5, 9, 9, 3]]), {"annotation_id": 1}),
+    "polygon outside": (
+        "polygon-outside",
+        of_annotation(0, segmentation=[[10, 10, 40, 10, 40, 90]]),
+        {"annotation_id": 1},
+    ),
+    "no pixel": ("empty-mask", of_annotation(0, segmentation=[[10, 10] * 3]), {"annotation_id": 1}),
+    "polygon crowd": ("crowd-without-rle", of_annotation(0, iscrowd=1), {"annotation_id": 1}),
+    "repeated": ("duplicate-annotation", again("annotations", id=77), {"annotation_id": 77}),
+    "file twice": ("duplicate-file", again("images", id=99), {"image_id": 99}),
+    "name twice": ("duplicate-category-name", again("categories", id=99), {"category_id": 99}),
+    "bow": ("crossing-polygon", of_annotation(0, segmentation=BOW), {"annotation_id": 1}),
+    "unused": ("unused-category", again("categories", id=99, name="new"), {"category_id": 99}),
+    "empty": ("empty-image", lambda c: None, {"image_id": 11}),
+}
+"""What is done to the small dataset, and what of it the doctor must name."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_each_fault_is_found_and_named(write_dataset: Write, small_coco: dict, name: str) -> None:
+    kind, spoil, about = FOUND[name]
+    spoil(small_coco)
+    diagnosis = examine([write_dataset(small_coco)])
+    found = [finding for finding in diagnosis.findings if finding.kind == kind]
+    assert any(all(getattr(f, key) == value for key, value in about.items()) for f in found), (
+        diagnosis.findings
+    )
+    assert f"[{kind}]" in str(diagnosis) and FAULTS[kind].remedy in str(diagnosis)
+
+
+def test_every_kind_of_fault_is_tried() -> None:
+    elsewhere = {"unreadable-image", "duplicate-picture", "classes-differ", "leak"}
+    assert {kind for kind, _, _ in FOUND.values()} | elsewhere == set(FAULTS)
+
+
+def test_a_good_dataset_is_healthy(write_dataset: Write, small_coco: dict) -> None:
+    diagnosis = examine([write_dataset(small_coco)])
+    assert diagnosis.healthy and {f.kind for f in diagnosis.findings} == {"empty-image"}
+    assert str(diagnosis).startswith("small: 4 images, 5 annotations, 1 crowds, 3 categories\n")
+    assert str(diagnosis).endswith("0 errors, 0 warnings, 1 note")
+
+
+def test_files_that_cannot_be_read_and_pictures_that_are_equal(
+    write_dataset: Write, small_coco: dict
+) -> None:
+    source = write_dataset(small_coco)
+    picture = source.images / "7.png"
+    (source.images / "2.png").write_bytes(picture.read_bytes()[:500])
+    (source.images / "copy.png").write_bytes(picture.read_bytes())
+    small_coco["images"].append({**small_coco["images"][0], "id": 99, "file_name": "copy.png"})
+    found = {f.kind: f for f in examine([write_rest(source, small_coco)]).findings if f.severity != NOTE}
+    assert found.keys() == {"unreadable-image", "duplicate-picture"}
+    assert found["unreadable-image"].image_id == 2 and found["unreadable-image"].file_name == "2.png"
+    assert (
+        found["duplicate-picture"].image_id == 99 and "image 7 (7.png)" in found["duplicate-picture"].detail
+    )
+
+
+def write_rest(source: DatasetSource, content: dict) -> DatasetSource:
+    source.annotations.write_text(json.dumps(content))
+    return source
+
+
+def test_parts_that_share_pictures_or_differ_in_classes(
+    write_dataset: Write, small_coco: dict, tmp_path: Path
+) -> None:
+    train = write_dataset(small_coco)
+    folder = tmp_path / "val"
+    folder.mkdir()
+    (folder / "other.png").write_bytes((train.images / "5.png").read_bytes())
+    content = copy.deepcopy(small_coco)
+    content["images"] = [{"id": 1, "file_name": "other.png", "height": 64, "width": 64}]
+    content["annotations"] = [{**small_coco["annotations"][4], "image_id": 1}]
+    content["categories"][0]["name"] = "tiger"
+    val = tmp_path / "val.json"
+    val.write_text(json.dumps(content))
+    diagnosis = examine([train, DatasetSource("val", val, folder)])
+    found = {f.kind: f for f in diagnosis.findings if f.severity == ERROR}
+    assert found.keys() == {"leak", "classes-differ"}
+    assert found["leak"].detail == "image 1 of val is image 5 of small"
+    assert leaked_paths(diagnosis.parts) == {str(train.images / "5.png")}
+
+
+def test_without_images_or_masks_less_is_looked_at(write_dataset: Write, small_coco: dict) -> None:
+    small_coco["images"][0]["file_name"] = "gone.png"
+    del small_coco["annotations"][0]["segmentation"]
+    source = write_dataset(small_coco)
+    assert {f.kind for f in examine([source]).findings} >= {"missing-image", "no-mask"}
+    diagnosis = examine([source], open_images=False, masks=False)
+    assert diagnosis.healthy and "images were not opened" in str(diagnosis)
+
+
+def mended(source: DatasetSource, diagnosis: Diagnosis) -> tuple[dict[str, Any], list[str]]:
+    content = json.loads(source.annotations.read_text())
+    before = copy.deepcopy(content)
+    done = repair(content, Rules(source.annotations, source.images, True), diagnosis.probes)
+    assert json.dumps(content) == json.dumps(before)
+    return done.content, done.changes
+
+
+@pytest.mark.parametrize("name", [n for n, (kind, _, _) in FOUND.items() if FAULTS[kind].repair])
+def test_a_repaired_copy_is_read_and_no_longer_has_the_fault(
+    write_dataset: Write, small_coco: dict, name: str
+) -> None:
+    kind, spoil, _ = FOUND[name]
+    spoil(small_coco)
+    source = write_dataset(small_coco)
+    content, changes = mended(source, examine([source]))
+    write_rest(source, content)
+    assert changes and len(CocoDataset(source, evaluation=True)) >= 3
+    assert [f for f in examine([source]).findings if f.severity != NOTE] == []
+
+
+def test_a_good_file_is_left_as_it_is(write_dataset: Write, small_coco: dict) -> None:
+    source = write_dataset(small_coco)
+    assert mended(source, examine([source])) == (small_coco, [])
+
+
+def test_repairs_keep_what_is_right(write_dataset: Write, small_coco: dict) -> None:
+    """A box comes from its mask, a size from its file, a clash of ids costs no object."""
+    small_coco["annotations"][0]["bbox"] = [1, 2, -3, 4]
+    small_coco["annotations"][1]["id"] = 1
+    small_coco["images"][2]["height"] = 65  # image 5
+    source = write_dataset(small_coco)
+    content, _ = mended(source, examine([source]))
+    assert content["annotations"][0]["bbox"] == [10, 10, 30, 20]
+    assert [a["id"] for a in content["annotations"]] == [1, 6, 3, 4, 5]
+    assert content["images"][2]["height"] == 64
+
+
+def test_what_is_no_coco_file_is_refused(write_dataset: Write) -> None:
+    for text in ("", "[]", '{"images": 1}', "1" * 5000):
+        with pytest.raises(UserError, match="annotations.json"):
+            examine([write_dataset(text)])
+
+
+def test_the_report_for_machines(write_dataset: Write, small_coco: dict) -> None:
+    small_coco["annotations"][0]["area"] = float("nan")
+    report = json.loads(json.dumps(examine([write_dataset(small_coco)]).as_json()))
+    assert report["parts"][0]["images"] == 4
+    assert report["summary"]["bad-area"]["count"] == 1 and report["summary"]["bad-area"]["severity"] == ERROR
+    assert [f["annotation_id"] for f in report["findings"] if f["kind"] == "bad-area"] == [1]
+
+
+@pytest.mark.parametrize("name", ["coco80", "coco_person1", "dsb2018"])
+def test_real_data_have_no_false_alarms(shared_dir: Path, name: str) -> None:
+    folder = shared_dir / "data" / name
+    parts = [
+        DatasetSource(part, folder / "annotations" / f"instances_{part}.json", folder / "images")
+        for part in ("train", "val")
+    ]
+    diagnosis = examine(parts)
+    assert [f for f in diagnosis.findings if f.severity != NOTE] == []
+    crossing: list[Finding] = [f for f in diagnosis.findings if f.kind == "crossing-polygon"]
+    assert len(crossing) <= 3
+
+
+def test_an_image_turned_by_exif_has_both_sizes(write_dataset: Write, small_coco: dict) -> None:
+    """As reading accepts both."""
+    source = write_dataset(small_coco)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.zeros((90, 60, 3), dtype=np.uint8)).save(source.images / "7.png", exif=exif)
+    assert examine([source]).healthy  # stored 60 x 90 (width x height), upright 90 x 60
+    small_coco["images"][1] |= {"file_name": "7.png"}
+    diagnosis = examine([write_rest(source, small_coco)])
+    assert {f.kind for f in diagnosis.findings if f.severity == ERROR} == set()

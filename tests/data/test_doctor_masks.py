@@ -1,0 +1,46 @@
+"""Polygons that cross themselves, beside a slow reference."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from gn_detect.data import doctor_masks
+from gn_detect.data.doctor_masks import crosses_itself
+
+
+def slowly(points: list[tuple[int, int]]) -> bool:
+    """Each pair of edges solved in exact fractions."""
+    points = [p for i, p in enumerate(points) if p != points[i - 1]]
+    edges = list(zip(points, points[1:] + points[:1], strict=True))
+    for (a, b), (c, d) in combinations(edges, 2):
+        u, v, w = (b[0] - a[0], b[1] - a[1]), (d[0] - c[0], d[1] - c[1]), (c[0] - a[0], c[1] - a[1])
+        across = u[0] * v[1] - u[1] * v[0]
+        if across:
+            s = Fraction(w[0] * v[1] - w[1] * v[0], across)
+            t = Fraction(w[0] * u[1] - w[1] * u[0], across)
+            if 0 < s < 1 and 0 < t < 1:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("pairs", [1, 1 << 18])
+def test_random_polygons(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
+    monkeypatch.setattr(doctor_masks, "_PAIRS", pairs)
+    random = np.random.default_rng(0)
+    answers = set()
+    for _ in range(300):
+        points = random.integers(0, 6, (random.integers(3, 8), 2))
+        answer = slowly([tuple(p) for p in points.tolist()])
+        assert crosses_itself(points.ravel().tolist()) == answer, points
+        answers.add(answer)
+    assert answers == {True, False}
+
+
+def test_touching_and_repeated_points_are_no_crossing() -> None:
+    assert not crosses_itself([0, 0, 4, 0, 4, 4, 4, 4, 0, 4, 0, 0])
+    assert not crosses_itself([0, 0, 2, 2, 4, 0, 4, 4, 2, 2, 0, 4])  # two triangles that share a corner
+    assert crosses_itself([0, 0, 4, 4, 4, 0, 0, 4])

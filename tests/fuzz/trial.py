@@ -1,0 +1,192 @@
+"""One damaged file put through all that training and evaluation do with it, and through the doctor."""
+
+from __future__ import annotations
+
+import math
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gn_detect.config import Config
+from gn_detect.data import CocoDataset, DatasetSource, build_train_loader
+from gn_detect.data.coco_json import load_coco
+from gn_detect.data.coco_rules import Rules
+from gn_detect.data.doctor import Diagnosis, examine
+from gn_detect.data.doctor_repair import repair
+from gn_detect.data.faults import ERROR, NOTE
+from gn_detect.errors import UserError
+from gn_detect.evaluation import evaluate_results
+from gn_detect.files import atomic_write_json
+from gn_detect.modeling.mask_rcnn import MaskRCNN
+from gn_detect.structures import Sample
+from tests.fuzz.annotations import Content, changed_ids
+
+SECONDS = 20
+"""After which a case counts as hanging."""
+
+
+class Hang(BaseException):
+    """Raised by the alarm clock."""
+
+
+@contextmanager
+def alarm() -> Iterator[None]:
+    """End the block after SECONDS."""
+
+    def ring(*_: Any) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass
+class Tally:
+    """What happened in many cases; the lists hold seeds and reasons."""
+
+    cases: int = 0
+    refused: int = 0
+    named: int = 0
+    passed: int = 0
+    repaired: int = 0
+    failures: list[str] = field(default_factory=list)
+    unnamed: list[str] = field(default_factory=list)
+
+    def attempt(self, label: str, function: Any, *arguments: Any) -> Any:
+        """The result or UserError; anything else that is raised is a failure, and gives None."""
+        try:
+            with alarm():
+                return function(*arguments)
+        except UserError as error:
+            if not str(error) or "\n" in str(error):
+                self.failures.append(f"{label}: a message that is not one line: {str(error)!r}")
+            return error
+        except Hang:
+            self.failures.append(f"{label}: no end after {SECONDS} s in {function.__name__}")
+        except Exception:
+            self.failures.append(f"{label}: {traceback.format_exc(limit=-3)}")
+        return None
+
+
+class AnnotationTrial:
+    """Tries annotation files on one set of images.
+
+    Args:
+        folder: with ``images``; files are written beside it.
+        cfg: of a tiny model, whose dataset is ``folder/annotations.json``.
+        model: built from it.
+    """
+
+    def __init__(self, folder: Path, base: Content, cfg: Config, model: MaskRCNN) -> None:
+        self.folder, self.base, self.cfg, self.model = folder, base, cfg, model
+        self.file = folder / "annotations.json"
+        self.source = DatasetSource("fuzz", self.file, folder / "images")
+        self.tally = Tally()
+
+    def run(self, label: str, text: str | bytes) -> None:
+        """Train a step, evaluate, ask the doctor, and repair."""
+        tally = self.tally
+        tally.cases += 1
+        self.file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+        outcome = tally.attempt(label, self.use)
+        diagnosis = tally.attempt(label, examine, [self.source])
+        if isinstance(diagnosis, Diagnosis):
+            tally.attempt(label, lambda: (str(diagnosis), diagnosis.as_json()))
+        if isinstance(outcome, UserError):
+            tally.refused += 1
+            if self.names(diagnosis, text):
+                tally.named += 1
+            else:
+                tally.unnamed.append(f"{label}: {outcome}")
+        elif outcome is not None:
+            tally.passed += 1
+            tally.failures += [f"{label}: wrong success: {reason}" for reason in outcome]
+            if isinstance(diagnosis, Diagnosis) and any(f.severity == ERROR for f in diagnosis.findings):
+                error = next(f for f in diagnosis.findings if f.severity == ERROR)
+                tally.failures.append(f"{label}: the doctor sees an error where training works: {error}")
+        if isinstance(diagnosis, Diagnosis):
+            self.repair(label, diagnosis)
+
+    def use(self) -> list[str]:
+        """Every image as training reads it, a loss, an evaluation; returns what is wrong with the result."""
+        loader, dataset = build_train_loader(self.cfg)
+        wrong = []
+        samples = [loader.samples[i, i] for i in range(len(dataset))]
+        for sample in samples:
+            wrong += _wrong_with(sample, len(dataset.class_names))
+        if wrong:
+            return wrong
+        some = [s for s in samples if s.target is not None and len(s.target)][:2]
+        if len(dataset.class_names) == self.cfg.model.roi_heads.num_classes and some:
+            with torch.no_grad():
+                losses = self.model([s.image for s in some], [s.target for s in some])
+            wrong += [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+        CocoDataset(self.source, evaluation=True)
+        for kind in ("bbox", "segm"):
+            evaluate_results(self.file, [], kind)
+        return wrong
+
+    def names(self, diagnosis: Any, text: str | bytes) -> bool:
+        """Whether the doctor names an entry that was changed, as an error or a warning."""
+        changed = changed_ids(self.base, text)
+        if isinstance(diagnosis, UserError):
+            return str(self.file) in str(diagnosis)  # the file as a whole
+        if not isinstance(diagnosis, Diagnosis) or changed is None:
+            return False
+        for finding in diagnosis.findings:
+            about = {
+                "annotations": finding.annotation_id,
+                "images": finding.image_id,
+                "categories": finding.category_id,
+            }
+            if finding.severity != NOTE and any(
+                about[key] in ids or any(isinstance(i, str) and i in finding.detail for i in ids)
+                for key, ids in changed.items()
+            ):
+                return True
+            if finding.kind == "nothing":
+                return True
+        return False
+
+    def repair(self, label: str, diagnosis: Diagnosis) -> None:
+        """The repaired copy must be read, unless nothing is left of it."""
+        rules = Rules(self.file, self.folder / "images", True)
+        mended = self.tally.attempt(label, repair, load_coco(self.file), rules, diagnosis.probes)
+        if mended is None or isinstance(mended, UserError):
+            self.tally.failures.append(f"{label}: no repair: {mended}")
+            return
+        if mended.content["categories"] and any(not a["iscrowd"] for a in mended.content["annotations"]):
+            atomic_write_json(self.file, mended.content)
+            outcome = self.tally.attempt(label, self.use)
+            if outcome == []:
+                self.tally.repaired += 1
+            else:
+                self.tally.failures.append(f"{label}: repaired, but {outcome}; {mended.changes}")
+
+
+def _wrong_with(sample: Sample, classes: int) -> list[str]:
+    target, wrong = sample.target, []
+    assert target is not None and target.masks is not None
+    height, width = sample.image.shape[1:]
+    boxes, labels = target.boxes, target.labels
+    if not torch.isfinite(boxes).all() or (boxes < 0).any():
+        wrong.append(f"boxes {boxes.tolist()}")
+    if (boxes[:, 2] > width).any() or (boxes[:, 3] > height).any() or (boxes[:, 2:] <= boxes[:, :2]).any():
+        wrong.append(f"boxes {boxes.tolist()} in {width}x{height}")
+    if ((labels < 0) | (labels >= classes)).any() or len(target.masks) != len(labels):
+        wrong.append(f"labels {labels.tolist()}, {len(target.masks)} masks")
+    for mask in target.masks:
+        if isinstance(mask, torch.Tensor) and mask.shape != (height, width):
+            wrong.append(f"a mask of {tuple(mask.shape)}")
+    return wrong
