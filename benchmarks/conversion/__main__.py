@@ -44,6 +44,9 @@ def main() -> None:
             report=report,
         )
         seconds = time.perf_counter() - start
+    if args.model.startswith("resnet20_bn"):  # it has a twin
+        twin = models.load(args.model.replace("bn", "gn", 1), args.shared / "weights")
+        converted["trained as GN"] = twin.model
     print(f"{args.model}, {args.num_groups} groups of at least {args.min_channels} channels")
     print(
         f"calibrated in {seconds:.0f} s, {args.steps} steps of {args.batch_size}, {args.threads} threads, on "

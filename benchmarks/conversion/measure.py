@@ -98,10 +98,10 @@ def initialisations(original: nn.Module, **rule: int) -> dict[str, Callable[[], 
 
 def as_table(rows: dict[str, Row]) -> str:
     """One line for each model."""
-    lines = [f"{'':12}{'accuracy':>24}{'agreement':>24}{'cosine':>8}{'same neighbour':>16}"]
+    lines = [f"{'':14}{'accuracy':>24}{'agreement':>24}{'cosine':>8}{'same neighbour':>16}"]
     for name, row in rows.items():
         cells = [_with_interval(row, key) for key in ("accuracy", "agreement")]
-        lines.append(f"{name:12}{cells[0]:>24}{cells[1]:>24}{row['cosine']:>8.3f}{row['neighbours']:>16.3f}")
+        lines.append(f"{name:14}{cells[0]:>24}{cells[1]:>24}{row['cosine']:>8.3f}{row['neighbours']:>16.3f}")
     return "\n".join(lines)
 
 
