@@ -110,28 +110,27 @@ def disturb(
     kills: int,
     number: int,
     seed: int,
-    span: float,
+    span: tuple[float, int],
 ) -> Outcome:
     """Attempts until one reaches the end, the first ``kills`` of them ended at a random moment.
 
     Args:
         number: the signal. SIGKILL goes to one random process first, the others follow.
-        span: seconds within which an attempt is killed: one of three counts from its first step, one from
-            its start, and one is killed as soon as a checkpoint is being written.
+        span: seconds within which an attempt is killed, or a number of steps: of three attempts one is killed
+            after some steps, one after some time, and one as soon as a checkpoint is being written.
     """
     choose, outcome = random.Random(seed), Outcome()
     run = folder / "run"
     while True:
         children = start(config, folder, processes, keys)
         if outcome.kills < kills:
-            begin, delay = time.monotonic(), choose.uniform(0, span)
-            in_checkpoint, from_first_step = outcome.kills % 3 == 2, outcome.kills % 3 == 0
-            steps = size_of(folder / "steps.txt")
+            moment = ("after steps", "after a time", "in a checkpoint")[outcome.kills % 3]
+            begin, delay = time.monotonic(), choose.uniform(0, span[0])
+            steps = count_of(folder / "steps.txt") + choose.randint(1, span[1])
             while is_running(children[0]):
-                writing = any(run.glob(".model_*.tmp")) if in_checkpoint else False
-                if from_first_step and size_of(folder / "steps.txt") == steps:
-                    begin = time.monotonic()
-                if writing or (not in_checkpoint and time.monotonic() - begin > delay):
+                writing = moment == "in a checkpoint" and any(run.glob(".model_*.tmp"))
+                stepped = moment == "after steps" and count_of(folder / "steps.txt") >= steps
+                if writing or stepped or (moment == "after a time" and time.monotonic() - begin > delay):
                     outcome.kills += 1
                     outcome.in_checkpoint += writing
                     choose.shuffle(victims := list(children))
@@ -151,9 +150,9 @@ def disturb(
     return outcome
 
 
-def size_of(path: Path) -> int:
-    """Bytes in a file that may not exist."""
-    return path.stat().st_size if path.exists() else 0
+def count_of(path: Path) -> int:
+    """Steps in a file that may not exist."""
+    return path.stat().st_size // len("step\n") if path.exists() else 0
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
@@ -200,10 +199,12 @@ def compare(
     if set(statuses) != {0}:
         raise SystemExit((runs["undisturbed"] / "output_0.txt").read_text()[-3000:])
     seconds = time.monotonic() - begin
-    span = 4 * seconds / max(kills, 1)
+    span = 4 * seconds / max(kills, 1), max(1, iterations // max(kills, 1))
     config = runs["disturbed"] / "tiny.yaml"
     outcome = disturb(config, runs["disturbed"], processes, keys, kills, number, seed, span)
     finals = [torch.load(f / "run" / "model_final.pth", weights_only=True) for f in runs.values()]
+    for final in finals:
+        del final["config"]  # names the folder
     found = differences(*finals)
     if metrics_of(runs["undisturbed"]) != metrics_of(runs["disturbed"]):
         found.append("metrics.jsonl")

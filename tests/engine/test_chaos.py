@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,5 +18,6 @@ def test_killed_and_resumed_run_is_bit_identical(repository: Path, name: str, lo
         [*command, "--signal", name], capture_output=True, text=True, cwd=repository, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{name} 3 times" in done.stdout and "equal, bit for bit" in done.stdout
+    found = re.search(rf"{name} (\d+) times", done.stdout)
+    assert found and int(found[1]) >= 1 and "equal, bit for bit" in done.stdout
     assert lost or "steps computed: 12 for 12 iterations" in done.stdout
