@@ -41,6 +41,7 @@ def main() -> None:
             steps,
             batch_size=args.batch_size,
             learning_rate=args.learning_rate,
+            augment=not args.no_augment,
             report=report,
         )
         seconds = time.perf_counter() - start
@@ -93,6 +94,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--random-crops", type=int, default=0, help="of whole train images, in addition")
+    parser.add_argument("--no-augment", action="store_true", help="no flips and crops of crops")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--report", type=Path, help="files .json and .png of the conversion report")

@@ -156,7 +156,7 @@ def test_float16_gradients_that_overflow_lower_the_scale_and_skip_the_step(tiny_
     _, broken = train_step(cfg, model, batch, state)
     assert not broken and state.scaler.get_scale() == 2.0**39
     assert differences(dict(model.state_dict()), before) == []
-    while state.scaler.get_scale() > 2.0**10:
-        train_step(cfg, model, batch, state)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    train_step(cfg, model, batch, state)
     assert differences(dict(model.state_dict()), before) != []
     assert all(value.isfinite().all() for value in model.state_dict().values())
