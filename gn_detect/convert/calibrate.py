@@ -93,8 +93,7 @@ def calibrate(
         batch_size: images for each step, where ``images`` are single images.
         parameters: what to train: ``"all"``, or the norms' weights and biases alone (``"affine"``).
         held_out: fraction of the images (at least one batch) that is not trained on.
-        augment: flip and crop single images at random. Cropping resamples them: leave it out for images of
-            some 32 pixels, which it blurs, and give more images instead.
+        augment: flip and crop single images at random; cropping resamples them.
         rescale: do the first part. It is left out for convolutions that differ from the original's.
         outputs: (original, converted, batch) -> pairs of tensors to compare, for models whose outputs on the
             same batch cannot be paired, such as detectors (see ``gn_detect.modeling.paired_outputs``).
