@@ -76,7 +76,7 @@ def test_disk_full(tiny_config: Config, mounted: Path, at_step: Callable) -> Non
 
 
 def test_folder_that_becomes_read_only(tiny_config: Config, mounted: Path, at_step: Callable) -> None:
-    """As by a remount after an error of the disk; which file meets it first depends on TensorBoard's thread."""
+    """As by a remount after an error of the disk; TensorBoard's thread decides which file meets it first."""
     cfg = tiny_config.replace({**KEYS, "OUTPUT_DIR": str(mounted / "run")})
 
     def protect() -> None:
