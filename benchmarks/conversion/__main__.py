@@ -12,23 +12,23 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gn_detect.convert import calibrate, convert_norm
 
 from . import crops, measure, models
+
+MOST_HELD_OUT = 300
+"""Images on which a calibration chooses its best state; more take time and choose no better."""
 
 
 def main() -> None:
     """Print a table for each kind of validation images and, with ``--json``, save them."""
     args = _parse()
     torch.set_num_threads(args.threads)
-    folder = args.shared / "data" / "coco80"
+    seen, unseen = _photos(args)
     pretrained = models.load(args.model, args.shared / "weights")
-    unlabelled = crops.object_crops(folder, "train", pretrained.size).images
-    if args.random_crops:
-        more = crops.random_crops(folder, "train", pretrained.size, args.random_crops)
-        unlabelled = torch.cat([more, unlabelled])
+    unlabelled = _unlabelled(args, seen, pretrained.size)
     rule = {"num_groups": args.num_groups, "min_channels_per_group": args.min_channels}
     converted = {name: make() for name, make in measure.initialisations(pretrained.model, **rule).items()}
     for name, steps in (("balanced", 0), ("calibrated", args.steps)):
@@ -42,6 +42,8 @@ def main() -> None:
             batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             augment=not args.no_augment,
+            held_out=min(0.1, MOST_HELD_OUT / len(unlabelled)),
+            seed=args.seed,
             report=report,
         )
         seconds = time.perf_counter() - start
@@ -55,9 +57,9 @@ def main() -> None:
     )
     tables = {}
     for kind in args.on:
-        validation = _validation(args, kind, pretrained, folder)
+        validation = _validation(args, kind, pretrained, unseen)
         rows = tables[kind] = _rows(pretrained.model, converted, validation)
-        print(f"{len(validation.images)} {kind} of val")
+        print(f"{len(validation.images)} {kind} of {'train, left out' if args.choose else 'val'}")
         print(measure.as_table(rows))
         if "accuracy" in rows["original"]:
             kept = rows["calibrated"]["accuracy"] / rows["original"]["accuracy"]
@@ -93,7 +95,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--random-crops", type=int, default=0, help="of whole train images, in addition")
+    parser.add_argument("--random-crops", type=int, default=0, help="windows of train photos, in addition")
+    parser.add_argument("--object-windows", type=int, default=0, help="around each train box, in addition")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration and of the windows")
+    parser.add_argument(
+        "--choose",
+        action="store_true",
+        help="choose settings: calibrate on four fifths of the train photos, compare on the rest, not on val",
+    )
     parser.add_argument("--no-augment", action="store_true", help="no flips and crops of crops")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -101,17 +110,38 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _photos(args: argparse.Namespace) -> tuple[crops.Photos, crops.Photos]:
+    """To calibrate on and to compare on."""
+    folder = args.shared / "data" / "coco80"
+    if not args.choose:
+        return crops.Photos(folder, "train"), crops.Photos(folder, "val")
+    return (
+        crops.Photos(folder, "train", lambda index: index % 5 > 0),
+        crops.Photos(folder, "train", lambda index: index % 5 == 0),
+    )
+
+
+def _unlabelled(args: argparse.Namespace, photos: crops.Photos, size: int) -> Tensor:
+    """The objects last: it is on them that the calibration's best state is chosen."""
+    found = [crops.object_crops(photos, size).images]
+    if args.object_windows:
+        found.insert(0, crops.windows_at_objects(photos, size, args.object_windows, args.seed))
+    if args.random_crops:
+        found.insert(0, crops.windows(photos, size, args.random_crops, args.seed))
+    return torch.cat(found)
+
+
 def _validation(
-    args: argparse.Namespace, kind: str, pretrained: models.Pretrained, folder: Path
+    args: argparse.Namespace, kind: str, pretrained: models.Pretrained, photos: crops.Photos
 ) -> measure.Validation:
     if kind != "crops":
         if kind == "photos":
-            images = crops.photos(folder, "val", pretrained.size)
+            images = crops.squares(photos, pretrained.size)
         else:
-            images = crops.random_crops(folder, "val", pretrained.size, 1000)
+            images = crops.windows(photos, pretrained.size, 1000)
         labels = torch.full((len(images),), -1)
         return measure.Validation(models.normalise(images, pretrained), labels, False)
-    found = crops.object_crops(folder, "val", pretrained.size)
+    found = crops.object_crops(photos, pretrained.size)
     by_neighbour = args.model == "mobilenet_v2"
     labels = found.categories
     if not by_neighbour:  # of what the crops show, only CIFAR's classes are the models'

@@ -6,6 +6,7 @@ Names of modules follow the published files, so that their weights load with ``s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,19 +73,21 @@ def _load(
 class CifarResNet(nn.Module):
     """He et al. 2016, section 4.2, with shortcuts of kind A: every second pixel, zero channels."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(
+        self, depth: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, classes: int = 10
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.bn1 = norm(16)
         blocks = (depth - 2) // 6
         channels = 16
         for stage, width in enumerate((16, 32, 64), start=1):
             layer = []
             for i in range(blocks):
-                layer.append(CifarBlock(channels, width, 2 if stage > 1 and i == 0 else 1))
+                layer.append(CifarBlock(channels, width, 2 if stage > 1 and i == 0 else 1, norm))
                 channels = width
             self.add_module(f"layer{stage}", nn.Sequential(*layer))
-        self.linear = nn.Linear(64, 10)
+        self.linear = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -93,12 +96,14 @@ class CifarResNet(nn.Module):
 
 
 class CifarBlock(nn.Module):
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = norm(channels)
         self.stride, self.added = stride, channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:

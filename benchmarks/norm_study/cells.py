@@ -1,0 +1,69 @@
+"""What the study consists of: one training for each task, norm, number of images per worker and seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Task = Literal["classifier", "detector"]
+
+NORMS = ("BN", "FrozenBN", "GN", "GN1", "IN")
+"""As the config's ``NORM`` keys name them; ``GN1`` is the paper's LN."""
+
+BATCHES = (1, 2, 4, 8, 16)
+"""Images per worker: over so many a norm may look. An update always sees 16 images, of 16 workers to one."""
+
+UPDATE = 16
+"""Images in one update of the weights, whatever the number of images per worker."""
+
+GROUPS = (2, 4, 8, 16)
+"""Numbers of groups beside 1 (``GN1``), the default (``GN``) and one for each channel (``IN``)."""
+
+GROUP_SIZES = (2, 4, 8, 16)
+"""Channels in a group, the other half of the paper's table 3."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training.
+
+    Attributes:
+        batch: images per worker, of which the others are simulated one after the other.
+        groups: of ``GN``; 0 for the task's default.
+        group_size: channels in each group of ``GN`` instead; 0 for none.
+    """
+
+    task: Task
+    norm: str
+    batch: int
+    seed: int
+    groups: int = 0
+    group_size: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        split = (
+            f"_groups{self.groups}" if self.groups else f"_size{self.group_size}" if self.group_size else ""
+        )
+        return f"{self.task}_{self.norm}{split}_batch{self.batch}_seed{self.seed}"
+
+
+def plan(tasks: list[Task], seeds: int) -> list[Cell]:
+    """All cells, those of the first seed first, so that an unfinished study is a whole one with fewer seeds.
+
+    The group study is made with 2 images per worker, which a group norm does not see.
+    """
+    cells = []
+    for seed in range(1, seeds + 1):
+        for task in tasks:
+            cells += [Cell(task, norm, batch, seed) for batch in BATCHES for norm in NORMS]
+        for task in tasks:
+            cells += [Cell(task, "GN", 2, seed, groups=groups) for groups in GROUPS]
+            cells += [Cell(task, "GN", 2, seed, group_size=size) for size in GROUP_SIZES]
+    return cells
+
+
+def quick_plan(tasks: list[Task]) -> list[Cell]:
+    """A few, to see that everything works; their figures mean nothing."""
+    return [Cell(task, norm, batch, 1) for task in tasks for norm in ("BN", "GN") for batch in (1, 16)]

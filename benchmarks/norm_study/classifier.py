@@ -1,0 +1,77 @@
+"""A ResNet-20 that tells how many quarter turns a window of a COCO photo was turned (Gidaris et al. 2018).
+
+The label costs nothing, so that a few dozen photos give as many real, labelled crops as are wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.conversion import crops, models
+from gn_detect.layers import make_norm
+
+from .cells import UPDATE, Cell
+
+GROUPS = 8
+"""Of ``GN`` by default: the first stage has 16 channels."""
+
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.02, 0.9, 1e-4
+UPDATES, QUICK_UPDATES = 800, 40
+TRAIN_WINDOWS, VAL_WINDOWS = 4000, 1000
+SIZE = 32
+
+
+def error_of(cell: Cell, shared: Path, quick: bool) -> dict[str, float]:
+    """Train and measure: ``{"error": ...}``, the percentage of val windows of which the turn is not found."""
+    torch.manual_seed(cell.seed)
+    model = models.CifarResNet(20, norm=partial(_norm, cell), classes=4)
+    folder = shared / "data" / "coco80"
+    images = _normalised(crops.windows(crops.Photos(folder, "train"), SIZE, TRAIN_WINDOWS))
+    _train(model, images, cell, QUICK_UPDATES if quick else UPDATES)
+    model.eval()
+    unseen = _normalised(crops.windows(crops.Photos(folder, "val"), SIZE, VAL_WINDOWS))
+    wrong = 0
+    with torch.no_grad():
+        for turns in range(4):
+            found = torch.cat(
+                [model(part).argmax(1) for part in torch.rot90(unseen, turns, (2, 3)).split(64)]
+            )
+            wrong += int((found != turns).sum())
+    return {"error": 100 * wrong / (4 * len(unseen))}
+
+
+def _norm(cell: Cell, channels: int) -> nn.Module:
+    groups = channels // cell.group_size if cell.group_size else min(cell.groups or GROUPS, channels)
+    norm = make_norm(cell.norm, channels, groups)
+    assert norm is not None
+    return norm
+
+
+def _train(model: nn.Module, images: Tensor, cell: Cell, updates: int) -> None:
+    generator = torch.Generator().manual_seed(cell.seed)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+    for update in range(updates):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * update / updates))
+        chosen = torch.randint(len(images), (UPDATE,), generator=generator)
+        turns = torch.randint(4, (UPDATE,), generator=generator)
+        batch = torch.stack(
+            [
+                torch.rot90(images[i], int(turn), (1, 2))
+                for i, turn in zip(chosen.tolist(), turns, strict=True)
+            ]
+        )
+        optimizer.zero_grad()
+        for part, labels in zip(batch.split(cell.batch), turns.split(cell.batch), strict=True):
+            (F.cross_entropy(model(part), labels, reduction="sum") / UPDATE).backward()
+        optimizer.step()
+
+
+def _normalised(images: Tensor) -> Tensor:
+    return (images.float() / 255 - 0.45) / 0.25
