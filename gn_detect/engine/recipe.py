@@ -26,8 +26,8 @@ a CPU), and the others are set beside it. An estimate: it keeps a choice away fr
 FIXED_BYTES = 1.5e9
 """Weights, momentum, and what the heads keep for their RoIs."""
 
-SMALL_OBJECT = 12
-"""Pixels: an object whose side is shorter covers less than three cells of the finest level."""
+SMALL_OBJECT = 10
+"""Pixels: an object whose side is shorter covers some two cells of the finest level."""
 
 DEFAULT_SIZE, DEFAULT_RATIOS = 32.0, (0.5, 1.0, 2.0)
 """Of the smallest anchor, and of all, on COCO: what published detectors were trained with."""
@@ -156,16 +156,18 @@ def _model(recipe: Recipe, machine: Machine, weights: str, architecture: Archite
         keys |= {"MODEL.RPN.BATCH_SIZE_PER_IMAGE": 128, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 128}
     recipe.keys |= {key: recipe.given.get(key, value) for key, value in keys.items()}
     depth = 50 if machine.on_gpu else 18
+    size = "" if machine.on_gpu else ", narrow enough for a CPU,"
     reason = (
-        f"Mask R-CNN R-{depth}-FPN with GN, from random weights, for {machine}; this works with GN, but with "
-        "weights fewer images and iterations go further (--weights zoo://R-50-GN)"
+        f"R-{depth}-FPN with GN{size} from random weights: possible with GN, but pretrained ones, such as "
+        "--weights zoo://R-50-GN, need fewer images and iterations"
     )
     recipe.choose("model", reason, {"MODEL.RESNETS.DEPTH": depth})
 
 
 def _batch(recipe: Recipe, machine: Machine) -> None:
     keys = {"SOLVER.IMS_PER_BATCH": BATCH * machine.processes}
-    recipe.choose("batch", f"{BATCH} images for each of {machine.processes} processes", keys)
+    every = f"for each of {machine.processes} processes" if machine.processes > 1 else "at a time"
+    recipe.choose("batch", f"{BATCH} images {every}", keys)
 
 
 def _image_size(recipe: Recipe, data: Survey, machine: Machine) -> None:
@@ -262,7 +264,7 @@ def _solver(recipe: Recipe, data: Survey, machine: Machine, architecture: Archit
     batch, images = recipe.keys["SOLVER.IMS_PER_BATCH"], len(data.images)
     scratch = architecture is None
     if not machine.on_gpu:
-        epochs, least, most = (8, 1200, 4000) if scratch else (4, 400, 1000)
+        epochs, least, most = (6, 900, 4000) if scratch else (4, 400, 1000)
     elif scratch:
         epochs, least, most = 72, 20_000, 270_000 * 16
     else:
