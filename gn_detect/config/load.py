@@ -153,7 +153,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{path}:{line} not YAML: {problem}") from None
+        raise UserError(f"{path}:{line} not YAML: {problem}; correct that line") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -250,9 +250,10 @@ def _complaint(error: ValidationError, origins: Mapping[str, str]) -> str:
         return f"{_origin(key, origins)}{key}: unknown key; {hint}"
     known = [k for k in known_keys() if key == k or key.startswith(f"{k}.")]
     shown = max(known, key=len, default=key)
+    remedy = f"; gn-detect config explain {shown} tells what fits" if shown in known_keys() else ""
     problem = first["msg"].removeprefix("Value error, ")
     problem = problem[:1].lower() + problem[1:]
-    return f"{_origin(shown, origins)}{shown}: {_show(first['input'])} does not fit: {problem}"
+    return f"{_origin(shown, origins)}{shown}: {_show(first['input'])} does not fit: {problem}{remedy}"
 
 
 def _show(value: Any) -> str:
