@@ -1,7 +1,7 @@
 """Every command in the README and in docs/ is run, in order, on a few small pictures.
 
-A command that needs a network, a GPU or more than a moment is marked ``parsed`` in its test's name: the parser
-must take it, and that is all. Jobs are made small by what :func:`shrunk` adds.
+A command that needs a network, a GPU or more than a moment is marked ``parsed`` in the name of its test: the
+parser must take it, and that is all. Jobs are made small by what :func:`shrunk` adds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ INPUT.MIN_SIZE_TRAIN [64] INPUT.MIN_SIZE_TEST 64 SOLVER.MAX_ITER 2 VIS.NUM_IMAGE
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of a page's blocks of commands; continued lines are joined, comments and ``$`` removed."""
+    """The lines of a page's blocks of commands; continued lines are joined, comments removed."""
     blocks = re.findall(r"^```(?:sh|console)?\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.removeprefix("$ ").partition("  #")[0].strip() for line in lines]
@@ -75,7 +75,7 @@ def shrunk(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages speak of: ``train.json``, ``val.json``, ``images``, ``photos``, ``bn.yaml``, ``bn.pth``."""
+    """``train.json``, ``val.json``, ``images``, ``photos``, ``bn.yaml`` and ``bn.pth``, of which pages speak."""
     folder = tmp_path_factory.mktemp("docs")
     made = make_dataset(folder / "made", 4)
     shutil.copytree(made.parent / "images", folder / "images")
