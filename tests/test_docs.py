@@ -47,7 +47,9 @@ INPUT.MIN_SIZE_TRAIN [64] INPUT.MIN_SIZE_TEST 64 SOLVER.MAX_ITER 2 VIS.NUM_IMAGE
 
 def commands(page: Path) -> list[str]:
     """The lines of a page's blocks of commands; continued lines are joined, comments removed."""
-    blocks = re.findall(r"^```(?:sh|console)?\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    text = page.read_text("utf-8")
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    blocks = [block for language, block in fenced if language in ("", "sh", "console")]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.removeprefix("$ ").partition("  #")[0].strip() for line in lines]
 
@@ -75,7 +77,7 @@ def shrunk(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train.json``, ``val.json``, ``images``, ``photos``, ``bn.yaml`` and ``bn.pth``, of which pages speak."""
+    """The files that the pages speak of."""
     folder = tmp_path_factory.mktemp("docs")
     made = make_dataset(folder / "made", 4)
     shutil.copytree(made.parent / "images", folder / "images")
