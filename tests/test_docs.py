@@ -28,6 +28,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PARSED_ONLY = {
     r"zoo://|zoo (list|info|download|verify)|DEFAULT|https://": "needs the network",
     r"--num-gpus [2-9]|bench norm": "is for a GPU",
+    r"bench train": "times a whole model",
     r"(GN|quick)/[\w.]+yaml": "trains a whole model, or generates 500 pictures",
     r"python tools/|mmdetection\.pth|torchvision\.pth": "the same command, or another library's file",
 }
@@ -36,13 +37,20 @@ PARSED_ONLY = {
 OUTSIDE = re.compile(r"(git|pip|make|python -m|source|cd|eval|torchrun) |#|$")
 """Of other programs."""
 
-SMALL_MODEL = """
-MODEL.DEVICE cpu MODEL.GN.NUM_GROUPS 4 MODEL.FPN.OUT_CHANNELS 16 MODEL.ROI_MASK_HEAD.CONV_DIM 16
+SHORT_RUN = """
+MODEL.DEVICE cpu SOLVER.MAX_ITER 1 TEST.EVAL_PERIOD 0 SOLVER.CHECKPOINT_PERIOD 0 VIS.NUM_IMAGES 0
+""".split()
+
+SMALL_MODEL = (
+    """
+MODEL.GN.NUM_GROUPS 4 MODEL.FPN.OUT_CHANNELS 16 MODEL.ROI_MASK_HEAD.CONV_DIM 16
 MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 8
 MODEL.ROI_BOX_HEAD.CONV_DIM 16 MODEL.ROI_BOX_HEAD.FC_DIM 16 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16
-MODEL.RPN.POST_NMS_TOPK_TRAIN 50 MODEL.RPN.POST_NMS_TOPK_TEST 20
-INPUT.MIN_SIZE_TRAIN [64] INPUT.MIN_SIZE_TEST 64 SOLVER.MAX_ITER 2 VIS.NUM_IMAGES 0
+MODEL.RPN.POST_NMS_TOPK_TRAIN 50 MODEL.RPN.POST_NMS_TOPK_TEST 20 TEST.DETECTIONS_PER_IMAGE 5
+INPUT.MIN_SIZE_TRAIN [64] INPUT.MIN_SIZE_TEST 64
 """.split()
+    + SHORT_RUN
+)
 
 
 def commands(page: Path) -> list[str]:
@@ -66,12 +74,11 @@ def why_parsed_only(line: str) -> str | None:
 def shrunk(words: list[str]) -> list[str]:
     """A job that takes a moment instead."""
     command = words[0]
-    if command == "train" and "--train-json" in words:
-        given = dict(zip(words, words[1:], strict=False))
-        weights = [] if "--weights" in given else SMALL_MODEL
-        return [*words, *(weights or ["SOLVER.MAX_ITER", "2", "VIS.NUM_IMAGES", "0", "MODEL.DEVICE", "cpu"])]
+    if command == "train":
+        fresh = "--train-json" in words and "--weights" not in words
+        return [*words, *(SMALL_MODEL if fresh else SHORT_RUN)]
     if command in ("convert", "calibrate") and "--images" in words:
-        return [*words[:3], "--steps", "2", "--max-images", "2", *words[3:]]
+        return [*words[:3], "--steps", "2", "--max-images", "4", "--batch-size", "1", *words[3:]]
     return words
 
 

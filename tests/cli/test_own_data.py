@@ -32,7 +32,7 @@ def test_one_command_trains_says_why_and_leaves_its_config(
     for topic in ("classes: 2", "anchors:", "SOLVER.MAX_ITER as given", "learning rate:"):
         assert topic in printed.err
     cfg = load_config(case.output / "config.yaml")
-    assert cfg.model.roi_heads.num_classes == 2 and cfg.solver.max_iter == 2
+    assert cfg.model.roi_heads.num_classes == 2 and cfg.solver.max_iter == 1
     again = [
         "train",
         "--config-file",
@@ -61,5 +61,6 @@ def test_weights_decide_about_the_network_and_no_val_is_said(
     told = capsys.readouterr().out
     assert "Mask R-CNN R-18-FPN with GN, as the weights are" in told and "without --val-json" in told
     before, after = load_config(case.output / "config.yaml"), load_config(tmp_path / "two" / "config.yaml")
-    assert after.model.resnets == before.model.resnets and after.model.gn == before.model.gn
+    assert after.model.gn == before.model.gn and after.model.fpn == before.model.fpn
+    assert after.model.resnets.depth == 18 and after.model.resnets.res2_out_channels == 8
     assert after.model.pixel_std == before.model.pixel_std
