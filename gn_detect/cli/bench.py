@@ -15,8 +15,16 @@ from ..engine.distributed import resolve_device
 from ..errors import UserError
 from ..files import atomic_write_json
 from .options import add_config_arguments
+from .output import Result
 
 HELP = "Time a training step or a detection part by part, or every norm beside PyTorch's."
+EXAMPLES = """
+gn-detect bench train
+gn-detect bench infer --config-file quick/demo.yaml --size 224 320 --iterations 3 --json figures.json
+gn-detect bench norm --no-compile --steps 0 --layers stem --iterations 3
+gn-detect --json bench train                                  # the figures on standard output
+"""
+
 DEFAULT_CONFIG = "GN/mask_rcnn_R_50_FPN_3x_gn.yaml"
 
 
@@ -51,11 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Measure and print."""
     if args.mode == "norm":
-        _run_norms(args)
-        return
+        return _run_norms(args)
     name = args.config_file or DEFAULT_CONFIG
     cfg = load_config(name, args.overrides)
     height, width = args.size
@@ -66,9 +73,10 @@ def run(args: argparse.Namespace) -> None:
     print(report)
     if args.json:
         write_report(Path(args.json), report)
+    return Result(vars(report))
 
 
-def _run_norms(args: argparse.Namespace) -> None:
+def _run_norms(args: argparse.Namespace) -> Result:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu")
@@ -97,11 +105,11 @@ def _run_norms(args: argparse.Namespace) -> None:
         steps = compare_steps(config, [*arguments, *args.overrides, "MODEL.DEVICE", device.type], args.steps)
         for name, step in steps.items():
             print(f"training step, {name:<10} {step}")
+    figures = {
+        "machine": describe_machine(device),
+        "norms": benchmark_norm.as_json(timings),
+        "steps": {k: vars(v) for k, v in steps.items()},
+    }
     if args.json:
-        norms = benchmark_norm.as_json(timings)
-        figures = {
-            "machine": describe_machine(device),
-            "norms": norms,
-            "steps": {k: vars(v) for k, v in steps.items()},
-        }
         atomic_write_json(Path(args.json), figures)
+    return Result(figures)

@@ -26,14 +26,21 @@ from ..weights import (
     save_weights,
     translate,
 )
-from .library_models import DEFAULT, is_library_model, load_library_model
+from .library_models import DEFAULT, LibraryModel, is_library_model, load_library_model
 from .options import add_config_arguments, add_fix_argument, fix_config
+from .output import Result
 from .predict import find_images
 
 HELP = "Convert a checkpoint from BatchNorm to GroupNorm."
 
+EXAMPLES = """
+gn-detect convert model_bn.pth model_gn.pth                       # any library's state dict, without data
+gn-detect convert bn.pth gn.pth --config-file bn.yaml --images photos --report report.json
+gn-detect convert resnet50 resnet50_gn.pth --weights DEFAULT --images photos --checkpoint calibration.pt
+gn-detect convert --keep-norm zoo://R-50-GN R-50-GN.safetensors   # other names or another format alone
+"""
 
-_KEPT = ("class_names", "category_ids")
+KEPT = ("class_names", "category_ids")
 """Of the metadata; a schedule or an optimizer's state would not fit the converted model."""
 
 
@@ -54,6 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", metavar="W", help=f"of a model: a file, {DEFAULT}, or IMAGENET1K_V1 and so on"
     )
+    add_group_arguments(parser)
+    parser.add_argument("--eps", type=float, default=1e-5, help="of the BatchNorms in a checkpoint")
+    add_calibration_arguments(
+        parser.add_argument_group("calibration", "needs a model, or a detector's --config-file")
+    )
+    parser.add_argument("--report", metavar="FILE", help="report.json; a picture is written beside it")
+    add_fix_argument(parser)
+    add_config_arguments(parser)
+
+
+def add_group_arguments(parser: argparse.ArgumentParser) -> None:
+    """How channels are split into groups."""
     parser.add_argument("--num-groups", type=int, default=DEFAULT_GROUPS)
     parser.add_argument(
         "--min-channels-per-group",
@@ -61,9 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MIN_CHANNELS,
         help="narrow layers get fewer groups",
     )
-    parser.add_argument("--eps", type=float, default=1e-5, help="of the BatchNorms in a checkpoint")
-    calibration = parser.add_argument_group("calibration", "needs a model, or a detector's --config-file")
-    calibration.add_argument("--images", metavar="FOLDER|JSON", help="without labels; a COCO JSON names them")
+
+
+def add_calibration_arguments(calibration: argparse._ActionsContainer, required: bool = False) -> None:
+    """Which images, and how long."""
+    calibration.add_argument(
+        "--images", metavar="FOLDER|JSON", required=required, help="without labels; a COCO JSON names them"
+    )
     calibration.add_argument(
         "--image-folder", metavar="FOLDER", help="of the JSON's images; by default its own"
     )
@@ -72,17 +95,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--batch-size", type=int, help="8; 2 for detectors")
     calibration.add_argument("--learning-rate", type=float, default=3e-4)
     calibration.add_argument("--checkpoint", metavar="FILE", help="to go on from, if it is interrupted")
-    parser.add_argument("--report", metavar="FILE", help="report.json; a picture is written beside it")
-    add_fix_argument(parser)
-    add_config_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Write DST, print the report, and say which config keys it needs."""
     target = _target(args)
     if args.keep_norm:
-        _rewrite(args, target)
-        return
+        return _rewrite(args, target)
     names_model = not Path(args.source).exists() and is_library_model(args.source)
     if args.weights and not names_model:
         raise UserError(f"--weights is for the name of a model, and {args.source} is none")
@@ -93,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         tensors, report = _convert_library_model(args)
     else:
         checkpoint = read_checkpoint(args.source)
-        metadata = {key: checkpoint.metadata[key] for key in _KEPT if key in checkpoint.metadata}
+        metadata = {key: checkpoint.metadata[key] for key in KEPT if key in checkpoint.metadata}
         if args.config_file:
             cfg = load_config(args.config_file, args.overrides)
             cfg = fix_config(cfg, checkpoint) if args.fix_config else cfg
@@ -101,14 +120,20 @@ def run(args: argparse.Namespace) -> None:
             metadata["input"] = InputConvention.of_config(cfg).as_metadata()
         else:
             metadata |= _input_of(checkpoint)
-            tensors, report = convert_state_dict(checkpoint.tensors, eps=args.eps, **_group_rule(args))
+            tensors, report = convert_state_dict(checkpoint.tensors, eps=args.eps, **group_rule(args))
     save_weights(target, tensors, metadata)
-    print(report)
-    if args.report:
-        report.save(args.report)
-        if report.similarity:
-            report.draw(Path(args.report).with_suffix(".png"))
+    show_report(report, args.report)
     print(f"wrote {target}; {_how_to_load(args, target, names_model)}")
+    return Result({"weights": str(target), **report.to_dict()})
+
+
+def show_report(report: ConversionReport, path: str | None) -> None:
+    """Print it, and write it and its picture where ``--report`` says."""
+    print(report)
+    if path:
+        report.save(path)
+        if report.similarity:
+            report.draw(Path(path).with_suffix(".png"))
 
 
 def _target(args: argparse.Namespace) -> Path:
@@ -123,15 +148,16 @@ def _target(args: argparse.Namespace) -> Path:
     return target
 
 
-def _rewrite(args: argparse.Namespace, target: Path) -> None:
+def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     """The same weights with detectron2's names in another format."""
     checkpoint = read_checkpoint(args.source)
     translation = translate(checkpoint)
-    kept = {key: checkpoint.metadata[key] for key in (*_KEPT, "config") if key in checkpoint.metadata}
+    kept = {key: checkpoint.metadata[key] for key in (*KEPT, "config") if key in checkpoint.metadata}
     save_weights(target, translation.tensors, kept | _input_of(checkpoint))
     print(f"wrote {len(translation.tensors)} tensors to {target}; names of {translation.scheme}")
     for change in translation.changes:
         print(f"  {change}")
+    return Result({"weights": str(target), "tensors": len(translation.tensors), "names": translation.scheme})
 
 
 def _input_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -141,32 +167,39 @@ def _input_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _how_to_load(args: argparse.Namespace, target: Path, names_model: bool) -> str:
     if names_model:
-        rule = ", ".join(f"{key}={value}" for key, value in _group_rule(args).items())
+        rule = ", ".join(f"{key}={value}" for key, value in group_rule(args).items())
         return f"load its 'model' into gn_detect.convert_norm(model, init='reset', {rule})[0]"
     smallest = f"MODEL.GN.MIN_CHANNELS_PER_GROUP {args.min_channels_per_group}"
     keys = f"MODEL.GN.NUM_GROUPS {args.num_groups} {smallest}"
     return f"set the NORM keys to GN and MODEL.WEIGHTS {target} {keys}"
 
 
-def _group_rule(args: argparse.Namespace) -> dict[str, Any]:
+def group_rule(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of :func:`gn_detect.convert_norm`."""
     return {"num_groups": args.num_groups, "min_channels_per_group": args.min_channels_per_group}
 
 
 def _convert_library_model(args: argparse.Namespace) -> tuple[dict[str, Tensor], ConversionReport]:
     found = load_library_model(args.source, args.weights)
-    if args.images and found.prepare is None:
+    model, report = convert_norm(found.model, **group_rule(args))
+    if args.images:
+        calibrate_library_model(args, found, model, report)
+    return dict(model.state_dict()), report
+
+
+def calibrate_library_model(
+    args: argparse.Namespace, found: LibraryModel, model: nn.Module, report: ConversionReport
+) -> None:
+    """Bring ``model`` closer to ``found.model`` with ``--images``."""
+    if found.prepare is None:
         raise UserError(
             f"{args.source} does not take single pictures, so --images cannot calibrate it; leave them "
             "away, or call gn_detect.calibrate with what the model takes"
         )
-    model, report = convert_norm(found.model, **_group_rule(args))
-    if args.images:
-        assert found.prepare is not None
-        images = torch.stack(
-            [found.prepare(Image.fromarray(read_image(path, "RGB"))) for path in _find_images(args)]
-        )
-        _calibrate(args, found.model, model, images, report, batch_size=args.batch_size or 8)
-    return dict(model.state_dict()), report
+    images = torch.stack(
+        [found.prepare(Image.fromarray(read_image(path, "RGB"))) for path in _find_images(args)]
+    )
+    _calibrate(args, found.model, model, images, report, batch_size=args.batch_size or 8)
 
 
 def _convert_detector(
@@ -175,13 +208,18 @@ def _convert_detector(
     original = make_model(cfg)
     load_weights(original, checkpoint, config=cfg)
     original.eval()
-    model, report = convert_norm(original, **_group_rule(args))
+    model, report = convert_norm(original, **group_rule(args))
     if args.images:
-        images = [prepare_image(read_image(path, "RGB"), cfg) for path in _find_images(args)]
-        _calibrate(
-            args, original, model, _batches(images, args.batch_size or 2), report, outputs=paired_outputs
-        )
+        calibrate_detector(args, cfg, original, model, report)
     return dict(model.state_dict()), report
+
+
+def calibrate_detector(
+    args: argparse.Namespace, cfg: Config, original: nn.Module, model: nn.Module, report: ConversionReport
+) -> None:
+    """Bring ``model`` closer to ``original``, a detector of ``cfg``, with ``--images``."""
+    images = [prepare_image(read_image(path, "RGB"), cfg) for path in _find_images(args)]
+    _calibrate(args, original, model, _batches(images, args.batch_size or 2), report, outputs=paired_outputs)
 
 
 def _batches(images: list[Tensor], size: int) -> list[list[Tensor]]:

@@ -13,8 +13,16 @@ from ..data.doctor_repair import output_is_input, repair
 from ..errors import UserError
 from ..files import atomic_write_json, atomic_write_text
 from ..histograms import draw_histograms
+from .output import Result
 
 HELP = "Find what is wrong with a dataset, before training does."
+
+EXAMPLES = """
+gn-detect doctor --json train.json --images images
+gn-detect doctor --json train.json --images images --json val.json --images images --strict
+gn-detect doctor --json train.json --images images --fix fixed.json --report report.json
+gn-detect --json doctor --json train.json --images images     # the whole diagnosis on standard output
+"""
 
 FOUND = 1
 """Exit status of ``--strict``."""
@@ -39,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="exit with 1 if there are errors or warnings")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print what was found. Returns the exit status."""
+def run(args: argparse.Namespace) -> Result:
+    """Print what was found."""
     sources = _sources(args)
     written = [Path(path) for path in (args.fix, args.report) if path]
     if any(output_is_input(path, [source.annotations for source in sources]) for path in written):
@@ -54,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"see {report} and {report.with_suffix('.png')}")
     if args.fix:
         _fix(Path(args.fix), sources[0], diagnosis, masks=not args.no_masks)
-    return FOUND if args.strict and not diagnosis.healthy else 0
+    status = FOUND if args.strict and not diagnosis.healthy else 0
+    return Result(diagnosis.as_json(), status)
 
 
 def _sources(args: argparse.Namespace) -> list[DatasetSource]:

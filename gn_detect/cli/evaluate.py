@@ -5,8 +5,16 @@ from __future__ import annotations
 import argparse
 
 from . import train
+from .output import Result
 
 HELP = "Evaluate a checkpoint, MODEL.WEIGHTS, on DATASETS.TEST."
+
+EXAMPLES = """
+gn-detect eval --config-file runs/one/config.yaml --weights runs/one/model_best.pth
+gn-detect eval --config-file runs/one/config.yaml --weights runs/one/model_best.pth \\
+    --val-json other.json --val-images images
+gn-detect eval --json --config-file GN/mask_rcnn_R_50_FPN_3x_gn.yaml --weights zoo://mask-R-50-FPN-GN-3x
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(eval_only=True)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Evaluate."""
-    train.run(args)
+    return train.run(args)

@@ -6,27 +6,52 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
 from .. import __version__
 from ..errors import UserError
-from . import bench, convert, doctor, evaluate, plot, predict, replay, train, zoo
+from . import (
+    bench,
+    calibrate,
+    completion,
+    config,
+    convert,
+    doctor,
+    evaluate,
+    plot,
+    predict,
+    replay,
+    train,
+    zoo,
+)
+from .output import Result, add_output_arguments, directed, print_json
 
 COMMANDS = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
     "convert": convert,
+    "calibrate": calibrate,
+    "config": config,
     "zoo": zoo,
     "plot": plot,
     "bench": bench,
     "replay": replay,
     "doctor": doctor,
+    "completion": completion,
 }
-"""Each module has ``HELP``, ``add_arguments(parser)`` and ``run(args)``, which may return an exit status."""
+"""Each module has ``HELP``, ``add_arguments(parser)`` and ``run(args)``, which may return an exit status or a
+:class:`Result`; ``EXAMPLES``, lines of commands, stands below its ``--help``."""
 
 BAD_INPUT, INTERRUPTED = 2, 130
+
+EXIT_STATUS = """exit status:
+  0    done
+  1    doctor --strict: there are errors or warnings
+  2    bad input: one line on standard error says what, and what to do
+  130  interrupted by Ctrl-C; 143 by SIGTERM (train has saved a checkpoint; --resume continues)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,13 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or what the command returns; 2 after bad input, with one line on standard error; 130 after Ctrl-C.
+        With ``--json`` the result stands on standard output, alone.
 
     Raises:
         SystemExit: by argparse, for unknown flags (status 2) and ``--help`` (0).
     """
     args = parse(arguments)
     try:
-        return COMMANDS[args.command].run(args) or 0
+        with directed(args.quiet, args.as_json):
+            outcome = COMMANDS[args.command].run(args)
+        if not isinstance(outcome, Result):
+            return outcome or 0
+        if args.as_json:
+            print_json(outcome.value)
+        return outcome.status
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of standard output, such as head, has gone
@@ -56,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.cuda.OutOfMemoryError:
         return _fail("the GPU has too little memory; lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN")
     except KeyboardInterrupt:
-        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        remedy = "; --resume continues from the last checkpoint" if args.command == "train" else ""
+        print(f"interrupted{remedy}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -75,14 +108,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="gn-detect", description="Mask R-CNN with Group Normalization.", allow_abbrev=False
+        prog="gn-detect",
+        description="Mask R-CNN with Group Normalization.",
+        epilog=f"gn-detect <command> --help has examples.\n\n{EXIT_STATUS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    add_output_arguments(parser, default=False)
     parser.add_argument("--version", action="version", version=f"gn-detect {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=_epilog(module),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         module.add_arguments(command)
+        add_output_arguments(command)
     return parser
+
+
+def _epilog(module: ModuleType) -> str:
+    lines = getattr(module, "EXAMPLES", "").strip().splitlines()
+    examples = "".join(f"  {line}\n" for line in lines)
+    return f"examples:\n{examples}\n{EXIT_STATUS}" if examples else EXIT_STATUS
 
 
 def _fail(message: str) -> int:

@@ -12,6 +12,7 @@ from ..config import Config, load_config
 from ..engine import launch
 from ..errors import UserError
 from ..weights import Checkpoint, as_command_line, implied_keys
+from .own_data import choose_config
 
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 
@@ -49,6 +50,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     for part, purpose in (("train", "train"), ("val", "evaluate")):
         parser.add_argument(f"--{part}-json", metavar="FILE", help=f"COCO annotations to {purpose} on")
         parser.add_argument(f"--{part}-images", metavar="FOLDER", help=f"images of --{part}-json")
+    parser.add_argument(
+        "--weights", metavar="W", help="MODEL.WEIGHTS: a file, zoo://NAME (gn-detect zoo list) or a URL"
+    )
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,12 +71,21 @@ def read_config(args: argparse.Namespace) -> Config:
     Raises:
         UserError: there is no config file, or something in it, in the keys or in the flags is wrong.
     """
+    if args.weights:
+        if "MODEL.WEIGHTS" in args.overrides[::2]:
+            raise UserError(f"--weights {args.weights} and MODEL.WEIGHTS name the same thing; give one")
+        args.overrides = [*args.overrides, "MODEL.WEIGHTS", args.weights]
+    if not args.config_file and args.train_json and not args.eval_only:
+        return _with_datasets(choose_config(args), args)
     if not args.config_file:
-        raise UserError("no config: add --config-file FILE, such as configs/quick/demo.yaml")
+        raise UserError(
+            "no config: add --config-file FILE, such as quick/demo.yaml, or --train-json FILE and "
+            "--train-images FOLDER to have one made for your data"
+        )
     cfg = load_config(args.config_file, args.overrides)
     if args.fix_config and cfg.model.weights:
         cfg = fix_config(cfg, cfg.model.weights)
-    return _with_datasets(cfg, args) if hasattr(args, "train_json") else cfg
+    return _with_datasets(cfg, args)
 
 
 def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:

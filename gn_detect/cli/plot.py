@@ -9,6 +9,11 @@ from ..visualize import plot_curves
 
 HELP = "Draw losses, AP and learning rate of a run."
 
+EXAMPLES = """
+gn-detect plot runs/one
+gn-detect plot runs/one --output curves.png
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""

@@ -18,8 +18,15 @@ from ..evaluation import detections_to_coco
 from ..files import atomic_write_json
 from ..visualize import draw_detections, save_picture
 from .options import add_fix_argument, fix_config
+from .output import Result
 
 HELP = "Find objects in images with a trained checkpoint, MODEL.WEIGHTS."
+
+EXAMPLES = """
+gn-detect predict --config-file runs/one/config.yaml photo.jpg MODEL.WEIGHTS runs/one/model_final.pth
+gn-detect predict --config-file runs/one/config.yaml --output found --threshold 0.7 photos 'more/*.png' \\
+    MODEL.WEIGHTS runs/one/model_final.pth
+"""
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -41,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image and ``predictions.json`` for all."""
     if not args.config_file:
         raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
@@ -64,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         save_picture(output / name, picture)
     atomic_write_json(output / "predictions.json", results)
     print(f"{len(results)} objects in {len(images)} images: see {output}")
+    return Result({"images": len(images), "objects": len(results), "output": str(output)})
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -8,6 +8,10 @@ from ..engine import replay
 
 HELP = "Repeat a training step whose loss or gradient was not finite, from its black box."
 
+EXAMPLES = """
+gn-detect replay runs/one/black_box/iteration_0000123
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder."""

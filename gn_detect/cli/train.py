@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+from pathlib import Path
 
 from ..config import Config
 from ..engine import evaluate, train
+from ..engine.checkpoint import BEST, FINAL
 from .options import (
     add_config_arguments,
     add_data_arguments,
@@ -14,8 +18,17 @@ from .options import (
     launch_from,
     read_config,
 )
+from .output import Result
 
-HELP = "Train a model and evaluate it."
+HELP = "Train a model and evaluate it. Without --config-file, one is made for the data."
+
+EXAMPLES = """
+gn-detect train --train-json train.json --train-images images --val-json val.json --val-images images
+gn-detect train --train-json train.json --train-images images --weights zoo://R-50-GN OUTPUT_DIR runs/one
+gn-detect train --config-file quick/demo.yaml SOLVER.MAX_ITER 100
+gn-detect train --config-file runs/one/config.yaml --resume
+gn-detect train --config-file GN/mask_rcnn_R_50_FPN_2x_gn.yaml --num-gpus 8
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Train, or evaluate with ``--eval-only``."""
-    launch_from(args, read_config(args), _evaluate if args.eval_only else _train)
+    cfg = read_config(args)
+    launch_from(args, cfg, _evaluate if args.eval_only else _train)
+    folder = Path(cfg.output_dir)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if args.eval_only:
+        return Result({"output_dir": str(folder), "results": results})
+    weights, best = folder / FINAL, folder / BEST
+    if not args.config_file and os.environ.get("RANK", "0") == "0":
+        chosen = best if best.is_file() else weights
+        print(f"next: gn-detect predict --config-file {folder / 'config.yaml'} IMAGES MODEL.WEIGHTS {chosen}")
+    files = {"config": folder / "config.yaml", "weights": weights, "best": best}
+    found = {name: str(path) if path.is_file() else None for name, path in files.items()}
+    return Result({"output_dir": str(folder), **found, "results": results})
 
 
 def _train(cfg: Config, resume: bool) -> None:

@@ -8,8 +8,17 @@ from collections.abc import Callable, Iterable
 from ..errors import UserError
 from ..weights.download import MD5_BESIDE
 from ..weights.zoo import ZooEntry, check, fetch, find_entry, read_catalog
+from .output import Result
 
 HELP = "List, explain, download and check published weights."
+
+EXAMPLES = """
+gn-detect zoo list
+gn-detect zoo info R-50-GN
+gn-detect zoo download R-50-GN
+gn-detect zoo verify
+gn-detect zoo list --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="list: the table of model_zoo/README.md")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Do what was asked for with each name.
 
     Raises:
@@ -33,12 +42,23 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("name what to download, such as R-50-GN (gn-detect zoo list shows all), or --all")
     if args.action == "list" and args.markdown:
         print(as_markdown(entries), end="")
-        return
+        return _result(entries)
     if args.action == "verify" and not args.names:
         entries = [entry for entry in entries if entry.file.is_file()]
         if not entries:
             print("nothing is downloaded")
     _ACTIONS[args.action](entries)
+    return _result(entries)
+
+
+def _result(entries: Iterable[ZooEntry]) -> Result:
+    """The catalogue's fields, and where each file is."""
+    return Result(
+        [
+            {**entry.model_dump(), "file": str(entry.file), "is_downloaded": entry.file.is_file()}
+            for entry in entries
+        ]
+    )
 
 
 def _list(entries: Iterable[ZooEntry]) -> None:

@@ -60,13 +60,28 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         for source, values in read_chain(find_config(path)):
             merge(tree, values)
             origins |= dict.fromkeys(leaves(values), str(source))
+    tree, own = _merge_overrides(tree, overrides)
+    return validate(tree, origins | own)
+
+
+def _merge_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """``tree`` with ``KEY VALUE`` pairs in it, and the origins of these."""
     if len(overrides) % 2:
         raise UserError(f"{COMMAND_LINE}: {overrides[-1]} has no value; give KEY VALUE pairs")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        values = nested(key, value)
-        merge(tree, values, replace_mappings=True)
-        origins[key] = COMMAND_LINE
-    return validate(tree, origins)
+        merge(tree, nested(key, value), replace_mappings=True)
+    return tree, dict.fromkeys(overrides[::2], COMMAND_LINE)
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Typed values of ``KEY VALUE`` pairs, each checked by itself: whether they fit together is not.
+
+    Raises:
+        UserError: an unknown key, a key without a value, or a value of another type.
+    """
+    tree, origins = _merge_overrides({}, overrides)
+    root = _check_types(tree, origins)
+    return {key: value_at(root, key) for key in overrides[::2]}
 
 
 def dump_config(cfg: Config) -> str:
@@ -138,7 +153,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{path}:{line} not YAML: {problem}") from None
+        raise UserError(f"{path}:{line} not YAML: {problem}; correct that line") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -202,10 +217,7 @@ def validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
     Raises:
         UserError: the first thing that is wrong.
     """
-    try:
-        cfg = Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_complaint(error, origins)) from None
+    cfg = _check_types(tree, origins)
     skipped = unread(cfg)
     for key, values in SUPPORTED.items():
         value = value_at(cfg, key)
@@ -219,6 +231,14 @@ def validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
     return cfg
 
 
+def _check_types(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
+    """Every value by itself."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_complaint(error, origins)) from None
+
+
 def _complaint(error: ValidationError, origins: Mapping[str, str]) -> str:
     """One line for the first of pydantic's errors."""
     first = error.errors()[0]
@@ -230,9 +250,10 @@ def _complaint(error: ValidationError, origins: Mapping[str, str]) -> str:
         return f"{_origin(key, origins)}{key}: unknown key; {hint}"
     known = [k for k in known_keys() if key == k or key.startswith(f"{k}.")]
     shown = max(known, key=len, default=key)
+    remedy = f"; gn-detect config explain {shown} tells what fits" if shown in known_keys() else ""
     problem = first["msg"].removeprefix("Value error, ")
     problem = problem[:1].lower() + problem[1:]
-    return f"{_origin(shown, origins)}{shown}: {_show(first['input'])} does not fit: {problem}"
+    return f"{_origin(shown, origins)}{shown}: {_show(first['input'])} does not fit: {problem}{remedy}"
 
 
 def _show(value: Any) -> str:

@@ -36,7 +36,9 @@ class Predictor:
 
     def __init__(self, cfg: Config) -> None:
         if not cfg.model.weights:
-            raise UserError("MODEL.WEIGHTS is empty; add MODEL.WEIGHTS path/to/model_final.pth")
+            raise UserError(
+                "nothing to predict with: MODEL.WEIGHTS is empty; add MODEL.WEIGHTS path/to/model_final.pth"
+            )
         self.cfg = cfg
         device = resolve_device(cfg)
         self.model = make_model(cfg)

@@ -1,5 +1,6 @@
 """Checkpoints of many libraries: read without running what they contain, translated, loaded, saved whole."""
 
+from .architecture import Architecture, read_architecture
 from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint, save_weights
 from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
@@ -7,6 +8,7 @@ from .translate import Translation, translate
 
 __all__ = [
     "SUFFIXES",
+    "Architecture",
     "Checkpoint",
     "InputConvention",
     "LoadReport",
@@ -15,6 +17,7 @@ __all__ = [
     "as_command_line",
     "implied_keys",
     "load_weights",
+    "read_architecture",
     "read_checkpoint",
     "save_weights",
     "translate",

@@ -1,0 +1,218 @@
+"""The model that a checkpoint is of: the config keys that its tensors, names and metadata tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ..config import Config, load_config
+from ..config.types import value_at
+from ..errors import UserError
+from .checkpoint import Checkpoint
+from .convention import plain_text
+from .translate import BACKBONE, translate
+from .zoo import entry_of
+
+BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
+    (False, (2, 2, 2, 2)): 18,
+    (False, (3, 4, 6, 3)): 34,
+    (True, (3, 4, 6, 3)): 50,
+    (True, (3, 4, 23, 3)): 101,
+    (True, (3, 8, 36, 3)): 152,
+}
+"""``RESNETS.DEPTH`` by (whether blocks are bottlenecks, blocks in each stage)."""
+
+UNTOLD = (
+    "MODEL.GN.NUM_GROUPS",
+    "MODEL.GN.MIN_CHANNELS_PER_GROUP",
+    "MODEL.GN.EPS",
+    "MODEL.ANCHOR_GENERATOR.SIZES",
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
+    "MODEL.ANCHOR_GENERATOR.OFFSET",
+    "MODEL.RPN.BBOX_REG_WEIGHTS",
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE",
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO",
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE",
+    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO",
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
+    "MODEL.FPN.FUSE_TYPE",
+)
+"""What no tensor tells: taken from the config inside the file, or from the model zoo's."""
+
+_REMEDY = "give --config-file, the config that it was trained with"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a checkpoint's model is.
+
+    Attributes:
+        keys: config keys, such as ``MODEL.RESNETS.DEPTH``.
+        is_detector: whether heads are there, and not the backbone alone.
+        has_masks: whether a mask head is there.
+        norm: of the backbone: ``"GN"``, ``"FrozenBN"`` or ``""``.
+        class_names: as the file tells them; empty where it does not.
+    """
+
+    keys: dict[str, Any]
+    is_detector: bool
+    has_masks: bool
+    norm: str
+    class_names: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        depth = self.keys["MODEL.RESNETS.DEPTH"]
+        norm = self.norm or "no norm"
+        if not self.is_detector:
+            return f"backbone R-{depth} with {norm}"
+        neck = "FPN" if "MODEL.FPN.OUT_CHANNELS" in self.keys else "C4"
+        return f"{'Mask' if self.has_masks else 'Faster'} R-CNN R-{depth}-{neck} with {norm}"
+
+
+def read_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The architecture of a checkpoint of any library whose names are known.
+
+    BatchNorm with its statistics becomes ``FrozenBN``: one or two images are too few to train it.
+
+    Raises:
+        UserError: it is no ResNet detector or backbone that this package builds.
+    """
+    tensors = translate(checkpoint).tensors
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    is_detector = any(name.startswith("proposal_generator.") for name in shapes)
+    has_pyramid = any(name.startswith("backbone.fpn_lateral") for name in shapes)
+    if is_detector and not has_pyramid:
+        shapes = _with_stages_together(shapes)
+    keys = _backbone_keys(checkpoint, shapes)
+    if is_detector and has_pyramid:
+        keys |= _pyramid_keys(checkpoint, shapes)
+    if is_detector:
+        keys |= _head_keys(shapes)
+    if translate(checkpoint).scheme == "torchvision" and is_detector:  # RoIAlign as torchvision has it
+        for head in ("BOX", "MASK"):
+            keys[f"MODEL.ROI_{head}_HEAD.POOLER_TYPE"] = "ROIAlign"
+            keys[f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO"] = 2
+    keys |= _told_keys(checkpoint)
+    names = checkpoint.metadata.get("class_names")
+    return Architecture(
+        keys,
+        is_detector,
+        any(".mask_head.predictor." in name for name in shapes),
+        keys["MODEL.RESNETS.NORM"],
+        list(names) if isinstance(names, list) and all(isinstance(n, str) for n in names) else [],
+    )
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _with_stages_together(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """A C4 detector: its last stage is in the heads, and the others have no ``bottom_up``."""
+    moved = {}
+    for name, shape in shapes.items():
+        name = re.sub(r"^roi_heads\.res5\.", f"{BACKBONE}res5.", name)
+        moved[re.sub(r"^backbone\.(?=stem|res\d)", BACKBONE, name)] = shape
+    return moved
+
+
+def _backbone_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
+    def is_there(name: str) -> bool:
+        return f"{BACKBONE}{name}.weight" in shapes
+
+    def shape(name: str) -> tuple[int, ...]:
+        return shapes.get(f"{BACKBONE}{name}.weight", ())
+
+    stages = [
+        len({name.split(".")[3] for name in shapes if name.startswith(f"{BACKBONE}res{stage}.")})
+        for stage in range(2, 6)
+    ]
+    bottleneck = is_there("res2.0.conv3")
+    depth = BLOCKS.get((bottleneck, tuple(stages)))
+    last, middle = shape("res2.0.conv3" if bottleneck else "res2.0.conv2"), shape("res2.0.conv2")
+    if depth is None or len(shape("stem.conv1")) != 4 or len(middle) != 4 or len(last) != 4:
+        first = next(iter(checkpoint.tensors), "nothing")
+        raise UserError(
+            f"{checkpoint.path}: no ResNet of 18 to 152 layers can be recognised in it (blocks in a stage: "
+            f"{', '.join(map(str, stages))}; its first tensor is {first}); {_REMEDY}, or other weights"
+        )
+    groups = middle[0] // max(1, middle[1]) if bottleneck else 1
+    return {
+        "MODEL.RESNETS.DEPTH": depth,
+        "MODEL.RESNETS.NORM": _norm(shapes, f"{BACKBONE}res2.0.conv1"),
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": shape("stem.conv1")[0],
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": last[0],
+        "MODEL.RESNETS.NUM_GROUPS": groups,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": middle[0] // groups if bottleneck else 64,
+    }
+
+
+def _norm(shapes: Shapes, layer: str) -> str:
+    if f"{layer}.norm.running_mean" in shapes:
+        return "FrozenBN"
+    return "GN" if f"{layer}.norm.weight" in shapes else ""
+
+
+def _pyramid_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
+    levels = [level for level in range(2, 6) if f"backbone.fpn_lateral{level}.weight" in shapes]
+    if levels != [2, 3, 4, 5]:
+        raise UserError(f"{checkpoint.path}: an FPN of the levels {levels} is not deduced; {_REMEDY}")
+    keys: dict[str, Any] = {
+        "MODEL.FPN.OUT_CHANNELS": shapes["backbone.fpn_lateral2.weight"][0],
+        "MODEL.FPN.NORM": _norm(shapes, "backbone.fpn_lateral2"),
+    }
+    head = "roi_heads.box_head"
+    convs = _count(shapes, rf"{head}\.conv\d+")
+    fully = _count(shapes, rf"{head}\.fc\d+")
+    keys |= {"MODEL.ROI_BOX_HEAD.NUM_CONV": convs, "MODEL.ROI_BOX_HEAD.NUM_FC": fully}
+    keys["MODEL.ROI_BOX_HEAD.NORM"] = _norm(shapes, f"{head}.conv1")
+    width = keys["MODEL.FPN.OUT_CHANNELS"]
+    if convs:
+        keys["MODEL.ROI_BOX_HEAD.CONV_DIM"] = width = shapes[f"{head}.conv1.weight"][0]
+    if fully:
+        keys["MODEL.ROI_BOX_HEAD.FC_DIM"], inputs = shapes[f"{head}.fc1.weight"][:2]
+        keys["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION"] = round((inputs / width) ** 0.5)
+    return keys
+
+
+def _head_keys(shapes: Shapes) -> dict[str, Any]:
+    """Of the RPN, the class-agnostic outputs and the mask head."""
+    keys: dict[str, Any] = {}
+    rpn = _count(shapes, r"proposal_generator\.rpn_head\.conv(\.conv\d+)?")
+    if rpn > 1:
+        keys["MODEL.RPN.CONV_DIMS"] = [-1] * rpn
+    outputs = "roi_heads.box_predictor"
+    if f"{outputs}.bbox_pred.weight" in shapes:
+        deltas, classes = (shapes[f"{outputs}.{name}.weight"][0] for name in ("bbox_pred", "cls_score"))
+        keys["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"] = deltas == 4 and classes > 2
+    head = "roi_heads.mask_head"
+    if f"{head}.deconv.weight" in shapes:
+        keys["MODEL.ROI_MASK_HEAD.NUM_CONV"] = _count(shapes, rf"{head}\.mask_fcn\d+")
+        keys["MODEL.ROI_MASK_HEAD.CONV_DIM"] = shapes[f"{head}.deconv.weight"][1]
+        keys["MODEL.ROI_MASK_HEAD.NORM"] = _norm(shapes, f"{head}.mask_fcn1")
+    return keys
+
+
+def _count(shapes: Shapes, layer: str) -> int:
+    return sum(re.fullmatch(rf"{layer}\.weight", name) is not None for name in shapes)
+
+
+def _told_keys(checkpoint: Checkpoint) -> dict[str, Any]:
+    """:data:`UNTOLD` keys, from the config that our checkpoints hold or from the zoo's entry."""
+    cfg = _told_config(checkpoint)
+    return {} if cfg is None else {key: value_at(cfg, key) for key in UNTOLD}
+
+
+def _told_config(checkpoint: Checkpoint) -> Config | None:
+    entry = entry_of(checkpoint.path)
+    if entry is not None:
+        return load_config(entry.config, entry.overrides)
+    try:
+        content = yaml.safe_load(plain_text(checkpoint.metadata, "config"))
+        return Config.model_validate(content) if isinstance(content, dict) else None
+    except (yaml.YAMLError, ValueError):  # another program's
+        return None

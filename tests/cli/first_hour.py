@@ -1,0 +1,284 @@
+"""Mistakes of a user's first hour: how each is made, and what its message must name and advise.
+
+tests/cli/test_first_hour.py provokes them; docs/troubleshooting.md is checked against what they print.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from gn_detect.cli import main
+from gn_detect.config import load_config
+from gn_detect.modeling import build_model
+from tests.cli.conftest import Case
+
+Prepare = Callable[[Case], Any]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Attributes:
+    command: arguments; {config}, {train}, {val}, {images}, {folder} and {output} are the test's files.
+    names: what the message must name.
+    remedy: words of what it must advise.
+    prepare: what is spoiled before.
+    needs_no_gpu: the mistake is none where there is a GPU.
+    retries: lines about further tries stand before the message.
+    """
+
+    command: str
+    names: str
+    remedy: str
+    prepare: Prepare = field(default=lambda case: None)
+    needs_no_gpu: bool = False
+    retries: bool = False
+
+
+def _edit(change: Callable[[dict[str, Any]], Any]) -> Prepare:
+    return lambda case: case.edit(change)
+
+
+def _text(text: str) -> Prepare:
+    return lambda case: case.train.write_text(text)
+
+
+def _file(name: str, content: str | bytes) -> Prepare:
+    """A file in the test's folder."""
+    data = content.encode() if isinstance(content, str) else content
+    return lambda case: (case.config.parent / name).write_bytes(data)
+
+
+def _first_image(change: Callable[[Path], Any]) -> Prepare:
+    return lambda case: change(case.train.parent / "images" / "001.png")
+
+
+def _weights(keys: list[str], damage: Callable[[Path], Any] = lambda path: None) -> Prepare:
+    """``w.pth`` of the test's config with other keys."""
+
+    def prepare(case: Case) -> None:
+        path = case.config.parent / "w.pth"
+        torch.save({"model": build_model(load_config(case.config, keys)).state_dict()}, path)
+        damage(path)
+
+    return prepare
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _of_rgb(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    told = {"format": "RGB", "pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.4, 57.1, 57.4]}
+    torch.save({**content, "input": told}, path)
+
+
+def _hostile(path: Path) -> None:
+    path.write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
+
+
+def _last_checkpoint(case: Case) -> None:
+    case.output.mkdir()
+    (case.output / "last_checkpoint").write_text("model_0000009.pth")
+
+
+def _rename_category(case: Case) -> None:
+    content = json.loads(case.val.read_text())
+    content["categories"][0]["name"] = "circle"
+    case.val.write_text(json.dumps(content))
+
+
+BN = [text for part in ("RESNETS", "FPN", "ROI_MASK_HEAD") for text in (f"MODEL.{part}.NORM", "BN")]
+TRAIN = "train --config-file {config}"
+OWN = "train --train-json {train} --train-images {images}"
+EVAL = "eval --config-file {config}"
+PREDICT = "predict --config-file {config} {images}"
+
+MISTAKES = {
+    "no config": Mistake("train", "config", "--config-file FILE"),
+    "config that is not there": Mistake(
+        "train --config-file quick/dmeo.yaml", "quick/dmeo.yaml", "quick/demo.yaml"
+    ),
+    "config that is no YAML": Mistake(
+        "train --config-file {folder}/bad.yaml",
+        "bad.yaml: line 2",
+        "not YAML",
+        _file("bad.yaml", "MODEL: {\n :"),
+    ),
+    "key that stands twice": Mistake(
+        "train --config-file {folder}/twice.yaml", "SEED", "twice", _file("twice.yaml", "SEED: 1\nSEED: 2\n")
+    ),
+    "unknown key": Mistake(f"{TRAIN} SOLVER.BASE_RL 0.1", "SOLVER.BASE_RL", "did you mean SOLVER.BASE_LR"),
+    "value of another type": Mistake(f"{TRAIN} SOLVER.MAX_ITER many", "SOLVER.MAX_ITER", "integer"),
+    "key without a value": Mistake(f"{TRAIN} SOLVER.MAX_ITER", "SOLVER.MAX_ITER", "KEY VALUE"),
+    "value that is not implemented": Mistake(
+        f"{TRAIN} MODEL.KEYPOINT_ON True", "MODEL.KEYPOINT_ON", "must be False"
+    ),
+    "unknown key to explain": Mistake("config explain MODEL.NUM_CLASES", "NUM_CLASES", "NUM_CLASSES"),
+    "groups that do not divide": Mistake(f"{TRAIN} MODEL.GN.NUM_GROUPS 3", "MODEL.GN.NUM_GROUPS", "MODEL"),
+    "annotation file missing": Mistake(
+        f"{TRAIN}", "annotations.json", "correct DATASETS.REGISTER", lambda case: case.train.unlink()
+    ),
+    "annotation file missing, own data": Mistake(
+        "train --train-json none.json --train-images {images}", "none.json", "correct its path"
+    ),
+    "not JSON": Mistake(OWN, "annotations.json", "give a COCO annotation file", _text("hello")),
+    "not COCO": Mistake(OWN, "annotations.json", "images", _text('{"a": 1}')),
+    "result file": Mistake(OWN, "annotations.json", "give a COCO annotation file", _text("[1, 2]")),
+    "no categories": Mistake(
+        OWN, "annotations.json", "add the classes", _edit(lambda c: c["categories"].clear())
+    ),
+    "no images in the JSON": Mistake(
+        OWN, "annotations.json", "give a file", _edit(lambda c: c["images"].clear())
+    ),
+    "no objects": Mistake(OWN, "annotations.json", "annotate", _edit(lambda c: c["annotations"].clear())),
+    "unlisted category": Mistake(
+        OWN, "category id 55", "add the category", _edit(lambda c: c["annotations"][0].update(category_id=55))
+    ),
+    "box outside": Mistake(
+        OWN, "annotation 2", "correct", _edit(lambda c: c["annotations"][1].update(bbox=[500, 500, 9, 9]))
+    ),
+    "id that occurs twice": Mistake(
+        OWN, "annotation id 1", "own id", _edit(lambda c: c["annotations"][1].update(id=1))
+    ),
+    "object without a mask": Mistake(
+        OWN, "annotation 1", "MODEL.MASK_ON False", _edit(lambda c: c["annotations"][0].pop("segmentation"))
+    ),
+    "images folder missing": Mistake(
+        "train --train-json {train} --train-images nowhere", "nowhere", "correct --train-images"
+    ),
+    "image missing": Mistake(OWN, "001.png", "restore it", _first_image(Path.unlink)),
+    "image that is no image": Mistake(
+        f"{TRAIN} DATASETS.TEST []", "001.png", "replace", _first_image(lambda p: p.write_text("no picture"))
+    ),
+    "image of another size": Mistake(
+        f"{TRAIN} DATASETS.TEST []",
+        "001.png",
+        "correct",
+        _first_image(lambda p: Image.new("RGB", (9, 9)).save(p)),
+    ),
+    "other number of classes": Mistake(
+        f"{TRAIN} MODEL.ROI_HEADS.NUM_CLASSES 5", "MODEL.ROI_HEADS.NUM_CLASSES", "set it to 2"
+    ),
+    "train and val of other classes": Mistake(TRAIN, "circle", "give both the same", _rename_category),
+    "half of a pair of flags": Mistake("train --train-json {train}", "--train-images", "give both"),
+    "unknown dataset": Mistake(f"{TRAIN} DATASETS.TRAIN tiny_trian", "tiny_trian", "tiny_train"),
+    "unequal flags of the doctor": Mistake(
+        "doctor --json {train} --json {val} --images {images}", "2 --json", "each"
+    ),
+    "nothing to evaluate": Mistake(EVAL, "MODEL.WEIGHTS", "MODEL.WEIGHTS path"),
+    "nothing to evaluate on": Mistake(
+        f"{EVAL} --weights {{folder}}/w.pth DATASETS.TEST []", "DATASETS.TEST", "--val-json", _weights([])
+    ),
+    "nothing to predict with": Mistake(PREDICT, "MODEL.WEIGHTS", "add MODEL.WEIGHTS"),
+    "weights missing": Mistake(f"{OWN} --weights none.pth", "none.pth", "check MODEL.WEIGHTS"),
+    "weights named twice": Mistake(f"{TRAIN} --weights a.pth MODEL.WEIGHTS b.pth", "a.pth", "give one"),
+    "weights cut short": Mistake(f"{EVAL} --weights {{folder}}/w.pth", "w.pth", "again", _weights([], _cut)),
+    "weights that are none": Mistake(
+        f"{EVAL} --weights {{folder}}/w.pth", "w.pth", "checkpoint", _file("w.pth", "not weights at all")
+    ),
+    "weights that would run code": Mistake(
+        f"{EVAL} --weights {{folder}}/w.pkl",
+        "posix",
+        "not",
+        lambda case: _hostile(case.config.parent / "w.pkl"),
+    ),
+    "weights of another norm": Mistake(
+        f"{TRAIN} --weights {{folder}}/w.pth", "w.pth", "gn-detect convert", _weights(BN)
+    ),
+    "weights of another network": Mistake(
+        f"{TRAIN} --weights {{folder}}/w.pth",
+        "w.pth",
+        "configuration",
+        _weights(["MODEL.FPN.OUT_CHANNELS", "8"]),
+    ),
+    "weights of other classes": Mistake(
+        f"{EVAL} --weights {{folder}}/w.pth",
+        "NUM_CLASSES",
+        "to 3",
+        _weights(["MODEL.ROI_HEADS.NUM_CLASSES", "3"]),
+    ),
+    "weights of other input": Mistake(
+        f"{EVAL} --weights {{folder}}/w.pth", "INPUT.FORMAT RGB", "--fix-config", _weights([], _of_rgb)
+    ),
+    "weights that are no ResNet": Mistake(
+        f"{OWN} --weights {{folder}}/v.pth",
+        "v.pth",
+        "--config-file",
+        lambda case: torch.save({"features.0.weight": torch.zeros(3, 3)}, case.config.parent / "v.pth"),
+    ),
+    "unknown name in the zoo": Mistake(f"{OWN} --weights zoo://R-50-NG", "R-50-NG", "R-50-GN"),
+    "offline": Mistake(
+        "eval --config-file {config} --weights https://127.0.0.1:9/w.pth",
+        "127.0.0.1:9/w.pth",
+        "put it at",
+        retries=True,
+    ),
+    "no GPU": Mistake(f"{TRAIN} MODEL.DEVICE cuda", "MODEL.DEVICE", "cpu or auto", needs_no_gpu=True),
+    "batch that processes do not divide": Mistake(
+        f"{TRAIN} --num-gpus 2 SOLVER.IMS_PER_BATCH 3", "SOLVER.IMS_PER_BATCH", "multiple of 2"
+    ),
+    "output folder that cannot be made": Mistake(
+        f"{TRAIN} OUTPUT_DIR {{folder}}/file/run", "file/run", "choose another folder", _file("file", "")
+    ),
+    "resume without the checkpoint": Mistake(
+        f"{TRAIN} --resume", "model_0000009.pth", "without --resume", _last_checkpoint
+    ),
+    "resume of nothing": Mistake(f"{EVAL} --resume", "has no checkpoint", "add MODEL.WEIGHTS"),
+    "no image to predict": Mistake("predict --config-file {config} nowhere", "nowhere", "give image files"),
+    "key among the images": Mistake(
+        "predict --config-file {config} SOLVER.MAX_ITER 3", "no images", "before"
+    ),
+    "convert without a format": Mistake("convert {folder}/w.pth gn", "gn", "--format", _weights(BN)),
+    "calibrate a detector without its config": Mistake(
+        "calibrate {folder}/w.pth {folder}/w.pth {folder}/c.pth --images {images}",
+        "--config-file",
+        "trained with",
+        _weights(BN),
+    ),
+    "model without weights": Mistake("convert resnet18 gn.pth", "resnet18", "--weights DEFAULT"),
+    "plot of no run": Mistake("plot {folder}/nowhere", "nowhere", "run"),
+    "replay of no black box": Mistake("replay {folder}/nowhere", "nowhere", "black_box"),
+}
+
+
+def skip_reason(mistake: Mistake) -> str | None:
+    """Why the mistake cannot be made here."""
+    return "there is a GPU here" if mistake.needs_no_gpu and torch.cuda.is_available() else None
+
+
+def arguments(mistake: Mistake, case: Case) -> list[str]:
+    """The command of a mistake with the test's files."""
+    files = {
+        "config": case.config,
+        "train": case.train,
+        "val": case.val,
+        "images": case.train.parent / "images",
+        "folder": case.config.parent,
+        "output": case.output,
+    }
+    return [word.format(**files) for word in mistake.command.split()]
+
+
+def provoke(
+    mistake: Mistake, case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """Make the mistake; returns the message, with the test's folder as ``FOLDER``."""
+    monkeypatch.chdir(case.config.parent)
+    monkeypatch.setenv("GN_DETECT_CACHE", str(case.config.parent / "cache"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    mistake.prepare(case)
+    assert main(arguments(mistake, case)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 or mistake.retries, lines
+    assert lines[-1].startswith("error: ")
+    return lines[-1].removeprefix("error: ").replace(str(case.config.parent), "FOLDER")

@@ -1,0 +1,79 @@
+"""Help, exit status, JSON, completion and the config commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from gn_detect.cli import main
+from gn_detect.cli.main import COMMANDS
+from gn_detect.config.explain import facts
+from tests.cli.conftest import Case
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert (
+        f"  gn-detect {command} " in told
+        or f"  gn-detect --json {command} " in told
+        or "completion" in command
+    )
+    assert "exit status:" in told and "--quiet" in told
+
+
+def test_a_merged_config_is_printed(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--config-file", str(case.config), "SOLVER.BASE_LR", "0.5"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["SOLVER"]["BASE_LR"] == 0.5 and printed["MODEL"]["GN"]["NUM_GROUPS"] == 4
+
+
+def test_a_key_and_a_group_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "explain", "solver.amp.dtype"]) == 0
+    told = capsys.readouterr().out
+    assert all(words in told for words in ("SOLVER.AMP.DTYPE", "default  float16", "float16, bfloat16"))
+    assert main(["--json", "config", "explain", "MODEL.GN"]) == 0
+    assert [fact["key"] for fact in json.loads(capsys.readouterr().out)] == [
+        "MODEL.GN.NUM_GROUPS",
+        "MODEL.GN.MIN_CHANNELS_PER_GROUP",
+        "MODEL.GN.EPS",
+    ]
+
+
+def test_every_key_has_a_text_and_no_text_is_of_a_key_that_is_gone() -> None:
+    from gn_detect.config.descriptions import DESCRIPTIONS
+
+    known = {fact.key: fact.text for fact in facts()}  # fails where a text is missing
+    assert set(DESCRIPTIONS) <= set(known) and all(known.values())
+
+
+def test_strict_doctor_and_its_json(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    case.edit(lambda content: content["annotations"][0].update(category_id=55))
+    arguments = ["doctor", "--json", str(case.train), "--images", str(case.train.parent / "images")]
+    assert main([*arguments, "--strict"]) == 1
+    capsys.readouterr()
+    assert main(["--json", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"]
+
+
+def test_the_zoo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "info", "R-50-GN", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["name"] == "R-50-GN" and entry["is_downloaded"] in (True, False)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_of_the_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="needs the extra 'completion'")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "--train-json" in script or "train-json" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)

@@ -1,0 +1,101 @@
+"""A config is found from a checkpoint alone, and the model that it makes takes all of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gn_detect.config import Config, dump_config, load_config
+from gn_detect.errors import UserError
+from gn_detect.modeling import build_model
+from gn_detect.weights import load_weights, read_architecture, read_checkpoint, save_weights
+from tests.weights import schemes
+
+NARROW = ["MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"]
+NARROW += [
+    "MODEL.RESNETS.RES2_OUT_CHANNELS",
+    "16",
+    "MODEL.FPN.OUT_CHANNELS",
+    "16",
+    "MODEL.GN.NUM_GROUPS",
+    "2",
+]
+HEADS = [
+    "MODEL.ROI_BOX_HEAD.FC_DIM",
+    "24",
+    "MODEL.ROI_BOX_HEAD.CONV_DIM",
+    "8",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM",
+    "12",
+]
+
+MODELS = {
+    "GN everywhere": ("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", []),
+    "frozen BN, R-101": ("COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_1x.yaml", []),
+    "no masks": ("GN/faster_rcnn_R_50_FPN_2x_gn.yaml", []),
+    "C4": ("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml", []),
+    "ResNet-18": ("quick/Base-R18-GN.yaml", []),
+    "ResNeXt": (
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+        ["MODEL.RESNETS.NUM_GROUPS", "2", "MODEL.RESNETS.STRIDE_IN_1X1", "False"],
+    ),
+    "other heads": (
+        "GN/mask_rcnn_R_50_FPN_2x_gn.yaml",
+        ["MODEL.ROI_MASK_HEAD.NUM_CONV", "2", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "5"]
+        + ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True", "MODEL.RPN.CONV_DIMS", "[-1, -1]"],
+    ),
+}  # fmt: skip
+
+
+def narrow(config: str, keys: list[str]) -> Config:
+    return load_config(config, [*NARROW, *HEADS, *keys])
+
+
+def rebuilt(path: Path) -> tuple[Config, torch.nn.Module]:
+    """The model of what the file tells; 80 classes, as everywhere here."""
+    found = read_architecture(read_checkpoint(path))
+    base = "Base-RCNN-FPN.yaml" if "MODEL.FPN.OUT_CHANNELS" in found.keys else "Base-RCNN-C4.yaml"
+    keys = {"MODEL.MASK_ON": found.has_masks, "MODEL.GN.NUM_GROUPS": 2, **found.keys}
+    cfg = load_config(base, [text for key, value in keys.items() for text in (key, str(value))])
+    return cfg, build_model(cfg)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_detector_is_rebuilt_from_its_tensors(tmp_path: Path, name: str) -> None:
+    cfg = narrow(*MODELS[name])
+    save_weights(tmp_path / "model.pth", build_model(cfg).state_dict())
+    found, model = rebuilt(tmp_path / "model.pth")
+    report = load_weights(model, tmp_path / "model.pth")  # strict: all must fit
+    assert report.missing == report.unexpected == report.mismatched == []
+    assert found.model.resnets.norm == cfg.model.resnets.norm
+
+
+def test_what_tensors_do_not_tell_comes_from_the_config_in_the_file(tmp_path: Path) -> None:
+    keys = ["MODEL.GN.EPS", "0.001", "MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16], [32], [64], [128]]"]
+    cfg = narrow("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", keys)
+    metadata = {"config": dump_config(cfg), "class_names": ["a", "b"]}
+    save_weights(tmp_path / "model.pth", build_model(cfg).state_dict(), metadata)
+    found = read_architecture(read_checkpoint(tmp_path / "model.pth"))
+    assert found.class_names == ["a", "b"]
+    assert found.keys["MODEL.GN.EPS"] == 0.001
+    assert found.keys["MODEL.ANCHOR_GENERATOR.SIZES"] == cfg.model.anchor_generator.sizes
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_a_backbone_of_another_library(tmp_path: Path, norm: str) -> None:
+    config = "GN/mask_rcnn_R_50_FPN_2x_gn.yaml" if norm == "gn" else "Base-RCNN-FPN.yaml"
+    model = build_model(narrow(config, []))
+    state = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.bottom_up.")}
+    torch.save(schemes.torchvision_backbone(state, norm), tmp_path / "resnet.pth")
+    found = read_architecture(read_checkpoint(tmp_path / "resnet.pth"))
+    assert not found.is_detector and found.norm == ("GN" if norm == "gn" else "FrozenBN")
+    assert found.keys["MODEL.RESNETS.DEPTH"] == 50 and found.keys["MODEL.RESNETS.WIDTH_PER_GROUP"] == 4
+    assert str(found) == f"backbone R-50 with {found.norm}"
+
+
+def test_what_is_no_resnet_is_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"features.0.weight": torch.zeros(3, 3)}, tmp_path / "vgg.pth")
+    with pytest.raises(UserError, match=r"vgg\.pth.*features\.0\.weight.*--config-file"):
+        read_architecture(read_checkpoint(tmp_path / "vgg.pth"))
