@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
@@ -106,7 +107,10 @@ def _process_group(device: str, url: str, rank: int, world_size: int) -> Iterato
     on_gpu = uses_cuda(device)
     if on_gpu:
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=url, rank=rank, world_size=world_size)
+    store, rank, world_size = next(rendezvous(url, rank, world_size))
+    # torchrun's own store outlives the workers that it restarts, and with it the addresses of the dead.
+    store = dist.PrefixStore(f"restart_{restart_count()}", store)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
     yield
     dist.destroy_process_group()  # not after an error: the other processes are not there to take part
 
@@ -130,6 +134,11 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def restart_count() -> int:
+    """How often torchrun has restarted the workers of this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def uses_cuda(device: str) -> bool:
