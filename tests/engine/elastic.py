@@ -1,6 +1,6 @@
-"""Restarts the workers of a run in which one is killed, as torchrun does, and compares the end with an undisturbed run.
+"""Kills a worker of torchrun's agent, which restarts all, and compares the end with an undisturbed run's.
 
-``python -m tests.engine.elastic``; see ``--help``. The workers are forks of this process, as in the chaos test.
+``python -m tests.engine.elastic``; see ``--help``. Workers are forks of this process, as in the chaos test.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def die_in_step() -> None:
 
 
 def compare(folder: Path, victim: int, keys: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Train undisturbed and disturbed. Returns where the restarted workers began, and how the results differ."""
+    """Train undisturbed and disturbed. Returns where workers resumed, and how the results differ."""
     train, val = make_dataset(folder / "train", 6, seed=1), make_dataset(folder / "val", 3, seed=2)
     folders = [folder / name for name in ("undisturbed", "disturbed")]
     for each in folders:

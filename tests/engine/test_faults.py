@@ -18,6 +18,8 @@ from gn_detect.config import Config, load_config
 from gn_detect.data import build_train_loader
 from gn_detect.engine import launch, train
 from gn_detect.engine import trainer as trainer_module
+from gn_detect.engine.distributed import LOST_PEER, barrier, get_rank
+from gn_detect.engine.interruption import Interruption
 from gn_detect.engine.step import make_state, train_step
 from gn_detect.engine.writers import MetricsWriter
 from gn_detect.errors import UserError
@@ -192,16 +194,21 @@ def test_out_of_gpu_memory_names_the_batch_and_the_keys(tiny_config: Config) -> 
         assert words in message
 
 
-def _die(rank_that_dies: int) -> None:
-    """Runs in each of two processes."""
-    from gn_detect.engine.distributed import barrier, get_rank
+def _die(folder: str) -> None:
+    """Runs in each of two processes: one is killed, the other is told to stop and waits for it."""
+    with Interruption() as interruption:
+        barrier()
+        os.kill(os.getpid(), signal.SIGKILL if get_rank() == 1 else signal.SIGTERM)
+        try:
+            while True:
+                interruption.requested()
+        except RuntimeError as error:
+            (Path(folder) / "noticed.txt").write_text(str(error))
+            raise
 
-    barrier()
-    if get_rank() == rank_that_dies:
-        os.kill(os.getpid(), signal.SIGKILL)
-    barrier()
 
-
-def test_killed_process_ends_the_others() -> None:
+def test_killed_process_ends_the_others(tmp_path: Path) -> None:
+    """Also one that was told to stop: it does not wait for the dead to finish the step."""
     with pytest.raises(UserError, match="process 1 of this machine was killed by SIGKILL.*--resume"):
-        launch(_die, (1,), device="cpu", num_gpus=2)
+        launch(_die, (str(tmp_path),), device="cpu", num_gpus=2)
+    assert any(words in (tmp_path / "noticed.txt").read_text() for words in LOST_PEER)
