@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from gn_detect.config import Config
 from gn_detect.engine import interruption, train
 from gn_detect.engine import trainer as trainer_module
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
 
 
 class Gone(BaseException):
@@ -26,8 +29,9 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def step(*args: object) -> object:
         if next(steps) == 1:
             for number in signals:
-                for process in [*multiprocessing.active_children(), multiprocessing.current_process()]:
-                    os.kill(process.pid or 0, number)
+                # From another process: loader workers take a signal of their parent's as a friendly one.
+                group = [*multiprocessing.active_children(), multiprocessing.current_process()]
+                subprocess.run(["kill", f"-{number}", *(str(process.pid) for process in group)], check=True)
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trainer_module, "train_step", step)
