@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -11,6 +12,30 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import UserError
+
+_REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room",
+    (errno.EROFS,): "choose another folder: this file system can only be read",
+    (errno.EACCES, errno.EPERM): "correct the rights or choose another folder",
+    (errno.ENOENT,): "it or its folder is not there: correct the path, or make again what was deleted",
+    (errno.ENOTDIR, errno.EEXIST): "a part of the path is a file: choose another folder",
+    (errno.EISDIR,): "it is a folder: choose another name",
+    (errno.EIO, errno.ESTALE): "check the disk or the network behind it",
+}
+
+
+def remedy(error: OSError) -> str:
+    """What a user can do about an error of the system, in a few words."""
+    return next((text for codes, text in _REMEDIES.items() if error.errno in codes), "choose another folder")
+
+
+def cannot_write(path: str | Path, error: OSError, then: str = "") -> UserError:
+    """The message for ``path``, which the system did not let us write.
+
+    Args:
+        then: what else there is to say, after the remedy.
+    """
+    return UserError(f"cannot write {path}: {error.strerror or error}; {remedy(error)}{then}")
 
 
 @contextmanager
@@ -29,9 +54,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; choose a folder that can be written"
-        ) from error
+        raise cannot_write(path, error) from error
     try:
         with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -41,7 +64,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+        raise cannot_write(path, error, "; nothing was changed") from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gn_detect.errors import UserError
-from gn_detect.files import atomic_write, atomic_write_json, atomic_write_text
+from gn_detect.files import atomic_write, atomic_write_json, atomic_write_text, cannot_write
 
 
 def names(folder: Path) -> list[str]:
@@ -60,14 +61,33 @@ def test_json_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_a_users_error(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
-    with pytest.raises(UserError, match="cannot write .*model.pth: No space left"), atomic_write(path, "wb"):
+    message = "cannot write .*model.pth: No space left on device; make room; nothing was changed"
+    with pytest.raises(UserError, match=message), atomic_write(path, "wb"):
         raise OSError(28, "No space left on device")
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "make room"),
+        (errno.EROFS, "can only be read"),
+        (errno.EACCES, "rights"),
+        (errno.ENOENT, "deleted"),
+        (errno.EIO, "check the disk"),
+        (errno.EMFILE, "another folder"),
+    ],
+)
+def test_the_remedy_fits_the_error(code: int, words: str) -> None:
+    message = str(cannot_write("run/log.txt", OSError(code, os.strerror(code)), ", then --resume"))
+    assert message.startswith(f"cannot write run/log.txt: {os.strerror(code)}; ") and words in message
+    assert message.endswith(", then --resume") and ("make room" in message) == (words == "make room")
+
+
 def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot write .*choose a folder that can be written") as caught:
+    with pytest.raises(UserError, match="cannot write .*log.txt: .*a part of the path is a file") as caught:
         atomic_write_text(tmp_path / "file" / "log.txt", "text")
     assert "\n" not in str(caught.value)
 

@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
+from ..files import remedy
 from . import (
     bench,
     calibrate,
@@ -81,10 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of standard output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        name = f" {error.filename}" if error.filename else ""
-        return _fail(
-            f"{(error.strerror or str(error)).lower()}:{name}; correct the path, its rights or make room"
-        )
+        name = f": {error.filename}" if error.filename else ""
+        return _fail(f"{(error.strerror or str(error)).lower()}{name}; {remedy(error)}")
     except torch.cuda.OutOfMemoryError:
         return _fail("the GPU has too little memory; lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN")
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import secrets
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -256,6 +257,7 @@ class SampleLoader(Iterable[list[Sample]]):
             num_workers=self.num_workers,
             collate_fn=list,
             multiprocessing_context="fork" if can_fork else None,
+            worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator(),  # its own, so that the model's random numbers stay the same
         )
         for batch in loader:
@@ -263,6 +265,12 @@ class SampleLoader(Iterable[list[Sample]]):
                 if isinstance(packed, UserError):
                     raise packed
             yield [_unpack(*packed) for packed in batch]
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and launchers signal the whole group; the step that is finished then needs its data."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Batches:

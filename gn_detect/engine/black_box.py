@@ -92,6 +92,8 @@ def examine(
     model.load_state_dict(weights)
     device = resolve_device(cfg)
     model.to(device).train()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    broken = next((name for name, value in named if not value.isfinite().all()), None)
     watch = _Watch(model)
     seed_iteration(cfg.seed, iteration, rank)
     totals: dict[str, float] = {}
@@ -103,8 +105,6 @@ def examine(
         (total * scale).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0.0) + float(loss.detach()) / len(parts)
-    named = [*model.named_parameters(), *model.named_buffers()]
-    broken = next((name for name, value in named if not value.isfinite().all()), None)
     return Finding(totals, broken, watch.output, watch.gradient)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
     from ..config import Config
 
 T = TypeVar("T")
+
+SIOCGIFADDR = 0x8915
+"""Linux: the IPv4 address of an interface (netdevice(7))."""
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 """In the errors of gloo and NCCL when another process is gone."""
@@ -106,9 +113,36 @@ def _process_group(device: str, url: str, rank: int, world_size: int) -> Iterato
     on_gpu = uses_cuda(device)
     if on_gpu:
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=url, rank=rank, world_size=world_size)
+    interface = _interface_to(urlsplit(url).hostname or os.environ["MASTER_ADDR"])
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    store, rank, world_size = next(rendezvous(url, rank, world_size))
+    # torchrun's own store outlives the workers that it restarts, and with it the addresses of the dead.
+    store = dist.PrefixStore(f"restart_{restart_count()}", store)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
     yield
     dist.destroy_process_group()  # not after an error: the other processes are not there to take part
+
+
+def _interface_to(host: str) -> str | None:
+    """The network interface on the way to machine 0; None where that cannot be told.
+
+    Left to itself, gloo takes the address of this machine's name, on which other machines may find only
+    themselves: it is often 127.0.0.1 or 127.0.1.1.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((host, 1))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                request = struct.pack("16s24x", name.encode())
+                if fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24] == own:
+                    return name
+    return None
 
 
 def _check_flags(device: str, num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
@@ -130,6 +164,11 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def restart_count() -> int:
+    """How often torchrun has restarted the workers of this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def uses_cuda(device: str) -> bool:

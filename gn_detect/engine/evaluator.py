@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes
 from ..errors import UserError
 from ..evaluation import evaluate_model
-from ..files import atomic_write_json
+from ..files import atomic_write_json, remedy
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import load_weights
 from .checkpoint import read_last_checkpoint
@@ -126,6 +126,4 @@ def make_folder(path: str | Path) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"OUTPUT_DIR {path} cannot be created: {error.strerror}; choose another folder"
-        ) from error
+        raise UserError(f"OUTPUT_DIR {path} cannot be created: {error.strerror}; {remedy(error)}") from error

@@ -31,6 +31,7 @@ class TrainingState:
         model: the plain model.
         optimizer: over its trained parameters.
         trained: those parameters.
+        statistics: what a forward pass changes: the running statistics of BatchNorm.
         scaler: of the loss; switched off unless training is in float16.
         average: ``SOLVER.EMA``, or None.
         broken: scalar on the device, 1 from the first loss or gradient on that was not finite, where
@@ -43,9 +44,12 @@ class TrainingState:
     average: AveragedModel | None
     broken: Tensor
     trained: list[nn.Parameter] = field(init=False)
+    statistics: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
     @property
     def evaluated(self) -> nn.Module:
@@ -94,7 +98,7 @@ def make_state(cfg: Config, model: nn.Module) -> TrainingState:
 def train_step(
     cfg: Config, model: nn.Module, batch: Sequence[Sample], state: TrainingState
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One update of the weights, or none where a loss or gradient is not finite.
+    """One update of the weights and running statistics, or none where a loss or gradient is not finite.
 
     Args:
         cfg: whole config.
@@ -107,6 +111,7 @@ def train_step(
         that are too large do not count: the scaler lowers their scale, and the step is left out.
     """
     state.optimizer.zero_grad(set_to_none=True)
+    statistics = [value.clone() for value in state.statistics]
     parts = split(batch, cfg.solver.accumulate)
     collected = []
     for part in parts:
@@ -127,6 +132,8 @@ def train_step(
             state.broken = torch.maximum(state.broken, broken)
             skip = torch.maximum(skip, state.broken)
         step_unless(state.optimizer, skip)
+        for value, before in zip(state.statistics, statistics, strict=True):
+            value.copy_(torch.where(skip.bool(), before, value))
         state.scaler.update()
         if state.average is not None:
             state.average.update_parameters(state.model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from contextlib import closing, nullcontext
 from itertools import islice
@@ -16,7 +15,7 @@ from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
 from .black_box import examine, replay_command, seed_iteration, write_black_box
 from .checkpoint import BEST, FINAL, checkpoint_name, save_checkpoint
-from .distributed import barrier, gather, get_rank, is_main, parallelize, world_size
+from .distributed import barrier, gather, get_rank, is_main, parallelize, restart_count, world_size
 from .evaluator import Results, evaluate_test_sets, scalars_of, write_results
 from .faults import worker_help
 from .interruption import Interruption
@@ -57,7 +56,7 @@ def train(cfg: Config, *, resume: bool = False) -> Results:
             diverged.
         SystemExit: SIGTERM (status 143) or SIGINT (130) came, and the run is saved.
     """
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = resume or restart_count() > 0
     with run_log() as log, worker_help(cfg):
         run = prepare(cfg, resume)
         if is_main():

@@ -7,7 +7,9 @@ import logging
 import logging.handlers
 import math
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,12 +17,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import UserError
-from ..files import atomic_write_text
+from ..files import atomic_write_text, cannot_write
 from .distributed import is_main
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import Event
 
 LOGGER = "gn_detect"
 
@@ -103,13 +104,13 @@ class MetricsWriter:
             kept.pop()
         atomic_write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder, start)
+        self._events = _events_in(folder, start)
 
     def write(self, iteration: int, scalars: dict[str, float]) -> None:
         """``scalars`` after ``iteration``; values that are not finite become null.
 
         Raises:
-            UserError: the disk is full.
+            UserError: a file cannot be written: the disk is full, or may only be read.
         """
         values = {key: value if math.isfinite(value) else None for key, value in scalars.items()}
         try:
@@ -117,11 +118,10 @@ class MetricsWriter:
                 self._begin_again(iteration)
             self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
             self._file.flush()
-            if self._board is not None:
-                for key, value in scalars.items():
-                    self._board.add_scalar(key, value, iteration)
         except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}; make room and --resume") from error
+            raise cannot_write(self._path, error, ", then --resume") from error
+        if self._events is not None:
+            self._events.write(iteration, scalars)
 
     def _begin_again(self, iteration: int) -> None:
         """The folder, or the file in it, was deleted while the run goes on."""
@@ -131,7 +131,9 @@ class MetricsWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file.close()
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = _tensorboard(self._folder, iteration)
+        if self._events is not None:
+            self._events.close()
+        self._events = _events_in(self._folder, iteration)
 
     def sync(self) -> None:
         """Make the lines last through a power failure, as the checkpoint that follows them does."""
@@ -141,17 +143,67 @@ class MetricsWriter:
         """Finish both files."""
         with suppress(OSError):  # the disk is full, which write() has said
             self._file.close()
-            if self._board is not None:
-                self._board.close()
+        if self._events is not None:
+            self._events.close()
 
 
-def _tensorboard(folder: Path, start: int) -> SummaryWriter | None:
-    """Events in the run's folder, or None where the tensorboard package is not installed."""
+class EventsWriter:
+    """TensorBoard's file of a run. Its own writer has a thread, where an error of the disk is a traceback.
+
+    Args:
+        folder: the run's.
+        start: TensorBoard drops what earlier files of the folder hold from this iteration on.
+
+    Raises:
+        ImportError: the tensorboard package is not installed.
+        UserError: the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        now = time.time()
+        self._path = folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
+        try:
+            self._records = RecordWriter(self._path.open("xb"))
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+        self._add(Event(wall_time=now, file_version="brain.Event:2"))
+        if start:
+            self._add(Event(wall_time=now, step=start, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, iteration: int, scalars: dict[str, float]) -> None:
+        """``scalars`` after ``iteration``.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
+        self._add(Event(wall_time=time.time(), step=iteration, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """What is written is in the file already."""
+        with suppress(OSError):
+            self._records.close()
+
+    def _add(self, event: Event) -> None:
+        try:
+            self._records.write(event.SerializeToString())
+            self._records.flush()
+        except OSError as error:
+            raise cannot_write(self._path, error, ", then --resume") from error
+
+
+def _events_in(folder: Path, start: int) -> EventsWriter | None:
+    """For the run's folder, or None where the tensorboard package is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return EventsWriter(folder, start)
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=start or None)
 
 
 def _lines(path: Path) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import load_config
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, cannot_write
 from .convention import InputConvention
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
 from .pickle_check import RefusedPickle, check_pickle
@@ -131,8 +131,10 @@ def save_weights(
         try:
             with atomic_write(path, "wb") as file:
                 torch.save({"model": tensors, **metadata}, file)
-        except RuntimeError as error:  # torch's writer reports a full disk so
-            raise UserError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from error
+        except RuntimeError as error:  # torch's writer hides what the system said
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise cannot_write(path, error.__context__, "; nothing was changed") from error
 
 
 def _program_version() -> str:

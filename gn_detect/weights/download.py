@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import atomic_write_text
+from ..files import atomic_write_text, cannot_write
 
 ATTEMPTS = 5
 """Connections that may fail one after the other without a byte more."""
@@ -103,10 +103,7 @@ def download(url: str, target: Path, *, size: int | None = None, checksum: str =
             f"cannot download {url}: {error}; fetch it by other means and put it at {target}"
         ) from error
     except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; make room, or name another folder in "
-            "GN_DETECT_CACHE"
-        ) from error
+        raise cannot_write(target, error, "; GN_DETECT_CACHE names the folder") from error
     return target
 
 

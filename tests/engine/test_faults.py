@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,10 @@ from gn_detect.config import Config, load_config
 from gn_detect.data import build_train_loader
 from gn_detect.engine import launch, train
 from gn_detect.engine import trainer as trainer_module
+from gn_detect.engine.distributed import LOST_PEER, barrier, get_rank
+from gn_detect.engine.interruption import Interruption
 from gn_detect.engine.step import make_state, train_step
+from gn_detect.engine.writers import MetricsWriter
 from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
 from tests.engine.tiny import make_dataset, write_config
@@ -72,11 +77,13 @@ def test_disk_full(tiny_config: Config, mounted: Path, at_step: Callable) -> Non
             file.write(b"0" * 2**23)
 
     at_step(2, fill)
-    fails(cfg, "cannot write .*(No space left|is the disk full)")
+    fails(
+        cfg, "cannot write .*/run/model_0000002.pth: No space left on device; make room; nothing was changed$"
+    )
 
 
 def test_folder_that_becomes_read_only(tiny_config: Config, mounted: Path, at_step: Callable) -> None:
-    """As by a remount after an error of the disk; TensorBoard's thread decides which file meets it first."""
+    """As by a remount after an error of the disk; files that are open already can still be written."""
     cfg = tiny_config.replace({**KEYS, "OUTPUT_DIR": str(mounted / "run")})
 
     def protect() -> None:
@@ -84,7 +91,7 @@ def test_folder_that_becomes_read_only(tiny_config: Config, mounted: Path, at_st
             subprocess.run(["mount", *options, cfg.output_dir], check=True)
 
     at_step(2, protect)
-    fails(cfg, r"cannot write .*/run/(model_0000002\.pth|metrics\.jsonl): Read-only file system")
+    fails(cfg, r"cannot write .*/run/model_0000002\.pth: Read-only file system; choose another folder")
 
 
 def test_read_only_folder_is_refused_at_the_start(tiny_config: Config, mounted: Path) -> None:
@@ -92,7 +99,7 @@ def test_read_only_folder_is_refused_at_the_start(tiny_config: Config, mounted: 
     if subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=False).returncode:
         pytest.skip("this system does not remount file systems")
     cfg = tiny_config.replace({**KEYS, "OUTPUT_DIR": str(mounted / "run")})
-    with pytest.raises(UserError, match="cannot write .*config.yaml: Read-only file system; choose"):
+    with pytest.raises(UserError, match="cannot write .*config.yaml: Read-only file system; choose another"):
         train(cfg)
 
 
@@ -106,6 +113,29 @@ def test_deleted_folder_is_made_again(
     assert "was deleted; it is written anew" in caplog.text
     assert (folder / "model_final.pth").is_file()
     assert (folder / "metrics.jsonl").read_text().count("\n") == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of a file's size")
+@pytest.mark.parametrize(
+    ("length", "value", "name"), [(1, 0.5, "events.out.tfevents.*"), (40, 0.1 + 0.2, "metrics.jsonl")]
+)
+def test_message_names_the_file_that_could_not_be_written(
+    tmp_path: Path, length: int, value: float, name: str
+) -> None:
+    """Short lines are longer as TensorBoard's records, long numbers are longer in JSON."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(MetricsWriter(tmp_path, 0)) as writer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        try:
+            with pytest.raises(
+                UserError, match=f"cannot write .*/{name}: File too large; make room, then --resume$"
+            ):
+                for iteration in range(100):
+                    writer.write(iteration, {f"loss_{i}": value for i in range(length)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -164,16 +194,21 @@ def test_out_of_gpu_memory_names_the_batch_and_the_keys(tiny_config: Config) -> 
         assert words in message
 
 
-def _die(rank_that_dies: int) -> None:
-    """Runs in each of two processes."""
-    from gn_detect.engine.distributed import barrier, get_rank
+def _die(folder: str) -> None:
+    """Runs in each of two processes: one is killed, the other is told to stop and waits for it."""
+    with Interruption() as interruption:
+        barrier()
+        os.kill(os.getpid(), signal.SIGKILL if get_rank() == 1 else signal.SIGTERM)
+        try:
+            while True:
+                interruption.requested()
+        except RuntimeError as error:
+            (Path(folder) / "noticed.txt").write_text(str(error))
+            raise
 
-    barrier()
-    if get_rank() == rank_that_dies:
-        os.kill(os.getpid(), signal.SIGKILL)
-    barrier()
 
-
-def test_killed_process_ends_the_others() -> None:
+def test_killed_process_ends_the_others(tmp_path: Path) -> None:
+    """Also one that was told to stop: it does not wait for the dead to finish the step."""
     with pytest.raises(UserError, match="process 1 of this machine was killed by SIGKILL.*--resume"):
-        launch(_die, (1,), device="cpu", num_gpus=2)
+        launch(_die, (str(tmp_path),), device="cpu", num_gpus=2)
+    assert any(words in (tmp_path / "noticed.txt").read_text() for words in LOST_PEER)
