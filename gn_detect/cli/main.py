@@ -11,13 +11,14 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
-from . import bench, convert, doctor, evaluate, plot, predict, replay, train, zoo
+from . import bench, convert, doctor, evaluate, export, plot, predict, replay, train, zoo
 
 COMMANDS = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
     "convert": convert,
+    "export": export,
     "zoo": zoo,
     "plot": plot,
     "bench": bench,
