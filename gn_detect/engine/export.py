@@ -67,8 +67,9 @@ class ExportableDetector(nn.Module):
         column = torch.arange(image.shape[3], device=image.device) < size[1]
         pixels = torch.where(row[:, None] & column, pixels, 0.0)
         features = model.backbone(pixels.contiguous(memory_format=model.memory_format))
-        proposals = model.proposal_generator.propose(features, [size])
-        found = model.roi_heads.detect(features, proposals, [size])[0]
+        sizes: Any = [size]  # boxes are clipped by numbers or by a tensor
+        proposals = model.proposal_generator.propose(features, sizes)
+        found = model.roi_heads.detect(features, proposals, sizes)[0]
         outputs = (found.boxes, found.scores, found.labels)
         return outputs if found.masks is None else (*outputs, found.masks)
 
@@ -131,8 +132,8 @@ class ExportMetadata:
 def export_detector(predictor: Predictor, path: str | Path) -> None:
     """Write the detector to ``path``, ``.onnx`` or ``.pt2``.
 
-    The file takes images of any size, see :meth:`ExportableDetector.forward`, and holds :class:`ExportMetadata`.
-    It needs nothing of gn_detect to run: fused norms are PyTorch's group norm in it, or ONNX's.
+    The file takes images of any size, see :meth:`ExportableDetector.forward`, and holds
+    :class:`ExportMetadata`. It needs nothing of gn_detect to run: fused norms are PyTorch's group norm in it, or ONNX's.
 
     Args:
         predictor: on the CPU.

@@ -53,8 +53,8 @@ class Parity:
         ours, theirs = (sorted(column)[len(column) // 2] for column in zip(*self.seconds, strict=True))
         small = f" (at most {self.flipped} pixel of a mask below {MASK_TOLERANCE})" if self.flipped else ""
         text = (
-            f"{self.detections} detections in {self.images} images: boxes within {self.box:.1e} px, scores within "
-            f"{self.score:.1e}, mask IoU at least {self.mask:.5f}{small}; "
+            f"{self.detections} detections in {self.images} images: boxes within {self.box:.1e} px, "
+            f"scores within {self.score:.1e}, mask IoU at least {self.mask:.5f}{small}; "
             f"median {ours:.2f} s an image by the model, {theirs:.2f} s by the file"
         )
         if self.unequal:

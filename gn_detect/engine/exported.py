@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable
@@ -91,7 +90,9 @@ def _load_onnx(path: Path) -> tuple[Program, ExportMetadata, str]:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of a dozen kinds without a common parent
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is no ONNX model that onnxruntime can run: {reason}; export it again") from error
+        raise UserError(
+            f"{path} is no ONNX model that onnxruntime can run: {reason}; export it again"
+        ) from error
     told = ExportMetadata.from_strings(session.get_modelmeta().custom_metadata_map, path)
     if [given.name for given in session.get_inputs()] != list(INPUTS):
         raise UserError(f"{path} has other inputs than {', '.join(INPUTS)}; export it again")
@@ -107,14 +108,15 @@ def _load_pt2(path: Path, trust: bool) -> tuple[Program, ExportMetadata, str]:
     told = ExportMetadata.from_strings(_read_pt2_metadata(path), path)
     if not trust:
         raise UserError(
-            f"{path} is a program that PyTorch runs; add --trust if you know who exported it, or use an ONNX file"
+            f"{path} is a program that PyTorch runs; add --trust if you know who exported it, "
+            "or use an ONNX file"
         )
     try:
         module = torch.export.load(path).module()
     except Exception as error:  # of many kinds, none of which is documented
         raise UserError(
-            f"{path} cannot be loaded by PyTorch {torch.__version__}, which reads the files of its own release; "
-            "export it again"
+            f"{path} cannot be loaded by PyTorch {torch.__version__}, which reads files of its own "
+            "release; export it again"
         ) from error
 
     def run(image: Tensor, size: Tensor) -> list[Tensor]:
@@ -129,7 +131,8 @@ _MEMBERS = re.compile(
     r"|data/weights/(model_weights_config\.json|weight_\d+)"
     r"|data/constants/(model_constants_config\.json|tensor_\d+)"
     r"|data/sample_inputs/model\.pt"
-    r"|archive_(format|version)|version|byteorder|\.format_version|\.storage_alignment|\.data/(serialization_id|version)"
+    r"|archive_(format|version)|version|byteorder|\.format_version|\.storage_alignment"
+    r"|\.data/(serialization_id|version)"
 )
 """Of an archive of PyTorch's with one program; not among them: compiled libraries, older formats' pickles."""
 
@@ -145,7 +148,9 @@ def _read_pt2_metadata(path: Path) -> Any:
             members = {name.partition("/")[2]: archive.getinfo(name) for name in archive.namelist()}
             strange = sorted(name for name in members if not _MEMBERS.fullmatch(name))
             if strange:
-                raise UserError(f"{path} holds {strange[0]}, which gn_detect does not export; it was not loaded")
+                raise UserError(
+                    f"{path} holds {strange[0]}, which gn_detect does not export; it was not loaded"
+                )
             for kind in ("weights", "constants"):
                 with archive.open(members[f"data/{kind}/model_{kind}_config.json"]) as file:
                     entries = json.load(file)["config"]
@@ -155,7 +160,7 @@ def _read_pt2_metadata(path: Path) -> Any:
                 raise UserError(f"{path} holds pickled sample inputs, which are not loaded; export it again")
             with archive.open(members[f"extra/{METADATA_FILE}"]) as file:
                 return json.load(file)
-    except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError, os.error) as error:
+    except (OSError, zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{path} is no detector that gn_detect exported; make one with gn-detect export"
         ) from error

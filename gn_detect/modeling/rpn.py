@@ -255,9 +255,7 @@ class RPN(nn.Module):
             boxes = clip_boxes(boxes, size)
             large = ((boxes[:, 2:] - boxes[:, :2]) > s.min_size).all(dim=1)
             keep = (finite & large).nonzero()[:, 0]
-            best = nms_by_group(
-                boxes[keep], scores[n, keep].float(), level_of[keep], len(top), s.nms_thresh
-            )
+            best = nms_by_group(boxes[keep], scores[n, keep].float(), level_of[keep], len(top), s.nms_thresh)
             proposals.append(boxes[keep[best[:after]]])
         return proposals
 

@@ -33,8 +33,8 @@ def clip_boxes(boxes: Tensor, size: tuple[int, int] | Tensor) -> Tensor:
 def nms_by_group(boxes: Tensor, scores: Tensor, group: Tensor, num_groups: int, threshold: float) -> Tensor:
     """``torchvision.ops.batched_nms``, also in a compiled or exported program.
 
-    There the number of boxes is not known, by which torchvision chooses between one NMS for each group and one
-    for all, with the groups moved apart. A few groups are taken one by one here, many are moved apart.
+    There the number of boxes is not known, by which torchvision chooses between one NMS for each group and
+    one for all, with the groups moved apart. Here a few groups are taken one by one, many are moved apart.
 
     Args:
         boxes: (N, 4) ``xyxy``, no coordinate below 0.
