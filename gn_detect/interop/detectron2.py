@@ -65,7 +65,7 @@ def _convolutions(block: nn.Module) -> list[Any]:
 
 
 def _is_free(conv: Any, kind: Any) -> bool:
-    """A plain convolution with a norm of ours; its ``forward`` is not called any more, so hooks would be lost."""
+    """A plain convolution with a norm of ours; its own ``forward`` is not called, so hooks would be lost."""
     return (
         type(conv) is kind
         and type(conv.norm) is GroupNorm
