@@ -133,7 +133,8 @@ def export_detector(predictor: Predictor, path: str | Path) -> None:
     """Write the detector to ``path``, ``.onnx`` or ``.pt2``.
 
     The file takes images of any size, see :meth:`ExportableDetector.forward`, and holds
-    :class:`ExportMetadata`. It needs nothing of gn_detect to run: fused norms are PyTorch's group norm in it, or ONNX's.
+    :class:`ExportMetadata`. It needs nothing of gn_detect to run: fused norms are PyTorch's group norm in it,
+    or ONNX's.
 
     Args:
         predictor: on the CPU.
@@ -191,7 +192,9 @@ def export_program(model: MaskRCNN) -> torch.export.ExportedProgram:
     """
     unit = model.size_divisibility
     least = -(-MIN_SIDE // unit)
-    sides = {2: unit * torch.export.Dim("rows", min=least), 3: unit * torch.export.Dim("columns", min=least)}
+    sides = {2: torch.export.Dim("rows", min=least), 3: torch.export.Dim("columns", min=least)}
+    if unit > 1:
+        sides = {dim: unit * side for dim, side in sides.items()}
     # Any size but a special one: two different sides, more than the least.
     height, width = 5 * MIN_SIDE, 7 * MIN_SIDE
     example = (torch.zeros(1, 3, height, width, dtype=torch.uint8), torch.tensor([height, width]))
