@@ -18,6 +18,7 @@ from ..config.load import validate
 from ..errors import UserError
 from ..files import atomic_write
 from ..modeling.mask_rcnn import MaskRCNN
+from ..weights.checkpoint import program_version
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -241,12 +242,10 @@ def _failure(exporter: str, error: Exception) -> UserError:
 
 
 def _metadata_of(predictor: Predictor) -> ExportMetadata:
-    from .. import __version__
-
     return ExportMetadata(
         predictor.cfg,
         predictor.class_names,
         predictor.category_ids,
         predictor.model.size_divisibility,
-        __version__,
+        program_version(),
     )

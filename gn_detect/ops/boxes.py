@@ -50,13 +50,21 @@ def nms_by_group(boxes: Tensor, scores: Tensor, group: Tensor, num_groups: int, 
     if num_groups > _FEW_GROUPS:
         farthest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()  # there may be no box
         moved = boxes + (group.to(boxes.dtype) * (farthest + 1))[:, None]
-        return torchvision.ops.nms(moved, scores, threshold)
+        return _nms_of_any_number(moved, scores, threshold)
     kept = []
     for i in range(num_groups):
         row = (group == i).nonzero()[:, 0]
-        kept.append(row[torchvision.ops.nms(boxes[row], scores[row], threshold)])
+        kept.append(row[_nms_of_any_number(boxes[row], scores[row], threshold)])
     keep = torch.cat(kept)
     return keep[scores[keep].argsort(descending=True)]
+
+
+def _nms_of_any_number(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """torchvision promises exporters two boxes at least; two more, apart from all others, keep the promise."""
+    more = boxes.new_tensor([[-2, -2, -1, -1], [-4, -4, -3, -3]])
+    least = scores.new_full((2,), torch.finfo(scores.dtype).min)
+    keep = torchvision.ops.nms(torch.cat([boxes, more]), torch.cat([scores, least]), threshold)
+    return keep[keep < boxes.shape[0]]
 
 
 def scale_boxes(boxes: Tensor, scale_x: float, scale_y: float) -> Tensor:
