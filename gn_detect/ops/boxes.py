@@ -60,7 +60,7 @@ def nms_by_group(boxes: Tensor, scores: Tensor, group: Tensor, num_groups: int, 
 
 
 def _nms_of_any_number(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """torchvision promises exporters two boxes at least; two more, apart from all others, keep the promise."""
+    """torchvision promises exporters two boxes at least; two more, apart from all others, keep that."""
     more = boxes.new_tensor([[-2, -2, -1, -1], [-4, -4, -3, -3]])
     least = scores.new_full((2,), torch.finfo(scores.dtype).min)
     keep = torchvision.ops.nms(torch.cat([boxes, more]), torch.cat([scores, least]), threshold)
