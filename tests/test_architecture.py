@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "visualize": LOWER | {"data"},
     "histograms": LOWER | {"data"},
     "evaluation": LOWER | {"data"},
+    "interop": LOWER | {"data", "evaluation"},
     "engine": LOWER | {"data", "evaluation", "visualize"},
     "predictor": LOWER | {"data", "visualize"},
     "cli": LOWER | {"data", "evaluation", "visualize", "histograms", "engine", "predictor", "__init__"},
@@ -47,6 +48,7 @@ INHERITED = {"extra_repr"}
 """Methods whose meaning is torch.nn.Module's: a docstring would repeat it."""
 
 SLOW_IMPORTS = ("tensorboard", "matplotlib", "hotcoco", "faster_coco_eval", "scipy", "pytest")
+SLOW_IMPORTS += ("onnx", "onnxscript", "onnxruntime", "detectron2")
 
 
 def python_files(root: Path) -> list[Path]:

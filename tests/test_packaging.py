@@ -116,6 +116,7 @@ def test_tested_versions_satisfy_what_the_package_asks_for(repository: Path, pro
     pins = dict(line.split(";")[0].strip().lower().split("==") for line in lines if line and line[0] != "#")
     assert len(pins) == sum(bool(line) and line[0] != "#" for line in lines)
     wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["fast-eval"]]
+    wanted += project["project"]["optional-dependencies"]["onnx"]
     wanted += project["project"]["optional-dependencies"]["dev"]
     for requirement in wanted:
         name, _, bound = requirement.lower().partition(">=")

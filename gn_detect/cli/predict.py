@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..config import load_config
 from ..data import read_image
-from ..engine import Predictor
+from ..engine import ExportedPredictor, Predictor
 from ..errors import UserError
 from ..evaluation import detections_to_coco
 from ..files import atomic_write_json
@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("--config-file", metavar="FILE", help="the run's config.yaml")
     parser.add_argument(
+        "--model", metavar="FILE", help="what gn-detect export wrote, in place of a config and weights"
+    )
+    parser.add_argument(
+        "--trust", action="store_true", help="run a --model of PyTorch (.pt2), which is a program"
+    )
+    parser.add_argument(
         "--output", metavar="FOLDER", default="predictions", help="for pictures and predictions.json"
     )
     parser.add_argument(
@@ -50,14 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image and ``predictions.json`` for all."""
-    if not args.config_file:
-        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     inputs, overrides = split_overrides(args.inputs)
     images = find_images(inputs)
-    cfg = load_config(args.config_file, overrides)
-    if args.fix_config and cfg.model.weights:
-        cfg = fix_config(cfg, cfg.model.weights)
-    predictor = Predictor(cfg)
+    predictor = make_predictor(args, overrides)
     print(predictor.report)
     output = Path(args.output)
     results: list[dict[str, Any]] = []
@@ -72,6 +73,25 @@ def run(args: argparse.Namespace) -> Result:
     atomic_write_json(output / "predictions.json", results)
     print(f"{len(results)} objects in {len(images)} images: see {output}")
     return Result({"images": len(images), "objects": len(results), "output": str(output)})
+
+
+def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor | ExportedPredictor:
+    """Of ``--model``, or of ``--config-file`` and ``MODEL.WEIGHTS``.
+
+    Raises:
+        UserError: neither or both are given, or something in them is wrong.
+    """
+    if args.model:
+        if args.config_file or overrides:
+            given = "--config-file" if args.config_file else overrides[0]
+            raise UserError(f"--model holds its own config, so {given} has no effect; leave it out")
+        return ExportedPredictor(args.model, trust=args.trust)
+    if not args.config_file:
+        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
+    cfg = load_config(args.config_file, overrides)
+    if args.fix_config and cfg.model.weights:
+        cfg = fix_config(cfg, cfg.model.weights)
+    return Predictor(cfg)
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -67,11 +67,17 @@ class Predictor:
             UserError: the file cannot be read.
             ValueError: the array is of another shape or type.
         """
-        pixels = image if isinstance(image, np.ndarray) else read_image(image, "RGB")
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise ValueError(f"image must be uint8 (H, W, 3) RGB, not {pixels.dtype} {pixels.shape}")
+        pixels = read_pixels(image)
         height, width = pixels.shape[:2]
         return self.model.detect([prepare_image(pixels, self.cfg)], [(height, width)])[0].to("cpu")
+
+
+def read_pixels(image: str | Path | np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a file, or the array itself; errors as of :class:`Predictor`."""
+    pixels = image if isinstance(image, np.ndarray) else read_image(image, "RGB")
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"image must be uint8 (H, W, 3) RGB, not {pixels.dtype} {pixels.shape}")
+    return pixels
 
 
 def _of_length(count: int, values: Any) -> list[Any] | None:

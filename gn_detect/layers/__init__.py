@@ -1,7 +1,7 @@
 """Modules from which detectors are built."""
 
 from .conv import Conv2d
-from .fuse import fuse
+from .fuse import fuse, has_hooks
 from .groups import choose_groups
 from .norm import (
     NORM_NAMES,
@@ -22,6 +22,7 @@ __all__ = [
     "LayerNorm2d",
     "choose_groups",
     "fuse",
+    "has_hooks",
     "is_norm",
     "make_norm",
 ]

@@ -59,10 +59,11 @@ def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
-    return type(module) is nn.GroupNorm and not _has_hooks(module)
+    return type(module) is nn.GroupNorm and not has_hooks(module)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something watches or changes what the module is given or gives."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in hooks)
 
@@ -85,7 +86,7 @@ def _absorb_next(sequential: nn.Module, norms: set[GroupNorm]) -> None:
     """A norm takes over the ReLU that follows it."""
     children = list(sequential._modules.items())
     for (_, norm), (name, after) in zip(children, children[1:], strict=False):
-        if norm in norms and type(after) is nn.ReLU and not _has_hooks(after):
+        if norm in norms and type(after) is nn.ReLU and not has_hooks(after):
             norm.activation = "relu"
             _replace(sequential, name, nn.Identity())
 
@@ -93,7 +94,7 @@ def _absorb_next(sequential: nn.Module, norms: set[GroupNorm]) -> None:
 def _absorb_activation(conv: Any, shared: set[GroupNorm]) -> None:
     """A norm takes over the ReLU of detectron2's ``Conv2d`` (detectron2/layers/wrappers.py)."""
     activation = getattr(conv, "activation", None)
-    is_relu = activation in (F.relu, F.relu_) or (type(activation) is nn.ReLU and not _has_hooks(activation))
+    is_relu = activation in (F.relu, F.relu_) or (type(activation) is nn.ReLU and not has_hooks(activation))
     if conv.norm not in shared and is_relu and type(conv).__module__.startswith("detectron2."):
         conv.norm.activation = "relu"
         conv.activation = None

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from ..layers import Conv2d
-from ..ops import clip_boxes, decode_boxes, encode_boxes
+from ..ops import clip_boxes, decode_boxes, encode_boxes, nms_by_group
 from .init import init_he, init_normal, init_xavier
 from .losses import smooth_l1_sum
 from .resnet import NormFactory
@@ -133,8 +132,10 @@ class BoxPredictor(nn.Module):
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
         confident = (scores[:, :-1] > self.score_thresh) & finite[:, None]
         row, label = confident.nonzero(as_tuple=True)
-        boxes = clip_boxes(boxes.view(len(boxes), boxes.shape[1] // 4, 4), size)
+        boxes = clip_boxes(boxes.view(-1, boxes.shape[1] // 4, 4), size)
         boxes = boxes[row, 0 if boxes.shape[1] == 1 else label]
         score = scores[row, label]
-        keep = batched_nms(boxes, score, label, self.nms_thresh)[: self.detections_per_image]
+        keep = nms_by_group(boxes, score, label, self.num_classes, self.nms_thresh)[
+            : self.detections_per_image
+        ]
         return boxes[keep], score[keep], label[keep]

@@ -58,7 +58,7 @@ class MaskHead(nn.Module):
         logits = torch.bmm(cells, self.predictor.weight[labels, :, 0])[..., 0]
         if self.predictor.bias is not None:
             logits = logits + self.predictor.bias[labels, None]
-        return logits.view(len(x), *x.shape[2:])
+        return logits.view(-1, *x.shape[2:])
 
 
 def mask_loss(

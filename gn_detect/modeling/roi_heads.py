@@ -186,7 +186,7 @@ def _mask_loss(head: MaskHead, x: Tensor, rois: Sequence[SampledRoIs], targets: 
 def _detect_boxes(
     predictor: BoxPredictor, x: Tensor, proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
 ) -> list[Detections]:
-    counts = [len(p) for p in proposals]
+    counts = [p.shape[0] for p in proposals]
     logits, deltas = (value.split(counts) for value in predictor(x))
     return [
         Detections(*predictor.detect(logit, delta, proposal, size))
@@ -196,5 +196,5 @@ def _detect_boxes(
 
 def _add_masks(head: MaskHead, x: Tensor, found: Sequence[Detections]) -> None:
     probabilities = head(x, torch.cat([d.labels for d in found])).sigmoid()
-    for detections, part in zip(found, probabilities.split([len(d) for d in found]), strict=True):
+    for detections, part in zip(found, probabilities.split([d.labels.shape[0] for d in found]), strict=True):
         detections.masks = part

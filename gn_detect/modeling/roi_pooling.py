@@ -35,7 +35,7 @@ class RoIPooler(nn.Module):
 
     def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Levels (N, C, H_l, W_l), boxes (R_n, 4) ``xyxy`` pixels of each image -> (sum R_n, C, S, S)."""
-        image = torch.cat([torch.full((len(box),), n, device=box.device) for n, box in enumerate(boxes)])
+        image = torch.cat([torch.full((box.shape[0],), n, device=box.device) for n, box in enumerate(boxes)])
         rois = torch.cat(list(boxes))
         level = self.assign_levels(rois) if len(features) > 1 else torch.zeros_like(image)
         return roi_align(

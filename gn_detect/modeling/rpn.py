@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import box_iou
 
 from ..layers import Conv2d
-from ..ops import clip_boxes, decode_boxes, encode_boxes
+from ..ops import clip_boxes, decode_boxes, encode_boxes, nms_by_group
 from ..structures import Target
 from .anchors import AnchorGenerator
 from .init import init_normal
@@ -56,7 +56,7 @@ class RPNHead(nn.Module):
             hidden = self.conv(feature)
             logits.append(self.objectness_logits(hidden).permute(0, 2, 3, 1).flatten(1))
             delta = self.anchor_deltas(hidden).permute(0, 2, 3, 1)  # (N, H, W, A * 4)
-            deltas.append(delta.reshape(len(delta), -1, 4))
+            deltas.append(delta.reshape(delta.shape[0], -1, 4))
         return logits, deltas
 
     def at_anchors(self, features: Sequence[Tensor], chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,7 @@ class RPN(nn.Module):
         s = self.settings
         before = s.pre_nms_topk_train if self.training else s.pre_nms_topk_test
         after = s.post_nms_topk_train if self.training else s.post_nms_topk_test
-        top = [level.topk(min(before, level.shape[1]), dim=1) for level in logits]
+        top = [level.topk(torch.sym_min(before, level.shape[1]), dim=1) for level in logits]
         scores = torch.cat([t.values for t in top], dim=1)
         level_of = torch.cat(
             [torch.full((t.values.shape[1],), i, device=scores.device) for i, t in enumerate(top)]
@@ -255,7 +255,7 @@ class RPN(nn.Module):
             boxes = clip_boxes(boxes, size)
             large = ((boxes[:, 2:] - boxes[:, :2]) > s.min_size).all(dim=1)
             keep = (finite & large).nonzero()[:, 0]
-            best = batched_nms(boxes[keep], scores[n, keep].float(), level_of[keep], s.nms_thresh)
+            best = nms_by_group(boxes[keep], scores[n, keep].float(), level_of[keep], len(top), s.nms_thresh)
             proposals.append(boxes[keep[best[:after]]])
         return proposals
 

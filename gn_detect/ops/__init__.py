@@ -1,6 +1,6 @@
 """Functions on tensors: no modules, no configuration."""
 
-from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, scale_boxes
+from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, nms_by_group, scale_boxes
 from .group_norm import group_norm
 from .masks import crop_bitmaps, paste_masks, rasterize_masks, rasterize_polygons
 from .roi_align import roi_align
@@ -12,6 +12,7 @@ __all__ = [
     "decode_boxes",
     "encode_boxes",
     "group_norm",
+    "nms_by_group",
     "paste_masks",
     "rasterize_masks",
     "rasterize_polygons",

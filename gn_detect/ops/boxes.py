@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torchvision
 from torch import Tensor
 
 SCALE_CLAMP = math.log(1000.0 / 16)
 """Largest log scale that decoding applies: a 16 px anchor grows to 1000 px at most (R-CNN's habit)."""
+
+_FEW_GROUPS = 8
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -17,11 +20,51 @@ def box_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes (..., 4) cut at the borders of an image of ``size`` = (height, width)."""
-    height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
+def clip_boxes(boxes: Tensor, size: tuple[int, int] | Tensor) -> Tensor:
+    """Boxes (..., 4) cut at the borders of an image of ``size`` = (height, width), two numbers or (2,)."""
+    if isinstance(size, Tensor):  # an exported program reads it from its input
+        limit = size.flip(0).repeat(2).to(boxes.dtype)
+    else:
+        height, width = size
+        limit = boxes.new_tensor([width, height, width, height])
     return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def nms_by_group(boxes: Tensor, scores: Tensor, group: Tensor, num_groups: int, threshold: float) -> Tensor:
+    """``torchvision.ops.batched_nms``, also in a compiled or exported program.
+
+    There the number of boxes is not known, by which torchvision chooses between one NMS for each group and
+    one for all, with the groups moved apart. Here a few groups are taken one by one, many are moved apart.
+
+    Args:
+        boxes: (N, 4) ``xyxy``, no coordinate below 0.
+        scores: (N,) float32.
+        group: (N,) int64 below ``num_groups``; boxes of different groups do not suppress each other.
+        threshold: IoU above which the box of the lower score goes.
+
+    Returns:
+        (M,) int64 indices, best score first.
+    """
+    if not torch.compiler.is_compiling():
+        return torchvision.ops.batched_nms(boxes, scores, group, threshold)
+    if num_groups > _FEW_GROUPS:
+        farthest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()  # there may be no box
+        moved = boxes + (group.to(boxes.dtype) * (farthest + 1))[:, None]
+        return _nms_of_any_number(moved, scores, threshold)
+    kept = []
+    for i in range(num_groups):
+        row = (group == i).nonzero()[:, 0]
+        kept.append(row[_nms_of_any_number(boxes[row], scores[row], threshold)])
+    keep = torch.cat(kept)
+    return keep[scores[keep].argsort(descending=True)]
+
+
+def _nms_of_any_number(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """torchvision promises exporters two boxes at least; two more, apart from all others, keep that."""
+    more = boxes.new_tensor([[-2, -2, -1, -1], [-4, -4, -3, -3]])
+    least = scores.new_full((2,), torch.finfo(scores.dtype).min)
+    keep = torchvision.ops.nms(torch.cat([boxes, more]), torch.cat([scores, least]), threshold)
+    return keep[keep < boxes.shape[0]]
 
 
 def scale_boxes(boxes: Tensor, scale_x: float, scale_y: float) -> Tensor:
@@ -69,7 +112,7 @@ def decode_boxes(deltas: Tensor, reference: Tensor, weights: Sequence[float]) ->
     size = (reference[:, 2:] - reference[:, :2])[:, None]  # (N, 1, 2)
     center = reference[:, None, :2] + 0.5 * size
     wx, wy, ww, wh = weights
-    steps = deltas.view(len(deltas), deltas.shape[1] // 4, 4)
+    steps = deltas.view(-1, deltas.shape[1] // 4, 4)
     position = steps[..., :2] / deltas.new_tensor([wx, wy])
     scale = (steps[..., 2:] / deltas.new_tensor([ww, wh])).clamp(max=SCALE_CLAMP)
     new_center = position * size + center

@@ -47,7 +47,9 @@ def roi_align(
     if dtype not in (torch.float32, torch.float64):  # half precision cannot tell neighbouring pixels apart
         wide = [f.float() for f in features]
         return roi_align(wide, boxes, image, level, strides, output_size, sampling_ratio, aligned).to(dtype)
-    if on_cpu and torch.backends.mkl.is_available() and len(boxes):
+    # A program that is exported for anybody's machine takes RoIAlign as it is.
+    sparse = on_cpu and torch.backends.mkl.is_available() and not torch.compiler.is_compiling()
+    if sparse and len(boxes):
         with torch.no_grad():
             weights = _pooling_matrix(
                 [f.shape for f in features],

@@ -121,7 +121,7 @@ def save_weights(
         raise UserError(f"cannot save weights as {path}: end the name in {', '.join(SUFFIXES)}")
     if "model" in metadata:
         raise UserError(f"cannot save {path}: the metadata key 'model' is taken by the weights; rename it")
-    metadata |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS, _PROGRAM_KEY: _program_version()}
+    metadata |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS, _PROGRAM_KEY: program_version()}
     tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     if path.suffix == ".safetensors":
         _write(path, _as_safetensors(path, tensors, metadata))
@@ -137,7 +137,8 @@ def save_weights(
             raise cannot_write(path, error.__context__, "; nothing was changed") from error
 
 
-def _program_version() -> str:
+def program_version() -> str:
+    """Of gn_detect, as files of ours tell it."""
     try:
         return version("gn_detect")
     except PackageNotFoundError:  # a checkout that is not installed

@@ -1,0 +1,47 @@
+"""``gn-detect export``: a trained detector as one ONNX or ``.pt2`` file."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..engine import ExportedPredictor, Predictor
+from ..engine.export import check_target, export_detector
+from ..engine.export_check import compare
+from .options import add_config_arguments, add_fix_argument, read_config
+from .predict import find_images, split_overrides
+
+HELP = "Export a trained detector, MODEL.WEIGHTS, as ONNX or as a program of PyTorch."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument(
+        "--output", metavar="FILE", default="model.onnx", help="model.onnx, or model.pt2 for torch.export"
+    )
+    parser.add_argument(
+        "--check",
+        nargs="+",
+        metavar="IMAGE",
+        help="compare the file's detections with the model's on these images, folders or patterns",
+    )
+    add_fix_argument(parser)
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file; 1 if its detections differ."""
+    path = check_target(args.output)
+    checked, keys = split_overrides(args.check or [])  # argparse gives KEY VALUE behind --check to it
+    images = find_images(checked) if checked else []
+    args.overrides = keys + args.overrides
+    cfg = read_config(args).replace({"MODEL.DEVICE": "cpu"})
+    predictor = Predictor(cfg)
+    print(predictor.report)
+    print(f"exporting to {path} (a minute or two for a large model)", flush=True)
+    export_detector(predictor, path)
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.0f} MB")
+    if not images:
+        return 0
+    parity = compare(predictor, ExportedPredictor(path, trust=True), images)
+    print(parity)
+    return 0 if parity.within_tolerances else 1

@@ -1,0 +1,103 @@
+"""Whether an exported detector finds what the model finds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..data import read_image
+from ..structures import Detections
+
+BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-4, 0.999
+"""Pixels, difference of scores, IoU."""
+
+
+@dataclass
+class Parity:
+    """The largest differences over some images.
+
+    Attributes:
+        images, detections: compared.
+        unequal: images in which the number or the labels differ.
+        box, score: largest difference, in pixels of the original image and in score.
+        mask: least IoU of two masks, 1 without masks.
+        flipped: most pixels that two masks below :data:`MASK_TOLERANCE` do not share.
+        seconds: of each image by the model, and by the file.
+    """
+
+    images: int = 0
+    detections: int = 0
+    unequal: list[str] = field(default_factory=list)
+    box: float = 0.0
+    score: float = 0.0
+    mask: float = 1.0
+    flipped: int = 0
+    seconds: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def within_tolerances(self) -> bool:
+        """A small mask's IoU falls below the tolerance by one pixel, which is allowed."""
+        return (
+            not self.unequal
+            and self.box <= BOX_TOLERANCE
+            and self.score <= SCORE_TOLERANCE
+            and (self.mask >= MASK_TOLERANCE or self.flipped <= 1)
+        )
+
+    def __str__(self) -> str:
+        ours, theirs = (sorted(column)[len(column) // 2] for column in zip(*self.seconds, strict=True))
+        small = f" (at most {self.flipped} pixel of a mask below {MASK_TOLERANCE})" if self.flipped else ""
+        text = (
+            f"{self.detections} detections in {self.images} images: boxes within {self.box:.1e} px, "
+            f"scores within {self.score:.1e}, mask IoU at least {self.mask:.5f}{small}; "
+            f"median {ours:.2f} s an image by the model, {theirs:.2f} s by the file"
+        )
+        if self.unequal:
+            text += f"; other objects in {', '.join(self.unequal)}"
+        return text if self.within_tolerances else f"{text}: NOT within the tolerances"
+
+
+def compare(
+    predictor: Callable[..., Detections], exported: Callable[..., Detections], images: Sequence[Path]
+) -> Parity:
+    """Run both on each image."""
+    parity = Parity()
+    for path in tqdm(images, unit="image", disable=None):
+        pixels = read_image(path, "RGB")
+        begin = time.perf_counter()
+        expected = predictor(pixels)
+        middle = time.perf_counter()
+        found = exported(pixels)
+        parity.seconds.append((middle - begin, time.perf_counter() - middle))
+        parity.images += 1
+        parity.detections += len(expected)
+        if sorted(expected.labels.tolist()) != sorted(found.labels.tolist()):
+            parity.unequal.append(path.name)
+        elif len(expected):
+            _add(parity, expected, found, path.name)
+    return parity
+
+
+def _add(parity: Parity, expected: Detections, found: Detections, name: str) -> None:
+    # Nearly equal scores may change places, so detections are paired by class and box.
+    distance = torch.cdist(expected.boxes, found.boxes, p=torch.inf)
+    partner = (distance + 1e6 * (expected.labels[:, None] != found.labels)).argmin(dim=1)
+    if len(partner.unique()) != len(partner):
+        parity.unequal.append(name)
+        return
+    found = found[partner]
+    parity.box = max(parity.box, float((expected.boxes - found.boxes).abs().max()))
+    parity.score = max(parity.score, float((expected.scores - found.scores).abs().max()))
+    if expected.masks is None or found.masks is None:
+        return
+    both = (expected.masks & found.masks).flatten(1).sum(1)
+    either = (expected.masks | found.masks).flatten(1).sum(1)
+    iou = torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    parity.mask = min(parity.mask, float(iou.min()))
+    off = (either - both)[iou < MASK_TOLERANCE]
+    parity.flipped = max(parity.flipped, int(off.max()) if len(off) else 0)

@@ -1,0 +1,1 @@
+"""Partners: other libraries' models with our norms, converter, checkpoints and evaluation."""

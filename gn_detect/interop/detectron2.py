@@ -1,0 +1,273 @@
+"""detectron2's models with our GroupNorm, our converter, our safe checkpoint files and our evaluation.
+
+Models are those of ``detectron2.modeling.build_model``; batches are its ``list[dict]`` with ``image``
+(3, H, W) and, for evaluation, ``image_id``. detectron2 itself is imported by :func:`fuse` alone.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import layers
+from ..convert import ConversionReport, calibrate, convert_norm
+from ..data.coco_json import load_coco
+from ..errors import UserError
+from ..evaluation import detections_to_coco, evaluate_results
+from ..layers import GroupNorm
+from ..modeling.paired_outputs import MASK_PROPOSALS, PROPOSALS
+from ..structures import Detections
+from ..weights import LoadReport, load_weights, save_weights
+
+Batch = list[dict[str, Any]]
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Every ``nn.GroupNorm`` becomes the fused one, with the ReLU and the shortcut where that is certain.
+
+    That is in convolutions that hold their ReLU (the heads), and in ``BasicStem``, ``BasicBlock`` and
+    ``BottleneckBlock`` themselves, whose forward is known. Subclasses of them and other blocks keep their own
+    forward, and the norm alone is fused. Parameters, their names and the function do not change.
+
+    Args:
+        model: any model built with detectron2's layers.
+        inplace: change ``model``; its parameters stay the same objects.
+
+    Raises:
+        UserError: detectron2 is not installed.
+    """
+    try:
+        from detectron2.layers import Conv2d
+        from detectron2.modeling.backbone import resnet
+    except ImportError as error:
+        raise UserError("detectron2 is not installed here; see its INSTALL.md") from error
+    forwards = {
+        resnet.BasicStem: _stem,
+        resnet.BasicBlock: _basic_block,
+        resnet.BottleneckBlock: _bottleneck_block,
+    }
+    model = layers.fuse(model, inplace=inplace)
+    for module in model.modules():
+        forward = forwards.get(type(module))
+        if forward is not None and all(_is_free(conv, Conv2d) for conv in _convolutions(module)):
+            module.forward = types.MethodType(forward, module)
+    return model
+
+
+def _convolutions(block: nn.Module) -> list[Any]:
+    return [child for name, child in block.named_children() if name.startswith("conv")]
+
+
+def _is_free(conv: Any, kind: Any) -> bool:
+    """A plain convolution with a norm of ours; its own ``forward`` is not called, so hooks would be lost."""
+    return (
+        type(conv) is kind
+        and type(conv.norm) is GroupNorm
+        and conv.activation is None
+        and not layers.has_hooks(conv)
+    )
+
+
+def _convolve(conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``relu(norm(conv(x)) + residual)`` of a detectron2 ``Conv2d``."""
+    y = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    result: Tensor = conv.norm(y, residual, "relu")
+    return result
+
+
+def _stem(self: Any, x: Tensor) -> Tensor:
+    return F.max_pool2d(_convolve(self.conv1, x), kernel_size=3, stride=2, padding=1)
+
+
+def _basic_block(self: Any, x: Tensor) -> Tensor:
+    shortcut = x if self.shortcut is None else self.shortcut(x)
+    return _convolve(self.conv2, _convolve(self.conv1, x), shortcut)
+
+
+def _bottleneck_block(self: Any, x: Tensor) -> Tensor:
+    shortcut = x if self.shortcut is None else self.shortcut(x)
+    return _convolve(self.conv3, _convolve(self.conv2, _convolve(self.conv1, x)), shortcut)
+
+
+def convert(
+    model: nn.Module,
+    batches: Iterable[Batch] | None = None,
+    steps: int = 400,
+    *,
+    progress: bool = True,
+    **rule: Any,
+) -> tuple[nn.Module, ConversionReport]:
+    """A copy with GroupNorm in place of BN, SyncBN and FrozenBN, calibrated where there are inputs.
+
+    Args:
+        model: a ``GeneralizedRCNN`` with box head; it does not change.
+        batches: its own inputs without labels, such as those of ``build_detection_test_loader``; two
+            at least.
+        steps: of the calibration; ``progress`` shows its bar.
+        **rule: of :func:`gn_detect.convert_norm`: ``num_groups``, ``min_channels_per_group`` and others.
+
+    Returns:
+        The model in evaluation mode where it is calibrated, and the report.
+
+    Raises:
+        UserError: as of :func:`gn_detect.convert_norm` and :func:`gn_detect.calibrate`, or the model is of
+            another kind.
+    """
+    converted, report = convert_norm(model, **rule)
+    if batches is not None:
+        _require_two_stages(model)
+        calibrate(
+            model, converted, list(batches), steps, outputs=paired_outputs, report=report, progress=progress
+        )
+    return converted, report
+
+
+def paired_outputs(original: Any, converted: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """As :func:`gn_detect.modeling.paired_outputs`: both models at the *original's* proposals.
+
+    Args:
+        original, converted: ``GeneralizedRCNN`` with ``StandardROIHeads`` or ``Res5ROIHeads``.
+        batch: inputs of both.
+    """
+    with torch.no_grad():
+        images, features = _features(original, batch)
+        found, _ = original.proposal_generator(images, features, None)
+        proposals = [each.proposal_boxes[:PROPOSALS] for each in found]
+        expected = _dense_outputs(original, features)
+        regions, labels = _region_outputs(original, features, proposals, None)
+        expected += regions
+    _, features = _features(converted, batch)
+    regions, _ = _region_outputs(converted, features, proposals, labels)
+    return list(zip(expected, _dense_outputs(converted, features) + regions, strict=True))
+
+
+def _features(model: Any, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+    images = model.preprocess_image(batch)
+    return images, model.backbone(images.tensor)
+
+
+def _dense_outputs(model: Any, features: dict[str, Tensor]) -> list[Tensor]:
+    rpn = model.proposal_generator
+    logits, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
+    return [*features.values(), *logits, *deltas]
+
+
+def _region_outputs(
+    model: Any, features: dict[str, Tensor], proposals: Sequence[Any], labels: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """Logits, deltas and mask logits of each RoI's class, and the labels whose masks were taken."""
+    heads = model.roi_heads
+    levels = [features[name] for name in heads.in_features]
+    standard = hasattr(heads, "box_pooler")
+    if standard:
+        box_features = heads.box_head(heads.box_pooler(levels, list(proposals)))
+    else:
+        shared = heads._shared_roi_transform(levels, list(proposals))
+        box_features = shared.mean(dim=(2, 3))
+    logits, deltas = heads.box_predictor(box_features)
+    if labels is None:
+        labels = logits[:, :-1].argmax(1)  # the last is the background
+    found = [logits, deltas]
+    if heads.mask_on:
+        device = logits.device
+        with_mask = torch.cat([torch.arange(len(p), device=device) < MASK_PROPOSALS for p in proposals])
+        if standard:
+            names = heads.mask_in_features
+            pooled = [p[:MASK_PROPOSALS] for p in proposals]
+            shared = heads.mask_pooler([features[name] for name in names], pooled)
+        else:
+            shared = shared[with_mask]
+        masks = heads.mask_head.layers(shared)
+        row = torch.arange(len(masks), device=device)
+        chosen = labels[with_mask] if masks.shape[1] > 1 else torch.zeros_like(row)
+        found.append(masks[row, chosen][:, None])
+    return found, labels
+
+
+def _require_two_stages(model: nn.Module) -> None:
+    heads = getattr(model, "roi_heads", None)
+    if not (hasattr(heads, "box_pooler") or hasattr(heads, "_shared_roi_transform")):
+        raise UserError(
+            f"{type(model).__name__} cannot be calibrated: it is no GeneralizedRCNN with StandardROIHeads or "
+            "Res5ROIHeads; call gn_detect.calibrate with outputs of your own"
+        )
+
+
+def save_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Weights that ``DetectionCheckpointer`` and gn_detect read.
+
+    Args:
+        model: with detectron2's names.
+        path: ``.pth``, ``.pkl`` or ``.safetensors`` (gn_detect alone reads the last).
+
+    Raises:
+        UserError: another ending, or the file cannot be written.
+    """
+    save_weights(path, model.state_dict())
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
+    """Any checkpoint that gn_detect reads, of detectron2 or another library, without running what is in it.
+
+    Raises:
+        UserError: as of :func:`gn_detect.load_weights`.
+    """
+    return load_weights(model, path)
+
+
+def as_detections(instances: Any) -> Detections:
+    """detectron2's ``Instances`` of one image (``outputs["instances"]``), on the CPU.
+
+    Args:
+        instances: with ``pred_boxes``, ``scores``, ``pred_classes`` and, of a model with masks,
+            ``pred_masks`` (N, H, W) bool.
+    """
+    masks = instances.pred_masks if instances.has("pred_masks") else None
+    return Detections(instances.pred_boxes.tensor, instances.scores, instances.pred_classes, masks).to("cpu")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], annotations_json: str | Path, *, backend: str | None = None
+) -> dict[str, dict[str, float]]:
+    """COCO box and mask AP of a detectron2 model, by our evaluation.
+
+    Args:
+        model: such as ``DefaultPredictor(cfg).model``; it comes back in the mode in which it was.
+        batches: inputs with ``image_id``, such as those of ``build_detection_test_loader(cfg, name)``.
+        annotations_json: COCO's ground truth of these images; labels are its category ids in ascending order,
+            as ``register_coco_instances`` has them.
+        backend: see :func:`gn_detect.evaluation.evaluate_results`.
+
+    Returns:
+        ``{"bbox": {"AP": ..., ...}, "segm": {...}}`` in percent; without ``segm`` for a model without masks.
+
+    Raises:
+        UserError: the annotations are wrong, or do not fit the images or classes.
+    """
+    categories = load_coco(Path(annotations_json), ("categories",))["categories"]
+    category_ids = sorted(category["id"] for category in categories)
+    results: list[dict[str, Any]] = []
+    has_masks, training = True, model.training
+    model.eval()
+    try:
+        for batch in batches:
+            for given, output in zip(batch, model(batch), strict=True):
+                found = as_detections(output["instances"])
+                has_masks &= found.masks is not None
+                if len(found) and int(found.labels.max()) >= len(category_ids):
+                    raise UserError(
+                        f"{annotations_json} has {len(category_ids)} categories, and the model found class "
+                        f"{int(found.labels.max())}; give the annotations that it was made for"
+                    )
+                results += detections_to_coco(found, given["image_id"], category_ids)
+    finally:
+        model.train(training)
+    kinds = ("bbox", "segm") if has_masks else ("bbox",)
+    return {kind: evaluate_results(annotations_json, results, kind, backend) for kind in kinds}

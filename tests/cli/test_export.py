@@ -1,0 +1,274 @@
+"""A detector as one file: it finds what the model finds, tells what it is, and is refused if unsafe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gn_detect import load_config
+from gn_detect.cli import main
+from gn_detect.config import Config
+from gn_detect.engine import ExportedPredictor, Predictor, export, exported
+from gn_detect.engine.export_check import compare
+from gn_detect.errors import UserError
+from gn_detect.modeling import build_model
+from gn_detect.weights import save_weights
+from tests.engine.tiny import write_config
+
+onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
+pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+
+SIZES = ((64, 80), (80, 64), (100, 100), (300, 240), (70, 100))
+"""Height and width."""
+
+
+def decided_weights(cfg: Config, path: Path, head: float = 0.5) -> None:
+    """Random weights whose objects, boxes and masks are not all nearly the same."""
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    generator = torch.Generator().manual_seed(3)
+    gains = {"cls_score": head, "objectness_logits": head, "bbox_pred": 0.02, "anchor_deltas": 0.02}
+    gains |= {"mask_head.predictor": 1.0}
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            for part, gain in gains.items():
+                if name.endswith(f"{part}.weight"):
+                    value.copy_(gain * torch.randn(value.shape, generator=generator))
+        if cfg.model.resnets.norm == "FrozenBN":  # or the sums of residuals grow without bound
+            for name, value in model.named_buffers():
+                if name.endswith("conv3.norm.weight"):
+                    value.mul_(0.2)
+    metadata = {"class_names": ["square", "bar"], "category_ids": [3, 7]}
+    save_weights(path, model.state_dict(), metadata)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config, weights, images of several sizes, and the detector as ``model.onnx`` and ``model.pt2``."""
+    folder = tmp_path_factory.mktemp("export")
+    config = write_config(folder)
+    decided_weights(load_config(config), folder / "model.pth")
+    random = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i, (height, width) in enumerate(SIZES):
+        blocks = random.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize((width, height), Image.Resampling.BILINEAR).save(
+            folder / "images" / f"{i}.png"
+        )
+    for name in ("model.onnx", "model.pt2"):
+        arguments = ["--config-file", config, "--output", folder / name, "--check", folder / "images"]
+        keys = ["MODEL.WEIGHTS", folder / "model.pth"]
+        assert main([str(word) for word in ["export", *arguments, *keys]]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_the_file_finds_what_the_model_finds_at_every_size(folder: Path, name: str) -> None:
+    cfg = load_config(folder / "tiny.yaml", ["MODEL.WEIGHTS", str(folder / "model.pth")])
+    found = ExportedPredictor(folder / name, trust=True)
+    parity = compare(Predictor(cfg), found, sorted((folder / "images").iterdir()))
+    assert parity.within_tolerances and parity.detections > 20, str(parity)
+    assert found.class_names == ["square", "bar"] and found.category_ids == [3, 7]
+    nothing = found._program(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.tensor([0, 0]))
+    assert [tuple(t.shape) for t in nothing] == [(0, 4), (0,), (0,), (0, 14, 14)]
+
+
+def test_predict_with_the_file_writes_what_predict_with_the_config_writes(
+    folder: Path, tmp_path: Path
+) -> None:
+    sources = {
+        "eager": ["--config-file", folder / "tiny.yaml", "MODEL.WEIGHTS", folder / "model.pth"],
+        "file": ["--model", folder / "model.onnx"],
+    }
+    found = {}
+    for name, (flag, value, *keys) in sources.items():
+        words = ["predict", flag, value, "--output", tmp_path / name, "--threshold", 0.3, folder / "images"]
+        assert main([str(word) for word in [*words, *keys]]) == 0
+        found[name] = json.loads((tmp_path / name / "predictions.json").read_text())
+    assert len(found["eager"]) == len(found["file"]) > 0
+    for a, b in zip(found["eager"], found["file"], strict=True):
+        assert (a["file_name"], a["category_id"]) == (b["file_name"], b["category_id"])
+        assert a["bbox"] == pytest.approx(b["bbox"], abs=0.05) and a["score"] == pytest.approx(
+            b["score"], abs=1e-4
+        )
+
+
+def test_the_onnx_file_is_self_contained_and_tells_what_it_is(folder: Path) -> None:
+    model = onnx.load(folder / "model.onnx")
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(told["class_names"]) == ["square", "bar"] and json.loads(told["category_ids"]) == [3, 7]
+    assert json.loads(told["pixel_mean"]) == [103.53, 116.28, 123.675] and told["input_format"] == "BGR"
+    assert "FPN" in told["config"] and told["gn_detect_version"]
+    assert {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"} and len(model.functions) == 0
+    assert "GroupNormalization" in {node.op_type for node in model.graph.node} or any(
+        node.op_type == "InstanceNormalization" for node in model.graph.node
+    )
+    height, width = model.graph.input[0].type.tensor_type.shape.dim[2:]
+    assert height.dim_param and width.dim_param
+
+
+def test_the_pt2_file_holds_no_pickle(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "model.pt2") as archive:
+        heads = [
+            archive.read(name)[:4] for name in archive.namelist() if archive.getinfo(name).file_size > 100
+        ]
+    assert not [head for head in heads if head.startswith((b"PK\x03\x04", b"\x80"))]
+
+
+Refused = Callable[..., str]
+
+
+def test_a_program_needs_trust(folder: Path, refused: Refused) -> None:
+    assert "--trust" in refused("predict", "--model", folder / "model.pt2", folder / "images")
+
+
+def rewrite(
+    source: Path, target: Path, change: Callable[[str, bytes], bytes], extra: dict[str, bytes]
+) -> Path:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+        for name, content in extra.items():
+            new.writestr(name, content)
+    return target
+
+
+@pytest.mark.parametrize("where", ["weights", "constants", "sample inputs", "library", "old format"])
+def test_a_program_with_pickles_or_libraries_is_refused_even_if_trusted(
+    folder: Path, tmp_path: Path, where: str
+) -> None:
+    def change(name: str, content: bytes) -> bytes:
+        if where in ("weights", "constants") and name.endswith(f"model_{where}_config.json"):
+            tree = json.loads(content)
+            next(iter(tree["config"].values()))["use_pickle"] = True
+            return json.dumps(tree).encode()
+        return b"cos\nsystem\n." if where == "sample inputs" and "sample_inputs" in name else content
+
+    extra = {"library": {"archive/data/aotinductor/model/x.so": b"\x7fELF"}}.get(where, {})
+    if where == "old format":
+        extra = {"archive/data/weights/model.pt": b"cos\nsystem\n."}
+    path = rewrite(folder / "model.pt2", tmp_path / "bad.pt2", change, extra)
+    with pytest.raises(UserError, match="not loaded"):
+        ExportedPredictor(path, trust=True)
+
+
+def test_bad_files_and_flags_are_refused_in_one_line(
+    folder: Path,
+    tmp_path: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, model = folder / "images", folder / "model.onnx"
+    other = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            [onnx.helper.make_node("Relu", ["x"], ["y"])],
+            "other",
+            [onnx.helper.make_tensor_value_info("x", 1, [1])],
+            [onnx.helper.make_tensor_value_info("y", 1, [1])],
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", 18)],
+        ir_version=9,
+    )
+    onnx.save(other, tmp_path / "other.onnx")
+    (tmp_path / "text.onnx").write_text("no model")
+    (tmp_path / "text.pt2").write_text("no model")
+    shutil.make_archive(str(tmp_path / "some"), "zip", images)
+    (tmp_path / "some.zip").rename(tmp_path / "some.pt2")
+    cases = {
+        "other.onnx": "no detector that gn_detect exported",
+        "text.onnx": "no ONNX model that onnxruntime can run",
+        "text.pt2": "no detector that gn_detect exported",
+        "some.pt2": "was not loaded",
+        "absent.onnx": "no such file",
+        "model.xyz": "must be .onnx or .pt2",
+    }
+    for name, message in cases.items():
+        assert message in refused("predict", "--model", tmp_path / name, "--trust", images)
+    assert "--config-file" in refused(
+        "predict", "--model", model, "--config-file", folder / "tiny.yaml", images
+    )
+    assert "MODEL.WEIGHTS has no effect" in refused("predict", "--model", model, images, "MODEL.WEIGHTS", "x")
+    keys = ["--config-file", folder / "tiny.yaml", "MODEL.WEIGHTS", folder / "model.pth"]
+    assert "must end in .onnx or .pt2" in refused("export", "--output", tmp_path / "model.pb", *keys)
+    Image.new("RGB", (120, 40)).save(tmp_path / "flat.png")
+    assert "flat" not in (message := refused("predict", "--model", model, tmp_path / "flat.png"))
+    assert "120 x 40" in message and "64" in message
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    assert "pip install 'gn_detect[onnx]'" in refused("predict", "--model", model, images)
+    assert "pip install 'gn_detect[onnx]'" in refused("export", "--output", tmp_path / "a.onnx", *keys)
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def test_a_failing_exporter_is_reported_in_one_line(
+    folder: Path,
+    tmp_path: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("cannot trace\nmany lines")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    keys = ["--config-file", folder / "tiny.yaml", "MODEL.WEIGHTS", folder / "model.pth"]
+    error = refused("export", "--output", tmp_path / "a.pt2", *keys)
+    assert "cannot take this detector: cannot trace;" in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml",
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+        "GN/mask_rcnn_R_50_FPN_3x_gn.yaml",
+        "GN/mask_rcnn_R_50_C4_gn.yaml",
+    ],
+)
+def test_detectors_of_full_width_on_real_images(
+    shared_dir: Path, tmp_path: Path, config: str, suffix: str
+) -> None:
+    """Random weights; 80 classes, C4 (whose sizes are no multiples) and FPN, FrozenBN and GN."""
+    keys = [
+        "MODEL.DEVICE",
+        "cpu",
+        "MODEL.WEIGHTS",
+        "",
+        "INPUT.MIN_SIZE_TEST",
+        "224",
+        "INPUT.MAX_SIZE_TEST",
+        "400",
+    ]
+    keys += ["MODEL.RPN.POST_NMS_TOPK_TEST", "100", "TEST.DETECTIONS_PER_IMAGE", "20"]
+    cfg = load_config(config, [*keys, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.02"])
+    decided_weights(cfg, tmp_path / "model.pth", head=0.05)
+    predictor = Predictor(cfg.replace({"MODEL.WEIGHTS": str(tmp_path / "model.pth")}))
+    path = tmp_path / f"model{suffix}"
+    export.export_detector(predictor, path)
+    images = sorted((shared_dir / "data/coco80/images").iterdir())[:10]
+    parity = compare(predictor, exported.ExportedPredictor(path, trust=True), images)
+    print(config, suffix, parity)
+    assert parity.within_tolerances and parity.detections > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_trained_detector_on_real_images(shared_dir: Path, tmp_path: Path, suffix: str) -> None:
+    """The nuclei detector of the oracle, R-18-FPN with GN, on twelve photos of different sizes."""
+    oracle = shared_dir / "oracles/dsb_r18_gn"
+    keys = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(oracle / "model_final.pth")]
+    predictor = Predictor(load_config(oracle / "config.yaml", keys))
+    path = tmp_path / f"model{suffix}"
+    export.export_detector(predictor, path)
+    images = sorted((shared_dir / "data/coco80/images").iterdir())[:12]
+    parity = compare(predictor, exported.ExportedPredictor(path, trust=True), images)
+    print(parity)
+    assert parity.within_tolerances and parity.detections > 100
