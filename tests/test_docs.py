@@ -97,6 +97,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bn.yaml").write_text(text)
     torch.manual_seed(0)
     torch.save({"model": build_model(load_config(folder / "bn.yaml")).state_dict()}, folder / "bn.pth")
+    for name, copy in (("bn.yaml", "config.yaml"), ("bn.pth", "model_final.pth")):
+        shutil.copy(folder / name, folder / copy)
     return folder
 
 

@@ -7,10 +7,16 @@ import argparse
 from ..engine import ExportedPredictor, Predictor
 from ..engine.export import check_target, export_detector
 from ..engine.export_check import compare
-from .options import add_config_arguments, add_fix_argument, read_config
+from .options import add_config_arguments, add_fix_argument, read_config_file
 from .predict import find_images, split_overrides
 
 HELP = "Export a trained detector, MODEL.WEIGHTS, as ONNX or as a program of PyTorch."
+
+EXAMPLES = """
+gn-detect export --config-file runs/one/config.yaml --output model.onnx MODEL.WEIGHTS runs/one/model_best.pth
+gn-detect export --config-file runs/one/config.yaml --output model.pt2 --check images MODEL.WEIGHTS model.pth
+gn-detect predict --model model.onnx images
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     checked, keys = split_overrides(args.check or [])  # argparse gives KEY VALUE behind --check to it
     images = find_images(checked) if checked else []
     args.overrides = keys + args.overrides
-    cfg = read_config(args).replace({"MODEL.DEVICE": "cpu"})
+    cfg = read_config_file(args).replace({"MODEL.DEVICE": "cpu"})
     predictor = Predictor(cfg)
     print(predictor.report)
     print(f"exporting to {path} (a minute or two for a large model)", flush=True)

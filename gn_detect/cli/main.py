@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.cuda.OutOfMemoryError:
         return _fail("the GPU has too little memory; lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN")
     except KeyboardInterrupt:
-        remedy = "; --resume continues from the last checkpoint" if args.command == "train" else ""
-        print(f"interrupted{remedy}", file=sys.stderr)
+        hint = "; --resume continues from the last checkpoint" if args.command == "train" else ""
+        print(f"interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -82,10 +82,19 @@ def read_config(args: argparse.Namespace) -> Config:
             "no config: add --config-file FILE, such as quick/demo.yaml, or --train-json FILE and "
             "--train-images FOLDER to have one made for your data"
         )
+    return _with_datasets(read_config_file(args), args)
+
+
+def read_config_file(args: argparse.Namespace) -> Config:
+    """The config of ``--config-file`` and ``KEY VALUE``, with ``--fix-config``.
+
+    Raises:
+        UserError: there is no config file, or something in it or in the keys is wrong.
+    """
+    if not args.config_file:
+        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     cfg = load_config(args.config_file, args.overrides)
-    if args.fix_config and cfg.model.weights:
-        cfg = fix_config(cfg, cfg.model.weights)
-    return _with_datasets(cfg, args)
+    return fix_config(cfg, cfg.model.weights) if args.fix_config and cfg.model.weights else cfg
 
 
 def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
