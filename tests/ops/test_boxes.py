@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gn_detect.ops import box_area, clip_boxes, decode_boxes, encode_boxes, scale_boxes
+from gn_detect.ops import box_area, clip_boxes, decode_boxes, encode_boxes, nms_by_group, scale_boxes
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 coordinate = st.floats(-500, 500)
@@ -63,3 +64,19 @@ def test_clip_area_and_scale() -> None:
     assert clip_boxes(box, (60, 40)).tolist() == [[0, 3, 40, 60]]
     assert box_area(box).tolist() == [55 * 67]
     assert scale_boxes(box, 2, 0.5).tolist() == [[-10, 1.5, 100, 35]]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 300])
+@pytest.mark.parametrize("groups", [1, 5, 80])
+def test_nms_in_an_exported_program_keeps_what_torchvision_keeps(
+    count: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(count, 2, generator=generator) * 60
+    boxes = torch.cat([corner, corner + 5 + torch.rand(count, 2, generator=generator) * 30], dim=1)
+    scores = torch.randn(count, generator=generator)
+    group = torch.randint(0, groups, (count,), generator=generator)
+    expected = nms_by_group(boxes, scores, group, groups, 0.5)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = nms_by_group(boxes, scores, group, groups, 0.5)
+    assert found.tolist() == expected.tolist() and (count < 300 or 20 < len(found) < 300)
