@@ -57,12 +57,11 @@ class Canvas:
         """A clear fill, and a line that dark seams set off from what is around it."""
         from matplotlib.patches import PathPatch
 
-        style = (0, (3, 1.6)) if dashed else "solid"
         if fill:
             self.add(PathPatch(outline, facecolor=colour, edgecolor="none", alpha=fill))
         for edge, width, alpha in (("black", self.line_width + 1.6, 0.45), (colour, self.line_width, 1.0)):
             patch = PathPatch(outline, fill=False, edgecolor=edge, linewidth=width, alpha=alpha)
-            patch.set_linestyle("solid" if edge == "black" else style)
+            patch.set_linestyle(_line_style(dashed and edge != "black"))
             self.add(patch)
 
     def draw_box(self, box: np.ndarray, colour: str, *, faint: bool = False, dashed: bool = False) -> None:
@@ -71,7 +70,7 @@ class Canvas:
 
         width, alpha = (0.7 * self.line_width, 0.6) if faint else (self.line_width, 1.0)
         patch = Rectangle((box[0], box[1]), *(box[2:] - box[:2]), fill=False, edgecolor=colour)
-        patch.set(linewidth=width, alpha=alpha, linestyle=(0, (3, 1.6)) if dashed else "solid")
+        patch.set(linewidth=width, alpha=alpha, linestyle=_line_style(dashed))
         self.add(patch)
 
     def flatten(self) -> np.ndarray:
@@ -93,6 +92,10 @@ def _transparent(picture: np.ndarray) -> Figure:
     figure = Figure(figsize=((width + 0.01) / 72, (height + 0.01) / 72), dpi=72)
     figure.patch.set_visible(False)
     return figure
+
+
+def _line_style(dashed: bool) -> Any:
+    return (0, (3, 1.6)) if dashed else "solid"
 
 
 def base_scale(height: int, width: int) -> float:

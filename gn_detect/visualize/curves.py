@@ -126,7 +126,7 @@ def _draw_several(runs: Mapping[str, Rows], smooth: int) -> Figure:
     ]
     figure, all_axes = _axes(titles)
     kinds = list(dict.fromkeys(name for panel in panels.values() for name in panel["AP (%)"]))
-    styles = dict(zip(kinds, ["-", "--", ":", "-."] * len(kinds), strict=False))
+    styles: dict[str, Any] = dict(zip(kinds, ["-", "--", ":", "-."] * len(kinds), strict=False))
     colours = _colours(len(runs))
     for (run, panel), colour in zip(panels.items(), colours, strict=True):
         for title, axes in zip(titles, all_axes, strict=True):
@@ -147,7 +147,7 @@ def _draw_several(runs: Mapping[str, Rows], smooth: int) -> Figure:
     if len(kinds) > 1 and "AP (%)" in titles:
         axes = all_axes[titles.index("AP (%)")]
         axes.legend(
-            handles=[Line2D([], [], color="0.3", linestyle=styles[kind], label=kind) for kind in kinds],
+            handles=[Line2D([], [], color="0.3", ls=styles[kind], label=kind) for kind in kinds],
             frameon=False,
             fontsize=8,
         )
@@ -158,7 +158,7 @@ def _axes(titles: Sequence[str]) -> tuple[Figure, Sequence[Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(titles), 3.8), dpi=150, layout="constrained", facecolor="white")
-    all_axes = figure.subplots(1, len(titles), squeeze=False)[0]
+    all_axes = figure.subplots(1, len(titles), squeeze=False, sharex=True)[0]
     for axes, title in zip(all_axes, titles, strict=True):
         axes.set(title=title, xlabel="iteration")
         axes.grid(alpha=0.25)
