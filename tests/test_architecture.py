@@ -35,7 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": LOWER | {"data"},
     "engine": LOWER | {"data", "evaluation", "visualize"},
     "predictor": LOWER | {"data", "visualize"},
-    "cli": LOWER | {"data", "evaluation", "visualize", "histograms", "engine", "predictor", "__init__"},
+    "report": LOWER | {"data", "evaluation", "visualize", "engine", "__init__"},
+    "cli": LOWER
+    | {"data", "evaluation", "visualize", "histograms", "engine", "predictor", "report", "__init__"},
     "__main__": {"cli"},
     "__init__": LOWER | {"data", "evaluation", "visualize", "engine", "predictor"},
 }
@@ -46,7 +48,7 @@ VAGUE_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "tools"}
 INHERITED = {"extra_repr"}
 """Methods whose meaning is torch.nn.Module's: a docstring would repeat it."""
 
-SLOW_IMPORTS = ("tensorboard", "matplotlib", "hotcoco", "faster_coco_eval", "scipy", "pytest")
+SLOW_IMPORTS = ("tensorboard", "matplotlib", "hotcoco", "faster_coco_eval", "scipy", "pytest", "jinja2", "av")
 
 
 def python_files(root: Path) -> list[Path]:

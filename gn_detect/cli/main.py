@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
-from . import bench, convert, doctor, evaluate, plot, predict, replay, train, zoo
+from . import bench, convert, doctor, evaluate, plot, predict, replay, report, train, zoo
 
 COMMANDS = {
     "train": train,
@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": convert,
     "zoo": zoo,
     "plot": plot,
+    "report": report,
     "bench": bench,
     "replay": replay,
     "doctor": doctor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from ..structures import Detections, Target
 from .canvas import Canvas, base_scale, box_area, enlarged, mask_outline, picture_scale
@@ -34,7 +35,7 @@ def draw_comparison(
     """Two pictures side by side: objects found or missed, and detections right or false.
 
     What is right has thin lines and little fill, what is wrong stands out: a missed object is dashed. In a
-    crowded picture only what is wrong is named.
+    crowded picture only what is wrong is named, and where there is one class, nothing is.
 
     Args:
         image: uint8 RGB (H, W, 3), or grey (H, W).
@@ -52,13 +53,9 @@ def draw_comparison(
     truth, found = _outcomes(target, detections, np.asarray(matched))
     truth_boxes, found_boxes = target.boxes.double().numpy(), detections.boxes.double().numpy()
     boxes = np.concatenate([truth_boxes.reshape(-1, 4), found_boxes.reshape(-1, 4)])
-    truth_names = names_of(target.labels, class_names)
-    found_names = [
-        f"{name} {score:.2f}".strip()
-        for name, score in zip(
-            names_of(detections.labels, class_names), detections.scores.tolist(), strict=True
-        )
-    ]
+    truth_names, found_names = _names(target.labels, class_names), _names(detections.labels, class_names)
+    scores = detections.scores.tolist()
+    found_names = [f"{name} {score:.2f}".strip() for name, score in zip(found_names, scores, strict=True)]
     height, width = image.shape[:2]
     labels = max(sum(map(bool, _spoken(truth, truth_names))), sum(map(bool, _spoken(found, found_names))))
     scale = scale or picture_scale((height, width), boxes, labels)
@@ -80,6 +77,11 @@ def _outcomes(target: Target, detections: Detections, matched: np.ndarray) -> tu
         found.append(FOUND if int(target.labels[partner]) == label else OTHER_CLASS)
         truth[partner] = found[-1]
     return truth, found
+
+
+def _names(labels: Tensor, class_names: Sequence[str]) -> list[str]:
+    """None where there is one class alone: colours say all."""
+    return [""] * len(labels) if len(class_names) == 1 else names_of(labels, class_names)
 
 
 def _spoken(outcomes: Sequence[str], names: Sequence[str]) -> list[str]:

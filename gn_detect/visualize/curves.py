@@ -80,7 +80,7 @@ def read_metrics(path: str | Path) -> Rows:
     return rows
 
 
-def points(rows: Rows, name: str, smooth: int = 1) -> np.ndarray:
+def metric_points(rows: Rows, name: str, smooth: int = 1) -> np.ndarray:
     """(N, 2) float64 of iteration and value; each value is the mean of the last ``smooth`` ones."""
     found = np.array([(row["iteration"], row[name]) for row in rows if name in row], dtype=float)
     found = found.reshape(-1, 2)
@@ -110,7 +110,9 @@ def _draw_one(rows: Rows, smooth: int) -> Figure:
     for (title, shown), axes in zip(panels.items(), all_axes, strict=True):
         for name in shown:
             colour, width = ("0.15", 1.8) if name == "total_loss" else (None, 1.3)
-            _line(axes, points(rows, name, smooth if title == "loss" else 1), title, name, colour, width)
+            _line(
+                axes, metric_points(rows, name, smooth if title == "loss" else 1), title, name, colour, width
+            )
         if len(shown) > 1:
             axes.legend(fontsize=8, frameon=False)
     return figure
@@ -131,7 +133,7 @@ def _draw_several(runs: Mapping[str, Rows], smooth: int) -> Figure:
     for (run, panel), colour in zip(panels.items(), colours, strict=True):
         for title, axes in zip(titles, all_axes, strict=True):
             for name in panel[title]:
-                line = points(runs[run], name, smooth if title == "loss" else 1)
+                line = metric_points(runs[run], name, smooth if title == "loss" else 1)
                 _line(axes, line, title, run, colour, 1.5, styles.get(name, "-"))
     handles = [
         Line2D([], [], color=colour, linewidth=2, label=name)
