@@ -159,7 +159,7 @@ def _size_of(area: float) -> str:
     return "small" if area < 32**2 else "medium" if area < 96**2 else "large"
 
 
-def condense(confusion: np.ndarray, names: Sequence[str], most: int = 24) -> tuple[np.ndarray, list[str]]:
+def condense(confusion: np.ndarray, names: Sequence[str], most: int = 18) -> tuple[np.ndarray, list[str]]:
     """A confusion matrix of the ``most`` categories with the most mistakes; the others become one.
 
     Args:
