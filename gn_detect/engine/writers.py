@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..errors import UserError
@@ -122,6 +123,11 @@ class MetricsWriter:
                     self._board.add_scalar(key, value, iteration)
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}; make room and --resume") from error
+
+    def add_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
+        """A (H, W, 3) uint8 RGB picture for TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, picture, iteration, dataformats="HWC")
 
     def _begin_again(self, iteration: int) -> None:
         """The folder, or the file in it, was deleted while the run goes on."""

@@ -143,6 +143,7 @@ def training_charts(rows: list[dict[str, float]]) -> list[Chart]:
     """Losses, AP, learning rate and throughput by iteration, those that there are."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     losses = [name for name in names if name == "total_loss" or name.startswith("loss_")]
+    end = max((row["iteration"] + 1 for row in rows), default=1)
     chosen = {
         "loss": sorted(losses, key=lambda name: name != "total_loss"),
         "AP (%)": [name for name in names if name.split("/")[-1] in ("AP", "AP50")],
@@ -154,6 +155,7 @@ def training_charts(rows: list[dict[str, float]]) -> list[Chart]:
             title,
             "iteration",
             {name.replace("_", " "): metric_points(rows, name) for name in shown},
+            x_range=(0, end),
             dots=title == "AP (%)",
         )
         for title, shown in chosen.items()
