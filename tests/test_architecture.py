@@ -36,7 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interop": LOWER | {"data", "evaluation"},
     "engine": LOWER | {"data", "evaluation", "visualize"},
     "predictor": LOWER | {"data", "visualize"},
-    "cli": LOWER | {"data", "evaluation", "visualize", "histograms", "engine", "predictor", "__init__"},
+    "report": LOWER | {"data", "evaluation", "visualize", "engine", "__init__"},
+    "cli": LOWER
+    | {"data", "evaluation", "visualize", "histograms", "engine", "predictor", "report", "__init__"},
     "__main__": {"cli"},
     "__init__": LOWER | {"data", "evaluation", "visualize", "engine", "predictor"},
 }
@@ -47,7 +49,7 @@ VAGUE_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "tools"}
 INHERITED = {"extra_repr"}
 """Methods whose meaning is torch.nn.Module's: a docstring would repeat it."""
 
-SLOW_IMPORTS = ("tensorboard", "matplotlib", "hotcoco", "faster_coco_eval", "scipy", "pytest")
+SLOW_IMPORTS = ("tensorboard", "matplotlib", "hotcoco", "faster_coco_eval", "scipy", "pytest", "jinja2", "av")
 SLOW_IMPORTS += ("onnx", "onnxscript", "onnxruntime", "detectron2")
 
 

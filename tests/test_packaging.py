@@ -55,6 +55,7 @@ def test_the_wheel_holds_the_code_and_the_configurations(repository: Path, wheel
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
     code = [path for path in (repository / "gn_detect").rglob("*.py") if "__pycache__" not in path.parts]
     expected = {path.relative_to(repository).as_posix() for path in code} | {"gn_detect/py.typed"}
+    expected |= {f"gn_detect/report/page.{suffix}" for suffix in ("html.jinja", "css", "js")}
     configs = sorted((repository / "configs").rglob("*.yaml"))
     assert configs
     expected |= {f"gn_detect/{path.relative_to(repository).as_posix()}" for path in configs}

@@ -26,10 +26,10 @@ from ..weights import (
     save_weights,
     translate,
 )
+from .inputs import find_images
 from .library_models import DEFAULT, LibraryModel, is_library_model, load_library_model
 from .options import add_config_arguments, add_fix_argument, fix_config
 from .output import Result
-from .predict import find_images
 
 HELP = "Convert a checkpoint from BatchNorm to GroupNorm."
 

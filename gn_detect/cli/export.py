@@ -7,8 +7,8 @@ import argparse
 from ..engine import ExportedPredictor, Predictor
 from ..engine.export import check_target, export_detector
 from ..engine.export_check import compare
+from .inputs import find_images, split_overrides
 from .options import add_config_arguments, add_fix_argument, read_config_file
-from .predict import find_images, split_overrides
 
 HELP = "Export a trained detector, MODEL.WEIGHTS, as ONNX or as a program of PyTorch."
 

@@ -25,6 +25,7 @@ from . import (
     plot,
     predict,
     replay,
+    report,
     train,
     zoo,
 )
@@ -40,6 +41,7 @@ COMMANDS = {
     "export": export,
     "zoo": zoo,
     "plot": plot,
+    "report": report,
     "bench": bench,
     "replay": replay,
     "doctor": doctor,

@@ -1,13 +1,14 @@
-"""``gn-detect plot``: the curves of a run."""
+"""``gn-detect plot``: the curves of a run, or of several on one figure."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from ..errors import UserError
 from ..visualize import plot_curves
 
-HELP = "Draw losses, AP and learning rate of a run."
+HELP = "Draw losses, AP and learning rate of one run, or of several in the same axes."
 
 EXAMPLES = """
 gn-detect plot runs/one
@@ -17,14 +18,38 @@ gn-detect plot runs/one --output curves.png
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("run", metavar="RUN", help="run folder, or its metrics.jsonl")
-    parser.add_argument("--output", metavar="FILE", help="picture; by default curves.png in the run folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or its metrics.jsonl")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="picture, .png or .svg; by default curves.png in the folder of the only run, or here",
+    )
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="mean of N log lines for losses")
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the picture."""
-    source = Path(args.run)
-    metrics = source / "metrics.jsonl" if source.is_dir() else source
-    output = Path(args.output) if args.output else metrics.parent / "curves.png"
-    plot_curves(metrics, output)
+    if args.smooth < 1:
+        raise UserError(f"--smooth {args.smooth}: it must be 1 or more log lines")
+    paths = [Path(text) for text in args.runs]
+    metrics = [path / "metrics.jsonl" if path.is_dir() else path for path in paths]
+    folder = metrics[0].parent if len(metrics) == 1 else Path()
+    output = Path(args.output) if args.output else folder / "curves.png"
+    plot_curves(dict(zip(name_runs(metrics), metrics, strict=True)), output, smooth=args.smooth)
     print(f"see {output}")
+
+
+def name_runs(metrics: list[Path]) -> list[str]:
+    """As much of the end of each run's path as tells it from the others.
+
+    Raises:
+        UserError: the same run is given twice.
+    """
+    folders = [path.resolve().parent.parts for path in metrics]
+    if len(set(folders)) < len(folders):
+        raise UserError("the same run is given twice; name each once")
+    for length in range(1, max(map(len, folders)) + 1):
+        names = ["/".join(parts[-length:]) for parts in folders]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -1,36 +1,33 @@
-"""``gn-detect predict``: objects in images, as pictures and as COCO results."""
+"""``gn-detect predict``: objects in images and videos, as pictures and as COCO results."""
 
 from __future__ import annotations
 
 import argparse
-import glob
-import re
+import sys
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from ..config import load_config
-from ..data import read_image
 from ..engine import ExportedPredictor, Predictor
+from ..engine.pipeline import default_workers
+from ..engine.prediction import AnyPredictor, Outcome, Task, predict_images, predict_video
 from ..errors import UserError
-from ..evaluation import detections_to_coco
-from ..files import atomic_write_json
-from ..visualize import draw_detections, save_picture
-from .options import add_fix_argument, fix_config
+from ..evaluation import Truth, read_truth
+from .inputs import find_images, is_video, name_outputs, split_overrides
+from .options import add_fix_argument, read_config_file
 from .output import Result
 
-HELP = "Find objects in images with a trained checkpoint, MODEL.WEIGHTS."
+HELP = "Find objects in images and videos with a trained checkpoint, MODEL.WEIGHTS."
 
 EXAMPLES = """
 gn-detect predict --config-file runs/one/config.yaml photo.jpg MODEL.WEIGHTS runs/one/model_final.pth
 gn-detect predict --config-file runs/one/config.yaml --output found --threshold 0.7 photos 'more/*.png' \\
     MODEL.WEIGHTS runs/one/model_final.pth
+gn-detect predict --config-file runs/one/config.yaml --annotations val.json images \\
+    MODEL.WEIGHTS runs/one/model_final.pth
+gn-detect predict --model model.onnx clip.mp4
 """
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-
-_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
+UNREADABLE = 1
+"""Exit status when some inputs could not be read; the others are done."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,36 +40,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust", action="store_true", help="run a --model of PyTorch (.pt2), which is a program"
     )
     parser.add_argument(
-        "--output", metavar="FOLDER", default="predictions", help="for pictures and predictions.json"
+        "--output",
+        metavar="FOLDER",
+        default="predictions",
+        help="for pictures, predictions.json and images.json",
     )
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="least score of what is drawn and written"
     )
+    parser.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="COCO ground truth of the images: it is drawn beside, and gives the image ids of the results",
+    )
+    parser.add_argument("--no-pictures", action="store_true", help="write the results of images alone")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="threads that read and processes that draw beside the model; by default the other cores",
+    )
     add_fix_argument(parser)
     parser.add_argument(
-        "inputs", nargs="+", metavar="IMAGE", help="files, folders or patterns, then KEY VALUE ..."
+        "inputs", nargs="+", metavar="INPUT", help="images, videos, folders or patterns, then KEY VALUE ..."
     )
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Write one picture for each image and ``predictions.json`` for all."""
-    inputs, overrides = split_overrides(args.inputs)
-    images = find_images(inputs)
+    """Write one picture for each image, results for all, and a video for each video."""
+    texts, overrides = split_overrides(args.inputs)
+    paths = find_images(texts, videos=True)
+    workers = default_workers() if args.workers is None else args.workers
+    if workers < 0:
+        raise UserError(f"--workers {workers}: it must be 0 or more")
     predictor = make_predictor(args, overrides)
     print(predictor.report)
+    truth = None
+    if args.annotations:
+        truth = read_truth(args.annotations, "segm" if predictor.cfg.model.mask_on else "bbox")
+        check_categories(predictor, truth)
     output = Path(args.output)
-    results: list[dict[str, Any]] = []
-    for image_id, (path, name) in enumerate(tqdm(name_pictures(images), unit="image", disable=None), start=1):
-        pixels = read_image(path, "RGB")
-        found = predictor(pixels)
-        found = found[found.scores >= args.threshold]
-        for result in detections_to_coco(found, image_id, predictor.category_ids):
-            results.append({"file_name": str(path), **result})
-        picture = draw_detections(pixels, found, predictor.class_names, args.threshold)
-        save_picture(output / name, picture)
-    atomic_write_json(output / "predictions.json", results)
-    print(f"{len(results)} objects in {len(images)} images: see {output}")
-    return Result({"images": len(images), "objects": len(results), "output": str(output)})
+    named = list(zip(paths, name_outputs(paths), strict=True))
+    tasks = make_tasks([(path, name) for path, name in named if not is_video(path)], output, truth)
+    outcomes = []
+    if tasks:
+        pictures = not args.no_pictures
+        outcomes.append(
+            predict_images(
+                predictor, tasks, output, threshold=args.threshold, workers=workers, pictures=pictures
+            )
+        )
+        print(f"{outcomes[0].objects} objects in {outcomes[0].images} images: see {output}")
+    for path, name in named:
+        if is_video(path):
+            outcomes.append(predict_one_video(predictor, path, output / name, args.threshold, workers))
+    failures = [failure for outcome in outcomes for failure in outcome.failures]
+    if failures:
+        print(f"{len(failures)} of {len(paths)} inputs could not be read", file=sys.stderr)
+    counts = {key: sum(getattr(outcome, key) for outcome in outcomes) for key in ("images", "objects")}
+    return Result({**counts, "output": str(output), "failures": failures}, UNREADABLE if failures else 0)
 
 
 def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor | ExportedPredictor:
@@ -86,54 +112,46 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
             given = "--config-file" if args.config_file else overrides[0]
             raise UserError(f"--model holds its own config, so {given} has no effect; leave it out")
         return ExportedPredictor(args.model, trust=args.trust)
-    if not args.config_file:
-        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
-    cfg = load_config(args.config_file, overrides)
-    if args.fix_config and cfg.model.weights:
-        cfg = fix_config(cfg, cfg.model.weights)
-    return Predictor(cfg)
+    args.overrides = overrides
+    return Predictor(read_config_file(args))
 
 
-def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Images, and ``KEY VALUE`` pairs from the first argument that looks like a key and is not a file."""
-    for i, argument in enumerate(arguments):
-        if _KEY.fullmatch(argument) and "." in argument and not Path(argument).exists():
-            return arguments[:i], arguments[i:]
-    return arguments, []
-
-
-def find_images(inputs: list[str]) -> list[Path]:
-    """Files as given, the images in folders, and what patterns match, each once.
+def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None) -> list[Task]:
+    """Images numbered from 1, or as the ground truth numbers them.
 
     Raises:
-        UserError: an input does not exist, or a folder or pattern holds no image.
+        UserError: the ground truth does not list an image.
     """
-    found: dict[Path, None] = {}
-    for text in inputs:
-        path = Path(text)
-        if path.is_file():
-            matches = [path]
-        elif path.is_dir():
-            matches = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        else:
-            matches = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
-        if not matches:
-            raise UserError(f"no image at {text}; give image files, a folder of them or a pattern")
-        found.update(dict.fromkeys(matches))
-    if not found:
-        raise UserError("no images: name files, a folder or a pattern before the config keys")
-    return list(found)
+    tasks = []
+    for number, (path, name) in enumerate(named, start=1):
+        image_id = number if truth is None else truth.image_id_of(path)
+        objects = None if truth is None else truth.objects[image_id]
+        tasks.append(Task(path, image_id, output / name, objects))
+    return tasks
 
 
-def name_pictures(images: list[Path]) -> list[tuple[Path, str]]:
-    """A file name for the picture of each image; equal stems get a number."""
-    used: set[str] = set()
-    named = []
-    for path in images:
-        name, count = f"{path.stem}.png", 1
-        while name in used:
-            count += 1
-            name = f"{path.stem}_{count}.png"
-        used.add(name)
-        named.append((path, name))
-    return named
+def check_categories(predictor: AnyPredictor, truth: Truth) -> None:
+    """Refuse ground truth of categories that the model does not know.
+
+    Raises:
+        UserError: an id is not among the model's.
+    """
+    unknown = sorted(set(truth.category_ids) - set(predictor.category_ids))
+    if unknown:
+        raise UserError(
+            f"{truth.path} has category id {unknown[0]}, which the model, with "
+            f"{', '.join(map(str, predictor.category_ids[:8]))}, was not trained on; give its own annotations"
+        )
+
+
+def predict_one_video(
+    predictor: AnyPredictor, path: Path, output: Path, threshold: float, workers: int
+) -> Outcome:
+    """A video that cannot be read is named, and does not stop the others."""
+    try:
+        outcome = predict_video(predictor, path, output, threshold=threshold, workers=workers)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Outcome(failures=[str(error)])
+    print(f"{outcome.objects} objects in {outcome.images} frames of {path}: see {output}")
+    return outcome

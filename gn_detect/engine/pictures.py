@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..data import CocoDataset, prepare_image, read_image
 from ..errors import UserError
@@ -17,7 +20,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def draw_test_images(cfg: Config, model: MaskRCNN, dataset: CocoDataset, folder: Path) -> None:
+def draw_test_images(
+    cfg: Config,
+    model: MaskRCNN,
+    dataset: CocoDataset,
+    folder: Path,
+    show: Callable[[str, np.ndarray], None] | None = None,
+) -> None:
     """``VIS.NUM_IMAGES`` images, evenly spread over a dataset, as ``<dataset>_<image id>.png``.
 
     Args:
@@ -25,6 +34,7 @@ def draw_test_images(cfg: Config, model: MaskRCNN, dataset: CocoDataset, folder:
         model: on its device; it comes back in the mode in which it was.
         dataset: with ground truth.
         folder: created when missing.
+        show: is also given each picture, (H, W, 3) uint8 RGB, with its name.
     """
     training = model.training
     model.eval()
@@ -42,6 +52,8 @@ def draw_test_images(cfg: Config, model: MaskRCNN, dataset: CocoDataset, folder:
             ["ground truth", "prediction"],
         )
         save_picture(folder / f"{dataset.name}_{record.id}.png", picture)
+        if show is not None:
+            show(f"{dataset.name}/{record.id}", picture)
     model.train(training)
 
 

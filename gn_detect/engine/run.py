@@ -21,7 +21,7 @@ from ..data import (
 )
 from ..errors import UserError
 from ..evaluation import METRICS
-from ..files import atomic_write_text
+from ..files import atomic_write_json, atomic_write_text
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, InputConvention, load_weights, read_checkpoint
 from .checkpoint import read_last_checkpoint, remove_leftovers, start_anew
@@ -34,6 +34,7 @@ from .distributed import (
     scale_config,
     world_size,
 )
+from .environment import describe_environment
 from .evaluator import TestSets, load_test_sets, make_folder
 from .model import make_model
 from .step import TrainingState, make_state
@@ -180,10 +181,12 @@ def check_parts(cfg: Config) -> None:
 
 
 def open_run_folder(run: Run) -> None:
-    """Create ``OUTPUT_DIR`` and write ``config.yaml``."""
+    """Create ``OUTPUT_DIR`` and write ``config.yaml`` and ``environment.json``."""
     make_folder(run.folder)
     remove_leftovers(run.folder)
     atomic_write_text(run.folder / "config.yaml", dump_config(run.cfg))
+    environment = describe_environment(run.device, world_size())
+    atomic_write_json(run.folder / "environment.json", environment, indent=2)
     if run.start == 0:
         start_anew(run.folder)
 

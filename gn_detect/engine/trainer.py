@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import closing, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -228,7 +229,9 @@ def finish(run: Run, writer: MetricsWriter | None) -> Results:
         draw_curves(run.folder, run.folder / "pictures" / "curves.png")
         for _, test_set in run.tests.values():
             model = cast(MaskRCNN, run.state.evaluated)
-            draw_test_images(run.cfg, model, test_set, Path(run.folder) / "pictures")
+            last = run.cfg.solver.max_iter - 1
+            show = None if writer is None else partial(writer.add_picture, iteration=last)
+            draw_test_images(run.cfg, model, test_set, Path(run.folder) / "pictures", show)
         logger.info("finished: see %s", run.folder)
     barrier()
     return results

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..files import atomic_write_text, cannot_write
@@ -123,6 +124,11 @@ class MetricsWriter:
         if self._events is not None:
             self._events.write(iteration, scalars)
 
+    def add_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
+        """A (H, W, 3) uint8 RGB picture for TensorBoard."""
+        if self._events is not None:
+            self._events.add_picture(name, picture, iteration)
+
     def _begin_again(self, iteration: int) -> None:
         """The folder, or the file in it, was deleted while the run goes on."""
         logger.warning(
@@ -184,6 +190,18 @@ class EventsWriter:
 
         values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
         self._add(Event(wall_time=time.time(), step=iteration, summary=Summary(value=values)))
+
+    def add_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
+        """A (H, W, 3) uint8 RGB picture.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event
+        from torch.utils.tensorboard.summary import image
+
+        summary = image(name, picture, dataformats="HWC")
+        self._add(Event(wall_time=time.time(), step=iteration, summary=summary))
 
     def close(self) -> None:
         """What is written is in the file already."""

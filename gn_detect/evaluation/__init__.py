@@ -1,7 +1,30 @@
 """COCO box and mask AP."""
 
+from .backends import choose_backend, precision_and_recall
 from .coco import METRICS, evaluate_results
+from .coco_data import prepare_detections, prepare_ground_truth
+from .matching import IN_CROWD, NOTHING, confusion_matrix, match_objects
 from .model import detections_to_coco, evaluate_model
+from .results_file import ResultsWriter, read_entries
 from .table import format_results
+from .truth import Truth, read_truth
 
-__all__ = ["METRICS", "detections_to_coco", "evaluate_model", "evaluate_results", "format_results"]
+__all__ = [
+    "IN_CROWD",
+    "METRICS",
+    "NOTHING",
+    "ResultsWriter",
+    "Truth",
+    "choose_backend",
+    "confusion_matrix",
+    "detections_to_coco",
+    "evaluate_model",
+    "evaluate_results",
+    "format_results",
+    "match_objects",
+    "precision_and_recall",
+    "prepare_detections",
+    "prepare_ground_truth",
+    "read_entries",
+    "read_truth",
+]

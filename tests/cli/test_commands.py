@@ -13,7 +13,7 @@ import yaml
 
 import gn_detect
 from gn_detect import __version__
-from gn_detect.cli import main, options, predict
+from gn_detect.cli import inputs, main, options
 from gn_detect.engine import trainer
 from tests.cli.conftest import Case
 
@@ -45,7 +45,12 @@ def test_train_then_eval_predict_and_plot(
     images = trained.val.parent / "images"
     common = ["predict", "--config-file", config, "--output", output, "--threshold", 0.0]
     assert run(*common, images, images / "001.png", "MODEL.WEIGHTS", weights, *keys) == 0
-    assert sorted(path.name for path in output.iterdir()) == ["001.png", "002.png", "predictions.json"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "001.png",
+        "002.png",
+        "images.json",
+        "predictions.json",
+    ]
     found = json.loads((output / "predictions.json").read_text())
     assert {r["image_id"] for r in found} == {1, 2} and {r["category_id"] for r in found} <= {3, 7}
     assert all(Path(r["file_name"]).is_file() and r["segmentation"]["size"] == [64, 80] for r in found)
@@ -117,11 +122,11 @@ def test_programs(command: list[str], repository: Path, tmp_path: Path) -> None:
 def test_images_and_keys_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("A.PNG").touch()
-    split = predict.split_overrides(["A.PNG", "folder", "MODEL.WEIGHTS", "x.pth", "SEED", "1"])
+    split = inputs.split_overrides(["A.PNG", "folder", "MODEL.WEIGHTS", "x.pth", "SEED", "1"])
     assert split == (["A.PNG", "folder"], ["MODEL.WEIGHTS", "x.pth", "SEED", "1"])
-    assert predict.split_overrides(["a.png"]) == (["a.png"], [])
+    assert inputs.split_overrides(["a.png"]) == (["a.png"], [])
 
 
 def test_pictures_of_images_with_one_name_do_not_overwrite_each_other() -> None:
-    named = predict.name_pictures([Path("a/x.jpg"), Path("b/x.png"), Path("x_2.jpg")])
-    assert len({name for _, name in named}) == 3
+    named = inputs.name_outputs([Path("a/x.jpg"), Path("b/x.png"), Path("x_2.jpg"), Path("x.mov")])
+    assert named == ["x.png", "x_2.png", "x_2_2.png", "x.mp4"]

@@ -1,0 +1,35 @@
+"""``gn-detect report``: a run as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import UserError
+from ..report import write_report
+
+HELP = "Write a run's numbers, curves, mistakes and pictures as one HTML page that needs no network."
+
+EXAMPLES = """
+gn-detect report runs/one
+gn-detect report runs/one --output page.html --threshold 0.3 --pictures 12
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--output", metavar="FILE", help="page; by default report.html in the run folder")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="least score in pictures, confusion and table of images"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=6, metavar="N", help="of the worst and of the best images, each"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the page."""
+    if args.pictures < 0:
+        raise UserError(f"--pictures {args.pictures}: it must be 0 or more")
+    path = write_report(args.run, args.output, threshold=args.threshold, pictures=args.pictures)
+    print(f"see {path} ({path.stat().st_size / 1e6:.1f} MB)")

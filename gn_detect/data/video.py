@@ -1,0 +1,135 @@
+"""Frames of video files, in and out, with PyAV (https://pyav.basswood-io.com), the extra ``video``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ..errors import UserError
+from .faults import DataError
+
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv"}
+
+_TICKS = 90_000
+"""Of the written file, in a second: times of frames are kept, also where frames come unevenly."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture of a video.
+
+    Attributes:
+        number: from 0.
+        time: in seconds from the first frame.
+        pixels: (H, W, 3) uint8 RGB, upright.
+    """
+
+    number: int
+    time: float
+    pixels: np.ndarray
+
+
+def _import_av(path: str | Path) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"{path}: videos need PyAV; pip install 'gn-detect[video]'") from error
+    return av
+
+
+def count_frames(path: str | Path) -> int:
+    """As many frames as the file says that it has; 0 where it does not say.
+
+    Raises:
+        UserError: PyAV is missing, or the file is no video.
+    """
+    with _open(path) as (_, stream):
+        return int(stream.frames)
+
+
+def read_frames(path: str | Path) -> Iterator[Frame]:
+    """The frames of the first video stream, one by one.
+
+    Raises:
+        UserError: PyAV is missing, the file is no video, or it is damaged.
+    """
+    with _open(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        rate = float(stream.average_rate or 25)
+        first = None
+        for number, frame in enumerate(container.decode(stream)):
+            time = number / rate if frame.time is None else float(frame.time)
+            first = time if first is None else first
+            pixels = frame.to_ndarray(format="rgb24")
+            turns = round(getattr(frame, "rotation", 0) / 90) % 4
+            yield Frame(number, time - first, np.ascontiguousarray(np.rot90(pixels, turns)))
+        if first is None:
+            raise DataError(f"video {path} has no frames; replace or remove it", "unreadable-image")
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple[Any, Any]]:
+    av = _import_av(path)
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path} has no pictures, sound alone; leave it out", "unreadable-image")
+            yield container, container.streams.video[0]
+    except (av.error.FFmpegError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"cannot read video {path}: {reason}; replace or remove it", "unreadable-image"
+        ) from error
+
+
+class VideoWriter:
+    """Writes an mp4 (H.264, or MPEG-4 where PyAV comes without it), without sound.
+
+    Args:
+        file: open for binary writing and seeking; whoever opened it closes it.
+        name: of the file, for messages.
+    """
+
+    def __init__(self, file: IO[bytes], name: str | Path) -> None:
+        self._av = _import_av(name)
+        self._container = self._av.open(file, "w", format="mp4")
+        self._stream: Any = None
+        self._last = -1
+
+    def add(self, picture: np.ndarray, time: float) -> None:
+        """One more frame.
+
+        Args:
+            picture: (H, W, 3) uint8 RGB, of the first one's size; an odd line or column at the end is
+                doubled, as H.264 takes even sizes alone.
+            time: in seconds, later than that of the frame before.
+        """
+        picture = np.pad(picture, ((0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)), mode="edge")
+        if self._stream is None:
+            codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
+            self._stream = self._container.add_stream(codec, rate=25)
+            self._stream.height, self._stream.width = picture.shape[:2]
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.codec_context.time_base = Fraction(1, _TICKS)
+            if codec == "libx264":
+                self._stream.options = {"crf": "20", "preset": "veryfast"}
+            else:
+                self._stream.bit_rate = 8_000_000
+                self._stream.codec_context.time_base = Fraction(1, 1000)  # 16 bits, in MPEG-4
+        frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24")
+        base = self._stream.codec_context.time_base
+        frame.time_base = base
+        frame.pts = self._last = max(self._last + 1, round(time / base))
+        self._container.mux(self._stream.encode(frame))
+
+    def end(self) -> None:
+        """Complete the file."""
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._container.close()

@@ -1,0 +1,85 @@
+"""One picture from COCO entries: all that drawing in another process, or from a result file, needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import torch
+from torch import Tensor
+
+from ..evaluation import match_objects
+from ..structures import Detections, Target
+from ..visualize import draw_comparison, draw_detections
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names and ids of the categories, by contiguous label."""
+
+    names: Sequence[str]
+    category_ids: Sequence[int]
+
+    def labels(self, entries: Sequence[Json]) -> Tensor:
+        """(N,) int64 labels of COCO entries."""
+        position = {category_id: label for label, category_id in enumerate(self.category_ids)}
+        return torch.tensor([position[entry["category_id"]] for entry in entries], dtype=torch.int64)
+
+
+def draw_entries(
+    pixels: np.ndarray,
+    detections: Sequence[Json],
+    classes: Classes,
+    objects: Sequence[Json] | None = None,
+    scale: float | None = None,
+) -> np.ndarray:
+    """Detections on an image, beside its ground truth if that is given.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+        detections: COCO results of the image, those to show.
+        classes: of all entries.
+        objects: COCO annotations of the image, masks as RLE; None where there are none to compare with.
+        scale: see :func:`draw_detections`.
+
+    Returns:
+        uint8 RGB.
+    """
+    found = Detections(
+        _boxes(detections),
+        torch.tensor([entry["score"] for entry in detections]),
+        classes.labels(detections),
+        _masks(detections, pixels.shape[:2]),
+    )
+    if objects is None:
+        return draw_detections(pixels, found, classes.names, 0.0, scale)
+    with_masks = all("segmentation" in entry for entry in [*objects, *detections])
+    matched, _ = match_objects(objects, detections, "segm" if with_masks else "bbox")
+    shown = [i for i, entry in enumerate(objects) if not entry.get("iscrowd", 0)]
+    place = {index: number for number, index in enumerate(shown)}
+    kept = [objects[i] for i in shown]
+    masks = _masks(kept, pixels.shape[:2])
+    target = Target(_boxes(kept), classes.labels(kept), None if masks is None else list(masks))
+    partners = np.array([place.get(partner, partner) for partner in matched.tolist()], dtype=np.int64)
+    return draw_comparison(pixels, target, found, classes.names, partners, scale)
+
+
+def _boxes(entries: Sequence[Json]) -> Tensor:
+    """(N, 4) ``xyxy`` float32."""
+    boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+
+
+def _masks(entries: Sequence[Json], size: Sequence[int]) -> Tensor | None:
+    """(N, H, W) bool; None unless each entry has one."""
+    if not all("segmentation" in entry for entry in entries):
+        return None
+    if not entries:
+        return torch.zeros(0, *size, dtype=torch.bool)
+    decoded = coco_mask.decode([entry["segmentation"] for entry in entries])
+    return torch.from_numpy(decoded.transpose(2, 0, 1).astype(bool))

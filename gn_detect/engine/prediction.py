@@ -1,0 +1,262 @@
+"""Detections of many images, or of a video, as pictures and as COCO results; the model does not wait."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from ..data import read_image
+from ..data.video import Frame, VideoWriter, count_frames, read_frames
+from ..errors import UserError
+from ..evaluation import ResultsWriter, detections_to_coco
+from ..files import atomic_write, atomic_write_json
+from ..structures import Detections
+from ..visualize import picture_scale, save_picture
+from .drawing import Classes, draw_entries
+from .pipeline import drawing_processes, in_order, reading_threads
+
+Json = dict[str, Any]
+
+
+class AnyPredictor(Protocol):
+    """What is needed of a predictor; :class:`gn_detect.Predictor` has it."""
+
+    class_names: list[str]
+    category_ids: list[int]
+
+    def __call__(self, image: np.ndarray) -> Detections:
+        """Objects in (H, W, 3) uint8 RGB pixels, in the image's pixels, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image to predict on.
+
+    Attributes:
+        path: of the image.
+        image_id: in the results.
+        picture: to write.
+        objects: the image's ground truth, see :func:`draw_entries`; None without.
+    """
+
+    path: Path
+    image_id: Any
+    picture: Path
+    objects: Sequence[Json] | None = None
+
+
+@dataclass
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        images, objects: how many were predicted on, and found.
+        failures: a message for each image that cannot be read.
+    """
+
+    images: int = 0
+    objects: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Found:
+    task: Task
+    size: tuple[int, int]
+    entries: list[Json]
+
+
+def predict_images(
+    predictor: AnyPredictor,
+    tasks: Sequence[Task],
+    folder: Path,
+    *,
+    threshold: float = 0.5,
+    workers: int = 1,
+    pictures: bool = True,
+) -> Outcome:
+    """Write a picture for each image, and ``predictions.json`` and ``images.json`` for all.
+
+    ``predictions.json`` is a COCO result file; each entry also has ``file_name``. ``images.json`` lists
+    images and categories as an annotation file does, so that COCO's tools load both together.
+
+    Args:
+        predictor: of the objects.
+        tasks: the images; one that cannot be read is left out and named in the outcome.
+        folder: of both files.
+        threshold: the least score of what is drawn and written.
+        workers: threads that read and processes that draw, beside the model; 0 does all in turn.
+        pictures: without them, only the files are written.
+
+    Raises:
+        UserError: something cannot be written; files that are there are whole.
+    """
+    classes = Classes(predictor.class_names, predictor.category_ids)
+    outcome, records = Outcome(), []
+
+    def detect(read: Iterator[tuple[Task, np.ndarray | str]]) -> Iterator[_Drawing]:
+        for task, pixels in read:
+            if isinstance(pixels, str):
+                outcome.failures.append(pixels)
+                tqdm.write(f"error: {pixels}", file=sys.stderr)
+                progress.update()
+                continue
+            entries = _detect(predictor, pixels, task.image_id, threshold)
+            yield _Drawing(task, pixels, entries, classes, pictures)
+
+    with (
+        atomic_write(folder / "predictions.json") as file,
+        reading_threads(min(workers, 4)) as readers,
+        drawing_processes(workers if pictures else 0, len(tasks)) as drawers,
+        tqdm(total=len(tasks), unit="image", disable=None) as progress,
+    ):
+        results = ResultsWriter(file)
+        read = in_order(readers, _read, tasks, min(workers, 4) + 2)
+        for found in in_order(drawers, _draw, detect(read), 2 * workers + 2):
+            results.add({**entry, "file_name": str(found.task.path)} for entry in found.entries)
+            records.append(_record(found))
+            outcome.objects += len(found.entries)
+            progress.update()
+        results.end()
+    outcome.images = len(records)
+    atomic_write_json(folder / "images.json", _as_coco(records, classes))
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """What goes to a drawing process: masks as RLE, a hundredth of their bitmaps."""
+
+    task: Task
+    pixels: np.ndarray
+    entries: list[Json]
+    classes: Classes
+    wanted: bool
+
+
+def _read(task: Task) -> tuple[Task, np.ndarray | str]:
+    """Pixels, or what is wrong with the image."""
+    try:
+        return task, read_image(task.path, "RGB")
+    except UserError as error:
+        return task, str(error)
+
+
+def _detect(predictor: AnyPredictor, pixels: np.ndarray, image_id: Any, threshold: float) -> list[Json]:
+    found = predictor(pixels)
+    return detections_to_coco(found[found.scores >= threshold], image_id, predictor.category_ids)
+
+
+def _draw(drawing: _Drawing) -> _Found:
+    if drawing.wanted:
+        picture = draw_entries(drawing.pixels, drawing.entries, drawing.classes, drawing.task.objects)
+        save_picture(drawing.task.picture, picture)
+    return _Found(drawing.task, drawing.pixels.shape[:2], drawing.entries)
+
+
+def _record(found: _Found) -> Json:
+    height, width = found.size
+    return {
+        "id": found.task.image_id,
+        "file_name": str(found.task.path),
+        "width": width,
+        "height": height,
+    }
+
+
+def _as_coco(records: list[Json], classes: Classes) -> Json:
+    return {"images": records, "annotations": [], "categories": _categories(classes)}
+
+
+def _categories(classes: Classes) -> list[Json]:
+    return [{"id": i, "name": name} for i, name in zip(classes.category_ids, classes.names, strict=True)]
+
+
+def predict_video(
+    predictor: AnyPredictor, path: Path, output: Path, *, threshold: float = 0.5, workers: int = 1
+) -> Outcome:
+    """Write a video with what was found, and its detections frame by frame.
+
+    Args:
+        predictor: of the objects.
+        path: any video that PyAV reads.
+        output: the .mp4 to write; beside it, with .jsonl, come lines ``{"frame": from 0, "time": in
+            seconds, "objects": [COCO results]}``, the ``image_id`` of a frame being its number.
+        threshold, workers: see :func:`predict_images`.
+
+    Raises:
+        UserError: PyAV is missing, the video cannot be read, or something cannot be written; nothing is.
+    """
+    classes, outcome = Classes(predictor.class_names, predictor.category_ids), Outcome()
+    total = count_frames(path)
+
+    def detect(frames: Iterator[Frame]) -> Iterator[_FrameDrawing]:
+        for frame in frames:
+            entries = _detect(predictor, frame.pixels, frame.number, threshold)
+            yield _FrameDrawing(frame, entries, classes)
+
+    with (
+        atomic_write(output, "wb") as video_file,
+        atomic_write(output.with_suffix(".jsonl")) as lines,
+        reading_threads(min(workers, 1)) as reader,
+        drawing_processes(workers, total or 10 * workers) as drawers,
+        reading_threads(min(workers, 1)) as encoder,
+        tqdm(total=total or None, unit="frame", disable=None) as progress,
+    ):
+        writer = VideoWriter(video_file, output)
+        frames = _until_none(in_order(reader, _next(read_frames(path)), _for_ever(), 4))
+        drawn = in_order(drawers, _draw_frame, detect(frames), 2 * workers + 2)
+        for frame, entries in in_order(encoder, _encode(writer), drawn, 4):
+            lines.write(json.dumps({"frame": frame.number, "time": frame.time, "objects": entries}) + "\n")
+            outcome.images, outcome.objects = outcome.images + 1, outcome.objects + len(entries)
+            progress.update()
+        writer.end()
+    return outcome
+
+
+@dataclass(frozen=True)
+class _FrameDrawing:
+    frame: Frame
+    entries: list[Json]
+    classes: Classes
+
+
+def _draw_frame(drawing: _FrameDrawing) -> tuple[Frame, list[Json]]:
+    """The frame with its drawings; all are of one size, however many objects there are."""
+    frame = drawing.frame
+    scale = picture_scale(frame.pixels.shape[:2], np.zeros((0, 4)))
+    picture = draw_entries(frame.pixels, drawing.entries, drawing.classes, scale=scale)
+    return Frame(frame.number, frame.time, picture), drawing.entries
+
+
+def _next(frames: Iterator[Frame]) -> Callable[[None], Frame | None]:
+    return lambda _: next(frames, None)
+
+
+def _for_ever() -> Iterator[None]:
+    while True:
+        yield None
+
+
+def _until_none(frames: Iterator[Frame | None]) -> Iterator[Frame]:
+    for frame in frames:
+        if frame is None:
+            return
+        yield frame
+
+
+def _encode(
+    writer: VideoWriter,
+) -> Callable[[tuple[Frame, list[Json]]], tuple[Frame, list[Json]]]:
+    def encode(drawn: tuple[Frame, list[Json]]) -> tuple[Frame, list[Json]]:
+        writer.add(drawn[0].pixels, drawn[0].time)
+        return drawn
+
+    return encode

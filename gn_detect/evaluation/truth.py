@@ -1,0 +1,78 @@
+"""The objects of each image of an annotation file, in the form in which detections are compared with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .coco_data import Json, prepare_ground_truth, read_json
+
+
+@dataclass(frozen=True)
+class Truth:
+    """An annotation file by image, with the ids that it has in the file.
+
+    Attributes:
+        path: of the file.
+        file_names: by image id, relative to the folder of the images.
+        category_ids, class_names: in order of the ids; names that several share get the id behind them.
+        objects: annotations by image id, with ``category_id``, ``bbox``, ``area``, ``iscrowd`` and, if they
+            have masks, ``segmentation`` as compressed RLE; images without any have an empty list.
+        content: of the file.
+    """
+
+    path: Path
+    file_names: dict[Any, str]
+    category_ids: list[int]
+    class_names: list[str]
+    objects: dict[Any, list[Json]]
+    content: Json
+
+    def image_id_of(self, path: str | Path) -> Any:
+        """The image with the longest file name that ``path`` ends in.
+
+        Raises:
+            UserError: the file lists no such image, or several.
+        """
+        parts, by_name = Path(path).parts, self._by_name()
+        for length in range(len(parts), 0, -1):
+            found = by_name.get("/".join(parts[-length:]).lstrip("/"), [])
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise UserError(f"{self.path} lists the image {path} {len(found)} times; number each once")
+        raise UserError(f"{self.path} does not list the image {path}; leave it out, or --annotations")
+
+    def _by_name(self) -> dict[str, list[Any]]:
+        names: dict[str, list[Any]] = {}
+        for image_id, name in self.file_names.items():
+            names.setdefault(Path(name).as_posix().lstrip("/"), []).append(image_id)
+        return names
+
+
+def read_truth(path: str | Path, iou_type: str) -> Truth:
+    """Read an annotation file.
+
+    Args:
+        path: COCO JSON.
+        iou_type: ``"segm"`` reads masks, ``"bbox"`` leaves them out.
+
+    Raises:
+        UserError: it is not COCO, or an annotation is incomplete.
+    """
+    content = read_json(path)
+    truth = prepare_ground_truth(content, iou_type) if isinstance(content, Mapping) else None
+    if truth is None:
+        raise UserError(f"{path}: not COCO ground truth; it needs images, annotations and categories")
+    image_ids = {number: key for key, number in truth.images.items()}
+    category_ids = {number: key for key, number in truth.categories.items()}
+    objects: dict[Any, list[Json]] = {key: [] for key in truth.images}
+    for entry in truth.coco["annotations"]:
+        image_id = image_ids[entry["image_id"]]
+        entry = {**entry, "image_id": image_id, "category_id": category_ids[entry["category_id"]]}
+        objects[image_id].append(entry)
+    names = {image["id"]: str(image.get("file_name", image["id"])) for image in content["images"]}
+    return Truth(Path(path), names, list(truth.categories), truth.labels, objects, dict(content))

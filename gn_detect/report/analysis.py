@@ -1,0 +1,181 @@
+"""Where a model's detections are right and wrong: by recall, by category and by image."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation import (
+    IN_CROWD,
+    NOTHING,
+    Truth,
+    choose_backend,
+    confusion_matrix,
+    match_objects,
+    precision_and_recall,
+    prepare_detections,
+    prepare_ground_truth,
+    read_entries,
+)
+
+RECALLS = np.linspace(0, 1, 101)
+"""At which COCO's evaluation gives precision."""
+
+IOU_AVERAGES = {"0.50:0.95": slice(None), "0.50": slice(0, 1), "0.75": slice(5, 6)}
+"""The IoU thresholds of each curve, as rows of COCO's precision."""
+
+_ALL_AREAS, _MOST_DETECTIONS = 0, 2
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """One image at the report's score threshold.
+
+    Attributes:
+        image_id, file_name: of the annotation file.
+        objects, detections: COCO entries; crowds are among the objects.
+        matched: see :func:`match_objects`.
+        counts: of objects (without crowds), found ones, those taken for another class, missed ones and
+            false alarms.
+        quality: the panoptic quality (https://arxiv.org/abs/1801.00868, equation 1) over all categories: the
+            sum of the IoUs of what was found, over found + half of what was missed and what is false; None
+            where there is nothing to find and nothing was found.
+    """
+
+    image_id: Any
+    file_name: str
+    objects: list[Json]
+    detections: list[Json]
+    matched: np.ndarray
+    counts: dict[str, int]
+    quality: float | None
+
+    def labels(self, truth: Truth) -> list[int]:
+        """Of the categories that are in it, or were found in it."""
+        present = {entry["category_id"] for entry in [*self.objects, *self.detections]}
+        return [label for label, category_id in enumerate(truth.category_ids) if category_id in present]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A result file compared with its ground truth.
+
+    Attributes:
+        curves: by IoU type and name of :data:`IOU_AVERAGES`, (K, 101) precision in [0, 1] at
+            :data:`RECALLS`, nan for a category without objects.
+        confusion: see :func:`confusion_matrix`.
+        images: in the order of their ids.
+        object_counts: objects of each category, without crowds.
+        size_counts: small, medium and large objects, by area, without crowds.
+    """
+
+    truth: Truth
+    iou_type: str
+    curves: dict[str, dict[str, np.ndarray]]
+    confusion: np.ndarray
+    images: list[ImageResult]
+    object_counts: list[int]
+    size_counts: dict[str, int]
+
+
+def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: float) -> Analysis:
+    """Compare a result file with its ground truth.
+
+    Args:
+        truth: with masks if the last of ``iou_types`` is ``"segm"``.
+        results: COCO result file.
+        iou_types: ``"bbox"``, ``"segm"`` or both; the last one decides what matches in pictures.
+        threshold: least score of the detections in pictures and confusion; curves take all.
+
+    Raises:
+        UserError: the file is damaged, or is not one of this ground truth.
+    """
+    curves = {iou_type: _curves(truth, results, iou_type) for iou_type in iou_types}
+    detections: dict[Any, list[Json]] = {image_id: [] for image_id in truth.objects}
+    for entry in read_entries(results):
+        if entry["score"] >= threshold:
+            detections[entry["image_id"]].append(entry)
+    iou_type = iou_types[-1]
+    images = [_image(truth, image_id, found, iou_type) for image_id, found in detections.items()]
+    confusion = confusion_matrix(
+        [(image.objects, image.detections, image.matched) for image in images], truth.category_ids
+    )
+    objects = [entry for image in images for entry in image.objects if not entry["iscrowd"]]
+    by_category = Counter(entry["category_id"] for entry in objects)
+    sizes = Counter(_size_of(entry["area"]) for entry in objects)
+    return Analysis(
+        truth,
+        iou_type,
+        curves,
+        confusion,
+        images,
+        [by_category[category_id] for category_id in truth.category_ids],
+        {size: sizes[size] for size in ("small", "medium", "large")},
+    )
+
+
+def _curves(truth: Truth, results: Path, iou_type: str) -> dict[str, np.ndarray]:
+    prepared = prepare_ground_truth(truth.content, iou_type)
+    detections = prepare_detections(results, prepared, iou_type)
+    precision, _ = precision_and_recall(prepared.coco, detections, iou_type, choose_backend(None))
+    chosen = precision[..., _ALL_AREAS, _MOST_DETECTIONS]  # (10, 101, K)
+    chosen = np.where(chosen > -1, chosen, np.nan)
+    return {name: chosen[rows].mean(axis=0).T for name, rows in IOU_AVERAGES.items()}
+
+
+def _image(truth: Truth, image_id: Any, found: list[Json], iou_type: str) -> ImageResult:
+    objects = truth.objects[image_id]
+    matched, iou = match_objects(objects, found, iou_type)
+    right = [
+        index
+        for index, partner in enumerate(matched.tolist())
+        if partner >= 0 and objects[partner]["category_id"] == found[index]["category_id"]
+    ]
+    number = sum(not entry["iscrowd"] for entry in objects)
+    paired = int((matched >= 0).sum())
+    false = int((matched == NOTHING).sum())
+    counts = {
+        "objects": number,
+        "found": len(right),
+        "other class": paired - len(right),
+        "missed": number - paired,
+        "false": false,
+    }
+    wrong = (number - len(right)) + (len(found) - int((matched == IN_CROWD).sum()) - len(right))
+    total = len(right) + wrong / 2
+    quality = float(iou[right].sum() / total) if total else None
+    return ImageResult(image_id, truth.file_names[image_id], objects, found, matched, counts, quality)
+
+
+def _size_of(area: float) -> str:
+    """COCO's borders: squares of 32 and 96 pixels."""
+    return "small" if area < 32**2 else "medium" if area < 96**2 else "large"
+
+
+def condense(confusion: np.ndarray, names: Sequence[str], most: int = 18) -> tuple[np.ndarray, list[str]]:
+    """A confusion matrix of the ``most`` categories with the most mistakes; the others become one.
+
+    Args:
+        confusion: (K + 1, K + 1), background last.
+        names: of the K categories.
+
+    Returns:
+        (L + 1, L + 1) with L at most ``most`` + 1, and L names.
+    """
+    count = len(names)
+    if count <= most + 1:
+        return confusion, list(names)
+    wrong = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()
+    chosen = np.sort(np.argsort(-wrong[:count], kind="stable")[:most])
+    group = np.full(count + 1, most)
+    group[chosen], group[count] = np.arange(most), most + 1
+    condensed = np.zeros((most + 2, most + 2), dtype=np.int64)
+    np.add.at(condensed, (group[:, None], group[None, :]), confusion)
+    return condensed, [*(names[i] for i in chosen), f"{count - most} others"]

@@ -1,0 +1,77 @@
+"""The pictures of a report: the worst and the best images, small enough to lie in the page."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..data import read_image
+from ..engine.drawing import Classes, draw_entries
+from ..errors import UserError
+from ..visualize import encode_picture
+from .analysis import Analysis, ImageResult
+
+MAX_BYTES = 4_000_000
+"""Of all pictures of a page together, before base64 makes them a third larger."""
+_WIDTH, _QUALITY = 1400, 74
+"""Pixels, of ground truth and prediction side by side; and WebP's quality."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the page.
+
+    Attributes:
+        image: what was found in it.
+        rank: ``"worst"`` or ``"best"``.
+        source: of the HTML element; empty where the image cannot be shown, and ``reason`` says why.
+    """
+
+    image: ImageResult
+    rank: str
+    source: str
+    reason: str = ""
+
+
+def choose_images(images: Sequence[ImageResult], count: int) -> list[tuple[str, ImageResult]]:
+    """The ``count`` worst and the ``count`` best by quality, worst first; none is both."""
+    ranked = sorted((image for image in images if image.quality is not None), key=_quality)
+    worst = ranked[:count]
+    best = ranked[len(worst) :][-count:][::-1] if count else []
+    return [("worst", image) for image in worst] + [("best", image) for image in best]
+
+
+def _quality(image: ImageResult) -> float:
+    return -1.0 if image.quality is None else image.quality
+
+
+def draw_pictures(analysis: Analysis, folder: Path, count: int) -> list[Picture]:
+    """Ground truth beside prediction for the worst and the best images.
+
+    Args:
+        analysis: of the dataset.
+        folder: of its images.
+        count: of each kind; those that would make the page too large are left out.
+    """
+    classes = Classes(analysis.truth.class_names, analysis.truth.category_ids)
+    pictures, total = [], 0
+    chosen = choose_images(analysis.images, count)
+    for rank, image in tqdm(chosen, desc="pictures", unit="image", disable=None, leave=False):
+        if total > MAX_BYTES:
+            pictures.append(Picture(image, rank, "", "left out, as the page would become too large"))
+            continue
+        try:
+            pixels = read_image(folder / image.file_name, "RGB")
+        except UserError as error:
+            pictures.append(Picture(image, rank, "", str(error)))
+            continue
+        drawn = draw_entries(pixels, image.detections, classes, image.objects)
+        encoded = encode_picture(drawn, _WIDTH, _QUALITY)
+        total += len(encoded)
+        text = base64.b64encode(encoded).decode("ascii")
+        pictures.append(Picture(image, rank, f"data:image/webp;base64,{text}"))
+    return pictures

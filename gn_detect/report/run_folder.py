@@ -1,0 +1,91 @@
+"""What a run left in its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, load_config
+from ..errors import UserError
+from ..visualize import read_metrics
+
+RESULTS_FILE = "coco_instances_results.json"
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """One folder of ``inference/``.
+
+    Attributes:
+        name: of the dataset.
+        metrics: ``{"bbox": {"AP": ..., ...}, ...}`` in percent, None where COCO defines no value; empty
+            where there is no ``results.json``.
+        results: the COCO result file, or None.
+    """
+
+    name: str
+    metrics: dict[str, dict[str, float | None]]
+    results: Path | None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """All that a report reads of a run, but for datasets.
+
+    Attributes:
+        path: of the folder.
+        cfg, config_text: of ``config.yaml``.
+        rows: of ``metrics.jsonl``; empty where there are none yet.
+        tests: by dataset.
+        environment: of ``environment.json``; empty for a run that did not write it.
+    """
+
+    path: Path
+    cfg: Config
+    config_text: str
+    rows: list[dict[str, float]]
+    tests: list[TestSet]
+    environment: dict[str, Any]
+
+
+def read_run(folder: str | Path) -> RunFolder:
+    """Read a run's folder; whatever is not there yet is empty.
+
+    Raises:
+        UserError: it is no run's folder, or a file in it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run's folder: it has no config.yaml; give the run's OUTPUT_DIR")
+    metrics = folder / "metrics.jsonl"
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    inference = folder / "inference"
+    tests = [_test_set(path) for path in sorted(inference.iterdir())] if inference.is_dir() else []
+    environment = folder / "environment.json"
+    return RunFolder(
+        folder,
+        load_config(folder / "config.yaml"),
+        (folder / "config.yaml").read_text(encoding="utf-8"),
+        rows,
+        [test for test in tests if test.metrics or test.results],
+        _read_object(environment) if environment.is_file() else {},
+    )
+
+
+def _test_set(folder: Path) -> TestSet:
+    metrics, results = folder / "results.json", folder / RESULTS_FILE
+    found = _read_object(metrics) if metrics.is_file() else {}
+    kinds = {kind: row for kind, row in found.items() if isinstance(row, dict)}
+    return TestSet(folder.name, kinds, results if results.is_file() else None)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); evaluate the run again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not what an evaluation writes; evaluate the run again")
+    return content

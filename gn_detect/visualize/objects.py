@@ -1,0 +1,137 @@
+"""Detections and ground truth on an image, each object in a colour of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ..ops.masks import rasterize_polygons
+from ..structures import Detections, Target
+from .canvas import Canvas, base_scale, box_area, enlarged, mask_outline, picture_scale
+from .labels import draw_labels
+
+COLOURS = (
+    "#ff4d4d #3fa7ff #48d65a #ffc02e #c56bff #12d3d3 #ff7ac6 #ff8a3d #a5e02a #8186ff #f2ee4a #1fc495".split()
+)
+"""Of instances, in turn: bright, and each far from the next."""
+
+CROWDED = 15
+"""With more objects than this, masks go without boxes, and objects of the only class without names."""
+
+
+def draw_detections(
+    image: np.ndarray,
+    detections: Detections,
+    class_names: Sequence[str],
+    score_threshold: float = 0.5,
+    scale: float | None = None,
+) -> np.ndarray:
+    """The image with masks, boxes, names and scores of what was detected.
+
+    Labels do not cover each other; small objects in a crowded place go without.
+
+    Args:
+        image: uint8 RGB (H, W, 3), or grey (H, W).
+        detections: in the image's pixels.
+        class_names: name of each contiguous label.
+        score_threshold: detections below it are left out.
+        scale: how much the image is enlarged; by default, until objects and text are readable, see
+            :func:`picture_scale`.
+
+    Returns:
+        uint8 RGB (H', W', 3).
+
+    Raises:
+        ValueError: the image has another type or shape.
+    """
+    chosen = above(detections, score_threshold)
+    names = names_of(chosen.labels, class_names)
+    labels = [
+        f"{name} {score:.2f}".strip() for name, score in zip(names, chosen.scores.tolist(), strict=True)
+    ]
+    return _draw(image, chosen.boxes.double().numpy(), bitmaps(chosen), labels, scale)
+
+
+def draw_ground_truth(
+    image: np.ndarray, target: Target, class_names: Sequence[str], scale: float | None = None
+) -> np.ndarray:
+    """The image with the masks, boxes and names of its annotations; see :func:`draw_detections`.
+
+    Args:
+        image: uint8 RGB (H, W, 3), or grey (H, W).
+        target: in the image's pixels; polygons or bitmaps.
+        class_names: name of each contiguous label.
+        scale: how much the image is enlarged; see :func:`draw_detections`.
+    """
+    target = target.to("cpu")
+    names = names_of(target.labels, class_names)
+    return _draw(image, target.boxes.double().numpy(), target_bitmaps(target, image), names, scale)
+
+
+def above(detections: Detections, score_threshold: float) -> Detections:
+    """Those that score as much, on the CPU."""
+    detections = detections.to("cpu")
+    return detections[detections.scores >= score_threshold]
+
+
+def bitmaps(detections: Detections) -> list[np.ndarray | None]:
+    """A bool (H, W) mask of each detection, or None for each."""
+    return [None] * len(detections) if detections.masks is None else list(detections.masks.numpy())
+
+
+def target_bitmaps(target: Target, image: np.ndarray) -> list[np.ndarray | None]:
+    """A bool (H, W) mask of each object of the image, or None for each."""
+    masks: list[np.ndarray | None] = [
+        mask.numpy() if isinstance(mask, Tensor) else rasterize_polygons(mask, *image.shape[:2])
+        for mask in target.masks or []
+    ]
+    return masks or [None] * len(target)
+
+
+def names_of(labels: Tensor, class_names: Sequence[str]) -> list[str]:
+    """A name for each label; none for each of many objects of the only class."""
+    if len(class_names) == 1 and len(labels) > CROWDED:
+        return [""] * len(labels)
+    return [
+        class_names[label] if 0 <= label < len(class_names) else f"class {label}" for label in labels.tolist()
+    ]
+
+
+def _draw(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    masks: Sequence[np.ndarray | None],
+    labels: Sequence[str],
+    scale: float | None,
+) -> np.ndarray:
+    """Large objects below small ones, then all labels on top. ``boxes`` are (N, 4) ``xyxy``."""
+    height, width = image.shape[:2]
+    scale = scale or picture_scale((height, width), boxes, sum(map(bool, labels)))
+    picture = enlarged(image, scale)
+    if not len(boxes):
+        return picture
+    scale = picture.shape[0] / height
+    boxes = boxes * scale
+    colours = pick_colours(boxes)
+    canvas = Canvas.over(picture, min(height, width) * min(scale, base_scale(height, width)))
+    for index in np.argsort(-box_area(boxes), kind="stable"):
+        outline = mask_outline(masks[index], scale)
+        if outline is not None:
+            canvas.draw_mask(outline, colours[index])
+        if outline is None or len(boxes) <= CROWDED:
+            canvas.draw_box(boxes[index], colours[index], faint=outline is not None)
+    draw_labels(canvas, boxes, labels, colours)
+    return canvas.flatten()
+
+
+def pick_colours(boxes: np.ndarray) -> list[str]:
+    """The colour of each box: the first one unused, or else the one whose nearest bearer is farthest away."""
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    picked: list[int] = []
+    for number, centre in enumerate(centres):
+        nearest = np.full(len(COLOURS), np.inf)
+        np.minimum.at(nearest, picked, np.linalg.norm(centres[:number] - centre, axis=1))
+        picked.append(int(nearest.argmax()))
+    return [COLOURS[index] for index in picked]

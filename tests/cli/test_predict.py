@@ -1,0 +1,174 @@
+"""gn-detect predict on folders, with damaged files, beside ground truth, and on videos."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from gn_detect.cli import main
+from gn_detect.cli import predict as command
+from gn_detect.structures import Detections
+from tests.cli.conftest import Case
+
+
+class Stub:
+    """A predictor that finds one object, brighter than the rest of the image."""
+
+    class_names = ["square", "bar"]
+    category_ids = [3, 7]
+    report = "stub"
+
+    def __init__(self, _: Any = None) -> None:
+        pass
+
+    def __call__(self, image: np.ndarray) -> Detections:
+        mask = torch.from_numpy(image.max(axis=2) > 150)
+        if not mask.any():
+            empty = torch.zeros(0)
+            return Detections(
+                empty.reshape(0, 4), empty, empty.long(), torch.zeros(0, *mask.shape, dtype=torch.bool)
+            )
+        rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+        box = torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]]).float()
+        boxes, scores = box.repeat(2, 1), torch.tensor([0.9, 0.2])
+        return Detections(boxes, scores, torch.tensor([0, 1]), mask.repeat(2, 1, 1))
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "Predictor", Stub)
+
+
+def predict(case: Case, output: Path, *arguments: object) -> int:
+    return main(["predict", "--config-file", str(case.config), "--output", str(output), *map(str, arguments)])
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named_and_the_others_are_done(
+    case: Case, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, output = case.train.parent / "images", tmp_path / "out"
+    (images / "002.png").write_bytes(b"no picture")
+    assert predict(case, output, "--workers", workers, images) == 1
+    error = capsys.readouterr().err
+    assert "error: cannot read image" in error and "002.png" in error and "1 of 4 inputs" in error
+    names = sorted(path.name for path in output.iterdir())
+    assert names == ["001.png", "003.png", "004.png", "images.json", "predictions.json"]
+    found = json.loads((output / "predictions.json").read_text())
+    assert [entry["image_id"] for entry in found] == [1, 3, 4]
+
+
+@pytest.mark.usefixtures("stub")
+def test_the_results_are_read_by_coco_s_tools(case: Case, tmp_path: Path) -> None:
+    images, output = case.train.parent / "images", tmp_path / "out"
+    assert predict(case, output, "--no-pictures", images) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["images.json", "predictions.json"]
+    truth = COCO(str(output / "images.json"))
+    found = truth.loadRes(str(output / "predictions.json"))
+    assert len(found.anns) == 4 and set(found.cats) == {3, 7}
+    for entry in found.anns.values():
+        record = truth.imgs[entry["image_id"]]
+        assert record["file_name"] == entry["file_name"] and entry["score"] > 0.5
+        pixels = np.array(Image.open(record["file_name"]))
+        assert np.array_equal(found.annToMask(entry).astype(bool), pixels.max(axis=2) > 150)
+
+
+@pytest.mark.usefixtures("stub")
+def test_ground_truth_gives_the_ids_and_stands_beside(case: Case, tmp_path: Path) -> None:
+    images, alone, beside = case.train.parent / "images", tmp_path / "alone", tmp_path / "beside"
+    case.edit(lambda c: [entry.update(id=entry["id"] + 50) for entry in c["images"]])
+    case.edit(lambda c: [entry.update(image_id=entry["image_id"] + 50) for entry in c["annotations"]])
+    assert predict(case, alone, images / "002.png") == 0
+    assert predict(case, beside, "--annotations", case.train, images / "002.png") == 0
+    found = json.loads((beside / "predictions.json").read_text())
+    assert [entry["image_id"] for entry in found] == [52]
+    with Image.open(alone / "002.png") as one, Image.open(beside / "002.png") as two:
+        assert two.width > 1.9 * one.width and two.height > one.height
+
+
+@pytest.mark.usefixtures("stub")
+def test_ground_truth_that_does_not_fit(case: Case, tmp_path: Path, refused: Any) -> None:
+    arguments = ("predict", "--config-file", case.config, "--output", tmp_path / "out")
+    other = tmp_path / "other.png"
+    Image.new("RGB", (8, 8)).save(other)
+    assert "does not list the image" in refused(*arguments, "--annotations", case.train, other)
+    case.edit(lambda c: c["categories"].append({"id": 9, "name": "new"}))
+    image = case.train.parent / "images" / "001.png"
+    assert "category id 9" in refused(*arguments, "--annotations", case.train, image)
+    assert "--workers" in refused(*arguments, "--workers", -1, image)
+    assert not (tmp_path / "out").exists()
+
+
+def write_video(path: Path, frames: int, size: tuple[int, int] = (49, 65)) -> list[int]:
+    """A bright square that moves by 4 pixels a frame on black; returns its left sides."""
+    from gn_detect.data.video import VideoWriter
+
+    lefts = []
+    with path.open("wb") as file:
+        writer = VideoWriter(file, path)
+        for number in range(frames):
+            picture = np.zeros((*size, 3), dtype=np.uint8)
+            lefts.append(4 + 4 * number)
+            picture[16:32, lefts[-1] : lefts[-1] + 16] = 255
+            writer.add(picture, number / 10)
+        writer.end()
+    return lefts
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_videos_are_drawn_and_listed_frame_by_frame(case: Case, tmp_path: Path, workers: int) -> None:
+    av = pytest.importorskip("av", reason="needs PyAV, the extra 'video'")
+    source, output = tmp_path / "clip.mp4", tmp_path / "out"
+    lefts = write_video(source, 8)
+    assert predict(case, output, "--workers", workers, source) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["clip.jsonl", "clip.mp4"]
+    lines = [json.loads(line) for line in (output / "clip.jsonl").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == list(range(8))
+    assert [line["time"] for line in lines] == pytest.approx([i / 10 for i in range(8)], abs=1e-3)
+    for line, left in zip(lines, lefts, strict=True):
+        (found,) = line["objects"]
+        assert found["bbox"][0] == pytest.approx(left, abs=1.5) and found["category_id"] == 3
+    with av.open(str(output / "clip.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        times = [frame.time for frame in av.open(str(output / "clip.mp4")).decode(video=0)]
+    assert len(frames) == 8 and len({frame.shape for frame in frames}) == 1
+    assert times == pytest.approx([i / 10 for i in range(8)], abs=1e-3)
+    assert frames[0].shape[0] >= 480, "small videos are enlarged as images are"
+    assert (np.ptp(frames[0].astype(int), axis=-1) > 60).any(), "something is drawn in colour"
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_damaged_video_is_named_and_the_others_are_done(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av", reason="needs PyAV, the extra 'video'")
+    folder, output = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    write_video(folder / "b.mp4", 3)
+    (folder / "a.mp4").write_bytes(b"no video at all")
+    assert predict(case, output, folder) == 1
+    error = capsys.readouterr().err
+    assert "cannot read video" in error and "a.mp4" in error and "1 of 2 inputs" in error
+    assert sorted(path.name for path in output.iterdir()) == ["b.jsonl", "b.mp4"]
+
+
+@pytest.mark.usefixtures("stub")
+def test_without_pyav_the_remedy_is_named(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clip.mov").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert predict(case, tmp_path / "out", tmp_path / "clip.mov") == 1
+    error = capsys.readouterr().err
+    assert "clip.mov" in error and "pip install 'gn-detect[video]'" in error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,27 @@
+"""The pictures at the end of a run: as files, and in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gn_detect
+from gn_detect.config import load_config
+from tests.engine.tiny import make_dataset, write_config
+
+
+def test_test_images_are_drawn_for_the_folder_and_for_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train, val = make_dataset(tmp_path / "train", 2), make_dataset(tmp_path / "val", 3, seed=2)
+    keys = ["SOLVER.MAX_ITER", "1", "VIS.NUM_IMAGES", "2"]
+    cfg = load_config(write_config(tmp_path, train, val), keys)
+    gn_detect.train(cfg)
+    folder = Path(cfg.output_dir)
+    drawn = sorted(path.name for path in (folder / "pictures").iterdir())
+    assert drawn == ["curves.png", "tiny_test_1.png", "tiny_test_2.png"]
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    assert sorted(events.Tags()["images"]) == ["tiny_test/1", "tiny_test/2"]
+    assert events.Images("tiny_test/1")[0].width > 900
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["device"] == "cpu" and environment["processes"] == 1 and environment["torch"]

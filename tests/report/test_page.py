@@ -1,0 +1,168 @@
+"""What the report says, and that nothing of a run's data becomes markup."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gn_detect.cli import main
+from gn_detect.errors import UserError
+from gn_detect.evaluation import read_truth
+from gn_detect.report import write_report
+from gn_detect.report.analysis import analyse, condense
+from gn_detect.report.charts import line_chart, ticks
+from gn_detect.report.pictures import choose_images
+
+MakeRun = Callable[..., Path]
+
+
+class Page(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_command_writes_one_page(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run()
+    assert main(["report", str(folder)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    page = read(folder / "report.html")
+    for words in ("box AP", "mask AP50", "Precision by recall", "Confusion", "Worst and best", "By category"):
+        assert words in page.words
+    assert "SOLVER:" in page.words and "images per second" in page.words
+    text = (folder / "report.html").read_text()
+    metrics = json.loads((folder / "inference" / "tiny_test" / "results.json").read_text())
+    for row in metrics.values():
+        assert all(f">{row[name]:.1f}</td>" in text for name in ("AP", "AP50", "AP75", "AR100"))
+
+
+def test_nothing_of_the_data_becomes_markup(make_run: MakeRun) -> None:
+    page = read(write_report(make_run()))
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]
+    assert not [a for tag, a in page.tags if tag == "b" and "9" in a]
+    assert "<script>document.title='taken over'</script>" in page.words.replace("\n", "")
+    assert "<b>9</b>" in page.words
+    handlers = [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert handlers == []
+
+
+def test_the_page_needs_no_network_and_no_other_file(make_run: MakeRun) -> None:
+    page = read(write_report(make_run()))
+    addresses = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data") if a.get(key)]
+    assert len([a for a in addresses if a.startswith("data:image/webp;base64,")]) == 4
+    assert all(a.startswith(("data:", "#")) for a in addresses)
+    style = re.sub(r"data:[^)]*", "", "".join(re.findall(r"<style>(.*?)</style>", page.rawdata, re.S)))
+    assert "url(" not in style and "@import" not in style
+
+
+def test_missing_parts_are_said(make_run: MakeRun) -> None:
+    page = read(write_report(make_run(evaluated=False, trained=False)))
+    assert "has not been evaluated yet" in page.words and "no metrics.jsonl" in page.words
+    assert "did not record its environment" in page.words
+
+
+def test_a_dataset_that_is_gone_leaves_the_numbers(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run()
+    (tmp_path / "val" / "annotations.json").rename(tmp_path / "moved.json")
+    page = read(write_report(folder))
+    assert "annotations.json is missing" in page.words and "mask AP50" in page.words
+    assert "Worst and best" not in page.words
+
+
+def test_an_image_that_is_gone_is_named_in_its_place(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run()
+    (tmp_path / "val" / "images" / "003.png").unlink()
+    page = read(write_report(folder))
+    assert "003.png is missing" in page.words
+    assert len([1 for tag, a in page.tags if tag == "img" and a.get("src")]) == 3
+
+
+def test_bad_input_is_refused_without_a_page(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        write_report(tmp_path)
+    folder = make_run()
+    (folder / "inference" / "tiny_test" / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json cannot be read"):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_mistakes_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run(["square", "bar"])
+    truth = read_truth(tmp_path / "val" / "annotations.json", "segm")
+    results = folder / "inference" / "tiny_test" / "coco_instances_results.json"
+    analysis = analyse(truth, results, ("bbox", "segm"), 0.5)
+    counts = [tuple(image.counts.values()) for image in analysis.images]
+    names = ("objects", "found", "other class", "missed", "false")
+    assert tuple(analysis.images[0].counts) == names
+    assert counts == [(2, 2, 0, 0, 0), (2, 1, 0, 1, 1), (2, 1, 1, 0, 0), (2, 0, 0, 2, 0)]
+    assert [image.quality for image in analysis.images] == pytest.approx([1, 0.5, 0.5, 0])
+    assert analysis.confusion.tolist() == [[3, 0, 1], [1, 1, 2], [0, 1, 0]]
+    assert analysis.object_counts == [4, 4] and sum(analysis.size_counts.values()) == 8
+    metrics = json.loads((folder / "inference" / "tiny_test" / "results.json").read_text())
+    for kind, curves in analysis.curves.items():
+        for key, name in (("AP", "0.50:0.95"), ("AP50", "0.50"), ("AP75", "0.75")):
+            assert 100 * curves[name].mean() == pytest.approx(metrics[kind][key])
+
+
+def test_worst_and_best_are_different_images(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run()
+    truth = read_truth(tmp_path / "val" / "annotations.json", "segm")
+    images = analyse(
+        truth, folder / "inference" / "tiny_test" / "coco_instances_results.json", ["segm"], 0.5
+    ).images
+    chosen = [(rank, image.image_id) for rank, image in choose_images(images, 1)]
+    assert chosen == [("worst", 4), ("best", 1)]
+    chosen = [image.image_id for _, image in choose_images(images, 3)]
+    assert sorted(chosen) == [1, 2, 3, 4]
+    assert choose_images(images, 0) == []
+
+
+def test_large_confusion_matrices_keep_the_worst_categories() -> None:
+    confusion = np.diag(np.arange(31))
+    confusion[3, 7] = confusion[30, 9] = 5
+    condensed, names = condense(confusion, [f"c{i}" for i in range(30)], most=3)
+    assert names == ["c3", "c7", "c9", "27 others"]
+    assert condensed.shape == (5, 5) and condensed.sum() == confusion.sum()
+    assert condensed[0, 1] == 5 and condensed[4, 2] == 5
+    assert condense(confusion, ["c"] * 30, most=29)[0] is confusion
+
+
+def test_charts_break_where_values_are_missing() -> None:
+    points = np.array([[0, 1.0], [1, np.nan], [2, 3.0], [3, 4.0]])
+    chart = line_chart("loss", "iteration", {"a": points})
+    assert chart.lines[0].path.count("M") == 2 and chart.lines[0].path.count("L") == 1
+    assert [text for _, text in chart.x_ticks] == ["0", "1", "2", "3"]
+    empty = line_chart("loss", "iteration", {"a": np.full((2, 2), np.nan)})
+    assert empty.lines[0].path == ""
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 0.01, None), (0, 31.4, [0, 10, 20, 30, 40]), (5, 295, None)],
+)
+def test_ticks_are_round_and_cover_the_range(low: float, high: float, expected: list[float] | None) -> None:
+    found = ticks(low, high)
+    assert 4 <= len(found) <= 8 and found[0] <= low and found[-1] >= high * 0.999
+    if expected is not None:
+        assert found == pytest.approx(expected)

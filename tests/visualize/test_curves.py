@@ -1,0 +1,87 @@
+"""Curves of one run and of several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gn_detect.errors import UserError
+from gn_detect.visualize import plot_curves
+
+
+def write_metrics(path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"iteration": i, "total_loss": 3 / (i + 1), "loss_cls": 1 / (i + 1), "lr": 0.01, "time": 0.3}
+        for i in range(0, 100, 20)
+    ]
+    rows[2]["loss_cls"] = None
+    rows.append({"iteration": 99, "bbox/AP": 40.0, "segm/AP": 41.0, "bbox/AP50": 60.0, "bbox/AP-disc": 3.0})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 120, "total_lo')
+
+
+def test_curves_are_plotted(tmp_path: Path) -> None:
+    import matplotlib
+
+    settings = dict(matplotlib.rcParams)
+    write_metrics(tmp_path / "metrics.jsonl")
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        pixels = np.asarray(picture).astype(int)
+    assert pixels.shape[1] > pixels.shape[0] > 300
+    assert (pixels.min(axis=-1) < 128).any() and (np.ptp(pixels, axis=-1) > 60).any()
+    assert pixels[0].min() == 255
+    assert dict(matplotlib.rcParams) == settings
+
+
+@pytest.mark.parametrize("content", [None, "", '{"iteration": 3, "time": 1.0}\n', "\x00\n[1]\n"])
+def test_nothing_to_plot_is_an_error_without_a_file(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def write_run(path: Path, scale: float) -> Path:
+    rows: list[dict[str, Any]] = [
+        {"iteration": i, "total_loss": scale / (i + 1), "loss_cls": 1.0, "lr": 0.01} for i in range(0, 100, 5)
+    ]
+    rows.append({"iteration": 99, "bbox/AP": 40.0 / scale, "segm/AP": 41.0 / scale})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_several_runs_share_one_figure(tmp_path: Path) -> None:
+    """SVG keeps text and curves, so they can be counted: each run is named once, whatever its name."""
+    runs = {
+        name: write_run(tmp_path / f"{i}.jsonl", i + 1.0) for i, name in enumerate(["gn", "$b_n$", "a<b"])
+    }
+    plot_curves(runs, tmp_path / "curves.svg")
+    svg = (tmp_path / "curves.svg").read_text()
+    assert svg.count("<!-- gn -->") == 1 and svg.count("<!-- $b_n$ -->") == 1 and svg.count("a&lt;b") == 1
+    assert all(svg.count(f"<!-- {name} -->") == 1 for name in ("loss", "bbox/AP", "segm/AP", "learning rate"))
+    again = tmp_path / "again.svg"
+    plot_curves(runs, again)
+    assert again.read_text() == svg
+
+
+def test_the_axes_hold_the_curves_of_all_runs(tmp_path: Path) -> None:
+    """A run with larger losses than the first one's is not cut off."""
+    low, high = write_run(tmp_path / "low.jsonl", 1.0), write_run(tmp_path / "high.jsonl", 50.0)
+    plot_curves({"first": low, "second": high}, tmp_path / "curves.svg")
+    assert "<!-- 50 -->" in (tmp_path / "curves.svg").read_text(), "no tick for the largest loss"
+
+
+def test_a_run_without_numbers_among_others_is_named(tmp_path: Path) -> None:
+    full, empty = write_run(tmp_path / "full.jsonl", 1.0), tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(UserError, match=r"empty\.jsonl has neither"):
+        plot_curves({"a": full, "b": empty}, tmp_path / "curves.png")
+    with pytest.raises(UserError, match=r"must end in \.png, \.svg"):
+        plot_curves(full, tmp_path / "curves.gif")
+    assert [p.name for p in tmp_path.glob("curves*")] == []
