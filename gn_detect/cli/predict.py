@@ -53,23 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write one picture for each image, results for all, and a video for each video."""
-    if not args.config_file:
-        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     texts, overrides = split_overrides(args.inputs)
     paths = find_images(texts, videos=True)
     workers = default_workers() if args.workers is None else args.workers
     if workers < 0:
         raise UserError(f"--workers {workers}: it must be 0 or more")
-    cfg = load_config(args.config_file, overrides)
-    truth = (
-        read_truth(args.annotations, "segm" if cfg.model.mask_on else "bbox") if args.annotations else None
-    )
+    truth = read_truth(args.annotations) if args.annotations else None
     output = Path(args.output)
     named = list(zip(paths, name_outputs(paths), strict=True))
     tasks = make_tasks([(path, name) for path, name in named if not is_video(path)], output, truth)
-    if args.fix_config and cfg.model.weights:
-        cfg = fix_config(cfg, cfg.model.weights)
-    predictor = Predictor(cfg)
+    predictor = make_predictor(args, overrides)
     print(predictor.report)
     if truth is not None:
         check_categories(predictor, truth)
@@ -87,6 +80,20 @@ def run(args: argparse.Namespace) -> int:
     if failures:
         print(f"{len(failures)} of {len(paths)} inputs could not be read", file=sys.stderr)
     return UNREADABLE if failures else 0
+
+
+def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor:
+    """Of ``--config-file`` and ``MODEL.WEIGHTS``.
+
+    Raises:
+        UserError: one is not given, or something in them is wrong.
+    """
+    if not args.config_file:
+        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
+    cfg = load_config(args.config_file, overrides)
+    if args.fix_config and cfg.model.weights:
+        cfg = fix_config(cfg, cfg.model.weights)
+    return Predictor(cfg)
 
 
 def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None) -> list[Task]:
