@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write one picture for each image, results for all, and a video for each video."""
+    if not args.config_file:
+        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     texts, overrides = split_overrides(args.inputs)
     paths = find_images(texts, videos=True)
     workers = default_workers() if args.workers is None else args.workers
@@ -86,10 +88,8 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor:
     """Of ``--config-file`` and ``MODEL.WEIGHTS``.
 
     Raises:
-        UserError: one is not given, or something in them is wrong.
+        UserError: something in them is wrong.
     """
-    if not args.config_file:
-        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     cfg = load_config(args.config_file, overrides)
     if args.fix_config and cfg.model.weights:
         cfg = fix_config(cfg, cfg.model.weights)
