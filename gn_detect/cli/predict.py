@@ -73,15 +73,14 @@ def run(args: argparse.Namespace) -> Result:
     workers = default_workers() if args.workers is None else args.workers
     if workers < 0:
         raise UserError(f"--workers {workers}: it must be 0 or more")
-    predictor = make_predictor(args, overrides)
-    print(predictor.report)
-    truth = None
-    if args.annotations:
-        truth = read_truth(args.annotations, "segm" if predictor.cfg.model.mask_on else "bbox")
-        check_categories(predictor, truth)
+    truth = read_truth(args.annotations) if args.annotations else None
     output = Path(args.output)
     named = list(zip(paths, name_outputs(paths), strict=True))
     tasks = make_tasks([(path, name) for path, name in named if not is_video(path)], output, truth)
+    predictor = make_predictor(args, overrides)
+    print(predictor.report)
+    if truth is not None:
+        check_categories(predictor, truth)
     outcomes = []
     if tasks:
         pictures = not args.no_pictures

@@ -53,20 +53,24 @@ class Truth:
         return names
 
 
-def read_truth(path: str | Path, iou_type: str) -> Truth:
+def read_truth(path: str | Path, iou_type: str | None = None) -> Truth:
     """Read an annotation file.
 
     Args:
         path: COCO JSON.
-        iou_type: ``"segm"`` reads masks, ``"bbox"`` leaves them out.
+        iou_type: ``"segm"`` reads masks, ``"bbox"`` leaves them out; by default they are read if each
+            annotation has one.
 
     Raises:
         UserError: it is not COCO, or an annotation is incomplete.
     """
     content = read_json(path)
-    truth = prepare_ground_truth(content, iou_type) if isinstance(content, Mapping) else None
-    if truth is None:
+    if not isinstance(content, Mapping):
         raise UserError(f"{path}: not COCO ground truth; it needs images, annotations and categories")
+    try:
+        truth = prepare_ground_truth(content, iou_type or _best_iou_type(content))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     image_ids = {number: key for key, number in truth.images.items()}
     category_ids = {number: key for key, number in truth.categories.items()}
     objects: dict[Any, list[Json]] = {key: [] for key in truth.images}
@@ -76,3 +80,10 @@ def read_truth(path: str | Path, iou_type: str) -> Truth:
         objects[image_id].append(entry)
     names = {image["id"]: str(image.get("file_name", image["id"])) for image in content["images"]}
     return Truth(Path(path), names, list(truth.categories), truth.labels, objects, dict(content))
+
+
+def _best_iou_type(content: Mapping[str, Any]) -> str:
+    annotations = content.get("annotations")
+    entries = annotations if isinstance(annotations, list) else []
+    has_masks = all(isinstance(entry, Mapping) and entry.get("segmentation") for entry in entries)
+    return "segm" if has_masks else "bbox"

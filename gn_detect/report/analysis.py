@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ..evaluation import (
     IN_CROWD,
@@ -103,7 +104,8 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
         if entry["score"] >= threshold:
             detections[entry["image_id"]].append(entry)
     iou_type = iou_types[-1]
-    images = [_image(truth, image_id, found, iou_type) for image_id, found in detections.items()]
+    every = tqdm(detections.items(), desc="comparing", unit="image", disable=None, leave=False)
+    images = [_image(truth, image_id, found, iou_type) for image_id, found in every]
     confusion = confusion_matrix(
         [(image.objects, image.detections, image.matched) for image in images], truth.category_ids
     )
