@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ..config.load import validate
 from ..errors import UserError
 from ..files import atomic_write
 from ..modeling.mask_rcnn import MaskRCNN
+from ..modeling.resnet import freeze
 from ..weights.checkpoint import program_version
 
 if TYPE_CHECKING:
@@ -42,12 +44,18 @@ class ExportableDetector(nn.Module):
     """The detector as a function of tensors, for one image.
 
     Args:
-        model: in evaluation mode, on the CPU.
+        model: in evaluation mode, on the CPU; it is copied.
     """
 
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
-        self.model = model
+        self.model = copy.deepcopy(model)
+        freeze(self.model)  # F.batch_norm asks for the number of RoIs, which a program does not know
+        heads = self.model.roi_heads
+        for name in ("box_head", "mask_head", "res5"):
+            head = getattr(heads, name, None)
+            if head is not None:
+                setattr(heads, name, _NeverEmpty(head))
 
     def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`MaskRCNN.detect` finds, before it is scaled to the original pixels and pasted.
@@ -73,6 +81,20 @@ class ExportableDetector(nn.Module):
         found = model.roi_heads.detect(features, proposals, sizes)[0]
         outputs = (found.boxes, found.scores, found.labels)
         return outputs if found.masks is None else (*outputs, found.masks)
+
+
+class _NeverEmpty(nn.Module):
+    """A head that is given one more RoI, of zeros: onnxruntime cannot normalise the groups of none."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        count = inputs[0].shape[0]
+        more = [torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in inputs]
+        found: Tensor = self.head(*more)
+        return found.narrow(0, 0, count)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        if x.requires_grad:
+        # A program that is exported knows no number of RoIs, which F.batch_norm asks for.
+        if x.requires_grad or torch.compiler.is_compiling():
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
