@@ -68,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image, results for all, and a video for each video."""
+    if not args.config_file and not args.model:
+        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     texts, overrides = split_overrides(args.inputs)
     paths = find_images(texts, videos=True)
     workers = default_workers() if args.workers is None else args.workers
