@@ -32,20 +32,20 @@ USE = """<pre id="checks"></pre><script>
 const checks = {};
 const $ = (selector) => document.querySelector(selector);
 const $$ = (selector) => [...document.querySelectorAll(selector)];
-const seen = (selector) => $$(selector).filter((e) => e.getClientRects().length > 0);
+const seen = (selector) => $$(selector).filter((e) => e.getClientRects().length && e.checkVisibility());
 const choose = (selector, value) => {
   $(selector).value = value;
   $(selector).dispatchEvent(new Event("input"));
 };
 const column = (table, number) => $$(`table.${table} tbody tr`).map((r) => r.cells[number].dataset.value);
 const head = (table, number) => $(`table.${table} thead`).rows[0].cells[number];
-window.addEventListener("load", async () => {
+const use = async () => {
   checks.title = document.title;
-  checks.pictures_loaded = (await Promise.all($$(".pictures img").map(async (image) => {
-    image.loading = "eager";
-    await image.decode();
-    return image.naturalWidth > 100;
-  }))).every(Boolean);
+  $$(".pictures img").forEach((image) => { image.loading = "eager"; });
+  for (let i = 0; i < 50 && !$$(".pictures img").every((image) => image.complete); i++) {
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+  checks.pictures_loaded = $$(".pictures img").map((image) => image.naturalWidth > 100);
   checks.charts = seen("svg").length;
   checks.charts_have_size = $$("svg").every((svg) => svg.getBoundingClientRect().height > 100);
   checks.no_sideways_scroll = document.documentElement.scrollWidth <= innerWidth;
@@ -97,9 +97,11 @@ window.addEventListener("load", async () => {
   checks.config_folded = seen("#config pre").length;
   $("#config summary").click();
   checks.config_unfolded = seen("#config pre").length;
+};
+window.addEventListener("load", () => use().catch((e) => problems.push(e.stack)).then(() => {
   checks.problems = problems;
   $("#checks").textContent = JSON.stringify(checks);
-});
+}));
 </script>"""
 
 
@@ -144,7 +146,7 @@ def test_filters_tables_and_pictures_work(make_run: Callable[..., Path], tmp_pat
     assert len(by_ap) == 2 and by_ap == sorted(by_ap, reverse=True) and by_ap[0] > by_ap[1]
     assert checks == {
         "title": "run",
-        "pictures_loaded": True,
+        "pictures_loaded": [True] * 4,
         "charts": 6,
         "charts_have_size": True,
         "no_sideways_scroll": True,
