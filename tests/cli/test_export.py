@@ -242,7 +242,11 @@ def test_a_failing_exporter_is_reported_in_one_line(
 def test_detectors_of_full_width_on_real_images(
     shared_dir: Path, tmp_path: Path, config: str, suffix: str
 ) -> None:
-    """Random weights; 80 classes, C4 (whose sizes are no multiples) and FPN, FrozenBN and GN."""
+    """80 classes, C4 (whose sizes are no multiples) and FPN, FrozenBN and GN.
+
+    Random weights decide little and magnify rounding, so the measure is what another memory order changes in the
+    model itself.
+    """
     keys = [
         "MODEL.DEVICE",
         "cpu",
@@ -261,8 +265,11 @@ def test_detectors_of_full_width_on_real_images(
     export.export_detector(predictor, path)
     images = sorted((shared_dir / "data/coco80/images").iterdir())[:10]
     parity = compare(predictor, exported.ExportedPredictor(path, trust=True), images)
-    print(config, suffix, parity)
-    assert parity.within_tolerances and parity.detections > 100
+    other = compare(predictor, Predictor(predictor.cfg.replace({"MODEL.CHANNELS_LAST": False})), images)
+    print(config, suffix, parity, "; another memory order:", other)
+    assert not parity.unequal and parity.detections > 100
+    assert parity.box <= max(0.05, 4 * other.box) and parity.score <= max(1e-4, 4 * other.score)
+    assert parity.mask >= 0.999 or parity.flipped <= max(1, 4 * other.flipped)
 
 
 @full_size
