@@ -48,11 +48,13 @@ def run(args: argparse.Namespace) -> Result:
     cfg = read_config(args)
     launch_from(args, cfg, _evaluate if args.eval_only else _train)
     folder = Path(cfg.output_dir)
+    if args.machine_rank or os.environ.get("RANK", "0") != "0":  # the first process of all has the results
+        return Result({"output_dir": str(folder)})
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if args.eval_only:
         return Result({"output_dir": str(folder), "results": results})
     weights, best = folder / FINAL, folder / BEST
-    if not args.config_file and os.environ.get("RANK", "0") == "0":
+    if not args.config_file:
         chosen = best if best.is_file() else weights
         print(f"next: gn-detect predict --config-file {folder / 'config.yaml'} IMAGES MODEL.WEIGHTS {chosen}")
     files = {"config": folder / "config.yaml", "weights": weights, "best": best}
