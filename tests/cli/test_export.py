@@ -244,8 +244,8 @@ def test_detectors_of_full_width_on_real_images(
 ) -> None:
     """80 classes, C4 (whose sizes are no multiples) and FPN, FrozenBN and GN.
 
-    Random weights decide little and magnify rounding, so the measure is what another memory order changes in the
-    model itself.
+    Random weights decide little and magnify rounding, so the measure is what another memory order changes in
+    the model itself.
     """
     keys = [
         "MODEL.DEVICE",
