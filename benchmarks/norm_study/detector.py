@@ -34,7 +34,8 @@ def average_precisions(cell: Cell, shared: Path, quick: bool) -> dict[str, float
         keys += ["MODEL.GN.NUM_GROUPS", EVERY_CHANNEL, "MODEL.GN.MIN_CHANNELS_PER_GROUP", cell.group_size]
     keys += ["SOLVER.IMS_PER_BATCH", UPDATE, "SOLVER.ACCUMULATE", UPDATE // cell.batch]
     keys += ["SOLVER.BASE_LR", LEARNING_RATE, "SOLVER.MAX_ITER", updates, "SEED", cell.seed]
-    keys += ["SOLVER.WARMUP_ITERS", updates // 6, "SOLVER.STEPS", [updates * 7 // 10, updates * 9 // 10]]
+    keys += ["SOLVER.WARMUP_ITERS", updates // 6]
+    keys += ["SOLVER.STEPS", sorted({updates * 7 // 10, updates * 9 // 10})]
     keys += ["SOLVER.NON_FINITE", "skip", "MODEL.DEVICE", "cpu"]
     registered = {
         f"nuclei_{part}": {
