@@ -140,9 +140,6 @@ class TestPyTorchsOwnSamples:
     @pytest.fixture(params=["native", "operator"])
     def path(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.importorskip("expecttest", reason="PyTorch's test inputs need it")
-        importlib.import_module("torch.testing._internal.common_utils")
-        # Which forbids, for good, to set torch.backends' flags, as training does.
-        setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
         if request.param == "operator":
             pytest.importorskip("triton")
             module = importlib.import_module("gn_detect.ops.group_norm")
