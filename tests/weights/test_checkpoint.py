@@ -308,8 +308,8 @@ def test_a_failing_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         file.write(b"PK\x03\x04 half")
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
-        except OSError:
-            raise RuntimeError("[enforce fail] unexpected pos\nmore")  # noqa: B904, as of torch's writer
+        except OSError as error:
+            raise RuntimeError("[enforce fail] unexpected pos\nmore") from error
 
     monkeypatch.setattr(torch, "save", half_a_file)
     with pytest.raises(UserError, match=r"m\.pth: No space left on device; make room; nothing was changed"):
