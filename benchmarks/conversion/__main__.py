@@ -96,6 +96,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--random-crops", type=int, default=0, help="windows of train photos, in addition")
+    parser.add_argument(
+        "--person-windows", type=int, default=0, help="of coco_person1's train photos, in addition"
+    )
     parser.add_argument("--object-windows", type=int, default=0, help="around each train box, in addition")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration and of the windows")
     parser.add_argument(
@@ -128,6 +131,9 @@ def _unlabelled(args: argparse.Namespace, photos: crops.Photos, size: int) -> Te
         found.insert(0, crops.windows_at_objects(photos, size, args.object_windows, args.seed))
     if args.random_crops:
         found.insert(0, crops.windows(photos, size, args.random_crops, args.seed))
+    if args.person_windows:
+        persons = crops.Photos(args.shared / "data" / "coco_person1", "train")
+        found.insert(0, crops.windows(persons, size, args.person_windows, args.seed))
     return torch.cat(found)
 
 

@@ -1,6 +1,6 @@
 """``python tools/norm_study.py``: the paper's figure 1 and table 3 on real data, as far as time allows.
 
-Every training is a process of one thread and leaves a file in ``--output``; the study goes on from those.
+Every training is a process of one thread; the study goes on from the figures in its ``results.json``.
 """
 
 from __future__ import annotations
@@ -18,64 +18,62 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from gn_detect.files import atomic_write_json
+from gn_detect.files import atomic_write_json, atomic_write_text
 
 from . import classifier, detector, drawn
 from .cells import Cell, plan, quick_plan
 
 
 def main() -> None:
-    """Run the cells that have no file yet, then draw what there is."""
+    """Run the cells that have no result yet, then draw what there is."""
     args = _parse()
-    folder = args.output / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
+    path = args.output / "results.json"
     cells = quick_plan(args.tasks) if args.quick else plan(args.tasks, args.seeds)
-    missing = [cell for cell in cells if not (folder / f"{cell.name}.json").exists()]
+    done = json.loads(path.read_text()) if path.exists() else {}
+    missing = [cell for cell in cells if cell.name not in done]
+    args.output.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(cells), initial=len(cells) - len(missing), unit="training") as bar:
-        for cell in _run(missing, args, folder):
+        for cell, found in _run(missing, args):
+            done[cell.name] = found
+            atomic_write_json(path, dict(sorted(done.items())), indent=1)
             bar.set_postfix_str(cell.name)
             bar.update()
-    done = {
-        cell: json.loads(path.read_text())
-        for cell in cells
-        if (path := folder / f"{cell.name}.json").exists()
-    }
-    print(f"{len(done)} of {len(cells)} trainings are done")
-    text = drawn.tables(done)
+    results = {cell: done[cell.name] for cell in cells if cell.name in done}
+    print(f"{len(results)} of {len(cells)} trainings are done")
+    text = drawn.tables(results)
     print(text)
-    (args.output / "tables.md").write_text(text + "\n", encoding="utf-8")
-    if done:
-        drawn.figure(done, args.output / "norms.png")
-        print(f"figure: {args.output / 'norms.png'}, tables: {args.output / 'tables.md'}")
+    if results:
+        atomic_write_text(args.output / "tables.md", text + "\n")
+        drawn.figure(results, args.output / "norms.png")
+        print(f"results: {path}, figure: {args.output / 'norms.png'}, tables: {args.output / 'tables.md'}")
 
 
-def _run(cells: list[Cell], args: argparse.Namespace, folder: Path) -> Iterator[Cell]:
-    """Each cell when its file is there; none is begun after ``--hours``."""
+def _run(cells: list[Cell], args: argparse.Namespace) -> Iterator[tuple[Cell, dict[str, float]]]:
+    """Each cell with its figures as it ends; none is begun after ``--hours``."""
     end = time.monotonic() + args.hours * 3600
     waiting = iter(cells)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        running: dict[Future[None], Cell] = {}
+        running: dict[Future[dict[str, float]], Cell] = {}
         while True:
             while len(running) < args.workers and time.monotonic() < end:
                 cell = next(waiting, None)
                 if cell is None:
                     break
-                running[pool.submit(_measure, cell, args.shared, args.quick, folder)] = cell
+                running[pool.submit(_measure, cell, args.shared, args.quick)] = cell
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                future.result()
-                yield running.pop(future)
+                yield running.pop(future), future.result()
 
 
-def _measure(cell: Cell, shared: Path, quick: bool, folder: Path) -> None:
+def _measure(cell: Cell, shared: Path, quick: bool) -> dict[str, float]:
     torch.set_num_threads(1)
     measure = classifier.error_of if cell.task == "classifier" else detector.average_precisions
     start = time.monotonic()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         found = measure(cell, shared, quick)
-    atomic_write_json(folder / f"{cell.name}.json", {**found, "seconds": round(time.monotonic() - start, 1)})
+    return {**found, "seconds": round(time.monotonic() - start, 1)}
 
 
 def _parse() -> argparse.Namespace:

@@ -6,7 +6,7 @@ The label costs nothing, so that a few dozen photos give as many real, labelled 
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -32,10 +32,10 @@ def error_of(cell: Cell, shared: Path, quick: bool) -> dict[str, float]:
     torch.manual_seed(cell.seed)
     model = models.CifarResNet(20, norm=partial(_norm, cell), classes=4)
     folder = shared / "data" / "coco80"
-    images = _normalised(crops.windows(crops.Photos(folder, "train"), SIZE, TRAIN_WINDOWS))
+    images = _windows(folder, "train", TRAIN_WINDOWS)
     _train(model, images, cell, QUICK_UPDATES if quick else UPDATES)
     model.eval()
-    unseen = _normalised(crops.windows(crops.Photos(folder, "val"), SIZE, VAL_WINDOWS))
+    unseen = _windows(folder, "val", VAL_WINDOWS)
     wrong = 0
     with torch.no_grad():
         for turns in range(4):
@@ -73,5 +73,7 @@ def _train(model: nn.Module, images: Tensor, cell: Cell, updates: int) -> None:
         optimizer.step()
 
 
-def _normalised(images: Tensor) -> Tensor:
-    return (images.float() / 255 - 0.45) / 0.25
+@cache
+def _windows(folder: Path, part: str, count: int) -> Tensor:
+    """Normalised windows of the photos; cutting them takes as long as some trainings."""
+    return (crops.windows(crops.Photos(folder, part), SIZE, count).float() / 255 - 0.45) / 0.25
