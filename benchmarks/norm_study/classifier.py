@@ -22,7 +22,7 @@ GROUPS = 8
 """Of ``GN`` by default: the first stage has 16 channels."""
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.02, 0.9, 1e-4
-UPDATES, QUICK_UPDATES = 800, 40
+UPDATES, QUICK_UPDATES = 2000, 40
 TRAIN_WINDOWS, VAL_WINDOWS = 4000, 1000
 SIZE = 32
 
@@ -46,7 +46,37 @@ def error_of(cell: Cell, shared: Path, quick: bool) -> dict[str, float]:
     return {"error": 100 * wrong / (4 * len(unseen))}
 
 
+class BatchNormOfWorkers(nn.BatchNorm2d):
+    """BatchNorm as several workers compute it, each on its own ``batch`` images, all in one pass.
+
+    (N, C, H, W) holds the images of the first worker, then those of the second, and so on. The running
+    statistics are the first worker's, as DistributedDataParallel keeps them.
+    """
+
+    def __init__(self, channels: int, batch: int) -> None:
+        super().__init__(channels)
+        self.batch = batch
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        channels, pixels = input.shape[1], input.shape[2:]
+        workers = len(input) // self.batch
+        # Every worker's channels become channels of their own.
+        apart = input.view(workers, self.batch, channels, *pixels).transpose(0, 1)
+        mean, var = self.running_mean.repeat(workers), self.running_var.repeat(workers)
+        weight, bias = self.weight.repeat(workers), self.bias.repeat(workers)
+        apart = apart.reshape(self.batch, -1, *pixels)
+        apart = F.batch_norm(apart, mean, var, weight, bias, True, self.momentum, self.eps)
+        self.running_mean.copy_(mean[:channels])
+        self.running_var.copy_(var[:channels])
+        return apart.view(self.batch, workers, channels, *pixels).transpose(0, 1).reshape(input.shape)
+
+
 def _norm(cell: Cell, channels: int) -> nn.Module:
+    if cell.norm == "BN":
+        return BatchNormOfWorkers(channels, cell.batch)
     groups = channels // cell.group_size if cell.group_size else min(cell.groups or GROUPS, channels)
     norm = make_norm(cell.norm, channels, groups)
     assert norm is not None
@@ -59,17 +89,16 @@ def _train(model: nn.Module, images: Tensor, cell: Cell, updates: int) -> None:
     for update in range(updates):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * update / updates))
-        chosen = torch.randint(len(images), (UPDATE,), generator=generator)
-        turns = torch.randint(4, (UPDATE,), generator=generator)
+        chosen = images[torch.randint(len(images), (UPDATE,), generator=generator)]
+        labels = torch.arange(UPDATE)[torch.randperm(UPDATE, generator=generator)] % 4
         batch = torch.stack(
             [
-                torch.rot90(images[i], int(turn), (1, 2))
-                for i, turn in zip(chosen.tolist(), turns, strict=True)
+                torch.rot90(image, turns, (1, 2))
+                for image, turns in zip(chosen, labels.tolist(), strict=True)
             ]
         )
         optimizer.zero_grad()
-        for part, labels in zip(batch.split(cell.batch), turns.split(cell.batch), strict=True):
-            (F.cross_entropy(model(part), labels, reduction="sum") / UPDATE).backward()
+        F.cross_entropy(model(batch), labels).backward()
         optimizer.step()
 
 

@@ -20,7 +20,7 @@ DESCRIPTIONS = {
     ),
     "MODEL.PIXEL_MEAN": "Subtracted from pixels of 0 to 255, in the order of INPUT.FORMAT.",
     "MODEL.PIXEL_STD": "Pixels are divided by it, in the order of INPUT.FORMAT.",
-    "MODEL.CHANNELS_LAST": "Memory format of backbone and heads; auto: channels-last on a CPU.",
+    "MODEL.CHANNELS_LAST": "Memory format of backbone and heads; auto: channels-last to train on a CPU.",
     "MODEL.COMPILE": "torch.compile of backbone and FPN in training.",
     "MODEL.GN.NUM_GROUPS": "Most groups of every norm that is called GN.",
     "MODEL.GN.MIN_CHANNELS_PER_GROUP": (

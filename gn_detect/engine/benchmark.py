@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..data import build_test_loader, build_train_loader
 from ..files import atomic_write_json
-from ..modeling import build_model
+from ..modeling import build_model, detection_format
 from ..modeling.mask_rcnn import MaskRCNN
 from .distributed import resolve_device
 from .step import make_state, train_step
@@ -220,7 +220,7 @@ def _training_step(cfg: Config, model: MaskRCNN) -> Callable[[], tuple[float, Te
 
 def _inference_step(cfg: Config, model: MaskRCNN) -> Callable[[], tuple[float, Tensor]]:
     loader, _ = build_test_loader(cfg, "benchmark")
-    model.eval()
+    model.eval().use_memory_format(detection_format(cfg))
 
     def step() -> tuple[float, Tensor]:
         begin = time.perf_counter()

@@ -10,6 +10,7 @@ from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes
 from ..errors import UserError
 from ..evaluation import evaluate_model
 from ..files import atomic_write_json, remedy
+from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import load_weights
 from .checkpoint import read_last_checkpoint
@@ -81,7 +82,7 @@ def load_test_sets(cfg: Config) -> TestSets:
 
 
 def evaluate_test_sets(cfg: Config, model: MaskRCNN, tests: TestSets) -> Results:
-    """AP on each set, the same in all processes; the model comes back in the mode in which it was."""
+    """AP on each set, the same in all processes; the model comes back in its mode and memory format."""
     iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
     share_buffers(model)
     results = {}
@@ -89,7 +90,9 @@ def evaluate_test_sets(cfg: Config, model: MaskRCNN, tests: TestSets) -> Results
         folder = Path(cfg.output_dir) / "inference" / name
         logger.info("evaluating %d images of %s", len(dataset), name)
         backend = cfg.test.coco_eval_backend
-        results[name] = evaluate_model(model, loader, dataset, folder, backend=backend, iou_types=iou_types)
+        with model.in_memory_format(detection_format(cfg)):
+            found = evaluate_model(model, loader, dataset, folder, backend=backend, iou_types=iou_types)
+        results[name] = found
         if is_main():
             write_results(folder / "results.json", results[name])
     return next(iter(results.values())) if len(results) == 1 else results

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data import CocoDataset, prepare_image, read_image
 from ..errors import UserError
+from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
 from ..visualize import draw_detections, draw_ground_truth, plot_curves, save_picture, side_by_side
 
@@ -31,7 +32,7 @@ def draw_test_images(
 
     Args:
         cfg: whole config.
-        model: on its device; it comes back in the mode in which it was.
+        model: on its device; it comes back in its mode and memory format.
         dataset: with ground truth.
         folder: created when missing.
         show: is also given each picture, (H, W, 3) uint8 RGB, with its name.
@@ -43,7 +44,8 @@ def draw_test_images(
         record = dataset.images[index]
         size = record.height, record.width
         pixels = read_image(record.file_name, "RGB", size)
-        found = model.detect([prepare_image(pixels, cfg)], [size])[0]
+        with model.in_memory_format(detection_format(cfg)):
+            found = model.detect([prepare_image(pixels, cfg)], [size])[0]
         picture = side_by_side(
             [
                 draw_ground_truth(pixels, dataset.target(index), dataset.class_names),

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..data import prepare_image, read_image
 from ..errors import UserError
+from ..modeling import detection_format
 from ..structures import Detections
 from ..weights import load_weights, read_checkpoint
 from .distributed import resolve_device
@@ -42,6 +43,7 @@ class Predictor:
         self.cfg = cfg
         device = resolve_device(cfg)
         self.model = make_model(cfg)
+        self.model.use_memory_format(detection_format(cfg))
         checkpoint = read_checkpoint(cfg.model.weights)
         self.report = load_weights(self.model, checkpoint, config=cfg)
         self.model.to(device).eval()

@@ -39,11 +39,19 @@ def build_model(cfg: Config) -> MaskRCNN:
         cfg.model.pixel_mean,
         cfg.model.pixel_std,
         size_divisibility=getattr(backbone, "size_divisibility", 1),
-        channels_last=_use_channels_last(cfg),
+        channels_last=_trains_channels_last(cfg),
     )
 
 
-def _use_channels_last(cfg: Config) -> bool:
+def detection_format(cfg: Config) -> torch.memory_format:
+    """In which a model detects. ``auto``: NCHW, whose sums round as detectron2's do.
+
+    Channels-last convolutions add in another order, which turns single pixels of masks over.
+    """
+    return torch.channels_last if cfg.model.channels_last is True else torch.contiguous_format
+
+
+def _trains_channels_last(cfg: Config) -> bool:
     """``auto``: on an accelerator the native group norm converts to NCHW and back, so there it stays NCHW."""
     choice = cfg.model.channels_last
     if choice != "auto":

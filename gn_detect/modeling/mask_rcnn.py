@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +46,29 @@ class MaskRCNN(nn.Module):
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
         self.size_divisibility = size_divisibility
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        self.to(memory_format=self.memory_format)
+        self.memory_format = torch.contiguous_format
+        self.use_memory_format(torch.channels_last if channels_last else torch.contiguous_format)
+
+    def use_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Of the weights, and of the images from now on; parameters and gradients stay the same objects."""
+        self.memory_format = memory_format
+        for weight in self.parameters():
+            if (
+                weight.dim() == 4
+            ):  # copied even where both formats fit, as with 1x1: strides tell which is meant
+                weight.data = torch.empty_like(weight, memory_format=memory_format).copy_(weight.data)
+
+    @contextlib.contextmanager
+    def in_memory_format(self, memory_format: torch.memory_format) -> Iterator[None]:
+        """Inside, the model has that memory format; afterwards it has the one of before."""
+        before = self.memory_format
+        self.use_memory_format(memory_format)
+        try:
+            yield
+        finally:
+            self.use_memory_format(before)
 
     @property
     def device(self) -> torch.device:

@@ -186,6 +186,28 @@ def test_memory_formats_agree(small_model, make_images, target) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_takes_another_memory_format_and_its_own_again(name: str, small_model, make_images, target):
+    """Inside it is bit for bit the model that was built so; parameters and gradients stay where they were."""
+    images, targets = make_images((96, 128)), [target]
+    other = small_model(ARCHITECTURES[name] | {"MODEL.CHANNELS_LAST": False}).eval()
+    model = small_model(ARCHITECTURES[name] | {"MODEL.CHANNELS_LAST": True})
+    other.load_state_dict(model.state_dict())
+    sum(model(images, targets).values()).backward()
+    model.eval()
+    before = [
+        (p, p.stride(), p.grad, None if p.grad is None else p.grad.data_ptr()) for p in model.parameters()
+    ]
+    with model.in_memory_format(torch.contiguous_format):
+        found, expected = model.detect(images)[0], other.detect(images)[0]
+        features, wanted = (m.backbone(m.preprocess(images)) for m in (model, other))
+    assert len(found) > 0 and torch.equal(found.boxes, expected.boxes)
+    assert all(torch.equal(features[key], wanted[key]) for key in wanted)
+    for parameter, (same, stride, grad, place) in zip(model.parameters(), before, strict=True):
+        assert parameter is same and parameter.stride() == stride
+        assert parameter.grad is grad and (grad is None or grad.data_ptr() == place)
+
+
 def test_float_and_uint8_images_are_the_same(small_model, make_images) -> None:
     model = small_model().eval()
     images = make_images((64, 64))
