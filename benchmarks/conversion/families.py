@@ -3,8 +3,8 @@
 With random weights. Ours: are all norms converted, is the parameters' arithmetic right, does a forward and
 a backward pass of one input in training mode work, does ``torch.compile`` with ``aot_eager`` give the same
 (of detectors the backbone is compiled, as their post-processing depends on data). Opacus'
-``ModuleValidator.fix``: how many norms stay behind, and how many lose their weights and biases. timm offers
-no conversion to GroupNorm; its ``convert_sync_batchnorm`` is BatchNorm to BatchNorm.
+``ModuleValidator.fix``: how many norms stay behind, and how many lose their weights and biases. timm's
+``convert_sync_batchnorm``, the only conversion of norms that it has: how many batch norms stay batch norms.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ FAMILIES = {
     "segmentation": torchvision.models.segmentation,
     "video": torchvision.models.video,
 }
+INDUCTOR = ("resnet18", "fasterrcnn_mobilenet_v3_large_320_fpn", "lraspp_mobilenet_v3_large", "r3d_18")
+"""One model of each family, compiled with the default backend too."""
+
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d)
 
 
@@ -45,7 +48,9 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     if args.json and args.json.exists():
         rows = json.loads(args.json.read_text())
-    print(f"{'model':44}{'norms':>6}{'ours':>12}{'compiled':>10}{'opacus left':>13}{'affine lost':>13}")
+    print(
+        f"{'model':44}{'norms':>6}{'ours':>12}{'compiled':>18}{'opacus left':>13}{'lost':>6}{'timm left':>11}"
+    )
     for family, module in FAMILIES.items():
         for name in torchvision.models.list_models(module=module):
             if args.only not in name:
@@ -62,8 +67,9 @@ def main() -> None:
 
 
 def _line(name: str, row: dict[str, Any]) -> str:
-    cells = (row["ours"], row.get("compiled", "-"), row["opacus_left"], row["opacus_affine_lost"])
-    return f"{name:44}{row['norms']:>6}{cells[0]:>12}{cells[1]:>10}{cells[2]:>13}{cells[3]:>13}"
+    compiled = ", ".join(row.get("compiled", [])) or "-"
+    opacus = f"{row['opacus_left']:>13}{row['opacus_affine_lost']:>6}"
+    return f"{name:44}{row['norms']:>6}{row['ours']:>12}{compiled:>18}{opacus}{row['timm_left']:>11}"
 
 
 def measure(family: str, name: str, largest: float) -> dict[str, Any]:
@@ -78,7 +84,7 @@ def measure(family: str, name: str, largest: float) -> dict[str, Any]:
             nn.init.uniform_(norm.weight, 0.5, 1.5)
     row: dict[str, Any] = {"norms": len(norms)}
     start = time.perf_counter()
-    row |= _opacus(model, norms)
+    row |= _opacus(model, norms) | {"timm_left": _timm(model)}
     size = sum(parameter.numel() for parameter in model.parameters())
     frozen = sum(
         2 * norm.weight.numel() for norm in norms.values() if not isinstance(norm.weight, nn.Parameter)
@@ -93,7 +99,10 @@ def measure(family: str, name: str, largest: float) -> dict[str, Any]:
         _train_step(family, name, new)
         row["ours"] = "trains"
         if size <= largest:
-            row["compiled"] = _compiled(family, name, new)
+            row["compiled"] = []
+            for backend in ("aot_eager", "inductor") if name in INDUCTOR else ("aot_eager",):
+                _compile(family, name, new, backend)
+                row["compiled"].append(backend)
     except Exception as error:
         row["ours"] = row.get("ours", "fails")
         row["error"] = repr(error)[:300]
@@ -144,16 +153,15 @@ def _total(value: Any) -> Tensor:
     return torch.stack([_total(item) for item in items]).sum()
 
 
-def _compiled(family: str, name: str, model: nn.Module) -> str:
+def _compile(family: str, name: str, model: nn.Module, backend: str) -> None:
     module = model.get_submodule("backbone") if family == "detection" else model
     module.eval()
     torch._dynamo.reset()
-    compiled = torch.compile(module, backend="aot_eager")
+    compiled = torch.compile(module, backend=backend)
     inputs = (torch.rand(1, 3, 128, 128),) if family == "detection" else _inputs(family, name)
     found, expected = _total(compiled(*inputs)), _total(module(*inputs))
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    return "same"
 
 
 def _opacus(model: nn.Module, norms: dict[str, nn.Module]) -> dict[str, Any]:
@@ -169,6 +177,13 @@ def _opacus(model: nn.Module, norms: dict[str, nn.Module]) -> dict[str, Any]:
         for name, norm in norms.items()
     )
     return {"opacus_left": left, "opacus_affine_lost": lost}
+
+
+def _timm(model: nn.Module) -> int:
+    from timm.layers import convert_sync_batchnorm
+
+    converted = convert_sync_batchnorm(copy.deepcopy(model))
+    return sum(isinstance(module, BATCH_NORMS) for module in converted.modules())
 
 
 if __name__ == "__main__":

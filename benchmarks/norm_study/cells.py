@@ -49,6 +49,15 @@ class Cell:
         return f"{self.task}_{self.norm}{split}_batch{self.batch}_seed{self.seed}"
 
 
+def depends_on_batch(task: Task, norm: str) -> bool:
+    """Whether the images per worker change anything but rounding.
+
+    A classifier's loss is a sum over images, so only BN makes a difference; a detector's losses are divided
+    by numbers that depend on each worker's images.
+    """
+    return task == "detector" or norm == "BN"
+
+
 def plan(tasks: list[Task], seeds: int) -> list[Cell]:
     """All cells, those that tell most first, so that an unfinished study is a whole one with fewer seeds.
 
@@ -57,7 +66,13 @@ def plan(tasks: list[Task], seeds: int) -> list[Cell]:
     """
     cells = []
     for seed in range(1, seeds + 1):
-        main = [Cell(task, norm, batch, seed) for task in tasks for batch in BATCHES for norm in NORMS]
+        main = [
+            Cell(task, norm, batch, seed)
+            for task in tasks
+            for batch in BATCHES
+            for norm in NORMS
+            if batch == 2 or depends_on_batch(task, norm)
+        ]
         first = [cell for cell in main if cell.norm in ("BN", "GN") or cell.batch == 2]
         groups = [Cell(task, "GN", 2, seed, groups=groups) for task in tasks for groups in GROUPS]
         groups += [Cell(task, "GN", 2, seed, group_size=size) for task in tasks for size in GROUP_SIZES]

@@ -22,7 +22,7 @@ GROUPS = 8
 """Of ``GN`` by default: the first stage has 16 channels."""
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.02, 0.9, 1e-4
-UPDATES, QUICK_UPDATES = 2000, 40
+UPDATES, QUICK_UPDATES = 1500, 40
 TRAIN_WINDOWS, VAL_WINDOWS = 4000, 1000
 SIZE = 32
 
@@ -92,10 +92,7 @@ def _train(model: nn.Module, images: Tensor, cell: Cell, updates: int) -> None:
         chosen = images[torch.randint(len(images), (UPDATE,), generator=generator)]
         labels = torch.arange(UPDATE)[torch.randperm(UPDATE, generator=generator)] % 4
         batch = torch.stack(
-            [
-                torch.rot90(image, turns, (1, 2))
-                for image, turns in zip(chosen, labels.tolist(), strict=True)
-            ]
+            [torch.rot90(image, turns, (1, 2)) for image, turns in zip(chosen, labels.tolist(), strict=True)]
         )
         optimizer.zero_grad()
         F.cross_entropy(model(batch), labels).backward()

@@ -8,11 +8,11 @@ from statistics import mean, stdev
 
 from gn_detect.files import atomic_write
 
-from .cells import BATCHES, GROUP_SIZES, GROUPS, NORMS, Cell
+from .cells import BATCHES, GROUP_SIZES, GROUPS, NORMS, Cell, Task, depends_on_batch
 
 Results = Mapping[Cell, Mapping[str, float]]
 
-FIGURES = {
+FIGURES: dict[Task, tuple[tuple[str, str], ...]] = {
     "classifier": (("error", "error, %"),),
     "detector": (("mask AP", "mask AP"), ("box AP", "box AP")),
 }
@@ -38,7 +38,7 @@ def figure(done: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9, 3.6), layout="constrained")
-    measures = (
+    measures: tuple[tuple[Task, str, str], ...] = (
         ("classifier", "error", "classifier's error, %"),
         ("detector", "mask AP50", "100 - mask AP50"),
     )
@@ -64,7 +64,8 @@ def figure(done: Results, path: Path) -> None:
         drawn.savefig(file, format="png", dpi=130)
 
 
-def _main(task: str, norm: str, batch: int) -> Callable[[Cell], bool]:
+def _main(task: Task, norm: str, batch: int) -> Callable[[Cell], bool]:
+    batch = batch if depends_on_batch(task, norm) else 2
     return lambda cell: (
         (cell.task, cell.norm, cell.batch, cell.groups, cell.group_size) == (task, norm, batch, 0, 0)
     )
@@ -84,7 +85,7 @@ def _in_words(values: list[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}"
 
 
-def _by_batch(done: Results, task: str, key: str, title: str) -> str:
+def _by_batch(done: Results, task: Task, key: str, title: str) -> str:
     lines = [f"| {task}: {title} | " + " | ".join(f"{batch}" for batch in BATCHES) + " | seeds |"]
     lines.append("|---" * (len(BATCHES) + 2) + "|")
     for norm in NORMS:
@@ -96,7 +97,7 @@ def _by_batch(done: Results, task: str, key: str, title: str) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _by_groups(done: Results, task: str, key: str, title: str) -> str:
+def _by_groups(done: Results, task: Task, key: str, title: str) -> str:
     columns: dict[str, Callable[[Cell], bool]] = {"1 group": _main(task, "GN1", 2)}
     for groups in GROUPS:
         columns[f"{groups}"] = _split(task, groups, 0)
@@ -116,7 +117,7 @@ def _by_groups(done: Results, task: str, key: str, title: str) -> str:
     )
 
 
-def _split(task: str, groups: int, size: int) -> Callable[[Cell], bool]:
+def _split(task: Task, groups: int, size: int) -> Callable[[Cell], bool]:
     return lambda cell: (cell.task, cell.norm, cell.groups, cell.group_size) == (task, "GN", groups, size)
 
 

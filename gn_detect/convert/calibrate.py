@@ -33,6 +33,10 @@ WARMED_UP = 0.1
 """Fraction of the steps over which the learning rate rises. Adam's first steps are as long as its later ones,
 and the model has its smallest loss before them."""
 
+SMALLEST_GRADIENT = 1e-5
+"""Adam's ``eps``. Before the first step the model is the original but for rounding: its gradients are about 1e-8,
+later 1e-3. With the usual 1e-8 a whole step would go where the rounding points."""
+
 ROUNDING = 1e-2
 """Largest relative difference to the original that a change of nothing but scales may make."""
 
@@ -164,7 +168,7 @@ class _Trainer:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.shows = progress
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=learning_rate)
+        self.optimizer = torch.optim.Adam(trained, lr=learning_rate, eps=SMALLEST_GRADIENT)
         self.every = max(1, math.ceil(steps * (1 - ANNEALED) / CHECKS))
 
     def run(self) -> None:
