@@ -34,8 +34,8 @@ WARMED_UP = 0.1
 and the model has its smallest loss before them."""
 
 SMALLEST_GRADIENT = 1e-5
-"""Adam's ``eps``. Before the first step the model is the original but for rounding: its gradients are about 1e-8,
-later 1e-3. With the usual 1e-8 a whole step would go where the rounding points."""
+"""Adam's ``eps``. Before the first step the model is the original but for rounding: its gradients are about
+1e-8, later 1e-3. With the usual 1e-8 a whole step would go where the rounding points."""
 
 ROUNDING = 1e-2
 """Largest relative difference to the original that a change of nothing but scales may make."""
