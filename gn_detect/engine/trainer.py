@@ -86,7 +86,7 @@ def training_loop(run: Run, writer: MetricsWriter | None) -> None:
     model = parallelize(run.model, run.device)
     batches = iter(run.loader)
     meter = Meter(run.device, run.start, solver.max_iter, run.losses)
-    logger.info("training on %s, %d processes, seed %d", run.device, world_size(), cfg.seed)
+    logger.info("training on %s, processes: %d, seed: %d", run.device, world_size(), cfg.seed)
 
     with Interruption() as interruption:
         for iteration in range(run.start, solver.max_iter):

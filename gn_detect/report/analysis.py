@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as coco_mask
 from tqdm import tqdm
 
 from ..evaluation import (
@@ -102,6 +103,8 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
     detections: dict[Any, list[Json]] = {image_id: [] for image_id in truth.objects}
     for entry in read_entries(results):
         if entry["score"] >= threshold:
+            if "bbox" not in entry:  # a result of masks alone is drawn with the boxes around them
+                entry["bbox"] = coco_mask.toBbox(entry["segmentation"]).tolist()
             detections[entry["image_id"]].append(entry)
     iou_type = iou_types[-1]
     every = tqdm(detections.items(), desc="comparing", unit="image", disable=None, leave=False)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from gn_detect.cli import main
 from gn_detect.errors import UserError
@@ -40,6 +42,10 @@ class Page(HTMLParser):
 
 def read(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
+
+
+def pictures_of(page: Page) -> int:
+    return sum((attributes.get("src") or "").startswith("data:image/webp") for _, attributes in page.tags)
 
 
 def test_the_command_writes_one_page(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +111,36 @@ def test_bad_input_is_refused_without_a_page(make_run: MakeRun, tmp_path: Path) 
     with pytest.raises(UserError, match=r"results\.json cannot be read"):
         write_report(folder)
     assert not (folder / "report.html").exists()
+
+
+def test_every_test_set_has_a_part_of_its_own(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run()
+    config = (folder / "config.yaml").read_text()
+    content = yaml.safe_load(config)
+    content["DATASETS"]["REGISTER"]["other"] = content["DATASETS"]["REGISTER"]["tiny_test"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    shutil.copytree(folder / "inference" / "tiny_test", folder / "inference" / "other")
+    results = folder / "inference" / "other" / "coco_instances_results.json"
+    results.write_text(json.dumps(json.loads(results.read_text())[:1]))
+    page = read(write_report(folder))
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    assert "tiny_test" in page.words and "other" in page.words
+    assert page.words.count("Precision by recall") == 2
+    assert pictures_of(page) == 2 * 4
+
+
+def test_results_of_masks_alone_are_drawn(make_run: MakeRun) -> None:
+    folder = make_run()
+    inference = folder / "inference" / "tiny_test"
+    entries = json.loads((inference / "coco_instances_results.json").read_text())
+    for entry in entries:
+        del entry["bbox"]
+    (inference / "coco_instances_results.json").write_text(json.dumps(entries))
+    metrics = json.loads((inference / "results.json").read_text())
+    (inference / "results.json").write_text(json.dumps({"segm": metrics["segm"]}))
+    page = read(write_report(folder))
+    assert "mask AP50" in page.words and pictures_of(page) == 4
 
 
 def test_mistakes_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
