@@ -39,6 +39,26 @@ def memory_help(cfg: Config, batch: Sequence[Sample], doing: str) -> Iterator[No
         ) from error
 
 
+@contextmanager
+def compile_help() -> Iterator[None]:
+    """Turn a failure of ``torch.compile`` into one that names the key.
+
+    Raises:
+        UserError: the model could not be compiled.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Told by name, as the module of the exceptions takes a second to import.
+        if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"MODEL.COMPILE True, but PyTorch cannot compile the model here: {reason.strip()}; on a CPU it "
+            "needs a C++ compiler, such as Debian's package g++; MODEL.COMPILE False trains without"
+        ) from error
+
+
 def remedies(cfg: Config, images: int) -> str:
     """The keys that reduce memory and are not yet used, those that change the result least first."""
     solver, model = cfg.solver, cfg.model

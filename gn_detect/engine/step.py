@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from ..structures import Sample
 from .distributed import is_distributed
-from .faults import memory_help
+from .faults import compile_help, memory_help
 from .optimizer import build_optimizer, clip_gradients, restore_optimizer, step_unless
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def train_step(
     parts = split(batch, cfg.solver.accumulate)
     collected = []
     for part in parts:
-        with _communicate(model, part is parts[-1]):
+        with _communicate(model, part is parts[-1]), compile_help():
             with memory_help(cfg, part, "in the forward pass"), autocast(cfg, state.broken.device):
                 losses = model([sample.image for sample in part], [sample.target for sample in part])
                 total = torch.stack(list(losses.values())).sum() / len(parts)

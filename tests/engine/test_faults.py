@@ -19,6 +19,7 @@ from gn_detect.data import build_train_loader
 from gn_detect.engine import launch, train
 from gn_detect.engine import trainer as trainer_module
 from gn_detect.engine.distributed import LOST_PEER, barrier, get_rank
+from gn_detect.engine.faults import compile_help
 from gn_detect.engine.interruption import Interruption
 from gn_detect.engine.step import make_state, train_step
 from gn_detect.engine.writers import MetricsWriter
@@ -212,3 +213,14 @@ def test_killed_process_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="process 1 of this machine was killed by SIGKILL.*--resume"):
         launch(_die, (str(tmp_path),), device="cpu", num_gpus=2)
     assert any(words in (tmp_path / "noticed.txt").read_text() for words in LOST_PEER)
+
+
+def test_a_compiler_that_fails_is_named_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small function, as the detector takes a minute."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    torch._dynamo.reset()
+    with pytest.raises(UserError, match=r"MODEL.COMPILE True, but .*MODEL.COMPILE False"), compile_help():
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="of another kind"), compile_help():
+        raise RuntimeError("of another kind")
