@@ -26,7 +26,7 @@ from .objective import Objective, Outputs, find_blocks, measure_errors, outputs_
 from .report import BALANCED, CALIBRATED, CONVERTED, ConversionReport, LayerReport
 from .source import SourceNorm, read_norm
 
-ANNEALED = 0.6
+ANNEALED = 0.3
 """Fraction of the steps over which the statistics go from BatchNorm's to GroupNorm's."""
 
 WARMED_UP = 0.1
@@ -81,7 +81,7 @@ def calibrate(
     First, layer by layer, the channels of the convolutions are rescaled, so that the group statistics vary
     least from image to image, and the norms are matched to that (:mod:`gn_detect.convert.balance`). Then
     the model is distilled. It starts as exactly the original, as its norms use the statistics that
-    BatchNorm had; over the first 60% of the steps these are exchanged, by degrees, for each image's own.
+    BatchNorm had; over the first 30% of the steps these are exchanged, by degrees, for each image's own.
     Outputs, blocks and the norms outside blocks are compared. Of the states after that the best on the
     held-out images is kept, or that before the first step, if none is better.
 
@@ -258,8 +258,12 @@ class _Trainer:
 
 
 def _schedule(done: float) -> float:
-    """Of the learning rate: a linear rise, then half a cosine; ``done`` is a fraction of the steps."""
-    return min(1.0, (done + 0.1 * WARMED_UP) / WARMED_UP) * 0.5 * (1 + math.cos(math.pi * done))
+    """Of the learning rate: a linear rise, then half a cosine; ``done`` is a fraction of the steps.
+
+    It falls once the norms are what they will be.
+    """
+    fallen = max(0.0, (done - ANNEALED) / (1 - ANNEALED))
+    return min(1.0, (done + 0.1 * WARMED_UP) / WARMED_UP) * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
 def _run_on_one(outputs: Outputs) -> Run:
