@@ -265,7 +265,7 @@ def test_detectors_of_full_width_on_real_images(
     export.export_detector(predictor, path)
     images = sorted((shared_dir / "data/coco80/images").iterdir())[:10]
     parity = compare(predictor, exported.ExportedPredictor(path, trust=True), images)
-    other = compare(predictor, Predictor(predictor.cfg.replace({"MODEL.CHANNELS_LAST": False})), images)
+    other = compare(predictor, Predictor(predictor.cfg.replace({"MODEL.CHANNELS_LAST": True})), images)
     print(config, suffix, parity, "; another memory order:", other)
     assert not parity.unequal and parity.detections > 100
     assert parity.box <= max(0.05, 4 * other.box) and parity.score <= max(1e-4, 4 * other.score)

@@ -70,7 +70,7 @@ def detect(model: torch.nn.Module, cfg: Config) -> Detections:
 
 
 def check_entry(entry: ZooEntry, cfg: Config, least: int = 10) -> None:
-    """From the name to a model; everything is matched, and ``least`` detections are those of the same values."""
+    """From the name to a model: all is matched, and ``least`` detections are those of the same values."""
     own = build(cfg)
     state = published.values_for(entry, own)
     published.write(entry, cfg, state)
