@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.norm_study import drawn
-from benchmarks.norm_study.cells import BATCHES, NORMS, UPDATE, Cell, depends_on_batch, plan
+from benchmarks.norm_study.cells import BATCHES, NORMS, UPDATE, Cell, depends_on_batch, plan, quick_plan
 from benchmarks.norm_study.classifier import BatchNormOfWorkers
 
 
@@ -23,6 +23,18 @@ def test_the_first_seed_of_everything_comes_before_the_second() -> None:
         for norm in NORMS:
             batches = set(BATCHES) if depends_on_batch(task, norm) else {2}
             assert {c.batch for c in cells if (c.task, c.norm, c.seed) == (task, norm, 2)} == batches
+
+
+def test_what_tells_most_comes_first() -> None:
+    """BN and GN with any number of images, then the groups, then the rest."""
+    cells = plan(["detector"], seeds=1)
+    parts = ["groups" if c.groups or c.group_size else "main" for c in cells]
+    first = parts.index("groups")
+    assert {(c.norm, c.batch) for c in cells[:first]} >= {(n, b) for n in ("BN", "GN") for b in BATCHES}
+    assert parts == ["main"] * first + ["groups"] * 8 + ["main"] * (len(parts) - first - 8)
+    assert all(c.norm not in ("BN", "GN") for c in cells[first + 8 :])
+    assert {(c.task, c.norm) for c in quick_plan(["classifier"])} == {("classifier", n) for n in ("BN", "GN")}
+    assert "| GN |" in drawn.tables({c: {"error": 1.0} for c in quick_plan(["classifier"])})
 
 
 def test_every_number_of_images_per_worker_divides_an_update() -> None:
@@ -58,6 +70,11 @@ def test_workers_side_by_side_are_workers_one_after_the_other(batch: int) -> Non
     gradient = torch.randn_like(x)
     inputs = [torch.autograd.grad(y, x, gradient, retain_graph=True)[0] for y in (found, expected)]
     torch.testing.assert_close(*inputs)
+    expected[0:batch].sum().backward(retain_graph=True)
+    first_worker = found[:batch].sum()
+    weight = torch.autograd.grad(first_worker, together.weight)[0]
+    torch.testing.assert_close(weight, alone.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.running_mean, alone.running_mean)
     torch.testing.assert_close(together.running_var, alone.running_var)
     torch.testing.assert_close(together.eval()(x), alone.eval()(x))
 

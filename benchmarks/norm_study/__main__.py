@@ -27,13 +27,15 @@ from .cells import Cell, plan, quick_plan
 def main() -> None:
     """Run the cells that have no result yet, then draw what there is."""
     args = _parse()
-    path = args.output / "results.json"
+    path = args.output / ("quick.json" if args.quick else "results.json")
     cells = quick_plan(args.tasks) if args.quick else plan(args.tasks, args.seeds)
     done = json.loads(path.read_text()) if path.exists() else {}
     missing = [cell for cell in cells if cell.name not in done]
     args.output.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(cells), initial=len(cells) - len(missing), unit="training") as bar:
         for cell, found in _run(missing, args):
+            if path.exists():  # another study may be writing to it
+                done |= json.loads(path.read_text())
             done[cell.name] = found
             atomic_write_json(path, dict(sorted(done.items())), indent=1)
             bar.set_postfix_str(cell.name)
@@ -64,7 +66,12 @@ def _run(cells: list[Cell], args: argparse.Namespace) -> Iterator[tuple[Cell, di
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                cell = running.pop(future)
+                if error := future.exception():
+                    print(f"{cell.name} failed and is tried again by the next run: {error!r}")
+                    end = 0.0  # no other is begun; those that run are kept
+                else:
+                    yield cell, future.result()
 
 
 def _measure(cell: Cell, shared: Path, quick: bool) -> dict[str, float]:

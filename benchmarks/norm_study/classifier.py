@@ -90,7 +90,7 @@ def _train(model: nn.Module, images: Tensor, cell: Cell, updates: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * update / updates))
         chosen = images[torch.randint(len(images), (UPDATE,), generator=generator)]
-        labels = torch.arange(UPDATE)[torch.randperm(UPDATE, generator=generator)] % 4
+        labels = torch.randperm(UPDATE, generator=generator) % 4
         batch = torch.stack(
             [torch.rot90(image, turns, (1, 2)) for image, turns in zip(chosen, labels.tolist(), strict=True)]
         )

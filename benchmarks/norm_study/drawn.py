@@ -94,7 +94,13 @@ def _by_batch(done: Results, task: Task, key: str, title: str) -> str:
             counts = sorted({len(values) for values in found if values})
             seeds = "-".join(str(count) for count in sorted({counts[0], counts[-1]}))
             lines.append(f"| {LABELS[norm]} | " + " | ".join(map(_in_words, found)) + f" | {seeds} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+    if len(lines) <= 2:
+        return ""
+    if not depends_on_batch(task, "GN"):
+        lines.append(
+            "\nOf this task only BN depends on the batch: the others were trained once for each seed."
+        )
+    return "\n".join(lines)
 
 
 def _by_groups(done: Results, task: Task, key: str, title: str) -> str:

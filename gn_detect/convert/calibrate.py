@@ -30,11 +30,10 @@ ANNEALED = 0.3
 """Fraction of the steps over which the statistics go from BatchNorm's to GroupNorm's."""
 
 WARMED_UP = 0.1
-"""Fraction of the steps over which the learning rate rises. Adam's first steps are as long as its later ones,
-and the model has its smallest loss before them."""
+"""Part of the steps over which the learning rate rises: before them the model has its smallest loss."""
 
-SMALLEST_GRADIENT = 1e-5
-"""Adam's ``eps``. Before the first step the model is the original but for rounding: its gradients are about
+ADAM_EPS = 1e-5
+"""Before the first step the model is the original but for rounding: its gradients are about
 1e-8, later 1e-3. With the usual 1e-8 a whole step would go where the rounding points."""
 
 ROUNDING = 1e-2
@@ -168,7 +167,7 @@ class _Trainer:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.shows = progress
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=learning_rate, eps=SMALLEST_GRADIENT)
+        self.optimizer = torch.optim.Adam(trained, lr=learning_rate, eps=ADAM_EPS)
         self.every = max(1, math.ceil(steps * (1 - ANNEALED) / CHECKS))
 
     def run(self) -> None:
@@ -221,7 +220,8 @@ class _Trainer:
     def _identity(self) -> str:
         """What a checkpoint must agree on to go on from it."""
         shapes = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
-        settings = (self.steps, self.learning_rate, self.stream.identity, shapes)
+        schedule = (self.steps, self.learning_rate, ANNEALED, WARMED_UP, ADAM_EPS)
+        settings = (schedule, self.stream.identity, shapes)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def _save(self, state: _Progress) -> None:

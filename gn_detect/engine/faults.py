@@ -52,7 +52,8 @@ def compile_help() -> Iterator[None]:
         # Told by name, as the module of the exceptions takes a second to import.
         if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        cause = getattr(error, "inner_exception", error)
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise UserError(
             f"MODEL.COMPILE True, but PyTorch cannot compile the model here: {reason.strip()}; on a CPU it "
             "needs a C++ compiler, such as Debian's package g++; MODEL.COMPILE False trains without"

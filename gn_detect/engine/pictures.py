@@ -40,22 +40,22 @@ def draw_test_images(
     training = model.training
     model.eval()
     count = min(cfg.vis.num_images, len(dataset))
-    for index in (i * len(dataset) // count for i in range(count)):
-        record = dataset.images[index]
-        size = record.height, record.width
-        pixels = read_image(record.file_name, "RGB", size)
-        with model.in_memory_format(detection_format(cfg)):
+    with model.in_memory_format(detection_format(cfg)):
+        for index in (i * len(dataset) // count for i in range(count)):
+            record = dataset.images[index]
+            size = record.height, record.width
+            pixels = read_image(record.file_name, "RGB", size)
             found = model.detect([prepare_image(pixels, cfg)], [size])[0]
-        picture = side_by_side(
-            [
-                draw_ground_truth(pixels, dataset.target(index), dataset.class_names),
-                draw_detections(pixels, found, dataset.class_names),
-            ],
-            ["ground truth", "prediction"],
-        )
-        save_picture(folder / f"{dataset.name}_{record.id}.png", picture)
-        if show is not None:
-            show(f"{dataset.name}/{record.id}", picture)
+            picture = side_by_side(
+                [
+                    draw_ground_truth(pixels, dataset.target(index), dataset.class_names),
+                    draw_detections(pixels, found, dataset.class_names),
+                ],
+                ["ground truth", "prediction"],
+            )
+            save_picture(folder / f"{dataset.name}_{record.id}.png", picture)
+            if show is not None:
+                show(f"{dataset.name}/{record.id}", picture)
     model.train(training)
 
 

@@ -2,7 +2,7 @@
 
 from .backends import choose_backend, precision_and_recall
 from .coco import METRICS, evaluate_results
-from .coco_data import prepare_detections, prepare_ground_truth
+from .coco_data import prepare_detections, prepare_ground_truth, to_rle
 from .matching import IN_CROWD, NOTHING, confusion_matrix, match_objects
 from .model import detections_to_coco, evaluate_model
 from .results_file import ResultsWriter, read_entries
@@ -27,4 +27,5 @@ __all__ = [
     "prepare_ground_truth",
     "read_entries",
     "read_truth",
+    "to_rle",
 ]

@@ -24,7 +24,8 @@ _STAGES = ("res2", "res3", "res4", "res5")
 def build_model(cfg: Config) -> MaskRCNN:
     """The detector of ``cfg`` with freshly initialised weights, on the CPU, in training mode.
 
-    The random state of torch decides the weights; seed it for the same model twice.
+    It has the memory format to train in; see :func:`detection_format`. The random state of torch decides the
+    weights; seed it for the same model twice.
     """
     backbone, channels, strides = _build_backbone(cfg)
     rpn = _build_rpn(cfg, channels, strides)

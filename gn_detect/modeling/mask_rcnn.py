@@ -55,15 +55,17 @@ class MaskRCNN(nn.Module):
         """Of the weights, and of the images from now on; parameters and gradients stay the same objects."""
         self.memory_format = memory_format
         for weight in self.parameters():
-            if (
-                weight.dim() == 4
-            ):  # copied even where both formats fit, as with 1x1: strides tell which is meant
+            if weight.dim() == 4:
+                # Copied even where both formats fit, as with 1x1: PyTorch goes by the strides.
                 weight.data = torch.empty_like(weight, memory_format=memory_format).copy_(weight.data)
 
     @contextlib.contextmanager
     def in_memory_format(self, memory_format: torch.memory_format) -> Iterator[None]:
         """Inside, the model has that memory format; afterwards it has the one of before."""
         before = self.memory_format
+        if memory_format == before:
+            yield
+            return
         self.use_memory_format(memory_format)
         try:
             yield

@@ -23,6 +23,7 @@ from ..evaluation import (
     prepare_detections,
     prepare_ground_truth,
     read_entries,
+    to_rle,
 )
 
 RECALLS = np.linspace(0, 1, 101)
@@ -100,11 +101,16 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
         UserError: the file is damaged, or is not one of this ground truth.
     """
     curves = {iou_type: _curves(truth, results, iou_type) for iou_type in iou_types}
+    image_sizes = {image["id"]: (image["height"], image["width"]) for image in truth.content["images"]}
     detections: dict[Any, list[Json]] = {image_id: [] for image_id in truth.objects}
     for entry in read_entries(results):
         if entry["score"] >= threshold:
-            if "bbox" not in entry:  # a result of masks alone is drawn with the boxes around them
-                entry["bbox"] = coco_mask.toBbox(entry["segmentation"]).tolist()
+            if "segmentation" in entry:
+                mask = to_rle(entry["segmentation"], image_sizes[entry["image_id"]])
+                if mask is None:  # a polygon of two points, which shows nothing
+                    continue
+                entry["segmentation"] = mask
+                entry.setdefault("bbox", coco_mask.toBbox(mask).tolist())
             detections[entry["image_id"]].append(entry)
     iou_type = iou_types[-1]
     every = tqdm(detections.items(), desc="comparing", unit="image", disable=None, leave=False)

@@ -16,7 +16,7 @@ from gn_detect.engine import evaluate, train
 from gn_detect.engine import trainer as trainer_module
 from gn_detect.engine.evaluator import scalars_of
 from gn_detect.errors import UserError
-from gn_detect.modeling import build_model
+from gn_detect.modeling import MaskRCNN, build_model
 from gn_detect.structures import Target
 from gn_detect.weights import load_weights, read_checkpoint
 from tests.engine.tiny import make_dataset, write_config
@@ -170,6 +170,32 @@ def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detecti
         scores = [r["score"] for r in results if r["image_id"] == record.id]
         assert found.scores.tolist() == pytest.approx(scores, abs=1e-5)
         assert found.masks is not None and found.masks.shape[1:] == (record.height, record.width)
+
+
+@pytest.mark.parametrize(("choice", "channels_last"), [("auto", False), (True, True), (False, False)])
+def test_detection_is_in_nchw_unless_channels_last_is_asked_for(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, choice: object, channels_last: bool
+) -> None:
+    """In training's evaluations, of the average too, in its pictures, in ``evaluate`` and in a Predictor."""
+    wanted = torch.channels_last if channels_last else torch.contiguous_format
+    seen = []
+    detect = MaskRCNN.detect
+
+    def record(self: MaskRCNN, images: list[torch.Tensor], *sizes: object) -> object:
+        kernel = self.backbone.bottom_up.stem.conv1.weight
+        seen.append((self.memory_format, kernel.is_contiguous(memory_format=wanted)))
+        return detect(self, images, *sizes)
+
+    monkeypatch.setattr(MaskRCNN, "detect", record)
+    keys = {"MODEL.CHANNELS_LAST": choice, "SOLVER.EMA.ENABLED": True, "VIS.NUM_IMAGES": 1, "SOLVER.MAX_ITER": 2}
+    cfg = tiny_config.replace(keys)
+    train(cfg)
+    during = len(seen)
+    trained = cfg.replace({"MODEL.WEIGHTS": str(Path(cfg.output_dir) / "model_final.pth")})
+    evaluate(trained)
+    assert during > 1 and len(seen) > during and set(seen) == {(wanted, True)}
+    assert Predictor(trained).model.memory_format is wanted
+    assert build_model(cfg).memory_format is (torch.channels_last if choice else torch.contiguous_format)
 
 
 def test_predictor_refuses_what_is_not_an_image(tiny_config: Config) -> None:

@@ -130,12 +130,15 @@ def test_every_test_set_has_a_part_of_its_own(make_run: MakeRun, tmp_path: Path)
     assert pictures_of(page) == 2 * 4
 
 
-def test_results_of_masks_alone_are_drawn(make_run: MakeRun) -> None:
+@pytest.mark.parametrize("polygons", [False, True])
+def test_results_of_masks_alone_are_drawn(make_run: MakeRun, polygons: bool) -> None:
     folder = make_run()
     inference = folder / "inference" / "tiny_test"
     entries = json.loads((inference / "coco_instances_results.json").read_text())
     for entry in entries:
-        del entry["bbox"]
+        x, y, width, height = entry.pop("bbox")
+        if polygons:
+            entry["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
     (inference / "coco_instances_results.json").write_text(json.dumps(entries))
     metrics = json.loads((inference / "results.json").read_text())
     (inference / "results.json").write_text(json.dumps({"segm": metrics["segm"]}))
