@@ -187,7 +187,8 @@ def test_detection_is_in_nchw_unless_channels_last_is_asked_for(
         return detect(self, images, *sizes)
 
     monkeypatch.setattr(MaskRCNN, "detect", record)
-    keys = {"MODEL.CHANNELS_LAST": choice, "SOLVER.EMA.ENABLED": True, "VIS.NUM_IMAGES": 1, "SOLVER.MAX_ITER": 2}
+    keys = {"SOLVER.EMA.ENABLED": True, "VIS.NUM_IMAGES": 1, "SOLVER.MAX_ITER": 2}
+    keys["MODEL.CHANNELS_LAST"] = choice
     cfg = tiny_config.replace(keys)
     train(cfg)
     during = len(seen)
