@@ -15,26 +15,36 @@ from benchmarks.norm_study.cells import BATCHES, NORMS, UPDATE, Cell, depends_on
 from benchmarks.norm_study.classifier import BatchNormOfWorkers
 
 
-def test_the_first_seed_of_everything_comes_before_the_second() -> None:
+def test_every_seed_has_the_same_cells() -> None:
     cells = plan(["classifier", "detector"], seeds=2)
-    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert len({cell.name for cell in cells}) == len(cells)
     for task in ("classifier", "detector"):
         for norm in NORMS:
             batches = set(BATCHES) if depends_on_batch(task, norm) else {2}
-            assert {c.batch for c in cells if (c.task, c.norm, c.seed) == (task, norm, 2)} == batches
+            for seed in (1, 2):
+                assert {c.batch for c in cells if (c.task, c.norm, c.seed) == (task, norm, seed)} == batches
 
 
 def test_what_tells_most_comes_first() -> None:
-    """BN and GN with any number of images, then the groups, then the rest."""
-    cells = plan(["detector"], seeds=1)
+    """BN and GN with any number of images, of every seed, then the groups, then the rest."""
+    cells = plan(["detector"], seeds=2)
     parts = ["groups" if c.groups or c.group_size else "main" for c in cells]
     first = parts.index("groups")
-    assert {(c.norm, c.batch) for c in cells[:first]} >= {(n, b) for n in ("BN", "GN") for b in BATCHES}
-    assert parts == ["main"] * first + ["groups"] * 8 + ["main"] * (len(parts) - first - 8)
-    assert all(c.norm not in ("BN", "GN") for c in cells[first + 8 :])
+    for seed in (1, 2):
+        told = {(c.norm, c.batch) for c in cells[:first] if c.seed == seed}
+        assert told >= {(norm, batch) for norm in ("BN", "GN") for batch in BATCHES}
+        assert told >= {(norm, 2) for norm in NORMS}
+    assert parts == ["main"] * first + ["groups"] * 16 + ["main"] * (len(parts) - first - 16)
+    assert all(c.norm not in ("BN", "GN") for c in cells[first + 16 :])
     assert {(c.task, c.norm) for c in quick_plan(["classifier"])} == {("classifier", n) for n in ("BN", "GN")}
     assert "| GN |" in drawn.tables({c: {"error": 1.0} for c in quick_plan(["classifier"])})
+
+
+def test_a_detector_that_diverges_counts_with_nothing() -> None:
+    found = {f"{kind} {key}": 0.0 for kind in ("box", "mask") for key in ("AP", "AP50", "AP75")}
+    text = drawn.tables({Cell("detector", "FrozenBN", 2, 1): {**found, "diverged": 1.0}})
+    assert "| frozen BN |  | 0.0 |" in text
+    assert "1 of 1 detectors with frozen BN diverged" in text
 
 
 def test_every_number_of_images_per_worker_divides_an_update() -> None:

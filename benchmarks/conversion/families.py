@@ -134,7 +134,8 @@ def _inputs(family: str, name: str) -> tuple[Any, ...]:
         target["masks"] = torch.ones(1, 128, 128, dtype=torch.uint8)
         target["keypoints"] = torch.tensor([[[40.0, 40.0, 1.0]] * 17])
         return [torch.rand(3, 128, 128)], [target]
-    return (torch.rand(1, 3, 299 if name == "inception_v3" else 128, 299 if name == "inception_v3" else 128),)
+    side = {"inception_v3": 299, "maxvit_t": 224}.get(name, 128)
+    return (torch.rand(1, 3, side, side),)
 
 
 def _train_step(family: str, name: str, model: nn.Module) -> None:

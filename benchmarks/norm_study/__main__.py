@@ -10,6 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -55,7 +56,7 @@ def _run(cells: list[Cell], args: argparse.Namespace) -> Iterator[tuple[Cell, di
     end = time.monotonic() + args.hours * 3600
     waiting = iter(cells)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(args.workers, mp_context=context, initializer=_end_with_parent) as pool:
         running: dict[Future[dict[str, float]], Cell] = {}
         while True:
             while len(running) < args.workers and time.monotonic() < end:
@@ -72,6 +73,18 @@ def _run(cells: list[Cell], args: argparse.Namespace) -> Iterator[tuple[Cell, di
                     end = 0.0  # no other is begun; those that run are kept
                 else:
                     yield cell, future.result()
+
+
+def _end_with_parent() -> None:
+    """A study that is killed leaves no training behind."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _measure(cell: Cell, shared: Path, quick: bool) -> dict[str, float]:

@@ -59,12 +59,13 @@ def depends_on_batch(task: Task, norm: str) -> bool:
 
 
 def plan(tasks: list[Task], seeds: int) -> list[Cell]:
-    """All cells, those that tell most first, so that an unfinished study is a whole one with fewer seeds.
+    """All cells, those that tell most first, so that an unfinished study still answers its first questions.
 
-    Of each seed: BN and GN with any number of images per worker and every norm with 2; the group study with
-    2 images per worker, which a group norm does not see; then the norms that do not look at the batch either.
+    Of every seed: BN and GN with any number of images per worker and every norm with 2; then the group study
+    with 2 images per worker, which a group norm does not see; last the norms that do not look at the batch
+    either.
     """
-    cells = []
+    telling, groups, rest = [], [], []
     for seed in range(1, seeds + 1):
         main = [
             Cell(task, norm, batch, seed)
@@ -73,11 +74,11 @@ def plan(tasks: list[Task], seeds: int) -> list[Cell]:
             for norm in NORMS
             if batch == 2 or depends_on_batch(task, norm)
         ]
-        first = [cell for cell in main if cell.norm in ("BN", "GN") or cell.batch == 2]
-        groups = [Cell(task, "GN", 2, seed, groups=groups) for task in tasks for groups in GROUPS]
+        telling += [cell for cell in main if cell.norm in ("BN", "GN") or cell.batch == 2]
+        rest += [cell for cell in main if cell.norm not in ("BN", "GN") and cell.batch != 2]
+        groups += [Cell(task, "GN", 2, seed, groups=number) for task in tasks for number in GROUPS]
         groups += [Cell(task, "GN", 2, seed, group_size=size) for task in tasks for size in GROUP_SIZES]
-        cells += first + groups + [cell for cell in main if cell not in first]
-    return cells
+    return telling + groups + rest
 
 
 def quick_plan(tasks: list[Task]) -> list[Cell]:

@@ -30,6 +30,12 @@ def tables(done: Results) -> str:
                 parts += [_by_batch(done, task, key, title), _by_groups(done, task, key, title)]
     if any(cell.task == "detector" for cell in done):
         parts.append(_coco_table(done))
+    for norm in NORMS:
+        trained = [found for cell, found in done.items() if (cell.task, cell.norm) == ("detector", norm)]
+        if diverged := sum("diverged" in found for found in trained):
+            parts.append(
+                f"{diverged} of {len(trained)} detectors with {LABELS[norm]} diverged, and count with AP 0."
+            )
     return "\n\n".join(part for part in parts if part)
 
 
@@ -90,7 +96,7 @@ def _by_batch(done: Results, task: Task, key: str, title: str) -> str:
     lines.append("|---" * (len(BATCHES) + 2) + "|")
     for norm in NORMS:
         found = [_values(done, _main(task, norm, batch), key) for batch in BATCHES]
-        if any(found):
+        if any(map(len, found)):
             counts = sorted({len(values) for values in found if values})
             seeds = "-".join(str(count) for count in sorted({counts[0], counts[-1]}))
             lines.append(f"| {LABELS[norm]} | " + " | ".join(map(_in_words, found)) + f" | {seeds} |")

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+BOXES_OF_A_THREAD = 32
+"""At a time: some milliseconds of work."""
 
 
 def roi_align(
@@ -43,13 +47,10 @@ def roi_align(
         (R, C, S, S) in the features' dtype; differentiable with respect to ``features``.
     """
     dtype = features[0].dtype
-    on_cpu = features[0].device.type == "cpu"
     if dtype not in (torch.float32, torch.float64):  # half precision cannot tell neighbouring pixels apart
         wide = [f.float() for f in features]
         return roi_align(wide, boxes, image, level, strides, output_size, sampling_ratio, aligned).to(dtype)
-    # A program that is exported for anybody's machine takes RoIAlign as it is.
-    sparse = on_cpu and torch.backends.mkl.is_available() and not torch.compiler.is_compiling()
-    if sparse and len(boxes):
+    if len(boxes) and _takes_sparse_product(features[0]):
         with torch.no_grad():
             weights = _pooling_matrix(
                 [f.shape for f in features],
@@ -64,14 +65,37 @@ def roi_align(
         pooled = _SparsePooling.apply(weights.to(dtype), *features)
         return pooled.view(len(boxes), output_size, output_size, -1).permute(0, 3, 1, 2)
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1).to(dtype)
-    pooled, rows = [], []
-    for i, (feature, stride) in enumerate(zip(features, strides, strict=True)):
-        row = (level == i).nonzero()[:, 0]
-        rows.append(row)
-        pooled.append(
-            torchvision.ops.roi_align(feature, rois[row], output_size, 1.0 / stride, sampling_ratio, aligned)
-        )
+    rows = [(level == i).nonzero()[:, 0] for i in range(len(features))]
+
+    def pool(i: int, row: Tensor) -> Tensor:
+        scale = 1.0 / strides[i]
+        return torchvision.ops.roi_align(features[i], rois[row], output_size, scale, sampling_ratio, aligned)
+
+    if _takes_threads(features[0]):
+        parts = [(i, part) for i, row in enumerate(rows) for part in row.split(BOXES_OF_A_THREAD)]
+        rows = [row for _, row in parts]
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            pooled = list(threads.map(torch.no_grad()(pool), *zip(*parts, strict=True)))
+    else:
+        pooled = [pool(i, row) for i, row in enumerate(rows)]
     return torch.cat(pooled)[torch.argsort(torch.cat(rows))]
+
+
+def _takes_threads(feature: Tensor) -> bool:
+    """Whether torchvision's loops, which are one thread's, are shared out; not where a graph is recorded."""
+    on_cpu = feature.device.type == "cpu" and torch.get_num_threads() > 1
+    return on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _takes_sparse_product(feature: Tensor) -> bool:
+    """Where it is faster, but not where the result has to be torchvision's to the last bit.
+
+    That is without gradients in NCHW, where all else rounds as detectron2 does, so that the same weights find
+    the same objects; and in a program that is exported for anybody's machine.
+    """
+    if feature.device.type != "cpu" or not torch.backends.mkl.is_available() or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or not feature.is_contiguous()
 
 
 class _SparsePooling(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The sparse RoIAlign of the CPU against torchvision's loops."""
+"""RoIAlign over a pyramid, on the CPU a sparse product but in prediction, against torchvision's loops."""
 
 from __future__ import annotations
 
@@ -75,6 +75,21 @@ def test_any_memory_format(memory_format: torch.memory_format) -> None:
     assert torch.equal(roi_align(moved, boxes, image, level, STRIDES, 7), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_prediction_has_the_bits_of_torchvision(threads: int) -> None:
+    """Else a pixel of a mask turns over here and there between detectron2 and us."""
+    features, boxes, image, level = make_case(torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            found = roi_align(features, boxes, image, level, STRIDES, 7)
+            assert torch.equal(found, reference(features, boxes, image, level, 7, 0, True))
+            assert found.is_contiguous()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_without_the_sparse_product(monkeypatch: pytest.MonkeyPatch) -> None:
     features, boxes, image, level = make_case(torch.float32)
     sparse = roi_align(features, boxes, image, level, STRIDES, 7)
@@ -98,3 +113,5 @@ def test_no_boxes() -> None:
     assert pooled.shape == (0, 8, 7, 7)
     pooled.sum().backward()
     assert all(f.grad is not None and not f.grad.any() for f in features)
+    with torch.inference_mode():
+        assert roi_align(features, torch.zeros(0, 4), empty, empty, STRIDES, 7).shape == (0, 8, 7, 7)
