@@ -16,6 +16,8 @@ from .canvas import Canvas, resized
 GAP = 8
 """Pixels between the pictures of a row."""
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_PNG = {"compress_level": 4}
+"""Takes 0.4 of the time of the usual 6, for 1.07 of the bytes."""
 
 Legend = Sequence[tuple[str, str]]
 """Texts, each beside a patch of its colour."""
@@ -95,7 +97,7 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
     if kind is None:
         raise UserError(f"cannot write the picture {path}: its name must end in {', '.join(_FORMATS)}")
     with atomic_write(path, "wb") as file:
-        Image.fromarray(picture).save(file, format=kind, **({} if kind == "PNG" else {"quality": 92}))
+        Image.fromarray(picture).save(file, format=kind, **(_PNG if kind == "PNG" else {"quality": 92}))
 
 
 def encode_picture(picture: np.ndarray, max_width: int, quality: int = 80) -> bytes:
