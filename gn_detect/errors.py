@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can make and can mend."""
+"""The exception for mistakes that a user can make and can mend."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UserError(Exception):
     The message is one line that names the item and the remedy. The command line prints it as
     ``error: <message>`` and exits with status 2; library callers can catch it.
     """
+
+
+class Diverged(UserError):
+    """A training whose losses or weights are no longer finite."""

@@ -62,8 +62,8 @@ def plan(tasks: list[Task], seeds: int) -> list[Cell]:
     """All cells, those that tell most first, so that an unfinished study still answers its first questions.
 
     Of every seed: BN and GN with any number of images per worker and every norm with 2; then the group study
-    with 2 images per worker, which a group norm does not see; last the norms that do not look at the batch
-    either.
+    with 2 images per worker, which a group norm does not see; last the detectors of the other norms, which do
+    not look at the batch either, with 1, 4, 8 and 16.
     """
     telling, groups, rest = [], [], []
     for seed in range(1, seeds + 1):

@@ -96,7 +96,7 @@ def _by_batch(done: Results, task: Task, key: str, title: str) -> str:
     lines.append("|---" * (len(BATCHES) + 2) + "|")
     for norm in NORMS:
         found = [_values(done, _main(task, norm, batch), key) for batch in BATCHES]
-        if any(map(len, found)):
+        if any(found):
             counts = sorted({len(values) for values in found if values})
             seeds = "-".join(str(count) for count in sorted({counts[0], counts[-1]}))
             lines.append(f"| {LABELS[norm]} | " + " | ".join(map(_in_words, found)) + f" | {seeds} |")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import Diverged, UserError
 from ..files import atomic_write_text
 from ..weights import Checkpoint, read_checkpoint, save_weights
 
@@ -55,13 +55,14 @@ def save_checkpoint(
         keep: delete the run's checkpoints but the last so many (``CHECKPOINT.KEEP``); 0 deletes nothing.
 
     Raises:
-        UserError: a weight is not finite, or the file cannot be written.
+        Diverged: a weight is not finite.
+        UserError: the file cannot be written.
     """
     state = model.state_dict()
     finite = torch.stack([value.isfinite().all() for value in state.values()])
     if not finite.all():
         broken = next(key for key, good in zip(state, finite.tolist(), strict=True) if not good)
-        raise UserError(
+        raise Diverged(
             f"training diverged: {broken} is not finite, so {name} was not saved; lower SOLVER.BASE_LR"
         )
     path = folder / name

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from ..errors import UserError
+from ..errors import Diverged
 from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
@@ -153,7 +153,7 @@ def check_finite(run: Run, meter: Meter, now: bool) -> None:
             the next step changes the weights that the black box holds.
 
     Raises:
-        UserError: training diverged.
+        Diverged: as it says.
     """
     if not now and run.cfg.solver.non_finite == "stop":
         return
@@ -163,7 +163,7 @@ def check_finite(run: Run, meter: Meter, now: bool) -> None:
         message = keep_black_box(run, error)
         run.skipped += 1
         if run.cfg.solver.non_finite == "stop" or run.skipped >= MAX_SKIPPED:
-            raise UserError(message) from None
+            raise Diverged(message) from None
         logger.warning("step skipped: %s", message)
 
 

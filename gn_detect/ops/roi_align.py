@@ -1,8 +1,10 @@
 """RoIAlign over a feature pyramid (He et al. 2017, arXiv 1703.06870, section 3).
 
-Every pooled value is a weighted sum of feature cells, and the weights do not depend on the channel. So on the
-CPU RoIAlign is one sparse matrix times the matrix of all cells, and its gradient is the transposed product:
+Every pooled value is a weighted sum of feature cells, and the weights do not depend on the channel. So on a
+CPU RoIAlign can be one sparse matrix times the matrix of all cells, and its gradient the transposed product:
 both run on all cores and vectorise over the channels, where torchvision's loops visit one channel at a time.
+Training does that, and prediction in channels-last. Prediction in NCHW takes torchvision's loops, for the
+same bits as detectron2, and shares the boxes out to threads.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BOXES_OF_A_THREAD = 32
-"""At a time: some milliseconds of work."""
+SHARE = 32
+"""Boxes that a thread takes at a time: some milliseconds of work."""
 
 
 def roi_align(
@@ -50,7 +52,8 @@ def roi_align(
     if dtype not in (torch.float32, torch.float64):  # half precision cannot tell neighbouring pixels apart
         wide = [f.float() for f in features]
         return roi_align(wide, boxes, image, level, strides, output_size, sampling_ratio, aligned).to(dtype)
-    if len(boxes) and _takes_sparse_product(features[0]):
+    # In this order: an export knows no number of boxes.
+    if _takes_sparse_product(features[0]) and len(boxes):
         with torch.no_grad():
             weights = _pooling_matrix(
                 [f.shape for f in features],
@@ -65,37 +68,42 @@ def roi_align(
         pooled = _SparsePooling.apply(weights.to(dtype), *features)
         return pooled.view(len(boxes), output_size, output_size, -1).permute(0, 3, 1, 2)
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1).to(dtype)
-    rows = [(level == i).nonzero()[:, 0] for i in range(len(features))]
+    jobs = [
+        (feature.contiguous(), 1.0 / stride, (level == i).nonzero()[:, 0])
+        for i, (feature, stride) in enumerate(zip(features, strides, strict=True))
+    ]
 
-    def pool(i: int, row: Tensor) -> Tensor:
-        scale = 1.0 / strides[i]
-        return torchvision.ops.roi_align(features[i], rois[row], output_size, scale, sampling_ratio, aligned)
+    def pool(feature: Tensor, scale: float, row: Tensor) -> Tensor:
+        return torchvision.ops.roi_align(feature, rois[row], output_size, scale, sampling_ratio, aligned)
 
     if _takes_threads(features[0]):
-        parts = [(i, part) for i, row in enumerate(rows) for part in row.split(BOXES_OF_A_THREAD)]
-        rows = [row for _, row in parts]
+        jobs = [(f, s, part) for f, s, row in jobs for part in row.split(SHARE)]
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            pooled = list(threads.map(torch.no_grad()(pool), *zip(*parts, strict=True)))
+            pooled = list(threads.map(torch.no_grad()(pool), *zip(*jobs, strict=True)))
     else:
-        pooled = [pool(i, row) for i, row in enumerate(rows)]
-    return torch.cat(pooled)[torch.argsort(torch.cat(rows))]
+        pooled = [pool(*job) for job in jobs]
+    return torch.cat(pooled)[torch.argsort(torch.cat([row for _, _, row in jobs]))]
+
+
+def _runs_on_cpu(feature: Tensor) -> bool:
+    """And is not recorded: a program that is exported for anybody's machine takes RoIAlign as it is."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not recorded and feature.device.type == "cpu"
 
 
 def _takes_threads(feature: Tensor) -> bool:
-    """Whether torchvision's loops, which are one thread's, are shared out; not where a graph is recorded."""
-    on_cpu = feature.device.type == "cpu" and torch.get_num_threads() > 1
-    return on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether the boxes are shared out to threads, as torchvision's loops are those of one."""
+    return _runs_on_cpu(feature) and not torch.is_grad_enabled() and torch.get_num_threads() > 1
 
 
 def _takes_sparse_product(feature: Tensor) -> bool:
     """Where it is faster, but not where the result has to be torchvision's to the last bit.
 
     That is without gradients in NCHW, where all else rounds as detectron2 does, so that the same weights find
-    the same objects; and in a program that is exported for anybody's machine.
+    the same objects.
     """
-    if feature.device.type != "cpu" or not torch.backends.mkl.is_available() or torch.compiler.is_compiling():
-        return False
-    return torch.is_grad_enabled() or not feature.is_contiguous()
+    exact = not torch.is_grad_enabled() and feature.is_contiguous()
+    return _runs_on_cpu(feature) and torch.backends.mkl.is_available() and not exact
 
 
 class _SparsePooling(torch.autograd.Function):

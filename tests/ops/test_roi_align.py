@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torchvision
@@ -75,19 +77,27 @@ def test_any_memory_format(memory_format: torch.memory_format) -> None:
     assert torch.equal(roi_align(moved, boxes, image, level, STRIDES, 7), expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_prediction_has_the_bits_of_torchvision(threads: int) -> None:
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_prediction_has_the_bits_of_torchvision(
+    threads: int, context: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a pixel of a mask turns over here and there between detectron2 and us."""
+    monkeypatch.setattr(sys.modules["gn_detect.ops.roi_align"], "SHARE", 7)
     features, boxes, image, level = make_case(torch.float32)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.no_grad():
-            found = roi_align(features, boxes, image, level, STRIDES, 7)
-            assert torch.equal(found, reference(features, boxes, image, level, 7, 0, True))
-            assert found.is_contiguous()
+        with context():
+            inside = [f.clone() for f in features]
+            found = roi_align(inside, boxes, image, level, STRIDES, 7)
+            expected = reference(features, boxes, image, level, 7, 0, True)
+            assert torch.equal(found, expected) and found.is_contiguous()
+            turned = [f.contiguous(memory_format=torch.channels_last) for f in inside]
+            sparse = roi_align(turned, boxes, image, level, STRIDES, 7)
     finally:
         torch.set_num_threads(before)
+    assert torch.equal(sparse, roi_align(features, boxes, image, level, STRIDES, 7))
 
 
 def test_without_the_sparse_product(monkeypatch: pytest.MonkeyPatch) -> None:
