@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.norm_study import detector, drawn
-from benchmarks.norm_study.cells import BATCHES, NORMS, UPDATE, Cell, depends_on_batch, plan, quick_plan
-from benchmarks.norm_study.classifier import BatchNormOfWorkers
+from benchmarks.norm_study.cells import BATCHES, NORMS, Cell, depends_on_batch, plan, quick_plan
+from benchmarks.norm_study.classifier import UPDATE, BatchNormOfWorkers
 from gn_detect.errors import Diverged, UserError
 
 
@@ -64,7 +64,7 @@ def test_a_detector_that_diverges_counts_with_nothing(monkeypatch: pytest.Monkey
 
 
 def test_every_number_of_images_per_worker_divides_an_update() -> None:
-    assert all(UPDATE % batch == 0 for batch in BATCHES)
+    assert all(UPDATE % batch == 0 and detector.IMAGES % batch == 0 for batch in BATCHES)
 
 
 def test_tables_give_mean_and_spread_over_the_seeds_that_there_are(tmp_path: Path) -> None:

@@ -11,10 +11,7 @@ NORMS = ("BN", "FrozenBN", "GN", "GN1", "IN")
 """As the config's ``NORM`` keys name them; ``GN1`` is the paper's LN."""
 
 BATCHES = (1, 2, 4, 8, 16)
-"""Images per worker: over so many a norm may look. An update always sees 16 images, of 16 workers to one."""
-
-UPDATE = 16
-"""Images in one update of the weights, whatever the number of images per worker."""
+"""Images per worker: over so many a norm may look."""
 
 GROUPS = (2, 4, 8, 16)
 """Numbers of groups beside 1 (``GN1``), the default (``GN``) and one for each channel (``IN``)."""
@@ -28,7 +25,8 @@ class Cell:
     """One training.
 
     Attributes:
-        batch: images per worker; the other workers of an update are simulated.
+        batch: images per worker. A classifier's update is of 16 images, whose other workers are simulated, a
+            detector's of one worker.
         groups: of ``GN``; 0 for the task's default.
         group_size: channels in each group of ``GN`` instead; 0 for none.
     """
@@ -52,8 +50,8 @@ class Cell:
 def depends_on_batch(task: Task, norm: str) -> bool:
     """Whether the images per worker change anything but rounding.
 
-    A classifier's loss is a sum over images, so only BN makes a difference; a detector's losses are divided
-    by numbers that depend on each worker's images.
+    A classifier's update is of as many images whatever one worker holds, so only BN makes a difference; a
+    detector's is of its one worker's.
     """
     return task == "detector" or norm == "BN"
 

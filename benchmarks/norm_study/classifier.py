@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from benchmarks.conversion import crops, models
 from gn_detect.layers import make_norm
 
-from .cells import UPDATE, Cell
+from .cells import Cell
+
+UPDATE = 16
+"""Images in one update of the weights, of 16 workers to one."""
 
 GROUPS = 8
 """Of ``GN`` by default: the first stage has 16 channels."""

@@ -1,4 +1,8 @@
-"""The nuclei detector, ResNet-18-FPN with one norm everywhere, from random weights."""
+"""The nuclei detector, ResNet-18-FPN with one norm everywhere, from random weights.
+
+As in the paper, the number of images that are seen is the same for all, and the learning rate is proportional
+to the images of an update, here those of one worker.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,16 @@ from gn_detect import load_config
 from gn_detect.engine import train
 from gn_detect.errors import Diverged
 
-from .cells import UPDATE, Cell
+from .cells import Cell
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quick" / "nuclei_r18_gn.yaml"
 
 NORMS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
 
-LEARNING_RATE = 0.08
-"""The config's 0.01 for 2 images, times 8."""
+LEARNING_RATE = 0.005
+"""For each image of an update; the config's 0.01 is for 2."""
 
-UPDATES, QUICK_UPDATES = 75, 2
+IMAGES, QUICK_IMAGES = 1200, 32
 
 EVERY_CHANNEL = 1 << 16
 """More groups than any layer has channels, so that the size of the groups decides."""
@@ -29,15 +33,15 @@ def average_precisions(cell: Cell, shared: Path, quick: bool) -> dict[str, float
 
     Of a training that diverges AP, AP50 and AP75 are 0, and ``diverged`` is 1.
     """
-    updates = QUICK_UPDATES if quick else UPDATES
+    updates = (QUICK_IMAGES if quick else IMAGES) // cell.batch
     data = shared / "data" / "dsb2018"
     keys: list[object] = [key for norm in NORMS for key in (norm, cell.norm)]
     if cell.groups:
         keys += ["MODEL.GN.NUM_GROUPS", cell.groups]
     if cell.group_size:
         keys += ["MODEL.GN.NUM_GROUPS", EVERY_CHANNEL, "MODEL.GN.MIN_CHANNELS_PER_GROUP", cell.group_size]
-    keys += ["SOLVER.IMS_PER_BATCH", UPDATE, "SOLVER.ACCUMULATE", UPDATE // cell.batch]
-    keys += ["SOLVER.BASE_LR", LEARNING_RATE, "SOLVER.MAX_ITER", updates, "SEED", cell.seed]
+    keys += ["SOLVER.IMS_PER_BATCH", cell.batch]
+    keys += ["SOLVER.BASE_LR", LEARNING_RATE * cell.batch, "SOLVER.MAX_ITER", updates, "SEED", cell.seed]
     keys += ["SOLVER.WARMUP_ITERS", updates // 6]
     keys += ["SOLVER.STEPS", sorted({updates * 7 // 10, updates * 9 // 10})]
     keys += ["SOLVER.NON_FINITE", "skip", "MODEL.DEVICE", "cpu"]
