@@ -49,7 +49,7 @@ def figure(done: Results, path: Path) -> None:
         ("detector", "mask AP50", "100 - mask AP50"),
     )
     for axes, (task, key, title) in zip(drawn.subplots(1, 2), measures, strict=True):
-        for norm in NORMS:
+        for number, norm in enumerate(NORMS):
             points = [(batch, _values(done, _main(task, norm, batch), key)) for batch in BATCHES]
             points = [
                 (batch, [100 - v if task == "detector" else v for v in values]) for batch, values in points
@@ -59,7 +59,7 @@ def figure(done: Results, path: Path) -> None:
                 spread = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
                 axes.errorbar(
                     [batch for batch, _ in points], [mean(values) for _, values in points], spread,
-                    marker="o", capsize=3, label=LABELS[norm],
+                    marker="o", capsize=3, label=LABELS[norm], color=f"C{number}",
                 )  # fmt: skip
         axes.set(xscale="log", xlabel="images per worker", ylabel=title)
         axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
