@@ -39,6 +39,7 @@ from .samplers import (
     shuffled_indices,
 )
 from .transforms import to_target, to_tensor
+from .workers import batches_of_workers
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -251,7 +252,7 @@ class SampleLoader(Iterable[list[Sample]]):
                 yield [self.samples[item] for item in items]
             return
         can_fork = "fork" in multiprocessing.get_all_start_methods()
-        loader: Iterable[list[Any]] = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _PackedSamples(self.samples),
             batch_sampler=_Batches(self.batches),
             num_workers=self.num_workers,
@@ -260,7 +261,7 @@ class SampleLoader(Iterable[list[Sample]]):
             worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator(),  # its own, so that the model's random numbers stay the same
         )
-        for batch in loader:
+        for batch in batches_of_workers(loader):
             for packed in batch:
                 if isinstance(packed, UserError):
                     raise packed

@@ -15,7 +15,6 @@ from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import load_weights
 from .checkpoint import read_last_checkpoint
 from .distributed import get_rank, is_main, resolve_device, share_buffers, world_size
-from .faults import worker_help
 from .model import make_model
 from .writers import run_log
 
@@ -43,7 +42,7 @@ def evaluate(cfg: Config, *, resume: bool = False) -> Results:
     Raises:
         UserError: there is no checkpoint, it does not fit the config, or the data are wrong.
     """
-    with run_log() as log, worker_help(cfg):
+    with run_log() as log:
         device = resolve_device(cfg)
         weights = (read_last_checkpoint(cfg.output_dir) if resume else None) or cfg.model.weights
         if not weights:

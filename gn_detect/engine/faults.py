@@ -76,22 +76,3 @@ def remedies(cfg: Config, images: int) -> str:
     )
     choices.append(f"lower MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE ({model.roi_heads.batch_size_per_image})")
     return "; or ".join(choices)
-
-
-@contextmanager
-def worker_help(cfg: Config) -> Iterator[None]:
-    """Turn PyTorch's error about a data-loader worker that died into one line.
-
-    Raises:
-        UserError: a worker was killed.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a data-loader worker died ({' '.join(str(error).split())}); if the machine ran out of memory, "
-            f"lower DATALOADER.NUM_WORKERS ({cfg.dataloader.num_workers}); --resume continues from the last "
-            f"checkpoint"
-        ) from None

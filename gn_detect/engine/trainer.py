@@ -18,7 +18,6 @@ from .black_box import examine, replay_command, seed_iteration, write_black_box
 from .checkpoint import BEST, FINAL, checkpoint_name, save_checkpoint
 from .distributed import barrier, gather, get_rank, is_main, parallelize, restart_count, world_size
 from .evaluator import Results, evaluate_test_sets, scalars_of, write_results
-from .faults import worker_help
 from .interruption import Interruption
 from .meter import Meter, NotFinite
 from .pictures import draw_curves, draw_test_images
@@ -58,7 +57,7 @@ def train(cfg: Config, *, resume: bool = False) -> Results:
         SystemExit: SIGTERM (status 143) or SIGINT (130) came, and the run is saved.
     """
     resume = resume or restart_count() > 0
-    with run_log() as log, worker_help(cfg):
+    with run_log() as log:
         run = prepare(cfg, resume)
         if is_main():
             open_run_folder(run)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +28,9 @@ from gn_detect.engine.interruption import Interruption
 from gn_detect.engine.step import make_state, train_step
 from gn_detect.engine.writers import MetricsWriter
 from gn_detect.errors import UserError
+from gn_detect.files import atomic_write
 from gn_detect.modeling import build_model
+from gn_detect.weights import checkpoint as weights_checkpoint
 from tests.engine.tiny import make_dataset, write_config
 
 KEYS = {"DATASETS.TEST": [], "SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_ITER": 4, "SOLVER.LOG_PERIOD": 1}
@@ -163,17 +169,56 @@ def test_image_that_becomes_corrupt(own_config: Config, at_step: Callable, worke
     fails(cfg, r"cannot read image .*\d.png")
 
 
+def kill_workers() -> None:
+    for child in multiprocessing.active_children():
+        os.kill(child.pid or 0, signal.SIGKILL)
+
+
+WORKER_DIED = r"a data-loader worker died .*DATALOADER.NUM_WORKERS \(1\); --resume"
+
+
 def test_killed_worker(own_config: Config, at_step: Callable) -> None:
     cfg = own_config.replace({"DATALOADER.NUM_WORKERS": 1, "SOLVER.MAX_ITER": 60})
-
-    def kill_workers() -> None:
-        import multiprocessing
-
-        for child in multiprocessing.active_children():
-            os.kill(child.pid or 0, signal.SIGKILL)
-
     at_step(1, kill_workers)
-    fails(cfg, r"a data-loader worker died .*DATALOADER.NUM_WORKERS \(1\); --resume")
+    fails(cfg, WORKER_DIED)
+
+
+def test_worker_killed_while_a_checkpoint_is_written(
+    own_config: Config, at_step: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is finished first. (PyTorch's own handler would raise in the middle of the writing.)"""
+    cfg = own_config.replace({"DATALOADER.NUM_WORKERS": 1, "SOLVER.MAX_ITER": 60})
+
+    @contextmanager
+    def slow_disk(path: Path, mode: str) -> Iterator[SimpleNamespace]:
+        with atomic_write(path, mode) as file:
+
+            def write(content: bytes) -> int:
+                if multiprocessing.active_children() and len(content) > 1000:
+                    kill_workers()
+                    time.sleep(0.3)  # until the signal
+                return file.write(content)
+
+            yield SimpleNamespace(write=write, flush=file.flush)
+
+    at_step(3, lambda: monkeypatch.setattr(weights_checkpoint, "atomic_write", slow_disk))
+    fails(cfg, WORKER_DIED)
+    assert (Path(cfg.output_dir) / "last_checkpoint").read_text() == "model_0000003.pth"
+
+
+@pytest.mark.parametrize("milliseconds", range(0, 60, 10))
+def test_worker_killed_at_any_time(own_config: Config, at_step: Callable, milliseconds: int) -> None:
+    """While its batch is received, too, where its connection breaks before it counts as dead."""
+    cfg = own_config.replace({"DATALOADER.NUM_WORKERS": 1, "SOLVER.MAX_ITER": 200})
+    at_step(2, threading.Timer(milliseconds / 1000, kill_workers).start)
+    fails(cfg, WORKER_DIED)
+
+
+def test_signal_handlers_are_left_as_they_were(tiny_config: Config) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    loader, _ = build_train_loader(tiny_config.replace({"DATALOADER.NUM_WORKERS": 1}))
+    assert next(iter(loader))
+    assert signal.getsignal(signal.SIGCHLD) is before
 
 
 def test_out_of_gpu_memory_names_the_batch_and_the_keys(tiny_config: Config) -> None:
