@@ -23,18 +23,9 @@ from .images import ImageStream
 from .match import GroupStatistics
 from .moments import Run, measure_moments
 from .objective import Objective, Outputs, find_blocks, measure_errors, outputs_of_one_input
+from .rates import ADAM_EPS, ANNEALED, WARMED_UP, Rate, rates_of, schedule
 from .report import BALANCED, CALIBRATED, CONVERTED, ConversionReport, LayerReport
 from .source import SourceNorm, read_norm
-
-ANNEALED = 0.3
-"""Fraction of the steps over which the statistics go from BatchNorm's to GroupNorm's."""
-
-WARMED_UP = 0.1
-"""Part of the steps over which the learning rate rises: before them the model has its smallest loss."""
-
-ADAM_EPS = 1e-5
-"""Before the first step the model is the original but for rounding: its gradients are about
-1e-8, later 1e-3. With the usual 1e-8 a whole step would go where the rounding points."""
 
 ROUNDING = 1e-2
 """Largest relative difference to the original that a change of nothing but scales may make."""
@@ -64,7 +55,8 @@ def calibrate(
     steps: int = 400,
     *,
     batch_size: int = 8,
-    learning_rate: float = 3e-4,
+    learning_rate: float = 1e-4,
+    norm_learning_rate: float = 2e-3,
     parameters: Literal["all", "affine"] = "all",
     held_out: float = 0.1,
     augment: bool = True,
@@ -94,6 +86,9 @@ def calibrate(
             an iterable of batches of any kind that the models accept, which are used as they are.
         steps: of the distillation (Adam, warm-up and cosine schedule); 0 only rescales.
         batch_size: images for each step, where ``images`` are single images.
+        learning_rate: of the convolutions and all else that is no norm, at its highest.
+        norm_learning_rate: of the weights and biases of the norms that were converted. They are larger than
+            convolutions' weights, and few: they mend much before the others learn the images by heart.
         parameters: what to train: ``"all"``, or the norms' weights and biases alone (``"affine"``).
         held_out: fraction of the images (at least one batch) that is not trained on.
         augment: flip and crop single images at random; cropping resamples them.
@@ -142,7 +137,8 @@ def calibrate(
                 report.warnings.append(f"the channels were not rescaled: {reason}")
         if steps:
             annealing = Annealing(statistics)
-            trainer = _Trainer(objective, stream, annealing, steps, learning_rate, checkpoint, progress)
+            rates = rates_of(converted, list(norms.values()), learning_rate, norm_learning_rate)
+            trainer = _Trainer(objective, stream, annealing, steps, rates, checkpoint, progress)
             trainer.run()
             measure(CALIBRATED)
     return report
@@ -157,17 +153,18 @@ class _Trainer:
         stream: ImageStream,
         annealing: Annealing,
         steps: int,
-        learning_rate: float,
+        rates: Sequence[Rate],
         checkpoint: str | Path | None,
         progress: bool,
     ) -> None:
         self.objective, self.stream, self.annealing = objective, stream, annealing
         self.model = objective.converted
-        self.steps, self.learning_rate = steps, learning_rate
+        self.steps, self.rates = steps, rates
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.shows = progress
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=learning_rate, eps=ADAM_EPS)
+        self.optimizer = torch.optim.Adam(
+            [{"params": rate.parameters, "lr": rate.highest} for rate in rates], eps=ADAM_EPS
+        )
         self.every = max(1, math.ceil(steps * (1 - ANNEALED) / CHECKS))
 
     def run(self) -> None:
@@ -189,8 +186,8 @@ class _Trainer:
     def _step(self, step: int) -> float:
         done = step / self.steps
         self.annealing.share = min(1.0, done / ANNEALED)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * _schedule(done)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate.highest * schedule(done)
         with self.annealing.applied():
             output, blocks = self.objective.loss(self.stream.next_batch())
             loss = output + blocks
@@ -220,8 +217,8 @@ class _Trainer:
     def _identity(self) -> str:
         """What a checkpoint must agree on to go on from it."""
         shapes = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
-        schedule = (self.steps, self.learning_rate, ANNEALED, WARMED_UP, ADAM_EPS)
-        settings = (schedule, self.stream.identity, shapes)
+        rates = [(rate.highest, len(rate.parameters)) for rate in self.rates]
+        settings = (self.steps, rates, ANNEALED, WARMED_UP, ADAM_EPS, self.stream.identity, shapes)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def _save(self, state: _Progress) -> None:
@@ -255,15 +252,6 @@ class _Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         self.stream.load_state_dict(content["stream"])
         return _Progress(content["step"], content["best_loss"], content["best"])
-
-
-def _schedule(done: float) -> float:
-    """Of the learning rate: a linear rise, then half a cosine; ``done`` is a fraction of the steps.
-
-    It falls once the norms are what they will be.
-    """
-    fallen = max(0.0, (done - ANNEALED) / (1 - ANNEALED))
-    return min(1.0, (done + 0.1 * WARMED_UP) / WARMED_UP) * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
 def _run_on_one(outputs: Outputs) -> Run:

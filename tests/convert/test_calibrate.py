@@ -136,6 +136,20 @@ def test_affine_alone(original: nn.Module, images: Tensor) -> None:
     assert not model[0].weight.requires_grad and model[3].conv1.weight.requires_grad
 
 
+@pytest.mark.parametrize(("still", "moves"), [("learning_rate", "bn1"), ("norm_learning_rate", "conv1")])
+def test_norms_have_a_learning_rate_of_their_own(
+    original: nn.Module, images: Tensor, still: str, moves: str
+) -> None:
+    model = converted(original)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    rates = {"learning_rate": 1e-3, "norm_learning_rate": 1e-2, still: 0.0}
+    calibrate(original, model, images, 60, rescale=False, progress=False, **rates)
+    changed = {
+        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    assert {name.split(".")[-2] for name in changed} & {"bn1", "conv1"} == {moves}
+
+
 class ReadsTheConvolution(nn.Module):
     """What feeds the norm is used beside it: rescaling it would change the function."""
 
