@@ -93,8 +93,12 @@ def add_calibration_arguments(calibration: argparse._ActionsContainer, required:
     calibration.add_argument("--max-images", type=int, default=500, help="spread over all of them")
     calibration.add_argument("--steps", type=int, default=400)
     calibration.add_argument("--batch-size", type=int, help="8; 2 for detectors")
-    calibration.add_argument("--learning-rate", type=float, default=1e-4, help="of all that is no norm")
-    calibration.add_argument("--norm-learning-rate", type=float, default=2e-3)
+    calibration.add_argument(
+        "--learning-rate", type=float, default=1e-4, help="of all other weights, at its highest"
+    )
+    calibration.add_argument(
+        "--norm-learning-rate", type=float, default=2e-3, help="of the norms' weights and biases"
+    )
     calibration.add_argument("--checkpoint", metavar="FILE", help="to go on from, if it is interrupted")
 
 

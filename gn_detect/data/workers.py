@@ -81,7 +81,7 @@ def _check(workers: Sequence[BaseProcess]) -> None:
     for worker in workers:
         if worker.exitcode:
             code = worker.exitcode
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            how = f"signal {-code}: {signal.strsignal(-code)}" if code < 0 else f"exit status {code}"
             raise UserError(
                 f"a data-loader worker died (process {worker.pid}, {how}); if the machine ran out of memory, "
                 f"lower DATALOADER.NUM_WORKERS ({len(workers)}); --resume continues from the last checkpoint"
