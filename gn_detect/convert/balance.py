@@ -78,7 +78,8 @@ def balance(
     for name, measured in moments.items():
         norm = after[name]
         assert isinstance(norm, GroupNorm)
-        result = solve(measured, sources[name], norm.num_groups, scales=name in feeds)
+        chosen = norm.eps if norm.eps != sources[name].eps else 0.0
+        result = solve(measured, sources[name], norm.num_groups, eps=chosen, scales=name in feeds)
         if name in feeds:
             _rescale(after[feeds[name]], result.scales)
         rescaled = dataclasses.replace(sources[name], scale=sources[name].scale / result.scales)
@@ -90,7 +91,9 @@ def balance(
     return found
 
 
-def solve(moments: ImageMoments, source: SourceNorm, num_groups: int, *, scales: bool = True) -> Balance:
+def solve(
+    moments: ImageMoments, source: SourceNorm, num_groups: int, *, eps: float = 0.0, scales: bool = True
+) -> Balance:
     """The scales that minimise the squared difference between the two norms' outputs on the images.
 
     With the mean m_i and variance v_i of a group of scaled channels in image i, and those expected, m and
@@ -99,11 +102,14 @@ def solve(moments: ImageMoments, source: SourceNorm, num_groups: int, *, scales:
     r is 1 on average: an image's variance is less than that of all images together.
 
     Args:
+        eps: of the new norm, where it is a part of the variance that counts; it is then in all v, and the
+            scales leave the groups' variance as it was, so that it stays the same part.
         scales: choose scales; otherwise all are 1, and only m and v are found.
     """
     mean, square = moments.mean, moments.square
     size = source.channels // num_groups
     start = torch.ones(source.channels)
+    unscaled = _group_moments(moments, start, num_groups)[1].mean()
     if scales:
         start = (square.mean(0) - mean.mean(0).square()).clamp_min(0).add(source.eps).rsqrt()
     total = (source.scale / start.double()).square().sum()
@@ -111,9 +117,9 @@ def solve(moments: ImageMoments, source: SourceNorm, num_groups: int, *, scales:
     variance = (square - mean.square()).clamp_min(0.0)
 
     def group_statistics(scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        means = (mean * scale).view(len(mean), num_groups, size).mean(2)
-        squares = (square * scale.square()).view(len(mean), num_groups, size).mean(2)
-        variances = (squares - means.square()).clamp_min(1e-6 * squares.detach().mean() + 1e-20)
+        means, variances = _group_moments(moments, scale, num_groups)
+        if eps:
+            variances = variances + eps / unscaled * variances.mean()
         return means, variances, means.mean(0), variances.rsqrt().mean(0).pow(-2)
 
     def error(scale: Tensor) -> Tensor:
@@ -136,8 +142,17 @@ def solve(moments: ImageMoments, source: SourceNorm, num_groups: int, *, scales:
         scale = start * logarithm.exp()
         if scales:  # on average the weights stay as large as they were, as the distillation's steps do
             scale = scale * scale.log().mean().neg().exp()
+        if scales and eps:
+            scale = scale * (unscaled / _group_moments(moments, scale, num_groups)[1].mean()).sqrt()
         _, _, m, v = group_statistics(scale)
-    return Balance(scale.double(), GroupStatistics(m.double(), v.double()))
+    return Balance(scale.double(), GroupStatistics(m.double(), v.double() - eps))
+
+
+def _group_moments(moments: ImageMoments, scale: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance, (N, G) each, of the groups of each image's scaled channels."""
+    means = (moments.mean * scale).view(len(moments.mean), num_groups, -1).mean(2)
+    squares = (moments.square * scale.square()).view(len(moments.mean), num_groups, -1).mean(2)
+    return means, (squares - means.square()).clamp_min(1e-6 * squares.detach().mean() + 1e-20)
 
 
 def _rescale(conv: Any, scales: Tensor) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,7 +51,8 @@ def convert_norm(
     min_channels_per_group: int = DEFAULT_MIN_CHANNELS,
     group_size: int | None = None,
     init: Literal["match", "copy", "reset"] = "match",
-    eps: float | None = None,
+    eps: float | Mapping[str, float] | None = None,
+    relative_eps: float = 0.0,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     requires_grad: bool | None = True,
@@ -74,7 +76,11 @@ def convert_norm(
         to: ``"GN"``; ``"GN1"``, one group (Layer Normalization); ``"IN"``, a group for each channel.
         num_groups, min_channels_per_group, group_size: see :func:`gn_detect.layers.choose_groups`.
         init: ``"match"``, ``"copy"`` (BatchNorm's weight and bias) or ``"reset"`` (ones and zeros).
-        eps: of the new layers; by default each BatchNorm's own.
+        eps: of the new layers, one for all or by name; by default each BatchNorm's own.
+        relative_eps: add this part of v to each layer's eps, as ``0.3``. The more, the less a group norm
+            changes where an image's contrast is not as expected: more of the function is kept, and less is
+            normalised (at infinity only the mean is). 0 is the paper's GroupNorm. A model that is to take
+            such weights needs the same eps in each layer: those of the report's ``eps``.
         include, exclude: patterns of names of modules, as in ``"backbone.*"``.
         requires_grad: of the new weights and biases; None gives each what it had (a frozen norm stays
             frozen). By default all can be trained: that GN can be is the point of it.
@@ -93,6 +99,7 @@ def convert_norm(
     rule = GroupRule(to, num_groups, min_channels_per_group, group_size)
     if init not in ("match", "copy", "reset"):
         raise UserError(f"init is {init!r}; choose 'match', 'copy' or 'reset'")
+    _check_eps(eps, relative_eps, init)
     norms = _find_norms(model, _as_patterns(include), _as_patterns(exclude))
     report = ConversionReport.of_model(model)
     groups = {name: _groups(name, norm, rule) for name, norm in norms.items()}
@@ -105,7 +112,9 @@ def convert_norm(
             new[name] = fuse(norm, inplace=inplace)
             report.layers.append(LayerReport.of(name, "GroupNorm", norm, "as it was"))
             continue
-        group_norm, how = _group_norm(norm, groups[name], init, eps, measured.get(name))
+        group_norm, how = _group_norm(
+            norm, groups[name], init, _own_eps(name, norm, eps), relative_eps, measured.get(name)
+        )
         group_norm.requires_grad_(requires_grad if requires_grad is not None else norm.trainable)
         new[name] = group_norm
         report.layers.append(LayerReport.of(name, norm.kind, group_norm, how))
@@ -123,6 +132,24 @@ def _refuse_wrapped(model: nn.Module) -> None:
         raise UserError("a scripted model cannot be converted; convert it before torch.jit.script")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise UserError("a model in DistributedDataParallel cannot be converted; convert it before wrapping")
+
+
+def _check_eps(eps: float | Mapping[str, float] | None, relative_eps: float, init: str) -> None:
+    if not (math.isfinite(relative_eps) and relative_eps >= 0):
+        raise UserError(f"relative_eps is {relative_eps}; it is a part of the variance, such as 0.3")
+    if relative_eps and (eps is not None or init != "match"):
+        raise UserError("relative_eps is for init='match', and without eps")
+    for value in eps.values() if isinstance(eps, Mapping) else [] if eps is None else [eps]:
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"eps is {value}; it must be above 0, as 1e-5 is")
+
+
+def _own_eps(name: str, norm: SourceNorm, eps: float | Mapping[str, float] | None) -> float:
+    if isinstance(eps, Mapping):
+        if name not in eps:
+            raise UserError(f"eps names no '{name}'; give each converted norm's, or one for all")
+        return eps[name]
+    return norm.eps if eps is None else eps
 
 
 def _as_patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
@@ -199,35 +226,31 @@ def _warnings(norms: dict[str, SourceNorm | nn.GroupNorm], init: str, measured: 
 
 
 def _group_norm(
-    norm: SourceNorm, groups: int, init: str, eps: float | None, measured: tuple[Tensor, Tensor] | None
+    norm: SourceNorm,
+    groups: int,
+    init: str,
+    eps: float,
+    relative_eps: float,
+    measured: tuple[Tensor, Tensor] | None,
 ) -> tuple[GroupNorm, str]:
     """The new layer, and in a word how it was initialised."""
     matches = init == "match"
+    mean, var = measured if measured is not None else (norm.mean, norm.var)
+    expected = None if not matches or mean is None or var is None else expected_statistics(mean, var, groups)
+    if expected is not None:
+        eps += relative_eps * expected.var.mean().item()
     kind = GroupNorm if norm.activation is None and norm.dropout is None else GroupNormAct
-    new = kind(
-        groups,
-        norm.channels,
-        norm.eps if eps is None else eps,
-        affine=norm.affine or matches,
-        device=norm.device,
-        dtype=norm.dtype,
-    )
+    affine = norm.affine or matches
+    new = kind(groups, norm.channels, eps, affine=affine, device=norm.device, dtype=norm.dtype)
     if isinstance(new, GroupNormAct):
         new.attach(norm.activation, norm.dropout)
     if new.weight is None or init == "reset":
         return new, "reset"
-    if not matches:
-        _set_affine(new, norm.weight, norm.bias)
-        return new, "copy"
-    if measured is not None:
-        mean, var, how = *measured, "match, measured"
-    elif norm.mean is not None and norm.var is not None:
-        mean, var, how = norm.mean, norm.var, "match"
-    else:  # its statistics are taken to be 0 and 1
-        _set_affine(new, norm.weight, norm.bias)
-        return new, "copy, no statistics"
-    _set_affine(new, *matched_affine(norm, expected_statistics(mean, var, groups), new.eps))
-    return new, how
+    if expected is None:
+        _set_affine(new, norm.weight, norm.bias)  # with "match" its statistics are taken to be 0 and 1
+        return new, "copy, no statistics" if matches else "copy"
+    _set_affine(new, *matched_affine(norm, expected, new.eps))
+    return new, "match" if measured is None else "match, measured"
 
 
 @torch.no_grad()
