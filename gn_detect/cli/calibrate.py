@@ -12,7 +12,15 @@ from ..config import load_config
 from ..convert import ConversionReport, convert_norm
 from ..engine.model import make_model
 from ..errors import UserError
-from ..weights import SUFFIXES, Checkpoint, InputConvention, load_weights, read_checkpoint, save_weights
+from ..weights import (
+    SUFFIXES,
+    Checkpoint,
+    InputConvention,
+    load_weights,
+    norm_eps,
+    read_checkpoint,
+    save_weights,
+)
 from .convert import (
     KEPT,
     add_calibration_arguments,
@@ -81,7 +89,7 @@ def run(args: argparse.Namespace) -> Result:
         calibrate_detector(args, cfg, original, model, report)
         metadata = {key: converted.metadata[key] for key in KEPT if key in converted.metadata}
         metadata["input"] = InputConvention.of_config(cfg).as_metadata()
-    save_weights(target, model.state_dict(), metadata)
+    save_weights(target, model.state_dict(), metadata | norm_eps(model))
     show_report(report, args.report)
     print(f"wrote {target}")
     return Result({"weights": str(target), **report.to_dict()})

@@ -18,10 +18,12 @@ from ..engine.model import make_model
 from ..errors import UserError
 from ..modeling import paired_outputs
 from ..weights import (
+    NORM_EPS,
     SUFFIXES,
     Checkpoint,
     InputConvention,
     load_weights,
+    norm_eps,
     read_checkpoint,
     save_weights,
     translate,
@@ -63,6 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_group_arguments(parser)
     parser.add_argument("--eps", type=float, default=1e-5, help="of the BatchNorms in a checkpoint")
+    parser.add_argument(
+        "--relative-eps",
+        type=float,
+        default=0.0,
+        metavar="PART",
+        help="of each layer's expected variance, added to its eps, as 0.3: keeps more of the function and "
+        "normalises less; needs a model, or a detector's --config-file",
+    )
     add_calibration_arguments(
         parser.add_argument_group("calibration", "needs a model, or a detector's --config-file")
     )
@@ -114,21 +124,24 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError("--images needs the detector's --config-file, the one that SRC was trained with")
     metadata: dict[str, Any] = {}
     if names_model:
-        tensors, report = _convert_library_model(args)
+        tensors, metadata, report = _convert_library_model(args)
     else:
         checkpoint = read_checkpoint(args.source)
         metadata = {key: checkpoint.metadata[key] for key in KEPT if key in checkpoint.metadata}
         if args.config_file:
             cfg = load_config(args.config_file, args.overrides)
             cfg = fix_config(cfg, checkpoint) if args.fix_config else cfg
-            tensors, report = _convert_detector(args, cfg, checkpoint)
+            tensors, eps, report = _convert_detector(args, cfg, checkpoint)
+            metadata |= eps
             metadata["input"] = InputConvention.of_config(cfg).as_metadata()
         else:
+            if args.relative_eps:
+                raise UserError("--relative-eps needs the detector's --config-file, or the name of a model")
             metadata |= _input_of(checkpoint)
             tensors, report = convert_state_dict(checkpoint.tensors, eps=args.eps, **group_rule(args))
     save_weights(target, tensors, metadata)
     show_report(report, args.report)
-    print(f"wrote {target}; {_how_to_load(args, target, names_model)}")
+    print(f"wrote {target}; {_how_to_load(args, target, names_model, NORM_EPS in metadata)}")
     return Result({"weights": str(target), **report.to_dict()})
 
 
@@ -157,7 +170,9 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     """The same weights with detectron2's names in another format."""
     checkpoint = read_checkpoint(args.source)
     translation = translate(checkpoint)
-    kept = {key: checkpoint.metadata[key] for key in (*KEPT, "config") if key in checkpoint.metadata}
+    kept = {
+        key: checkpoint.metadata[key] for key in (*KEPT, NORM_EPS, "config") if key in checkpoint.metadata
+    }
     save_weights(target, translation.tensors, kept | _input_of(checkpoint))
     print(f"wrote {len(translation.tensors)} tensors to {target}; names of {translation.scheme}")
     for change in translation.changes:
@@ -170,9 +185,10 @@ def _input_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {} if convention is None else {"input": convention.as_metadata()}
 
 
-def _how_to_load(args: argparse.Namespace, target: Path, names_model: bool) -> str:
+def _how_to_load(args: argparse.Namespace, target: Path, names_model: bool, tells_eps: bool) -> str:
     if names_model:
         rule = ", ".join(f"{key}={value}" for key, value in group_rule(args).items())
+        rule += f", eps=its '{NORM_EPS}'" if tells_eps else ""
         return f"load its 'model' into gn_detect.convert_norm(model, init='reset', {rule})[0]"
     smallest = f"MODEL.GN.MIN_CHANNELS_PER_GROUP {args.min_channels_per_group}"
     keys = f"MODEL.GN.NUM_GROUPS {args.num_groups} {smallest}"
@@ -184,12 +200,15 @@ def group_rule(args: argparse.Namespace) -> dict[str, Any]:
     return {"num_groups": args.num_groups, "min_channels_per_group": args.min_channels_per_group}
 
 
-def _convert_library_model(args: argparse.Namespace) -> tuple[dict[str, Tensor], ConversionReport]:
+def _convert_library_model(
+    args: argparse.Namespace,
+) -> tuple[dict[str, Tensor], dict[str, Any], ConversionReport]:
+    """State dict, metadata, report."""
     found = load_library_model(args.source, args.weights)
-    model, report = convert_norm(found.model, **group_rule(args))
+    model, report = convert_norm(found.model, relative_eps=args.relative_eps, **group_rule(args))
     if args.images:
         calibrate_library_model(args, found, model, report)
-    return dict(model.state_dict()), report
+    return dict(model.state_dict()), norm_eps(model), report
 
 
 def calibrate_library_model(
@@ -209,14 +228,15 @@ def calibrate_library_model(
 
 def _convert_detector(
     args: argparse.Namespace, cfg: Config, checkpoint: Checkpoint
-) -> tuple[dict[str, Tensor], ConversionReport]:
+) -> tuple[dict[str, Tensor], dict[str, Any], ConversionReport]:
+    """State dict, metadata, report."""
     original = make_model(cfg)
     load_weights(original, checkpoint, config=cfg)
     original.eval()
-    model, report = convert_norm(original, **group_rule(args))
+    model, report = convert_norm(original, relative_eps=args.relative_eps, **group_rule(args))
     if args.images:
         calibrate_detector(args, cfg, original, model, report)
-    return dict(model.state_dict()), report
+    return dict(model.state_dict()), norm_eps(model), report
 
 
 def calibrate_detector(

@@ -18,7 +18,7 @@ from ..config import dump_config, load_config
 from ..errors import UserError
 from ..files import atomic_write_json, atomic_write_text
 from ..structures import Sample, Target
-from ..weights import load_weights, read_checkpoint, save_weights
+from ..weights import NORM_EPS, load_weights, norm_eps_of, read_checkpoint, save_weights, set_norm_eps
 from .distributed import resolve_device
 from .model import make_model
 from .step import autocast, split
@@ -77,7 +77,13 @@ def seed_iteration(seed: int, iteration: int, rank: int) -> None:
 
 
 def examine(
-    cfg: Config, weights: dict[str, Tensor], batch: Sequence[Sample], iteration: int, rank: int, scale: float
+    cfg: Config,
+    weights: dict[str, Tensor],
+    batch: Sequence[Sample],
+    iteration: int,
+    rank: int,
+    scale: float,
+    eps: dict[str, float],
 ) -> Finding:
     """Repeat a step on a fresh copy of the model, with an eye on every module.
 
@@ -87,9 +93,11 @@ def examine(
         batch: of this process.
         iteration, rank: decide the random numbers.
         scale: of the loss, in float16; otherwise 1.
+        eps: of group norms by name, where it is not the config's.
     """
     model = make_model(cfg)
     model.load_state_dict(weights)
+    set_norm_eps(model, eps)
     device = resolve_device(cfg)
     model.to(device).train()
     named = [*model.named_parameters(), *model.named_buffers()]
@@ -149,12 +157,13 @@ def write_black_box(
     batches: Mapping[int, Sequence[Sample]],
     findings: dict[int, Finding],
     scale: float,
+    eps: dict[str, float],
 ) -> None:
     """Everything that a replay needs.
 
     Args:
         folder: is made.
-        cfg, weights, iteration, scale: see :func:`examine`.
+        cfg, weights, iteration, scale, eps: see :func:`examine`.
         batches, findings: by rank, of the processes where something was not finite.
 
     Raises:
@@ -180,7 +189,8 @@ def write_black_box(
         "replay": replay_command(folder),
     }
     packed = {rank: [_pack(sample) for sample in batch] for rank, batch in batches.items()}
-    save_weights(folder / STATE, weights, {"iteration": iteration, "batches": packed, "scale": scale})
+    state = {"iteration": iteration, "batches": packed, "scale": scale, NORM_EPS: eps}
+    save_weights(folder / STATE, weights, state)
     atomic_write_text(folder / CONFIG, dump_config(cfg))
     atomic_write_json(folder / REPORT, _plain(content), indent=1)
     logger.info("%s holds the step, of images %s", folder, names)
@@ -210,10 +220,9 @@ def replay(folder: str | Path) -> dict[int, Finding]:
     model = make_model(cfg)
     load_weights(model, checkpoint)
     known = checkpoint.metadata
+    iteration, scale, eps = known["iteration"], known["scale"], norm_eps_of(checkpoint)
     return {
-        rank: examine(
-            cfg, model.state_dict(), [_unpack(s) for s in packed], known["iteration"], rank, known["scale"]
-        )
+        rank: examine(cfg, model.state_dict(), [_unpack(s) for s in packed], iteration, rank, scale, eps)
         for rank, packed in known["batches"].items()
     }
 

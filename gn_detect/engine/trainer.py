@@ -14,6 +14,7 @@ from ..errors import Diverged
 from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
+from ..weights import NORM_EPS, norm_eps
 from .black_box import examine, replay_command, seed_iteration, write_black_box
 from .checkpoint import BEST, FINAL, checkpoint_name, save_checkpoint
 from .distributed import barrier, gather, get_rank, is_main, parallelize, restart_count, world_size
@@ -172,7 +173,8 @@ def keep_black_box(run: Run, error: NotFinite) -> str:
     items = next(islice(run.loader.batches(), error.iteration - run.start, None))
     batch: list[Sample] = [run.loader.samples[item] for item in items]
     weights, scale = run.model.state_dict(), run.state.scaler.get_scale()
-    finding = examine(run.cfg, weights, batch, error.iteration, get_rank(), scale)
+    eps = norm_eps(run.model).get(NORM_EPS, {})
+    finding = examine(run.cfg, weights, batch, error.iteration, get_rank(), scale, eps)
     findings = dict(enumerate(gather(finding)))
     guilty = [rank for rank, found in findings.items() if not found.is_finite] or list(findings)
     batches = dict(enumerate(gather(batch if get_rank() in guilty else [])))
@@ -180,7 +182,7 @@ def keep_black_box(run: Run, error: NotFinite) -> str:
     kept = {rank: batches[rank] for rank in guilty}
     if is_main():
         found = {rank: findings[rank] for rank in guilty}
-        write_black_box(folder, run.cfg, weights, error.iteration, kept, found, scale)
+        write_black_box(folder, run.cfg, weights, error.iteration, kept, found, scale, eps)
     values = ", ".join(f"{name} {value:.4g}" for name, value in error.losses.items())
     ids = ", ".join(str(sample.image_id) for part in kept.values() for sample in part)
     return (

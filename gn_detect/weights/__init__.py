@@ -4,9 +4,11 @@ from .architecture import Architecture, read_architecture
 from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint, save_weights
 from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
+from .norm_eps import NORM_EPS, norm_eps, norm_eps_of, set_norm_eps
 from .translate import Translation, translate
 
 __all__ = [
+    "NORM_EPS",
     "SUFFIXES",
     "Architecture",
     "Checkpoint",
@@ -17,8 +19,11 @@ __all__ = [
     "as_command_line",
     "implied_keys",
     "load_weights",
+    "norm_eps",
+    "norm_eps_of",
     "read_architecture",
     "read_checkpoint",
     "save_weights",
+    "set_norm_eps",
     "translate",
 ]

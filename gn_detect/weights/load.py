@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
+from .norm_eps import norm_eps_of, set_norm_eps
 from .translate import BACKBONE, CLASSIFIER, Translation, translate
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def load_weights(
     """Copy a checkpoint's tensors into the parameters and buffers that they belong to.
 
     Names of Detectron, torchvision, timm and mmdetection are translated. Values are cast to the model's types
-    and devices. When an error is raised the model is as it was.
+    and devices. Where the file tells the eps of group norms (see ``gn-detect convert --relative-eps``), the
+    model's get it. When an error is raised the model is as it was.
 
     Args:
         model: names as in detectron2's state dicts.
@@ -147,8 +149,13 @@ def load_weights(
     if config is not None:
         _refuse_other_input(report, config)
     _refuse_not_finite(report, checkpoint)
+    eps = {
+        name: value for name, value in norm_eps_of(checkpoint).items() if f"{name}.weight" in report.matched
+    }
     for name in report.matched:
         own[name].copy_(checkpoint.tensors[name])
+    if changed := set_norm_eps(model, eps):
+        report.converted = [*report.converted, f"{len(changed)} norms have the file's eps: {_some(changed)}"]
     return report
 
 

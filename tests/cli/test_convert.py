@@ -68,6 +68,29 @@ def test_with_images(checkpoint, folder, tmp_path) -> None:
     assert Image.open(report.with_suffix(".png")).size == (1200, 540)
 
 
+def test_relative_eps_of_a_detector(checkpoint, folder, tmp_path, capsys) -> None:
+    """Every norm has its own, in the report, in the file, after calibrating, and in another format."""
+    target, report, better = tmp_path / "gn.pth", tmp_path / "report.json", tmp_path / "better.pth"
+    words = ["--config-file", CONFIG, *BATCH_NORM, "INPUT.MIN_SIZE_TEST", "64"]
+    part = ["--relative-eps", "0.3", "--report", str(report)]
+    assert main(["convert", str(checkpoint), str(target), *part, *words]) == 0
+    told = {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]}
+    assert min(told.values()) > 0.01 and len(set(told.values())) > 30
+    cfg = gn_detect.load_config(CONFIG, [*SMALL, "MODEL.GN.MIN_CHANNELS_PER_GROUP", "16"])
+    model = gn_detect.build_model(cfg)
+    gn_detect.load_weights(model, target)
+    assert {n: m.eps for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)} == told
+    images = ["--images", str(folder), "--steps", "1"]
+    assert main(["calibrate", str(checkpoint), str(target), str(better), *images, *words]) == 0
+    assert read_checkpoint(better).metadata["norm_eps"] == told
+    assert main(["convert", "--keep-norm", str(better), str(tmp_path / "gn.safetensors")]) == 0
+    assert read_checkpoint(tmp_path / "gn.safetensors").metadata["norm_eps"] == told
+    capsys.readouterr()
+    assert main(["convert", str(checkpoint), str(tmp_path / "no.pth"), *part]) == 2
+    assert "--relative-eps needs the detector's --config-file" in capsys.readouterr().err
+    assert not (tmp_path / "no.pth").exists()
+
+
 def test_errors_write_nothing(checkpoint, tmp_path, capsys) -> None:
     target = tmp_path / "gn.pth"
     assert main(["convert", str(checkpoint), str(target), "--images", str(tmp_path)]) == 2
@@ -110,6 +133,24 @@ def test_a_librarys_model(name, folder, tmp_path, capsys) -> None:
     assert "gn_detect.convert_norm(model, init='reset', num_groups=32" in capsys.readouterr().out
     converted, _ = gn_detect.convert_norm(model, init="reset")
     converted.load_state_dict(read_checkpoint(target).tensors)
+
+
+def test_relative_eps_of_a_librarys_model(folder, tmp_path, capsys) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    model(torch.randn(4, 3, 64, 64))  # statistics, of which eps is a part
+    model.eval()
+    weights, target = tmp_path / "bn.pth", tmp_path / "gn.pth"
+    torch.save(model.state_dict(), weights)
+    words = ["convert", "resnet18", str(target), "--weights", str(weights), "--relative-eps", "0.3"]
+    assert main(words) == 0
+    assert "eps=its 'norm_eps')[0]" in capsys.readouterr().out
+    found = read_checkpoint(target)
+    loaded, _ = gn_detect.convert_norm(model, init="reset", eps=found.metadata["norm_eps"])
+    loaded.load_state_dict(found.tensors)
+    converted, _ = gn_detect.convert_norm(model, relative_eps=0.3)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(loaded(x), converted(x))
 
 
 def test_what_is_wrong_with_a_librarys_model(checkpoint, folder, tmp_path, capsys) -> None:

@@ -18,7 +18,7 @@ from gn_detect.engine.evaluator import scalars_of
 from gn_detect.errors import UserError
 from gn_detect.modeling import MaskRCNN, build_model
 from gn_detect.structures import Target
-from gn_detect.weights import load_weights, read_checkpoint
+from gn_detect.weights import load_weights, norm_eps, read_checkpoint, save_weights
 from tests.engine.tiny import make_dataset, write_config
 
 
@@ -96,6 +96,27 @@ def test_resumed_run_is_bit_identical(tiny_config: Config, tmp_path: Path, seed:
     again = metrics_of(whole)
     assert [row["iteration"] for row in again] == [row["iteration"] for row in rows]
     assert again[-1]["segm/AP"] == rows[-1]["segm/AP"]
+
+
+def test_norms_of_their_own_eps_stay_so(tiny_config: Config, tmp_path: Path) -> None:
+    """From a converted checkpoint, over an interruption, into the final one and its predictions."""
+    model = build_model(tiny_config)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.GroupNorm):
+            norm.eps = 0.5
+    start = tmp_path / "converted.pth"
+    save_weights(start, model.state_dict(), norm_eps(model))
+    keys = {"MODEL.WEIGHTS": str(start), "SOLVER.CHECKPOINT_PERIOD": 3, "SOLVER.MAX_ITER": 5}
+    cfg = tiny_config.replace({**keys, "DATASETS.TEST": []})
+    train(cfg)
+    folder, expected = Path(cfg.output_dir), weights_of(cfg)
+    assert set(read_checkpoint(folder / "model_final.pth").metadata["norm_eps"].values()) == {0.5}
+    (folder / "last_checkpoint").write_text("model_0000002.pth")
+    (folder / "model_final.pth").unlink()
+    train(cfg, resume=True)
+    assert all(torch.equal(value, expected[name]) for name, value in weights_of(cfg).items())
+    predictor = Predictor(cfg.replace({"MODEL.WEIGHTS": str(folder / "model_final.pth")}))
+    assert {m.eps for m in predictor.model.modules() if isinstance(m, torch.nn.GroupNorm)} == {0.5}
 
 
 def test_run_is_reproducible_and_depends_on_the_seed(tiny_config: Config) -> None:
