@@ -30,9 +30,10 @@ def main() -> None:
     pretrained = models.load(args.model, args.shared / "weights")
     unlabelled = _unlabelled(args, seen, pretrained.size)
     rule = {"num_groups": args.num_groups, "min_channels_per_group": args.min_channels}
-    converted = {name: make() for name, make in measure.initialisations(pretrained.model, **rule).items()}
+    starts = measure.initialisations(pretrained.model, args.relative_eps, **rule)
+    converted = {name: make() for name, make in starts.items()}
     for name, steps in (("balanced", 0), ("calibrated", args.steps)):
-        converted[name], report = convert_norm(pretrained.model, **rule)
+        converted[name], report = convert_norm(pretrained.model, relative_eps=args.relative_eps, **rule)
         start = time.perf_counter()
         calibrate(
             pretrained.model,
@@ -52,7 +53,10 @@ def main() -> None:
     if args.model.startswith("resnet20_bn"):  # it has a twin
         twin = models.load(args.model.replace("bn", "gn", 1), args.shared / "weights")
         converted["trained as GN"] = twin.model
-    print(f"{args.model}, {args.num_groups} groups of at least {args.min_channels} channels")
+    print(
+        f"{args.model}, {args.num_groups} groups of at least {args.min_channels} channels, relative eps "
+        f"{args.relative_eps:g}"
+    )
     print(
         f"calibrated in {seconds:.0f} s, {args.steps} steps of {args.batch_size}, {args.threads} threads, on "
         f"{len(unlabelled)} unlabelled images"
@@ -94,6 +98,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--on", choices=kinds, nargs="+", default=["crops"], help="to be compared on")
     parser.add_argument("--num-groups", type=int, default=32)
     parser.add_argument("--min-channels", type=int, default=16, help="in each group")
+    parser.add_argument("--relative-eps", type=float, default=0.0, help="of the GroupNorms, as 0.3")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-4)

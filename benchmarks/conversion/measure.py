@@ -82,7 +82,9 @@ def _neighbours(features: Tensor) -> Tensor:
     return similarity.argmax(1)
 
 
-def initialisations(original: nn.Module, **rule: int) -> dict[str, Callable[[], nn.Module]]:
+def initialisations(
+    original: nn.Module, relative_eps: float, **rule: int
+) -> dict[str, Callable[[], nn.Module]]:
     """What others do, and what we do without data, by name of the row."""
 
     def converted(init: Any) -> Callable[[], nn.Module]:
@@ -92,7 +94,7 @@ def initialisations(original: nn.Module, **rule: int) -> dict[str, Callable[[], 
         "original": lambda: copy.deepcopy(original),
         "fresh": converted("reset"),
         "copied": converted("copy"),
-        "matched": converted("match"),
+        "matched": lambda: convert_norm(original, relative_eps=relative_eps, **rule)[0],
     }
 
 

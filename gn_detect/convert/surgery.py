@@ -221,8 +221,7 @@ def _warnings(norms: dict[str, SourceNorm | nn.GroupNorm], init: str, measured: 
         return []
     return [
         f"{len(without)} norms, from '{without[0]}' on, hold no running statistics (as Caffe2's, whose are "
-        "folded, and fresh ones), so their weight, bias and eps were copied; give images= to "
-        "measure them"
+        "folded, and fresh ones), so their weight, bias and eps were copied; give images= to measure them"
     ]
 
 
