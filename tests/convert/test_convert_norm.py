@@ -108,12 +108,13 @@ def test_equals_batch_norm_where_an_image_is_as_expected(name: str, eps: float) 
     num_groups=st.integers(1, 64),
     smallest=st.integers(1, 64),
     seed=st.integers(0, 1000),
+    part=st.sampled_from([0.0, 0.3, 2.0]),
 )
 def test_exact_match_for_any_channels_and_groups(
-    channels: int, num_groups: int, smallest: int, seed: int
+    channels: int, num_groups: int, smallest: int, seed: int, part: float
 ) -> None:
     norm = trained(nn.BatchNorm2d(channels), seed).double().eval()
-    new, _ = convert_norm(norm, num_groups=num_groups, min_channels_per_group=smallest)
+    new, _ = convert_norm(norm, num_groups=num_groups, min_channels_per_group=smallest, relative_eps=part)
     x = with_expected_statistics(norm, new.num_groups, 2)
     torch.testing.assert_close(new(x), norm(x), rtol=1e-5, atol=1e-5)
 
