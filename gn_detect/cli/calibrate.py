@@ -18,6 +18,7 @@ from ..weights import (
     InputConvention,
     load_weights,
     norm_eps,
+    norm_eps_of,
     read_checkpoint,
     save_weights,
 )
@@ -99,6 +100,6 @@ def _converted(
     args: argparse.Namespace, original: nn.Module, checkpoint: Checkpoint
 ) -> tuple[nn.Module, ConversionReport]:
     """The original's GroupNorm twin with the converted weights."""
-    model, report = convert_norm(original, **group_rule(args))
+    model, report = convert_norm(original, eps=norm_eps_of(checkpoint) or None, **group_rule(args))
     load_weights(model, checkpoint)
     return model, report

@@ -80,8 +80,9 @@ def test_relative_eps_of_a_detector(checkpoint, folder, tmp_path, capsys) -> Non
     model = gn_detect.build_model(cfg)
     gn_detect.load_weights(model, target)
     assert {n: m.eps for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)} == told
-    images = ["--images", str(folder), "--steps", "1"]
+    images = ["--images", str(folder), "--steps", "1", "--report", str(report)]
     assert main(["calibrate", str(checkpoint), str(target), str(better), *images, *words]) == 0
+    assert {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]} == told
     assert read_checkpoint(better).metadata["norm_eps"] == told
     assert main(["convert", "--keep-norm", str(better), str(tmp_path / "gn.safetensors")]) == 0
     assert read_checkpoint(tmp_path / "gn.safetensors").metadata["norm_eps"] == told
