@@ -33,6 +33,10 @@ MAX_SAMPLES = 256
 """Images, or regions of interest, that each layer's scales are chosen from."""
 
 
+DEAD = 1e-3
+"""Part of the average group's variance; a group with less is not made as large as the others."""
+
+
 @dataclass(frozen=True)
 class ImageMoments:
     """Mean and mean square of each channel in each image: (N, C) float32."""
@@ -103,7 +107,7 @@ def solve(
 
     Args:
         eps: of the new norm, where it is a part of the variance that counts; it is then in all v, and the
-            scales leave the groups' variance as it was, so that it stays the same part.
+            scales give each group the variance that the groups had on average: it stays the same part.
         scales: choose scales; otherwise all are 1, and only m and v are found.
     """
     mean, square = moments.mean, moments.square
@@ -116,10 +120,10 @@ def solve(
     strength = (source.scale.square() / total.clamp_min(1e-30)).float()  # a norm may have weights of zero
     variance = (square - mean.square()).clamp_min(0.0)
 
-    def group_statistics(scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def group_statistics(scale: Tensor, found: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         means, variances = _group_moments(moments, scale, num_groups)
-        if eps:
-            variances = variances + eps / unscaled * variances.mean()
+        if eps:  # until the scales are found, the part that it will be of each group
+            variances = variances + (eps if found else eps / unscaled * variances.mean(0))
         return means, variances, means.mean(0), variances.rsqrt().mean(0).pow(-2)
 
     def error(scale: Tensor) -> Tensor:
@@ -143,8 +147,10 @@ def solve(
         if scales:  # on average the weights stay as large as they were, as the distillation's steps do
             scale = scale * scale.log().mean().neg().exp()
         if scales and eps:
-            scale = scale * (unscaled / _group_moments(moments, scale, num_groups)[1].mean()).sqrt()
-        _, _, m, v = group_statistics(scale)
+            variances = _group_moments(moments, scale, num_groups)[1].mean(0)
+            factors = (unscaled / variances.clamp_min(DEAD * unscaled)).sqrt()
+            scale = scale * factors.repeat_interleave(size)
+        _, _, m, v = group_statistics(scale, found=True)
     return Balance(scale.double(), GroupStatistics(m.double(), v.double() - eps))
 
 
