@@ -22,8 +22,10 @@ from ..weights import (
     SUFFIXES,
     Checkpoint,
     InputConvention,
+    as_metadata,
     load_weights,
     norm_eps,
+    norm_eps_of,
     read_checkpoint,
     save_weights,
     translate,
@@ -115,6 +117,8 @@ def add_calibration_arguments(calibration: argparse._ActionsContainer, required:
 def run(args: argparse.Namespace) -> Result:
     """Write DST, print the report, and say which config keys it needs."""
     target = _target(args)
+    if args.keep_norm and args.relative_eps:
+        raise UserError("--relative-eps converts norms, and --keep-norm keeps them; leave one away")
     if args.keep_norm:
         return _rewrite(args, target)
     names_model = not Path(args.source).exists() and is_library_model(args.source)
@@ -139,6 +143,8 @@ def run(args: argparse.Namespace) -> Result:
                 raise UserError("--relative-eps needs the detector's --config-file, or the name of a model")
             metadata |= _input_of(checkpoint)
             tensors, report = convert_state_dict(checkpoint.tensors, eps=args.eps, **group_rule(args))
+            found = {layer.name: layer.eps for layer in report.layers}
+            metadata |= as_metadata(norm_eps_of(checkpoint) | found)
     save_weights(target, tensors, metadata)
     show_report(report, args.report)
     print(f"wrote {target}; {_how_to_load(args, target, names_model, NORM_EPS in metadata)}")
@@ -170,9 +176,8 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     """The same weights with detectron2's names in another format."""
     checkpoint = read_checkpoint(args.source)
     translation = translate(checkpoint)
-    kept = {
-        key: checkpoint.metadata[key] for key in (*KEPT, NORM_EPS, "config") if key in checkpoint.metadata
-    }
+    kept = {key: checkpoint.metadata[key] for key in (*KEPT, "config") if key in checkpoint.metadata}
+    kept |= as_metadata(norm_eps_of(checkpoint, translation.tensors))
     save_weights(target, translation.tensors, kept | _input_of(checkpoint))
     print(f"wrote {len(translation.tensors)} tensors to {target}; names of {translation.scheme}")
     for change in translation.changes:

@@ -26,7 +26,7 @@ DESCRIPTIONS = {
     "MODEL.GN.MIN_CHANNELS_PER_GROUP": (
         "Least channels in a group: narrow layers get fewer groups; 16 in converted models."
     ),
-    "MODEL.GN.EPS": "Added to the variance of every GN.",
+    "MODEL.GN.EPS": "Added to the variance of every GN; weights that tell their norms' eps bring it along.",
     "MODEL.BACKBONE.NAME": (
         "build_resnet_fpn_backbone has a feature pyramid, build_resnet_backbone (C4, DC5) none."
     ),

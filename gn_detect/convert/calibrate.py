@@ -218,7 +218,8 @@ class _Trainer:
         """What a checkpoint must agree on to go on from it."""
         shapes = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
         rates = [(rate.highest, len(rate.parameters)) for rate in self.rates]
-        settings = (self.steps, rates, ANNEALED, WARMED_UP, ADAM_EPS, self.stream.identity, shapes)
+        norms = [(m.num_groups, m.eps) for m in self.model.modules() if isinstance(m, GroupNorm)]
+        settings = (self.steps, rates, ANNEALED, WARMED_UP, ADAM_EPS, self.stream.identity, shapes, norms)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def _save(self, state: _Progress) -> None:

@@ -77,10 +77,10 @@ def convert_norm(
         num_groups, min_channels_per_group, group_size: see :func:`gn_detect.layers.choose_groups`.
         init: ``"match"``, ``"copy"`` (BatchNorm's weight and bias) or ``"reset"`` (ones and zeros).
         eps: of the new layers, one for all or by name; by default each BatchNorm's own.
-        relative_eps: add this part of v to each layer's eps, as ``0.3``. The more, the less a group norm
-            changes where an image's contrast is not as expected: more of the function is kept, and less is
-            normalised (at infinity only the mean is). 0 is the paper's GroupNorm. A model that is to take
-            such weights needs the same eps in each layer: those of the report's ``eps``.
+        relative_eps: add this part of v (its mean over the groups) to each layer's eps, as ``0.3``. The more,
+            the less a group norm changes where an image's contrast is not as expected: more of the function
+            is kept, and less is normalised (at infinity only the mean is). 0 is the paper's GroupNorm. A
+            model that is to take such weights needs the same eps in each layer: those of the report.
         include, exclude: patterns of names of modules, as in ``"backbone.*"``.
         requires_grad: of the new weights and biases; None gives each what it had (a frozen norm stays
             frozen). By default all can be trained: that GN can be is the point of it.
@@ -93,7 +93,8 @@ def convert_norm(
 
     Raises:
         UserError: a norm is lazy, without statistics, or unlike a BatchNorm, its channels cannot be split, a
-            pattern fits no module, or the model is scripted or wrapped for DDP. It is then as it was.
+            pattern fits no module, eps or relative_eps is no such number or both are given, or the model
+            is scripted or wrapped for DDP. It is then as it was.
     """
     _refuse_wrapped(model)
     rule = GroupRule(to, num_groups, min_channels_per_group, group_size)
@@ -140,8 +141,8 @@ def _check_eps(eps: float | Mapping[str, float] | None, relative_eps: float, ini
     if relative_eps and (eps is not None or init != "match"):
         raise UserError("relative_eps is for init='match', and without eps")
     for value in eps.values() if isinstance(eps, Mapping) else [] if eps is None else [eps]:
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"eps is {value}; it must be above 0, as 1e-5 is")
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"eps is {value}; it must be 0 or more, as 1e-5 is")
 
 
 def _own_eps(name: str, norm: SourceNorm, eps: float | Mapping[str, float] | None) -> float:
@@ -237,7 +238,7 @@ def _group_norm(
     matches = init == "match"
     mean, var = measured if measured is not None else (norm.mean, norm.var)
     expected = None if not matches or mean is None or var is None else expected_statistics(mean, var, groups)
-    if expected is not None:
+    if relative_eps and expected is not None:
         eps += relative_eps * expected.var.mean().item()
     kind = GroupNorm if norm.activation is None and norm.dropout is None else GroupNormAct
     affine = norm.affine or matches

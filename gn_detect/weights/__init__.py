@@ -4,7 +4,7 @@ from .architecture import Architecture, read_architecture
 from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint, save_weights
 from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
-from .norm_eps import NORM_EPS, norm_eps, norm_eps_of, set_norm_eps
+from .norm_eps import NORM_EPS, as_metadata, norm_eps, norm_eps_of, set_norm_eps
 from .translate import Translation, translate
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Mismatch",
     "Translation",
     "as_command_line",
+    "as_metadata",
     "implied_keys",
     "load_weights",
     "norm_eps",

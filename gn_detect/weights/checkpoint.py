@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -25,6 +25,8 @@ from .numpy_pickle import RefusedGlobal, load_numpy_pickle
 from .pickle_check import RefusedPickle, check_pickle
 from .zip_archive import is_npz, read_npz
 from .zoo import entry_of, resolve
+
+T = TypeVar("T")
 
 MODEL_KEYS = (
     "state_dict_ema", "model_ema", "ema_state_dict",  # averaged weights are those meant for use
@@ -97,7 +99,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if entry is not None:  # the catalogue knows better than the names what the weights were trained with
         convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
         metadata["input"] = convention.as_metadata()
-    return Checkpoint(_strip_wrappers(tensors), metadata, kind, path)
+    return Checkpoint(strip_wrappers(tensors), metadata, kind, path)
 
 
 def save_weights(
@@ -330,8 +332,8 @@ def _as_tensor(array: np.ndarray, key: Any, path: Path) -> Tensor:
         raise UserError(f"{path}: {key!r} is {array.dtype}, not a type of PyTorch; store float32") from error
 
 
-def _strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove prefixes that every name has, repeatedly: wrappers nest. Counters of averaging have none."""
+def strip_wrappers(tensors: dict[str, T]) -> dict[str, T]:
+    """Without prefixes that every name has, repeatedly: wrappers nest. Counters of averaging have none."""
     if any(name.startswith(WRAPPER_PREFIXES) for name in tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if name not in _COUNTERS}
     for prefix in WRAPPER_PREFIXES * 2:

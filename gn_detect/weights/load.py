@@ -134,6 +134,7 @@ def load_weights(
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     own = model.state_dict()
     translation = _translated(checkpoint, own)
+    eps = norm_eps_of(checkpoint, translation.tensors)
     checkpoint = replace(checkpoint, tensors=dict(translation.tensors))
     report = _compare(own, checkpoint)
     if for_training and class_names is not None:
@@ -149,12 +150,10 @@ def load_weights(
     if config is not None:
         _refuse_other_input(report, config)
     _refuse_not_finite(report, checkpoint)
-    eps = {
-        name: value for name, value in norm_eps_of(checkpoint).items() if f"{name}.weight" in report.matched
-    }
     for name in report.matched:
         own[name].copy_(checkpoint.tensors[name])
-    if changed := set_norm_eps(model, eps):
+    fresh = {name.removesuffix(".weight") for name in report.missing}
+    if changed := set_norm_eps(model, {name: value for name, value in eps.items() if name not in fresh}):
         report.converted = [*report.converted, f"{len(changed)} norms have the file's eps: {_some(changed)}"]
     return report
 

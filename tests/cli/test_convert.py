@@ -48,6 +48,14 @@ def test_without_data(checkpoint, tmp_path, capsys) -> None:
     assert len(json.loads(report.read_text())["layers"]) == 37
 
 
+def test_the_eps_that_a_checkpoint_was_trained_with_is_told(checkpoint, tmp_path) -> None:
+    target = tmp_path / "gn.pth"
+    assert main(["convert", str(checkpoint), str(target), "--eps", "0.001"]) == 0
+    eps = read_checkpoint(target).metadata["group_norm_eps"]
+    assert len(eps) == 37 and set(eps.values()) == {1e-3}
+    assert loads(target)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """With six pictures."""
@@ -83,12 +91,14 @@ def test_relative_eps_of_a_detector(checkpoint, folder, tmp_path, capsys) -> Non
     images = ["--images", str(folder), "--steps", "1", "--report", str(report)]
     assert main(["calibrate", str(checkpoint), str(target), str(better), *images, *words]) == 0
     assert {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]} == told
-    assert read_checkpoint(better).metadata["norm_eps"] == told
+    assert read_checkpoint(better).metadata["group_norm_eps"] == told
     assert main(["convert", "--keep-norm", str(better), str(tmp_path / "gn.safetensors")]) == 0
-    assert read_checkpoint(tmp_path / "gn.safetensors").metadata["norm_eps"] == told
+    assert read_checkpoint(tmp_path / "gn.safetensors").metadata["group_norm_eps"] == told
     capsys.readouterr()
     assert main(["convert", str(checkpoint), str(tmp_path / "no.pth"), *part]) == 2
     assert "--relative-eps needs the detector's --config-file" in capsys.readouterr().err
+    assert main(["convert", "--keep-norm", str(checkpoint), str(tmp_path / "no.pth"), *part]) == 2
+    assert "leave one away" in capsys.readouterr().err
     assert not (tmp_path / "no.pth").exists()
 
 
@@ -145,9 +155,9 @@ def test_relative_eps_of_a_librarys_model(folder, tmp_path, capsys) -> None:
     torch.save(model.state_dict(), weights)
     words = ["convert", "resnet18", str(target), "--weights", str(weights), "--relative-eps", "0.3"]
     assert main(words) == 0
-    assert "eps=its 'norm_eps')[0]" in capsys.readouterr().out
+    assert "eps=its 'group_norm_eps')[0]" in capsys.readouterr().out
     found = read_checkpoint(target)
-    loaded, _ = gn_detect.convert_norm(model, init="reset", eps=found.metadata["norm_eps"])
+    loaded, _ = gn_detect.convert_norm(model, init="reset", eps=found.metadata["group_norm_eps"])
     loaded.load_state_dict(found.tensors)
     converted, _ = gn_detect.convert_norm(model, relative_eps=0.3)
     x = torch.randn(1, 3, 64, 64)

@@ -123,6 +123,19 @@ def test_a_checkpoint_of_something_else_is_refused(original: nn.Module, images: 
     assert path.read_bytes() == b"nothing"
 
 
+def test_a_checkpoint_of_norms_of_another_eps_is_refused(
+    original: nn.Module, images: Tensor, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "calibration.pth"
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)  # as if it had been interrupted
+        calibrate(original, converted(original), images, 8, checkpoint=path, **QUIET)
+    assert path.exists()
+    other, _ = convert_norm(original, num_groups=4, min_channels_per_group=4, relative_eps=1.0)
+    with pytest.raises(UserError, match="belongs to a calibration with other settings"):
+        calibrate(original, other, images, 8, checkpoint=path, **QUIET)
+
+
 def test_affine_alone(original: nn.Module, images: Tensor) -> None:
     model = converted(original)
     weights = [m.weight.clone() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]

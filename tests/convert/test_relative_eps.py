@@ -144,7 +144,7 @@ def test_norms_without_statistics_keep_their_own(original: nn.Module) -> None:
         ({"relative_eps": 0.1, "eps": 1e-5}, "without eps"),
         ({"relative_eps": 0.1, "init": "copy"}, "init='match'"),
         ({"eps": {"1": 1e-5}}, "eps names no '4'"),
-        ({"eps": {"1": 1e-5, "4": 0.0}}, "eps is 0.0"),
+        ({"eps": {"1": 1e-5, "4": -0.1}}, "eps is -0.1"),
         ({"eps": -1.0}, "eps is -1.0"),
     ],
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from gn_detect import UserError, load_weights
+from gn_detect import UserError, build_model, convert_norm, load_config, load_weights
 from gn_detect.weights import NORM_EPS, norm_eps, read_checkpoint, save_weights
 
 
@@ -28,6 +29,34 @@ def test_from_one_model_to_another(tmp_path, ending: str) -> None:
     assert "eps" not in str(load_weights(target, path))
 
 
+def test_names_of_another_library(tmp_path) -> None:
+    """A converted ResNet of torchvision becomes a detector's backbone, and its other norms keep theirs."""
+    torch.manual_seed(0)
+    classifier, _ = convert_norm(torchvision.models.resnet18(), init="reset", eps=0.3)
+    path = tmp_path / "resnet18.pth"
+    save_weights(path, classifier.state_dict(), norm_eps(classifier))
+    keys = ["MODEL.GN.MIN_CHANNELS_PER_GROUP", "16", "INPUT.FORMAT", "RGB"]
+    detector = build_model(load_config("configs/quick/nuclei_r18_gn.yaml", keys))
+    load_weights(detector, path, for_training=True)
+    eps = {n: m.eps for n, m in detector.named_modules() if isinstance(m, nn.GroupNorm)}
+    assert {value for name, value in eps.items() if name.startswith("backbone.bottom_up.")} == {0.3}
+    assert {value for name, value in eps.items() if not name.startswith("backbone.bottom_up.")} == {1e-5}
+
+
+def test_names_of_a_wrapped_model(tmp_path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    source, target, path = model(), model(), tmp_path / "gn.pth"
+    source[1].eps, source[3].eps = 1, 0.3  # a whole number, as a user may give it
+    wrapped = Wrapper(source)
+    save_weights(path, wrapped.state_dict(), norm_eps(wrapped))
+    load_weights(target, path)
+    assert (target[1].eps, target[3].eps) == (1.0, 0.3)
+
+
 def test_the_usual_eps_is_not_written() -> None:
     assert norm_eps(model()) == {}
 
@@ -41,14 +70,14 @@ def test_norms_of_layers_that_start_afresh_keep_theirs(tmp_path) -> None:
     assert (target[1].eps, target[3].eps) == (0.3, 1e-5)
 
 
-@pytest.mark.parametrize("told", [{"1": 0.0}, {"1": float("inf")}, {"1": "0.3"}, [0.3], 0.3])
+@pytest.mark.parametrize("told", [{"1": -0.1}, {"1": float("inf")}, {"1": True}, {"1": "0.3"}, [0.3], 0.3])
 def test_what_is_no_eps_is_refused_and_changes_nothing(tmp_path, told: object) -> None:
     source, target, path = model(), model(), tmp_path / "gn.pth"
     with torch.no_grad():
         source[0].weight.add_(1)
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     save_weights(path, source.state_dict(), {NORM_EPS: told})
-    with pytest.raises(UserError, match="'norm_eps' is not the eps of each norm"):
+    with pytest.raises(UserError, match="'group_norm_eps' is not the eps of each norm"):
         load_weights(target, path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
     assert target[1].eps == 1e-5
