@@ -148,7 +148,7 @@ def solve(
             scale = scale * scale.log().mean().neg().exp()
         if scales and eps:
             variances = _group_moments(moments, scale, num_groups)[1].mean(0)
-            factors = (unscaled / variances.clamp_min(DEAD * unscaled)).sqrt()
+            factors = (unscaled / variances.clamp_min(DEAD * variances.mean())).sqrt()
             scale = scale * factors.repeat_interleave(size)
         _, _, m, v = group_statistics(scale, found=True)
     return Balance(scale.double(), GroupStatistics(m.double(), v.double() - eps))

@@ -112,6 +112,23 @@ def test_rescaled_channels_leave_it_the_same_part() -> None:
     torch.testing.assert_close(ratio.mean(0), torch.ones(2))
 
 
+def test_dead_channels_do_not_change_the_part() -> None:
+    """They are scaled up most, so that the others' variance is far below what it was until it is put back."""
+    torch.manual_seed(2)
+    norm = nn.BatchNorm2d(8).eval()
+    alive = (torch.arange(8) < 3).float()
+    mean, variance = torch.randn(40, 8) * alive, (torch.rand(40, 8) + 0.5) * alive * 50
+    source = read_norm("norm", norm)
+    assert source is not None
+    moments = ImageMoments(mean, variance + mean.square())
+    scales = solve(moments, source, 1, eps=0.7).scales.float()
+
+    def group_variance(scales: Tensor) -> Tensor:
+        return ((moments.square * scales.square()).mean(1) - (mean * scales).mean(1).square()).mean()
+
+    torch.testing.assert_close(group_variance(scales), group_variance(torch.ones(8)))
+
+
 def test_weights_load_where_each_norm_has_its_eps(original: nn.Module) -> None:
     images = images_of_any_contrast(8)
     converted, report = convert_norm(original, relative_eps=0.3, **GROUPS)
