@@ -186,7 +186,8 @@ def _find_feeding(model: nn.Module, norms: list[str], run: Callable[[], Any]) ->
         and isinstance(module._parameters.get("weight"), nn.Parameter)
         and weights[module.weight] == 1
     }
-    produced: dict[int, tuple[str, Tensor]] = {}  # holds the tensors, so that no identity is used twice
+    produced: dict[int, str] = {}
+    held: list[Tensor] = []  # all that were seen, so that no identity is used twice
     calls: dict[str, int] = {}
     used: dict[int, list[str]] = {}
     handles = []
@@ -197,11 +198,13 @@ def _find_feeding(model: nn.Module, norms: list[str], run: Callable[[], Any]) ->
             if next(module.children(), None) is None or name in norms:
                 for value in inputs:
                     if isinstance(value, Tensor):
+                        held.append(value)
                         used.setdefault(id(value), []).append(name)
 
         def after(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
             if module in layers:
-                produced[id(output)] = name, output
+                held.append(output)
+                produced[id(output)] = name
 
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
@@ -211,7 +214,7 @@ def _find_feeding(model: nn.Module, norms: list[str], run: Callable[[], Any]) ->
         for handle in handles:
             handle.remove()
     feeds = {}
-    for identity, (layer, _) in produced.items():
+    for identity, layer in produced.items():
         users = used.get(identity, [])
         if len(users) == 1 and users[0] in norms and calls[layer] == calls[users[0]] == 1:
             feeds[users[0]] = layer

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from gn_detect import UserError
 from gn_detect.convert import calibrate, convert_norm
+from gn_detect.convert.balance import _find_feeding
 from gn_detect.convert.objective import find_blocks
 
 QUIET = {"progress": False, "batch_size": 8, "learning_rate": 3e-3}
@@ -226,6 +227,15 @@ def test_clear_errors(original: nn.Module, images: Tensor) -> None:
         bad = images.clone()
         bad[:40] = float("nan")
         calibrate(original, converted(original), bad, 1, rescale=False, augment=False, **QUIET)
+
+
+def test_every_convolution_before_a_norm_is_found(original: nn.Module, images: Tensor) -> None:
+    """Also where a freed tensor's identity could come again, as the ReLUs here are functions."""
+    layers = nn.Sequential(original[0], original[1], *(Block(16) for _ in range(30))).eval()
+    norms = [name for name, module in layers.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        feeds = _find_feeding(layers, norms, lambda: layers(images))
+    assert feeds == {norm: norm.replace("bn", "conv") if "." in norm else "0" for norm in norms}
 
 
 def test_blocks_are_residual_blocks(original: nn.Module) -> None:
