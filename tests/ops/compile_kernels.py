@@ -78,6 +78,8 @@ def compile_call(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arc
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name in INTEGERS:
             signature[name] = "i32"
+        elif name == "eps":
+            signature[name] = "fp64"
         else:
             signature[name] = "constexpr"
             constants[name] = value

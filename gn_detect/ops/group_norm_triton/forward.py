@@ -88,7 +88,7 @@ def forward_groups(
     statistics,
     samples,
     pixel_units,
-    EPS: tl.constexpr,
+    eps: tl.float64,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -126,7 +126,7 @@ def forward_groups(
         rest = fold(tl.sum(centred, axis=1), BLOCK_GROUPS, BLOCK_DEPTH) / count
         squares = fold(tl.sum(centred * centred, axis=1), BLOCK_GROUPS, BLOCK_DEPTH)
         mean += rest
-        rstd = 1 / tl.sqrt(squares / count - rest * rest + EPS)
+        rstd = 1 / tl.sqrt(squares / count - rest * rest + tl.cast(eps, dtype))
         mean_of_channel = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
         scale = spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH) * w
         _write_output(value, mask, offsets, mean_of_channel, scale, b, residual, y, RELU)
@@ -146,7 +146,7 @@ def forward_groups(
             WIDE,
             dtype,
         )
-        rstd = 1 / tl.sqrt(squares / count + EPS)
+        rstd = 1 / tl.sqrt(squares / count + tl.cast(eps, dtype))
         mean_of_channel = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
         scale = spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH) * w
         for start in range(0, pixels, BLOCK_PIXELS):
@@ -220,7 +220,7 @@ def normalize(
     pixel_units,
     splits,
     split_tiles,
-    EPS: tl.constexpr,
+    eps: tl.float64,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -256,7 +256,7 @@ def normalize(
     offset = tl.sum(counts * away, axis=1) / count
     mean = some + offset
     away = tl.where(given, away - offset[:, None], 0)
-    rstd = 1 / tl.sqrt(tl.sum(squares + counts * away * away, axis=1) / count + EPS)
+    rstd = 1 / tl.sqrt(tl.sum(squares + counts * away * away, axis=1) / count + tl.cast(eps, dtype))
 
     mean_of_channel = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
     w = per_channel(weight, channel, exists, dtype, 1)
