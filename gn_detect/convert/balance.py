@@ -47,10 +47,19 @@ class ImageMoments:
 
 @dataclass(frozen=True)
 class Balance:
-    """Scales (C,) of a norm's input channels, and the statistics of its groups then; float64, on the CPU."""
+    """Scales (C,) of a norm's input channels, and the statistics of its groups then; float64, on the CPU.
+
+    ``layer`` names the convolution that was rescaled, if one was.
+    """
 
     scales: Tensor
     statistics: GroupStatistics
+    layer: str | None = None
+
+    @property
+    def size(self) -> float:
+        """By which the layer's weights are larger on average (the scales' geometric mean)."""
+        return float(f"{self.scales.log().mean().exp().item():.4g}")
 
 
 def balance(
@@ -59,7 +68,7 @@ def balance(
     sources: dict[str, SourceNorm],
     run: Run,
     batches: Sequence[Any],
-) -> dict[str, GroupStatistics]:
+) -> dict[str, Balance]:
     """Rescale the convolutions before the named norms of ``converted``, and match the norms to that.
 
     Args:
@@ -68,8 +77,8 @@ def balance(
         batches: what to measure on.
 
     Returns:
-        The expected statistics of each norm that was changed. Norms that no convolution feeds alone keep
-        their input, and get the statistics that were measured.
+        What was done, for each norm that was changed. Norms that no convolution feeds alone keep their
+        input, and get the statistics that were measured.
     """
     feeds = _find_feeding(original, list(sources), lambda: run(original, batches[0]))
     before, after = dict(original.named_modules()), dict(converted.named_modules())
@@ -91,7 +100,7 @@ def balance(
         with torch.no_grad():
             norm.weight.copy_(weight)
             norm.bias.copy_(bias)
-        found[name] = result.statistics
+        found[name] = dataclasses.replace(result, layer=feeds.get(name))
     return found
 
 

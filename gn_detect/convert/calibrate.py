@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..layers import GroupNorm
 from .anneal import Annealing, statistics_of
-from .balance import MAX_SAMPLES, balance
+from .balance import MAX_SAMPLES, Balance, balance
 from .images import ImageStream
 from .match import GroupStatistics
 from .moments import Run, measure_moments
@@ -128,16 +128,18 @@ def calibrate(
         statistics = _expected_statistics(sources, norms, run, original, stream.some_batches(MAX_SAMPLES))
         objective = Objective(original, converted, find_blocks(converted, list(norms)), outputs)
         objective.set_scales(stream.held_out)
+        sizes: dict[nn.Module, float] = {}
         if rescale:
             try:
                 found = _rescale(objective, sources, stream, run)
-                statistics |= {norms[name]: group_statistics for name, group_statistics in found.items()}
+                statistics |= {norms[name]: balanced.statistics for name, balanced in found.items()}
+                sizes = {converted.get_submodule(b.layer): b.size for b in found.values() if b.layer}
                 measure(BALANCED)
             except _NoGain as reason:
                 report.warnings.append(f"the channels were not rescaled: {reason}")
         if steps:
             annealing = Annealing(statistics)
-            rates = rates_of(converted, list(norms.values()), learning_rate, norm_learning_rate)
+            rates = rates_of(converted, list(norms.values()), learning_rate, norm_learning_rate, sizes)
             trainer = _Trainer(objective, stream, annealing, steps, rates, checkpoint, progress)
             trainer.run()
             measure(CALIBRATED)
@@ -306,13 +308,13 @@ class _NoGain(Exception):
 
 def _rescale(
     objective: Objective, sources: dict[str, SourceNorm], stream: ImageStream, run: Run
-) -> dict[str, GroupStatistics]:
-    """The expected statistics after :func:`balance`. When _NoGain is raised the model is as it was."""
+) -> dict[str, Balance]:
+    """:func:`balance`. When _NoGain is raised the model is as it was."""
     original, converted = objective.original, objective.converted
     before, loss = _copy_of_state(converted), objective.output_loss(stream.held_out)
     found = balance(original, converted, sources, run, stream.some_batches(MAX_SAMPLES))
     modules = dict(converted.named_modules())
-    annealing = Annealing({cast(GroupNorm, modules[name]): statistics for name, statistics in found.items()})
+    annealing = Annealing({cast(GroupNorm, modules[name]): done.statistics for name, done in found.items()})
     annealing.share = 0.0
     with annealing.applied(), torch.no_grad():
         pairs = objective.outputs(original, converted, stream.held_out[0])

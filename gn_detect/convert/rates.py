@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -30,16 +30,25 @@ class Rate:
 
 
 def rates_of(
-    model: nn.Module, norms: Sequence[GroupNorm], learning_rate: float, of_norms: float
+    model: nn.Module,
+    norms: Sequence[GroupNorm],
+    learning_rate: float,
+    of_norms: float,
+    sizes: Mapping[nn.Module, float],
 ) -> list[Rate]:
-    """Of all parameters to train: ``of_norms`` for those of ``norms``, ``learning_rate`` for the others."""
+    """Of all parameters to train: ``of_norms`` for those of ``norms``, ``learning_rate`` for the others.
+
+    Adam's steps are of one length however large a weight is: where a layer was rescaled, to ``sizes`` of
+    what it was, they are, too.
+    """
     affine = {parameter for norm in norms for parameter in norm.parameters()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rates = [
-        Rate([parameter for parameter in trained if parameter not in affine], learning_rate),
-        Rate([parameter for parameter in trained if parameter in affine], of_norms),
-    ]
-    return [rate for rate in rates if rate.parameters]
+    rescaled = {parameter: size for layer, size in sizes.items() for parameter in layer.parameters()}
+    rates: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            rate = of_norms if parameter in affine else learning_rate * rescaled.get(parameter, 1.0)
+            rates.setdefault(rate, []).append(parameter)
+    return [Rate(parameters, highest) for highest, parameters in rates.items()]
 
 
 def schedule(done: float) -> float:
