@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..layers import GroupNorm
 from .anneal import Annealing, statistics_of
-from .balance import MAX_SAMPLES, Balance, balance
+from .balance import MAX_SAMPLES, Balance, balance, measure
 from .images import ImageStream
 from .match import GroupStatistics
 from .moments import Run, measure_moments
@@ -69,8 +69,9 @@ def calibrate(
 ) -> ConversionReport:
     """Train ``converted`` to give what ``original`` gives, on images without labels.
 
-    First, layer by layer, the channels of the convolutions are rescaled, so that the group statistics vary
-    least from image to image, and the norms are matched to that (:mod:`gn_detect.convert.balance`). Then
+    First, layer by layer, the channels of the convolutions are rescaled, and the norms matched to that
+    (:mod:`gn_detect.convert.balance`): so that the group statistics vary least from image to image, or so
+    that all channels have one variance, whichever does better on the held-out images. Then
     the model is distilled. It starts as exactly the original, as its norms use the statistics that
     BatchNorm had; over the first 30% of the steps these are exchanged, by degrees, for each image's own.
     Outputs, blocks and the norms outside blocks are compared. Of the states after that the best on the
@@ -116,7 +117,7 @@ def calibrate(
         report = report or _new_report(original, converted, norms)
         by_name = {layer.name: layer for layer in report.layers}
 
-        def measure(stage: str) -> None:
+        def compare(stage: str) -> None:
             errors, report.similarity[stage] = measure_errors(
                 original, converted, list(norms), stream.held_out, outputs
             )
@@ -124,7 +125,7 @@ def calibrate(
                 if name in by_name:
                     by_name[name].errors[stage] = error
 
-        measure(CONVERTED)
+        compare(CONVERTED)
         statistics = _expected_statistics(sources, norms, run, original, stream.some_batches(MAX_SAMPLES))
         objective = Objective(original, converted, find_blocks(converted, list(norms)), outputs)
         objective.set_scales(stream.held_out)
@@ -134,7 +135,7 @@ def calibrate(
                 found = _rescale(objective, sources, stream, run)
                 statistics |= {norms[name]: balanced.statistics for name, balanced in found.items()}
                 sizes = {converted.get_submodule(b.layer): b.size for b in found.values() if b.layer}
-                measure(BALANCED)
+                compare(BALANCED)
             except _NoGain as reason:
                 report.warnings.append(f"the channels were not rescaled: {reason}")
         if steps:
@@ -142,7 +143,7 @@ def calibrate(
             rates = rates_of(converted, list(norms.values()), learning_rate, norm_learning_rate, sizes)
             trainer = _Trainer(objective, stream, annealing, steps, rates, checkpoint, progress)
             trainer.run()
-            measure(CALIBRATED)
+            compare(CALIBRATED)
     return report
 
 
@@ -309,23 +310,36 @@ class _NoGain(Exception):
 def _rescale(
     objective: Objective, sources: dict[str, SourceNorm], stream: ImageStream, run: Run
 ) -> dict[str, Balance]:
-    """:func:`balance`. When _NoGain is raised the model is as it was."""
+    """:func:`balance`, as it does better on the held-out images. When _NoGain is raised nothing is changed.
+
+    The scales that are best for each norm alone are not always for all together.
+    """
     original, converted = objective.original, objective.converted
     before, loss = _copy_of_state(converted), objective.output_loss(stream.held_out)
-    found = balance(original, converted, sources, run, stream.some_batches(MAX_SAMPLES))
-    modules = dict(converted.named_modules())
+    measured = measure(original, list(sources), run, stream.some_batches(MAX_SAMPLES))
+    best, state = None, before
+    reason = "the outputs on the held-out images did not come closer"
+    for equal in (False, True):
+        converted.load_state_dict(before)
+        found = balance(original, converted, sources, measured, equal=equal)
+        if _changes_function(objective, found, stream.held_out[0]):
+            reason = "it would have changed the function"
+        elif (found_loss := objective.output_loss(stream.held_out)) <= loss:
+            best, loss, state = found, found_loss, _copy_of_state(converted)
+    converted.load_state_dict(state)
+    if best is None:
+        raise _NoGain(reason)
+    return best
+
+
+def _changes_function(objective: Objective, found: dict[str, Balance], batch: Any) -> bool:
+    """Whether the rescaled model with the expected statistics gives something else than the original."""
+    modules = dict(objective.converted.named_modules())
     annealing = Annealing({cast(GroupNorm, modules[name]): done.statistics for name, done in found.items()})
     annealing.share = 0.0
     with annealing.applied(), torch.no_grad():
-        pairs = objective.outputs(original, converted, stream.held_out[0])
-    if max((_relative_error(*pair) for pair in pairs), default=0.0) > ROUNDING:
-        reason = "it would have changed the function"
-    elif objective.output_loss(stream.held_out) > loss:
-        reason = "the outputs on the held-out images did not come closer"
-    else:
-        return found
-    converted.load_state_dict(before)
-    raise _NoGain(reason)
+        pairs = objective.outputs(objective.original, objective.converted, batch)
+    return max((_relative_error(*pair) for pair in pairs), default=0.0) > ROUNDING
 
 
 def _relative_error(expected: Tensor, found: Tensor) -> float:

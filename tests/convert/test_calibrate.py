@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from gn_detect import UserError
 from gn_detect.convert import calibrate, convert_norm
-from gn_detect.convert.balance import _find_feeding
+from gn_detect.convert.balance import _find_feeding, balance, measure
 from gn_detect.convert.objective import find_blocks
+from gn_detect.convert.source import read_norm
 
 QUIET = {"progress": False, "batch_size": 8, "learning_rate": 3e-3}
 
@@ -37,12 +38,11 @@ def images() -> Tensor:
     return F.avg_pool2d(noise, 3, 1, 1) * contrast * 3 + torch.randn(48, 3, 1, 1, generator=generator)
 
 
-@pytest.fixture
-def original(images: Tensor) -> nn.Module:
+def network(images: Tensor, seed: int = 0, blocks: int = 2) -> nn.Module:
     """With statistics of the images."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True), Block(16), Block(16),
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True), *(Block(16) for _ in range(blocks)),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
     )  # fmt: skip
     for norm in model.modules():
@@ -52,6 +52,11 @@ def original(images: Tensor) -> nn.Module:
             norm.momentum = None
     model.train()(images)
     return model.eval()
+
+
+@pytest.fixture
+def original(images: Tensor) -> nn.Module:
+    return network(images)
 
 
 def converted(original: nn.Module) -> nn.Module:
@@ -236,6 +241,29 @@ def test_every_convolution_before_a_norm_is_found(original: nn.Module, images: T
     with torch.no_grad():
         feeds = _find_feeding(layers, norms, lambda: layers(images))
     assert feeds == {norm: norm.replace("bn", "conv") if "." in norm else "0" for norm in norms}
+
+
+@pytest.mark.parametrize(("blocks", "better"), [(2, "varying least"), (6, "equal")])
+def test_scales_are_those_that_do_better_on_images_held_out(blocks: int, better: str, images: Tensor) -> None:
+    """What is best for each norm alone need not be so in a deep network, and is in this shallow one."""
+    original = network(images, seed=1, blocks=blocks)
+    names = [name for name, module in original.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    sources = {name: read_norm(name, original.get_submodule(name)) for name in names}
+    measured = measure(original, names, lambda model, batch: model(batch), list(images[:-8].split(8)))
+
+    def error(model: nn.Module) -> float:
+        with torch.no_grad():
+            return F.mse_loss(model(images[-8:]), original(images[-8:])).item()
+
+    errors = {}
+    for name, equal in (("varying least", False), ("equal", True)):
+        model = converted(original)
+        balance(original, model, sources, measured, equal=equal)
+        errors[name] = error(model)
+    assert min(errors, key=errors.__getitem__) == better
+    model = converted(original)
+    calibrate(original, model, images, 0, **QUIET)
+    assert error(model) == pytest.approx(errors[better], rel=1e-4)
 
 
 def test_blocks_are_residual_blocks(original: nn.Module) -> None:

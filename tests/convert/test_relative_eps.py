@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gn_detect import UserError, calibrate, convert_norm
-from gn_detect.convert.balance import ImageMoments, solve
+from gn_detect.convert.balance import ImageMoments, balance, measure, solve
+from gn_detect.convert.rates import rates_of
 from gn_detect.convert.source import read_norm
 from gn_detect.layers import GroupNorm
 
@@ -169,3 +170,27 @@ def test_clear_errors(original: nn.Module, arguments: dict[str, object], message
     with pytest.raises(UserError, match=message):
         convert_norm(original, **arguments, **GROUPS)
     assert isinstance(original[1], nn.BatchNorm2d)
+
+
+def test_a_rescaled_layer_is_trained_in_proportion(original: nn.Module) -> None:
+    """Adam's steps are of one length, so the rate of a layer whose weights shrank is as much smaller."""
+    converted, _ = convert_norm(original, relative_eps=1.0, **GROUPS)
+    norms = {name: converted.get_submodule(name) for name in ("1", "4")}
+    sources = {name: read_norm(name, original.get_submodule(name)) for name in norms}
+    images = [images_of_any_contrast(32)]
+    measured = measure(original, list(norms), lambda model, batch: model(batch), images)
+    found = balance(original, converted, sources, measured)
+    sizes = {converted.get_submodule(done.layer): done.size for done in found.values()}
+    rates = rates_of(converted, list(norms.values()), 0.1, 0.5, sizes)
+    rate = {parameter: rate.highest for rate in rates for parameter in rate.parameters}
+    assert set(rate) == set(converted.parameters())
+    for index in (0, 3):
+        ratio = converted[index].weight.flatten(1).norm(dim=1) / original[index].weight.flatten(1).norm(dim=1)
+        size = ratio.log().mean().exp().item()
+        assert abs(size - 1) > 0.05
+        assert (
+            rate[converted[index].weight]
+            == rate[converted[index].bias]
+            == pytest.approx(0.1 * size, rel=1e-3)
+        )
+    assert {rate[parameter] for norm in norms.values() for parameter in norm.parameters()} == {0.5}
