@@ -53,17 +53,15 @@ class ImageMoments:
 class Balance:
     """Scales (C,) of a norm's input channels, and the statistics of its groups then; float64, on the CPU.
 
-    ``layer`` names the convolution that was rescaled, if one was.
+    Attributes:
+        size: by which the layer's weights are larger on average, those of dead channels left aside.
+        layer: name of the convolution that was rescaled, if one was.
     """
 
     scales: Tensor
     statistics: GroupStatistics
+    size: float = 1.0
     layer: str | None = None
-
-    @property
-    def size(self) -> float:
-        """By which the layer's weights are larger on average (the scales' geometric mean)."""
-        return float(f"{self.scales.log().mean().exp().item():.4g}")
 
 
 @dataclass(frozen=True)
@@ -154,6 +152,7 @@ def solve(
     total = (source.scale / start.double()).square().sum()
     strength = (source.scale.square() / total.clamp_min(1e-30)).float()  # a norm may have weights of zero
     variance = (square - mean.square()).clamp_min(0.0)
+    larger = 1.0
 
     def group_statistics(scale: Tensor, found: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         means, variances = _group_moments(moments, scale, num_groups)
@@ -185,8 +184,10 @@ def solve(
             variances = _group_moments(moments, scale, num_groups)[1].mean(0)
             factors = (unscaled / variances.clamp_min(DEAD * variances.mean())).sqrt()
             scale = scale * factors.repeat_interleave(size)
+            whole = variance.mean(0)
+            larger = scale[whole > DEAD * whole.mean()].log().mean().exp().item()
         _, _, m, v = group_statistics(scale, found=True)
-    return Balance(scale.double(), GroupStatistics(m.double(), v.double() - eps))
+    return Balance(scale.double(), GroupStatistics(m.double(), v.double() - eps), float(f"{larger:.4g}"))
 
 
 def _group_moments(moments: ImageMoments, scale: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:

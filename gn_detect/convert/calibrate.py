@@ -130,18 +130,23 @@ def calibrate(
         objective = Objective(original, converted, find_blocks(converted, list(norms)), outputs)
         objective.set_scales(stream.held_out)
         sizes: dict[nn.Module, float] = {}
+        kind = "none"
         if rescale:
             try:
-                found = _rescale(objective, sources, stream, run)
+                kind, found = _rescale(objective, sources, stream, run)
                 statistics |= {norms[name]: balanced.statistics for name, balanced in found.items()}
-                sizes = {converted.get_submodule(b.layer): b.size for b in found.values() if b.layer}
+                sizes = {
+                    converted.get_submodule(balanced.layer): balanced.size
+                    for balanced in found.values()
+                    if balanced.layer is not None
+                }
                 compare(BALANCED)
             except _NoGain as reason:
                 report.warnings.append(f"the channels were not rescaled: {reason}")
         if steps:
             annealing = Annealing(statistics)
             rates = rates_of(converted, list(norms.values()), learning_rate, norm_learning_rate, sizes)
-            trainer = _Trainer(objective, stream, annealing, steps, rates, checkpoint, progress)
+            trainer = _Trainer(objective, stream, annealing, steps, rates, kind, checkpoint, progress)
             trainer.run()
             compare(CALIBRATED)
     return report
@@ -157,12 +162,13 @@ class _Trainer:
         annealing: Annealing,
         steps: int,
         rates: Sequence[Rate],
+        scales: str,
         checkpoint: str | Path | None,
         progress: bool,
     ) -> None:
         self.objective, self.stream, self.annealing = objective, stream, annealing
         self.model = objective.converted
-        self.steps, self.rates = steps, rates
+        self.steps, self.rates, self.scales = steps, rates, scales
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.shows = progress
         self.optimizer = torch.optim.Adam(
@@ -222,7 +228,8 @@ class _Trainer:
         shapes = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
         rates = [(rate.highest, len(rate.parameters)) for rate in self.rates]
         norms = [(m.num_groups, m.eps) for m in self.model.modules() if isinstance(m, GroupNorm)]
-        settings = (self.steps, rates, ANNEALED, WARMED_UP, ADAM_EPS, self.stream.identity, shapes, norms)
+        constants = (ANNEALED, WARMED_UP, ADAM_EPS)
+        settings = (self.steps, rates, constants, self.stream.identity, shapes, norms, self.scales)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def _save(self, state: _Progress) -> None:
@@ -309,23 +316,24 @@ class _NoGain(Exception):
 
 def _rescale(
     objective: Objective, sources: dict[str, SourceNorm], stream: ImageStream, run: Run
-) -> dict[str, Balance]:
-    """:func:`balance`, as it does better on the held-out images. When _NoGain is raised nothing is changed.
+) -> tuple[str, dict[str, Balance]]:
+    """The kind of scales that does better on the held-out images, and what :func:`balance` did with them.
 
-    The scales that are best for each norm alone are not always for all together.
+    When _NoGain is raised the model is as it was.
     """
     original, converted = objective.original, objective.converted
     before, loss = _copy_of_state(converted), objective.output_loss(stream.held_out)
     measured = measure(original, list(sources), run, stream.some_batches(MAX_SAMPLES))
     best, state = None, before
-    reason = "the outputs on the held-out images did not come closer"
-    for equal in (False, True):
+    reason = "it would have changed the function"
+    for kind, equal in (("varying least", False), ("equal", True)):
         converted.load_state_dict(before)
         found = balance(original, converted, sources, measured, equal=equal)
         if _changes_function(objective, found, stream.held_out[0]):
-            reason = "it would have changed the function"
-        elif (found_loss := objective.output_loss(stream.held_out)) <= loss:
-            best, loss, state = found, found_loss, _copy_of_state(converted)
+            continue
+        reason = "the outputs on the held-out images did not come closer"
+        if (found_loss := objective.output_loss(stream.held_out)) <= loss:
+            best, loss, state = (kind, found), found_loss, _copy_of_state(converted)
     converted.load_state_dict(state)
     if best is None:
         raise _NoGain(reason)

@@ -42,7 +42,9 @@ def rates_of(
     what it was, they are, too.
     """
     affine = {parameter for norm in norms for parameter in norm.parameters()}
-    rescaled = {parameter: size for layer, size in sizes.items() for parameter in layer.parameters()}
+    rescaled = {
+        parameter: size for layer, size in sizes.items() for parameter in layer.parameters(recurse=False)
+    }
     rates: dict[float, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

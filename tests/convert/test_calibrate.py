@@ -140,6 +140,8 @@ def test_a_checkpoint_of_norms_of_another_eps_is_refused(
     other, _ = convert_norm(original, num_groups=4, min_channels_per_group=4, relative_eps=1.0)
     with pytest.raises(UserError, match="belongs to a calibration with other settings"):
         calibrate(original, other, images, 8, checkpoint=path, **QUIET)
+    with pytest.raises(UserError, match="belongs to a calibration with other settings"):  # other scales
+        calibrate(original, converted(original), images, 8, checkpoint=path, rescale=False, **QUIET)
 
 
 def test_affine_alone(original: nn.Module, images: Tensor) -> None:
