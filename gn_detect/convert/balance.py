@@ -72,9 +72,11 @@ class Measured:
     moments: dict[str, ImageMoments]
 
 
-def measure(original: nn.Module, names: Sequence[str], run: Run, batches: Sequence[Any]) -> Measured:
-    """What :func:`balance` needs to know of the norms ``names``; ``run`` runs the model on a batch."""
-    feeds = _find_feeding(original, names, lambda: run(original, batches[0]))
+def measure(
+    original: nn.Module, names: Sequence[str], run: Run, batches: Sequence[Any], times: int = 1
+) -> Measured:
+    """What :func:`balance` needs to know of the norms ``names``; ``run`` runs the model ``times``."""
+    feeds = _find_feeding(original, names, lambda: run(original, batches[0]), times)
     return Measured(feeds, _measure(original, names, run, batches))
 
 
@@ -205,9 +207,12 @@ def _rescale(conv: Any, scales: Tensor) -> None:
             conv.bias.copy_(conv.bias.double() * factor)
 
 
-def _find_feeding(model: nn.Module, norms: Sequence[str], run: Callable[[], Any]) -> dict[str, str]:
+def _find_feeding(
+    model: nn.Module, norms: Sequence[str], run: Callable[[], Any], times: int = 1
+) -> dict[str, str]:
     """The convolution or linear layer whose output is the input of a norm and, it seems, of nothing else.
 
+    A layer that ``run``, which runs the model ``times``, calls more often is shared, and left alone.
     Seen are the inputs of all modules: an output that a module's ``forward`` uses in an expression of its
     own is not. That is for :func:`gn_detect.convert.calibrate` to check, by the function.
     """
@@ -252,11 +257,11 @@ def _find_feeding(model: nn.Module, norms: Sequence[str], run: Callable[[], Any]
     feeds = {}
     for identity, layer in produced.items():
         users = used.get(identity, [])
-        if len(users) == 1 and users[0] in norms and calls[layer] == calls[users[0]] == 1:
+        if len(users) == 1 and users[0] in norms and calls[layer] == calls[users[0]] == times:
             feeds[users[0]] = layer
     for norm in norms:  # detectron2's Conv2d and ours call the norm that they hold
         layer = norm.rpartition(".")[0]
-        if layer in layers.values() and calls.get(layer) == calls.get(norm) == 1:
+        if layer in layers.values() and calls.get(layer) == calls.get(norm) == times:
             feeds[norm] = layer
     return feeds
 

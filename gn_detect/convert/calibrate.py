@@ -323,7 +323,8 @@ def _rescale(
     """
     original, converted = objective.original, objective.converted
     before, loss = _copy_of_state(converted), objective.output_loss(stream.held_out)
-    measured = measure(original, list(sources), run, stream.some_batches(MAX_SAMPLES))
+    times = 1 if objective.outputs is outputs_of_one_input else 2
+    measured = measure(original, list(sources), run, stream.some_batches(MAX_SAMPLES), times)
     best, state = None, before
     reason = "it would have changed the function"
     for kind, equal in (("varying least", False), ("equal", True)):

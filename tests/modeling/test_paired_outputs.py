@@ -35,6 +35,24 @@ def test_pairs_of_one_model_are_equal_and_of_the_documented_shapes(detector) -> 
     assert 32 < regions <= 128
 
 
+def test_every_convolution_of_a_detector_is_rescaled(detector) -> None:
+    """Pairs of outputs run a model twice; a layer that is called twice is usually a shared one."""
+    norms = [name for name, m in detector.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for name in norms:  # statistics as the images give
+        detector.get_submodule(name).train().momentum = None
+    batches = [[torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)] for _ in range(6)]
+    with torch.no_grad():
+        for batch in batches:
+            paired_outputs(detector, detector, batch)
+    model, report = convert_norm(detector.eval())
+    calibrate(detector, model, batches, 0, outputs=paired_outputs, report=report, progress=False)
+    assert not report.warnings and "balanced" in report.similarity
+    for name in norms:
+        layer = name.removesuffix(".norm")
+        before, after = (m.get_submodule(layer).weight for m in (detector, model))
+        assert not torch.equal(before, after), layer
+
+
 def test_a_detector_is_calibrated_on_images_of_several_sizes(detector) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [
