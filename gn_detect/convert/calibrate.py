@@ -87,7 +87,8 @@ def calibrate(
             an iterable of batches of any kind that the models accept, which are used as they are.
         steps: of the distillation (Adam, warm-up and cosine schedule); 0 only rescales.
         batch_size: images for each step, where ``images`` are single images.
-        learning_rate: of the convolutions and all else that is no norm, at its highest.
+        learning_rate: of the convolutions and all else that is no norm, at its highest; of a layer that the
+            first part made smaller or larger in proportion.
         norm_learning_rate: of the weights and biases of the norms that were converted. They are larger than
             convolutions' weights, and few: they mend much before the others learn the images by heart.
         parameters: what to train: ``"all"``, or the norms' weights and biases alone (``"affine"``).
