@@ -111,6 +111,12 @@ def add_calibration_arguments(calibration: argparse._ActionsContainer, required:
     calibration.add_argument(
         "--norm-learning-rate", type=float, default=2e-3, help="of the norms' weights and biases"
     )
+    calibration.add_argument(
+        "--block-weight",
+        type=float,
+        default=1.0,
+        help="of the blocks beside the outputs; 30 for one group and a relative eps",
+    )
     calibration.add_argument("--checkpoint", metavar="FILE", help="to go on from, if it is interrupted")
 
 
@@ -271,6 +277,7 @@ def _calibrate(
         args.steps,
         learning_rate=args.learning_rate,
         norm_learning_rate=args.norm_learning_rate,
+        block_weight=args.block_weight,
         checkpoint=args.checkpoint,
         report=report,
         **settings,

@@ -57,6 +57,7 @@ def calibrate(
     batch_size: int = 8,
     learning_rate: float = 1e-4,
     norm_learning_rate: float = 2e-3,
+    block_weight: float = 1.0,
     parameters: Literal["all", "affine"] = "all",
     held_out: float = 0.1,
     augment: bool = True,
@@ -91,6 +92,8 @@ def calibrate(
             first part made smaller or larger in proportion.
         norm_learning_rate: of the weights and biases of the norms that were converted. They are larger than
             convolutions' weights, and few: they mend much before the others learn the images by heart.
+        block_weight: of the blocks' differences, on average, beside the outputs'. Where the matched model is
+            near its original, as with one group and a relative eps, 30 brings unseen images' outputs closer.
         parameters: what to train: ``"all"``, or the norms' weights and biases alone (``"affine"``).
         held_out: fraction of the images (at least one batch) that is not trained on.
         augment: flip and crop single images at random; cropping resamples them.
@@ -128,7 +131,8 @@ def calibrate(
 
         compare(CONVERTED)
         statistics = _expected_statistics(sources, norms, run, original, stream.some_batches(MAX_SAMPLES))
-        objective = Objective(original, converted, find_blocks(converted, list(norms)), outputs)
+        blocks = find_blocks(converted, list(norms))
+        objective = Objective(original, converted, blocks, outputs, block_weight)
         objective.set_scales(stream.held_out)
         sizes: dict[nn.Module, float] = {}
         kind = "none"
@@ -147,8 +151,7 @@ def calibrate(
         if steps:
             annealing = Annealing(statistics)
             rates = rates_of(converted, list(norms.values()), learning_rate, norm_learning_rate, sizes)
-            trainer = _Trainer(objective, stream, annealing, steps, rates, kind, checkpoint, progress)
-            trainer.run()
+            _Trainer(objective, stream, annealing, steps, rates, kind, checkpoint, progress).run()
             compare(CALIBRATED)
     return report
 
@@ -229,7 +232,7 @@ class _Trainer:
         shapes = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
         rates = [(rate.highest, len(rate.parameters)) for rate in self.rates]
         norms = [(m.num_groups, m.eps) for m in self.model.modules() if isinstance(m, GroupNorm)]
-        constants = (ANNEALED, WARMED_UP, ADAM_EPS)
+        constants = (ANNEALED, WARMED_UP, ADAM_EPS, self.objective.block_weight)
         settings = (self.steps, rates, constants, self.stream.identity, shapes, norms, self.scales)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 

@@ -68,16 +68,21 @@ def outputs_of_norm(model: nn.Module, norm: str) -> str:
 
 
 class Objective:
-    """The sum of relative squared differences of outputs and, on average, blocks.
+    """The sum of relative squared differences of outputs and, on average and weighted, blocks.
 
     Each difference is divided by the variance of the original's values, so that layers count alike.
     """
 
     def __init__(
-        self, original: nn.Module, converted: nn.Module, blocks: Sequence[str], outputs: Outputs
+        self,
+        original: nn.Module,
+        converted: nn.Module,
+        blocks: Sequence[str],
+        outputs: Outputs,
+        block_weight: float = 1.0,
     ) -> None:
         self.original, self.converted, self.outputs = original, converted, outputs
-        self.blocks = blocks
+        self.blocks, self.block_weight = blocks, block_weight
         self._block_scales: dict[str, float] = {}
         self._output_scales: list[float] = []
 
@@ -109,7 +114,7 @@ class Objective:
         for name, scale in self._block_scales.items():
             for expected, found in compared.get(name, []):
                 block = block + F.mse_loss(found, expected) / scale / len(self._block_scales)
-        return output / len(pairs), block
+        return output / len(pairs), self.block_weight * block
 
     @torch.no_grad()
     def output_loss(self, batches: Sequence[Any]) -> float:

@@ -142,6 +142,8 @@ def test_a_checkpoint_of_norms_of_another_eps_is_refused(
         calibrate(original, other, images, 8, checkpoint=path, **QUIET)
     with pytest.raises(UserError, match="belongs to a calibration with other settings"):  # other scales
         calibrate(original, converted(original), images, 8, checkpoint=path, rescale=False, **QUIET)
+    with pytest.raises(UserError, match="belongs to a calibration with other settings"):
+        calibrate(original, converted(original), images, 8, checkpoint=path, block_weight=30.0, **QUIET)
 
 
 def test_affine_alone(original: nn.Module, images: Tensor) -> None:
@@ -169,6 +171,22 @@ def test_norms_have_a_learning_rate_of_their_own(
         name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
     }
     assert {name.split(".")[-2] for name in changed} & {"bn1", "conv1"} == {moves}
+
+
+def test_the_weight_of_blocks_brings_them_closer(original: nn.Module, images: Tensor) -> None:
+    def errors_of_blocks(weight: float) -> list[float]:
+        model, report = convert_norm(original, num_groups=4, min_channels_per_group=4)
+        calibrate(original, model, images, 60, block_weight=weight, report=report, **QUIET)
+        with torch.no_grad():
+            x, y, errors = images, images, []
+            for before, after in zip(original, model, strict=True):
+                x, y = before(x), after(y)
+                if isinstance(before, Block):
+                    errors.append(F.mse_loss(y, x).item() / x.var().item())
+        return errors
+
+    ignored, usual, counted = map(errors_of_blocks, (0.0, 1.0, 30.0))
+    assert sum(ignored) > sum(usual) > sum(counted)
 
 
 class ReadsTheConvolution(nn.Module):
