@@ -114,8 +114,8 @@ def add_calibration_arguments(calibration: argparse._ActionsContainer, required:
     calibration.add_argument(
         "--block-weight",
         type=float,
-        default=1.0,
-        help="of the blocks beside the outputs; 30 for one group and a relative eps",
+        default=30.0,
+        help="of the blocks' differences, on average, beside the outputs'",
     )
     calibration.add_argument("--checkpoint", metavar="FILE", help="to go on from, if it is interrupted")
 

@@ -57,7 +57,7 @@ def calibrate(
     batch_size: int = 8,
     learning_rate: float = 1e-4,
     norm_learning_rate: float = 2e-3,
-    block_weight: float = 1.0,
+    block_weight: float = 30.0,
     parameters: Literal["all", "affine"] = "all",
     held_out: float = 0.1,
     augment: bool = True,
@@ -92,8 +92,8 @@ def calibrate(
             first part made smaller or larger in proportion.
         norm_learning_rate: of the weights and biases of the norms that were converted. They are larger than
             convolutions' weights, and few: they mend much before the others learn the images by heart.
-        block_weight: of the blocks' differences, on average, beside the outputs'. Where the matched model is
-            near its original, as with one group and a relative eps, 30 brings unseen images' outputs closer.
+        block_weight: of the blocks' differences, on average, beside the outputs'. An image has more to teach
+            in its blocks than in its outputs, so that those of other images come closer than with 1.
         parameters: what to train: ``"all"``, or the norms' weights and biases alone (``"affine"``).
         held_out: fraction of the images (at least one batch) that is not trained on.
         augment: flip and crop single images at random; cropping resamples them.
@@ -197,6 +197,7 @@ class _Trainer:
             self.checkpoint.unlink(missing_ok=True)
 
     def _step(self, step: int) -> float:
+        """Returns the outputs' part of the loss."""
         done = step / self.steps
         self.annealing.share = min(1.0, done / ANNEALED)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -204,16 +205,15 @@ class _Trainer:
         with self.annealing.applied():
             output, blocks = self.objective.loss(self.stream.next_batch())
             loss = output + blocks
-        value = loss.item()
-        if not math.isfinite(value):
+        if not loss.isfinite():
             raise UserError(
-                f"the calibration's loss is {value} at step {step + 1}; lower the learning rate, and see "
-                "that the images are prepared as the original expects"
+                f"the calibration's loss is {loss.item()} at step {step + 1}; lower the learning rate, and "
+                "see that the images are prepared as the original expects"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return value
+        return output.item()
 
     def _check(self, state: _Progress) -> None:
         if state.step >= self.steps * ANNEALED:

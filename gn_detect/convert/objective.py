@@ -79,7 +79,7 @@ class Objective:
         converted: nn.Module,
         blocks: Sequence[str],
         outputs: Outputs,
-        block_weight: float = 1.0,
+        block_weight: float,
     ) -> None:
         self.original, self.converted, self.outputs = original, converted, outputs
         self.blocks, self.block_weight = blocks, block_weight
