@@ -197,7 +197,6 @@ class _Trainer:
             self.checkpoint.unlink(missing_ok=True)
 
     def _step(self, step: int) -> float:
-        """Returns the outputs' part of the loss."""
         done = step / self.steps
         self.annealing.share = min(1.0, done / ANNEALED)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -205,15 +204,16 @@ class _Trainer:
         with self.annealing.applied():
             output, blocks = self.objective.loss(self.stream.next_batch())
             loss = output + blocks
-        if not loss.isfinite():
+        value, of_outputs = torch.stack([loss, output]).tolist()  # one wait for the device
+        if not math.isfinite(value):
             raise UserError(
-                f"the calibration's loss is {loss.item()} at step {step + 1}; lower the learning rate, and "
-                "see that the images are prepared as the original expects"
+                f"the calibration's loss is {value} at step {step + 1}; lower the learning rate, and see "
+                "that the images are prepared as the original expects"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return output.item()
+        return of_outputs
 
     def _check(self, state: _Progress) -> None:
         if state.step >= self.steps * ANNEALED:
