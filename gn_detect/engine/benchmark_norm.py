@@ -81,7 +81,7 @@ class Timing:
         backward: forward and backward instead of forward alone.
         megabytes: of x.
         seconds: implementation -> device time; ``"copy"`` is one read and one write of x.
-        host: seconds that one of our calls keeps the host, on a GPU; else None.
+        host: implementation -> seconds that a call keeps the host; only on a GPU, which works behind it.
         passes: fewest sweeps over tensors of x's size, for the fraction of the copy's bandwidth.
     """
 
@@ -92,7 +92,7 @@ class Timing:
     backward: bool
     megabytes: float
     seconds: dict[str, float]
-    host: float | None
+    host: dict[str, float]
     passes: int
 
     @property
@@ -182,7 +182,7 @@ def _benchmark_layer(
         for key, function in functions.items():
             calls[key] = _call(function, x, extra, leaves, dy if backward else None)
         seconds = _measure(calls, device, rounds)
-        host = _host_seconds(calls["ours"], device)
+        host = _host_seconds(calls, device)
         passes = fewest_passes(layer, x.element_size(), order == "channels_last", backward)
         megabytes = prod(layer.shape) * x.element_size() / 1e6
         yield Timing(name, dtype, order, images, backward, megabytes, seconds, host, passes)
@@ -207,11 +207,9 @@ def _call(
 
 
 def _measure(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each call: on a GPU the device's, with a cold L2 cache, as Triton measures."""
+    """Median seconds of each call, on a GPU the device's own."""
     if device.type == "cuda":
-        from triton.testing import do_bench
-
-        return {k: do_bench(call, warmup=10, rep=40, return_mode="median") / 1e3 for k, call in calls.items()}
+        return {key: _device_seconds(call) for key, call in calls.items()}
     spent: dict[str, list[float]] = {key: [] for key in calls}
     order = list(calls.items())
     shuffle = random.Random(0).shuffle
@@ -225,15 +223,35 @@ def _measure(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: 
     return {key: statistics.median(times) for key, times in spent.items()}
 
 
-def _host_seconds(call: Callable[[], Any], device: torch.device, calls: int = 50) -> float | None:
+def _device_seconds(call: Callable[[], Any]) -> float:
+    """Median with a cold L2 cache, of a CUDA graph of the call: without the host's time between launches."""
+    from triton.testing import do_bench
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return float(do_bench(graph.replay, warmup=5, rep=25, return_mode="median")) / 1e3
+
+
+def _host_seconds(
+    calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int = 50
+) -> dict[str, float]:
     """Seconds until a call returns, while the device works behind it."""
     if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(calls):
-        call()
-    spent = (time.perf_counter() - begin) / calls
+        return {}
+    spent = {}
+    for key, call in calls.items():
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        spent[key] = (time.perf_counter() - begin) / repeats
     torch.cuda.synchronize(device)
     return spent
 
@@ -249,7 +267,9 @@ def row(timing: Timing) -> str:
     names = ("native", "autocast native", "compiled native", "frozen BN")
     others = "".join(f"{timing.ratio(k):10.2f}" if k in timing.seconds else f"{'-':>10}" for k in names)
     direction = "fwd+bwd" if timing.backward else "fwd"
-    host = f"{timing.host * 1e6:9.0f}" if timing.host is not None else f"{'-':>9}"
+    host = "".join(
+        f"{timing.host[k] * 1e6:10.0f}" if timing.host else f"{'-':>10}" for k in ("ours", "native")
+    )
     return (
         f"{timing.layer:<18} {timing.dtype:<8} {timing.order:<14} {direction:<7}"
         f"{timing.megabytes:7.1f}{timing.seconds['ours'] * 1e3:10.3f}{timing.bandwidth:8.0%}{others}{host}"
@@ -259,7 +279,8 @@ def row(timing: Timing) -> str:
 def header() -> str:
     """The table's first line; the ratios are others' time over ours."""
     columns = f"{'layer':<18} {'dtype':<8} {'order':<14} {'':<7}{'MB':>7}{'ours, ms':>10}{'copy':>8}"
-    return f"{columns}{'native':>10}{'autocast':>10}{'compiled':>10}{'frozenBN':>10}{'host, us':>9}"
+    others = "".join(f"{name:>10}" for name in ("native", "autocast", "compiled", "frozenBN"))
+    return f"{columns}{others}{'host, us':>10}{'native':>10}"
 
 
 def summary(timings: list[Timing]) -> str:

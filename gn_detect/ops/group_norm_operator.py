@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -74,11 +75,9 @@ def _forward(
         return torch.empty_like(x), _empty_statistics(x, num_groups).zero_()
     if not _kernels_run_on(x.device):
         return _native_forward(x, num_groups, weight, bias, eps, residual, relu)
-    from .group_norm_triton import launch
-
     weight, bias = _contiguous(weight), _contiguous(bias)
     residual = None if residual is None else _in_order(residual, last)
-    return launch.forward(x, num_groups, weight, bias, eps, residual, relu, last)
+    return _kernels().forward(x, num_groups, weight, bias, eps, residual, relu, last)
 
 
 def _forward_fake(
@@ -115,12 +114,10 @@ def _backward(
     elif not _kernels_run_on(x.device):
         found = _native_backward(dy, x, y, weight, bias, statistics, relu)
     else:
-        from .group_norm_triton import launch
-
         y = None if y is None else _in_order(y, last)
         wanted = (needs[0], needs[1], needs[2])
         weight, bias = _contiguous(weight), _contiguous(bias)
-        found = launch.backward(dy, x, y, weight, bias, statistics, relu, last, wanted)
+        found = _kernels().backward(dy, x, y, weight, bias, statistics, relu, last, wanted)
     dx, d_residual, d_affine = (
         t if t is not None and wanted else x.new_empty(0) for t, wanted in zip(found, needs, strict=True)
     )
@@ -239,6 +236,14 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         return _gradients(ctx, *gradients)
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType:
+    """What launches them, imported where they run."""
+    from .group_norm_triton import launch
+
+    return launch
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,8 @@
     python tests/ops/bind_kernels.py
 
 Prints the names of the kernels, one a line for each launch. A norm with another eps, as each of a converted
-model may have, must not have its kernels compiled again.
+model may have, must not have its kernels compiled again. And what ``binding`` launches by itself must be what
+Triton launched the first time: the same binary with the same arguments.
 """
 
 from __future__ import annotations
@@ -33,8 +34,35 @@ KERNELS = {
 }
 
 
+class Launcher:
+    """Notes what would be launched."""
+
+    launched: list[tuple[Any, ...]] = []
+
+    def __init__(self, source: Any, metadata: Any):
+        self.name = metadata.name
+
+    def __call__(self, *arguments: Any) -> None:
+        # Behind the kernel's metadata: those of the launch, and hooks to be called before and after it.
+        x, y, z, stream, function, metadata, _, _, _, *own = arguments
+        self.launched.append((self.name, (x, y, z), stream, function, metadata, own))
+
+
+class Utilities:
+    """What Triton asks of a GPU before it launches."""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
+        return hash(kernel), hash(kernel), 32, 0, 1024
+
+
 class Driver:
     """Of a GPU of compute capability 9.0."""
+
+    launcher_cls = Launcher
+    utils = Utilities()
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -66,8 +94,39 @@ class Bound:
         return bind
 
 
+def check_bound_launches() -> None:
+    """A second launch, past Triton, equals the first; Triton gets what is not aligned."""
+    for shape, order in SHAPES[:3]:
+        last = order == torch.channels_last
+        x = torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=order)
+        weight = torch.zeros(shape[1])
+        shifted = torch.empty_strided(shape, x.stride(), dtype=x.dtype).set_(
+            torch.zeros(x.numel() + 1, dtype=x.dtype).untyped_storage(), 1, shape, x.stride()
+        )
+        for residual in (x, None):
+            calls = []
+            for image in (x, x, shifted, x):
+                Launcher.launched.clear()
+                y, statistics = launch.forward(image, 8, weight, None, 1e-5, residual, True, last)
+                saved, needs = (None, (True, False, True)) if residual is None else (y, (True, True, True))
+                launch.backward(x, image, saved, weight, None, statistics, True, last, needs)
+                calls.append(list(Launcher.launched))
+            by_triton, bound, unaligned, again = calls
+            assert len(by_triton) == len(bound) == len(again) >= 2
+            for one, two, other in zip(by_triton, bound, unaligned, strict=True):
+                assert one[:5] == two[:5], "another grid, stream or binary"
+                assert len(one[5]) == len(two[5])
+                for theirs, ours in zip(one[5], two[5], strict=True):
+                    # Results have memory of their own every time.
+                    assert type(ours) is int if isinstance(theirs, torch.Tensor) else ours == theirs
+                assert any(isinstance(a, torch.Tensor) for a in one[5]), "Triton did not launch the first"
+                assert any(isinstance(a, torch.Tensor) for a in other[5]), "an unaligned tensor was bound"
+            assert [c[:5] for c in again] == [c[:5] for c in bound]
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
+    check_bound_launches()
     kernels = []
     for module, names in KERNELS.items():
         for name in names:

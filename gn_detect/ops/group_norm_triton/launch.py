@@ -1,8 +1,15 @@
-"""Calls the kernels: memory for their results, their grids and their tiles."""
+"""Calls the kernels: memory for their results, their grids and their tiles.
+
+A small norm's kernels run for 5 us, and the host must not take longer to launch them. What depends on shapes
+and types alone is looked up (:class:`_Recipe`), and Triton's binding of arguments, 10 to 40 us a launch, is
+done once for each kernel (:class:`Launch`).
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +17,29 @@ from torch import Tensor
 
 from . import backward as backward_kernels
 from . import forward as forward_kernels
+from .binding import Launch, compiled_kernels
 from .plan import Plan, alignment, make_plan, power_of_two
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """All of a norm's launches that is the same for all tensors of some shapes and types.
+
+    Attributes:
+        one_launch: as in the plan.
+        sizes: arguments of the kernels: samples, samples of a program (backward), pixels of a channel in
+            units of its alignment, splits, tiles in a split; each as far as the kernels of the plan take it.
+        runs: rows of partial affine gradients.
+        parts: partial results of a group.
+        first, second: the launches; one is enough with ``one_launch``.
+    """
+
+    one_launch: bool
+    sizes: tuple[int, ...]
+    runs: int
+    parts: int
+    first: Launch
+    second: Launch | None
 
 
 def forward(
@@ -31,45 +60,22 @@ def forward(
         weight, bias: (C,), contiguous.
         num_groups, eps, relu: as in :func:`gn_detect.ops.group_norm`.
     """
-    plan, sizes, common = _arguments("forward", x, num_groups, channels_last)
+    shape, device = x.shape, x.device
+    types = (x.dtype, _dtype(residual), _dtype(weight), _dtype(bias))
+    recipe = _forward_recipe(shape, types, device.index, num_groups, relu, channels_last)
     y = torch.empty_like(x)
-    statistics = x.new_empty((2, x.shape[0], num_groups), dtype=_accumulator(x))
-    grid = (x.shape[0] * plan.tiles * plan.splits,)
-    with _on_device(x):
-        if plan.one_launch:
-            forward_kernels.forward_groups[grid](
-                x,
-                residual,
-                weight,
-                bias,
-                y,
-                statistics,
-                *sizes,
-                eps,
-                RELU=relu,
-                ONE_TILE=plan.holds_all(_pixels(x)),
-                **common,
-            )
+    accumulator = _accumulator(x.dtype)
+    statistics = torch.empty((2, shape[0], num_groups), dtype=accumulator, device=device)
+    sizes = recipe.sizes
+    with _on_device(device):
+        if recipe.second is None:
+            own: tuple[Tensor | None, ...] = (x, residual, weight, bias, y, statistics)
+            recipe.first(forward_kernels.forward_groups, own, (*sizes, eps))
             return y, statistics
-        parts = plan.splits * plan.pieces
-        partials = statistics.new_empty((x.shape[0], num_groups, 2, parts))
-        split = (plan.splits, plan.split_tiles)
-        forward_kernels.partial_statistics[grid](x, partials, sizes[1], *split, **common)
-        forward_kernels.normalize[grid](
-            x,
-            residual,
-            weight,
-            bias,
-            y,
-            statistics,
-            partials,
-            *sizes,
-            *split,
-            eps,
-            RELU=relu,
-            BLOCK_PARTS=power_of_two(parts),
-            **common,
-        )
+        partials = torch.empty((shape[0], num_groups, 2, recipe.parts), dtype=accumulator, device=device)
+        recipe.first(forward_kernels.partial_statistics, (x, partials), sizes[1:])
+        own = (x, residual, weight, bias, y, statistics, partials)
+        recipe.second(forward_kernels.normalize, own, (*sizes, eps))
     return y, statistics
 
 
@@ -93,75 +99,115 @@ def backward(
         statistics: of the forward.
         needs: which of the three results are wanted; the residual's where there was a ReLU, else it is dy.
     """
+    shape, device = x.shape, x.device
     num_groups = statistics.shape[2]
-    plan, sizes, common = _arguments("backward", x, num_groups, channels_last)
+    types = (x.dtype, _dtype(dy), _dtype(y), _dtype(weight), _dtype(bias))
+    recipe = _backward_recipe(shape, types, device.index, num_groups, relu, channels_last, needs)
     needs_x, needs_residual, needs_affine = needs
+    dtype = statistics.dtype
     dx = torch.empty_like(x) if needs_x else None
-    d_residual = torch.empty_like(x) if needs_residual or (needs_x and y is not None) else None
-    runs = -(-x.shape[0] // plan.samples) if plan.one_launch else x.shape[0] * plan.splits
-    partials = statistics.new_empty((runs, 2, x.shape[1])) if needs_affine else None
+    # The split backward's second launch reads it in place of dy and y.
+    keeps_residual = needs_residual or (needs_x and y is not None and not recipe.one_launch)
+    d_residual = torch.empty_like(x) if keeps_residual else None
+    partials = torch.empty((recipe.runs, 2, shape[1]), dtype=dtype, device=device) if needs_affine else None
     inputs = (weight, bias, statistics)
-    with _on_device(x):
-        if plan.one_launch:
-            d_residual = d_residual if needs_residual else None
-            backward_kernels.backward_groups[(runs * plan.tiles,)](
-                dy,
-                x,
-                y,
-                *inputs,
-                dx,
-                d_residual,
-                partials,
-                sizes[0],
-                plan.samples,
-                sizes[1],
-                RELU=relu,
-                ONE_TILE=plan.holds_all(_pixels(x)),
-                **common,
-            )
+    with _on_device(device):
+        if recipe.one_launch:
+            own: tuple[Tensor | None, ...] = (dy, x, y, *inputs, dx, d_residual, partials)
+            recipe.first(backward_kernels.backward_groups, own, recipe.sizes)
         else:
-            parts = plan.splits * plan.pieces
-            of_groups = statistics.new_empty((x.shape[0], num_groups, 2, parts)) if needs_x else None
-            grid = (x.shape[0] * plan.tiles * plan.splits,)
-            split = (plan.splits, plan.split_tiles)
-            backward_kernels.partial_gradients[grid](
-                dy, x, y, *inputs, d_residual, partials, of_groups, *sizes, *split, RELU=relu, **common
-            )
+            of_groups = None
             if needs_x:
-                # With d_residual the ReLU is behind us.
-                if d_residual is not None:
-                    dy, relu = d_residual, False
-                backward_kernels.input_gradient[grid](
-                    dy,
-                    x,
-                    None,
-                    *inputs,
-                    dx,
-                    of_groups,
-                    *sizes,
-                    *split,
-                    RELU=relu,
-                    BLOCK_PARTS=power_of_two(parts),
-                    **common,
-                )
+                of_groups = torch.empty((shape[0], num_groups, 2, recipe.parts), dtype=dtype, device=device)
+            own = (dy, x, y, *inputs, d_residual, partials, of_groups)
+            recipe.first(backward_kernels.partial_gradients, own, recipe.sizes)
+            if recipe.second is not None:
+                dz = dy if d_residual is None else d_residual
+                own = (dz, x, None, *inputs, dx, of_groups)
+                recipe.second(backward_kernels.input_gradient, own, recipe.sizes)
         d_affine = partials.sum(0) if partials is not None else None
     return dx, d_residual, d_affine
 
 
-def _arguments(
-    direction: str, x: Tensor, num_groups: int, channels_last: bool
-) -> tuple[Plan, tuple[int, int], dict[str, Any]]:
-    """The plan, the sizes that change from image to image, and the kernels' common constants."""
-    pixels = _pixels(x)
-    samples, channels = x.shape[:2]
-    itemsize = x.element_size()
-    plan = make_plan(direction, samples, channels, pixels, num_groups, itemsize, channels_last)
-    aligned = alignment(pixels, itemsize)
-    common = {
+@lru_cache(maxsize=4096)
+def _forward_recipe(
+    shape: torch.Size,
+    types: tuple[torch.dtype | None, ...],
+    device: int | None,
+    num_groups: int,
+    relu: bool,
+    channels_last: bool,
+) -> _Recipe:
+    pixels, samples = shape[2:].numel(), shape[0]
+    itemsize = types[0].itemsize  # type: ignore[union-attr]
+    plan = make_plan("forward", samples, shape[1], pixels, num_groups, itemsize, channels_last)
+    units, common = _common(plan, shape, itemsize, num_groups, channels_last)
+    programs = samples * plan.tiles * plan.splits
+    key = (types, device)
+    if plan.one_launch:
+        first = common | {"RELU": relu, "ONE_TILE": plan.holds_all(pixels)}
+        return _Recipe(True, (samples, units), 1, 1, _launch(programs, first, key), None)
+    parts = plan.splits * plan.pieces
+    second = common | {"RELU": relu, "BLOCK_PARTS": power_of_two(parts)}
+    return _Recipe(
+        False,
+        (samples, units, plan.splits, plan.split_tiles),
+        1,
+        parts,
+        _launch(programs, common, key),
+        _launch(programs, second, key),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _backward_recipe(
+    shape: torch.Size,
+    types: tuple[torch.dtype | None, ...],
+    device: int | None,
+    num_groups: int,
+    relu: bool,
+    channels_last: bool,
+    needs: tuple[bool, bool, bool],
+) -> _Recipe:
+    pixels, samples = shape[2:].numel(), shape[0]
+    itemsize = types[0].itemsize  # type: ignore[union-attr]
+    plan = make_plan("backward", samples, shape[1], pixels, num_groups, itemsize, channels_last)
+    units, common = _common(plan, shape, itemsize, num_groups, channels_last)
+    key = (types, device, needs)
+    first = common | {"RELU": relu}
+    if plan.one_launch:
+        runs = -(-samples // plan.samples)
+        launch = _launch(runs * plan.tiles, first | {"ONE_TILE": plan.holds_all(pixels)}, key)
+        return _Recipe(True, (samples, plan.samples, units), runs, 1, launch, None)
+    parts = plan.splits * plan.pieces
+    programs = samples * plan.tiles * plan.splits
+    second = None
+    if needs[0]:
+        # With a residual and a ReLU the first launch has applied the ReLU.
+        applied = types[2] is not None or needs[1]
+        constants = common | {"RELU": relu and not applied, "BLOCK_PARTS": power_of_two(parts)}
+        second = _launch(programs, constants, key)
+    sizes = (samples, units, plan.splits, plan.split_tiles)
+    return _Recipe(False, sizes, samples * plan.splits, parts, _launch(programs, first, key), second)
+
+
+def _launch(programs: int, constants: dict[str, Any], key: tuple[Any, ...]) -> Launch:
+    # Of more elements than 32 bits count a launch's numbers may need 64 or not, which Triton compiles apart.
+    compiled = None if constants["WIDE"] else compiled_kernels((*key, *constants.items()))
+    return Launch(programs, constants, compiled)
+
+
+def _common(
+    plan: Plan, shape: torch.Size, itemsize: int, num_groups: int, channels_last: bool
+) -> tuple[int, dict[str, Any]]:
+    """Pixels of a channel in units of their alignment, and the constants of all kernels."""
+    channels, pixels = shape[1], shape[2:].numel()
+    # In channels-last order the pixels lie no neighbours; one constant then saves compilations.
+    aligned = 1 if channels_last else alignment(pixels, itemsize)
+    return pixels // aligned, {
         "CHANNELS": channels,
         "GROUPS": num_groups,
-        # In channels-last order the pixels lie no neighbours; one constant then saves compilations.
-        "ALIGNMENT": 1 if channels_last else aligned,
+        "ALIGNMENT": aligned,
         "BLOCK_GROUPS": plan.block_groups,
         "BLOCK_DEPTH": plan.block_depth,
         "BLOCK_PIXELS": plan.block_pixels,
@@ -169,19 +215,18 @@ def _arguments(
         "WIDE": channels * pixels >= 2**31,
         "num_warps": plan.num_warps,
     }
-    return plan, (samples, pixels if channels_last else pixels // aligned), common
 
 
-def _pixels(x: Tensor) -> int:
-    return x.shape[2:].numel()
+def _dtype(x: Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be x's."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
+def _on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
     return nullcontext()
