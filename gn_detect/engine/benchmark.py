@@ -62,7 +62,7 @@ class Report:
     """Result of a benchmark.
 
     Attributes:
-        seconds: of each step, data included.
+        seconds: of each step from the batch on: a training run's data come from other processes.
         parts: part -> milliseconds in one step, from a few extra steps under torch's profiler.
         memory: bytes by which the process (on a GPU the allocator) grew above its size before the first step.
         summary: one number that tells whether two runs did the same: the total loss, or the detections.
@@ -241,7 +241,7 @@ def _measure(step: Callable[[], tuple[float, Tensor]], device: torch.device, ite
         begin = time.perf_counter()
         waited, _ = step()
         _synchronize(device)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - begin - waited)
         data.append(waited)
     memory = _peak_memory(device) - before
     return Report(seconds, _profile(step, device, statistics.median(data)), memory, summary)

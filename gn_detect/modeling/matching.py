@@ -28,13 +28,13 @@ def match(
         index = torch.zeros(num_boxes, dtype=torch.int64, device=iou.device)
         return index, torch.full((num_boxes,), labels[0], dtype=torch.int8, device=iou.device)
     best, index = iou.max(dim=0)
-    edges = torch.tensor(thresholds, dtype=best.dtype, device=best.device)
-    names = torch.tensor(labels, dtype=torch.int8, device=best.device)
-    label = names[torch.bucketize(best, edges, right=True)]
+    label = torch.full_like(index, labels[0], dtype=torch.int8)
+    for threshold, name in zip(thresholds, labels[1:], strict=True):
+        label = torch.where(best < threshold, label, name)
     if keep_best_of_each_object:
         # The index stays that of the box's own best object, as in Detectron.
         highest = iou.amax(dim=1, keepdim=True)
-        label[((iou == highest) & (highest > 0)).any(dim=0)] = 1
+        label.masked_fill_(((iou == highest) & (highest > 0)).any(dim=0), 1)
     return index, label
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch.profiler import record_function
 from torchvision.ops import box_iou
 
 from ..layers import Conv2d
-from ..ops import clip_boxes, decode_boxes, encode_boxes, nms_by_group
+from ..ops import clip_boxes, decode_boxes, encode_boxes, nms_by_group, rows_by_value
 from ..structures import Target
 from .anchors import AnchorGenerator
 from .init import init_normal
@@ -198,7 +199,7 @@ class RPN(nn.Module):
     ) -> dict[str, Tensor]:
         """Summed losses of K sampled anchors: logits, labels (K,); deltas, anchors, truth (K, 4)."""
         s = self.settings
-        foreground = labels == 1
+        foreground = (labels == 1).nonzero()[:, 0]
         wanted = encode_boxes(anchors[foreground], truth[foreground], s.bbox_reg_weights)
         classification = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
         localization = smooth_l1_sum(deltas[foreground], wanted, s.smooth_l1_beta)
@@ -222,9 +223,11 @@ class RPN(nn.Module):
             iou = box_iou(target.boxes, anchors)
             index, label = match(iou, s.iou_thresholds, s.iou_labels, keep_best_of_each_object=True)
             if s.boundary_thresh >= 0:
-                limit = anchors.new_tensor([width, height]) + s.boundary_thresh
-                inside = (anchors[:, :2] >= -s.boundary_thresh).all(1) & (anchors[:, 2:] < limit).all(1)
-                label[~inside] = -1
+                inside = (anchors[:, :2] >= -s.boundary_thresh).all(1)
+                inside &= (anchors[:, 2] < width + s.boundary_thresh) & (
+                    anchors[:, 3] < height + s.boundary_thresh
+                )
+                label.masked_fill_(~inside, -1)
             labels.append(label)
             matched.append(target.boxes[index] if len(target) else anchors)
         return labels, matched
@@ -276,13 +279,15 @@ def _split_levels(chosen: Sequence[Tensor], level_sizes: Sequence[int]) -> tuple
         For each level positions in its flattened (N, anchors), and the (K,) permutation that takes values
         in order of the levels back to the order of ``chosen``.
     """
-    bounds = torch.tensor([0, *level_sizes], device=chosen[0].device).cumsum(0)
     image = torch.cat([torch.full_like(index, n) for n, index in enumerate(chosen)])
     position = torch.cat(list(chosen))
-    level = torch.bucketize(position, bounds[1:], right=True)
-    by_level, rows = [], []
-    for i, size in enumerate(level_sizes):
-        row = (level == i).nonzero()[:, 0]
-        rows.append(row)
-        by_level.append(image[row] * size + position[row] - bounds[i])
+    bounds = [0, *accumulate(level_sizes)]
+    level = torch.zeros_like(position)
+    for bound in bounds[1:-1]:
+        level += position >= bound
+    rows = rows_by_value(level, len(level_sizes))
+    by_level = [
+        image[row] * size + position[row] - bound
+        for row, size, bound in zip(rows, level_sizes, bounds, strict=False)
+    ]
     return by_level, torch.argsort(torch.cat(rows))

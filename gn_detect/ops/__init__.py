@@ -3,7 +3,7 @@
 from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, nms_by_group, scale_boxes
 from .group_norm import group_norm
 from .masks import crop_bitmaps, paste_masks, rasterize_masks, rasterize_polygons
-from .roi_align import roi_align
+from .roi_align import roi_align, rows_by_value
 
 __all__ = [
     "box_area",
@@ -17,5 +17,6 @@ __all__ = [
     "rasterize_masks",
     "rasterize_polygons",
     "roi_align",
+    "rows_by_value",
     "scale_boxes",
 ]

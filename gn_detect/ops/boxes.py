@@ -26,7 +26,8 @@ def clip_boxes(boxes: Tensor, size: tuple[int, int] | Tensor) -> Tensor:
         limit = size.flip(0).repeat(2).to(boxes.dtype)
     else:
         height, width = size
-        limit = boxes.new_tensor([width, height, width, height])
+        x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+        return torch.stack([x, y], dim=-1).flatten(-2)
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
@@ -72,6 +73,11 @@ def scale_boxes(boxes: Tensor, scale_x: float, scale_y: float) -> Tensor:
     return boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
 
 
+def _pair(x: float, y: float, like: Tensor) -> Tensor | float:
+    """Factors of x and y; where they are the same a number, whose way to a GPU nobody waits for."""
+    return x if x == y else like.new_tensor([x, y])
+
+
 def encode_boxes(reference: Tensor, target: Tensor, weights: Sequence[float]) -> Tensor:
     """Regression targets that lead from ``reference`` to ``target``: the inverse of :func:`decode_boxes`.
 
@@ -91,8 +97,8 @@ def encode_boxes(reference: Tensor, target: Tensor, weights: Sequence[float]) ->
     reference_center = reference[:, :2] + 0.5 * reference_size
     target_center = target[:, :2] + 0.5 * target_size
     wx, wy, ww, wh = weights
-    position = reference.new_tensor([wx, wy]) * (target_center - reference_center) / reference_size
-    scale = reference.new_tensor([ww, wh]) * torch.log(target_size / reference_size)
+    position = _pair(wx, wy, reference) * (target_center - reference_center) / reference_size
+    scale = _pair(ww, wh, reference) * torch.log(target_size / reference_size)
     return torch.cat([position, scale], dim=1)
 
 
@@ -113,8 +119,8 @@ def decode_boxes(deltas: Tensor, reference: Tensor, weights: Sequence[float]) ->
     center = reference[:, None, :2] + 0.5 * size
     wx, wy, ww, wh = weights
     steps = deltas.view(-1, deltas.shape[1] // 4, 4)
-    position = steps[..., :2] / deltas.new_tensor([wx, wy])
-    scale = (steps[..., 2:] / deltas.new_tensor([ww, wh])).clamp(max=SCALE_CLAMP)
+    position = steps[..., :2] / _pair(wx, wy, deltas)
+    scale = (steps[..., 2:] / _pair(ww, wh, deltas)).clamp(max=SCALE_CLAMP)
     new_center = position * size + center
     new_size = torch.exp(scale) * size
     boxes = torch.cat([new_center - 0.5 * new_size, new_center + 0.5 * new_size], dim=-1)

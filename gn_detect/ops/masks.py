@@ -72,18 +72,19 @@ def rasterize_masks(masks: Sequence[PolygonMask | Tensor], which: Tensor, boxes:
     Returns:
         (N, side, side) bool on ``boxes``' device.
     """
-    targets = torch.zeros(len(boxes), side, side, dtype=torch.bool, device=boxes.device)
+    drawn = np.zeros((len(boxes), side, side), dtype=bool)
     if len(boxes) == 0:
-        return targets
+        return torch.from_numpy(drawn).to(boxes.device)
     used = which.tolist()
     is_bitmap = torch.tensor([isinstance(masks[i], Tensor) for i in used])
     polygon_rows = (~is_bitmap).nonzero()[:, 0].tolist()
     if polygon_rows:
         corners = boxes.detach().cpu().numpy().astype(np.float64)
-        drawn = [rasterize_polygons_in_box(masks[used[row]], corners[row], side) for row in polygon_rows]
-        targets[polygon_rows] = torch.from_numpy(np.stack(drawn)).to(boxes.device)
-    bitmap_rows = is_bitmap.nonzero()[:, 0].to(boxes.device)
-    if len(bitmap_rows):
+        for row in polygon_rows:
+            drawn[row] = rasterize_polygons_in_box(masks[used[row]], corners[row], side)
+    targets = torch.from_numpy(drawn).to(boxes.device)
+    if len(polygon_rows) < len(used):
+        bitmap_rows = is_bitmap.nonzero()[:, 0].to(boxes.device)
         objects, position = torch.unique(which[bitmap_rows], return_inverse=True)
         bitmaps = torch.stack([masks[i] for i in objects.tolist()]).to(boxes.device)
         targets[bitmap_rows] = crop_bitmaps(bitmaps, position, boxes[bitmap_rows], side)

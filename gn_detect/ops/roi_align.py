@@ -69,8 +69,8 @@ def roi_align(
         return pooled.view(len(boxes), output_size, output_size, -1).permute(0, 3, 1, 2)
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1).to(dtype)
     jobs = [
-        (feature.contiguous(), 1.0 / stride, (level == i).nonzero()[:, 0])
-        for i, (feature, stride) in enumerate(zip(features, strides, strict=True))
+        (feature.contiguous(), 1.0 / stride, row)
+        for feature, stride, row in zip(features, strides, rows_by_value(level, len(features)), strict=True)
     ]
 
     def pool(feature: Tensor, scale: float, row: Tensor) -> Tensor:
@@ -83,6 +83,17 @@ def roi_align(
     else:
         pooled = [pool(*job) for job in jobs]
     return torch.cat(pooled)[torch.argsort(torch.cat([row for _, _, row in jobs]))]
+
+
+def rows_by_value(values: Tensor, count: int) -> list[Tensor]:
+    """Where (N,) int64 ``values`` are 0, 1, up to ``count`` - 1: for each the positions, ascending.
+
+    A GPU is waited for once and not for each value; a program that is compiled or exported knows no numbers.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return [(values == i).nonzero()[:, 0] for i in range(count)]
+    numbers = (values[:, None] == torch.arange(count, device=values.device)).sum(0).tolist()
+    return list(torch.argsort(values, stable=True).split(numbers))
 
 
 def _runs_on_cpu(feature: Tensor) -> bool:

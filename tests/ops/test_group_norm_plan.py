@@ -39,7 +39,10 @@ def test_tiles_fit_registers_and_threads() -> None:
         extents = (p.block_groups, p.block_depth, p.block_pixels)
         assert all(power_of_two(extent) == extent for extent in extents)
         elements = p.block_groups * p.block_depth * p.block_pixels
-        assert elements <= p.num_warps * 32 * (32 if direction == "forward" else 16)
+        thread = 32 if direction == "forward" else 16
+        if h * w <= 196:  # RoIs, of which one warp or a few hold whole groups
+            thread = 128 // itemsize if direction == "forward" else 32
+        assert elements <= p.num_warps * 32 * thread
 
 
 def test_large_tensors_fill_the_gpu() -> None:
@@ -50,7 +53,8 @@ def test_large_tensors_fill_the_gpu() -> None:
         p = plan_of(layer, 1, itemsize, last, direction)
         programs = p.tiles * p.splits
         assert not p.one_launch
-        assert 512 <= programs <= 576 if p.num_warps == 8 else 128 <= programs <= 140
+        whole = p.tiles == 1 or p.num_warps == 16  # all groups in every program, or twice as large a tile
+        assert 128 <= programs <= 140 if whole else 512 <= programs <= 576
 
 
 def test_small_groups_take_one_launch() -> None:
