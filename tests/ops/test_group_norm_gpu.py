@@ -66,11 +66,9 @@ def test_inductor() -> None:
 @pytest.mark.parametrize("shape", [(3, 32, 4800, 4800), (1, 64, 6000, 6000)])
 def test_more_elements_than_32_bits_count(shape: tuple[int, ...], order: torch.memory_format) -> None:
     """In all, and in one sample."""
-    x = (
-        torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        .contiguous(memory_format=order)
-        .requires_grad_()
-    )
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+    x = x.contiguous(memory_format=order).requires_grad_()
     assert x.numel() > 2**31
     y = group_norm(x, 16, activation="relu")
     dy = torch.ones_like(y)
@@ -79,11 +77,13 @@ def test_more_elements_than_32_bits_count(shape: tuple[int, ...], order: torch.m
         depth = shape[1] // 16
         part = (slice(sample, sample + 1), slice(group * depth, (group + 1) * depth))
         own = x.detach()[part].float().contiguous().requires_grad_()
-        expected = F.group_norm(own, 1).relu()
-        torch.testing.assert_close(y[part].float(), expected, rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(
-            dx[part].float(), torch.autograd.grad(expected.sum(), own)[0], rtol=1e-2, atol=1e-2
-        )
+        z = F.group_norm(own, 1)
+        torch.testing.assert_close(y[part].float(), z.relu(), rtol=1e-2, atol=1e-2)
+        # Of so many values some are 0 but for the rounding of the statistics: there y says what passed.
+        passed = y[part] > 0
+        assert not (passed != (z > 0))[z.abs() > 1e-5].any()
+        expected = torch.autograd.grad(z, own, passed.float())[0]
+        torch.testing.assert_close(dx[part].float(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_another_device_than_the_current_one() -> None:
