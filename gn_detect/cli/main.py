@@ -98,13 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed command line; ``KEY VALUE`` pairs may also follow flags, which argparse alone refuses."""
+    """The parsed command line; ``KEY VALUE`` pairs and inputs may be parted by flags, which argparse refuses."""
     parser = make_parser()
     args, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("--") for word in rest) or (rest and not hasattr(args, "overrides")):
+    lists = [name for name in ("overrides", "inputs") if hasattr(args, name)]
+    if any(word.startswith("--") for word in rest) or (rest and not lists):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        args.overrides += rest
+        getattr(args, lists[0]).extend(rest)
     return args
 
 

@@ -52,6 +52,19 @@ def predict(case: Case, output: Path, *arguments: object) -> int:
 
 
 @pytest.mark.usefixtures("stub")
+def test_flags_may_stand_anywhere(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before, between and behind the images and the ``KEY VALUE`` pairs."""
+    first, second = (str(case.train.parent / f"images/00{i}.png") for i in (1, 2))
+    some = [first, "--output", str(tmp_path / "out"), second, "--workers", "0", "MODEL.DEVICE", "cpu"]
+    assert main(["predict", "--config-file", str(case.config), *some, "--no-pictures"]) == 0
+    found = json.loads((tmp_path / "out/images.json").read_text())
+    assert [image["file_name"] for image in found["images"]] == ["001.png", "002.png"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["predict", *some, "--colour", "red"])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stub")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_named_and_the_others_are_done(
     case: Case, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
