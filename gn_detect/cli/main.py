@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed command line; ``KEY VALUE`` pairs and inputs may be parted by flags, which argparse refuses."""
+    """The parsed command line; flags may part ``KEY VALUE`` pairs or inputs, which argparse alone refuses."""
     parser = make_parser()
     args, rest = parser.parse_known_args(arguments)
     lists = [name for name in ("overrides", "inputs") if hasattr(args, name)]

@@ -58,7 +58,7 @@ def test_flags_may_stand_anywhere(case: Case, tmp_path: Path, capsys: pytest.Cap
     some = [first, "--output", str(tmp_path / "out"), second, "--workers", "0", "MODEL.DEVICE", "cpu"]
     assert main(["predict", "--config-file", str(case.config), *some, "--no-pictures"]) == 0
     found = json.loads((tmp_path / "out/images.json").read_text())
-    assert [image["file_name"] for image in found["images"]] == ["001.png", "002.png"]
+    assert [image["file_name"] for image in found["images"]] == [first, second]
     with pytest.raises(SystemExit, match="2"):
         main(["predict", *some, "--colour", "red"])
     assert "unrecognized arguments" in capsys.readouterr().err
