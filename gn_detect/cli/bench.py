@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=workload.images, help="in a batch")
     parser.add_argument("--objects", type=int, default=workload.objects, help="in an image")
     parser.add_argument(
-        "--iterations", type=int, default=10, help="timed steps; with norm, rounds of each norm"
+        "--iterations",
+        type=int,
+        default=10,
+        help="timed steps; with norm, rounds of each norm (on a GPU as many as fit)",
     )
     parser.add_argument("--workload", metavar="FOLDER", help="leave images, annotations and proposals there")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")

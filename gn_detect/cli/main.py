@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -102,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser()
     args, rest = parser.parse_known_args(arguments)
     lists = [name for name in ("overrides", "inputs") if hasattr(args, name)]
-    if any(word.startswith("--") for word in rest) or (rest and not lists):
+    if any(re.match("--?[A-Za-z]", word) for word in rest) or (rest and not lists):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         getattr(args, lists[0]).extend(rest)

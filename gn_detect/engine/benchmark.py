@@ -62,7 +62,7 @@ class Report:
     """Result of a benchmark.
 
     Attributes:
-        seconds: of each step from the batch on: a training run's data come from other processes.
+        seconds: of each step from the batch on, which in a run other processes prepare.
         parts: part -> milliseconds in one step, from a few extra steps under torch's profiler.
         memory: bytes by which the process (on a GPU the allocator) grew above its size before the first step.
         summary: one number that tells whether two runs did the same: the total loss, or the detections.
@@ -74,13 +74,16 @@ class Report:
     summary: float = 0.0
 
     def __str__(self) -> str:
-        total = sum(self.parts.values())
-        rows = [f"{name:<10} {ms:9.1f} ms {ms / total:6.1%}" for name, ms in self.parts.items()]
-        median = statistics.median(self.seconds)
+        parts = {name: ms for name, ms in self.parts.items() if name != "data"}
+        total = sum(parts.values())
+        rows = [f"{name:<10} {ms:9.1f} ms {ms / total:6.1%}" for name, ms in parts.items()]
+        if "data" in self.parts:
+            rows.append(f"{'data':<10} {self.parts['data']:9.1f} ms beside these")
+        median, least = statistics.median(self.seconds), min(self.seconds)
         return "\n".join(
             [
                 *rows,
-                f"one step: median {median:.3f} s, least {min(self.seconds):.3f} s of {len(self.seconds)}",
+                f"one step, without data: median {median:.3f} s, least {least:.3f} s of {len(self.seconds)}",
                 f"peak memory above the start: {self.memory / MIB:.0f} MiB",
             ]
         )

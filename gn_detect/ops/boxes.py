@@ -24,11 +24,10 @@ def clip_boxes(boxes: Tensor, size: tuple[int, int] | Tensor) -> Tensor:
     """Boxes (..., 4) cut at the borders of an image of ``size`` = (height, width), two numbers or (2,)."""
     if isinstance(size, Tensor):  # an exported program reads it from its input
         limit = size.flip(0).repeat(2).to(boxes.dtype)
-    else:
-        height, width = size
-        x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
-        return torch.stack([x, y], dim=-1).flatten(-2)
-    return torch.minimum(boxes.clamp(min=0), limit)
+        return torch.minimum(boxes.clamp(min=0), limit)
+    height, width = size
+    x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+    return torch.stack([x, y], dim=-1).flatten(-2)
 
 
 def nms_by_group(boxes: Tensor, scores: Tensor, group: Tensor, num_groups: int, threshold: float) -> Tensor:

@@ -75,6 +75,9 @@ def _forward(
         return torch.empty_like(x), _empty_statistics(x, num_groups).zero_()
     if not _kernels_run_on(x.device):
         return _native_forward(x, num_groups, weight, bias, eps, residual, relu)
+    for tensor in (weight, bias, residual):  # kernels would read what lies at its address on this device
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"all tensors must be on one device, not on {x.device} and {tensor.device}")
     weight, bias = _contiguous(weight), _contiguous(bias)
     residual = None if residual is None else _in_order(residual, last)
     return _kernels().forward(x, num_groups, weight, bias, eps, residual, relu, last)

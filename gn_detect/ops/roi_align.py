@@ -86,7 +86,7 @@ def roi_align(
 
 
 def rows_by_value(values: Tensor, count: int) -> list[Tensor]:
-    """Where (N,) int64 ``values`` are 0, 1, up to ``count`` - 1: for each the positions, ascending.
+    """Positions, ascending, of 0, 1, up to ``count`` - 1 in (N,) int64 ``values``, which are all of these.
 
     A GPU is waited for once and not for each value; a program that is compiled or exported knows no numbers.
     """

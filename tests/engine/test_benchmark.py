@@ -35,7 +35,7 @@ def test_parts_of_a_step(
     assert set(report["parts"]) >= parts - {"losses"} and all(ms > 0 for ms in report["parts"].values())
     assert len(report["seconds"]) == 2 and report["summary"] > 0
     printed = capsys.readouterr().out
-    assert "one step: median" in printed and "backbone" in printed
+    assert "one step, without data: median" in printed and "backbone" in printed
 
 
 def test_the_workload_is_the_same_each_time(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ Triton launched the first time: the same binary with the same arguments.
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,21 @@ class Launcher:
 
 
 class Utilities:
-    """What Triton asks of a GPU before it launches."""
+    """What Triton asks of a GPU before it launches; a kernel's module and function are the same number."""
+
+    def __init__(self) -> None:
+        self.loaded = 0
+        self.unloaded: set[int] = set()
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 * 1024}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
-        return hash(kernel), hash(kernel), 32, 0, 1024
+        self.loaded += 1
+        return self.loaded, self.loaded, 32, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        self.unloaded.add(module)
 
 
 class Driver:
@@ -107,6 +116,11 @@ def check_bound_launches() -> None:
             calls = []
             for image in (x, x, shifted, x):
                 Launcher.launched.clear()
+                if len(calls) == 3:  # Triton forgets what it compiled; what is bound must stay
+                    for module, names in KERNELS.items():
+                        for name in names:
+                            getattr(module, name).device_caches.clear()
+                    gc.collect()
                 y, statistics = launch.forward(image, 8, weight, None, 1e-5, residual, True, last)
                 saved, needs = (None, (True, False, True)) if residual is None else (y, (True, True, True))
                 launch.backward(x, image, saved, weight, None, statistics, True, last, needs)
@@ -117,11 +131,14 @@ def check_bound_launches() -> None:
                 assert one[:5] == two[:5], "another grid, stream or binary"
                 assert len(one[5]) == len(two[5])
                 for theirs, ours in zip(one[5], two[5], strict=True):
-                    # Results have memory of their own every time.
-                    assert type(ours) is int if isinstance(theirs, torch.Tensor) else ours == theirs
+                    if any(theirs is tensor for tensor in (x, weight)):
+                        assert ours == theirs.data_ptr()
+                    else:  # results have memory of their own every time
+                        assert type(ours) is int if isinstance(theirs, torch.Tensor) else ours == theirs
                 assert any(isinstance(a, torch.Tensor) for a in one[5]), "Triton did not launch the first"
                 assert any(isinstance(a, torch.Tensor) for a in other[5]), "an unaligned tensor was bound"
             assert [c[:5] for c in again] == [c[:5] for c in bound]
+            assert not {c[3] for c in again} & Driver.utils.unloaded, "launched after it left the GPU"
 
 
 def main() -> None:

@@ -33,6 +33,18 @@ def test_decoding_inverts_encoding(reference: torch.Tensor, seed: int) -> None:
     torch.testing.assert_close(decoded.double(), target, rtol=1e-5, atol=1e-3)
 
 
+def test_weights_of_x_and_y_may_differ() -> None:
+    """Each coordinate has its own; equal ones are multiplied as numbers, with the same result."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(20, 2, generator=generator) * 50
+    reference = torch.cat([corner, corner + torch.rand(20, 2, generator=generator) * 40 + 1], dim=1)
+    target = reference + torch.rand(20, 4, generator=generator)
+    plain = encode_boxes(reference, target, (1, 1, 1, 1))
+    different = encode_boxes(reference, target, (2, 3, 4, 5))
+    torch.testing.assert_close(different, plain * torch.tensor([2.0, 3, 4, 5]))
+    torch.testing.assert_close(decode_boxes(different, reference, (2, 3, 4, 5)), target)
+
+
 def test_deltas_of_a_known_pair() -> None:
     reference = torch.tensor([[0.0, 0.0, 10.0, 20.0]])
     target = torch.tensor([[5.0, 0.0, 25.0, 20.0]])

@@ -61,6 +61,19 @@ def assert_all_close(ours: list[Tensor], theirs: list[Tensor], tolerance: float 
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
+def test_tensors_of_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels take addresses: that of another device would be read on this one."""
+    monkeypatch.setattr(operator, "_kernels_run_on", lambda device: True)
+    x, weight = random(2, 8, 5, 6), random(8)
+    for elsewhere in (
+        (weight.to("meta"), None, 1e-5, None),
+        (weight, weight.to("meta"), 1e-5, None),
+        (weight, None, 1e-5, x.to("meta")),
+    ):
+        with pytest.raises(RuntimeError, match="on one device, not on .* and meta"):
+            operator.fused_group_norm(x, 4, *elsewhere, True)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kernels", [True, False])

@@ -40,7 +40,7 @@ def test_tiles_fit_registers_and_threads() -> None:
         assert all(power_of_two(extent) == extent for extent in extents)
         elements = p.block_groups * p.block_depth * p.block_pixels
         thread = 32 if direction == "forward" else 16
-        if h * w <= 196:  # RoIs, of which one warp or a few hold whole groups
+        if n >= 128:  # RoIs, of which one warp or a few hold whole groups
             thread = 128 // itemsize if direction == "forward" else 32
         assert elements <= p.num_warps * 32 * thread
 
@@ -105,8 +105,11 @@ def test_unusual_groups_have_a_plan(channels: int, groups: int | str) -> None:
     if channels % count:
         pytest.skip("does not divide")
     for pixels, last, direction in itertools.product(
-        (1, 49, 5000, 3_000_000), (False, True), ("forward", "backward")
+        (1, 49, 169, 576, 1024, 5000, 3_000_000), (False, True), ("forward", "backward")
     ):
-        p = make_plan(direction, 1, channels, pixels, count, 4, last)
-        assert p.block_groups * p.block_depth * p.block_pixels <= 16384
-        assert p.tiles * p.splits >= 1
+        for samples, itemsize in itertools.product((1, 5000), (2, 4, 8)):
+            p = make_plan(direction, samples, channels, pixels, count, itemsize, last)
+            elements = p.block_groups * p.block_depth * p.block_pixels
+            assert elements <= (16384 if direction == "forward" else 8192)
+            assert elements <= p.num_warps * 32 * (64 if direction == "forward" else 32)
+            assert p.tiles * p.splits >= 1

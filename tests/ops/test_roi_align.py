@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from gn_detect.ops import roi_align
+from gn_detect.ops import roi_align, rows_by_value
 
 STRIDES = (4, 8, 16)
 
@@ -125,3 +125,15 @@ def test_no_boxes() -> None:
     assert all(f.grad is not None and not f.grad.any() for f in features)
     with torch.inference_mode():
         assert roi_align(features, torch.zeros(0, 4), empty, empty, STRIDES, 7).shape == (0, 8, 7, 7)
+
+
+@pytest.mark.parametrize("values", [[2, 0, 2, 2, 0], [1], []])
+def test_rows_by_value(values: list[int]) -> None:
+    """Also of values that do not occur, and as a program that is traced."""
+    found = rows_by_value(torch.tensor(values, dtype=torch.int64), 4)
+    assert [rows.tolist() for rows in found] == [
+        [i for i, v in enumerate(values) if v == n] for n in range(4)
+    ]
+    traced = torch.jit.trace(lambda v: tuple(rows_by_value(v, 4)), torch.tensor([0, 1]), check_trace=False)
+    for ours, theirs in zip(traced(torch.tensor(values, dtype=torch.int64)), found, strict=True):
+        assert torch.equal(ours, theirs)

@@ -19,8 +19,9 @@ from triton.runtime import driver
 ALIGNMENT = 16
 """Bytes by which every pointer must be divisible: so Triton compiled the kernel. Others it compiles apart."""
 
-HAS_KNOWN_LAUNCHER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
-"""Whether a compiled kernel takes the arguments that :func:`_bind` gives it: Triton 3.6 and later."""
+HAS_KNOWN_LAUNCHER = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 8)
+"""Whether a compiled kernel takes the arguments that :func:`_bind` gives it, as seen in these versions of
+Triton. With others every launch is left to it."""
 
 Bound = Callable[[int, int, "list[int | None]", "tuple[float, ...]"], None]
 """What launches a compiled kernel: takes number of programs, stream, addresses of tensors, and numbers."""
@@ -74,7 +75,8 @@ class Launch:
         compiled = kernel[(self.programs,)](*tensors, *numbers, **self.constants)
         if known is not None and HAS_KNOWN_LAUNCHER and isinstance(compiled, CompiledKernel):
             names = kernel.arg_names[len(tensors) + len(numbers) :]
-            known[id(kernel)] = _bind(compiled, tuple(self.constants[name] for name in names))
+            bound = _bind(compiled, tuple(self.constants[name] for name in names))
+            known.setdefault(id(kernel), bound)
 
 
 def _bind(compiled: CompiledKernel, constants: tuple[Any, ...]) -> Bound:
@@ -83,4 +85,5 @@ def _bind(compiled: CompiledKernel, constants: tuple[Any, ...]) -> Bound:
     def launch(programs: int, stream: int, addresses: list[int | None], numbers: tuple[float, ...]) -> None:
         run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
 
+    launch.kernel = compiled  # type: ignore[attr-defined]  # which takes its code from the GPU when it goes
     return launch

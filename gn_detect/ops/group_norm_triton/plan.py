@@ -34,17 +34,25 @@ GROUP_TILE = {"forward": 16384, "backward": 8192}
 """Most elements of a tile of 16 warps: 32 a thread for x, 16 for x and dy. Twice as many spill registers."""
 
 SPLIT_TILE = 4096
-"""Elements of a tile of 8 warps: 16 a thread."""
+"""Elements of a tile of 8 warps (or 4, or twice as many of 16): 16 or 32 a thread."""
 
-TINY_TILE = 2048
-"""Elements of the largest groups (RoIs') that one warp or a few hold whole. What a program waits for there is
-its sums over warps: on an H200 a box head takes a third of the time with 1 warp that it takes with 8."""
+TINY_GROUP, TINY_GROUPS = 2048, 1024
+"""Elements of the largest and least number of groups that few warps hold whole: those of RoIs. What a program
+waits for there is its sums over warps: on an H200 a box head takes a third of the time with 1 warp that it
+takes with 8. Fewer groups leave the GPU room for more warps, and float64 leaves too few registers."""
 
-LEAST_TILE = 512
-"""Elements of a tile that one warp has at least, where the memory order leaves the choice."""
+TINY_TILE = {"channels first": 512, "channels last": 2048}
+"""Elements of such a tile at least: one group, or more of smaller ones."""
 
 TINY_BYTES = 128
-"""Of x for each thread of such a program in the forward."""
+"""Of x for each thread of such a tile in the forward."""
+
+TINY_SHARE = {"channels first": 32, "channels last": 16}
+"""Elements of x for each thread in the backward, which holds dy, too, and in channels-last order keeps sums
+of each channel, which more threads share."""
+
+NEIGHBOURS = 16
+"""Channels of a pixel in such a tile at least, in channels-last order; in the backward of 4 bytes each 32."""
 
 SMALL_BYTES = 20 * 1000**2
 """Of a tensor in channels-last order whose split forward takes 4 warps a program instead of 8: 10 to 25 %
@@ -114,8 +122,9 @@ def make_plan(
     """
     depth = channels // groups
     narrow = 0 if channels_last else _narrowness(pixels, itemsize)
-    if power_of_two(depth) * power_of_two(pixels) <= TINY_TILE:
-        return _tiny(direction, samples, pixels, groups, depth, itemsize, channels_last)
+    tiny = samples * groups >= TINY_GROUPS and power_of_two(depth) * power_of_two(pixels) <= TINY_GROUP
+    if tiny and itemsize <= 4:
+        return _tiny(direction, samples, pixels, groups, depth, itemsize, channels_last, narrow)
     width = _one_launch_groups(pixels, groups, depth, itemsize, channels_last, narrow)
     rows = width * power_of_two(depth)
     if width * depth * pixels * itemsize <= ONE_LAUNCH_BYTES and rows <= GROUP_TILE[direction]:
@@ -124,22 +133,28 @@ def make_plan(
 
 
 def _tiny(
-    direction: str, samples: int, pixels: int, groups: int, depth: int, itemsize: int, channels_last: bool
+    direction: str,
+    samples: int,
+    pixels: int,
+    groups: int,
+    depth: int,
+    itemsize: int,
+    channels_last: bool,
+    narrow: int,
 ) -> Plan:
-    """Few warps that hold their groups whole; in channels-last order at least 16 channels of every pixel."""
+    """Few warps that hold their groups whole."""
     area = power_of_two(depth) * power_of_two(pixels)
     backward = direction == "backward"
+    order = "channels last" if channels_last else "channels first"
+    least = TINY_TILE[order] // area
     if channels_last:
-        neighbours = 32 if backward and itemsize > 2 else 16
-        least, fitting = neighbours // power_of_two(depth), TINY_TILE // area
-    else:
-        least, fitting = 1, LEAST_TILE // area
-    width = min(max(least, fitting, 1), power_of_two(groups))
+        neighbours = 2 * NEIGHBOURS if backward and itemsize > 2 else NEIGHBOURS
+        least = max(least, neighbours // power_of_two(depth))
+    share = min(TINY_SHARE[order], TINY_BYTES // itemsize) if backward else TINY_BYTES // itemsize
+    share >>= max(narrow - 1, 0)  # narrow accesses have many addresses
+    width = min(max(least, 1), max(GROUP_TILE[direction] // area, 1), power_of_two(groups))
     tiles = -(-groups // width)
     elements = width * area
-    share = TINY_BYTES // itemsize  # elements of a thread; the backward holds dy, too
-    if backward:
-        share = 16 if channels_last else 32
     return Plan(
         one_launch=True,
         block_groups=width,
