@@ -4,7 +4,8 @@ A tile covers ``block_groups`` groups x ``block_depth`` channels of each x ``blo
 
 - *one launch*, where the groups of a tile have at most :data:`ONE_LAUNCH_BYTES`: a program normalises whole
   groups. They stay in registers where the tile holds all pixels (x is then read once and written once), and
-  are read a second time, from the multiprocessor's own cache, where it does not.
+  are read a second time, from the multiprocessor's own cache, where it does not. Many small groups, as RoIs
+  have them, are held by a warp or a few each.
 - *split*, for larger groups: with 1 or 2 images there are only 32 or 64 groups of up to half a million
   elements, fewer than a GPU has multiprocessors. About :data:`SPLIT_PROGRAMS` programs take the statistics of
   a part of a group each; a second launch merges them and normalises.
