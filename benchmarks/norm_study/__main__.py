@@ -22,7 +22,9 @@ from tqdm import tqdm
 from gn_detect.files import atomic_write_json, atomic_write_text
 
 from . import classifier, detector, drawn
-from .cells import Cell, plan, quick_plan
+from .cells import Cell, Task, plan, quick_plan
+
+TASKS: list[Task] = ["classifier", "detector"]
 
 
 def main() -> None:
@@ -41,8 +43,10 @@ def main() -> None:
             atomic_write_json(path, dict(sorted(done.items())), indent=1)
             bar.set_postfix_str(cell.name)
             bar.update()
-    results = {cell: done[cell.name] for cell in cells if cell.name in done}
-    print(f"{len(results)} of {len(cells)} trainings are done")
+    print(f"{sum(cell.name in done for cell in cells)} of {len(cells)} trainings are done")
+    # Also of the tasks that were not asked for this time: the files hold all that is known.
+    both = quick_plan(TASKS) if args.quick else plan(TASKS, args.seeds)
+    results = {cell: done[cell.name] for cell in both if cell.name in done}
     text = drawn.tables(results)
     print(text)
     if results:
@@ -101,9 +105,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python tools/norm_study.py", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/norm_study"))
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of the images")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=("classifier", "detector"), default=["classifier", "detector"]
-    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hours", type=float, default=2.0, help="after which no training is begun")
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side, of one thread each")
