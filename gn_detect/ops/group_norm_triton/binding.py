@@ -82,8 +82,13 @@ class Launch:
 def _bind(compiled: CompiledKernel, constants: tuple[Any, ...]) -> Bound:
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
-    def launch(programs: int, stream: int, addresses: list[int | None], numbers: tuple[float, ...]) -> None:
+    def launch(
+        programs: int,
+        stream: int,
+        addresses: list[int | None],
+        numbers: tuple[float, ...],
+        kept: CompiledKernel = compiled,  # it takes its code from the GPU when it goes
+    ) -> None:
         run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
 
-    launch.kernel = compiled  # type: ignore[attr-defined]  # which takes its code from the GPU when it goes
     return launch

@@ -61,8 +61,8 @@ def forward(
         num_groups, eps, relu: as in :func:`gn_detect.ops.group_norm`.
     """
     shape, device = x.shape, x.device
-    types = (x.dtype, _dtype(residual), _dtype(weight), _dtype(bias))
-    recipe = _forward_recipe(shape, types, device.index, num_groups, relu, channels_last)
+    others = (_dtype(residual), _dtype(weight), _dtype(bias))
+    recipe = _forward_recipe(shape, x.dtype, others, device.index, num_groups, relu, channels_last)
     y = torch.empty_like(x)
     accumulator = _accumulator(x.dtype)
     statistics = torch.empty((2, shape[0], num_groups), dtype=accumulator, device=device)
@@ -101,8 +101,8 @@ def backward(
     """
     shape, device = x.shape, x.device
     num_groups = statistics.shape[2]
-    types = (x.dtype, _dtype(dy), _dtype(y), _dtype(weight), _dtype(bias))
-    recipe = _backward_recipe(shape, types, device.index, num_groups, relu, channels_last, needs)
+    others = (_dtype(y), _dtype(dy), _dtype(weight), _dtype(bias))
+    recipe = _backward_recipe(shape, x.dtype, others, device.index, num_groups, relu, channels_last, needs)
     needs_x, needs_residual, needs_affine = needs
     dtype = statistics.dtype
     dx = torch.empty_like(x) if needs_x else None
@@ -132,18 +132,17 @@ def backward(
 @lru_cache(maxsize=4096)
 def _forward_recipe(
     shape: torch.Size,
-    types: tuple[torch.dtype | None, ...],
+    dtype: torch.dtype,
+    others: tuple[torch.dtype | None, ...],
     device: int | None,
     num_groups: int,
     relu: bool,
     channels_last: bool,
 ) -> _Recipe:
-    pixels, samples = shape[2:].numel(), shape[0]
-    itemsize = types[0].itemsize  # type: ignore[union-attr]
-    plan = make_plan("forward", samples, shape[1], pixels, num_groups, itemsize, channels_last)
-    units, common = _common(plan, shape, itemsize, num_groups, channels_last)
+    samples, pixels = shape[0], shape[2:].numel()
+    plan, units, common = _planned("forward", shape, dtype, num_groups, channels_last)
     programs = samples * plan.tiles * plan.splits
-    key = (types, device)
+    key = (dtype, others, device)
     if plan.one_launch:
         first = common | {"RELU": relu, "ONE_TILE": plan.holds_all(pixels)}
         return _Recipe(True, (samples, units), 1, 1, _launch(programs, first, key), None)
@@ -162,18 +161,17 @@ def _forward_recipe(
 @lru_cache(maxsize=4096)
 def _backward_recipe(
     shape: torch.Size,
-    types: tuple[torch.dtype | None, ...],
+    dtype: torch.dtype,
+    others: tuple[torch.dtype | None, ...],
     device: int | None,
     num_groups: int,
     relu: bool,
     channels_last: bool,
     needs: tuple[bool, bool, bool],
 ) -> _Recipe:
-    pixels, samples = shape[2:].numel(), shape[0]
-    itemsize = types[0].itemsize  # type: ignore[union-attr]
-    plan = make_plan("backward", samples, shape[1], pixels, num_groups, itemsize, channels_last)
-    units, common = _common(plan, shape, itemsize, num_groups, channels_last)
-    key = (types, device, needs)
+    samples, pixels = shape[0], shape[2:].numel()
+    plan, units, common = _planned("backward", shape, dtype, num_groups, channels_last)
+    key = (dtype, others, device, needs)
     first = common | {"RELU": relu}
     if plan.one_launch:
         runs = -(-samples // plan.samples)
@@ -184,7 +182,7 @@ def _backward_recipe(
     second = None
     if needs[0]:
         # With a residual and a ReLU the first launch has applied the ReLU.
-        applied = types[2] is not None or needs[1]
+        applied = others[0] is not None or needs[1]
         constants = common | {"RELU": relu and not applied, "BLOCK_PARTS": power_of_two(parts)}
         second = _launch(programs, constants, key)
     sizes = (samples, units, plan.splits, plan.split_tiles)
@@ -197,24 +195,30 @@ def _launch(programs: int, constants: dict[str, Any], key: tuple[Any, ...]) -> L
     return Launch(programs, constants, compiled)
 
 
-def _common(
-    plan: Plan, shape: torch.Size, itemsize: int, num_groups: int, channels_last: bool
-) -> tuple[int, dict[str, Any]]:
-    """Pixels of a channel in units of their alignment, and the constants of all kernels."""
-    channels, pixels = shape[1], shape[2:].numel()
+def _planned(
+    direction: str, shape: torch.Size, dtype: torch.dtype, num_groups: int, channels_last: bool
+) -> tuple[Plan, int, dict[str, Any]]:
+    """The plan, pixels of a channel in units of their alignment, and the constants of all kernels."""
+    samples, channels, pixels = shape[0], shape[1], shape[2:].numel()
+    itemsize = dtype.itemsize
+    plan = make_plan(direction, samples, channels, pixels, num_groups, itemsize, channels_last)
     # In channels-last order the pixels lie no neighbours; one constant then saves compilations.
     aligned = 1 if channels_last else alignment(pixels, itemsize)
-    return pixels // aligned, {
-        "CHANNELS": channels,
-        "GROUPS": num_groups,
-        "ALIGNMENT": aligned,
-        "BLOCK_GROUPS": plan.block_groups,
-        "BLOCK_DEPTH": plan.block_depth,
-        "BLOCK_PIXELS": plan.block_pixels,
-        "CHANNELS_LAST": channels_last,
-        "WIDE": channels * pixels >= 2**31,
-        "num_warps": plan.num_warps,
-    }
+    return (
+        plan,
+        pixels // aligned,
+        {
+            "CHANNELS": channels,
+            "GROUPS": num_groups,
+            "ALIGNMENT": aligned,
+            "BLOCK_GROUPS": plan.block_groups,
+            "BLOCK_DEPTH": plan.block_depth,
+            "BLOCK_PIXELS": plan.block_pixels,
+            "CHANNELS_LAST": channels_last,
+            "WIDE": channels * pixels >= 2**31,
+            "num_warps": plan.num_warps,
+        },
+    )
 
 
 def _dtype(x: Tensor | None) -> torch.dtype | None:

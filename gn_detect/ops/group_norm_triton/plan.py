@@ -129,7 +129,9 @@ def make_plan(
     width = _one_launch_groups(pixels, groups, depth, itemsize, channels_last, narrow)
     rows = width * power_of_two(depth)
     if width * depth * pixels * itemsize <= ONE_LAUNCH_BYTES and rows <= GROUP_TILE[direction]:
-        return _one_launch(direction, samples, pixels, groups, depth, width, narrow)
+        block_pixels = min(power_of_two(pixels), max((GROUP_TILE[direction] >> narrow) // rows, 1))
+        num_warps = _warps(rows * block_pixels << narrow)
+        return _one_launch(direction, samples, pixels, groups, depth, width, block_pixels, num_warps)
     return _split(direction, samples, pixels, groups, depth, itemsize, channels_last, narrow)
 
 
@@ -154,20 +156,8 @@ def _tiny(
     share = min(TINY_SHARE[order], TINY_BYTES // itemsize) if backward else TINY_BYTES // itemsize
     share >>= max(narrow - 1, 0)  # narrow accesses have many addresses
     width = min(max(least, 1), max(GROUP_TILE[direction] // area, 1), power_of_two(groups))
-    tiles = -(-groups // width)
-    elements = width * area
-    return Plan(
-        one_launch=True,
-        block_groups=width,
-        block_depth=power_of_two(depth),
-        block_pixels=power_of_two(pixels),
-        pieces=1,
-        tiles=tiles,
-        splits=1,
-        split_tiles=1,
-        samples=-(-samples * tiles // GRADIENT_PROGRAMS) if backward else 1,
-        num_warps=min(max(elements // (32 * share), 1), 16),
-    )
+    num_warps = min(max(width * area // (32 * share), 1), 16)
+    return _one_launch(direction, samples, pixels, groups, depth, width, power_of_two(pixels), num_warps)
 
 
 def _one_launch_groups(
@@ -182,23 +172,27 @@ def _one_launch_groups(
 
 
 def _one_launch(
-    direction: str, samples: int, pixels: int, groups: int, depth: int, width: int, narrow: int
+    direction: str,
+    samples: int,
+    pixels: int,
+    groups: int,
+    depth: int,
+    width: int,
+    block_pixels: int,
+    num_warps: int,
 ) -> Plan:
-    block_depth = power_of_two(depth)
-    rows = width * block_depth
-    block_pixels = min(power_of_two(pixels), max((GROUP_TILE[direction] >> narrow) // rows, 1))
     tiles = -(-groups // width)
     return Plan(
         one_launch=True,
         block_groups=width,
-        block_depth=block_depth,
+        block_depth=power_of_two(depth),
         block_pixels=block_pixels,
         pieces=1,
         tiles=tiles,
         splits=1,
         split_tiles=-(-pixels // block_pixels),
         samples=-(-samples * tiles // GRADIENT_PROGRAMS) if direction == "backward" else 1,
-        num_warps=_warps(rows * block_pixels << narrow),
+        num_warps=num_warps,
     )
 
 
