@@ -59,11 +59,12 @@ def depends_on_batch(task: Task, norm: str) -> bool:
 def plan(tasks: list[Task], seeds: int) -> list[Cell]:
     """All cells, those that tell most first, so that an unfinished study still answers its first questions.
 
-    Of every seed: BN and GN with any number of images per worker and every norm with 2; then the group study
-    with 2 images per worker, which a group norm does not see; last the detectors of the other norms, which do
-    not look at the batch either, with 1, 4, 8 and 16.
+    Of every seed: BN and GN with any number of images per worker and every norm with 2. Then one seed after the
+    other, so that no part of the tables waits for all seeds of another: the group study with 2 images per worker,
+    which a group norm does not see, and the detectors of the other norms, which do not look at the batch either,
+    with 1, 4, 8 and 16.
     """
-    telling, groups, rest = [], [], []
+    telling, rest = [], []
     for seed in range(1, seeds + 1):
         main = [
             Cell(task, norm, batch, seed)
@@ -73,10 +74,10 @@ def plan(tasks: list[Task], seeds: int) -> list[Cell]:
             if batch == 2 or depends_on_batch(task, norm)
         ]
         telling += [cell for cell in main if cell.norm in ("BN", "GN") or cell.batch == 2]
-        rest += [cell for cell in main if cell.norm not in ("BN", "GN") and cell.batch != 2]
-        groups += [Cell(task, "GN", 2, seed, groups=number) for task in tasks for number in GROUPS]
-        groups += [Cell(task, "GN", 2, seed, group_size=size) for task in tasks for size in GROUP_SIZES]
-    return telling + groups + rest
+        rest += [Cell(task, "GN", 2, seed, groups=number) for task in tasks for number in GROUPS]
+        rest += [Cell(task, "GN", 2, seed, group_size=size) for task in tasks for size in GROUP_SIZES]
+        rest += [cell for cell in main if cell not in telling]
+    return telling + rest
 
 
 def quick_plan(tasks: list[Task]) -> list[Cell]:

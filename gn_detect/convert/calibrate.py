@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import atomic_write
 from ..layers import GroupNorm
 from .anneal import Annealing, statistics_of
 from .balance import MAX_SAMPLES, Balance, balance, measure
-from .images import ImageStream
+from .distillation import Distillation, copy_of_state
+from .images import ImageStream, digest
 from .match import GroupStatistics
 from .moments import Run, measure_moments
 from .objective import Objective, Outputs, find_blocks, measure_errors, outputs_of_one_input
-from .rates import ADAM_EPS, ANNEALED, WARMED_UP, Rate, rates_of, schedule
+from .rates import rates_of
 from .report import BALANCED, CALIBRATED, CONVERTED, ConversionReport, LayerReport
 from .source import SourceNorm, read_norm
 
 ROUNDING = 1e-2
 """Largest relative difference to the original that a change of nothing but scales may make."""
-
-CHECKS = 5
-"""Evaluations on the held-out images once the norms are what they will be."""
-
-
-@dataclass
-class _Progress:
-    """What a resumed calibration starts from.
-
-    Attributes:
-        step: number of steps taken.
-        best_loss, best: smallest loss on the held-out images, and the model's state there.
-    """
-
-    step: int
-    best_loss: float
-    best: dict[str, Tensor]
 
 
 def calibrate(
@@ -101,7 +80,8 @@ def calibrate(
         outputs: (original, converted, batch) -> pairs of tensors to compare, for models whose outputs on the
             same batch cannot be paired, such as detectors (see ``gn_detect.modeling.paired_outputs``).
         seed: of the order of images and of the augmentation.
-        checkpoint: file that is written now and then, and from which an interrupted calibration goes on.
+        checkpoint: file that is written now and then and at the end, and from which the same calibration goes
+            on; of a finished one the result is there at once. Delete it when the result is saved.
         report: of :func:`convert_norm`, to be completed; by default a new one.
         progress: show a bar.
 
@@ -114,6 +94,10 @@ def calibrate(
             finite, or a checkpoint of another calibration.
     """
     stream = ImageStream(images, batch_size, held_out, augment, seed)
+    # Before anything is changed: that a resumed one starts from the same is all that can be asked.
+    given = (
+        "" if checkpoint is None else digest([original.state_dict(), converted.state_dict(), *stream.content])
+    )
     with _prepared(original, converted, parameters):
         norms = _converted_norms(original, converted)
         sources = _sources(original, norms)
@@ -151,122 +135,9 @@ def calibrate(
         if steps:
             annealing = Annealing(statistics)
             rates = rates_of(converted, list(norms.values()), learning_rate, norm_learning_rate, sizes)
-            _Trainer(objective, stream, annealing, steps, rates, kind, checkpoint, progress).run()
+            Distillation(objective, stream, annealing, steps, rates, kind, checkpoint, given, progress).run()
             compare(CALIBRATED)
     return report
-
-
-class _Trainer:
-    """The distillation; ``run`` leaves the best state in the model."""
-
-    def __init__(
-        self,
-        objective: Objective,
-        stream: ImageStream,
-        annealing: Annealing,
-        steps: int,
-        rates: Sequence[Rate],
-        scales: str,
-        checkpoint: str | Path | None,
-        progress: bool,
-    ) -> None:
-        self.objective, self.stream, self.annealing = objective, stream, annealing
-        self.model = objective.converted
-        self.steps, self.rates, self.scales = steps, rates, scales
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.shows = progress
-        self.optimizer = torch.optim.Adam(
-            [{"params": rate.parameters, "lr": rate.highest} for rate in rates], eps=ADAM_EPS
-        )
-        self.every = max(1, math.ceil(steps * (1 - ANNEALED) / CHECKS))
-
-    def run(self) -> None:
-        """All steps that remain."""
-        state = self._resumed() or _Progress(0, self._held_out_loss(), _copy_of_state(self.model))
-        with tqdm(total=self.steps, initial=state.step, desc="calibrating", disable=not self.shows) as bar:
-            while state.step < self.steps:
-                bar.set_postfix(
-                    loss=f"{self._step(state.step):.4f}", best=f"{state.best_loss:.4f}", refresh=False
-                )
-                state.step += 1
-                bar.update()
-                if (self.steps - state.step) % self.every == 0:
-                    self._check(state)
-        self.model.load_state_dict(state.best)
-        if self.checkpoint is not None:
-            self.checkpoint.unlink(missing_ok=True)
-
-    def _step(self, step: int) -> float:
-        done = step / self.steps
-        self.annealing.share = min(1.0, done / ANNEALED)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate.highest * schedule(done)
-        with self.annealing.applied():
-            output, blocks = self.objective.loss(self.stream.next_batch())
-            loss = output + blocks
-        value, of_outputs = torch.stack([loss, output]).tolist()  # one wait for the device
-        if not math.isfinite(value):
-            raise UserError(
-                f"the calibration's loss is {value} at step {step + 1}; lower the learning rate, and see "
-                "that the images are prepared as the original expects"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return of_outputs
-
-    def _check(self, state: _Progress) -> None:
-        if state.step >= self.steps * ANNEALED:
-            loss = self._held_out_loss()
-            if loss < state.best_loss:
-                state.best_loss, state.best = loss, _copy_of_state(self.model)
-        if self.checkpoint is not None and state.step < self.steps:
-            self._save(state)
-
-    def _held_out_loss(self) -> float:
-        """With the norms as they will be."""
-        return self.objective.output_loss(self.stream.held_out)
-
-    def _identity(self) -> str:
-        """What a checkpoint must agree on to go on from it."""
-        shapes = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
-        rates = [(rate.highest, len(rate.parameters)) for rate in self.rates]
-        norms = [(m.num_groups, m.eps) for m in self.model.modules() if isinstance(m, GroupNorm)]
-        constants = (ANNEALED, WARMED_UP, ADAM_EPS, self.objective.block_weight)
-        settings = (self.steps, rates, constants, self.stream.identity, shapes, norms, self.scales)
-        return hashlib.sha256(repr(settings).encode()).hexdigest()
-
-    def _save(self, state: _Progress) -> None:
-        assert self.checkpoint is not None
-        content = {
-            "identity": self._identity(),
-            "step": state.step,
-            "best_loss": state.best_loss,
-            "best": state.best,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "stream": self.stream.state_dict(),
-        }
-        with atomic_write(self.checkpoint, "wb") as file:
-            torch.save(content, file)
-
-    def _resumed(self) -> _Progress | None:
-        if self.checkpoint is None or not self.checkpoint.exists():
-            return None
-        try:
-            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            same = content["identity"] == self._identity()
-        except Exception as error:
-            raise UserError(f"{self.checkpoint} is no checkpoint of a calibration; delete it") from error
-        if not same:
-            raise UserError(
-                f"{self.checkpoint} belongs to a calibration with other settings, images or model; "
-                "delete it, or choose another file"
-            )
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.stream.load_state_dict(content["stream"])
-        return _Progress(content["step"], content["best_loss"], content["best"])
 
 
 def _run_on_one(outputs: Outputs) -> Run:
@@ -274,10 +145,6 @@ def _run_on_one(outputs: Outputs) -> Run:
     if outputs is outputs_of_one_input:
         return lambda model, batch: model(batch)
     return lambda model, batch: outputs(model, model, batch)
-
-
-def _copy_of_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def _converted_norms(original: nn.Module, converted: nn.Module) -> dict[str, GroupNorm]:
@@ -326,7 +193,7 @@ def _rescale(
     When _NoGain is raised the model is as it was.
     """
     original, converted = objective.original, objective.converted
-    before, loss = _copy_of_state(converted), objective.output_loss(stream.held_out)
+    before, loss = copy_of_state(converted), objective.output_loss(stream.held_out)
     times = 1 if objective.outputs is outputs_of_one_input else 2
     measured = measure(original, list(sources), run, stream.some_batches(MAX_SAMPLES), times)
     best, state = None, before
@@ -338,7 +205,7 @@ def _rescale(
             continue
         reason = "the outputs on the held-out images did not come closer"
         if (found_loss := objective.output_loss(stream.held_out)) <= loss:
-            best, loss, state = (kind, found), found_loss, _copy_of_state(converted)
+            best, loss, state = (kind, found), found_loss, copy_of_state(converted)
     converted.load_state_dict(state)
     if best is None:
         raise _NoGain(reason)

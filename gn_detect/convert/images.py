@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ class ImageStream:
 
     Attributes:
         held_out: batches that are never trained on.
+        content: all of the images, or of the batches.
         identity: what two streams have in common that give the same batches.
     """
 
@@ -29,7 +31,7 @@ class ImageStream:
         if batch_size < 1 or not 0 < held_out < 1:
             raise UserError("batch_size is at least 1, and held_out between 0 and 1")
         self._generator = torch.Generator().manual_seed(seed)
-        items = _as_single_images(images)
+        self.content = items = _as_single_images(images)
         single = isinstance(items, Tensor)
         count = len(items)
         kept = max(1, round(count * held_out))
@@ -78,6 +80,30 @@ class ImageStream:
         """Go on from there."""
         self._order = list(state["order"])
         self._generator.set_state(state["generator"])
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of numbers in tensors, lists, tuples and mappings; of anything else, of its type."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            numbers = value.detach().cpu().contiguous().reshape(-1)
+            found.update(numbers.view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            add(list(value.items()))
+        elif isinstance(value, (list, tuple)):
+            found.update(f"{type(value).__name__} {len(value)}".encode())
+            for item in value:
+                add(item)
+        elif isinstance(value, (str, int, float, bool, type(None))):
+            found.update(repr(value).encode())
+        else:
+            found.update(type(value).__qualname__.encode())
+
+    add(content)
+    return found.hexdigest()
 
 
 def _as_single_images(images: Tensor | Iterable[Any]) -> Tensor | list[Any]:

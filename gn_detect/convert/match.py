@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .source import SourceNorm
+
+CONSTANT_OF_EPS, CONSTANT_OF_GROUP = 0.1, 1e-4
+"""A channel whose variance is below these parts of BatchNorm's eps and of its group's variance is constant.
+
+Of such a channel BatchNorm lets less than 0.3 of its weight through. A group norm would multiply it by a
+hundred times its weight, and what an image's group mean differs from the expected with it."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +46,12 @@ def matched_affine(norm: SourceNorm, statistics: GroupStatistics, eps: float) ->
     mean = statistics.mean.repeat_interleave(channels)
     std = (statistics.var + eps).sqrt().repeat_interleave(channels)
     return norm.scale * std, norm.shift + norm.scale * mean
+
+
+def constant_channels(norm: SourceNorm, statistics: GroupStatistics) -> Tensor:
+    """(C,) bool: those that BatchNorm gives next to nothing but their bias, though their weight is not 0."""
+    if norm.var is None:
+        return torch.zeros(norm.channels, dtype=torch.bool)
+    group = statistics.var.repeat_interleave(norm.channels // len(statistics.var))
+    still = (norm.var < CONSTANT_OF_EPS * norm.eps) & (norm.var < CONSTANT_OF_GROUP * group)
+    return still & (norm.weight != 0)

@@ -14,6 +14,9 @@ from ..files import atomic_write, atomic_write_json
 CONVERTED, BALANCED, CALIBRATED = "converted", "balanced", "calibrated"
 """The stages at which errors and similarity are measured."""
 
+COPIED = "copy, no statistics"
+"""How a norm without running statistics is initialised where it should be matched."""
+
 _SERIES = ((CONVERTED, "#d9822b"), (BALANCED, "#2e9e5b"), (CALIBRATED, "#1f6feb"))
 
 
@@ -26,6 +29,7 @@ class LayerReport:
         channels, groups, eps: of the new one.
         init: how its weight and bias were found.
         trainable: whether they ask for gradients.
+        constant: number of channels that hardly vary in the original, and are constants in the new one.
         errors: by stage, the root mean square of the difference to the original's output, as a fraction of
             the standard deviation of that output; filled by :func:`gn_detect.calibrate`.
     """
@@ -37,6 +41,7 @@ class LayerReport:
     eps: float
     init: str
     trainable: bool
+    constant: int = 0
     errors: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -66,9 +71,23 @@ class ConversionReport:
     @classmethod
     def of_model(cls, model: nn.Module) -> ConversionReport:
         """An empty report that knows the size of the model."""
-        # An uninitialised lazy parameter has no size; the lazy norm is refused later, by name.
-        sizes = [0 if nn.parameter.is_lazy(p) else p.numel() for p in model.parameters()]
-        return cls(parameters_before=sum(sizes), parameters_after=sum(sizes))
+        size = count_parameters(model)
+        return cls(parameters_before=size, parameters_after=size)
+
+    def warn_of_layers(self) -> None:
+        """Add what the layers tell that a user should know."""
+        if copied := [layer.name for layer in self.layers if layer.init == COPIED]:
+            self.warnings.append(
+                f"{len(copied)} norms, from '{copied[0]}' on, hold no running statistics (as Caffe2's, whose "
+                "are folded, and fresh ones), so their weight, bias and eps were copied; give images= to "
+                "measure them"
+            )
+        if constant := [layer for layer in self.layers if layer.constant]:
+            self.warnings.append(
+                f"{sum(layer.constant for layer in constant)} channels in {len(constant)} norms, from "
+                f"'{constant[0].name}' on, hardly vary in the original (their variance is next to nothing "
+                "beside its eps), so they are constants: weight 0 and the original's bias"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the JSON file."""
@@ -112,6 +131,11 @@ class ConversionReport:
         lines += [f"outputs' cosine with the original, {s}: {c:.4f}" for s, c in self.similarity.items()]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Values in the parameters; an uninitialised lazy one has no size."""
+    return sum(0 if nn.parameter.is_lazy(p) else p.numel() for p in model.parameters())
 
 
 def _row(layer: LayerReport, stages: list[str]) -> list[str]:

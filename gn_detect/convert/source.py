@@ -36,7 +36,7 @@ class SourceNorm:
             affine-only layers and fresh models, whose statistics are 0 and 1 in every channel.
         tracked: its function is fixed; False for a BatchNorm that uses the batch even in evaluation mode.
         affine: it has a weight and a bias of its own.
-        trainable: its weight asks for gradients.
+        trainable: whether its weight and its bias ask for gradients.
         activation, dropout: modules that it applies to its output, as timm's BatchNormAct2d does.
         device, dtype: of its tensors.
     """
@@ -52,7 +52,7 @@ class SourceNorm:
     var: Tensor | None
     tracked: bool
     affine: bool
-    trainable: bool
+    trainable: tuple[bool, bool]
     activation: nn.Module | None
     dropout: nn.Module | None
     device: torch.device
@@ -66,16 +66,21 @@ def read_norm(name: str, module: nn.Module) -> SourceNorm | None:
         name: for messages.
 
     Raises:
-        UserError: it is lazy, on the meta device, or holds a BatchNorm's tensors and computes something else.
+        UserError: it is lazy, on the meta device, holds a BatchNorm's tensors and computes something else, or
+            has numbers that no BatchNorm can have.
     """
     is_batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    is_lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params()
+    if is_lazy and not is_batch_norm:
+        return None
     if not is_batch_norm and not _holds_statistics(module) and not _is_affine_only(module):
         return None
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+    if is_lazy:
         raise UserError(
             f"{_called(name)} is a {type(module).__name__} without shape; run one forward pass first"
         )
     norm = _read(name, module)
+    _refuse_impossible(name, module)
     stock = is_batch_norm and type(module).forward in _STOCK_FORWARDS
     if not stock and norm.tracked and not _computes(module, norm):
         raise UserError(
@@ -136,7 +141,6 @@ def _read(name: str, module: nn.Module) -> SourceNorm:
         shift = bias - mean * scale
         if _are_initial(mean, var, eps):
             mean = var = None
-    parameter = held["weight"]
     return SourceNorm(
         kind=type(module).__name__,
         channels=channels,
@@ -149,12 +153,30 @@ def _read(name: str, module: nn.Module) -> SourceNorm:
         var=var,
         tracked=double["running_mean"] is not None or not isinstance(module, nn.modules.batchnorm._BatchNorm),
         affine=held["weight"] is not None,
-        trainable=bool(parameter is not None and parameter.requires_grad),
+        trainable=(_is_trainable(held["weight"]), _is_trainable(held["bias"])),
         activation=_child(module, "act"),
         dropout=_child(module, "drop"),
         device=first.device if first is not None else torch.device("cpu"),
         dtype=first.dtype if first is not None else torch.get_default_dtype(),
     )
+
+
+def _refuse_impossible(name: str, module: nn.Module) -> None:
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(module, key, None)
+        if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{_called(name)} has a {key} with values that are not finite; take weights from before the "
+                "training diverged"
+            )
+        if key == "running_var" and isinstance(tensor, Tensor) and bool((tensor < 0).any()):
+            raise UserError(
+                f"{_called(name)} has a running_var of {tensor.min():g}; a variance is not below 0"
+            )
+
+
+def _is_trainable(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 def _are_initial(mean: Tensor, var: Tensor, eps: float) -> bool:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .report import ConversionReport
 from .surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS, convert_norm
 
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_AFFINE, _STATISTICS = ("weight", "bias"), ("running_mean", "running_var")
+_LEAVES = (*_AFFINE, *_STATISTICS, "num_batches_tracked")
 
 
 def convert_state_dict(
@@ -27,7 +26,8 @@ def convert_state_dict(
 ) -> tuple[dict[str, Tensor], ConversionReport]:
     """The state dict of the GroupNorm model; see :func:`convert_norm`.
 
-    A BatchNorm is what has ``weight``, ``bias``, ``running_mean`` and ``running_var`` of one length.
+    A BatchNorm is what has ``running_mean`` and ``running_var``, and either ``weight`` and ``bias`` or
+    neither, (C,) floating-point numbers each. What else has a ``running_var`` stays, with a warning.
 
     Args:
         tensors: by name, in any library's naming; not changed.
@@ -35,53 +35,78 @@ def convert_state_dict(
             TensorFlow's models. The GroupNorms must be built with it too.
 
     Raises:
-        UserError: there is no BatchNorm in it, or its channels cannot be split.
+        UserError: there is no BatchNorm in it, its channels cannot be split, it has numbers that no BatchNorm
+            can have, or eps is no such number.
     """
-    norms = {
-        name.removesuffix(".running_var")
-        for name in tensors
-        if name.endswith(".running_var") and _is_batch_norm(tensors, name.removesuffix(".running_var"))
-    }
+    owners = [name.removesuffix(".running_var") for name in tensors if name.endswith(".running_var")]
+    norms = [owner for owner in owners if _is_batch_norm(tensors, owner)]
     if not norms:
         raise UserError(
             "there is no BatchNorm with running statistics among the tensors; it has another norm, or its "
             "statistics were folded into the scale: then convert the model itself, with images"
         )
-    report = ConversionReport()
+    model, report = convert_norm(
+        _model_of({owner: _batch_norm(tensors, owner, eps) for owner in norms}),
+        num_groups=num_groups,
+        min_channels_per_group=min_channels_per_group,
+        group_size=group_size,
+        init=init,
+        eps=eps,
+        inplace=True,
+    )
     converted: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        if owner not in norms:
+        if owner not in norms or leaf not in _LEAVES:
             converted[name] = tensor
-        elif leaf == "weight":
-            norm, found = convert_norm(
-                _batch_norm(tensors, owner, eps),
-                num_groups=num_groups,
-                min_channels_per_group=min_channels_per_group,
-                group_size=group_size,
-                init=init,
-            )
-            layer = found.layers[0]
-            layer.name = owner
-            report.layers.append(layer)
-            for key, value in norm.state_dict().items():
-                converted[f"{owner}.{key}"] = value
+        elif f"{owner}.weight" not in converted:  # at the place of its first tensor
+            parameters = model.get_submodule(owner).named_parameters(recurse=False)
+            converted |= {f"{owner}.{key}": value.detach() for key, value in parameters}
     report.parameters_before = sum(
-        tensor.numel() for name, tensor in tensors.items() if not name.endswith(_STATISTICS)
+        tensor.numel() for name, tensor in tensors.items() if name.rpartition(".")[2] not in _LEAVES[2:]
     )
     report.parameters_after = sum(tensor.numel() for tensor in converted.values())
+    if others := [owner for owner in owners if owner not in norms]:
+        report.warnings.append(
+            f"{len(others)} layers have running statistics and are no BatchNorm, such as '{others[0]}'; they "
+            "are as they were"
+        )
     return converted, report
 
 
 def _is_batch_norm(tensors: Mapping[str, Tensor], owner: str) -> bool:
-    shapes = {tensors[f"{owner}.{leaf}"].shape for leaf in _TENSORS if f"{owner}.{leaf}" in tensors}
-    return all(f"{owner}.{leaf}" in tensors for leaf in _TENSORS) and len(shapes) == 1
+    held = [tensors[f"{owner}.{leaf}"] for leaf in _LEAVES[:4] if f"{owner}.{leaf}" in tensors]
+    affine = [f"{owner}.{leaf}" in tensors for leaf in _AFFINE]
+    return (
+        all(f"{owner}.{leaf}" in tensors for leaf in _STATISTICS)
+        and affine[0] == affine[1]
+        and all(tensor.dim() == 1 and tensor.is_floating_point() for tensor in held)
+        and len({tensor.shape for tensor in held}) == 1
+    )
 
 
 def _batch_norm(tensors: Mapping[str, Tensor], owner: str, eps: float) -> nn.BatchNorm2d:
-    weight = tensors[f"{owner}.weight"]
-    norm = nn.BatchNorm2d(len(weight), eps=eps, dtype=weight.dtype)
-    with torch.no_grad():
-        for leaf in _TENSORS:
-            getattr(norm, leaf).copy_(tensors[f"{owner}.{leaf}"])
+    """With the tensors in their own types: float16 does not hold all that running statistics may be."""
+    norm = nn.BatchNorm2d(len(tensors[f"{owner}.running_var"]), eps=eps, affine=False)
+    for leaf in _STATISTICS:
+        setattr(norm, leaf, tensors[f"{owner}.{leaf}"])
+    for leaf in _AFFINE:
+        if f"{owner}.{leaf}" in tensors:
+            setattr(norm, leaf, nn.Parameter(tensors[f"{owner}.{leaf}"].detach()))
     return norm
+
+
+def _model_of(norms: dict[str, nn.BatchNorm2d]) -> nn.Module:
+    """Nothing but the norms, where their names say, so that messages and the report have these names."""
+    model = nn.Module()
+    for name, norm in norms.items():
+        parent = model
+        *path, last = name.split(".")
+        for part in path:
+            if part not in parent._modules:
+                parent._modules[part] = nn.Module()
+            parent = parent.get_submodule(part)
+        if last in parent._modules:  # a norm with others inside, which came first
+            norm._modules.update(parent.get_submodule(last)._modules)
+        parent._modules[last] = norm
+    return model

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers import GroupNorm, GroupNormAct, choose_groups, fuse
-from .match import expected_statistics, matched_affine
+from .match import constant_channels, expected_statistics, matched_affine
 from .moments import measure_moments
-from .report import ConversionReport, LayerReport
+from .report import COPIED, ConversionReport, LayerReport, count_parameters
 from .source import SourceNorm, read_norm
 
 DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS = 32, 16
@@ -69,7 +69,9 @@ def convert_norm(
 
     ``init="match"`` needs no data: from the running statistics of its channels follow the mean m and the
     variance v that a group is expected to have, and the new weight ``w sqrt(v + eps) / sqrt(var + eps_bn)``
-    and bias ``b + w (m - mean) / sqrt(var + eps_bn)`` give BatchNorm's output where an image has them.
+    and bias ``b + w (m - mean) / sqrt(var + eps_bn)`` give BatchNorm's output where an image has them. A
+    channel that hardly varies (:func:`gn_detect.convert.match.constant_channels`) stays the constant that it
+    is: weight 0 and bias b.
 
     Args:
         model: any module; a norm itself gives its replacement.
@@ -83,7 +85,8 @@ def convert_norm(
             model that is to take such weights needs the same eps in each layer: those of the report.
         include, exclude: patterns of names of modules, as in ``"backbone.*"``.
         requires_grad: of the new weights and biases; None gives each what it had (a frozen norm stays
-            frozen). By default all can be trained: that GN can be is the point of it.
+            frozen, and one without them gets frozen ones). By default all can be trained: that GN can be is
+            the point of it.
         images: inputs for ``model``, from which the statistics of norms that hold none are measured.
         inplace: change ``model`` instead of a copy; other parameters stay the same objects.
         dry_run: change nothing; the report says what would be done.
@@ -92,9 +95,9 @@ def convert_norm(
         The converted model (``model`` itself for ``dry_run``) and the report, whose ``str`` is a table.
 
     Raises:
-        UserError: a norm is lazy, without statistics, or unlike a BatchNorm, its channels cannot be split, a
-            pattern fits no module, eps or relative_eps is no such number or both are given, or the model
-            is scripted or wrapped for DDP. It is then as it was.
+        UserError: a norm is lazy, without statistics, not finite or unlike a BatchNorm, its channels cannot
+            be split, a pattern fits no module, eps or relative_eps is no such number or both are given, or
+            the model is scripted or wrapped for DDP. It is then as it was.
     """
     _refuse_wrapped(model)
     rule = GroupRule(to, num_groups, min_channels_per_group, group_size)
@@ -113,18 +116,24 @@ def convert_norm(
             new[name] = fuse(norm, inplace=inplace)
             report.layers.append(LayerReport.of(name, "GroupNorm", norm, "as it was"))
             continue
-        group_norm, how = _group_norm(
-            norm, groups[name], init, _own_eps(name, norm, eps), relative_eps, measured.get(name)
+        new[name], layer = _group_norm(
+            name, norm, groups[name], init, _own_eps(name, norm, eps), relative_eps, measured.get(name)
         )
-        group_norm.requires_grad_(requires_grad if requires_grad is not None else norm.trainable)
-        new[name] = group_norm
-        report.layers.append(LayerReport.of(name, norm.kind, group_norm, how))
-    report.warnings += _warnings(norms, init, measured)
+        _set_trainable(new[name], norm.trainable if requires_grad is None else (requires_grad,) * 2)
+        layer.trainable = any(parameter.requires_grad for parameter in new[name].parameters(recurse=False))
+        report.layers.append(layer)
+    if norms:
+        report.warn_of_layers()
+    else:
+        report.warnings.append("there is no norm to convert")
     if dry_run:
+        report.parameters_after += sum(
+            count_parameters(norm) - count_parameters(model.get_submodule(name)) for name, norm in new.items()
+        )
         return model, report
     converted = model if inplace else copy.deepcopy(model)
     result = _replace(converted, new)
-    report.parameters_after = sum(parameter.numel() for parameter in result.parameters())
+    report.parameters_after = count_parameters(result)
     return result, report
 
 
@@ -210,54 +219,55 @@ def _measure(
     return measure_moments(model, names, images) if names else {}
 
 
-def _warnings(norms: dict[str, SourceNorm | nn.GroupNorm], init: str, measured: dict[str, Any]) -> list[str]:
-    if not norms:
-        return ["there is no norm to convert"]
-    without = [
-        name
-        for name, norm in norms.items()
-        if isinstance(norm, SourceNorm) and norm.mean is None and norm.affine and name not in measured
-    ]
-    if init != "match" or not without:
-        return []
-    return [
-        f"{len(without)} norms, from '{without[0]}' on, hold no running statistics (as Caffe2's, whose are "
-        "folded, and fresh ones), so their weight, bias and eps were copied; give images= to measure them"
-    ]
-
-
 def _group_norm(
+    name: str,
     norm: SourceNorm,
     groups: int,
     init: str,
     eps: float,
     relative_eps: float,
     measured: tuple[Tensor, Tensor] | None,
-) -> tuple[GroupNorm, str]:
-    """The new layer, and in a word how it was initialised."""
+) -> tuple[GroupNorm, LayerReport]:
+    """The new layer, and how it was initialised."""
     matches = init == "match"
     mean, var = measured if measured is not None else (norm.mean, norm.var)
     expected = None if not matches or mean is None or var is None else expected_statistics(mean, var, groups)
     if relative_eps and expected is not None:
         eps += relative_eps * expected.var.mean().item()
     kind = GroupNorm if norm.activation is None and norm.dropout is None else GroupNormAct
-    affine = norm.affine or matches
+    # Afresh, too, so that a model that is to take matched weights has a place for them.
+    affine = norm.affine or init != "copy"
     new = kind(groups, norm.channels, eps, affine=affine, device=norm.device, dtype=norm.dtype)
     if isinstance(new, GroupNormAct):
         new.attach(norm.activation, norm.dropout)
     if new.weight is None or init == "reset":
-        return new, "reset"
+        return new, LayerReport.of(name, norm.kind, new, "reset")
     if expected is None:
-        _set_affine(new, norm.weight, norm.bias)  # with "match" its statistics are taken to be 0 and 1
-        return new, "copy, no statistics" if matches else "copy"
-    _set_affine(new, *matched_affine(norm, expected, new.eps))
-    return new, "match" if measured is None else "match, measured"
+        _set_affine(name, new, norm.weight, norm.bias)  # with "match" its statistics are taken to be 0 and 1
+        return new, LayerReport.of(name, norm.kind, new, COPIED if matches else "copy")
+    weight, bias = matched_affine(norm, expected, new.eps)
+    constant = constant_channels(norm, expected)
+    _set_affine(name, new, weight.masked_fill(constant, 0.0), torch.where(constant, norm.bias, bias))
+    layer = LayerReport.of(name, norm.kind, new, "match" if measured is None else "match, measured")
+    layer.constant = int(constant.sum())
+    return new, layer
 
 
 @torch.no_grad()
-def _set_affine(norm: GroupNorm, weight: Tensor, bias: Tensor) -> None:
+def _set_affine(name: str, norm: GroupNorm, weight: Tensor, bias: Tensor) -> None:
     norm.weight.copy_(weight)
     norm.bias.copy_(bias)
+    if not bool(norm.weight.isfinite().all() and norm.bias.isfinite().all()):
+        raise UserError(
+            f"'{name}' needs weights up to {weight.abs().max():.3g} and biases up to {bias.abs().max():.3g}, "
+            f"which {str(norm.weight.dtype).removeprefix('torch.')} does not hold; convert it in float32"
+        )
+
+
+def _set_trainable(norm: nn.Module, trainable: tuple[bool, bool]) -> None:
+    for key, trains in zip(("weight", "bias"), trainable, strict=True):
+        if (parameter := getattr(norm, key)) is not None:
+            parameter.requires_grad_(trains)
 
 
 def _replace(model: nn.Module, new: dict[str, nn.Module]) -> nn.Module:

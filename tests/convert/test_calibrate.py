@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,14 @@ def test_repeats_and_resumes_to_the_same_weights(original: nn.Module, images: Te
     assert path.exists()
     resumed = converted(original)
     calibrate(original, resumed, images, 20, checkpoint=path, **QUIET)
-    assert not path.exists()
+    at_once = converted(original)
+    handle = at_once[0].register_forward_hook(lambda *_: trained.append(torch.is_grad_enabled()))
+    trained: list[bool] = []
+    calibrate(original, at_once, images, 20, checkpoint=path, **QUIET)
+    handle.remove()
+    assert trained and not any(trained), "the checkpoint of a finished one holds its result"
+    for a, b in zip(resumed.parameters(), at_once.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
     for a, b, c in zip(whole.parameters(), again.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
         torch.testing.assert_close(a, c, rtol=0, atol=0)
@@ -124,19 +132,16 @@ def test_norms_with_weights_of_zero(original: nn.Module, images: Tensor) -> None
 def test_a_checkpoint_of_something_else_is_refused(original: nn.Module, images: Tensor, tmp_path) -> None:
     path = tmp_path / "calibration.pth"
     path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="is no checkpoint of a calibration; delete it"):
+    with pytest.raises(UserError, match="is no checkpoint of a calibration; choose another file"):
         calibrate(original, converted(original), images, 2, checkpoint=path, **QUIET)
     assert path.read_bytes() == b"nothing"
 
 
 def test_a_checkpoint_of_norms_of_another_eps_is_refused(
-    original: nn.Module, images: Tensor, tmp_path, monkeypatch: pytest.MonkeyPatch
+    original: nn.Module, images: Tensor, tmp_path
 ) -> None:
     path = tmp_path / "calibration.pth"
-    with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)  # as if it had been interrupted
-        calibrate(original, converted(original), images, 8, checkpoint=path, **QUIET)
-    assert path.exists()
+    calibrate(original, converted(original), images, 8, checkpoint=path, **QUIET)
     other, _ = convert_norm(original, num_groups=4, min_channels_per_group=4, relative_eps=1.0)
     with pytest.raises(UserError, match="belongs to a calibration with other settings"):
         calibrate(original, other, images, 8, checkpoint=path, **QUIET)
@@ -144,6 +149,27 @@ def test_a_checkpoint_of_norms_of_another_eps_is_refused(
         calibrate(original, converted(original), images, 8, checkpoint=path, rescale=False, **QUIET)
     with pytest.raises(UserError, match="belongs to a calibration with other settings"):
         calibrate(original, converted(original), images, 8, checkpoint=path, block_weight=1.0, **QUIET)
+
+
+@pytest.mark.parametrize("other", ["original", "converted", "images", "batches"])
+def test_a_checkpoint_of_other_weights_or_images_is_refused(
+    original: nn.Module, images: Tensor, tmp_path, other: str
+) -> None:
+    """Of the same shapes, it would otherwise go on to a model that computes something else."""
+    path = tmp_path / "calibration.pth"
+    given: dict[str, Any] = {"original": original, "converted": converted(original), "images": images}
+    if other == "batches":
+        given["images"] = list(images.split(4))
+    calibrate(*copy.deepcopy(given).values(), 4, checkpoint=path, **QUIET)
+    with torch.no_grad():
+        if other == "batches":
+            given["images"][1][0, 0, 0, 0] += 1e-3
+        elif other == "images":
+            given["images"] = images.flip(0)
+        else:
+            next(given[other].parameters())[0] *= 1.5
+    with pytest.raises(UserError, match="belongs to a calibration with other settings, images or model"):
+        calibrate(*given.values(), 4, checkpoint=path, **QUIET)
 
 
 def test_affine_alone(original: nn.Module, images: Tensor) -> None:

@@ -37,6 +37,13 @@ def with_expected_statistics(norm: nn.Module, groups: int, dims: int) -> Tensor:
     return x.view(shape)
 
 
+def broken(key: str, value: float) -> nn.Module:
+    norm = trained(nn.BatchNorm2d(4))
+    getattr(norm, key).data[1] = value
+    norm.running_mean[2] = 10.0  # so that a group's variance is above 1
+    return norm
+
+
 class BatchNormSubclass(nn.BatchNorm2d):
     """As many libraries have."""
 
@@ -219,6 +226,10 @@ def test_requires_grad() -> None:
     assert convert_norm(frozen)[0].weight.requires_grad
     kept, report = convert_norm(frozen, requires_grad=None)
     assert not kept.weight.requires_grad and not report.layers[0].trainable
+    half = trained(nn.BatchNorm2d(8))
+    half.weight.requires_grad_(False)
+    kept, _ = convert_norm(half, requires_grad=None)
+    assert (kept.weight.requires_grad, kept.bias.requires_grad) == (False, True)
     buffers = trained(torchvision.ops.FrozenBatchNorm2d(8))
     assert convert_norm(buffers)[0].weight.requires_grad
 
@@ -230,6 +241,9 @@ def test_include_exclude_and_dry_run() -> None:
     assert [layer.name for layer in convert_norm(model, include=["2"])[1].layers] == ["2"]
     same, report = convert_norm(model, dry_run=True)
     assert same is model and isinstance(model[0], nn.BatchNorm2d) and len(report.layers) == 3
+    frozen = nn.Sequential(nn.Conv2d(3, 8, 1), trained(torchvision.ops.FrozenBatchNorm2d(8)))
+    dry, real = convert_norm(frozen, dry_run=True)[1], convert_norm(frozen)[1]
+    assert dry == real and (dry.parameters_before, dry.parameters_after) == (32, 48)
     with pytest.raises(UserError, match="'head.*' fits no module"):
         convert_norm(model, exclude="head.*")
 
@@ -241,6 +255,16 @@ def test_include_exclude_and_dry_run() -> None:
         (nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False)), "'0' is a BatchNorm2d without running"),
         (nn.Sequential(trained(SquaredBatchNorm(4))), "'0' .* computes something else; leave it out"),
         (nn.Sequential(nn.BatchNorm2d(4, device="meta")), "'0' is on the meta device"),
+        (
+            nn.Sequential(broken("running_var", float("nan"))),
+            "'0' has a running_var with values that are not fin",
+        ),
+        (nn.Sequential(broken("bias", float("inf"))), "'0' has a bias with values that are not finite"),
+        (
+            nn.Sequential(broken("running_var", -1.0)),
+            "'0' has a running_var of -1; a variance is not below 0",
+        ),
+        (nn.Sequential(broken("weight", 6e4).half()), "'0' needs weights up to .* float16 does not hold"),
     ],
 )
 def test_refusals_leave_the_model_alone(model: nn.Module, message: str) -> None:
@@ -320,3 +344,50 @@ def test_video_resnet_trains_on_one_clip() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("relative_eps", [0.0, 1.0])
+def test_channels_that_hardly_vary_stay_constants(relative_eps: float) -> None:
+    """A dead filter, as MobileNetV2 has dozens, would be multiplied by hundreds of times its weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 1))
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[1].weight.uniform_(0.5, 1.5)
+        model[1].bias.normal_()
+    images = torch.randn(64, 3, 12, 12) * torch.rand(64, 1, 1, 1).add(0.5)
+    model[1].momentum = 1.0
+    model.train()(images)
+    model.eval()
+    new, report = convert_norm(model, num_groups=1, relative_eps=relative_eps)
+    assert report.layers[0].constant == 3 and "3 channels in 1 norms, from '1' on, hardly vary" in str(report)
+    assert torch.equal(new[1].weight[:3], torch.zeros(3)) and torch.equal(new[1].bias[:3], model[1].bias[:3])
+    with torch.no_grad():
+        expected = model(images)
+        error = ((new(images) - expected).norm() / expected.norm()).item()
+    assert error < 0.2, "0.76 and 1.57 with the formula's weights"
+
+
+def test_small_variances_are_alive_where_eps_or_the_group_is_smaller() -> None:
+    norm = trained(nn.BatchNorm2d(32, eps=1e-3))
+    norm.running_var.mul_(1e-4).clamp_(min=1e-6)
+    norm.running_mean.zero_()
+    assert convert_norm(norm)[1].layers[0].constant == 0, "all are small, none beside the others"
+    norm = trained(nn.BatchNorm2d(32, eps=1e-12))
+    norm.running_var[0] = 1e-8
+    assert convert_norm(norm)[1].layers[0].constant == 0, "BatchNorm divides it by its own deviation"
+
+
+def test_afresh_a_norm_without_affine_takes_matched_weights() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), trained(nn.BatchNorm2d(8, affine=False)))
+    matched, _ = convert_norm(model)
+    fresh, _ = convert_norm(model, init="reset")
+    fresh.load_state_dict(matched.state_dict())
+    assert convert_norm(model, init="copy")[0][1].weight is None
+
+
+def test_uninitialised_layers_beside_norms() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 1), trained(nn.BatchNorm2d(4)))
+    new, report = convert_norm(model)
+    assert isinstance(new[1], GroupNorm) and report.parameters_after == 8
+    assert new(torch.randn(1, 3, 4, 4)).shape == (1, 4, 4, 4)
