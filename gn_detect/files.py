@@ -70,6 +70,19 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.unlink(temporary)
 
 
+def check_writable(path: str | Path) -> None:
+    """What :func:`atomic_write` would raise in the end, before a long computation. Nothing is left behind."""
+    path = Path(path)
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def _flush_folder(folder: Path) -> None:
     """Make the new name last through a power failure, where the system can do that."""
     if os.name == "posix":

@@ -13,14 +13,14 @@ from ..convert import ConversionReport, convert_norm
 from ..engine.model import make_model
 from ..errors import UserError
 from ..weights import (
+    NORM_EPS,
     SUFFIXES,
     Checkpoint,
     InputConvention,
     load_weights,
-    norm_eps,
     norm_eps_of,
+    norm_settings,
     read_checkpoint,
-    save_weights,
 )
 from .convert import (
     KEPT,
@@ -28,7 +28,10 @@ from .convert import (
     add_group_arguments,
     calibrate_detector,
     calibrate_library_model,
+    check_outputs,
     group_rule,
+    how_to_load,
+    save_calibrated,
     show_report,
 )
 from .library_models import is_library_model, load_library_model
@@ -71,8 +74,10 @@ def run(args: argparse.Namespace) -> Result:
     if target.suffix not in SUFFIXES:
         raise UserError(f"{target} must end in {', '.join(SUFFIXES)}")
     args.source = args.original
+    check_outputs(args, target, args.original, args.converted)
     metadata: dict[str, Any] = {}
-    if not Path(args.original).exists() and is_library_model(args.original):
+    names_model = not Path(args.original).exists() and is_library_model(args.original)
+    if names_model:
         found = load_library_model(args.original, args.weights)
         model, report = _converted(args, found.model, read_checkpoint(args.converted))
         calibrate_library_model(args, found, model, report)
@@ -90,9 +95,10 @@ def run(args: argparse.Namespace) -> Result:
         calibrate_detector(args, cfg, original, model, report)
         metadata = {key: converted.metadata[key] for key in KEPT if key in converted.metadata}
         metadata["input"] = InputConvention.of_config(cfg).as_metadata()
-    save_weights(target, model.state_dict(), metadata | norm_eps(model))
+    metadata |= norm_settings(model)
+    save_calibrated(args, target, dict(model.state_dict()), metadata)
     show_report(report, args.report)
-    print(f"wrote {target}")
+    print(f"wrote {target}; {how_to_load(args, target, names_model, NORM_EPS in metadata)}")
     return Result({"weights": str(target), **report.to_dict()})
 
 

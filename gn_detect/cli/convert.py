@@ -16,6 +16,7 @@ from ..convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
 from ..data import prepare_image, read_image, read_image_list
 from ..engine.model import make_model
 from ..errors import UserError
+from ..files import check_writable
 from ..modeling import paired_outputs
 from ..weights import (
     NORM_EPS,
@@ -24,8 +25,9 @@ from ..weights import (
     InputConvention,
     as_metadata,
     load_weights,
-    norm_eps,
     norm_eps_of,
+    norm_groups_of,
+    norm_settings,
     read_checkpoint,
     save_weights,
     translate,
@@ -117,12 +119,17 @@ def add_calibration_arguments(calibration: argparse._ActionsContainer, required:
         default=30.0,
         help="of the blocks' differences, on average, beside the outputs'",
     )
-    calibration.add_argument("--checkpoint", metavar="FILE", help="to go on from, if it is interrupted")
+    calibration.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="to go on from, if it is interrupted; deleted when DST is written",
+    )
 
 
 def run(args: argparse.Namespace) -> Result:
     """Write DST, print the report, and say which config keys it needs."""
     target = _target(args)
+    check_outputs(args, target, args.source)
     if args.keep_norm and args.relative_eps:
         raise UserError("--relative-eps converts norms, and --keep-norm keeps them; leave one away")
     if args.keep_norm:
@@ -149,12 +156,41 @@ def run(args: argparse.Namespace) -> Result:
                 raise UserError("--relative-eps needs the detector's --config-file, or the name of a model")
             metadata |= _input_of(checkpoint)
             tensors, report = convert_state_dict(checkpoint.tensors, eps=args.eps, **group_rule(args))
-            found = {layer.name: layer.eps for layer in report.layers}
-            metadata |= as_metadata(norm_eps_of(checkpoint) | found)
-    save_weights(target, tensors, metadata)
+            metadata |= as_metadata(
+                norm_eps_of(checkpoint) | {layer.name: layer.eps for layer in report.layers},
+                norm_groups_of(checkpoint) | {layer.name: layer.groups for layer in report.layers},
+            )
+    save_calibrated(args, target, tensors, metadata)
     show_report(report, args.report)
-    print(f"wrote {target}; {_how_to_load(args, target, names_model, NORM_EPS in metadata)}")
+    print(f"wrote {target}; {how_to_load(args, target, names_model, NORM_EPS in metadata)}")
     return Result({"weights": str(target), **report.to_dict()})
+
+
+def check_outputs(args: argparse.Namespace, target: Path, *inputs: str) -> None:
+    """Before anything is computed: that each file can be written, and takes the place of no other.
+
+    Raises:
+        UserError: it names the file.
+    """
+    written = {"DST": target, "--report": args.report, "--checkpoint": args.checkpoint}
+    places = {Path(path).resolve(): path for path in inputs}
+    for name, path in written.items():
+        if path is None:
+            continue
+        place = Path(path).resolve()
+        if place in places:
+            raise UserError(f"{name} {path} would replace {places[place]}; choose another name")
+        places[place] = path
+        check_writable(path)
+
+
+def save_calibrated(
+    args: argparse.Namespace, target: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]
+) -> None:
+    """Write DST; only then the calibration's checkpoint has served its purpose."""
+    save_weights(target, tensors, metadata)
+    if args.checkpoint:
+        Path(args.checkpoint).unlink(missing_ok=True)
 
 
 def show_report(report: ConversionReport, path: str | None) -> None:
@@ -183,12 +219,21 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     checkpoint = read_checkpoint(args.source)
     translation = translate(checkpoint)
     kept = {key: checkpoint.metadata[key] for key in (*KEPT, "config") if key in checkpoint.metadata}
-    kept |= as_metadata(norm_eps_of(checkpoint, translation.tensors))
+    kept |= as_metadata(
+        norm_eps_of(checkpoint, translation.tensors), norm_groups_of(checkpoint, translation.tensors)
+    )
     save_weights(target, translation.tensors, kept | _input_of(checkpoint))
     print(f"wrote {len(translation.tensors)} tensors to {target}; names of {translation.scheme}")
     for change in translation.changes:
         print(f"  {change}")
-    return Result({"weights": str(target), "tensors": len(translation.tensors), "names": translation.scheme})
+    if translation.left_out:
+        print(f"  left out, as detectron2 has no name for them: {', '.join(translation.left_out)}")
+    told = {
+        "tensors": len(translation.tensors),
+        "names": translation.scheme,
+        "left_out": translation.left_out,
+    }
+    return Result({"weights": str(target), **told})
 
 
 def _input_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -196,7 +241,8 @@ def _input_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {} if convention is None else {"input": convention.as_metadata()}
 
 
-def _how_to_load(args: argparse.Namespace, target: Path, names_model: bool, tells_eps: bool) -> str:
+def how_to_load(args: argparse.Namespace, target: Path, names_model: bool, tells_eps: bool) -> str:
+    """What to do with DST, in words."""
     if names_model:
         rule = ", ".join(f"{key}={value}" for key, value in group_rule(args).items())
         rule += f", eps=its '{NORM_EPS}'" if tells_eps else ""
@@ -207,7 +253,13 @@ def _how_to_load(args: argparse.Namespace, target: Path, names_model: bool, tell
 
 
 def group_rule(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of :func:`gn_detect.convert_norm`."""
+    """Arguments of :func:`gn_detect.convert_norm`.
+
+    Raises:
+        UserError: a number is below 1.
+    """
+    if min(args.num_groups, args.min_channels_per_group) < 1:
+        raise UserError("--num-groups and --min-channels-per-group are at least 1")
     return {"num_groups": args.num_groups, "min_channels_per_group": args.min_channels_per_group}
 
 
@@ -219,7 +271,7 @@ def _convert_library_model(
     model, report = convert_norm(found.model, relative_eps=args.relative_eps, **group_rule(args))
     if args.images:
         calibrate_library_model(args, found, model, report)
-    return dict(model.state_dict()), norm_eps(model), report
+    return dict(model.state_dict()), norm_settings(model), report
 
 
 def calibrate_library_model(
@@ -247,7 +299,7 @@ def _convert_detector(
     model, report = convert_norm(original, relative_eps=args.relative_eps, **group_rule(args))
     if args.images:
         calibrate_detector(args, cfg, original, model, report)
-    return dict(model.state_dict()), norm_eps(model), report
+    return dict(model.state_dict()), norm_settings(model), report
 
 
 def calibrate_detector(

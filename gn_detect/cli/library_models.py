@@ -16,6 +16,11 @@ from ..weights import read_checkpoint
 TIMM = "timm/"
 """Before the name of a model of timm, as on the Hugging Face hub."""
 
+EPS_OF_ZERO = tuple(
+    f"{kind}_resnet50_fpn" for kind in ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet")
+)
+"""Detectors whose weights COCO_V1 torchvision runs with an eps of 0 (``overwrite_eps`` in their builders)."""
+
 DEFAULT = "DEFAULT"
 """For ``--weights``: those that the library recommends; it downloads them."""
 
@@ -63,15 +68,24 @@ def load_library_model(name: str, weights: str | None) -> LibraryModel:
 def _torchvision_model(name: str, weights: str) -> LibraryModel:
     models = torchvision.models
     published = models.get_model_weights(name)
+    # A file that was fetched by other means still has the name that it is published under.
+    entry = next((e for e in published if Path(weights).name == Path(e.url).name), None)
     if Path(weights).is_file():
         state: Mapping[str, Any] = read_checkpoint(weights).tensors
     elif weights in published.__members__:
-        state = _download(name, published[weights])
+        entry = published[weights]
+        state = _download(name, entry)
     else:
         choices = ", ".join([DEFAULT, *(entry.name for entry in published)])
         raise UserError(f"--weights {weights}: no such file, and {name} has {choices}")
-    model = models.get_model(name, weights=None, **_no_other_weights(name))
+    if name == "googlenet" and entry is not None:  # torchvision drops these heads, which were never trained
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("aux")}
+    model = models.get_model(name, weights=None, **_settings(name, state))
     _fill(model, state, name, weights)
+    if name in EPS_OF_ZERO and entry is not None and entry.name == "COCO_V1":
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm2d, torchvision.ops.FrozenBatchNorm2d)):
+                module.eps = 0.0
     transforms = published.DEFAULT.transforms() if len(published) else None
     takes_a_picture = not any(
         part in type(model).__module__ for part in ("detection", "video", "optical_flow")
@@ -79,12 +93,18 @@ def _torchvision_model(name: str, weights: str) -> LibraryModel:
     return LibraryModel(model, transforms if takes_a_picture else None)
 
 
-def _no_other_weights(name: str) -> dict[str, Any]:
-    """Detectors and segmenters would download a backbone's, and old models fill themselves at random."""
+def _settings(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the builder does with published weights, and does not without."""
     module = torchvision.models.get_model_builder(name).__module__
-    if any(part in module for part in ("detection", "segmentation")):
+    has_auxiliary = any(key.lower().startswith("aux") for key in state)
+    if "segmentation" in module:
+        auxiliary = {} if "lraspp" in module else {"aux_loss": has_auxiliary}
+        return {"weights_backbone": None, **auxiliary}
+    if "detection" in module:
         return {"weights_backbone": None}
-    return {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    if name in ("googlenet", "inception_v3"):  # whose input is normalised as TensorFlow's was
+        return {"init_weights": False, "transform_input": True, "aux_logits": has_auxiliary}
+    return {}
 
 
 def _download(name: str, weights: Any) -> Mapping[str, Any]:

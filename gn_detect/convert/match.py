@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .source import SourceNorm
 
-CONSTANT_OF_EPS, CONSTANT_OF_GROUP = 0.1, 1e-4
-"""A channel whose variance is below these parts of BatchNorm's eps and of its group's variance is constant.
+CONSTANT_OUTPUT, CONSTANT_OF_GROUP = 0.3, 1e-4
+"""Constant is a channel whose standard deviation behind BatchNorm is below this part of its weight (without
+eps it would be the weight), and whose variance before it is below this part of its group's.
 
-Of such a channel BatchNorm lets less than 0.3 of its weight through. A group norm would multiply it by a
-hundred times its weight, and what an image's group mean differs from the expected with it."""
+A group norm would multiply it by a hundred times its weight, and with it what an image's group mean differs
+from the expected, which is more than the channel had to tell."""
 
 
 @dataclass(frozen=True)
@@ -53,5 +54,5 @@ def constant_channels(norm: SourceNorm, statistics: GroupStatistics) -> Tensor:
     if norm.var is None:
         return torch.zeros(norm.channels, dtype=torch.bool)
     group = statistics.var.repeat_interleave(norm.channels // len(statistics.var))
-    still = (norm.var < CONSTANT_OF_EPS * norm.eps) & (norm.var < CONSTANT_OF_GROUP * group)
-    return still & (norm.weight != 0)
+    output = (norm.var.sqrt() * norm.scale).abs()
+    return (output < CONSTANT_OUTPUT * norm.weight.abs()) & (norm.var < CONSTANT_OF_GROUP * group)

@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..evaluation import METRICS
 from ..files import atomic_write_json, atomic_write_text
 from ..modeling.mask_rcnn import MaskRCNN
-from ..weights import Checkpoint, InputConvention, load_weights, norm_eps, read_checkpoint
+from ..weights import Checkpoint, InputConvention, load_weights, norm_settings, read_checkpoint
 from .checkpoint import read_last_checkpoint, remove_leftovers, start_anew
 from .distributed import (
     check_synchronised_norms,
@@ -99,7 +99,7 @@ class Run:
             "input": InputConvention.of_config(self.cfg).as_metadata(),
             "class_names": list(self.dataset.class_names),
             "category_ids": list(self.dataset.category_ids),
-            **norm_eps(self.model),
+            **norm_settings(self.model),
         }
 
 

@@ -14,7 +14,7 @@ from ..errors import Diverged
 from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
-from ..weights import NORM_EPS, norm_eps
+from ..weights import NORM_EPS, norm_settings
 from .black_box import examine, replay_command, seed_iteration, write_black_box
 from .checkpoint import BEST, FINAL, checkpoint_name, save_checkpoint
 from .distributed import barrier, gather, get_rank, is_main, parallelize, restart_count, world_size
@@ -173,7 +173,7 @@ def keep_black_box(run: Run, error: NotFinite) -> str:
     items = next(islice(run.loader.batches(), error.iteration - run.start, None))
     batch: list[Sample] = [run.loader.samples[item] for item in items]
     weights, scale = run.model.state_dict(), run.state.scaler.get_scale()
-    eps = norm_eps(run.model).get(NORM_EPS, {})
+    eps = norm_settings(run.model).get(NORM_EPS, {})
     finding = examine(run.cfg, weights, batch, error.iteration, get_rank(), scale, eps)
     findings = dict(enumerate(gather(finding)))
     guilty = [rank for rank, found in findings.items() if not found.is_finite] or list(findings)

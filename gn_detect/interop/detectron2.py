@@ -23,7 +23,7 @@ from ..evaluation import detections_to_coco, evaluate_results
 from ..layers import GroupNorm
 from ..modeling.paired_outputs import MASK_PROPOSALS, PROPOSALS
 from ..structures import Detections
-from ..weights import LoadReport, load_weights, norm_eps, save_weights
+from ..weights import LoadReport, load_weights, norm_settings, save_weights
 
 Batch = list[dict[str, Any]]
 
@@ -209,7 +209,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: another ending, or the file cannot be written.
     """
-    save_weights(path, model.state_dict(), norm_eps(model))
+    save_weights(path, model.state_dict(), norm_settings(model))
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:

@@ -4,11 +4,20 @@ from .architecture import Architecture, read_architecture
 from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint, save_weights
 from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
-from .norm_eps import NORM_EPS, as_metadata, norm_eps, norm_eps_of, set_norm_eps
+from .norm_settings import (
+    NORM_EPS,
+    NORM_GROUPS,
+    as_metadata,
+    norm_eps_of,
+    norm_groups_of,
+    norm_settings,
+    set_norm_eps,
+)
 from .translate import Translation, translate
 
 __all__ = [
     "NORM_EPS",
+    "NORM_GROUPS",
     "SUFFIXES",
     "Architecture",
     "Checkpoint",
@@ -20,8 +29,9 @@ __all__ = [
     "as_metadata",
     "implied_keys",
     "load_weights",
-    "norm_eps",
     "norm_eps_of",
+    "norm_groups_of",
+    "norm_settings",
     "read_architecture",
     "read_checkpoint",
     "save_weights",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
-from .norm_eps import norm_eps_of, set_norm_eps
+from .norm_settings import norm_eps_of, norm_groups_of, refuse_other_groups, set_norm_eps
 from .translate import BACKBONE, CLASSIFIER, Translation, translate
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ def load_weights(
 
     Names of Detectron, torchvision, timm and mmdetection are translated. Values are cast to the model's types
     and devices. Where the file tells the eps of group norms (see ``gn-detect convert --relative-eps``), the
-    model's get it. When an error is raised the model is as it was.
+    model's get it; where it tells their groups, the model must have them. When an error is raised the model
+    is as it was.
 
     Args:
         model: names as in detectron2's state dicts.
@@ -127,14 +128,15 @@ def load_weights(
             many other classes start afresh.
 
     Raises:
-        UserError: the file cannot be read, belongs to another architecture, number of classes or kind of
-            normalisation, was trained with other input than the config has, or has values that are not
-            finite. The message names the first keys and shapes, or the config keys to set.
+        UserError: the file cannot be read, belongs to another architecture, number of classes, kind of
+            normalisation or number of groups, was trained with other input than the config has, or has values
+            that are not finite. The message names the first keys and shapes, or the config keys to set.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     own = model.state_dict()
     translation = _translated(checkpoint, own)
     eps = norm_eps_of(checkpoint, translation.tensors)
+    groups = norm_groups_of(checkpoint, translation.tensors)
     checkpoint = replace(checkpoint, tensors=dict(translation.tensors))
     report = _compare(own, checkpoint)
     if for_training and class_names is not None:
@@ -143,6 +145,8 @@ def load_weights(
     report.left_out, report.convention = translation.left_out, translation.convention
     _refuse_other_architecture(report, checkpoint, own)
     _refuse_other_norm(report, own)
+    fresh = {name.removesuffix(".weight") for name in report.missing}
+    refuse_other_groups(model, checkpoint, {n: value for n, value in groups.items() if n not in fresh})
     if for_training:
         _refuse_poor_backbone(report, own)
     else:
@@ -152,7 +156,6 @@ def load_weights(
     _refuse_not_finite(report, checkpoint)
     for name in report.matched:
         own[name].copy_(checkpoint.tensors[name])
-    fresh = {name.removesuffix(".weight") for name in report.missing}
     if changed := set_norm_eps(model, {name: value for name, value in eps.items() if name not in fresh}):
         report.converted = [*report.converted, f"{len(changed)} norms have the file's eps: {_some(changed)}"]
     return report

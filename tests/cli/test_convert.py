@@ -10,7 +10,9 @@ import torchvision
 from PIL import Image
 
 import gn_detect
+from gn_detect import UserError
 from gn_detect.cli import main
+from gn_detect.cli.library_models import load_library_model
 from gn_detect.weights import read_checkpoint, save_weights
 
 NORMS = [f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")]
@@ -43,7 +45,10 @@ def test_without_data(checkpoint, tmp_path, capsys) -> None:
     target, report = tmp_path / "gn.pth", tmp_path / "report.json"
     assert main(["convert", str(checkpoint), str(target), "--report", str(report)]) == 0
     assert loads(target)
-    assert read_checkpoint(target).metadata == {"class_names": ["nucleus"], "category_ids": [1]}
+    metadata = read_checkpoint(target).metadata
+    groups = metadata.pop("group_norm_groups")
+    assert metadata == {"class_names": ["nucleus"], "category_ids": [1]}
+    assert len(groups) == 37 and groups["backbone.bottom_up.res5.1.conv2.norm"] == 16
     assert "MODEL.GN.MIN_CHANNELS_PER_GROUP 16" in capsys.readouterr().out
     assert len(json.loads(report.read_text())["layers"]) == 37
 
@@ -112,6 +117,92 @@ def test_errors_write_nothing(checkpoint, tmp_path, capsys) -> None:
     again = tmp_path / "again.pth"
     assert main(["convert", str(target), str(again)]) == 2
     assert "no BatchNorm" in capsys.readouterr().err and not again.exists()
+
+
+def test_no_output_replaces_another_file(checkpoint, folder, tmp_path, capsys) -> None:
+    before, target = checkpoint.read_bytes(), tmp_path / "gn.pth"
+
+    def refused(*words: object) -> str:
+        assert main(["convert", *map(str, words)]) == 2
+        assert checkpoint.read_bytes() == before and not target.is_file()
+        return capsys.readouterr().err
+
+    assert "would replace" in refused(checkpoint, checkpoint)
+    assert "--report" in refused(checkpoint, target, "--report", target)
+    images = ["--images", folder, "--config-file", CONFIG]
+    assert "--checkpoint" in refused(checkpoint, target, *images, "--checkpoint", checkpoint)
+    assert "--num-groups and --min-channels-per-group are at least 1" in refused(
+        checkpoint, target, "--num-groups", 0
+    )
+    assert main(["convert", str(checkpoint), str(target)]) == 0
+    words = ["calibrate", str(checkpoint), str(target), str(target), "--images", str(folder)]
+    assert main([*words, "--config-file", CONFIG]) == 2
+    assert "would replace" in capsys.readouterr().err
+
+
+def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
+    checkpoint, folder, tmp_path, capsys, monkeypatch
+) -> None:
+    progress, target = tmp_path / "calibration.pt", tmp_path / "gn.pth"
+    target.mkdir()
+    words = ["convert", str(checkpoint), str(target), "--images", str(folder), "--steps", "2"]
+    words += ["--checkpoint", str(progress), "--config-file", CONFIG, "INPUT.MIN_SIZE_TEST", "64"]
+    words += BATCH_NORM
+    with monkeypatch.context() as patch:
+        patch.setattr("gn_detect.cli.convert.calibrate", lambda *_, **__: pytest.fail("told too late"))
+        assert main(words) == 2
+    assert "cannot write" in capsys.readouterr().err and not progress.exists()
+    target.rmdir()
+
+    def full(*_: object) -> None:
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gn_detect.cli.convert.save_weights", full)
+        assert main(words) == 2
+    assert progress.exists() and not target.exists()
+    assert main(words) == 0
+    assert loads(target) and not progress.exists()
+
+
+def test_the_groups_of_a_converted_file_are_kept(checkpoint, folder, tmp_path, capsys) -> None:
+    one, better = tmp_path / "one.pth", tmp_path / "better.pth"
+    assert main(["convert", str(checkpoint), str(one), "--num-groups", "1"]) == 0
+    capsys.readouterr()
+    words = ["calibrate", str(checkpoint), str(one), str(better), "--images", str(folder), "--steps", "1"]
+    words += ["--config-file", CONFIG]
+    keys = [*BATCH_NORM, "INPUT.MIN_SIZE_TEST", "64"]
+    assert main([*words, *keys]) == 2
+    assert "calibrate: --num-groups 1 --min-channels-per-group 1)" in capsys.readouterr().err
+    assert main([*words, "--num-groups", "1", *keys]) == 0
+    assert "MODEL.GN.NUM_GROUPS 1" in capsys.readouterr().out, "how to load it"
+    assert set(read_checkpoint(better).metadata["group_norm_groups"].values()) == {1}
+
+
+def test_what_has_no_other_name_is_told(tmp_path, capsys) -> None:
+    source, target = tmp_path / "resnet18.pth", tmp_path / "renamed.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), source)
+    assert main(["convert", "--keep-norm", str(source), str(target)]) == 0
+    assert "left out, as detectron2 has no name for them: fc.weight, fc.bias" in capsys.readouterr().out
+
+
+def test_library_models_are_built_as_their_weights_want(tmp_path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    with_auxiliary = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
+        weights_backbone=None, aux_loss=True
+    )
+    torch.save(with_auxiliary.state_dict(), tmp_path / "deeplab.pth")
+    found = load_library_model("deeplabv3_mobilenet_v3_large", str(tmp_path / "deeplab.pth"))
+    assert list(found.model.state_dict()) == list(with_auxiliary.state_dict())
+
+    googlenet = torchvision.models.googlenet(init_weights=False, aux_logits=False)
+    torch.save(googlenet.state_dict(), tmp_path / "googlenet.pth")
+    assert load_library_model("googlenet", str(tmp_path / "googlenet.pth")).model.transform_input
+
+    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights_backbone=None)
+    monkeypatch.setattr("gn_detect.cli.library_models._download", lambda *_: detector.state_dict())
+    published = load_library_model("fasterrcnn_resnet50_fpn", "COCO_V1").model
+    assert {m.eps for m in published.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.0}
 
 
 def test_images_of_a_coco_json(checkpoint, folder, tmp_path, capsys) -> None:

@@ -373,7 +373,7 @@ def test_small_variances_are_alive_where_eps_or_the_group_is_smaller() -> None:
     norm.running_var.mul_(1e-4).clamp_(min=1e-6)
     norm.running_mean.zero_()
     assert convert_norm(norm)[1].layers[0].constant == 0, "all are small, none beside the others"
-    norm = trained(nn.BatchNorm2d(32, eps=1e-12))
+    norm = trained(nn.BatchNorm2d(32, eps=0.0))
     norm.running_var[0] = 1e-8
     assert convert_norm(norm)[1].layers[0].constant == 0, "BatchNorm divides it by its own deviation"
 

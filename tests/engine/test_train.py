@@ -18,7 +18,7 @@ from gn_detect.engine.evaluator import scalars_of
 from gn_detect.errors import UserError
 from gn_detect.modeling import MaskRCNN, build_model
 from gn_detect.structures import Target
-from gn_detect.weights import load_weights, norm_eps, read_checkpoint, save_weights
+from gn_detect.weights import load_weights, norm_settings, read_checkpoint, save_weights
 from tests.engine.tiny import make_dataset, write_config
 
 
@@ -105,12 +105,12 @@ def test_norms_of_their_own_eps_stay_so(tiny_config: Config, tmp_path: Path) -> 
         if isinstance(norm, torch.nn.GroupNorm):
             norm.eps = 0.5
     start = tmp_path / "converted.pth"
-    save_weights(start, model.state_dict(), norm_eps(model))
+    save_weights(start, model.state_dict(), norm_settings(model))
     keys = {"MODEL.WEIGHTS": str(start), "SOLVER.CHECKPOINT_PERIOD": 3, "SOLVER.MAX_ITER": 5}
     cfg = tiny_config.replace({**keys, "DATASETS.TEST": []})
     train(cfg)
     folder, expected = Path(cfg.output_dir), weights_of(cfg)
-    assert set(read_checkpoint(folder / "model_final.pth").metadata["group_norm_eps"].values()) == {0.5}
+    assert set(read_checkpoint(folder / "model_final.pth").metadata["group_norm_settings"].values()) == {0.5}
     (folder / "last_checkpoint").write_text("model_0000002.pth")
     (folder / "model_final.pth").unlink()
     train(cfg, resume=True)

@@ -1,4 +1,4 @@
-"""The eps of each norm in a checkpoint: written, given to the model that loads it, and refused if broken."""
+"""The eps and groups of each norm in a checkpoint: written, heeded in loading, refused if broken."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from gn_detect import UserError, build_model, convert_norm, load_config, load_weights
-from gn_detect.weights import NORM_EPS, norm_eps, read_checkpoint, save_weights
+from gn_detect.weights import NORM_EPS, NORM_GROUPS, norm_settings, read_checkpoint, save_weights
 
 
 def model() -> nn.Module:
@@ -20,7 +20,7 @@ def model() -> nn.Module:
 def test_from_one_model_to_another(tmp_path, ending: str) -> None:
     source, target, path = model(), model(), tmp_path / f"gn{ending}"
     source[1].eps, source[3].eps = 0.3, 1.7
-    save_weights(path, source.state_dict(), norm_eps(source))
+    save_weights(path, source.state_dict(), norm_settings(source))
     report = load_weights(target, path)
     assert (target[1].eps, target[3].eps) == (0.3, 1.7)
     assert "2 norms have the file's eps: '1', '3'" in str(report)
@@ -34,7 +34,7 @@ def test_names_of_another_library(tmp_path) -> None:
     torch.manual_seed(0)
     classifier, _ = convert_norm(torchvision.models.resnet18(), init="reset", eps=0.3)
     path = tmp_path / "resnet18.pth"
-    save_weights(path, classifier.state_dict(), norm_eps(classifier))
+    save_weights(path, classifier.state_dict(), norm_settings(classifier))
     keys = ["MODEL.GN.MIN_CHANNELS_PER_GROUP", "16", "INPUT.FORMAT", "RGB"]
     detector = build_model(load_config("configs/quick/nuclei_r18_gn.yaml", keys))
     load_weights(detector, path, for_training=True)
@@ -52,20 +52,20 @@ def test_names_of_a_wrapped_model(tmp_path) -> None:
     source, target, path = model(), model(), tmp_path / "gn.pth"
     source[1].eps, source[3].eps = 1, 0.3  # a whole number, as a user may give it
     wrapped = Wrapper(source)
-    save_weights(path, wrapped.state_dict(), norm_eps(wrapped))
+    save_weights(path, wrapped.state_dict(), norm_settings(wrapped))
     load_weights(target, path)
     assert (target[1].eps, target[3].eps) == (1.0, 0.3)
 
 
 def test_the_usual_eps_is_not_written() -> None:
-    assert norm_eps(model()) == {}
+    assert norm_settings(model()) == {NORM_GROUPS: {"1": 2, "3": 1}}
 
 
 def test_norms_of_layers_that_start_afresh_keep_theirs(tmp_path) -> None:
     source, target, path = model(), model(), tmp_path / "gn.pth"
     source[1].eps = source[3].eps = 0.3
     tensors = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("3.")}
-    save_weights(path, tensors, norm_eps(source))
+    save_weights(path, tensors, norm_settings(source))
     load_weights(target, path, for_training=True)
     assert (target[1].eps, target[3].eps) == (0.3, 1e-5)
 
@@ -82,3 +82,34 @@ def test_what_is_no_eps_is_refused_and_changes_nothing(tmp_path, told: object) -
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
     assert target[1].eps == 1e-5
     assert read_checkpoint(path).metadata[NORM_EPS] == told
+
+
+@pytest.mark.parametrize("ending", [".pth", ".pkl", ".safetensors"])
+def test_a_model_of_other_groups_is_refused(tmp_path, ending: str) -> None:
+    """The tensors have the same shapes, so it would load, and compute something else."""
+    torch.manual_seed(0)
+    original = nn.Sequential(
+        nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 96, 1), nn.BatchNorm2d(96)
+    )
+    source, _ = convert_norm(original, num_groups=8, min_channels_per_group=16)
+    path = tmp_path / f"gn{ending}"
+    save_weights(path, source.state_dict(), norm_settings(source))
+    target, _ = convert_norm(original, num_groups=1)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    keys = "MODEL.GN.NUM_GROUPS 6 MODEL.GN.MIN_CHANNELS_PER_GROUP 16 .*--num-groups 6"
+    with pytest.raises(UserError, match=f"has 4 groups in '1', and the model 1; set {keys}"):
+        load_weights(target, path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+    again, _ = convert_norm(original, num_groups=6, min_channels_per_group=16)
+    load_weights(again, path)
+
+
+def test_groups_that_no_setting_gives(tmp_path) -> None:
+    source, target, path = model(), model(), tmp_path / "gn.pth"
+    target[1].num_groups = 4
+    save_weights(path, source.state_dict(), norm_settings(source))
+    with pytest.raises(UserError, match="has 2 groups in '1', and the model 4; build it with the groups"):
+        load_weights(target, path)
+    save_weights(path, source.state_dict(), {NORM_GROUPS: {"1": 0}})
+    with pytest.raises(UserError, match="'group_norm_groups' is not the number of groups of each norm"):
+        load_weights(target, path)

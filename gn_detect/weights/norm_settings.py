@@ -1,0 +1,133 @@
+"""What a state dict does not tell of GroupNorms: eps and number of groups, in a converted model by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..layers import choose_groups
+from .checkpoint import Checkpoint, strip_wrappers
+
+NORM_EPS, NORM_GROUPS = "group_norm_eps", "group_norm_groups"
+"""The keys in a checkpoint's metadata: eps and number of groups by name of the norm."""
+
+USUAL = 1e-5
+"""PyTorch's, detectron2's and the config's default eps."""
+
+
+def norm_settings(model: nn.Module) -> dict[str, Any]:
+    """What to add to a checkpoint's metadata; see :func:`as_metadata`."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
+    norms = strip_wrappers(norms)
+    return as_metadata(
+        {name: norm.eps for name, norm in norms.items()},
+        {name: norm.num_groups for name, norm in norms.items()},
+    )
+
+
+def as_metadata(eps: Mapping[str, float], groups: Mapping[str, int]) -> dict[str, Any]:
+    """By name: the groups of all norms, and the eps of all if one is not ``USUAL``."""
+    found: dict[str, Any] = {}
+    if not all(value == USUAL for value in eps.values()):
+        found[NORM_EPS] = {name: float(value) for name, value in eps.items()}
+    if groups:
+        found[NORM_GROUPS] = dict(groups)
+    return found
+
+
+def norm_eps_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    """By name of the norm; empty where the file tells none.
+
+    Args:
+        tensors: the checkpoint's under other names, which the result then has, too; by default its own.
+
+    Raises:
+        UserError: what it tells is no eps.
+    """
+    told = _told(checkpoint, tensors, NORM_EPS, "eps", _is_eps)
+    return {name: float(value) for name, value in told.items()}
+
+
+def norm_groups_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+    """As :func:`norm_eps_of`, the numbers of groups."""
+    return _told(checkpoint, tensors, NORM_GROUPS, "number of groups", _is_number)
+
+
+def _told(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Tensor] | None,
+    key: str,
+    what: str,
+    is_valid: Callable[[Any], bool],
+) -> dict[str, Any]:
+    told = checkpoint.metadata.get(key, {})
+    if not isinstance(told, dict) or not all(is_valid(value) for value in told.values()):
+        raise UserError(
+            f"{checkpoint.path}: its '{key}' is not the {what} of each norm, so the file is damaged; "
+            "write it again with gn-detect convert"
+        )
+    names = {id(tensor): name for name, tensor in (tensors or checkpoint.tensors).items()}
+
+    def renamed(norm: str) -> str:
+        weight = checkpoint.tensors.get(_weight_of(norm))
+        name = names.get(id(weight))
+        return str(norm) if name is None else name.removesuffix("weight").removesuffix(".")
+
+    return {renamed(norm): value for norm, value in told.items()}
+
+
+def refuse_other_groups(model: nn.Module, checkpoint: Checkpoint, groups: Mapping[str, int]) -> None:
+    """Weights of other groups load, and compute another function.
+
+    Args:
+        groups: what the checkpoint tells, by the model's names.
+
+    Raises:
+        UserError: a norm of the model has another number of groups.
+    """
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm) and n in groups}
+    for name, norm in norms.items():
+        if norm.num_groups != groups[name]:
+            raise UserError(
+                f"{checkpoint.path} has {groups[name]} groups in '{name}', and the model {norm.num_groups}; "
+                + _remedy({(norm.num_channels, groups[name]) for name, norm in norms.items()})
+            )
+
+
+def _remedy(layers: set[tuple[int, int]]) -> str:
+    """The settings with which layers have so many channels and groups."""
+    most = max(groups for _, groups in layers)
+    same = all(groups == most for _, groups in layers)
+    least = 1 if same else min(channels // groups for channels, groups in layers)
+    if any(choose_groups(channels, most, least) != groups for channels, groups in layers):
+        return "build it with the groups that it had when the file was made"
+    return (
+        f"set MODEL.GN.NUM_GROUPS {most} MODEL.GN.MIN_CHANNELS_PER_GROUP {least} (gn-detect calibrate: "
+        f"--num-groups {most} --min-channels-per-group {least})"
+    )
+
+
+def set_norm_eps(model: nn.Module, eps: Mapping[str, float]) -> list[str]:
+    """Give the GroupNorms of these names this eps; returns the names of those whose eps changed."""
+    changed = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.GroupNorm) and name in eps and module.eps != eps[name]:
+            module.eps = eps[name]
+            changed.append(name)
+    return changed
+
+
+def _weight_of(norm: str) -> str:
+    return f"{norm}.weight" if norm else "weight"
+
+
+def _is_eps(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
