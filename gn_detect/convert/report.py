@@ -82,6 +82,11 @@ class ConversionReport:
                 "are folded, and fresh ones), so their weight, bias and eps were copied; give images= to "
                 "measure them"
             )
+        if lone := [n for n in self.layers if "BatchNorm1d" in n.kind and n.groups == n.channels]:
+            self.warnings.append(
+                f"{len(lone)} norms, such as '{lone[0].name}', have groups of one channel, which would "
+                "normalise single numbers of an input (N, C), which gives constants; take fewer groups"
+            )
         if constant := [layer for layer in self.layers if layer.constant]:
             self.warnings.append(
                 f"{sum(layer.constant for layer in constant)} channels in {len(constant)} norms, from "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,15 +13,16 @@ from .norm import GroupNorm
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Replace every ``nn.GroupNorm`` by :class:`GroupNorm`, with the ReLU behind it where that is certain.
+    """Replace every ``nn.GroupNorm`` by :class:`GroupNorm`, and compute the ReLU behind it in its kernel.
 
-    It is certain where a ReLU follows the norm in an ``nn.Sequential`` (it becomes an ``nn.Identity``; names
-    stay), and in detectron2's ``Conv2d``, which holds both. A norm in several places keeps its ReLU apart. A
-    norm with hooks is left as it is, as are subclasses of ``nn.GroupNorm``, whose forward may differ, and a
-    ReLU with hooks.
+    That is done where an ``nn.Sequential`` calls the ReLU right after the norm, also one of ours, and in
+    detectron2's ``Conv2d``, which holds both. Called by itself, as by a loop over the children or in a slice
+    of them, a norm gives what it gave. A norm with hooks is left as it is, as are subclasses of
+    ``nn.GroupNorm``, whose forward may differ; a norm or ReLU with hooks is called by itself.
 
-    Parameters, their names and the state dict do not change, nor does the function. A block that calls its
-    ReLU or adds its residual in its own ``forward`` can be given :func:`gn_detect.ops.group_norm` by hand.
+    Modules, parameters, their names and the state dict do not change, nor does the function. A block that
+    calls its ReLU or adds its residual in its own ``forward`` can be given :func:`gn_detect.ops.group_norm`
+    by hand.
 
     Args:
         model: any module.
@@ -41,11 +43,54 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             _replace(parent, name, fused[child])
     shared = {new for old, new in fused.items() if sum(child is old for _, _, child in places) > 1}
     for module in list(model.modules()):
-        if type(module).forward is nn.Sequential.forward:
-            _absorb_next(module, set(fused.values()) - shared)
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            children = list(module)
+            if any(map(_is_pair, children, children[1:])):
+                kind: Any = type(module)
+                module.__class__ = _fused_kind(kind)
         elif isinstance(module, nn.Conv2d) and getattr(module, "norm", None) in fused.values():
             _absorb_activation(module, shared)
     return model
+
+
+class FusedSequential(nn.Sequential):
+    """An ``nn.Sequential``, or a subclass with its forward, whose norms compute the ReLU behind them."""
+
+    _unfused: type[nn.Module] = nn.Sequential
+
+    def forward(self, input: Any) -> Any:
+        """As before, with fewer passes over memory."""
+        children = list(self)
+        while children:
+            module = children.pop(0)
+            if _is_pair(module, *children[:1]) and not has_hooks(module) and not has_hooks(children[0]):
+                input = module(input, activation="relu")
+                del children[0]
+            else:
+                input = module(input)
+        return input
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The kinds of subclasses are made when needed, so a pickle names the subclass instead."""
+        _, _, *state = tuple(super().__reduce_ex__(2))
+        return (_new, (self._unfused,), *state)
+
+
+@cache
+def _fused_kind(kind: Any) -> Any:
+    """A subclass of :class:`FusedSequential` and of ``kind``."""
+    if kind is nn.Sequential:
+        return FusedSequential
+    return type(kind.__name__, (FusedSequential, kind), {"_unfused": kind})
+
+
+def _new(kind: Any) -> Any:
+    fused = _fused_kind(kind)
+    return fused.__new__(fused)
+
+
+def _is_pair(norm: nn.Module, after: nn.Module | None = None) -> bool:
+    return type(norm) is GroupNorm and norm.activation is None and type(after) is nn.ReLU
 
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -80,15 +125,6 @@ def _fused(norm: nn.Module) -> GroupNorm:
 
 def _replace(parent: nn.Module, name: str, child: nn.Module) -> None:
     parent._modules[name] = child
-
-
-def _absorb_next(sequential: nn.Module, norms: set[GroupNorm]) -> None:
-    """A norm takes over the ReLU that follows it."""
-    children = list(sequential._modules.items())
-    for (_, norm), (name, after) in zip(children, children[1:], strict=False):
-        if norm in norms and type(after) is nn.ReLU and not has_hooks(after):
-            norm.activation = "relu"
-            _replace(sequential, name, nn.Identity())
 
 
 def _absorb_activation(conv: Any, shared: set[GroupNorm]) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from gn_detect.cli import main
 from gn_detect.config import load_config
 from gn_detect.modeling import build_model
+from gn_detect.weights import norm_settings
 from tests.cli.conftest import Case
 
 Prepare = Callable[[Case], Any]
@@ -66,7 +67,8 @@ def _weights(keys: list[str], damage: Callable[[Path], Any] = lambda path: None)
 
     def prepare(case: Case) -> None:
         path = case.config.parent / "w.pth"
-        torch.save({"model": build_model(load_config(case.config, keys)).state_dict()}, path)
+        model = build_model(load_config(case.config, keys))
+        torch.save({"model": model.state_dict(), **norm_settings(model)}, path)
         damage(path)
 
     return prepare
@@ -194,6 +196,12 @@ MISTAKES = {
     ),
     "weights of another norm": Mistake(
         f"{TRAIN} --weights {{folder}}/w.pth", "w.pth", "gn-detect convert", _weights(BN)
+    ),
+    "weights of other groups": Mistake(
+        f"{EVAL} --weights {{folder}}/w.pth",
+        "w.pth",
+        "set MODEL.GN.NUM_GROUPS 1",
+        _weights(["MODEL.GN.NUM_GROUPS", "1"]),
     ),
     "weights of another network": Mistake(
         f"{TRAIN} --weights {{folder}}/w.pth",

@@ -391,3 +391,9 @@ def test_uninitialised_layers_beside_norms() -> None:
     new, report = convert_norm(model)
     assert isinstance(new[1], GroupNorm) and report.parameters_after == 8
     assert new(torch.randn(1, 3, 4, 4)).shape == (1, 4, 4, 4)
+
+
+def test_groups_of_one_number_are_told() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), trained(nn.BatchNorm1d(8)))
+    assert "of one channel" in convert_norm(model, "IN")[1].warnings[0]
+    assert not convert_norm(model)[1].warnings

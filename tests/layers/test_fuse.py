@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,16 +33,83 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
 
 
-def test_norm_and_relu_in_a_sequential() -> None:
+@pytest.fixture
+def relus(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Those that were called by themselves."""
+    called: list[nn.Module] = []
+    forward = nn.ReLU.forward
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: called.append(self) or forward(self, x))
+    return called
+
+
+def test_norm_and_relu_in_a_sequential(relus: list[nn.Module]) -> None:
     model, x = stack(), torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
     fused = gn_detect.fuse(model)
-    assert [type(m) for m in fused] == [nn.Conv2d, GroupNorm, nn.Identity, nn.Conv2d, GroupNorm]
-    assert fused[1].activation == "relu" and fused[4].activation is None
-    for ours, theirs in zip(outputs(fused, x), outputs(model, x), strict=True):
+    assert [type(m) for m in fused] == [nn.Conv2d, GroupNorm, nn.ReLU, nn.Conv2d, GroupNorm]
+    found = outputs(fused, x)
+    assert not relus, "the norm's kernel did it"
+    for ours, theirs in zip(found, outputs(model, x), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert list(fused.state_dict()) == list(model.state_dict())
-    assert type(model[1]) is nn.GroupNorm, "the original is untouched"
+    assert type(model[1]) is nn.GroupNorm and type(model) is nn.Sequential, "the original is untouched"
     fused.load_state_dict(model.state_dict())
+    again = fuse(fused)
+    assert type(again) is type(fused) and torch.equal(again(x), fused(x))
+
+
+def test_a_norm_is_itself_where_its_output_is_used(relus: list[nn.Module]) -> None:
+    """As by a loop over the layers, a slice or a hook, which come after ``fuse``."""
+    model, x = stack(), torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    fused = fuse(model)
+    taps = {}
+    for name, network in (("model", model), ("fused", fused)):
+        taps[name], y = [], x
+        for layer in network:
+            y = layer(y)
+            taps[name].append(y.clone())
+    for ours, theirs in zip(taps["fused"], taps["model"], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert taps["fused"][1].min() < 0
+    torch.testing.assert_close(fused[:2](x), model[:2](x))
+    torch.testing.assert_close(fused[:3](x), model[:3](x))
+
+    for index in (1, 2):
+        hooked, seen = fuse(model), []
+        handle = hooked[index].register_forward_hook(lambda *given, seen=seen: seen.append(given[2].clone()))
+        relus.clear()
+        torch.testing.assert_close(hooked(x), model(x))
+        assert len(relus) == 2 and (seen[0].min() < 0) == (index == 1)
+        handle.remove()
+        relus.clear()
+        hooked(x)
+        assert not relus
+
+
+@pytest.mark.parametrize("make", [stack, lambda: torchvision.ops.Conv2dNormActivation(
+    3, 8, norm_layer=lambda c: nn.GroupNorm(4, c))], ids=["plain", "subclass"])  # fmt: skip
+def test_copies_pickles_compiled_and_exported(make: Callable[[], nn.Sequential], tmp_path: Path) -> None:
+    model, x = make().eval(), torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    fused, expected = fuse(model), model(x)
+    assert isinstance(fused, type(model))
+    torch.save(fused, tmp_path / "whole.pth")
+    others = [copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))]
+    others.append(torch.load(tmp_path / "whole.pth", weights_only=False))
+    for other in others:
+        assert type(other) is type(fused) and other[0] is not fused[0]
+        torch.testing.assert_close(other(x), expected)
+    torch.testing.assert_close(torch.compile(fused, backend="eager", fullgraph=True)(x), expected)
+    torch.testing.assert_close(torch.export.export(fused, (x,)).module()(x), expected)
+
+
+def test_a_converted_models_relus(relus: list[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
+    converted, _ = gn_detect.convert_norm(model)
+    x = torch.randn(2, 3, 9, 9)
+    expected = converted(x)
+    relus.clear()
+    torch.testing.assert_close(fuse(converted)(x), expected)
+    assert not relus
 
 
 def test_in_place_keeps_the_parameters() -> None:
@@ -50,7 +122,7 @@ def test_in_place_keeps_the_parameters() -> None:
     assert not model[1].weight.requires_grad and not model[1].training
 
 
-def test_torchvision_models() -> None:
+def test_torchvision_models(relus: list[nn.Module]) -> None:
     def norm(channels: int) -> nn.Module:
         return nn.GroupNorm(8, channels, eps=1e-3)
 
@@ -64,9 +136,11 @@ def test_torchvision_models() -> None:
         fused = fuse(model)
         kinds = [type(m) for m in fused.modules()]
         assert kinds.count(nn.GroupNorm) == 0 and kinds.count(GroupNorm) > 10
-        torch.testing.assert_close(fused(x), model(x))
-    with_relu = [m for m in fused.modules() if isinstance(m, GroupNorm) and m.activation]
-    assert len(with_relu) > 20, "regnet's blocks are Sequentials"
+        relus.clear()
+        found = fused(x)
+        alone = len(relus)
+        torch.testing.assert_close(found, model(x))
+    assert len(relus) - alone > alone + 20, "regnet's blocks are Sequentials"
 
 
 @pytest.mark.parametrize("affine", [{}, {"affine": False}, {"bias": False}])
@@ -82,12 +156,13 @@ def test_settings_survive(affine: dict[str, bool]) -> None:
     torch.testing.assert_close(fused(x), norm(x))
 
 
-def test_uncertain_relus_stay() -> None:
-    norm, relu = nn.GroupNorm(2, 4), nn.ReLU()
+def test_shared_norms_hooks_and_blocks_of_their_own() -> None:
+    norm, relu, x = nn.GroupNorm(2, 4), nn.ReLU(), torch.randn(2, 4, 3, 3)
     shared = nn.ModuleList([nn.Sequential(norm, relu), nn.Sequential(norm, nn.Tanh())])
     fused = fuse(shared)
     assert fused[0][0] is fused[1][0] and type(fused[0][0]) is GroupNorm, "a shared norm stays shared"
-    assert fused[0][0].activation is None and type(fused[0][1]) is nn.ReLU
+    for ours, theirs in zip(fused, shared, strict=True):
+        torch.testing.assert_close(ours(x), theirs(x))
 
     hooked = nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU(), nn.GroupNorm(2, 4), nn.ReLU())
     hooked[0].register_forward_hook(lambda *_: None)
