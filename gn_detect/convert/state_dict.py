@@ -39,33 +39,35 @@ def convert_state_dict(
             can have, or eps is no such number.
     """
     owners = [name.removesuffix(".running_var") for name in tensors if name.endswith(".running_var")]
-    norms = [owner for owner in owners if _is_batch_norm(tensors, owner)]
+    norms = {owner for owner in owners if _is_batch_norm(tensors, owner)}
     if not norms:
         raise UserError(
             "there is no BatchNorm with running statistics among the tensors; it has another norm, or its "
             "statistics were folded into the scale: then convert the model itself, with images"
         )
-    model, report = convert_norm(
-        _model_of({owner: _batch_norm(tensors, owner, eps) for owner in norms}),
-        num_groups=num_groups,
-        min_channels_per_group=min_channels_per_group,
-        group_size=group_size,
-        init=init,
-        eps=eps,
-        inplace=True,
-    )
+    report = ConversionReport()
     converted: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         if owner not in norms or leaf not in _LEAVES:
             converted[name] = tensor
         elif f"{owner}.weight" not in converted:  # at the place of its first tensor
-            parameters = model.get_submodule(owner).named_parameters(recurse=False)
-            converted |= {f"{owner}.{key}": value.detach() for key, value in parameters}
+            model, found = convert_norm(
+                _alone(owner, _batch_norm(tensors, owner, eps)),
+                num_groups=num_groups,
+                min_channels_per_group=min_channels_per_group,
+                group_size=group_size,
+                init=init,
+                eps=eps,
+                inplace=True,
+            )
+            report.layers += found.layers
+            converted |= {name: value.detach() for name, value in model.named_parameters()}
     report.parameters_before = sum(
         tensor.numel() for name, tensor in tensors.items() if name.rpartition(".")[2] not in _LEAVES[2:]
     )
     report.parameters_after = sum(tensor.numel() for tensor in converted.values())
+    report.warn_of_layers()
     if others := [owner for owner in owners if owner not in norms]:
         report.warnings.append(
             f"{len(others)} layers have running statistics and are no BatchNorm, such as '{others[0]}'; they "
@@ -96,17 +98,10 @@ def _batch_norm(tensors: Mapping[str, Tensor], owner: str, eps: float) -> nn.Bat
     return norm
 
 
-def _model_of(norms: dict[str, nn.BatchNorm2d]) -> nn.Module:
-    """Nothing but the norms, where their names say, so that messages and the report have these names."""
-    model = nn.Module()
-    for name, norm in norms.items():
-        parent = model
-        *path, last = name.split(".")
-        for part in path:
-            if part not in parent._modules:
-                parent._modules[part] = nn.Module()
-            parent = parent.get_submodule(part)
-        if last in parent._modules:  # a norm with others inside, which came first
-            norm._modules.update(parent.get_submodule(last)._modules)
-        parent._modules[last] = norm
-    return model
+def _alone(name: str, norm: nn.Module) -> nn.Module:
+    """A model that holds nothing else, so that messages and the report have the name."""
+    for part in reversed(name.split(".")):
+        parent = nn.Module()
+        parent._modules[part] = norm
+        norm = parent
+    return norm
