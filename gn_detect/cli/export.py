@@ -9,6 +9,7 @@ from ..engine.export import check_target, export_detector
 from ..engine.export_check import compare
 from .inputs import find_images, split_overrides
 from .options import add_config_arguments, add_fix_argument, read_config_file
+from .output import Result
 
 HELP = "Export a trained detector, MODEL.WEIGHTS, as ONNX or as a program of PyTorch."
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Result:
     """Write the file; 1 if its detections differ."""
     path = check_target(args.output)
     checked, keys = split_overrides(args.check or [])  # argparse gives KEY VALUE behind --check to it
@@ -45,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
     print(predictor.report)
     print(f"exporting to {path} (a minute or two for a large model)", flush=True)
     export_detector(predictor, path)
-    print(f"wrote {path}: {path.stat().st_size / 1e6:.0f} MB")
+    size = path.stat().st_size
+    print(f"wrote {path}: {size / 1e6:.0f} MB")
+    written = {"output": str(path), "bytes": size}
     if not images:
-        return 0
+        return Result(written)
     parity = compare(predictor, ExportedPredictor(path, trust=True), images)
     print(parity)
-    return 0 if parity.within_tolerances else 1
+    return Result({**written, "parity": parity.to_dict()}, 0 if parity.within_tolerances else 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..visualize import plot_curves
+from .output import Result
 
 HELP = "Draw losses, AP and learning rate of one run, or of several in the same axes."
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="mean of N log lines for losses")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Write the picture."""
     if args.smooth < 1:
         raise UserError(f"--smooth {args.smooth}: it must be 1 or more log lines")
@@ -35,8 +36,10 @@ def run(args: argparse.Namespace) -> None:
     metrics = [path / "metrics.jsonl" if path.is_dir() else path for path in paths]
     folder = metrics[0].parent if len(metrics) == 1 else Path()
     output = Path(args.output) if args.output else folder / "curves.png"
-    plot_curves(dict(zip(name_runs(metrics), metrics, strict=True)), output, smooth=args.smooth)
+    names = name_runs(metrics)
+    plot_curves(dict(zip(names, metrics, strict=True)), output, smooth=args.smooth)
     print(f"see {output}")
+    return Result({"output": str(output), "runs": names})
 
 
 def name_runs(metrics: list[Path]) -> list[str]:

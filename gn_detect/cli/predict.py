@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError(f"--workers {workers}: it must be 0 or more")
     truth = read_truth(args.annotations) if args.annotations else None
     output = Path(args.output)
-    named = list(zip(paths, name_outputs(paths), strict=True))
+    names = name_outputs(paths)
+    named = list(zip(paths, names, strict=True))
+    check_replaces_nothing(paths, [output / name for name in names])
     tasks = make_tasks([(path, name) for path, name in named if not is_video(path)], output, truth)
     predictor = make_predictor(args, overrides)
     print(predictor.report)
@@ -127,7 +129,8 @@ def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None)
     for number, (path, name) in enumerate(named, start=1):
         image_id = number if truth is None else truth.image_id_of(path)
         objects = None if truth is None else truth.objects[image_id]
-        tasks.append(Task(path, image_id, output / name, objects))
+        size = None if truth is None else truth.sizes.get(image_id)
+        tasks.append(Task(path, image_id, output / name, objects, size))
     return tasks
 
 
@@ -135,7 +138,7 @@ def check_categories(predictor: AnyPredictor, truth: Truth) -> None:
     """Refuse ground truth of categories that the model does not know.
 
     Raises:
-        UserError: an id is not among the model's.
+        UserError: an id is not among the model's, or is that of another of its classes.
     """
     unknown = sorted(set(truth.category_ids) - set(predictor.category_ids))
     if unknown:
@@ -143,6 +146,28 @@ def check_categories(predictor: AnyPredictor, truth: Truth) -> None:
             f"{truth.path} has category id {unknown[0]}, which the model, with "
             f"{', '.join(map(str, predictor.category_ids[:8]))}, was not trained on; give its own annotations"
         )
+    called = dict(zip(truth.category_ids, truth.class_names, strict=True))
+    for category_id, name in zip(predictor.category_ids, predictor.class_names, strict=True):
+        other = called.get(category_id, name)
+        if other != name and other in predictor.class_names:
+            raise UserError(
+                f"{truth.path} calls category {category_id} '{other}', and the model was trained with it as "
+                f"'{name}'; give the categories the ids that they had in training"
+            )
+
+
+def check_replaces_nothing(inputs: list[Path], outputs: list[Path]) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        UserError: an output is one of the inputs.
+    """
+    read = {path.resolve() for path in inputs}
+    for output in outputs:
+        if output.resolve() in read:
+            raise UserError(
+                f"{output} is an input and would be replaced; choose another folder with --output"
+            )
 
 
 def predict_one_video(

@@ -6,6 +6,7 @@ import argparse
 
 from ..errors import UserError
 from ..report import write_report
+from .output import Result
 
 HELP = "Write a run's numbers, curves, mistakes and pictures as one HTML page that needs no network."
 
@@ -27,9 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Write the page."""
     if args.pictures < 0:
         raise UserError(f"--pictures {args.pictures}: it must be 0 or more")
     path = write_report(args.run, args.output, threshold=args.threshold, pictures=args.pictures)
-    print(f"see {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    size = path.stat().st_size
+    print(f"see {path} ({size / 1e6:.1f} MB)")
+    return Result({"output": str(path), "bytes": size})

@@ -6,6 +6,8 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -154,6 +156,24 @@ def check_same_classes(first: CocoDataset, second: CocoDataset) -> None:
         raise UserError(
             f"datasets {first.name} ({_listed(first.class_names)}) and {second.name} "
             f"({_listed(second.class_names)}) differ in their categories; give both the same list"
+        )
+
+
+def check_order(dataset: CocoDataset, told: Any, path: str | Path) -> None:
+    """Refuse a dataset whose labels mean other classes than a checkpoint's.
+
+    Args:
+        told: what the checkpoint says that its classes are; those of other names are taken for renamed.
+        path: of the checkpoint.
+
+    Raises:
+        UserError: they are the same in another order.
+    """
+    names = dataset.class_names
+    if isinstance(told, list) and told != names and sorted(map(str, told)) == sorted(names):
+        raise UserError(
+            f"{path} was trained with the categories in the order {_listed(told)}, and dataset {dataset.name} "
+            f"has them in the order {_listed(names)}; give them ids in the order of training"
         )
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import pycocotools.mask as coco_mask
 
 from .faults import DataError
 from .image_table import ImageRecord
-
-_RLE_CHARACTERS = re.compile("[0-o]+")
-"""Of a compressed RLE: six bits from code 48 on. pycocotools does not check them."""
+from .rle import count_pixels
 
 _KIND = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
@@ -189,17 +186,28 @@ class Rules:
                 f"[{image.height}, {image.width}] (height, width); correct one of them",
                 "rle-size",
             )
-        if isinstance(counts, str) and _RLE_CHARACTERS.fullmatch(counts):
-            return counts.encode("ascii")
-        if isinstance(counts, list) and all(is_integer(run) and run >= 0 for run in counts):
-            if sum(counts) != image.height * image.width:
+        pixels = image.height * image.width
+        if isinstance(counts, str):
+            try:
+                found = count_pixels(counts.encode())
+            except ValueError as error:
                 raise self.error(
-                    f"{what} has an RLE of {sum(counts)} pixels, but the image has "
-                    f"{image.height * image.width}; encode the mask again",
-                    "bad-rle",
-                )
+                    f"{what} has a damaged RLE ({error}); encode the mask again", "bad-rle"
+                ) from error
+            if found != pixels:
+                raise self._other_pixels(what, found, pixels)
+            return counts.encode()
+        if isinstance(counts, list) and all(is_integer(run) and run >= 0 for run in counts):
+            if sum(counts) != pixels:
+                raise self._other_pixels(what, sum(counts), pixels)
             return coco_mask.frPyObjects(given, image.height, image.width)["counts"]
         raise self.error(f"{what} has an RLE without valid 'counts'; encode the mask again", "bad-rle")
+
+    def _other_pixels(self, what: str, found: int, pixels: int) -> DataError:
+        return self.error(
+            f"{what} has an RLE of {found} pixels, but the image has {pixels}; encode the mask again",
+            "bad-rle",
+        )
 
 
 def is_polygon(numbers: list[float]) -> bool:

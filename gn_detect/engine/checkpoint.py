@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ HISTORY = "checkpoints.txt"
 
 FINAL = "model_final.pth"
 BEST = "model_best.pth"
+EARLIER = ".earlier"
 DAMAGED = ".damaged"
 """Ending of a checkpoint that could not be read and was set aside."""
 
@@ -140,12 +142,22 @@ def _check_sums(path: Path) -> None:
 
 
 def start_anew(folder: Path) -> None:
-    """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's."""
+    """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's.
+
+    Its best weights and its evaluations stay, as ``*.earlier``, so that nobody takes them for this run's.
+    """
     (folder / LAST).unlink(missing_ok=True)
     (folder / HISTORY).unlink(missing_ok=True)
+    for path in (folder / BEST, folder / "inference"):
+        if path.exists():
+            earlier = path.with_name(path.name + EARLIER)
+            if earlier.is_dir():
+                shutil.rmtree(earlier)
+            os.replace(path, earlier)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of a process that was killed while it wrote."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    for place in ("", "inference/*/", "pictures/"):
+        for path in folder.glob(f"{place}.*.tmp"):
+            path.unlink(missing_ok=True)

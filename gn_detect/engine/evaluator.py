@@ -6,13 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes
+from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes, check_order
 from ..errors import UserError
 from ..evaluation import evaluate_model
 from ..files import atomic_write_json, remedy
 from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
-from ..weights import load_weights
+from ..weights import Checkpoint, load_weights, read_checkpoint
 from .checkpoint import read_last_checkpoint
 from .distributed import get_rank, is_main, resolve_device, share_buffers, world_size
 from .model import make_model
@@ -55,7 +55,10 @@ def evaluate(cfg: Config, *, resume: bool = False) -> Results:
         if not tests:
             raise UserError("DATASETS.TEST is empty; name the dataset to evaluate on, or give --val-json")
         model = make_model(cfg)
-        logger.info("%s", load_weights(model, weights, config=cfg))
+        checkpoint = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights)
+        for _, dataset in tests.values():
+            check_order(dataset, checkpoint.metadata.get("class_names"), checkpoint.path)
+        logger.info("%s", load_weights(model, checkpoint, config=cfg))
         model.to(device)
         if is_main():
             make_folder(cfg.output_dir)

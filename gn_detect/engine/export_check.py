@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..data import read_image
+from ..errors import UserError
 from ..structures import Detections
 
 BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-4, 0.999
@@ -49,6 +52,10 @@ class Parity:
             and (self.mask >= MASK_TOLERANCE or self.flipped <= 1)
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**dataclasses.asdict(self), "within_tolerances": self.within_tolerances}
+
     def __str__(self) -> str:
         ours, theirs = (sorted(column)[len(column) // 2] for column in zip(*self.seconds, strict=True))
         small = f" (at most {self.flipped} pixel of a mask below {MASK_TOLERANCE})" if self.flipped else ""
@@ -72,7 +79,10 @@ def compare(
         begin = time.perf_counter()
         expected = predictor(pixels)
         middle = time.perf_counter()
-        found = exported(pixels)
+        try:
+            found = exported(pixels)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         parity.seconds.append((middle - begin, time.perf_counter() - middle))
         parity.images += 1
         parity.detections += len(expected)

@@ -69,9 +69,9 @@ class ExportedPredictor:
         size = image_size(prepared)
         height, width = (-(-side // self._divisibility) * self._divisibility for side in size)
         if min(height, width) < MIN_SIDE:
-            name = "image" if isinstance(image, np.ndarray) else str(image)
+            name = "" if isinstance(image, np.ndarray) else f"{image}: "
             raise UserError(
-                f"{name}: {original[1]} x {original[0]} pixels become {size[1]} x {size[0]}, and an exported "
+                f"{name}{original[1]} x {original[0]} pixels become {size[1]} x {size[0]}, and an exported "
                 f"detector needs sides of {MIN_SIDE}; use --config-file and MODEL.WEIGHTS for such images"
             )
         padded = prepared.new_zeros(1, 3, height, width)

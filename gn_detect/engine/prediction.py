@@ -44,12 +44,14 @@ class Task:
         image_id: in the results.
         picture: to write.
         objects: the image's ground truth, see :func:`draw_entries`; None without.
+        size: (height, width) that the ground truth states, see :func:`gn_detect.data.read_image`.
     """
 
     path: Path
     image_id: Any
     picture: Path
     objects: Sequence[Json] | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Outcome:
 
     Attributes:
         images, objects: how many were predicted on, and found.
-        failures: a message for each image that cannot be read.
+        failures: a message for each image that cannot be read, or not be predicted on.
     """
 
     images: int = 0
@@ -101,14 +103,18 @@ def predict_images(
     classes = Classes(predictor.class_names, predictor.category_ids)
     outcome, records = Outcome(), []
 
-    def detect(read: Iterator[tuple[Task, np.ndarray | str]]) -> Iterator[_Drawing]:
+    def detect(read: Iterator[tuple[Task, np.ndarray | UserError]]) -> Iterator[_Drawing]:
         for task, pixels in read:
-            if isinstance(pixels, str):
-                outcome.failures.append(pixels)
-                tqdm.write(f"error: {pixels}", file=sys.stderr)
+            try:
+                if isinstance(pixels, UserError):
+                    raise pixels
+                entries = _detect(predictor, pixels, task.image_id, threshold)
+            except UserError as error:
+                message = str(error) if error is pixels else f"{task.path}: {error}"
+                outcome.failures.append(message)
+                tqdm.write(f"error: {message}", file=sys.stderr)
                 progress.update()
                 continue
-            entries = _detect(predictor, pixels, task.image_id, threshold)
             yield _Drawing(task, pixels, entries, classes, pictures)
 
     with (
@@ -141,12 +147,12 @@ class _Drawing:
     wanted: bool
 
 
-def _read(task: Task) -> tuple[Task, np.ndarray | str]:
+def _read(task: Task) -> tuple[Task, np.ndarray | UserError]:
     """Pixels, or what is wrong with the image."""
     try:
-        return task, read_image(task.path, "RGB")
+        return task, read_image(task.path, "RGB", task.size)
     except UserError as error:
-        return task, str(error)
+        return task, error
 
 
 def _detect(predictor: AnyPredictor, pixels: np.ndarray, image_id: Any, threshold: float) -> list[Json]:

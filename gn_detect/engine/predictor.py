@@ -67,7 +67,7 @@ class Predictor:
 
         Raises:
             UserError: the file cannot be read.
-            ValueError: the array is of another shape or type.
+            ValueError: it is something else, or an array of another shape or type.
         """
         pixels = read_pixels(image)
         height, width = pixels.shape[:2]
@@ -76,8 +76,10 @@ class Predictor:
 
 def read_pixels(image: str | Path | np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 RGB of a file, or the array itself; errors as of :class:`Predictor`."""
+    if not isinstance(image, (str, Path, np.ndarray)):
+        raise ValueError(f"image must be a path or uint8 (H, W, 3) RGB in NumPy, not {type(image).__name__}")
     pixels = image if isinstance(image, np.ndarray) else read_image(image, "RGB")
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(f"image must be uint8 (H, W, 3) RGB, not {pixels.dtype} {pixels.shape}")
     return pixels
 

@@ -16,6 +16,7 @@ from ..data import (
     SampleLoader,
     build_train_loader,
     check_classes,
+    check_order,
     check_same_classes,
     warn_of_faults,
 )
@@ -125,6 +126,7 @@ def prepare(cfg: Config, resume: bool) -> Run:
     model = make_model(cfg)
     check_synchronised_norms(model, device)
     if checkpoint is not None:
+        check_order(dataset, known.get("class_names"), checkpoint.path)
         load_weights(model, checkpoint)
         logger.info("resuming from %s at iteration %d", checkpoint.path, start)
     elif cfg.model.weights:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as coco_mask
 
+from ..data.rle import count_pixels
 from ..errors import UserError
 from .results_file import read_entries
 
@@ -165,6 +166,8 @@ def _annotation(given: Mapping[str, Any], number: int, truth: GroundTruth, iou_t
     mask = None
     if iou_type == "segm" or box is None or (area is None and given.get("segmentation")):
         mask = to_rle(given["segmentation"], size)
+        if mask is not None and (found := count_pixels(mask["counts"].encode())) != math.prod(mask["size"]):
+            raise ValueError(f"its RLE has {found} pixels, not {math.prod(mask['size'])}")
     if iou_type == "segm":
         annotation["segmentation"] = mask
     if box is None:

@@ -18,6 +18,7 @@ class Truth:
     Attributes:
         path: of the file.
         file_names: by image id, relative to the folder of the images.
+        sizes: (height, width) by image id, as far as the file tells.
         category_ids, class_names: in order of the ids; names that several share get the id behind them.
         objects: annotations by image id, with ``category_id``, ``bbox``, ``area``, ``iscrowd`` and, if they
             have masks, ``segmentation`` as compressed RLE; images without any have an empty list.
@@ -26,6 +27,7 @@ class Truth:
 
     path: Path
     file_names: dict[Any, str]
+    sizes: dict[Any, tuple[int, int]]
     category_ids: list[int]
     class_names: list[str]
     objects: dict[Any, list[Json]]
@@ -79,7 +81,8 @@ def read_truth(path: str | Path, iou_type: str | None = None) -> Truth:
         entry = {**entry, "image_id": image_id, "category_id": category_ids[entry["category_id"]]}
         objects[image_id].append(entry)
     names = {image["id"]: str(image.get("file_name", image["id"])) for image in content["images"]}
-    return Truth(Path(path), names, list(truth.categories), truth.labels, objects, dict(content))
+    sizes = {key: size for key, number in truth.images.items() if (size := truth.sizes[number]) is not None}
+    return Truth(Path(path), names, sizes, list(truth.categories), truth.labels, objects, dict(content))
 
 
 def _best_iou_type(content: Mapping[str, Any]) -> str:

@@ -65,7 +65,8 @@ def draw_pictures(analysis: Analysis, folder: Path, count: int) -> list[Picture]
             pictures.append(Picture(image, rank, "", "left out, as the page would become too large"))
             continue
         try:
-            pixels = read_image(folder / image.file_name, "RGB")
+            size = analysis.truth.sizes.get(image.image_id)
+            pixels = read_image(folder / image.file_name, "RGB", size)
         except UserError as error:
             pictures.append(Picture(image, rank, "", str(error)))
             continue

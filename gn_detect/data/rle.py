@@ -1,0 +1,44 @@
+"""The runs of a compressed RLE, which pycocotools decodes without checking them."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+_CHARACTERS = re.compile(b"[0-o]+")
+"""Six bits from code 48 on: five of a number, and whether more of it follow."""
+
+_LONGEST = 7
+"""Characters of a run: 35 bits, more than an image has pixels."""
+
+
+def count_pixels(counts: bytes) -> int:
+    """The sum of the runs, in a whole RLE the image's height times width. What is missing pycocotools decodes
+    from memory that nobody wrote.
+
+    The format is that of its ``rleFrString`` (common/maskApi.c): of each number the lowest five bits first,
+    the sign in the last; from the fourth run on, the difference to the last but one.
+
+    Args:
+        counts: COCO's compressed ``counts``.
+
+    Raises:
+        ValueError: it has other characters, is cut off within a number, or has a run below 0.
+    """
+    if not _CHARACTERS.fullmatch(counts):
+        raise ValueError("wrong characters in 'counts'")
+    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes < 32)
+    starts = np.append(0, ends[:-1] + 1)
+    lengths = ends - starts + 1
+    if codes[-1] >= 32 or lengths.max() > _LONGEST:
+        raise ValueError("'counts' is cut off, or has a number that is too large")
+    places = np.arange(len(codes)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * places), starts)
+    runs -= ((codes[ends] & 16) >> 4) << (5 * lengths)
+    for first in (1, 2):
+        runs[first::2] = np.cumsum(runs[first::2])
+    if runs.min() < 0:
+        raise ValueError("a run below 0")
+    return int(runs.sum())
