@@ -165,9 +165,7 @@ def check_replaces_nothing(inputs: list[Path], outputs: list[Path]) -> None:
     read = {path.resolve() for path in inputs}
     for output in outputs:
         if output.resolve() in read:
-            raise UserError(
-                f"{output} is an input and would be replaced; choose another folder with --output"
-            )
+            raise UserError(f"{output} is an input and would be replaced; choose another --output folder")
 
 
 def predict_one_video(

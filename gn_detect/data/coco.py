@@ -172,8 +172,8 @@ def check_order(dataset: CocoDataset, told: Any, path: str | Path) -> None:
     names = dataset.class_names
     if isinstance(told, list) and told != names and sorted(map(str, told)) == sorted(names):
         raise UserError(
-            f"{path} was trained with the categories in the order {_listed(told)}, and dataset {dataset.name} "
-            f"has them in the order {_listed(names)}; give them ids in the order of training"
+            f"{path} was trained with categories in the order {_listed(told)}, and those of {dataset.name} "
+            f"have the order {_listed(names)}; give them ids in the order of training"
         )
 
 

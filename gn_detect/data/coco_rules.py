@@ -192,7 +192,7 @@ class Rules:
                 found = count_pixels(counts.encode())
             except ValueError as error:
                 raise self.error(
-                    f"{what} has a damaged RLE ({error}); encode the mask again", "bad-rle"
+                    f"{what} has an RLE without valid 'counts' ({error}); encode the mask again", "bad-rle"
                 ) from error
             if found != pixels:
                 raise self._other_pixels(what, found, pixels)

@@ -27,13 +27,13 @@ def count_pixels(counts: bytes) -> int:
         ValueError: it has other characters, is cut off within a number, or has a run below 0.
     """
     if not _CHARACTERS.fullmatch(counts):
-        raise ValueError("wrong characters in 'counts'")
+        raise ValueError("wrong characters")
     codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(codes < 32)
     starts = np.append(0, ends[:-1] + 1)
     lengths = ends - starts + 1
     if codes[-1] >= 32 or lengths.max() > _LONGEST:
-        raise ValueError("'counts' is cut off, or has a number that is too large")
+        raise ValueError("cut off, or with a number that is too large")
     places = np.arange(len(codes)) - np.repeat(starts, lengths)
     runs = np.add.reduceat((codes & 31) << (5 * places), starts)
     runs -= ((codes[ends] & 16) >> 4) << (5 * lengths)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 
 from gn_detect.cli import main
 from gn_detect.cli import predict as command
+from gn_detect.errors import UserError
 from gn_detect.structures import Detections
 from tests.cli.conftest import Case
 
@@ -121,6 +122,78 @@ def test_ground_truth_that_does_not_fit(case: Case, tmp_path: Path, refused: Any
     assert "category id 9" in refused(*arguments, "--annotations", case.train, image)
     assert "--workers" in refused(*arguments, "--workers", -1, image)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("stub")
+def test_categories_in_another_order(case: Case, tmp_path: Path, refused: Any) -> None:
+    def swap(content: dict[str, Any]) -> None:
+        first, second = content["categories"]
+        first["name"], second["name"] = second["name"], first["name"]
+
+    case.edit(swap)
+    arguments = ["predict", "--config-file", case.config, "--output", tmp_path / "out"]
+    arguments += ["--annotations", case.train, case.train.parent / "images"]
+    said = refused(*arguments)
+    assert "calls category 3 'bar', and the model was trained with it as 'square'" in said
+    case.edit(lambda content: [entry.update(name=entry["name"] + "s") for entry in content["categories"]])
+    assert main(list(map(str, arguments))) == 0, "renamed"
+
+
+@pytest.mark.usefixtures("stub")
+def test_no_input_is_replaced(
+    case: Case, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = case.train.parent / "images"
+    before = {path: path.read_bytes() for path in images.iterdir()}
+    arguments = ("predict", "--config-file", case.config, "--output")
+    assert "001.png is an input and would be replaced" in refused(*arguments, images, images)
+    monkeypatch.chdir(images)
+    assert "choose another --output folder" in refused(*arguments, ".", images / "003.png")
+    video = tmp_path / "own.mp4"
+    video.write_bytes(b"a video")
+    assert "own.mp4 is an input" in refused(*arguments, tmp_path, video)
+    assert {
+        path: path.read_bytes() for path in images.iterdir()
+    } == before and video.read_bytes() == b"a video"
+
+
+@pytest.mark.usefixtures("stub")
+def test_pictures_stand_as_their_annotations_say(case: Case, tmp_path: Path) -> None:
+    """Of a tag that the annotation tool ignored, predict thinks as train and eval do."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with Image.open(case.train.parent / "images" / "001.png") as picture:
+        picture.save(tmp_path / "001.jpg", exif=exif, quality=95)
+    case.edit(lambda content: content["images"][0].update(file_name="001.jpg"))
+    arguments = ("--annotations", case.train, tmp_path / "001.jpg")
+    assert predict(case, tmp_path / "out", *arguments) == 0
+    found = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert found[0]["segmentation"]["size"] == [64, 80]
+    assert predict(case, tmp_path / "turned", tmp_path / "001.jpg") == 0
+    found = json.loads((tmp_path / "turned/predictions.json").read_text())
+    assert found[0]["segmentation"]["size"] == [80, 64]
+    Image.new("RGB", (40, 32)).save(tmp_path / "001.jpg")
+    assert predict(case, tmp_path / "resized", *arguments) == 1
+
+
+def test_an_image_that_the_predictor_refuses_is_named_and_the_others_are_done(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an exported detector refuses thin images."""
+
+    class Fussy(Stub):
+        def __call__(self, image: np.ndarray) -> Detections:
+            if min(image.shape[:2]) < 8:
+                raise UserError("too thin")
+            return super().__call__(image)
+
+    monkeypatch.setattr(command, "Predictor", Fussy)
+    images = case.train.parent / "images"
+    Image.new("RGB", (80, 1)).save(images / "002.png")
+    assert predict(case, tmp_path / "out", "--workers", 0, images) == 1
+    assert f"error: {images / '002.png'}: too thin" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [entry["image_id"] for entry in found] == [1, 3, 4]
 
 
 def write_video(path: Path, frames: int, size: tuple[int, int] = (49, 65)) -> list[int]:

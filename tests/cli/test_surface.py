@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -67,6 +68,15 @@ def test_the_zoo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["zoo", "info", "R-50-GN", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert entry["name"] == "R-50-GN" and entry["is_downloaded"] in (True, False)
+
+
+def test_plot_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"iteration": i, "total_loss": 1.0 / (i + 1), "lr": 0.01, "time": 0.1} for i in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["plot", "--json", str(run)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(run / "curves.png"), "runs": ["run"]}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

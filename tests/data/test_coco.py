@@ -16,7 +16,14 @@ import pycocotools.mask as coco_mask
 import pytest
 import torch
 
-from gn_detect.data import CocoDataset, DatasetSource, check_classes, check_same_classes, join_datasets
+from gn_detect.data import (
+    CocoDataset,
+    DatasetSource,
+    check_classes,
+    check_order,
+    check_same_classes,
+    join_datasets,
+)
 from gn_detect.errors import UserError
 
 Write = Callable[[Any], DatasetSource]
@@ -180,11 +187,10 @@ def test_binary_and_missing_annotation_files(write_dataset: Write, small_coco: d
         CocoDataset(replace(source, annotations=source.annotations.with_name("no.json")))
 
 
-def test_damaged_compressed_rle_is_named_when_it_is_read(write_dataset: Write, small_coco: dict) -> None:
+def test_damaged_compressed_rle_is_named(write_dataset: Write, small_coco: dict) -> None:
     change(segmentation={"size": [60, 90], "counts": "PPPPPPPP"})(small_coco)
-    dataset = CocoDataset(write_dataset(small_coco))
-    with pytest.raises(UserError, match="annotation 1 of image 7 has a damaged RLE"):
-        dataset.target(2)
+    with pytest.raises(UserError, match="annotation 1 of image 7 has an RLE without valid 'counts'"):
+        CocoDataset(write_dataset(small_coco))
 
 
 @pytest.mark.parametrize("key", ["area", "iscrowd"])
@@ -234,6 +240,26 @@ def test_joined_datasets(write_dataset: Write, small_coco: dict) -> None:
         join_datasets([first, other])
     with pytest.raises(UserError, match="differ in their categories"):
         check_same_classes(first, other)
+
+
+def test_labels_in_another_order_than_a_checkpoints(write_dataset: Write, small_coco: dict) -> None:
+    dataset = CocoDataset(write_dataset(small_coco))
+    names = dataset.class_names
+    with pytest.raises(UserError, match="order dog, cat, ant, and those of small have .* ant, cat, dog"):
+        check_order(dataset, names[::-1], "w.pth")
+    for told in (names, None, ["a", "b", "c"], names[:2], [1, 2, 3], "abc"):
+        check_order(dataset, told, "w.pth")
+
+
+def test_an_rle_that_ends_early_is_refused(write_dataset: Write, small_coco: dict) -> None:
+    """pycocotools would take the rest of the mask from memory that nobody wrote."""
+    whole = coco_mask.frPyObjects({"size": [60, 90], "counts": [100, 40, 5260]}, 60, 90)["counts"].decode()
+    last = coco_mask.frPyObjects({"size": [60, 90], "counts": [100, 40]}, 60, 90)["counts"].decode()
+    small_coco["annotations"][0]["segmentation"] = {"size": [60, 90], "counts": whole}
+    CocoDataset(write_dataset(small_coco))
+    small_coco["annotations"][0]["segmentation"]["counts"] = last
+    with pytest.raises(UserError, match="annotation 1 .* an RLE of 140 pixels, but the image has 5400"):
+        CocoDataset(write_dataset(small_coco))
 
 
 def test_dataset_can_be_sent_to_another_process(write_dataset: Write, small_coco: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from gn_detect.config import Config
-from gn_detect.engine import train
+from gn_detect.engine import evaluate, train
 from gn_detect.engine import trainer as trainer_module
 from gn_detect.errors import UserError
 from tests.engine.chaos import differences
@@ -69,10 +70,41 @@ def test_no_readable_checkpoint_is_an_error(trained: Config) -> None:
 
 
 def test_leftovers_of_a_killed_process_are_removed(trained: Config) -> None:
-    leftover = Path(trained.output_dir) / ".model_0000003.pth.abc.tmp"
-    leftover.write_bytes(b"half")
+    folder = Path(trained.output_dir)
+    (folder / "inference/val").mkdir(parents=True)
+    leftovers = [folder / ".model_0000003.pth.abc.tmp", folder / "inference/val/.results.json.abc.tmp"]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
     train(trained, resume=True)
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
+
+
+def test_what_an_earlier_run_found_best_is_not_taken_for_this_ones(trained: Config) -> None:
+    folder = Path(trained.output_dir)
+    for content in (b"first", b"second"):
+        (folder / "model_best.pth").write_bytes(content)
+        (folder / "inference/val").mkdir(parents=True)
+        (folder / "inference/val/results.json").write_bytes(content)
+        train(trained)
+        assert not (folder / "model_best.pth").exists() and not (folder / "inference").exists()
+        assert (folder / "model_best.pth.earlier").read_bytes() == content
+        assert (folder / "inference.earlier/val/results.json").read_bytes() == content
+
+
+def test_classes_in_another_order_are_not_resumed(trained: Config, tmp_path: Path) -> None:
+    (name,) = trained.datasets.train
+    registered = trained.datasets.registered[name]
+    content = json.loads(Path(registered.annotations).read_text())
+    first, second = content["categories"]
+    first["name"], second["name"] = second["name"], first["name"]
+    swapped = tmp_path / "swapped.json"
+    swapped.write_text(json.dumps(content))
+    keys = {"DATASETS.REGISTER": {name: {"ANNOTATIONS": str(swapped), "IMAGES": registered.images}}}
+    with pytest.raises(UserError, match="model_final.pth was trained with categories in the order"):
+        train(trained.replace(keys), resume=True)
+    weights = str(Path(trained.output_dir) / "model_final.pth")
+    with pytest.raises(UserError, match="give them ids in the order of training"):
+        evaluate(trained.replace({**keys, "DATASETS.TEST": [name], "MODEL.WEIGHTS": weights}))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
