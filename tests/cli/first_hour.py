@@ -78,10 +78,13 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def _tell(path: Path, **metadata: Any) -> None:
+    torch.save({**torch.load(path, weights_only=True), **metadata}, path)
+
+
 def _of_rgb(path: Path) -> None:
-    content = torch.load(path, weights_only=True)
     told = {"format": "RGB", "pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.4, 57.1, 57.4]}
-    torch.save({**content, "input": told}, path)
+    _tell(path, input=told)
 
 
 def _hostile(path: Path) -> None:
@@ -215,6 +218,12 @@ MISTAKES = {
         "to 3",
         _weights(["MODEL.ROI_HEADS.NUM_CLASSES", "3"]),
     ),
+    "weights of classes in another order": Mistake(
+        f"{EVAL} --weights {{folder}}/w.pth",
+        "bar, square",
+        "ids in the order",
+        _weights([], lambda path: _tell(path, class_names=["bar", "square"])),
+    ),
     "weights of other input": Mistake(
         f"{EVAL} --weights {{folder}}/w.pth", "INPUT.FORMAT RGB", "--fix-config", _weights([], _of_rgb)
     ),
@@ -243,6 +252,9 @@ MISTAKES = {
     ),
     "resume of nothing": Mistake(f"{EVAL} --resume", "has no checkpoint", "add MODEL.WEIGHTS"),
     "no image to predict": Mistake("predict --config-file {config} nowhere", "nowhere", "give image files"),
+    "predict into the folder of the images": Mistake(
+        "predict --config-file {config} --output {images} {images}", "001.png", "another --output folder"
+    ),
     "key among the images": Mistake(
         "predict --config-file {config} SOLVER.MAX_ITER 3", "no images", "before"
     ),

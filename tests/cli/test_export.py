@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from gn_detect import load_config
+from gn_detect.cli import export as command
 from gn_detect.cli import main
 from gn_detect.config import Config
 from gn_detect.engine import ExportedPredictor, Predictor, export, exported
@@ -85,6 +86,31 @@ def test_the_file_finds_what_the_model_finds_at_every_size(folder: Path, name: s
     assert found.class_names == ["square", "bar"] and found.category_ids == [3, 7]
     nothing = found._program(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.tensor([0, 0]))
     assert [tuple(t.shape) for t in nothing] == [(0, 4), (0,), (0,), (0, 14, 14)]
+
+
+def test_the_result_as_json(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy.onnx"
+    monkeypatch.setattr(command, "export_detector", lambda _, path: shutil.copy(folder / "model.onnx", path))
+    words = ["export", "--json", "--config-file", folder / "tiny.yaml", "--output", copy]
+    words += ["--check", folder / "images", "MODEL.WEIGHTS", folder / "model.pth"]
+    assert main(list(map(str, words))) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["output"] == str(copy) and told["bytes"] == copy.stat().st_size
+    assert told["parity"]["within_tolerances"] and told["parity"]["images"] == len(SIZES)
+
+
+def test_an_image_that_the_file_cannot_take_is_named_and_the_others_are_done(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (120, 40)).save(tmp_path / "flat.png")
+    words = ["predict", "--model", folder / "model.onnx", "--output", tmp_path / "out"]
+    words += [tmp_path / "flat.png", folder / "images"]
+    assert main(list(map(str, words))) == 1
+    message = capsys.readouterr().err
+    assert f"error: {tmp_path / 'flat.png'}: 120 x 40 pixels" in message and "needs sides of 64" in message
+    assert len(json.loads((tmp_path / "out" / "images.json").read_text())["images"]) == len(SIZES)
 
 
 def test_predict_with_the_file_writes_what_predict_with_the_config_writes(
@@ -205,8 +231,11 @@ def test_bad_files_and_flags_are_refused_in_one_line(
     keys = ["--config-file", folder / "tiny.yaml", "MODEL.WEIGHTS", folder / "model.pth"]
     assert "must end in .onnx or .pt2" in refused("export", "--output", tmp_path / "model.pb", *keys)
     Image.new("RGB", (120, 40)).save(tmp_path / "flat.png")
-    assert "flat" not in (message := refused("predict", "--model", model, tmp_path / "flat.png"))
-    assert "120 x 40" in message and "64" in message
+    flat = ["export", "--output", tmp_path / "a.onnx", "--check", tmp_path / "flat.png", *keys]
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "export_detector", lambda _, path: shutil.copy(model, path))
+        assert f"{tmp_path / 'flat.png'}: 120 x 40 pixels" in refused(*flat)
+    (tmp_path / "a.onnx").unlink()
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     assert "pip install 'gn_detect[onnx]'" in refused("predict", "--model", model, images)
     assert "pip install 'gn_detect[onnx]'" in refused("export", "--output", tmp_path / "a.onnx", *keys)

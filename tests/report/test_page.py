@@ -60,6 +60,9 @@ def test_the_command_writes_one_page(make_run: MakeRun, capsys: pytest.CaptureFi
     metrics = json.loads((folder / "inference" / "tiny_test" / "results.json").read_text())
     for row in metrics.values():
         assert all(f">{row[name]:.1f}</td>" in text for name in ("AP", "AP50", "AP75", "AR100"))
+    assert main(["report", "--json", str(folder), "--pictures", "0"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"output": str(folder / "report.html"), "bytes": (folder / "report.html").stat().st_size}
 
 
 def test_nothing_of_the_data_becomes_markup(make_run: MakeRun) -> None:
