@@ -24,6 +24,7 @@ from ..weights import (
     Checkpoint,
     InputConvention,
     as_metadata,
+    group_keys,
     load_weights,
     norm_eps_of,
     norm_groups_of,
@@ -170,11 +171,16 @@ def check_outputs(args: argparse.Namespace, target: Path, *inputs: str) -> None:
     """Before anything is computed: that each file can be written, and takes the place of no other.
 
     Raises:
-        UserError: it names the file.
+        UserError: it names the file, or a checkpoint is for no calibration.
     """
-    written = {"DST": target, "--report": args.report, "--checkpoint": args.checkpoint}
-    places = {Path(path).resolve(): path for path in inputs}
-    for name, path in written.items():
+    if args.checkpoint and not (args.images and args.steps):
+        raise UserError("--checkpoint belongs to a calibration; give --images and --steps, or leave it out")
+    picture = Path(args.report).with_suffix(".png") if args.report and args.images else None
+    written = [("DST", target), ("--report", args.report), ("--report's picture", picture)]
+    written.append(("--checkpoint", args.checkpoint))
+    read = [*inputs, args.weights, args.images, args.config_file]
+    places = {Path(path).resolve(): path for path in read if path}
+    for name, path in written:
         if path is None:
             continue
         place = Path(path).resolve()
@@ -189,7 +195,7 @@ def save_calibrated(
 ) -> None:
     """Write DST; only then the calibration's checkpoint has served its purpose."""
     save_weights(target, tensors, metadata)
-    if args.checkpoint:
+    if args.checkpoint:  # with --images and --steps, as check_outputs sees to
         Path(args.checkpoint).unlink(missing_ok=True)
 
 
@@ -252,6 +258,21 @@ def how_to_load(args: argparse.Namespace, target: Path, names_model: bool, tells
     return f"set the NORM keys to GN and MODEL.WEIGHTS {target} {keys}"
 
 
+def _refuse_mixed_groups(model: nn.Module) -> None:
+    """Norms that were GroupNorms before keep their groups, and a config has one rule for all.
+
+    Raises:
+        UserError: no rule gives these groups.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    if group_keys({(norm.num_channels, norm.num_groups) for norm in norms}) is None:
+        raise UserError(
+            "the detector's own GroupNorms keep their groups, and no MODEL.GN gives these and those of the "
+            "converted norms; add --num-groups and --min-channels-per-group as in its config, mostly "
+            "--min-channels-per-group 1"
+        )
+
+
 def group_rule(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of :func:`gn_detect.convert_norm`.
 
@@ -297,6 +318,7 @@ def _convert_detector(
     load_weights(original, checkpoint, config=cfg)
     original.eval()
     model, report = convert_norm(original, relative_eps=args.relative_eps, **group_rule(args))
+    _refuse_mixed_groups(model)
     if args.images:
         calibrate_detector(args, cfg, original, model, report)
     return dict(model.state_dict()), norm_settings(model), report

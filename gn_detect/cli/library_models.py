@@ -94,7 +94,7 @@ def _torchvision_model(name: str, weights: str) -> LibraryModel:
 
 
 def _settings(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the builder does with published weights, and does not without."""
+    """What the builder does with published weights, for which any that fit are taken."""
     module = torchvision.models.get_model_builder(name).__module__
     has_auxiliary = any(key.lower().startswith("aux") for key in state)
     if "segmentation" in module:

@@ -77,9 +77,8 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError(f"--workers {workers}: it must be 0 or more")
     truth = read_truth(args.annotations) if args.annotations else None
     output = Path(args.output)
-    names = name_outputs(paths)
-    named = list(zip(paths, names, strict=True))
-    check_replaces_nothing(paths, [output / name for name in names])
+    named = list(zip(paths, name_outputs(paths), strict=True))
+    check_replaces_nothing(named, output, args)
     tasks = make_tasks([(path, name) for path, name in named if not is_video(path)], output, truth)
     predictor = make_predictor(args, overrides)
     print(predictor.report)
@@ -156,16 +155,25 @@ def check_categories(predictor: AnyPredictor, truth: Truth) -> None:
             )
 
 
-def check_replaces_nothing(inputs: list[Path], outputs: list[Path]) -> None:
+def check_replaces_nothing(named: list[tuple[Path, str]], output: Path, args: argparse.Namespace) -> None:
     """Refuse to write over what is read.
+
+    Args:
+        named: inputs, and the names of their pictures or videos.
+        output: folder of these.
+        args: other files that are read, and whether pictures are written.
 
     Raises:
         UserError: an output is one of the inputs.
     """
-    read = {path.resolve() for path in inputs}
-    for output in outputs:
-        if output.resolve() in read:
-            raise UserError(f"{output} is an input and would be replaced; choose another --output folder")
+    others = [args.annotations, args.config_file, args.model]
+    read = {Path(path).resolve() for path in [*(path for path, _ in named), *filter(None, others)]}
+    videos = [output / name for path, name in named if is_video(path)]
+    pictures = [output / name for path, name in named if not (is_video(path) or args.no_pictures)]
+    lists = [output / "predictions.json", output / "images.json", *(v.with_suffix(".jsonl") for v in videos)]
+    for written in [*pictures, *videos, *lists]:
+        if written.resolve() in read:
+            raise UserError(f"{written} is an input and would be replaced; choose another --output folder")
 
 
 def predict_one_video(

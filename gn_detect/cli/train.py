@@ -53,12 +53,11 @@ def run(args: argparse.Namespace) -> Result:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if args.eval_only:
         return Result({"output_dir": str(folder), "results": results})
-    weights, best = folder / FINAL, folder / BEST
-    if not args.config_file:
-        chosen = best if best.is_file() else weights
-        print(f"next: gn-detect predict --config-file {folder / 'config.yaml'} IMAGES MODEL.WEIGHTS {chosen}")
-    files = {"config": folder / "config.yaml", "weights": weights, "best": best}
+    files = {"config": folder / "config.yaml", "weights": folder / FINAL, "best": folder / BEST}
     found = {name: str(path) if path.is_file() else None for name, path in files.items()}
+    if not args.config_file:
+        weights = found["best"] or found["weights"]
+        print(f"next: gn-detect predict --config-file {found['config']} IMAGES MODEL.WEIGHTS {weights}")
     return Result({"output_dir": str(folder), **found, "results": results})
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import GroupNorm
-from .match import GroupStatistics, matched_affine
+from .match import GroupStatistics, constant_channels, matched_affine
 from .moments import Run
 from .source import SourceNorm
 
@@ -115,6 +115,9 @@ def balance(
             _rescale(after[feeds[name]], result.scales)
         rescaled = dataclasses.replace(sources[name], scale=sources[name].scale / result.scales)
         weight, bias = matched_affine(rescaled, result.statistics, norm.eps)
+        if name not in feeds:  # scales give the others' channels one variance, or nearly
+            constant = constant_channels(sources[name], result.statistics)
+            weight, bias = weight.masked_fill(constant, 0.0), torch.where(constant, sources[name].bias, bias)
         with torch.no_grad():
             norm.weight.copy_(weight)
             norm.bias.copy_(bias)

@@ -91,7 +91,7 @@ class ConversionReport:
             self.warnings.append(
                 f"{sum(layer.constant for layer in constant)} channels in {len(constant)} norms, from "
                 f"'{constant[0].name}' on, hardly vary in the original (their variance is next to nothing "
-                "beside its eps), so they are constants: weight 0 and the original's bias"
+                "beside its eps), so they start as constants: weight 0 and the original's bias"
             )
 
     def to_dict(self) -> dict[str, Any]:

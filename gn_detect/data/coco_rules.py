@@ -189,7 +189,7 @@ class Rules:
         pixels = image.height * image.width
         if isinstance(counts, str):
             try:
-                found = count_pixels(counts.encode())
+                found = count_pixels(counts)
             except ValueError as error:
                 raise self.error(
                     f"{what} has an RLE without valid 'counts' ({error}); encode the mask again", "bad-rle"

@@ -6,14 +6,14 @@ import re
 
 import numpy as np
 
-_CHARACTERS = re.compile(b"[0-o]+")
+RLE_CHARACTERS = re.compile("[0-o]+")
 """Six bits from code 48 on: five of a number, and whether more of it follow."""
 
 _LONGEST = 7
 """Characters of a run: 35 bits, more than an image has pixels."""
 
 
-def count_pixels(counts: bytes) -> int:
+def count_pixels(counts: str) -> int:
     """The sum of the runs, in a whole RLE the image's height times width. What is missing pycocotools decodes
     from memory that nobody wrote.
 
@@ -26,9 +26,9 @@ def count_pixels(counts: bytes) -> int:
     Raises:
         ValueError: it has other characters, is cut off within a number, or has a run below 0.
     """
-    if not _CHARACTERS.fullmatch(counts):
+    if not RLE_CHARACTERS.fullmatch(counts):
         raise ValueError("wrong characters")
-    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(codes < 32)
     starts = np.append(0, ends[:-1] + 1)
     lengths = ends - starts + 1

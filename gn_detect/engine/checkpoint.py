@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ HISTORY = "checkpoints.txt"
 
 FINAL = "model_final.pth"
 BEST = "model_best.pth"
-EARLIER = ".earlier"
 DAMAGED = ".damaged"
 """Ending of a checkpoint that could not be read and was set aside."""
 
@@ -142,18 +140,16 @@ def _check_sums(path: Path) -> None:
 
 
 def start_anew(folder: Path) -> None:
-    """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's.
-
-    Its best weights and its evaluations stay, as ``*.earlier``, so that nobody takes them for this run's.
-    """
+    """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's."""
     (folder / LAST).unlink(missing_ok=True)
     (folder / HISTORY).unlink(missing_ok=True)
-    for path in (folder / BEST, folder / "inference"):
-        if path.exists():
-            earlier = path.with_name(path.name + EARLIER)
-            if earlier.is_dir():
-                shutil.rmtree(earlier)
-            os.replace(path, earlier)
+
+
+def set_best_aside(folder: Path) -> None:
+    """The best weights of an earlier run, which this one did not replace, are not its best."""
+    if (folder / BEST).exists():
+        os.replace(folder / BEST, folder / f"{BEST}.earlier")
+        logger.info("%s is of an earlier run: it is %s.earlier now", BEST, BEST)
 
 
 def remove_leftovers(folder: Path) -> None:

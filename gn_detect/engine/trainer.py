@@ -16,7 +16,7 @@ from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
 from ..weights import NORM_EPS, norm_settings
 from .black_box import examine, replay_command, seed_iteration, write_black_box
-from .checkpoint import BEST, FINAL, checkpoint_name, save_checkpoint
+from .checkpoint import BEST, FINAL, checkpoint_name, save_checkpoint, set_best_aside
 from .distributed import barrier, gather, get_rank, is_main, parallelize, restart_count, world_size
 from .evaluator import Results, evaluate_test_sets, scalars_of, write_results
 from .interruption import Interruption
@@ -226,6 +226,8 @@ def finish(run: Run, writer: MetricsWriter | None) -> Results:
     if run.tests:
         results = evaluate_and_keep_best(run, writer, run.cfg.solver.max_iter - 1)
     if is_main():
+        if run.best < 0:
+            set_best_aside(run.folder)
         write_results(run.folder / "results.json", results)
         draw_curves(run.folder, run.folder / "pictures" / "curves.png")
         for _, test_set in run.tests.values():

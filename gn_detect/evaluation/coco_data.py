@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as coco_mask
 
-from ..data.rle import count_pixels
+from ..data.rle import RLE_CHARACTERS, count_pixels
 from ..errors import UserError
 from .results_file import read_entries
 
@@ -36,7 +35,6 @@ Json = dict[str, Any]
 Size = tuple[int, int] | None
 """(height, width) of an image in pixels, where the ground truth tells."""
 
-_RLE_CHARACTERS = re.compile("[0-o]+")
 _FARTHEST = 1e6
 """Pixels; rasterising takes memory in proportion to the length of a polygon."""
 
@@ -165,9 +163,7 @@ def _annotation(given: Mapping[str, Any], number: int, truth: GroundTruth, iou_t
     box, area = given.get("bbox"), given.get("area")
     mask = None
     if iou_type == "segm" or box is None or (area is None and given.get("segmentation")):
-        mask = to_rle(given["segmentation"], size)
-        if mask is not None and (found := count_pixels(mask["counts"].encode())) != math.prod(mask["size"]):
-            raise ValueError(f"its RLE has {found} pixels, not {math.prod(mask['size'])}")
+        mask = to_rle(given["segmentation"], size, whole=True)
     if iou_type == "segm":
         annotation["segmentation"] = mask
     if box is None:
@@ -179,12 +175,13 @@ def _annotation(given: Mapping[str, Any], number: int, truth: GroundTruth, iou_t
     return annotation
 
 
-def to_rle(segmentation: Any, size: Size) -> Json | None:
+def to_rle(segmentation: Any, size: Size, whole: bool = False) -> Json | None:
     """Polygons, uncompressed or compressed RLE as compressed RLE with text counts.
 
     Args:
         segmentation: COCO's ``segmentation``.
         size: of the image, which polygons need and RLE must have.
+        whole: count the pixels of a compressed RLE, too, which takes longer than its overlaps do.
 
     Returns:
         ``{"size": [height, width], "counts": text}``; None where no polygon has 3 points or more. Shorter
@@ -206,8 +203,10 @@ def to_rle(segmentation: Any, size: Size) -> Json | None:
             raise ValueError(f"its RLE does not have {height * width} pixels")
         counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
     text = counts.decode("ascii") if isinstance(counts, bytes) else counts
-    if not _RLE_CHARACTERS.fullmatch(text):
+    if not RLE_CHARACTERS.fullmatch(text):
         raise ValueError("its RLE has wrong characters in 'counts'")
+    if whole and (found := count_pixels(text)) != height * width:
+        raise ValueError(f"its RLE has {found} pixels, not {height * width}")
     return {"size": [height, width], "counts": text}
 
 

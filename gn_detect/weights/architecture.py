@@ -14,6 +14,7 @@ from ..config.types import value_at
 from ..errors import UserError
 from .checkpoint import Checkpoint
 from .convention import plain_text
+from .norm_settings import group_keys, norm_groups_of
 from .translate import BACKBONE, translate
 from .zoo import entry_of
 
@@ -204,7 +205,19 @@ def _count(shapes: Shapes, layer: str) -> int:
 def _told_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     """:data:`UNTOLD` keys, from the config that our checkpoints hold or from the zoo's entry."""
     cfg = _told_config(checkpoint)
-    return {} if cfg is None else {key: value_at(cfg, key) for key in UNTOLD}
+    return _told_groups(checkpoint) if cfg is None else {key: value_at(cfg, key) for key in UNTOLD}
+
+
+def _told_groups(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of a converted file, which holds no config."""
+    layers = {
+        (len(checkpoint.tensors[f"{name}.weight"]), groups)
+        for name, groups in norm_groups_of(checkpoint).items()
+        if f"{name}.weight" in checkpoint.tensors
+    }
+    keys = group_keys(layers) if layers else None
+    names = ("MODEL.GN.NUM_GROUPS", "MODEL.GN.MIN_CHANNELS_PER_GROUP")
+    return {} if keys is None else dict(zip(names, keys, strict=True))
 
 
 def _told_config(checkpoint: Checkpoint) -> Config | None:

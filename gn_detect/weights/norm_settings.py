@@ -98,16 +98,31 @@ def refuse_other_groups(model: nn.Module, checkpoint: Checkpoint, groups: Mappin
             )
 
 
-def _remedy(layers: set[tuple[int, int]]) -> str:
-    """The settings with which layers have so many channels and groups."""
+def group_keys(layers: set[tuple[int, int]]) -> tuple[int, int] | None:
+    """``MODEL.GN.NUM_GROUPS`` and ``MIN_CHANNELS_PER_GROUP`` with which each layer has its groups.
+
+    Args:
+        layers: pairs of channels and groups.
+
+    Returns:
+        None where no such numbers are.
+    """
     most = max(groups for _, groups in layers)
-    same = all(groups == most for _, groups in layers)
-    least = 1 if same else min(channels // groups for channels, groups in layers)
-    if any(choose_groups(channels, most, least) != groups for channels, groups in layers):
+    if all(groups == most for _, groups in layers):
+        return most, 1  # exactly so many
+    least = min(channels // groups for channels, groups in layers)
+    fits = least > 1 and all(choose_groups(channels, most, least) == groups for channels, groups in layers)
+    return (most, least) if fits else None
+
+
+def _remedy(layers: set[tuple[int, int]]) -> str:
+    if all(channels == groups for channels, groups in layers):
+        return "set the NORM keys to IN"
+    if (keys := group_keys(layers)) is None:
         return "build it with the groups that it had when the file was made"
     return (
-        f"set MODEL.GN.NUM_GROUPS {most} MODEL.GN.MIN_CHANNELS_PER_GROUP {least} (gn-detect calibrate: "
-        f"--num-groups {most} --min-channels-per-group {least})"
+        f"set MODEL.GN.NUM_GROUPS {keys[0]} MODEL.GN.MIN_CHANNELS_PER_GROUP {keys[1]} (gn-detect calibrate: "
+        f"--num-groups {keys[0]} --min-channels-per-group {keys[1]})"
     )
 
 

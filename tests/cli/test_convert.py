@@ -131,6 +131,17 @@ def test_no_output_replaces_another_file(checkpoint, folder, tmp_path, capsys) -
     assert "--report" in refused(checkpoint, target, "--report", target)
     images = ["--images", folder, "--config-file", CONFIG]
     assert "--checkpoint" in refused(checkpoint, target, *images, "--checkpoint", checkpoint)
+    assert "belongs to a calibration" in refused(checkpoint, target, "--checkpoint", checkpoint)
+    assert "belongs to a calibration" in refused(
+        checkpoint, target, *images, "--steps", 0, "--checkpoint", checkpoint
+    )
+    weights = ["resnet18", checkpoint, "--weights", checkpoint]
+    assert "would replace" in refused(*weights)
+    json_of_images = tmp_path / "images.json"
+    json_of_images.write_text("{}")
+    assert "would replace" in refused(
+        checkpoint, target, "--images", json_of_images, "--report", json_of_images
+    )
     assert "--num-groups and --min-channels-per-group are at least 1" in refused(
         checkpoint, target, "--num-groups", 0
     )
@@ -177,6 +188,21 @@ def test_the_groups_of_a_converted_file_are_kept(checkpoint, folder, tmp_path, c
     assert main([*words, "--num-groups", "1", *keys]) == 0
     assert "MODEL.GN.NUM_GROUPS 1" in capsys.readouterr().out, "how to load it"
     assert set(read_checkpoint(better).metadata["group_norm_groups"].values()) == {1}
+
+
+def test_groups_that_no_config_gives_are_refused(tmp_path, capsys) -> None:
+    """A BatchNorm backbone below GroupNorm heads of 8 channels a group."""
+    keys = ["MODEL.RESNETS.NORM", "BN", *SMALL]
+    torch.manual_seed(0)
+    model = gn_detect.build_model(gn_detect.load_config(CONFIG, keys))
+    source, target = tmp_path / "mixed.pth", tmp_path / "gn.pth"
+    save_weights(source, model.state_dict())
+    words = ["convert", str(source), str(target), "--config-file", CONFIG]
+    assert main([*words, *keys]) == 2
+    assert "no MODEL.GN gives these" in capsys.readouterr().err and not target.exists()
+    assert main([*words, "--min-channels-per-group", "1", *keys]) == 0
+    assert "MODEL.GN.MIN_CHANNELS_PER_GROUP 1" in capsys.readouterr().out
+    gn_detect.load_weights(gn_detect.build_model(gn_detect.load_config(CONFIG, SMALL)), target)
 
 
 def test_what_has_no_other_name_is_told(tmp_path, capsys) -> None:

@@ -149,6 +149,14 @@ def test_no_input_is_replaced(
     assert "001.png is an input and would be replaced" in refused(*arguments, images, images)
     monkeypatch.chdir(images)
     assert "choose another --output folder" in refused(*arguments, ".", images / "003.png")
+    assert main(["predict", *map(str, arguments[1:]), ".", "--no-pictures", str(images / "003.png")]) == 0
+    (images / "predictions.json").unlink()
+    truth = images / "images.json"
+    truth.write_text(case.train.read_text())
+    assert "images.json is an input" in refused(
+        *arguments, images, "--annotations", truth, case.val.parent / "images"
+    )
+    truth.unlink()
     video = tmp_path / "own.mp4"
     video.write_bytes(b"a video")
     assert "own.mp4 is an input" in refused(*arguments, tmp_path, video)

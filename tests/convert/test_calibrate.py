@@ -321,3 +321,29 @@ def test_picture(original: nn.Module, images: Tensor, tmp_path) -> None:
     report = calibrate(original, converted(original), images, 0, **QUIET)
     report.draw(tmp_path / "errors.png")
     assert Image.open(tmp_path / "errors.png").size == (1200, 540)
+
+
+def test_constant_channels_of_norms_behind_no_convolution_stay_constants(images: Tensor) -> None:
+    """As of a DenseNet's norms, whose input no convolution gives alone."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(3, 16, 3)
+            self.norm, self.last = nn.BatchNorm2d(32, momentum=1.0), nn.Conv2d(32, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.norm(torch.cat([self.first(x), self.second(x)], 1))))
+
+    torch.manual_seed(0)
+    original = Dense()
+    with torch.no_grad():
+        original.first.weight[2] = 0
+        original.norm.weight.uniform_(0.5, 1.5)
+        original.train()(images)
+    original.eval()
+    new, report = convert_norm(original, num_groups=2)
+    assert report.layers[0].constant == 1 and new.norm.weight[2] == 0
+    calibrate(original, new, images, 0, report=report, progress=False)
+    assert set(report.similarity) == {"converted", "balanced"}
+    assert new.norm.weight[2] == 0 and new.norm.bias[2] == original.norm.bias[2]

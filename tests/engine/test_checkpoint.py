@@ -81,14 +81,14 @@ def test_leftovers_of_a_killed_process_are_removed(trained: Config) -> None:
 
 def test_what_an_earlier_run_found_best_is_not_taken_for_this_ones(trained: Config) -> None:
     folder = Path(trained.output_dir)
-    for content in (b"first", b"second"):
-        (folder / "model_best.pth").write_bytes(content)
-        (folder / "inference/val").mkdir(parents=True)
-        (folder / "inference/val/results.json").write_bytes(content)
-        train(trained)
-        assert not (folder / "model_best.pth").exists() and not (folder / "inference").exists()
-        assert (folder / "model_best.pth.earlier").read_bytes() == content
-        assert (folder / "inference.earlier/val/results.json").read_bytes() == content
+    (folder / "model_best.pth").write_bytes(b"of an earlier run")
+    train(trained)
+    assert not (folder / "model_best.pth").exists(), "this one evaluated nothing"
+    assert (folder / "model_best.pth.earlier").read_bytes() == b"of an earlier run"
+    train(trained.replace({"DATASETS.TEST": list(trained.datasets.train)}))
+    best = (folder / "model_best.pth").read_bytes()
+    train(trained.replace({"DATASETS.TEST": list(trained.datasets.train)}), resume=True)
+    assert len(best) == (folder / "model_best.pth").stat().st_size
 
 
 def test_classes_in_another_order_are_not_resumed(trained: Config, tmp_path: Path) -> None:

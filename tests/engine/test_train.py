@@ -110,7 +110,7 @@ def test_norms_of_their_own_eps_stay_so(tiny_config: Config, tmp_path: Path) -> 
     cfg = tiny_config.replace({**keys, "DATASETS.TEST": []})
     train(cfg)
     folder, expected = Path(cfg.output_dir), weights_of(cfg)
-    assert set(read_checkpoint(folder / "model_final.pth").metadata["group_norm_settings"].values()) == {0.5}
+    assert set(read_checkpoint(folder / "model_final.pth").metadata["group_norm_eps"].values()) == {0.5}
     (folder / "last_checkpoint").write_text("model_0000002.pth")
     (folder / "model_final.pth").unlink()
     train(cfg, resume=True)

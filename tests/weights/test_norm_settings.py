@@ -8,7 +8,8 @@ import torchvision
 from torch import nn
 
 from gn_detect import UserError, build_model, convert_norm, load_config, load_weights
-from gn_detect.weights import NORM_EPS, NORM_GROUPS, norm_settings, read_checkpoint, save_weights
+from gn_detect.layers import make_norm
+from gn_detect.weights import NORM_EPS, NORM_GROUPS, group_keys, norm_settings, read_checkpoint, save_weights
 
 
 def model() -> nn.Module:
@@ -102,6 +103,24 @@ def test_a_model_of_other_groups_is_refused(tmp_path, ending: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
     again, _ = convert_norm(original, num_groups=6, min_channels_per_group=16)
     load_weights(again, path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "keys"),
+    [
+        ({(64, 32), (256, 32)}, (32, 1)),
+        ({(64, 4), (96, 6), (256, 16), (1024, 32)}, (32, 16)),
+        ({(64, 1), (128, 1)}, (1, 1)),
+        ({(64, 64), (128, 128)}, None),
+        ({(64, 4), (64, 32)}, None),
+    ],
+)
+def test_keys_that_give_groups(layers: set[tuple[int, int]], keys: tuple[int, int] | None) -> None:
+    assert group_keys(layers) == keys
+    if keys is not None:
+        for channels, groups in layers:
+            norm = make_norm("GN", channels, keys[0], min_channels_per_group=keys[1])
+            assert norm.num_groups == groups
 
 
 def test_groups_that_no_setting_gives(tmp_path) -> None:

@@ -10,7 +10,7 @@ import torch
 from gn_detect.config import Config, dump_config, load_config
 from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
-from gn_detect.weights import load_weights, read_architecture, read_checkpoint, save_weights
+from gn_detect.weights import load_weights, norm_settings, read_architecture, read_checkpoint, save_weights
 from tests.weights import schemes
 
 NARROW = ["MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"]
@@ -99,3 +99,12 @@ def test_what_is_no_resnet_is_refused_by_name(tmp_path: Path) -> None:
     torch.save({"features.0.weight": torch.zeros(3, 3)}, tmp_path / "vgg.pth")
     with pytest.raises(UserError, match=r"vgg\.pth.*features\.0\.weight.*--config-file"):
         read_architecture(read_checkpoint(tmp_path / "vgg.pth"))
+
+
+def test_the_groups_of_a_converted_file(tmp_path: Path) -> None:
+    """It holds no config, and tells the groups of each norm."""
+    model = build_model(narrow("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", ["MODEL.GN.MIN_CHANNELS_PER_GROUP", "4"]))
+    save_weights(tmp_path / "gn.pth", model.state_dict(), norm_settings(model))
+    cfg, again = rebuilt(tmp_path / "gn.pth")
+    assert cfg.model.gn.min_channels_per_group == 4
+    load_weights(again, tmp_path / "gn.pth")
