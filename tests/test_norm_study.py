@@ -30,7 +30,7 @@ def test_every_seed_has_the_same_cells() -> None:
 
 
 def test_what_tells_most_comes_first() -> None:
-    """BN and GN with any number of images, of every seed, then the groups, then the rest."""
+    """BN and GN with any number of images, of every seed; then, seed by seed, the groups and the rest."""
     cells = plan(["detector"], seeds=2)
     parts = ["groups" if c.groups or c.group_size else "main" for c in cells]
     first = parts.index("groups")
@@ -38,8 +38,11 @@ def test_what_tells_most_comes_first() -> None:
         told = {(c.norm, c.batch) for c in cells[:first] if c.seed == seed}
         assert told >= {(norm, batch) for norm in ("BN", "GN") for batch in BATCHES}
         assert told >= {(norm, 2) for norm in NORMS}
-    assert parts == ["main"] * first + ["groups"] * 16 + ["main"] * (len(parts) - first - 16)
-    assert all(c.norm not in ("BN", "GN") for c in cells[first + 16 :])
+    rest = (len(parts) - first) // 2
+    assert parts == ["main"] * first + (["groups"] * 8 + ["main"] * (rest - 8)) * 2
+    assert [c.seed for c in cells[first:]] == [1] * rest + [2] * rest
+    assert all(c.norm not in ("BN", "GN") for c in cells[first:] if not (c.groups or c.group_size))
+    assert len(set(cells)) == len(cells)
     assert {(c.task, c.norm) for c in quick_plan(["classifier"])} == {("classifier", n) for n in ("BN", "GN")}
     assert "| GN |" in drawn.tables({c: {"error": 1.0} for c in quick_plan(["classifier"])})
 
