@@ -59,10 +59,10 @@ def depends_on_batch(task: Task, norm: str) -> bool:
 def plan(tasks: list[Task], seeds: int) -> list[Cell]:
     """All cells, those that tell most first, so that an unfinished study still answers its first questions.
 
-    Of every seed: BN and GN with any number of images per worker and every norm with 2. Then one seed after the
-    other, so that no part of the tables waits for all seeds of another: the group study with 2 images per worker,
-    which a group norm does not see, and the detectors of the other norms, which do not look at the batch either,
-    with 1, 4, 8 and 16.
+    Of every seed: BN and GN with any number of images per worker and every norm with 2. Then one seed after
+    the other, so that no part of the tables waits for all seeds of another: the group study with 2 images per
+    worker, which a group norm does not see, and the detectors of the other norms, which do not look at the
+    batch either, with 1, 4, 8 and 16.
     """
     telling, rest = [], []
     for seed in range(1, seeds + 1):

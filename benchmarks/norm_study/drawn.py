@@ -43,7 +43,7 @@ def figure(done: Results, path: Path) -> None:
     """Error (of masks: 100 - AP50) against the number of images per worker, one line for each norm."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(9, 3.6), layout="constrained")
+    drawn = Figure(figsize=(9, 4.0), layout="constrained")
     measures: tuple[tuple[Task, str, str], ...] = (
         ("classifier", "error", "classifier's error, %"),
         ("detector", "mask AP50", "100 - mask AP50"),
@@ -65,7 +65,12 @@ def figure(done: Results, path: Path) -> None:
         axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend()
+    lines = {}
+    for axes in drawn.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        lines |= dict(zip(labels, handles, strict=True))
+    if lines:  # below both: inside it would lie on the curves
+        drawn.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), frameon=False)
     with atomic_write(path, "wb") as file:
         drawn.savefig(file, format="png", dpi=130)
 
