@@ -6,10 +6,12 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
+from PIL import Image
 
 from .. import __version__
 from ..errors import UserError
@@ -75,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = parse(arguments)
     try:
-        with directed(args.quiet, args.as_json):
+        with directed(args.quiet, args.as_json), warnings.catch_warnings():
+            # Of images that are half as large as those that Pillow refuses.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             outcome = COMMANDS[args.command].run(args)
         if not isinstance(outcome, Result):
             return outcome or 0

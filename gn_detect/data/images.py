@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +45,7 @@ def read_image(
     if channel_order not in ("BGR", "RGB"):
         raise UserError(f"INPUT.FORMAT {channel_order!r} is not supported; choose 'BGR' or 'RGB'")
     try:
-        with _open(path) as file:
+        with Image.open(path) as file:
             if expected_size is not None and sorted(file.size) != sorted(expected_size):
                 raise _other_size(path, file.size, expected_size)  # before the work, and the memory
             stored = _to_rgb(file, path)
@@ -65,15 +62,6 @@ def read_image(
     if expected_size is not None and pixels.shape[:2] != tuple(expected_size):
         raise _other_size(path, (pixels.shape[1], pixels.shape[0]), expected_size)
     return pixels if channel_order == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
-
-
-@contextmanager
-def _open(path: str | Path) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():  # of images that are half as large as those that it refuses
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        file = Image.open(path)
-    with file:
-        yield file
 
 
 def _other_size(path: str | Path, found: tuple[int, int], expected: tuple[int, int]) -> DataError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,20 @@ def test_a_damaged_image_is_named_and_the_others_are_done(
     assert names == ["001.png", "003.png", "004.png", "images.json", "predictions.json"]
     found = json.loads((output / "predictions.json").read_text())
     assert [entry["image_id"] for entry in found] == [1, 3, 4]
+
+
+@pytest.mark.usefixtures("stub")
+def test_quiet_is_quiet_about_large_images(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pillow warns of those that are half as large as what it refuses."""
+    image = case.train.parent / "images" / "001.png"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 80 - 1)
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(image).close()
+    with warnings.catch_warnings(record=True) as caught:
+        assert predict(case, tmp_path / "out", "--quiet", "--workers", 0, image) == 0
+    assert not caught and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.usefixtures("stub")
