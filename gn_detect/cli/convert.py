@@ -265,7 +265,7 @@ def _refuse_mixed_groups(model: nn.Module) -> None:
         UserError: no rule gives these groups.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-    if group_keys({(norm.num_channels, norm.num_groups) for norm in norms}) is None:
+    if norms and group_keys({(norm.num_channels, norm.num_groups) for norm in norms}) is None:
         raise UserError(
             "the detector's own GroupNorms keep their groups, and no MODEL.GN gives these and those of the "
             "converted norms; add --num-groups and --min-channels-per-group as in its config, mostly "

@@ -47,11 +47,13 @@ def convert_state_dict(
         )
     report = ConversionReport()
     converted: dict[str, Tensor] = {}
+    done: set[str] = set()
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         if owner not in norms or leaf not in _LEAVES:
             converted[name] = tensor
-        elif f"{owner}.weight" not in converted:  # at the place of its first tensor
+        elif owner not in done:  # at the place of its first tensor
+            done.add(owner)
             model, found = convert_norm(
                 _alone(owner, _batch_norm(tensors, owner, eps)),
                 num_groups=num_groups,

@@ -205,6 +205,15 @@ def test_groups_that_no_config_gives_are_refused(tmp_path, capsys) -> None:
     gn_detect.load_weights(gn_detect.build_model(gn_detect.load_config(CONFIG, SMALL)), target)
 
 
+def test_a_detector_without_norms_is_told(tmp_path, capsys) -> None:
+    keys = [word for key in NORMS for word in (key, "")] + SMALL
+    model = gn_detect.build_model(gn_detect.load_config(CONFIG, keys))
+    source, target = tmp_path / "plain.pth", tmp_path / "gn.pth"
+    save_weights(source, model.state_dict())
+    assert main(["convert", str(source), str(target), "--config-file", CONFIG, *keys]) == 0
+    assert "there is no norm to convert" in capsys.readouterr().out
+
+
 def test_what_has_no_other_name_is_told(tmp_path, capsys) -> None:
     source, target = tmp_path / "resnet18.pth", tmp_path / "renamed.pth"
     torch.save(torchvision.models.resnet18().state_dict(), source)

@@ -89,3 +89,9 @@ def test_numbers_that_no_batch_norm_has(key: str, value: float, message: str) ->
 def test_an_eps_that_is_none(eps: float) -> None:
     with pytest.raises(UserError, match="eps is"):
         convert_state_dict(torchvision.models.resnet18().state_dict(), eps=eps)
+
+
+def test_copying_a_norm_without_affine_reports_it_once() -> None:
+    tensors = nn.Sequential(nn.BatchNorm2d(16, affine=False)).state_dict()
+    converted, report = convert_state_dict(tensors, init="copy")
+    assert not converted and [layer.name for layer in report.layers] == ["0"]
