@@ -43,6 +43,10 @@ def test_what_tells_most_comes_first() -> None:
     assert [c.seed for c in cells[first:]] == [1] * rest + [2] * rest
     assert all(c.norm not in ("BN", "GN") for c in cells[first:] if not (c.groups or c.group_size))
     assert len(set(cells)) == len(cells)
+    third = [c for c in plan(["detector"], seeds=3) if c.seed == 3]
+    assert {replace(c, seed=1) for c in third} == {
+        c for c in cells if c.seed == 1 and not (c.groups or c.group_size)
+    }
     assert {(c.task, c.norm) for c in quick_plan(["classifier"])} == {("classifier", n) for n in ("BN", "GN")}
     assert "| GN |" in drawn.tables({c: {"error": 1.0} for c in quick_plan(["classifier"])})
 
