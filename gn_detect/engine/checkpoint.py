@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import Diverged, UserError
 from ..files import atomic_write_text
 from ..weights import Checkpoint, read_checkpoint, save_weights
+from .distributed import restart_count
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,10 @@ HISTORY = "checkpoints.txt"
 
 FINAL = "model_final.pth"
 BEST = "model_best.pth"
+METRICS = "metrics.jsonl"
+EARLIER = ".earlier"
+"""Ending of what an earlier run left under a name that this one uses."""
+
 DAMAGED = ".damaged"
 """Ending of a checkpoint that could not be read and was set aside."""
 
@@ -140,16 +145,24 @@ def _check_sums(path: Path) -> None:
 
 
 def start_anew(folder: Path) -> None:
-    """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's."""
+    """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's.
+
+    Its best weights and its metrics, which this run writes under the same names, are kept aside.
+    """
+    kept = [name for name in (BEST, METRICS) if (folder / name).exists()]
+    if restart_count() > 0:  # they are of this run's first attempt
+        kept = []
+    for name in kept:
+        os.replace(folder / name, folder / f"{name}{EARLIER}")
+    if kept:
+        names = " and ".join(f"{name}{EARLIER}" for name in kept)
+        logger.warning(
+            "%s holds an earlier run; what it left is now %s; OUTPUT_DIR gives each run its own folder",
+            folder,
+            names,
+        )
     (folder / LAST).unlink(missing_ok=True)
     (folder / HISTORY).unlink(missing_ok=True)
-
-
-def set_best_aside(folder: Path) -> None:
-    """The best weights of an earlier run, which this one did not replace, are not its best."""
-    if (folder / BEST).exists():
-        os.replace(folder / BEST, folder / f"{BEST}.earlier")
-        logger.info("%s is of an earlier run: it is %s.earlier now", BEST, BEST)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -29,6 +30,9 @@ T = TypeVar("T")
 
 SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of an interface (netdevice(7))."""
+
+PATIENCE = timedelta(hours=2)
+"""So long a process waits for another, which may evaluate alone, or have the larger images of a test set."""
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 """In the errors of gloo and NCCL when another process is gone."""
@@ -119,7 +123,8 @@ def _process_group(device: str, url: str, rank: int, world_size: int) -> Iterato
     store, rank, world_size = next(rendezvous(url, rank, world_size))
     # torchrun's own store outlives the workers that it restarts, and with it the addresses of the dead.
     store = dist.PrefixStore(f"restart_{restart_count()}", store)
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     yield
     dist.destroy_process_group()  # not after an error: the other processes are not there to take part
 

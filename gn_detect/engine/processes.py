@@ -57,10 +57,14 @@ def start_processes(function: Callable[..., None], args: Sequence[Any], count: i
             process.kill()
             process.join()
     stopped = [process.exitcode for process in processes if process.exitcode in STOPPED]
+    messages = _drain(errors)
+    told = [text for _, is_for_user, text in messages if is_for_user]
+    if failed and told:  # even on request: the checkpoint may be what went wrong
+        raise UserError(told[0])
     if received or (stopped and not failed):
         raise SystemExit(128 + received[0] if received else stopped[0])
     if failed:
-        raise _cause(failed, errors)
+        raise _cause(failed, messages)
 
 
 def _run(function: Callable[..., None], rank: int, args: Sequence[Any], errors: Any) -> None:
@@ -122,14 +126,16 @@ def _wait_for(processes: Sequence[BaseProcess]) -> dict[int, int]:
     return failed
 
 
-def _cause(failed: dict[int, int], errors: Any) -> Exception:
-    """Of several failures the one that explains the others: a message, then a death, then any error."""
-    messages: list[tuple[int, bool, str]] = []
+def _drain(errors: Any) -> list[tuple[int, bool, str]]:
+    """Rank, whether it is meant for the user, and text of each failure."""
+    messages = []
     while not errors.empty():
         messages.append(errors.get())
-    for _, is_for_user, text in messages:
-        if is_for_user:
-            return UserError(text)
+    return messages
+
+
+def _cause(failed: dict[int, int], messages: list[tuple[int, bool, str]]) -> Exception:
+    """Of several failures without a message for the user the one that explains the others: a death first."""
     for rank, code in failed.items():
         if code < 0:
             name = signal.Signals(-code).name

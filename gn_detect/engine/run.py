@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from ..config import dump_config
 from ..data import (
@@ -111,7 +112,7 @@ def prepare(cfg: Config, resume: bool) -> Run:
     checkpoint = _read_last_checkpoint(cfg) if resume else None
     known = {} if checkpoint is None else checkpoint.metadata
     cfg = _decide_seed(cfg, known)
-    start = int(known.get("iteration", -1)) + 1
+    start = _first_iteration(cfg, known)
 
     check_parts(cfg)
     loader, dataset = build_train_loader(cfg, rank=get_rank(), world_size=world_size(), start_iteration=start)
@@ -159,6 +160,30 @@ def _read_last_checkpoint(cfg: Config) -> Checkpoint | None:
         logger.info("%s has no checkpoint to resume from: training starts at iteration 0", cfg.output_dir)
         return None
     return found if is_main() else read_checkpoint(chosen)
+
+
+def _first_iteration(cfg: Config, known: dict[str, Any]) -> int:
+    """The iteration after that of a checkpoint's metadata.
+
+    With ``SOLVER.REFERENCE_WORLD_SIZE`` and other processes than before, iterations are of another batch: it
+    is the one before which as many images were seen, rounded down.
+    """
+    start = int(known.get("iteration", -1)) + 1
+    if start == 0 or "config" not in known:
+        return start
+    before = yaml.safe_load(known["config"])["SOLVER"]
+    reference = cfg.solver.reference_world_size
+    if 0 in (reference, before["REFERENCE_WORLD_SIZE"]) or reference == before["REFERENCE_WORLD_SIZE"]:
+        return start
+    same = start * before["IMS_PER_BATCH"] // cfg.solver.ims_per_batch
+    logger.info(
+        "iteration %d with %d images in each is iteration %d with %d",
+        start,
+        before["IMS_PER_BATCH"],
+        same,
+        cfg.solver.ims_per_batch,
+    )
+    return same
 
 
 def _decide_seed(cfg: Config, known: dict[str, Any]) -> Config:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.profiler import record_function
 
 from ..structures import Sample
@@ -89,10 +89,27 @@ def make_state(cfg: Config, model: nn.Module) -> TrainingState:
     scaler = torch.amp.GradScaler(device.type, enabled=amp.enabled and amp.dtype == "float16")
     average = None
     if cfg.solver.ema.enabled:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.solver.ema.decay))
-        average.requires_grad_(False)
+        average = _moving_average(model, cfg.solver.ema.decay)
     broken = torch.zeros((), device=device)
     return TrainingState(model, build_optimizer(cfg, model), scaler, average, broken)
+
+
+def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights that soon forgets those it began with.
+
+    After n updates ``min(decay, (1 + n) / (10 + n))`` of it stays at the next, as in TensorFlow's
+    ``ExponentialMovingAverage`` with ``num_updates``: of a run that is short beside ``1 / (1 - decay)``, the
+    average would otherwise be the initial weights.
+    """
+    average = AveragedModel(model)
+    average.requires_grad_(False)
+
+    def update(averaged: list[Tensor], current: list[Tensor], _: Tensor) -> None:
+        count = int(average.n_averaged)  # on the CPU, so that nothing waits for the device
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count) / (10 + count)))
+
+    average.multi_avg_fn = update
+    return average
 
 
 def train_step(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import signal
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from ..errors import Diverged
+from ..errors import Diverged, UserError
 from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
 from ..weights import NORM_EPS, norm_settings
 from .black_box import examine, replay_command, seed_iteration, write_black_box
-from .checkpoint import BEST, FINAL, checkpoint_name, save_checkpoint, set_best_aside
+from .checkpoint import BEST, FINAL, checkpoint_name, save_checkpoint
 from .distributed import barrier, gather, get_rank, is_main, parallelize, restart_count, world_size
 from .evaluator import Results, evaluate_test_sets, scalars_of, write_results
 from .interruption import Interruption
@@ -75,11 +76,12 @@ def train(cfg: Config, *, resume: bool = False) -> Results:
 def training_loop(run: Run, writer: MetricsWriter | None) -> None:
     """From ``run.start`` to ``SOLVER.MAX_ITER``, with reports, checkpoints and evaluations on the way."""
     cfg, solver = run.cfg, run.cfg.solver
-    if run.evaluate_first:
-        evaluate_and_keep_best(run, writer, run.start - 1)
     if run.start >= solver.max_iter:
         logger.info("iteration %d of %d: nothing left to train", run.start, solver.max_iter)
         return
+    if run.evaluate_first:
+        evaluate_and_keep_best(run, writer, run.start - 1)
+        run.evaluate_first = False
     if cfg.model.compile:
         # One kernel for all sizes: kernels of single sizes would depend on which image comes first.
         run.model.backbone.compile(dynamic=True)
@@ -95,7 +97,7 @@ def training_loop(run: Run, writer: MetricsWriter | None) -> None:
             save_now = last or is_due(done, solver.checkpoint_period)
             evaluate_now = bool(run.tests) and not last and is_due(done, cfg.test.eval_period)
 
-            with meter.waiting_for_data():
+            with saved_if_unreadable(run, writer, meter, iteration), meter.waiting_for_data():
                 batch = next(batches)
             factor = learning_rate_factor(cfg, iteration)
             set_learning_rate(run.state.optimizer, factor)
@@ -105,18 +107,21 @@ def training_loop(run: Run, writer: MetricsWriter | None) -> None:
 
             stop = interruption.requested()
             report_now = is_due(done, solver.log_period) or save_now or evaluate_now
-            with meter.pause():
-                check_finite(run, meter, now=report_now or bool(stop))
+            check_finite(run, meter, now=report_now or bool(stop))
             if report_now:
                 scalars = meter.report(solver.base_lr * factor)
                 if writer is not None:
                     writer.write(iteration, scalars)
             with meter.pause():
+                # Saved before the evaluation, which may fail or be killed, and with its outcome after it.
+                run.evaluate_first = evaluate_now or (last and bool(run.tests))
+                if save_now or stop:
+                    save(run, writer, meter.state(), iteration)
                 if evaluate_now and not stop:
                     evaluate_and_keep_best(run, writer, iteration)
-                if save_now or stop:
-                    run.evaluate_first = evaluate_now and bool(stop)
-                    save(run, writer, meter, iteration)
+                    run.evaluate_first = False
+                    if save_now:
+                        save(run, writer, meter.state(), iteration)
             if stop:
                 logger.warning(
                     "%s: saved after iteration %d; --resume continues", signal.Signals(stop).name, done
@@ -129,9 +134,32 @@ def is_due(done: int, period: int) -> bool:
     return period > 0 and done % period == 0
 
 
-def save(run: Run, writer: MetricsWriter | None, meter: Meter, iteration: int) -> None:
-    """The checkpoint after an iteration, by the first process; the others wait for it."""
-    losses = meter.state()
+@contextmanager
+def saved_if_unreadable(
+    run: Run, writer: MetricsWriter | None, meter: Meter, iteration: int
+) -> Iterator[None]:
+    """A file that cannot be read in the middle of a run costs no iteration that was done.
+
+    Of several processes one alone sees the fault, and a checkpoint needs all.
+    """
+    try:
+        yield
+    except UserError:
+        if world_size() == 1 and iteration > run.start:
+            check_finite(run, meter, now=True)
+            save(run, writer, meter.state(), iteration - 1)
+            logger.warning(
+                "saved after iteration %d; once the data are mended, --resume continues", iteration
+            )
+        raise
+
+
+def save(run: Run, writer: MetricsWriter | None, losses: dict[str, list[float]], iteration: int) -> None:
+    """The checkpoint after an iteration, by the first process; the others wait for it.
+
+    Args:
+        losses: since the last report.
+    """
     if writer is not None:
         writer.sync()
         last = iteration + 1 == run.cfg.solver.max_iter
@@ -160,7 +188,8 @@ def check_finite(run: Run, meter: Meter, now: bool) -> None:
     try:
         meter.state()
     except NotFinite as error:
-        message = keep_black_box(run, error)
+        with meter.pause():
+            message = keep_black_box(run, error)
         run.skipped += 1
         if run.cfg.solver.non_finite == "stop" or run.skipped >= MAX_SKIPPED:
             raise Diverged(message) from None
@@ -223,16 +252,17 @@ def evaluate_and_keep_best(run: Run, writer: MetricsWriter | None, iteration: in
 def finish(run: Run, writer: MetricsWriter | None) -> Results:
     """Final evaluation, ``results.json`` and pictures."""
     results: Results = {}
+    last = run.cfg.solver.max_iter - 1
     if run.tests:
-        results = evaluate_and_keep_best(run, writer, run.cfg.solver.max_iter - 1)
+        results = evaluate_and_keep_best(run, writer, last)
+        if run.evaluate_first and run.start <= last + 1:
+            run.evaluate_first = False
+            save(run, writer, {}, last)  # with what is best now
     if is_main():
-        if run.best < 0:
-            set_best_aside(run.folder)
         write_results(run.folder / "results.json", results)
         draw_curves(run.folder, run.folder / "pictures" / "curves.png")
         for _, test_set in run.tests.values():
             model = cast(MaskRCNN, run.state.evaluated)
-            last = run.cfg.solver.max_iter - 1
             show = None if writer is None else partial(writer.add_picture, iteration=last)
             draw_test_images(run.cfg, model, test_set, Path(run.folder) / "pictures", show)
         logger.info("finished: see %s", run.folder)

@@ -6,14 +6,17 @@ import json
 import logging
 import os
 import signal
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from gn_detect.config import Config
+from gn_detect.config import Config, dump_config
+from gn_detect.data import build_train_loader
 from gn_detect.engine import evaluate, train
 from gn_detect.engine import trainer as trainer_module
+from gn_detect.engine.run import prepare
 from gn_detect.errors import UserError
 from tests.engine.chaos import differences
 
@@ -82,9 +85,12 @@ def test_leftovers_of_a_killed_process_are_removed(trained: Config) -> None:
 def test_what_an_earlier_run_found_best_is_not_taken_for_this_ones(trained: Config) -> None:
     folder = Path(trained.output_dir)
     (folder / "model_best.pth").write_bytes(b"of an earlier run")
+    metrics = (folder / "metrics.jsonl").read_text()
     train(trained)
     assert not (folder / "model_best.pth").exists(), "this one evaluated nothing"
     assert (folder / "model_best.pth.earlier").read_bytes() == b"of an earlier run"
+    assert (folder / "metrics.jsonl.earlier").read_text() == metrics
+    assert "holds an earlier run" in (folder / "log.txt").read_text()
     train(trained.replace({"DATASETS.TEST": list(trained.datasets.train)}))
     best = (folder / "model_best.pth").read_bytes()
     train(trained.replace({"DATASETS.TEST": list(trained.datasets.train)}), resume=True)
@@ -133,3 +139,83 @@ def test_signal_finishes_the_step_and_saves(
     assert differences(torch.load(folder / "model_final.pth", weights_only=True), expected) == []
     assert (folder / "metrics.jsonl").read_text().count("\n") == lines
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_evaluation_that_fails_costs_no_checkpoint(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is repeated by --resume, and what comes out is the run without the failure."""
+    cfg = tiny_config.replace({"SOLVER.CHECKPOINT_PERIOD": 3, "TEST.EVAL_PERIOD": 3})
+    folder = Path(cfg.output_dir)
+    train(cfg)
+    expected = torch.load(folder / "model_final.pth", weights_only=True)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    real, calls = trainer_module.evaluate_test_sets, iter(range(100))
+
+    def fails_at_first(*args: object) -> object:
+        if next(calls) == 0:
+            raise UserError("image 3 cannot be read")
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer_module, "evaluate_test_sets", fails_at_first)
+    with pytest.raises(UserError, match="image 3"):
+        train(cfg)
+    assert (folder / "last_checkpoint").read_text() == "model_0000002.pth"
+    train(cfg, resume=True)
+    assert differences(torch.load(folder / "model_final.pth", weights_only=True), expected) == []
+    again = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["iteration"], row.get("segm/AP")) for row in again] == [
+        (row["iteration"], row.get("segm/AP")) for row in rows
+    ]
+
+
+def test_a_longer_run_replaces_the_best_only_by_a_better_one(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([35.0, 38.0, 36.0])
+    monkeypatch.setattr(
+        trainer_module,
+        "evaluate_test_sets",
+        lambda *_: {"bbox": {"AP": 1.0}, "segm": {"AP": next(values)}},
+    )
+    cfg = tiny_config.replace({"SOLVER.MAX_ITER": 2, "TEST.EVAL_PERIOD": 1, "SOLVER.CHECKPOINT_PERIOD": 1})
+    train(cfg)
+    train(cfg.replace({"SOLVER.MAX_ITER": 3}), resume=True)
+    best = torch.load(Path(cfg.output_dir) / "model_best.pth", weights_only=True)
+    assert (best["segm/AP"], best["iteration"]) == (38.0, 1)
+    assert next(values, None) is None
+
+
+def test_an_image_that_cannot_be_read_costs_no_iteration(tiny_config: Config, tmp_path: Path) -> None:
+    cfg = tiny_config.replace({"DATASETS.TEST": [], "DATALOADER.NUM_WORKERS": 0})
+    loader, dataset = build_train_loader(cfg)
+    item = next(islice(loader.batches(), 2, None))[0]
+    name = Path(loader.samples[item].file_name)
+    content = name.read_bytes()
+    try:
+        name.write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match=name.name):
+            train(cfg)
+    finally:
+        name.write_bytes(content)
+    folder = Path(cfg.output_dir)
+    assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
+    train(cfg, resume=True)
+    found = torch.load(folder / "model_final.pth", weights_only=True)
+    whole = cfg.replace({"OUTPUT_DIR": str(tmp_path / "whole")})
+    train(whole)
+    expected = torch.load(tmp_path / "whole" / "model_final.pth", weights_only=True)
+    assert differences(found["model"], expected["model"]) == []
+
+
+def test_other_processes_go_on_where_as_many_images_were_seen(trained: Config) -> None:
+    path = Path(trained.output_dir) / "model_final.pth"
+    cfg = trained.replace({"SOLVER.REFERENCE_WORLD_SIZE": 1, "SOLVER.MAX_ITER": 40})
+    assert prepare(cfg, resume=True).start == 5  # it was saved without a reference
+    content = torch.load(path, weights_only=True)
+    batch = 2 * cfg.solver.ims_per_batch
+    content["config"] = dump_config(
+        cfg.replace({"SOLVER.REFERENCE_WORLD_SIZE": 2, "SOLVER.IMS_PER_BATCH": batch})
+    )
+    torch.save(content, path)
+    assert prepare(cfg, resume=True).start == 10

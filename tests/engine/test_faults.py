@@ -25,6 +25,7 @@ from gn_detect.engine import trainer as trainer_module
 from gn_detect.engine.distributed import LOST_PEER, barrier, get_rank
 from gn_detect.engine.faults import compile_help
 from gn_detect.engine.interruption import Interruption
+from gn_detect.engine.meter import Meter
 from gn_detect.engine.step import make_state, train_step
 from gn_detect.engine.writers import MetricsWriter
 from gn_detect.errors import UserError
@@ -258,6 +259,48 @@ def test_killed_process_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="process 1 of this machine was killed by SIGKILL.*--resume"):
         launch(_die, (str(tmp_path),), device="cpu", num_gpus=2)
     assert any(words in (tmp_path / "noticed.txt").read_text() for words in LOST_PEER)
+
+
+def _cannot_save() -> None:
+    """Told to stop, by way of the parent, and then the disk is full."""
+    with Interruption() as interruption:
+        barrier()
+        if get_rank() == 0:
+            os.kill(os.getppid(), signal.SIGTERM)
+        while not interruption.requested():
+            time.sleep(0.01)
+    if get_rank() == 0:
+        raise UserError("cannot write model_0000003.pth: no space left")
+
+
+def test_what_went_wrong_while_stopping_is_told(tmp_path: Path) -> None:
+    """Status 143 means that a checkpoint was saved."""
+    with pytest.raises(UserError, match="cannot write model_0000003.pth"):
+        launch(_cannot_save, device="cpu", num_gpus=2)
+
+
+@pytest.mark.parametrize("what", ["stop", "skip"])
+def test_waiting_for_the_device_counts_as_time_of_training(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Reading the losses waits for all steps before."""
+    paused, read = [], Meter._read
+    pause = Meter.pause
+
+    @contextmanager
+    def noted(meter: Meter) -> Iterator[None]:
+        with pause(meter):
+            paused.append(True)
+            yield
+            paused.pop()
+
+    def reads(meter: Meter) -> None:
+        assert not (paused and meter._losses)
+        read(meter)
+
+    monkeypatch.setattr(Meter, "pause", noted)
+    monkeypatch.setattr(Meter, "_read", reads)
+    train(tiny_config.replace({"SOLVER.NON_FINITE": what, "SOLVER.CHECKPOINT_PERIOD": 2}))
 
 
 def test_a_compiler_that_fails_is_named_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
