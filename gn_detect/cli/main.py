@@ -15,6 +15,7 @@ from PIL import Image
 
 from .. import __version__
 from ..errors import UserError
+from ..evaluation.model import LESS_MEMORY
 from ..files import remedy
 from . import (
     bench,
@@ -57,7 +58,8 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 EXIT_STATUS = """exit status:
   0    done
-  1    doctor --strict: there are errors or warnings
+  1    doctor --strict: there are errors or warnings; predict: an input could not be read, the others are
+       done; export --check: the file's detections are out of the tolerances
   2    bad input: one line on standard error says what, and what to do
   130  interrupted by Ctrl-C; 143 by SIGTERM (train has saved a checkpoint; --resume continues)"""
 
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = f": {error.filename}" if error.filename else ""
         return _fail(f"{(error.strerror or str(error)).lower()}{name}; {remedy(error)}")
     except torch.cuda.OutOfMemoryError:
-        return _fail("the GPU has too little memory; lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN")
+        return _fail(f"out of GPU memory; {_less_memory(args)}")
     except KeyboardInterrupt:
         hint = "; --resume continues from the last checkpoint" if args.command == "train" else ""
         print(f"interrupted{hint}", file=sys.stderr)
@@ -144,6 +146,15 @@ def _epilog(module: ModuleType) -> str:
     lines = getattr(module, "EXAMPLES", "").strip().splitlines()
     examples = "".join(f"  {line}\n" for line in lines)
     return f"examples:\n{examples}\n{EXIT_STATUS}" if examples else EXIT_STATUS
+
+
+def _less_memory(args: argparse.Namespace) -> str:
+    """What to do where the memory of the GPU is too small for the command."""
+    if args.command == "bench":
+        return "lower --images, --size or --objects"
+    if args.command == "train" and not args.eval_only:
+        return "lower SOLVER.IMS_PER_BATCH, or INPUT.MAX_SIZE_TRAIN and INPUT.MIN_SIZE_TRAIN"
+    return LESS_MEMORY
 
 
 def _fail(message: str) -> int:

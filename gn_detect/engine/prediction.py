@@ -16,6 +16,7 @@ from ..data import read_image
 from ..data.video import Frame, VideoWriter, count_frames, read_frames
 from ..errors import UserError
 from ..evaluation import ResultsWriter, detections_to_coco
+from ..evaluation.model import detection_memory_help
 from ..files import atomic_write, atomic_write_json
 from ..structures import Detections
 from ..visualize import picture_scale, save_picture
@@ -32,7 +33,7 @@ class AnyPredictor(Protocol):
     category_ids: list[int]
 
     def __call__(self, image: np.ndarray) -> Detections:
-        """Objects in (H, W, 3) uint8 RGB pixels, in the image's pixels, on the CPU."""
+        """Objects in (H, W, 3) uint8 RGB pixels, in the image's pixels, on the CPU, best first."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Outcome:
 
     Attributes:
         images, objects: how many were predicted on, and found.
-        failures: a message for each image that cannot be read, or not be predicted on.
+        failures: a message for each image that cannot be read, or not be predicted on, as where the memory
+            of the GPU is too small for it.
     """
 
     images: int = 0
@@ -108,7 +110,8 @@ def predict_images(
             try:
                 if isinstance(pixels, UserError):
                     raise pixels
-                entries = _detect(predictor, pixels, task.image_id, threshold)
+                with detection_memory_help(f"an image of {_size_of(pixels)}"):
+                    entries = _detect(predictor, pixels, task.image_id, threshold)
             except UserError as error:
                 message = str(error) if error is pixels else f"{task.path}: {error}"
                 outcome.failures.append(message)
@@ -157,7 +160,14 @@ def _read(task: Task) -> tuple[Task, np.ndarray | UserError]:
 
 def _detect(predictor: AnyPredictor, pixels: np.ndarray, image_id: Any, threshold: float) -> list[Json]:
     found = predictor(pixels)
-    return detections_to_coco(found[found.scores >= threshold], image_id, predictor.category_ids)
+    count = int((found.scores >= threshold).sum())
+    # The best come first, and a slice copies no masks: those of a large image are several GB.
+    return detections_to_coco(found[:count], image_id, predictor.category_ids)
+
+
+def _size_of(pixels: np.ndarray) -> str:
+    height, width = pixels.shape[:2]
+    return f"{width} x {height} pixels"
 
 
 def _draw(drawing: _Drawing) -> _Found:
@@ -198,14 +208,17 @@ def predict_video(
         threshold, workers: see :func:`predict_images`.
 
     Raises:
-        UserError: PyAV is missing, the video cannot be read, or something cannot be written; nothing is.
+        UserError: PyAV is missing, the video cannot be read, the GPU has too little memory, or something
+            cannot be written; nothing is.
     """
     classes, outcome = Classes(predictor.class_names, predictor.category_ids), Outcome()
     total = count_frames(path)
 
     def detect(frames: Iterator[Frame]) -> Iterator[_FrameDrawing]:
         for frame in frames:
-            entries = _detect(predictor, frame.pixels, frame.number, threshold)
+            what = f"frame {frame.number} of {path}, of {_size_of(frame.pixels)}"
+            with detection_memory_help(what):
+                entries = _detect(predictor, frame.pixels, frame.number, threshold)
             yield _FrameDrawing(frame, entries, classes)
 
     with (

@@ -104,7 +104,11 @@ def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
     average = AveragedModel(model)
     average.requires_grad_(False)
 
-    def update(averaged: list[Tensor], current: list[Tensor], _: Tensor) -> None:
+    def update(
+        averaged: tuple[Tensor, ...] | list[Tensor],
+        current: tuple[Tensor, ...] | list[Tensor],
+        _: Tensor | int,
+    ) -> None:
         count = int(average.n_averaged)  # on the CPU, so that nothing waits for the device
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count) / (10 + count)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,14 @@ from .table import format_results
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "coco_instances_results.json"
+
+LESS_MEMORY = (
+    "lower INPUT.MAX_SIZE_TEST and INPUT.MIN_SIZE_TEST, or TEST.DETECTIONS_PER_IMAGE, or use MODEL.DEVICE cpu"
+)
+"""The remedy where the memory of a GPU is too small for detection."""
+
+_MOVED_BYTES = 1 << 28
+"""Memory that masks may take on their way from an accelerator to the CPU."""
 
 Metrics = dict[str, dict[str, float]]
 
@@ -71,12 +80,52 @@ def detections_to_coco(
         )
     ]
     if detections.masks is not None and len(entries):
-        masks = detections.masks.cpu().numpy().view(np.uint8)
-        for entry, rle in zip(
-            entries, coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))), strict=True
-        ):
+        for entry, rle in zip(entries, _encode(detections.masks), strict=True):
             entry["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
     return entries
+
+
+def _encode(masks: Tensor) -> Iterator[dict[str, Any]]:
+    """COCO's RLE of (N, H, W) bool masks, one by one: all masks of a large image are several GB.
+
+    pycocotools wants columns first. Turning a mask takes several times as long as coding it, so only the
+    rows and columns of the object are turned.
+    """
+    height, width = masks.shape[1:]
+    turned = np.zeros((height, width, 1), dtype=np.uint8, order="F")
+    for part in masks.split(max(1, _MOVED_BYTES // (height * width))):
+        for mask in part.cpu().numpy():
+            rows = _extent(mask.any(axis=1))
+            columns = _extent(mask[rows].any(axis=0))
+            turned[rows, columns, 0] = mask[rows, columns].view(np.uint8)  # much faster than from bool
+            yield coco_mask.encode(turned)[0]
+            turned[rows, columns] = 0
+
+
+def _extent(taken: np.ndarray) -> slice:
+    """From the first to the last that is true, of (L,) bool; nothing where none is."""
+    places = np.flatnonzero(taken)
+    return slice(places[0], places[-1] + 1) if len(places) else slice(0)
+
+
+@contextmanager
+def detection_memory_help(what: str, images: int = 1) -> Iterator[None]:
+    """Turn CUDA's out-of-memory error into one that names the images and the keys; free what can be freed.
+
+    Args:
+        what: the images with their sizes, such as ``"an image of 8000 x 6000 pixels"``.
+        images: in the batch.
+
+    Raises:
+        UserError: the memory was not enough; the next images may still fit.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # which hold the tensors of the network
+        torch.cuda.empty_cache()
+        batch = f"lower TEST.IMS_PER_BATCH ({images}); or " if images > 1 else ""
+        raise UserError(f"out of GPU memory with {what}; {batch}{LESS_MEMORY}") from error
 
 
 def evaluate_model(
@@ -185,17 +234,27 @@ def _detect(
 
     for batch in tqdm(loader, desc="evaluating", disable=None if _rank() == 0 else True, leave=False):
         count("data")
-        with torch.inference_mode():
+        with detection_memory_help(_name_images(batch), len(batch)), torch.inference_mode():
             found = [
                 d.to("cpu") for d in model.detect([s.image for s in batch], [s.original_size for s in batch])
             ]
         count("model")
-        for sample, detections in zip(batch, found, strict=True):
-            yield detections_to_coco(detections, sample.image_id, category_ids)
+        for sample in batch:
+            # Popped, as the masks of a large image should be gone before the next is worked on.
+            yield detections_to_coco(found.pop(0), sample.image_id, category_ids)
         images += len(batch)
         count("results")
     spent = ", ".join(f"{part} {value:.1f} s" for part, value in seconds.items())
     logger.info("%d images, %.1f images/s (%s)", images, images / max(sum(seconds.values()), 1e-9), spent)
+
+
+def _name_images(batch: Sequence[Sample]) -> str:
+    """For an error: the files and their sizes, as they are and as the network sees them."""
+    named = []
+    for sample in batch:
+        (height, width), (rows, columns) = sample.original_size, sample.image.shape[-2:]
+        named.append(f"{sample.file_name} ({width} x {height} pixels, resized to {columns} x {rows})")
+    return ", ".join(named)
 
 
 def _in_group() -> bool:

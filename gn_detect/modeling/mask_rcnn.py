@@ -169,6 +169,9 @@ def rescale(detections: Detections, size: tuple[int, int], original: tuple[int, 
 
     Args:
         detections: boxes in pixels of ``size``; masks (D, S, S) probabilities inside the boxes, or None.
+
+    Returns:
+        all on one device: that of ``detections``, or the CPU where its memory does not hold the masks.
     """
     boxes = scale_boxes(detections.boxes, original[1] / size[1], original[0] / size[0])
     boxes = clip_boxes(boxes, original)
@@ -176,4 +179,5 @@ def rescale(detections: Detections, size: tuple[int, int], original: tuple[int, 
     kept = Detections(boxes, detections.scores, detections.labels, detections.masks)[keep]
     if kept.masks is not None:
         kept.masks = paste_masks(kept.masks, kept.boxes, original)
+        kept = kept.to(kept.masks.device)
     return kept

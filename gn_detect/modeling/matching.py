@@ -6,6 +6,60 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
+
+_MATCH_BYTES = 1 << 28
+"""Memory that the pairs of objects and boxes may take at once, in each image."""
+
+_PAIR_BYTES = 36
+"""What :func:`torchvision.ops.box_iou` holds for a pair at once: nine floats."""
+
+
+def match_boxes(
+    objects: Tensor,
+    boxes: Tensor,
+    thresholds: Sequence[float],
+    labels: Sequence[int],
+    *,
+    keep_best_of_each_object: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`match` of boxes by their IoU, in 256 MB however many pairs there are.
+
+    Args:
+        objects: (M, 4) ``xyxy``.
+        boxes: (N, 4) ``xyxy``.
+        thresholds, labels, keep_best_of_each_object: see :func:`match`.
+
+    Returns:
+        (N,) int64 index of the object (0 where there is none) and (N,) int8 label, to the bit those of
+        ``match(box_iou(objects, boxes), ...)``.
+    """
+    size = max(1, _MATCH_BYTES // (_PAIR_BYTES * max(1, len(objects))))
+    if len(boxes) <= size:
+        iou = box_iou(objects, boxes)
+        return match(iou, thresholds, labels, keep_best_of_each_object=keep_best_of_each_object)
+    # An object's best IoU is known when all boxes are seen, so their IoUs are computed twice, not kept.
+    parts = boxes.split(size)
+    found = [_match_part(objects, part, thresholds, labels) for part in parts]
+    index, label, highest = (list(column) for column in zip(*found, strict=True))
+    if keep_best_of_each_object:
+        best = torch.stack(highest).amax(dim=0)[:, None]
+        for part_label, part in zip(label, parts, strict=True):
+            part_label.masked_fill_(_is_best(box_iou(objects, part), best), 1)
+    return torch.cat(index), torch.cat(label)
+
+
+def _match_part(
+    objects: Tensor, boxes: Tensor, thresholds: Sequence[float], labels: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Index and label of a part of the boxes, and the (M,) highest IoU of each object with one of them."""
+    iou = box_iou(objects, boxes)
+    return *match(iou, thresholds, labels), iou.amax(dim=1)
+
+
+def _is_best(iou: Tensor, highest: Tensor) -> Tensor:
+    """(N,) bool: boxes that no box beats for some object, by (M, N) IoU and the (M, 1) highest of each."""
+    return ((iou == highest) & (highest > 0)).any(dim=0)
 
 
 def match(
@@ -33,8 +87,7 @@ def match(
         label = torch.where(best < threshold, label, name)
     if keep_best_of_each_object:
         # The index stays that of the box's own best object, as in Detectron.
-        highest = iou.amax(dim=1, keepdim=True)
-        label.masked_fill_(((iou == highest) & (highest > 0)).any(dim=0), 1)
+        label.masked_fill_(_is_best(iou, iou.amax(dim=1, keepdim=True)), 1)
     return index, label
 
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torchvision.ops import box_iou
 
 from ..structures import Detections, Target
 from .box_head import BoxHead, BoxPredictor
 from .mask_head import MaskHead, mask_loss
-from .matching import match, sample
+from .matching import match_boxes, sample
 from .roi_pooling import RoIPooler
 
 
@@ -54,7 +53,7 @@ def sample_rois(proposals: Tensor, target: Target, settings: SamplingSettings) -
     if settings.proposal_append_gt:
         proposals = torch.cat([proposals, target.boxes])
     background = settings.num_classes
-    index, label = match(box_iou(target.boxes, proposals), settings.iou_thresholds, settings.iou_labels)
+    index, label = match_boxes(target.boxes, proposals, settings.iou_thresholds, settings.iou_labels)
     classes = target.labels[index] if len(target) else torch.full_like(index, background)
     classes = torch.where(label == 0, background, torch.where(label == -1, -1, classes))
     foreground, rest = sample(classes, settings.batch_size_per_image, settings.positive_fraction, background)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torchvision.ops import box_iou
 
 from ..layers import Conv2d
 from ..ops import clip_boxes, decode_boxes, encode_boxes, nms_by_group, rows_by_value
@@ -18,7 +17,7 @@ from ..structures import Target
 from .anchors import AnchorGenerator
 from .init import init_normal
 from .losses import smooth_l1_sum
-from .matching import match, sample
+from .matching import match_boxes, sample
 
 
 class RPNHead(nn.Module):
@@ -220,8 +219,9 @@ class RPN(nn.Module):
         s = self.settings
         labels, matched = [], []
         for (height, width), target in zip(image_sizes, targets, strict=True):
-            iou = box_iou(target.boxes, anchors)
-            index, label = match(iou, s.iou_thresholds, s.iou_labels, keep_best_of_each_object=True)
+            index, label = match_boxes(
+                target.boxes, anchors, s.iou_thresholds, s.iou_labels, keep_best_of_each_object=True
+            )
             if s.boundary_thresh >= 0:
                 inside = (anchors[:, :2] >= -s.boundary_thresh).all(1)
                 inside &= (anchors[:, 2] < width + s.boundary_thresh) & (

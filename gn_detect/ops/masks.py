@@ -121,16 +121,24 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
         threshold: probability from which a pixel belongs to the object.
 
     Returns:
-        (N, height, width) bool.
+        (N, height, width) bool on the masks' device, or on the CPU where that has no memory for them: 100
+        masks of 48 megapixels are 4.8 GB.
     """
+    if masks.device.type != "cpu":
+        try:
+            return _paste_in_chunks(masks.float(), boxes.float(), size, threshold)
+        except torch.cuda.OutOfMemoryError:
+            masks, boxes = masks.cpu(), boxes.cpu()
+    pasted = torch.zeros(len(masks), *size, dtype=torch.bool)
+    _paste_each(pasted, masks.float(), boxes.float(), threshold)
+    return pasted
+
+
+def _paste_in_chunks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """On an accelerator whole images are computed, many at a time."""
     height, width = size
+    cells = masks.shape[-1]
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    if len(masks) == 0:
-        return pasted
-    masks, boxes, cells = masks.float(), boxes.float(), masks.shape[-1]
-    if masks.device.type == "cpu":
-        _paste_each(pasted, masks, boxes, threshold)
-        return pasted
     rows = torch.arange(height, dtype=torch.float32, device=masks.device)
     columns = torch.arange(width, dtype=torch.float32, device=masks.device)
     chunk = max(1, _PASTE_BYTES // (4 * height * width))

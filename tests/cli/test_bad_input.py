@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from gn_detect.cli import main
+from gn_detect.cli.main import COMMANDS
 from tests.cli.conftest import Case
 
 Refused = Callable[..., str]
@@ -76,7 +77,11 @@ def test_truncated_jpeg(case: Case, refused: Refused, workers: int) -> None:
     case.edit(rename)
     assert "003.jpg" in refused("train", "--config-file", case.config, "DATALOADER.NUM_WORKERS", workers)
     left = {path.name for path in case.output.iterdir()}
-    assert not [name for name in left if name.endswith((".pth", ".tmp")) or name == "last_checkpoint"]
+    assert not [name for name in left if name.endswith(".tmp")]
+    pointer = case.output / "last_checkpoint"  # what was trained before it was read is kept
+    assert [name for name in left if name.endswith(".pth")] == (
+        [pointer.read_text()] if pointer.exists() else []
+    )
 
 
 KEYS = {
@@ -162,6 +167,28 @@ def test_degenerate_box_is_dropped_with_one_counted_warning(
     warnings = [line for line in log.splitlines() if "WARNING" in line]
     assert len(warnings) == 1 and "2" in warnings[0]
     assert capsys.readouterr().err == ""
+
+
+LESS_MEMORY = {
+    ("train",): "SOLVER.IMS_PER_BATCH, or INPUT.MAX_SIZE_TRAIN and INPUT.MIN_SIZE_TRAIN",
+    ("train", "--eval-only"): "INPUT.MAX_SIZE_TEST",
+    ("eval",): "INPUT.MAX_SIZE_TEST",
+    ("predict", "photo.jpg"): "MODEL.DEVICE cpu",
+    ("bench", "train"): "--images",
+}
+
+
+@pytest.mark.parametrize("arguments", LESS_MEMORY)
+def test_too_little_gpu_memory_names_the_keys_of_the_command(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    def run(_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(COMMANDS[arguments[0]], "run", run)
+    error = refused(*arguments)
+    assert "out of GPU memory; " in error and LESS_MEMORY[arguments] in error
+    assert ("TRAIN" in error) == (arguments == ("train",))
 
 
 def test_unknown_flag_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:

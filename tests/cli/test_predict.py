@@ -17,7 +17,9 @@ from pycocotools.coco import COCO
 
 from gn_detect.cli import main
 from gn_detect.cli import predict as command
+from gn_detect.engine import prediction
 from gn_detect.errors import UserError
+from gn_detect.evaluation import detections_to_coco
 from gn_detect.structures import Detections
 from tests.cli.conftest import Case
 
@@ -219,6 +221,60 @@ def test_an_image_that_the_predictor_refuses_is_named_and_the_others_are_done(
     assert [entry["image_id"] for entry in found] == [1, 3, 4]
 
 
+class Hungry(Stub):
+    """A GPU that is too small for wide images."""
+
+    def __call__(self, image: np.ndarray) -> Detections:
+        if image.shape[1] > 80:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(image)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_is_too_large_for_the_gpu_is_named_and_the_others_are_done(
+    case: Case, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    emptied = []
+    monkeypatch.setattr(command, "Predictor", Hungry)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    images = case.train.parent / "images"
+    Image.new("RGB", (90, 40)).save(images / "002.png")
+    assert predict(case, tmp_path / "out", "--workers", workers, images) == 1
+    error = capsys.readouterr().err
+    assert f"error: {images / '002.png'}: out of GPU memory with an image of 90 x 40 pixels; " in error
+    for key in (
+        "INPUT.MAX_SIZE_TEST",
+        "INPUT.MIN_SIZE_TEST",
+        "TEST.DETECTIONS_PER_IMAGE",
+        "MODEL.DEVICE cpu",
+    ):
+        assert key in error
+    found = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [entry["image_id"] for entry in found] == [1, 3, 4] and emptied == [True]
+
+
+def test_masks_below_the_threshold_are_left_out_without_a_copy(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a large image are several GB."""
+    made, written = [], []
+
+    class Watched(Stub):
+        def __call__(self, image: np.ndarray) -> Detections:
+            made.append(super().__call__(image))
+            return made[-1]
+
+    def note(found: Detections, *rest: Any) -> list[dict[str, Any]]:
+        written.append(found)
+        return detections_to_coco(found, *rest)
+
+    monkeypatch.setattr(command, "Predictor", Watched)
+    monkeypatch.setattr(prediction, "detections_to_coco", note)
+    assert predict(case, tmp_path / "out", "--workers", 0, case.train.parent / "images/001.png") == 0
+    assert len(made[0]) == 2 and len(written[0]) == 1
+    assert written[0].masks.data_ptr() == made[0].masks.data_ptr()
+
+
 def write_video(path: Path, frames: int, size: tuple[int, int] = (49, 65)) -> list[int]:
     """A bright square that moves by 4 pixels a frame on black; returns its left sides."""
     from gn_detect.data.video import VideoWriter
@@ -273,6 +329,24 @@ def test_a_damaged_video_is_named_and_the_others_are_done(
     assert sorted(path.name for path in output.iterdir()) == ["b.jsonl", "b.mp4"]
 
 
+def test_a_video_that_is_too_large_for_the_gpu_is_named(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av", reason="needs PyAV, the extra 'video'")
+    monkeypatch.setattr(command, "Predictor", Hungry)
+    folder, output = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    write_video(folder / "a.mp4", 2, (48, 96))
+    write_video(folder / "b.mp4", 2, (48, 64))
+    assert predict(case, output, folder) == 1
+    error = capsys.readouterr().err
+    assert (
+        f"error: out of GPU memory with frame 0 of {folder / 'a.mp4'}, of 96 x 48 pixels; lower INPUT"
+        in error
+    )
+    assert sorted(path.name for path in output.iterdir()) == ["b.jsonl", "b.mp4"]
+
+
 @pytest.mark.usefixtures("stub")
 def test_without_pyav_the_remedy_is_named(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -281,5 +355,5 @@ def test_without_pyav_the_remedy_is_named(
     monkeypatch.setitem(sys.modules, "av", None)
     assert predict(case, tmp_path / "out", tmp_path / "clip.mov") == 1
     error = capsys.readouterr().err
-    assert "clip.mov" in error and "pip install 'gn-detect[video]'" in error
+    assert "clip.mov" in error and "pip install av" in error
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import torch
 
 from gn_detect.errors import UserError
 from gn_detect.evaluation import detections_to_coco, evaluate_model, evaluate_results
+from gn_detect.evaluation import model as model_module
 from gn_detect.structures import Detections, Sample
 
 SIZE = (40, 60)
@@ -71,6 +74,86 @@ def test_entries_are_cocos() -> None:
     without = Detections(found.boxes, found.scores, found.labels)
     assert "segmentation" not in detections_to_coco(without, 1, [7, 20])[0]
     assert detections_to_coco(found[:0], 1, [7, 20]) == []
+
+
+def detections_of(masks: torch.Tensor) -> Detections:
+    count = len(masks)
+    return Detections(torch.zeros(count, 4), torch.ones(count), torch.zeros(count).long(), masks)
+
+
+@pytest.mark.parametrize("moved_bytes", [1, 3 * 37 * 53, 1 << 28])
+def test_masks_are_coded_as_pycocotools_codes_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, moved_bytes: int
+) -> None:
+    """Of any form: none of a mask may stay in the next one."""
+    monkeypatch.setattr(model_module, "_MOVED_BYTES", moved_bytes)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(10, 37, 53, dtype=torch.bool)
+    masks[0] = True
+    masks[2, 0, 0] = masks[3, -1, -1] = masks[4, 5, :] = masks[5, :, 7] = True
+    masks[6, [3, 30], [50, 2]] = True  # two parts
+    masks[7:] = torch.rand(3, 37, 53, generator=generator) > 0.5
+    expected = coco_mask.encode(np.asfortranarray(masks.numpy().view(np.uint8).transpose(1, 2, 0)))
+    for given in (masks, masks.transpose(1, 2).contiguous().transpose(1, 2)):
+        entries = detections_to_coco(detections_of(given), 1, [7])
+        assert [entry["segmentation"] for entry in entries] == [
+            {"size": [37, 53], "counts": rle["counts"].decode()} for rle in expected
+        ]
+
+
+def test_coding_masks_makes_no_copy_of_them_all() -> None:
+    """Those of a large image are several GB."""
+    found = detections_of(torch.ones(30, 200, 300, dtype=torch.bool))
+    tracemalloc.start()
+    detections_to_coco(found, 1, [7])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * 200 * 300
+
+
+def test_masks_of_an_image_are_gone_before_the_next(dataset: SimpleNamespace, tmp_path: Path) -> None:
+    class Watched(PerfectModel):
+        seen: list[weakref.ref] = []
+
+        def detect(self, images: list, original_sizes: list) -> list[Detections]:
+            assert not any(seen() is not None for seen in self.seen)
+            found = super().detect(images, original_sizes)
+            self.seen += [weakref.ref(detections.masks) for detections in found]
+            return found
+
+    model = Watched()
+    evaluate_model(model, make_loader(), dataset, tmp_path)
+    assert len(model.seen) == 3
+
+
+def test_too_little_gpu_memory_names_the_images_and_the_keys(
+    dataset: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref] = []
+
+    class Hungry(PerfectModel):
+        def detect(self, images: list, original_sizes: list) -> list[Detections]:
+            features = torch.zeros(3)
+            held.append(weakref.ref(features))
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def empty_cache() -> None:
+        assert held[0]() is None
+        held.clear()
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    small = [Sample(torch.zeros(3, 20, 30), 5, "photos/5.png", SIZE)]
+    for batch, words in (
+        (make_loader()[0], ("1.png", "2.png", "TEST.IMS_PER_BATCH (2)")),
+        (small, ("5.png",)),
+    ):
+        with pytest.raises(UserError, match="out of GPU memory") as caught:
+            evaluate_model(Hungry(), [batch], dataset, tmp_path)
+        message = str(caught.value)
+        assert not held, "the tensors are freed before the cache is"
+        assert all(word in message for word in words) and ("IMS_PER_BATCH" in message) == (len(batch) > 1)
+        assert "INPUT.MAX_SIZE_TEST" in message and "TEST.DETECTIONS_PER_IMAGE" in message
+    assert "photos/5.png (60 x 40 pixels, resized to 30 x 20)" in message
 
 
 def test_a_perfect_model(dataset: SimpleNamespace, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from gn_detect.layers import FrozenBatchNorm2d, is_norm
+from gn_detect.modeling import mask_rcnn
+from gn_detect.structures import Detections
 
 C4 = {
     "MODEL.BACKBONE.NAME": "build_resnet_backbone",
@@ -171,6 +173,16 @@ def test_an_image_without_proposals_or_a_diverged_model_finds_nothing(
         next(model.parameters()).fill_(float("nan"))
     found = model.detect(images)[0]
     assert len(found) == 0 and found.masks.shape == (0, 96, 128)
+
+
+def test_detections_are_where_their_masks_were_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU, where the GPU has no memory for masks of a large image; so that they can be indexed."""
+    found = Detections(
+        torch.tensor([[1.0, 2, 9, 8]] * 2), torch.rand(2), torch.zeros(2).long(), torch.rand(2, 4, 4)
+    )
+    monkeypatch.setattr(mask_rcnn, "paste_masks", lambda *_: torch.zeros(2, 20, 20, device="meta"))
+    moved = mask_rcnn.rescale(found, (10, 10), (20, 20))
+    assert {x.device.type for x in (moved.boxes, moved.scores, moved.labels, moved.masks)} == {"meta"}
 
 
 def test_memory_formats_agree(small_model, make_images, target) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from gn_detect.modeling import matching
 from gn_detect.modeling.anchors import AnchorGenerator, cell_anchors
+from gn_detect.modeling.matching import match
 from gn_detect.modeling.rpn import RPN, RPNHead, RPNSettings
 from gn_detect.structures import Target
 
@@ -104,6 +107,19 @@ def test_boundary_threshold_ignores_anchors_outside() -> None:
     labels, _ = inside._label(anchors, [(64, 96)], make_targets()[:1])
     outside = (anchors[:, :2] < 0).any(1) | (anchors[:, 2] >= 96) | (anchors[:, 3] >= 64)
     assert outside.any() and (labels[0][outside] == -1).all() and (labels[0][~outside] != -1).any()
+
+
+def test_labels_do_not_depend_on_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rpn = make_rpn()
+    anchors = torch.cat(rpn.anchor_generator([(16, 24), (8, 12), (4, 6)]))
+    at_once = rpn._label(anchors, SIZES, make_targets())
+    parts: list[int] = []
+    monkeypatch.setattr(matching, "_MATCH_BYTES", 100 * matching._PAIR_BYTES)
+    monkeypatch.setattr(matching, "match", lambda iou, *rest: parts.append(iou.numel()) or match(iou, *rest))
+    in_parts = rpn._label(anchors, SIZES, make_targets())
+    assert max(parts) == 100 and sum(parts) == 2 * len(anchors)
+    for whole, part in zip(at_once, in_parts, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=True))
 
 
 def test_cell_anchors() -> None:

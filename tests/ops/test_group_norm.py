@@ -183,3 +183,25 @@ class TestPyTorchsOwnSamples:
             torch.testing.assert_close(ours(*given.args, **given.kwargs), theirs(*given.args, **given.kwargs))
             seen += 1
         assert seen >= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_residual_of_another_type_does_not_change_xs(dtype: torch.dtype) -> None:
+    """Eagerly, transformed and traced."""
+    x, residual = torch.randn(2, 8, 3, 3).bfloat16(), torch.randn(2, 8, 3, 3, dtype=dtype)
+
+    def compute(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return group_norm(x, 4, residual=residual, activation="relu")
+
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            return compute(x, residual)
+
+    expected = compute(x, residual)
+    assert expected.dtype == torch.bfloat16
+    transformed = torch.func.vmap(compute)(x[:, None], residual[:, None])[:, 0]
+    exported = torch.export.export(Module(), (x, residual)).module()(x, residual)
+    compiled = torch.compile(compute, backend="eager", fullgraph=True)(x, residual)
+    for found in (transformed, exported, compiled):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import gn_detect.ops.masks as masks_module
 from gn_detect.ops import crop_bitmaps, paste_masks, rasterize_masks, rasterize_polygons
 
 
@@ -43,6 +44,43 @@ def test_pasting_equals_grid_sampling() -> None:
 
 def test_pasting_nothing() -> None:
     assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (9, 12)).shape == (0, 9, 12)
+
+
+class OnGpu(Tensor):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+    def cpu(self) -> Tensor:  # type: ignore[override]
+        """The plain tensor."""
+        return self.as_subclass(Tensor)
+
+
+def test_masks_that_the_gpu_cannot_hold_are_pasted_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks, boxes = torch.rand(5, 28, 28, generator=generator), random_boxes(5, generator)
+    tried = []
+
+    def fail(*_: object) -> Tensor:
+        tried.append(True)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(masks_module, "_paste_in_chunks", fail)
+    pasted = paste_masks(masks.as_subclass(OnGpu), boxes.as_subclass(OnGpu), (90, 120))
+    assert tried and type(pasted) is Tensor and pasted.device.type == "cpu"
+    assert torch.equal(pasted, paste_masks(masks, boxes, (90, 120)))
+
+
+@pytest.mark.parametrize("count", [5, 0])
+def test_whole_images_equal_the_surroundings_of_the_boxes(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """What an accelerator computes, here in chunks of two images, and what the CPU does."""
+    monkeypatch.setattr(masks_module, "_PASTE_BYTES", 2 * 4 * 90 * 120)
+    generator = torch.Generator().manual_seed(0)
+    masks, boxes = torch.rand(count, 28, 28, generator=generator), random_boxes(count, generator)
+    whole = masks_module._paste_in_chunks(masks, boxes, (90, 120), 0.5)
+    assert (whole != paste_masks(masks, boxes, (90, 120))).sum() <= 2
 
 
 @pytest.mark.gpu
