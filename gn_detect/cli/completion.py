@@ -10,7 +10,7 @@ from .output import Result
 HELP = "Print a script with which bash, zsh or fish complete commands and flags."
 
 EXAMPLES = """
-eval "$(gn-detect completion bash)"                                   # in ~/.bashrc
+eval "$(gn-detect completion bash)"              # in ~/.bashrc; needs shtab, the extra "completion"
 gn-detect completion zsh > ~/.zfunc/_gn-detect
 gn-detect completion fish > ~/.config/fish/completions/gn-detect.fish
 """
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> Result:
     try:
         import shtab
     except ImportError:
-        raise UserError("shell completion needs shtab: pip install 'gn-detect[completion]'") from None
+        raise UserError("shell completion needs shtab: pip install shtab") from None
     script = shtab.complete(make_parser(), shell=args.shell)
     print(script)
     return Result({"shell": args.shell, "script": script})

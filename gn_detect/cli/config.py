@@ -16,7 +16,7 @@ EXAMPLES = """
 gn-detect config --config-file quick/demo.yaml SOLVER.BASE_LR 0.01
 gn-detect config explain SOLVER.BASE_LR
 gn-detect config explain MODEL.GN
-gn-detect config reference                                            # docs/config.md
+gn-detect config reference                                            # every key, as docs/config.md has it
 """
 
 

@@ -255,7 +255,10 @@ def how_to_load(args: argparse.Namespace, target: Path, names_model: bool, tells
         return f"load its 'model' into gn_detect.convert_norm(model, init='reset', {rule})[0]"
     smallest = f"MODEL.GN.MIN_CHANNELS_PER_GROUP {args.min_channels_per_group}"
     keys = f"MODEL.GN.NUM_GROUPS {args.num_groups} {smallest}"
-    return f"set the NORM keys to GN and MODEL.WEIGHTS {target} {keys}"
+    return (
+        f"set the NORM keys that were BN, SyncBN or FrozenBN to GN, and MODEL.WEIGHTS {target} {keys}; "
+        f"gn-detect train --train-json FILE --train-images FOLDER --weights {target} finds them by itself"
+    )
 
 
 def _refuse_mixed_groups(model: nn.Module) -> None:

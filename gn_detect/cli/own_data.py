@@ -29,7 +29,7 @@ def choose_config(args: argparse.Namespace) -> Config:
     """
     given = read_overrides(args.overrides)
     source = _source(args)
-    data = survey(source)
+    data = survey(source, masks=given.get("MODEL.MASK_ON"))
     if not len(data.boxes):
         raise UserError(f"{source.annotations} has no objects to learn from; annotate some")
     weights = str(given.get("MODEL.WEIGHTS", ""))

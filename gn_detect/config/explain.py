@@ -76,7 +76,7 @@ def _text(key: str, supported: tuple[Any, ...]) -> str:
         return DESCRIPTIONS[key]
     if is_unread(key, NEVER_READ):
         return "Accepted, as detectron2's full configs have it, and never read."
-    assert len(supported) == 1, key  # tests/config/test_explain.py
+    assert len(supported) == 1, key  # tests/cli/test_surface.py
     return "detectron2's; other values are not implemented, and are refused."
 
 

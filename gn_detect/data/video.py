@@ -39,7 +39,7 @@ def _import_av(path: str | Path) -> Any:
     try:
         import av
     except ImportError as error:
-        raise UserError(f"{path}: videos need PyAV; pip install 'gn-detect[video]'") from error
+        raise UserError(f"{path}: videos need PyAV; pip install av") from error
     return av
 
 

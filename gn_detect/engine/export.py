@@ -203,7 +203,7 @@ def require(*modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise UserError(
-            f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'gn_detect[onnx]'"
+            f"ONNX needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}"
         )
 
 

@@ -237,8 +237,8 @@ def test_bad_files_and_flags_are_refused_in_one_line(
         assert f"{tmp_path / 'flat.png'}: 120 x 40 pixels" in refused(*flat)
     (tmp_path / "a.onnx").unlink()
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    assert "pip install 'gn_detect[onnx]'" in refused("predict", "--model", model, images)
-    assert "pip install 'gn_detect[onnx]'" in refused("export", "--output", tmp_path / "a.onnx", *keys)
+    assert "pip install onnx" in refused("predict", "--model", model, images)
+    assert "pip install onnx" in refused("export", "--output", tmp_path / "a.onnx", *keys)
     assert not (tmp_path / "a.onnx").exists()
 
 
