@@ -196,7 +196,7 @@ DESCRIPTIONS = {
     ),
     "SOLVER.EMA.ENABLED": "Keep a moving average of the weights, which is evaluated and saved.",
     "SOLVER.EMA.DECAY": (
-        "Part of the average that stays at each iteration; less in the first ones: (1 + n) / (10 + n) after n."
+        "Part of the average that stays at each iteration; at first less: (1 + n) / (10 + n) after n."
     ),
     "SOLVER.NON_FINITE": "Stop at, or skip, a step whose loss or gradient is not finite.",
     "CHECKPOINT.KEEP": "Newest checkpoints that stay beside the best and the final one; 0: all.",

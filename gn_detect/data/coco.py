@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..structures import PolygonMask, Target
+from ..structures import Target
 from .coco_json import read_coco_json
 from .datasets import DatasetSource
 from .faults import DataError
-from .image_table import ImageRecord, join_images
+from .image_table import join_images
 from .images import read_image
 from .object_table import join_tables
-from .transforms import LabelledImage, to_target
+from .transforms import LabelledImage, Mask, to_target
 
 logger = logging.getLogger(__name__)
 
@@ -72,35 +72,24 @@ class CocoDataset:
         """An image as RGB with its objects, in the pixels of the file.
 
         Raises:
-            UserError: the file is missing, damaged or of another size than in the JSON, or an RLE is damaged.
+            UserError: the file is missing, damaged or of another size than in the JSON.
         """
         record = self.images[index]
         pixels = read_image(record.file_name, "RGB", (record.height, record.width))
         return self.label(index, pixels)
 
     def label(self, index: int, pixels: np.ndarray) -> LabelledImage:
-        """Pixels (H, W, 3) of an image with its objects."""
-        record, rows = self.images[index], self.objects.rows(index)
-        masks = None
-        if self.objects.masks is not None:
-            masks = [self._mask(row, record) for row in range(rows.start, rows.stop)]
+        """Pixels (H, W, 3) of an image with its objects; RLE are decoded by the first transform that must."""
+        record, rows, table = self.images[index], self.objects.rows(index), self.objects.masks
+        masks: list[Mask] | None = None
+        if table is not None:
+            masks = [table.mask(row, record.height, record.width) for row in range(rows.start, rows.stop)]
         return LabelledImage(pixels, self.objects.boxes[rows], self.objects.labels[rows], masks)
 
     def target(self, index: int) -> Target:
         """Ground truth of an image in the pixels of the file, crowds left out; the image is not read."""
         record = self.images[index]
         return to_target(self.label(index, np.empty((record.height, record.width, 0), dtype=np.uint8)))
-
-    def _mask(self, row: int, record: ImageRecord) -> PolygonMask | np.ndarray:
-        assert self.objects.masks is not None
-        try:
-            return self.objects.masks.decode(row, record.height, record.width)
-        except ValueError as error:
-            raise DataError(
-                f"{self.annotations_path}: annotation {self.objects.annotation_ids[row]} of image "
-                f"{record.id} has a damaged RLE ({error}); encode the mask again",
-                "bad-rle",
-            ) from error
 
     def check_files(self) -> None:
         """Look for every image in its folder, by listing folders: no file is opened.

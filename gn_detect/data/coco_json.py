@@ -46,7 +46,8 @@ def read_coco_json(path: Path, images: Path, *, masks: bool, evaluation: bool) -
         path: JSON in COCO's format for instances.
         images: folder to which its file names are relative.
         masks: objects must have a segmentation; it is ignored otherwise.
-        evaluation: annotations must have what COCO's evaluation needs besides: ``area`` and ``iscrowd``.
+        evaluation: annotations must have what COCO's evaluation needs besides: ``area``, ``iscrowd`` and,
+            with ``masks``, a segmentation of crowds and of empty boxes, too.
 
     Raises:
         UserError: the file is not COCO, or something in it is wrong.
@@ -204,15 +205,18 @@ class _AnnotationReader:
         if rules.evaluation:
             rules.complete(annotation, what)
         box = rules.box(annotation, image, what)
+        learned = not crowd and box is not None
+        polygons: list[list[float]] = []
+        rle = b""
+        # The evaluation reads every mask, also those of crowds and of empty boxes: what it would refuse after
+        # all of the training is refused here.
+        if self.masks and (learned or rules.evaluation):
+            polygons, rle = rules.segmentation(annotation.get("segmentation"), image, what)
         if crowd:
             self.num_crowds += 1
         elif box is None:
             self.dropped["whose box has no width or no height"] += 1
-        elif not self.masks:
-            self.builder.add(annotation["id"], label, box)
+        elif self.masks and not polygons and not rle:
+            self.dropped["without a polygon of at least 3 points"] += 1
         else:
-            polygons, rle = rules.segmentation(annotation.get("segmentation"), image, what)
-            if polygons or rle:
-                self.builder.add(annotation["id"], label, box, polygons, rle)
-            else:
-                self.dropped["without a polygon of at least 3 points"] += 1
+            self.builder.add(annotation["id"], label, box, polygons, rle)

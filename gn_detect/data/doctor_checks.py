@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from .doctor_images import Probes
 from .doctor_masks import MaskMeasures, crosses_itself, measure_mask
 from .faults import DataError, Finding
 from .image_table import ImageRecord
+from .images import DARK
 
 BORDER = 1.0
 """Pixels by which boxes and polygons may reach out of the image: COCO's tools round up to that."""
@@ -157,6 +158,18 @@ def _check_files(part: Part, probes: Probes) -> None:
             name = Path(first.file_name).name
             detail = f"image {record.id} has the same content as image {first.id} ({name})"
             part.add("duplicate-picture", detail, image_id=record.id)
+    _check_depth(part, [probes[record.file_name].brightest for record in part.images.values()])
+
+
+def _check_depth(part: Part, found: Sequence[int | None]) -> None:
+    """Of all images together: one may well be dark."""
+    deep = [value for value in found if value is not None]
+    if deep and max(deep) < DARK:
+        detail = (
+            f"no pixel of {len(deep)} 16-bit greyscale image(s) is {(max(deep) + 1) * 256} or more of 65535: "
+            f"they are read as 0 to {max(deep)} of 255"
+        )
+        part.add("dark-images", detail)
 
 
 def _check_use(part: Part) -> None:
@@ -207,7 +220,7 @@ class _AnnotationChecker:
         with part.collecting(**about):
             box = rules.box(entry, image, what)
             self._check_box(box, image, what, about)
-        if self.masks or "segmentation" in entry:
+        if self.masks or entry.get("segmentation"):
             with part.collecting(**about):
                 self._check_mask(entry, image, box, crowd, what, about)
         self._count(entry, image_id, category_id, crowd, box)

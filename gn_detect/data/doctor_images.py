@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .faults import DataError
-from .images import read_image
+from .images import is_deep, read_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,13 @@ class Probe:
         sizes: (height, width) in pixels, upright and as stored; empty for a file that cannot be read.
         digest: of its bytes; empty for a missing file.
         error: why it cannot be read.
+        brightest: value from 0 to 255, as read, of greyscale with more than 8 bits; None for other images.
     """
 
     sizes: tuple[tuple[int, int], ...] = ()
     digest: str = ""
     error: DataError | None = None
+    brightest: int | None = None
 
 
 Probes = Mapping[str, Probe]
@@ -50,9 +52,10 @@ def probe_image(path: str) -> Probe:
     digest = ""
     try:
         digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-        height, width = read_image(path, "RGB").shape[:2]
+        pixels = read_image(path, "RGB")
         with Image.open(path) as stored:
-            return Probe(((height, width), (stored.height, stored.width)), digest)
+            sizes = (pixels.shape[:2], (stored.height, stored.width))
+            return Probe(sizes, digest, brightest=int(pixels.max()) if is_deep(stored) else None)
     except DataError as error:
         return Probe(digest=digest, error=error)
     except (OSError, ValueError, UserError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 from .coco_json import ids_may_repeat
 from .coco_rules import Rules, is_area, is_coordinate, is_integer, is_polygon
 from .doctor_checks import BORDER, area_disagrees, box_disagrees, overhang
-from .doctor_images import Probe, Probes
+from .doctor_images import Probes
 from .doctor_masks import MaskMeasures, measure_mask
 from .faults import DataError
 from .image_table import ImageRecord
 
 T = TypeVar("T")
+
+_FAR_OUT = 0.1
+"""Part of the longer side by which a box reaches out of its picture only if it was drawn on a larger one."""
 
 
 @dataclass
@@ -120,28 +123,52 @@ class _Images:
         if self.probes is None or not isinstance(entry, dict):
             return entry
         probe = self.probes.get(str(self.rules.folder / str(entry.get("file_name"))))
-        given = (entry.get("height"), entry.get("width"))
+        given: tuple[Any, Any] = (entry.get("height"), entry.get("width"))
         if probe is None or not probe.sizes or given in probe.sizes:
             return entry
         what = f"image {entry.get('id')}"
-        if not self._fits(entry.get("id"), probe):
+        used = self.used.get(entry.get("id"), ())
+        factors = [factor for size in probe.sizes if (factor := _resize_factor(given, size))]
+        if used and factors and _fit(used, *given, border=_FAR_OUT * max(given)):
+            raise DataError(
+                f"{what}: the file is the annotated picture resized by {factors[0]:.2f}; "
+                "scale its annotations or restore the file"
+            )
+        if not _fit(used, *probe.sizes[0]):
             raise DataError(f"{what}: its size is wrong, and annotations do not fit into the file's")
         height, width = probe.sizes[0]
         self.changes.append(f"{what}: size {given} becomes {(height, width)} (height, width)")
         return {**entry, "height": height, "width": width}
 
-    def _fits(self, image_id: Any, probe: Probe) -> bool:
-        """Whether all boxes and RLE of an image are in the file's picture."""
-        record = ImageRecord(0, "", *probe.sizes[0])
-        for entry in self.used.get(image_id, ()):
-            box, mask = entry.get("bbox"), entry.get("segmentation")
-            if isinstance(mask, dict) and mask.get("size") != [record.height, record.width]:
+
+def _fit(annotations: Sequence[dict[str, Any]], height: int, width: int, border: float = BORDER) -> bool:
+    """Whether all RLE have height x width pixels, and no box reaches out of them by more than ``border``."""
+    record = ImageRecord(0, "", height, width)
+    for entry in annotations:
+        box, mask = entry.get("bbox"), entry.get("segmentation")
+        if isinstance(mask, dict) and mask.get("size") != [height, width]:
+            return False
+        if isinstance(box, list) and len(box) == 4 and all(map(is_coordinate, box)):
+            x, y, box_width, box_height = box
+            if overhang([x, y, x + box_width, y + box_height], record) > border:
                 return False
-            if isinstance(box, list) and len(box) == 4 and all(map(is_coordinate, box)):
-                x, y, width, height = box
-                if overhang([x, y, x + width, y + height], record) > BORDER:
-                    return False
-        return True
+    return True
+
+
+def _resize_factor(given: tuple[Any, Any], found: tuple[int, int]) -> float | None:
+    """By which a picture of (height, width) ``given`` was resized to ``found``; None if that is no resize.
+
+    Sides may be rounded by a pixel of the smaller picture. Where a side is only a pixel off, the size was
+    written down wrongly, and annotations are where they should be.
+    """
+    if not all(is_integer(side) and side > 0 for side in given):
+        return None
+    factor = sum(found) / sum(given)
+    rounded = max(1.0, factor)
+    pairs = list(zip(given, found, strict=True))
+    if any(abs(new - old) <= 1 or abs(new - factor * old) > rounded for old, new in pairs):
+        return None
+    return factor
 
 
 class _Annotations:

@@ -83,7 +83,8 @@ FAULTS: dict[str, Fault] = {
         ERROR,
         "images whose file has another size than the JSON says",
         "correct the size, or find out whether images were resized after they were annotated",
-        "takes the file's size if all annotations fit into it, and removes the image otherwise",
+        "takes the file's size if all annotations fit into it and it is not that of the annotated picture "
+        "resized, and removes the image otherwise",
     ),
     "bad-box": Fault(ERROR, "boxes that are not x, y, width, height", "correct 'bbox'", _FROM_MASK),
     "box-outside": Fault(
@@ -148,6 +149,11 @@ FAULTS: dict[str, Fault] = {
         WARNING, "files that several images of one part name", "list each file once, with all its objects"
     ),
     "duplicate-picture": Fault(WARNING, "pictures that are equal to another one of their part", "keep one"),
+    "dark-images": Fault(
+        WARNING,
+        "sets of 16-bit greyscale images that fill a small part of the 16 bits: their high byte is read",
+        "scale all of them by one factor, to the whole 16 bits or to 8-bit files",
+    ),
     "duplicate-category-name": Fault(
         WARNING, "category names that several ids share", "merge them, or give them different names"
     ),

@@ -22,12 +22,17 @@ _UPRIGHT = {
 """What undoes each value of the EXIF tag ``Orientation``; 1 is upright."""
 
 
+DARK = 64
+"""Of 256: the greys that 14 bits or less leave of a 16-bit greyscale image."""
+
+
 def read_image(
     path: str | Path, channel_order: str = "BGR", expected_size: tuple[int, int] | None = None
 ) -> np.ndarray:
     """Pixels of an image file.
 
-    Greyscale, palette, CMYK and 16-bit greyscale (its high byte) become RGB; alpha is dropped.
+    Greyscale, palette and CMYK become RGB; alpha is dropped. Of greyscale with more than 8 bits the high byte
+    of 16 is taken, whatever the picture holds: values up to 255 are black, 12-bit ones at most 15 of 255.
 
     Args:
         path: any file that Pillow reads.
@@ -75,12 +80,22 @@ def _other_size(path: str | Path, found: tuple[int, int], expected: tuple[int, i
 def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode == "F":
         raise DataError(f"image {path} has floating-point pixels; convert it to 8 bits", "unreadable-image")
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
-        values = np.asarray(image).astype(np.int64)
-        if values.size and values.max() > 255:
-            values >>= 8
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if is_deep(image):
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether it is greyscale of more than 8 bits: mode ``I;16`` and its kin, or ``I``.
+
+    All are read as 16-bit values, by their high byte, as Pillow reads 16-bit colour. The picture itself has
+    no say in it: a scale that followed its brightest pixel would show equal things bright in one image and
+    dark in the next. Neither has the mode: ``I`` is 32 bits in memory, but what Pillow opens so are 16-bit
+    PNG (in its older versions), PGM, which it stretches to 16 bits, and TIFF, into which tools write camera
+    values of 16 bits; beyond 65535 is white. Data that fill less of the 16 bits must be scaled, and the
+    doctor says so.
+    """
+    return image.mode.startswith("I")
 
 
 def _orientation(image: Image.Image) -> int:

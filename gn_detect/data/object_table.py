@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pycocotools.mask as coco_mask
 
 from ..errors import UserError
 from ..structures import PolygonMask
+from .rle import RleMask
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,11 @@ class MaskTable:
     first_byte: np.ndarray
     rle: np.ndarray
 
-    def decode(self, row: int, height: int, width: int) -> PolygonMask | np.ndarray:
-        """The mask of object ``row`` in an image of height x width pixels: polygons, or bool (height, width).
-
-        Raises:
-            ValueError: the RLE is damaged.
-        """
+    def mask(self, row: int, height: int, width: int) -> PolygonMask | RleMask:
+        """The mask of object ``row`` in an image of height x width pixels."""
         counts = self.rle[self.first_byte[row] : self.first_byte[row + 1]]
         if len(counts):
-            mask = coco_mask.decode({"size": [height, width], "counts": counts.tobytes()})
-            return np.ascontiguousarray(mask).view(bool)
+            return RleMask(counts.tobytes(), height, width)
         polygons = range(int(self.first_polygon[row]), int(self.first_polygon[row + 1]))
         return [self.numbers[self.first_number[p] : self.first_number[p + 1]] for p in polygons]
 

@@ -1,16 +1,37 @@
-"""The runs of a compressed RLE, which pycocotools decodes without checking them."""
+"""Compressed RLE: a mask that waits to be decoded, and the runs, which pycocotools does not check."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
+import pycocotools.mask as coco_mask
 
 RLE_CHARACTERS = re.compile("[0-o]+")
 """Six bits from code 48 on: five of a number, and whether more of it follow."""
 
 _LONGEST = 7
 """Characters of a run: 35 bits, more than an image has pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class RleMask:
+    """The bitmap of one object before it is decoded: some hundred bytes in place of a byte for each pixel.
+
+    Attributes:
+        counts: COCO's compressed ``counts``, whose pixels have been counted.
+        height, width: of the image, pixels.
+    """
+
+    counts: bytes
+    height: int
+    width: int
+
+    def decode(self) -> np.ndarray:
+        """Bool (height, width), contiguous and writable."""
+        mask = coco_mask.decode({"size": [self.height, self.width], "counts": self.counts})
+        return np.ascontiguousarray(mask).view(bool)
 
 
 def count_pixels(counts: str) -> int:

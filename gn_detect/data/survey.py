@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -57,27 +58,35 @@ class Survey:
         return self.boxes * scale[:, [1, 0, 1, 0]]
 
 
-def survey(source: DatasetSource) -> Survey:
+def survey(source: DatasetSource, masks: bool | None = None) -> Survey:
     """Read the annotations of a dataset and measure them; no image is opened.
 
+    Args:
+        source: where the files are.
+        masks: read segmentations; by default those of a dataset in which some object has one.
+
     Raises:
-        UserError: the annotations are not valid COCO, or hold no object.
+        UserError: the annotations are not valid COCO, or an object lacks a mask where masks are read.
     """
-    # Where not one object has a mask, boxes are what the data are for.
-    annotations = load_coco(source.annotations)["annotations"]
-    has_masks = any(isinstance(entry, dict) and entry.get("segmentation") for entry in annotations)
-    dataset = CocoDataset(source, masks=has_masks)
-    counts, masks = dataset.objects.counts(), dataset.objects.masks
+    if masks is None:
+        masks = any(map(_is_object_with_mask, load_coco(source.annotations)["annotations"]))
+    dataset = CocoDataset(source, masks=masks)
+    counts, table = dataset.objects.counts(), dataset.objects.masks
     return Survey(
         dataset.name,
         list(dataset.class_names),
         dataset.images.sizes(),
         dataset.objects.boxes,
         np.repeat(np.arange(len(counts)), counts),
-        masks is not None,
-        masks is not None and len(masks.rle) > 0,
+        table is not None,
+        table is not None and len(table.rle) > 0,
         int(counts.max(initial=0)),
     )
+
+
+def _is_object_with_mask(entry: Any) -> bool:
+    """Crowds do not count: in datasets of boxes they may be RLE, too, and nothing is learned from them."""
+    return isinstance(entry, dict) and bool(entry.get("segmentation")) and not entry.get("iscrowd")
 
 
 def sizes_of(boxes: np.ndarray) -> np.ndarray:

@@ -15,9 +15,14 @@ from PIL import Image
 
 from ..ops.masks import rasterize_polygons
 from ..structures import PolygonMask, Target
+from .rle import RleMask
 
 MIN_BOX_SIDE = 1e-5
 """Boxes that are not longer than this on both sides (pixels) are empty, as in detectron2."""
+
+Mask = PolygonMask | RleMask | np.ndarray
+"""Polygons (float64, may reach out of the image), or a bitmap: an RLE until its pixels are needed, then bool
+(H, W)."""
 
 PAD_VALUE = 128
 """Colour around an image that is smaller than the wanted size; detectron2's, near the usual pixel mean."""
@@ -31,13 +36,13 @@ class LabelledImage:
         image: (H, W, 3) uint8 RGB; may be a view.
         boxes: (N, 4) float64 ``xyxy`` in pixels; may reach out of the image.
         labels: (N,) int64.
-        masks: polygons (float64, may reach out of the image) or a bool (H, W) bitmap for each; or None.
+        masks: one for each; or None.
     """
 
     image: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
-    masks: list[PolygonMask | np.ndarray] | None = None
+    masks: list[Mask] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,7 +99,8 @@ def crop(labelled: LabelledImage, left: int, top: int, height: int, width: int) 
     """
     moved = _map_points(labelled, (1.0, 1.0), (-float(left), -float(top)))
     window = np.s_[top : top + height, left : left + width]
-    cropped = _map_pixels(moved, labelled.image[window], lambda bitmap: bitmap[window])
+    # Copies, because a view would keep the whole bitmap in memory.
+    cropped = _map_pixels(moved, labelled.image[window], lambda bitmap: bitmap[window].copy())
     cropped = replace(cropped, boxes=_clip(cropped.boxes, *cropped.size))
     keep = (cropped.boxes[:, 2:] - cropped.boxes[:, :2] > MIN_BOX_SIDE).all(axis=1)
     if cropped.masks is not None:
@@ -122,7 +128,7 @@ def _map_points(
     masks = labelled.masks
     if masks is not None:
         masks = [
-            m if isinstance(m, np.ndarray) else [(p.reshape(-1, 2) * scale + offset).reshape(-1) for p in m]
+            [(p.reshape(-1, 2) * scale + offset).reshape(-1) for p in m] if isinstance(m, list) else m
             for m in masks
         ]
     return replace(labelled, boxes=boxes, masks=masks)
@@ -131,11 +137,19 @@ def _map_points(
 def _map_pixels(
     labelled: LabelledImage, image: np.ndarray, map_bitmap: Callable[[np.ndarray], np.ndarray]
 ) -> LabelledImage:
-    """The new ``image``, and each bitmap as ``map_bitmap`` makes it."""
+    """The new ``image``, and each bitmap as ``map_bitmap`` makes it.
+
+    RLE are decoded one after the other: a hundred bitmaps of a large image would take more memory than all
+    else that is done with it.
+    """
     masks = labelled.masks
     if masks is not None:
-        masks = [map_bitmap(mask) if isinstance(mask, np.ndarray) else mask for mask in masks]
+        masks = [mask if isinstance(mask, list) else map_bitmap(_decoded(mask)) for mask in masks]
     return replace(labelled, image=image, masks=masks)
+
+
+def _decoded(bitmap: RleMask | np.ndarray) -> np.ndarray:
+    return bitmap.decode() if isinstance(bitmap, RleMask) else bitmap
 
 
 def _clip(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -146,9 +160,9 @@ def _nonempty(box: np.ndarray) -> bool:
     return bool((box[2:] - box[:2] > MIN_BOX_SIDE).all())
 
 
-def mask_bounds(mask: PolygonMask | np.ndarray, height: int, width: int) -> np.ndarray:
+def mask_bounds(mask: Mask, height: int, width: int) -> np.ndarray:
     """Tight box (4,) float64 ``xyxy`` around the part of a mask inside the image; zeros if there is none."""
-    return bitmap_bounds(mask) if isinstance(mask, np.ndarray) else polygon_bounds(mask, height, width)
+    return polygon_bounds(mask, height, width) if isinstance(mask, list) else bitmap_bounds(_decoded(mask))
 
 
 def bitmap_bounds(bitmap: np.ndarray) -> np.ndarray:
@@ -216,9 +230,10 @@ def to_target(
         boxes cut to the image; masks as polygons or contiguous bool tensors.
     """
     height, width = labelled.size
-    masks, boxes = labelled.masks, labelled.boxes
+    masks, boxes = None, labelled.boxes
     keep = np.ones(len(labelled), dtype=bool)
-    if masks is not None:
+    if labelled.masks is not None:
+        masks = [m if isinstance(m, list) else _decoded(m) for m in labelled.masks]
         if draw_polygons:
             masks = [m if isinstance(m, np.ndarray) else rasterize_polygons(m, height, width) for m in masks]
         keep = np.array([m.any() if isinstance(m, np.ndarray) else len(m) > 0 for m in masks], dtype=bool)

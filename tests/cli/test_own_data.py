@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from gn_detect.cli import main
+from gn_detect.cli.main import parse
+from gn_detect.cli.own_data import choose_config
 from gn_detect.config import load_config
 from tests.cli.conftest import Case
 from tests.test_docs import SMALL_MODEL
@@ -46,6 +48,20 @@ def test_one_command_trains_says_why_and_leaves_its_config(
         json.loads((folder / "results.json").read_text()) for folder in (case.output, tmp_path / "again")
     ]
     assert results[0] == results[1]
+
+
+def test_mask_on_false_is_heard_before_masks_are_looked_for(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case.edit(lambda content: content["annotations"][1].pop("segmentation"))
+    words = ["train", *flags(case, val=False)]
+    assert main(words) == 2
+    assert "annotation 2 of image 1 has no segmentation; add one, or set MODEL.MASK_ON" in (
+        capsys.readouterr().err
+    )
+    args = parse([*words, "MODEL.MASK_ON", "False"])
+    assert choose_config(args).model.mask_on is False
+    assert "masks: MODEL.MASK_ON as given" in capsys.readouterr().out
 
 
 def test_weights_decide_about_the_network_and_no_val_is_said(

@@ -24,7 +24,10 @@ from gn_detect.data import (
     check_same_classes,
     join_datasets,
 )
+from gn_detect.data.doctor import examine
+from gn_detect.data.faults import ERROR, DataError
 from gn_detect.errors import UserError
+from gn_detect.evaluation.coco_data import prepare_ground_truth
 
 Write = Callable[[Any], DatasetSource]
 
@@ -202,6 +205,51 @@ def test_evaluation_needs_more_keys(write_dataset: Write, small_coco: dict, key:
         CocoDataset(source, evaluation=True)
 
 
+SHORT = [[1, 1, 5, 5]]
+NEVER_LEARNED: dict[str, tuple[dict[str, Any], str]] = {
+    "crowd, empty mask": ({"iscrowd": 1, "segmentation": []}, "has no segmentation; add one"),
+    "crowd, null": ({"iscrowd": 1, "segmentation": None}, "has no segmentation; add one"),
+    "crowd, other size": ({"iscrowd": 1, "segmentation": RLE | {"size": [90, 60]}}, "has an RLE of 'size'"),
+    "crowd, damaged": ({"iscrowd": 1, "segmentation": RLE | {"counts": [1, 2]}}, "has an RLE of 3 pixels"),
+    "crowd, far away": ({"iscrowd": 1, "segmentation": [[0, 0, 1e9, 0, 0, 9]]}, "has a polygon that is not"),
+    "flat box, no mask": ({"bbox": [10, 10, 0, 9], "segmentation": []}, "has no segmentation; add one"),
+    "flat box, other size": (
+        {"bbox": [10, 10, 0, 9], "segmentation": RLE | {"size": [60, 91]}},
+        "has an RLE of 'size'",
+    ),
+    "crowd, polygons": ({"iscrowd": 1}, ""),
+    "crowd, short polygon": ({"iscrowd": 1, "segmentation": SHORT}, ""),
+    "crowd, odd polygon": ({"iscrowd": 1, "segmentation": [[1, 1, 5, 1, 5, 5, 1]]}, ""),
+    "crowd, uncompressed": ({"iscrowd": 1, "segmentation": RLE}, ""),
+    "flat box, polygons": ({"bbox": [10, 10, 0, 9]}, ""),
+    "flat box, short polygon": ({"bbox": [10, 10, 0, 9], "segmentation": SHORT}, ""),
+    "short polygon": ({"segmentation": SHORT}, ""),
+}
+"""What is done to the first annotation, which then is no object to learn from, and how it is refused."""
+
+
+@pytest.mark.parametrize("fields, message", NEVER_LEARNED.values(), ids=NEVER_LEARNED.keys())
+def test_masks_that_only_the_evaluation_reads_are_checked_as_it_does(
+    write_dataset: Write, small_coco: dict, fields: dict[str, Any], message: str
+) -> None:
+    """Refused when the dataset is read if and only if the evaluation would, after all of the training."""
+    change(**fields)(small_coco)
+    source = write_dataset(small_coco)
+    assert len(CocoDataset(source).objects.labels) == 3
+    assert len(CocoDataset(source, masks=False, evaluation=True)) == 4
+    found = examine([source], open_images=False).findings
+    errors = [(finding.annotation_id, finding.kind) for finding in found if finding.severity == ERROR]
+    if not message:
+        assert len(CocoDataset(source, evaluation=True)) == 4 and errors == []
+        prepare_ground_truth(source.annotations, "segm")
+        return
+    with pytest.raises(DataError, match=f"annotation 1 of image 7 {message}") as caught:
+        CocoDataset(source, evaluation=True)
+    assert errors == [(1, caught.value.kind)]
+    with pytest.raises(UserError, match="annotation 1 cannot be evaluated"):
+        prepare_ground_truth(source.annotations, "segm")
+
+
 def test_missing_images_are_found_without_opening_any(write_dataset: Write, small_coco: dict) -> None:
     source = write_dataset(small_coco)
     dataset = CocoDataset(source)
@@ -291,7 +339,7 @@ def test_coco80(shared_dir: Path, part: str, images: int, annotations: int, crow
         x, y, width, height = annotation["bbox"]
         assert dataset.objects.boxes[row].tolist() == [x, y, x + width, y + height]
         assert dataset.category_ids[dataset.objects.labels[row]] == annotation["category_id"]
-        assert np.concatenate(dataset.objects.masks.decode(row, 1, 1)).tolist() == sum(
+        assert np.concatenate(dataset.objects.masks.mask(row, 1, 1)).tolist() == sum(
             annotation["segmentation"], []
         )
 
@@ -305,5 +353,5 @@ def test_dsb2018(shared_dir: Path) -> None:
     labelled = dataset.read(0)
     assert labelled.size == (first["height"], first["width"])
     for box, mask in zip(labelled.boxes, labelled.masks, strict=True):
-        y, x = np.nonzero(mask)
+        y, x = np.nonzero(mask.decode())
         assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]

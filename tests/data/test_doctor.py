@@ -105,7 +105,7 @@ def test_each_fault_is_found_and_named(write_dataset: Write, small_coco: dict, n
 
 
 def test_every_kind_of_fault_is_tried() -> None:
-    elsewhere = {"unreadable-image", "duplicate-picture", "classes-differ", "leak"}
+    elsewhere = {"unreadable-image", "duplicate-picture", "dark-images", "classes-differ", "leak"}
     assert {kind for kind, _, _ in FOUND.values()} | elsewhere == set(FAULTS)
 
 
@@ -130,6 +130,40 @@ def test_files_that_cannot_be_read_and_pictures_that_are_equal(
     assert (
         found["duplicate-picture"].image_id == 99 and "image 7 (7.png)" in found["duplicate-picture"].detail
     )
+
+
+def save_deep(source: DatasetSource, largest: int, *images: int) -> None:
+    """Replaces images by 16-bit greyscale; the last holds ``largest``, the others less than half."""
+    for image_id in images:
+        with Image.open(source.images / f"{image_id}.png") as old:
+            values = np.zeros((old.height, old.width), dtype=np.uint16)
+        values[1, 2] = largest if image_id == images[-1] else largest // 2 - image_id
+        Image.fromarray(values).save(source.images / f"{image_id}.png")
+
+
+@pytest.mark.parametrize("largest, greys", [(255, 0), (4095, 15), (16383, 63)])
+def test_16_bit_images_that_use_a_small_part_of_their_range(
+    write_dataset: Write, small_coco: dict, largest: int, greys: int
+) -> None:
+    source = write_dataset(small_coco)
+    save_deep(source, largest, 2, 7)
+    diagnosis = examine([source])
+    dark = [finding for finding in diagnosis.findings if finding.kind == "dark-images"]
+    assert [finding.detail for finding in dark] == [
+        f"no pixel of 2 16-bit greyscale image(s) is {largest + 1} or more of 65535: "
+        f"they are read as 0 to {greys} of 255"
+    ]
+    assert not diagnosis.healthy and "-> scale all of them by one factor, to the whole 16" in str(diagnosis)
+
+
+def test_16_bit_images_are_judged_together(write_dataset: Write, small_coco: dict) -> None:
+    """One may well be dark; 8-bit neighbours do not count."""
+    source = write_dataset(small_coco)
+    save_deep(source, 255, 2, 11)
+    save_deep(source, 16384, 7)
+    assert examine([source]).healthy
+    save_deep(source, 0, 7)
+    assert not examine([source]).healthy
 
 
 def write_rest(source: DatasetSource, content: dict) -> DatasetSource:
@@ -162,6 +196,8 @@ def test_without_images_or_masks_less_is_looked_at(write_dataset: Write, small_c
     del small_coco["annotations"][0]["segmentation"]
     source = write_dataset(small_coco)
     assert {f.kind for f in examine([source]).findings} >= {"missing-image", "no-mask"}
+    small_coco["annotations"][1]["segmentation"] = []
+    write_rest(source, small_coco)
     diagnosis = examine([source], open_images=False, masks=False)
     assert diagnosis.healthy and "images were not opened" in str(diagnosis)
 
@@ -202,6 +238,58 @@ def test_repairs_keep_what_is_right(write_dataset: Write, small_coco: dict) -> N
     assert content["annotations"][0]["bbox"] == [10, 10, 30, 20]
     assert [a["id"] for a in content["annotations"]] == [1, 6, 3, 4, 5]
     assert content["images"][2]["height"] == 64
+
+
+def resized(source: DatasetSource, image_id: int, height: int, width: int) -> None:
+    """The image of another size, in place."""
+    path = source.images / f"{image_id}.png"
+    with Image.open(path) as old:
+        old.resize((width, height)).save(path)
+
+
+@pytest.mark.parametrize(
+    "image_id, size, factor",
+    [(7, (120, 180), "2.00"), (7, (91, 136), "1.51"), (2, (900, 600), "10.00"), (5, (32, 32), "0.50")],
+)
+def test_a_resized_picture_is_not_taken_for_a_wrong_size(
+    write_dataset: Write, small_coco: dict, image_id: int, size: tuple[int, int], factor: str
+) -> None:
+    """All boxes fit into the larger file, at half the scale."""
+    source = write_dataset(small_coco)
+    resized(source, image_id, *size)
+    content, changes = mended(source, examine([source]))
+    reason = f"the file is the annotated picture resized by {factor}; scale its annotations or restore"
+    assert f"image removed: image {image_id}: {reason} the file" in changes
+    assert image_id not in {image["id"] for image in content["images"]}
+    assert image_id not in {annotation["image_id"] for annotation in content["annotations"]}
+
+
+@pytest.mark.parametrize(
+    "image_id, size",
+    [(7, (120, 190)), (7, (62, 90)), (7, (61, 91)), (11, (100, 160))],
+    ids=["other shape", "one side", "a pixel", "nothing annotated"],
+)
+def test_a_wrong_size_is_still_mended(
+    write_dataset: Write, small_coco: dict, image_id: int, size: tuple[int, int]
+) -> None:
+    source = write_dataset(small_coco)
+    resized(source, image_id, *size)
+    content, _ = mended(source, examine([source]))
+    entry = next(image for image in content["images"] if image["id"] == image_id)
+    assert (entry["height"], entry["width"]) == size
+    assert content["annotations"] == small_coco["annotations"]
+
+
+def test_annotations_that_were_made_on_the_larger_file_are_kept(
+    write_dataset: Write, small_coco: dict
+) -> None:
+    """The JSON's size is half the file's, and boxes or RLE show that it is the one that is wrong."""
+    for entry in small_coco["images"][:2]:
+        entry |= {"height": entry["height"] // 2, "width": entry["width"] // 2}
+    source = write_dataset(small_coco)
+    content, changes = mended(source, examine([source]))
+    assert [image["height"] for image in content["images"]] == [60, 90, 64, 50]
+    assert len(changes) == 2 and len(content["annotations"]) == 5
 
 
 def test_what_is_no_coco_file_is_refused(write_dataset: Write) -> None:

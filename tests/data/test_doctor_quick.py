@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gn_detect.data import CocoDataset, DatasetSource, warn_of_faults
 from gn_detect.data.doctor_quick import quick_faults
@@ -77,3 +78,15 @@ def test_mixed_masks(write_dataset: Write, small_coco: dict) -> None:
     assert np.flatnonzero(np.diff(dataset.objects.masks.first_byte)).tolist() == [0]
     small_coco["annotations"][4]["bbox"] = [30, 30, 20, 20]
     assert counts(write_dataset(small_coco))["box-mask"] == 1
+
+
+def test_16_bit_images_that_would_be_black(write_dataset: Write, small_coco: dict) -> None:
+    source = write_dataset(small_coco)
+    paths = sorted(source.images.iterdir())
+    pixels = {path: np.asarray(Image.open(path).convert("L")).astype(np.uint16) for path in paths}
+    for factor, dark in [(1, 1), (16, 1), (256, 0)]:  # 8 and 12 bits in files of 16, and all 16
+        for path, values in pixels.items():
+            Image.fromarray(values * factor).save(path)
+        assert counts(source).get("dark-images", 0) == dark, factor
+    Image.fromarray(pixels[paths[0]] * 0).save(paths[0])  # one may well be dark
+    assert "dark-images" not in counts(source)

@@ -34,9 +34,28 @@ def test_greyscale_palette_alpha_and_16_bits(tmp_path: Path) -> None:
     Image.fromarray(grey).convert("P").save(tmp_path / "palette.png")
     Image.fromarray(np.dstack([expected, np.full_like(grey, 7)])).save(tmp_path / "rgba.png")
     Image.fromarray(grey.astype(np.uint16) << 8 | 99).save(tmp_path / "deep.png")
-    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "deep_but_small.png")
     for path in tmp_path.iterdir():
         np.testing.assert_array_equal(read_image(path, "RGB"), expected, err_msg=path.name)
+
+
+@pytest.mark.parametrize("largest", [255, 256, 4095, 65535])
+@pytest.mark.parametrize(
+    "name, kind", [("a.png", "uint16"), ("a.tiff", "uint16"), ("a.tiff", ">u2"), ("a.tiff", "int32")]
+)
+def test_more_than_8_bits_are_read_alike_whatever_the_picture_holds(
+    tmp_path: Path, name: str, kind: str, largest: int
+) -> None:
+    """The brightest pixel of an image does not decide about the others."""
+    values = np.arange(20 * 30).reshape(20, 30) * 7 % 250
+    values[0, 0] = largest
+    Image.fromarray(values.astype(kind)).save(tmp_path / name)
+    found = read_image(tmp_path / name, "RGB")
+    np.testing.assert_array_equal(found, np.repeat(values[:, :, None] >> 8, 3, axis=2))
+
+
+def test_32_bits_are_cut_at_16(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[-5, 0, 511, 65536, 2**30]], dtype=np.int32)).save(tmp_path / "a.tiff")
+    assert read_image(tmp_path / "a.tiff")[0, :, 0].tolist() == [0, 0, 1, 255, 255]
 
 
 def test_one_bit_image(tmp_path: Path) -> None:

@@ -1,14 +1,24 @@
-"""The runs of a compressed RLE, against pycocotools' own encoder."""
+"""The runs of a compressed RLE against pycocotools' own encoder, and RLE that wait to be decoded."""
 
 from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
+import torch
 from hypothesis import given, settings
 
-from gn_detect.data.rle import count_pixels
+from gn_detect.data import CocoDataset, DatasetSource
+from gn_detect.data.rle import RleMask, count_pixels
+from gn_detect.data.transforms import crop, flip_horizontal, flip_vertical, pad, resize, to_target
+
+Write = Callable[[Any], DatasetSource]
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.floats(0, 1), st.integers(0, 2**32 - 1))
@@ -31,3 +41,47 @@ def test_runs_of_any_length(runs: list[int]) -> None:
 def test_what_is_no_rle(counts: str) -> None:
     with pytest.raises(ValueError, match="wrong characters|cut off|below 0"):
         count_pixels(counts)
+
+
+def test_rle_are_decoded_by_the_first_transform_that_needs_pixels(
+    write_dataset: Write, small_coco: dict
+) -> None:
+    """To the same bits as if all had been decoded before; only one is whole in memory at a time."""
+    small_coco["annotations"] = [{**small_coco["annotations"][2], "id": i} for i in range(1, 4)]
+    lazy = CocoDataset(write_dataset(small_coco)).read(0)
+    assert lazy.masks is not None and all(isinstance(mask, RleMask) for mask in lazy.masks)
+    eager = replace(lazy, masks=[mask.decode() for mask in lazy.masks if isinstance(mask, RleMask)])
+    for transform in (
+        lambda scene: resize(scene, 45, 40),
+        lambda scene: resize(flip_horizontal(scene), 45, 40),
+        lambda scene: crop(scene, 5, 25, 30, 40),
+        lambda scene: pad(flip_vertical(scene), 100, 70),
+        lambda scene: scene.select(np.array([True, False, True])),
+    ):
+        found, expected = (to_target(transform(scene), boxes_from_masks=True) for scene in (lazy, eager))
+        torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=0)
+        assert found.masks is not None and expected.masks is not None and len(found.masks) >= 2
+        for a, b in zip(found.masks, expected.masks, strict=True):
+            assert isinstance(a, torch.Tensor) and a.is_contiguous() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "shrink", [lambda scene: resize(scene, 100, 100), lambda scene: crop(scene, 150, 150, 300, 300)]
+)
+def test_one_rle_at_a_time_is_in_memory(write_dataset: Write, small_coco: dict, shrink: Callable) -> None:
+    size, count = 1000, 30
+    bitmap = np.zeros((size, size), dtype=np.uint8, order="F")
+    bitmap[200:400, 200:400] = 1
+    rle = coco_mask.encode(bitmap)
+    rle["counts"] = rle["counts"].decode()
+    small_coco["images"][1].update(height=size, width=size)
+    entry = {**small_coco["annotations"][2], "bbox": [200, 200, 200, 200], "segmentation": rle}
+    small_coco["annotations"] = [{**entry, "id": i} for i in range(1, count + 1)]
+    dataset = CocoDataset(write_dataset(small_coco))
+    pixels = np.zeros((size, size, 3), dtype=np.uint8)
+    tracemalloc.start()
+    target = to_target(shrink(dataset.label(0, pixels)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(target) == count
+    assert peak < 10 * size**2  # all of them would be 30

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torchvision.ops import box_iou
 
 from gn_detect.data import DatasetSource
 from gn_detect.data.survey import anchor_recall, best_anchor_iou, sizes_of, survey
+from gn_detect.errors import UserError
 from gn_detect.modeling.anchors import AnchorGenerator
 from tests.engine.tiny import make_dataset
 
@@ -44,5 +46,21 @@ def test_boxes_without_masks_are_seen_as_such(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     for annotation in content["annotations"]:
         del annotation["segmentation"]
+    # Tools write a crowd as RLE in a dataset of boxes, too.
+    crowd = {"iscrowd": 1, "segmentation": {"size": [64, 80], "counts": [0, 5120]}}
+    content["annotations"].append({**content["annotations"][0], **crowd, "id": 50})
     path.write_text(json.dumps(content))
     assert not survey(DatasetSource("tiny", path, path.parent / "images")).has_masks
+
+
+def test_what_is_given_decides_whether_masks_are_read(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", 2)
+    source = DatasetSource("tiny", path, path.parent / "images")
+    assert survey(source, masks=True).has_masks and not survey(source, masks=False).has_masks
+    content = json.loads(path.read_text())
+    del content["annotations"][1]["segmentation"]
+    path.write_text(json.dumps(content))
+    assert len(survey(source, masks=False).boxes) == 4
+    for masks in (None, True):
+        with pytest.raises(UserError, match="annotation 2 .* no segmentation; .* set MODEL.MASK_ON False"):
+            survey(source, masks=masks)
