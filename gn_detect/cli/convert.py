@@ -24,6 +24,7 @@ from ..weights import (
     Checkpoint,
     InputConvention,
     as_metadata,
+    computes_with_eps_0,
     group_keys,
     load_weights,
     norm_eps_of,
@@ -31,6 +32,7 @@ from ..weights import (
     norm_settings,
     read_checkpoint,
     save_weights,
+    standardised_convs,
     translate,
 )
 from .inputs import find_images
@@ -69,7 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", metavar="W", help=f"of a model: a file, {DEFAULT}, or IMAGENET1K_V1 and so on"
     )
     add_group_arguments(parser)
-    parser.add_argument("--eps", type=float, default=1e-5, help="of the BatchNorms in a checkpoint")
+    parser.add_argument(
+        "--eps",
+        type=float,
+        help="of the BatchNorms in a checkpoint; 1e-5, 0 for torchvision's published detectors of version 1",
+    )
     parser.add_argument(
         "--relative-eps",
         type=float,
@@ -149,14 +155,21 @@ def run(args: argparse.Namespace) -> Result:
         if args.config_file:
             cfg = load_config(args.config_file, args.overrides)
             cfg = fix_config(cfg, checkpoint) if args.fix_config else cfg
-            tensors, eps, report = _convert_detector(args, cfg, checkpoint)
-            metadata |= eps
+            tensors, told, report = _convert_detector(args, cfg, checkpoint)
+            metadata |= told
             metadata["input"] = InputConvention.of_config(cfg).as_metadata()
         else:
             if args.relative_eps:
                 raise UserError("--relative-eps needs the detector's --config-file, or the name of a model")
+            if standardised_convs(checkpoint):  # what tells of them, its config, does not stay in DST
+                raise UserError(
+                    f"{args.source} standardises weights (ConvWS); fold that first with gn-detect convert "
+                    "--keep-norm, and convert what it writes"
+                )
             metadata |= _input_of(checkpoint)
-            tensors, report = convert_state_dict(checkpoint.tensors, eps=args.eps, **group_rule(args))
+            eps = 0.0 if computes_with_eps_0(checkpoint) else 1e-5
+            eps = eps if args.eps is None else args.eps
+            tensors, report = convert_state_dict(checkpoint.tensors, eps=eps, **group_rule(args))
             metadata |= as_metadata(
                 norm_eps_of(checkpoint) | {layer.name: layer.eps for layer in report.layers},
                 norm_groups_of(checkpoint) | {layer.name: layer.groups for layer in report.layers},

@@ -79,8 +79,8 @@ class ConversionReport:
         if copied := [layer.name for layer in self.layers if layer.init == COPIED]:
             self.warnings.append(
                 f"{len(copied)} norms, from '{copied[0]}' on, hold no running statistics (as Caffe2's, whose "
-                "are folded, and fresh ones), so their weight, bias and eps were copied; give images= to "
-                "measure them"
+                "are folded, and fresh ones), so their weight, bias and eps were copied; give images to "
+                "measure them (images=; gn-detect convert --config-file FILE --images FOLDER)"
             )
         if lone := [n for n in self.layers if "BatchNorm1d" in n.kind and n.groups == n.channels]:
             self.warnings.append(

@@ -139,6 +139,8 @@ def _read(name: str, module: nn.Module) -> SourceNorm:
     if mean is not None and var is not None:
         scale = weight / (var + eps).sqrt()
         shift = bias - mean * scale
+        if bool((var < 0).any()):  # its eps was taken off, see _refuse_impossible
+            var = var + eps
         if _are_initial(mean, var, eps):
             mean = var = None
     return SourceNorm(
@@ -169,9 +171,17 @@ def _refuse_impossible(name: str, module: nn.Module) -> None:
                 f"{_called(name)} has a {key} with values that are not finite; take weights from before the "
                 "training diverged"
             )
-        if key == "running_var" and isinstance(tensor, Tensor) and bool((tensor < 0).any()):
+    var = getattr(module, "running_var", None)
+    if isinstance(var, Tensor):
+        # A norm whose eps was 0 computes the same with another eps and variances that are less by it, so
+        # below 0 where a channel hardly varies. Their sum counts, in the precision of the norm itself.
+        eps = float(getattr(module, "eps", 0.0))
+        under_root = var.to(torch.promote_types(var.dtype, torch.float32)) + eps
+        if bool((under_root <= 0).any()):
             raise UserError(
-                f"{_called(name)} has a running_var of {tensor.min():g}; a variance is not below 0"
+                f"{_called(name)} has a running_var of {var.min():g} and an eps of {eps:g}, and divides by "
+                "the root of their sum, which is not above 0; give weights whose variances are, or the eps "
+                "that they were trained with"
             )
 
 

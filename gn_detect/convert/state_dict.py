@@ -32,7 +32,8 @@ def convert_state_dict(
     Args:
         tensors: by name, in any library's naming; not changed.
         eps: of the BatchNorms, which no checkpoint tells: 1e-5 in torchvision and detectron2, 1e-3 in
-            TensorFlow's models. The GroupNorms must be built with it too.
+            TensorFlow's models. The GroupNorms must be built with it too; with 1e-5 where it is 0, as in
+            torchvision's published detectors of version 1.
 
     Raises:
         UserError: there is no BatchNorm in it, its channels cannot be split, it has numbers that no BatchNorm
@@ -60,7 +61,7 @@ def convert_state_dict(
                 min_channels_per_group=min_channels_per_group,
                 group_size=group_size,
                 init=init,
-                eps=eps,
+                eps=eps or None,
                 inplace=True,
             )
             report.layers += found.layers

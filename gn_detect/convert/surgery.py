@@ -131,8 +131,9 @@ def convert_norm(
             count_parameters(norm) - count_parameters(model.get_submodule(name)) for name, norm in new.items()
         )
         return model, report
-    converted = model if inplace else copy.deepcopy(model)
-    result = _replace(converted, new)
+    if not inplace:  # together, so that an activation that a new norm keeps is the copy's
+        model, new = copy.deepcopy((model, new))
+    result = _replace(model, new)
     report.parameters_after = count_parameters(result)
     return result, report
 
@@ -292,6 +293,7 @@ def _replace(model: nn.Module, new: dict[str, nn.Module]) -> nn.Module:
 def _keep_state(old: nn.Module, new: nn.Module) -> None:
     """Mode and hooks."""
     new.train(old.training)
+    new._is_full_backward_hook = old._is_full_backward_hook  # without it they are not called
     for name, held in vars(old).items():
         if "_hooks" in name and "state_dict" not in name:
             getattr(new, name).update(held)

@@ -145,22 +145,27 @@ def _read_pt2_metadata(path: Path) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {name.partition("/")[2]: archive.getinfo(name) for name in archive.namelist()}
-            strange = sorted(name for name in members if not _MEMBERS.fullmatch(name))
-            if strange:
-                raise UserError(
-                    f"{path} holds {strange[0]}, which gn_detect does not export; it was not loaded"
-                )
-            for kind in ("weights", "constants"):
-                with archive.open(members[f"data/{kind}/model_{kind}_config.json"]) as file:
-                    entries = json.load(file)["config"]
-                if any(entry["use_pickle"] is not False for entry in entries.values()):
-                    raise UserError(f"{path} holds {kind} as pickles, which are not loaded; export it again")
-            if members["data/sample_inputs/model.pt"].file_size:
-                raise UserError(f"{path} holds pickled sample inputs, which are not loaded; export it again")
-            with archive.open(members[f"extra/{METADATA_FILE}"]) as file:
-                return json.load(file)
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError) as error:
+            listed = archive.namelist()
+        roots, members = {name.partition("/")[0] for name in listed}, [n.partition("/")[2] for n in listed]
+        strange = sorted(name for name in members if not _MEMBERS.fullmatch(name))
+        if strange:
+            raise UserError(f"{path} holds {strange[0]}, which gn_detect does not export; it was not loaded")
+        if len(roots) > 1 or len(set(members)) < len(members):
+            raise UserError(f"{path} holds a part twice, or two programs; it was not loaded, export it again")
+        # What is read here is what will be loaded: other readers may take a crafted archive for another one.
+        reader = torch._C.PyTorchFileReader(str(path))
+        if sorted(reader.get_all_records()) != sorted(members):
+            raise ValueError("PyTorch finds other parts")
+        for kind in ("weights", "constants"):
+            entries = json.loads(reader.get_record(f"data/{kind}/model_{kind}_config.json"))["config"]
+            if any(entry["use_pickle"] is not False for entry in entries.values()):
+                raise UserError(f"{path} holds {kind} as pickles, which are not loaded; export it again")
+        if reader.get_record("data/sample_inputs/model.pt"):
+            raise UserError(f"{path} holds pickled sample inputs, which are not loaded; export it again")
+        return json.loads(reader.get_record(f"extra/{METADATA_FILE}"))
+    except (
+        OSError, zipfile.BadZipFile, RuntimeError, KeyError, TypeError, AttributeError, ValueError
+    ) as error:  # fmt: skip
         raise UserError(
             f"{path} is no detector that gn_detect exported; make one with gn-detect export"
         ) from error

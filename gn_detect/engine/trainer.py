@@ -15,7 +15,7 @@ from ..errors import Diverged, UserError
 from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
-from ..weights import NORM_EPS, norm_settings
+from ..weights import NORM_EPS, NORM_GROUPS, USUAL_EPS, norm_settings
 from .black_box import examine, replay_command, seed_iteration, write_black_box
 from .checkpoint import BEST, FINAL, checkpoint_name, save_checkpoint
 from .distributed import barrier, gather, get_rank, is_main, parallelize, restart_count, world_size
@@ -202,7 +202,8 @@ def keep_black_box(run: Run, error: NotFinite) -> str:
     items = next(islice(run.loader.batches(), error.iteration - run.start, None))
     batch: list[Sample] = [run.loader.samples[item] for item in items]
     weights, scale = run.model.state_dict(), run.state.scaler.get_scale()
-    eps = norm_settings(run.model).get(NORM_EPS, {})
+    told = norm_settings(run.model)
+    eps = dict.fromkeys(told.get(NORM_GROUPS, {}), USUAL_EPS) | told.get(NORM_EPS, {})
     finding = examine(run.cfg, weights, batch, error.iteration, get_rank(), scale, eps)
     findings = dict(enumerate(gather(finding)))
     guilty = [rank for rank, found in findings.items() if not found.is_finite] or list(findings)

@@ -6,8 +6,8 @@ Models are those of ``detectron2.modeling.build_model``; batches are its ``list[
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,31 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         from detectron2.modeling.backbone import resnet
     except ImportError as error:
         raise UserError("detectron2 is not installed here; see its INSTALL.md") from error
-    forwards = {
-        resnet.BasicStem: _stem,
-        resnet.BasicBlock: _basic_block,
-        resnet.BottleneckBlock: _bottleneck_block,
-    }
+    known = [getattr(resnet, name) for name in _FORWARDS]
     model = layers.fuse(model, inplace=inplace)
     for module in model.modules():
-        forward = forwards.get(type(module))
-        if forward is not None and all(_is_free(conv, Conv2d) for conv in _convolutions(module)):
-            module.forward = types.MethodType(forward, module)
+        kind: Any = type(module)
+        if kind in known and all(_is_free(conv, Conv2d) for conv in _convolutions(module)):
+            module.__class__ = _fused_kind(kind)
     return model
+
+
+@cache
+def _fused_kind(kind: Any) -> Any:
+    """A block of detectron2's with our forward; a class, as copies and replicas keep what is of the class."""
+    members = {"forward": _FORWARDS[kind.__name__], "__reduce_ex__": _reduce, "_unfused": kind}
+    return type(kind.__name__, (kind,), members)
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """The classes are made when needed, so a pickle names detectron2's instead."""
+    _, _, *state = tuple(object.__reduce_ex__(self, 2))
+    return (_new, (self._unfused,), *state)
+
+
+def _new(kind: Any) -> Any:
+    fused = _fused_kind(kind)
+    return fused.__new__(fused)
 
 
 def _convolutions(block: nn.Module) -> list[Any]:
@@ -93,6 +107,14 @@ def _basic_block(self: Any, x: Tensor) -> Tensor:
 def _bottleneck_block(self: Any, x: Tensor) -> Tensor:
     shortcut = x if self.shortcut is None else self.shortcut(x)
     return _convolve(self.conv3, _convolve(self.conv2, _convolve(self.conv1, x)), shortcut)
+
+
+_FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "BasicStem": _stem,
+    "BasicBlock": _basic_block,
+    "BottleneckBlock": _bottleneck_block,
+}
+"""By the name of the class in detectron2's ``modeling/backbone/resnet.py``."""
 
 
 def convert(

@@ -115,5 +115,5 @@ def _composed(
     # In place: the backward of group_norm reads its input, never its output.
     if residual is not None:
         keep = torch.compiler.is_compiling() or _is_transformed()
-        y = y + residual if keep else y.add_(residual)
+        y = (y + residual).to(y.dtype) if keep else y.add_(residual)
     return F.relu_(y) if relu else y

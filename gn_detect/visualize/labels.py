@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .canvas import Canvas, box_area, box_overlap
+from .fonts import WEIGHT, drawable
 
 _PAD = 0.18
 """Around the text of a plate, in parts of the text's size."""
@@ -26,8 +27,9 @@ def draw_labels(canvas: Canvas, boxes: np.ndarray, labels: Sequence[str], colour
     for index in np.argsort(-box_area(boxes), kind="stable"):
         if not labels[index]:
             continue
-        text = figure.text(0, 0, " ".join(labels[index].split()), size=font_size, weight="bold")
-        text.set(family="DejaVu Sans", ha="center", va="center", parse_math=False, transform=None)
+        shown, families = drawable(" ".join(labels[index].split()))
+        text = figure.text(0, 0, shown, size=font_size, weight=WEIGHT)
+        text.set(family=families, ha="center", va="center", parse_math=False, transform=None)
         extent = text.get_window_extent(renderer)
         size = np.array([extent.width, extent.height]) + 2 * _PAD * font_size
         plate = _free_place(boxes[index], size, picture_size, boxes, taken)

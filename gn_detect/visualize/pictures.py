@@ -18,6 +18,8 @@ GAP = 8
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _PNG = {"compress_level": 4}
 """Takes 0.4 of the time of the usual 6, for 1.07 of the bytes."""
+WEBP_SIDE = 16383
+"""Pixels; the format has no larger ones."""
 
 Legend = Sequence[tuple[str, str]]
 """Texts, each beside a patch of its colour."""
@@ -101,10 +103,12 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
 
 
 def encode_picture(picture: np.ndarray, max_width: int, quality: int = 80) -> bytes:
-    """A uint8 RGB (H, W, 3) picture as WebP, made smaller where it is wider than ``max_width`` pixels."""
+    """A uint8 RGB (H, W, 3) picture as WebP, made smaller where it is wider than ``max_width`` pixels, or
+    higher than WebP can be.
+    """
     height, width = picture.shape[:2]
-    if width > max_width:
-        picture = resized(picture, max(1, round(height * max_width / width)), max_width)
+    scale = min(1.0, max_width / width, WEBP_SIDE / height)
+    picture = resized(picture, max(1, round(height * scale)), max(1, round(width * scale)))
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="WEBP", quality=quality)
     return buffer.getvalue()

@@ -4,9 +4,11 @@ from .architecture import Architecture, read_architecture
 from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint, save_weights
 from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
+from .mmdetection_config import standardised_convs
 from .norm_settings import (
     NORM_EPS,
     NORM_GROUPS,
+    USUAL_EPS,
     as_metadata,
     group_keys,
     norm_eps_of,
@@ -14,12 +16,14 @@ from .norm_settings import (
     norm_settings,
     set_norm_eps,
 )
+from .torchvision_names import computes_with_eps_0
 from .translate import Translation, translate
 
 __all__ = [
     "NORM_EPS",
     "NORM_GROUPS",
     "SUFFIXES",
+    "USUAL_EPS",
     "Architecture",
     "Checkpoint",
     "InputConvention",
@@ -28,6 +32,7 @@ __all__ = [
     "Translation",
     "as_command_line",
     "as_metadata",
+    "computes_with_eps_0",
     "group_keys",
     "implied_keys",
     "load_weights",
@@ -38,5 +43,6 @@ __all__ = [
     "read_checkpoint",
     "save_weights",
     "set_norm_eps",
+    "standardised_convs",
     "translate",
 ]

@@ -29,8 +29,9 @@ from .zoo import entry_of, resolve
 T = TypeVar("T")
 
 MODEL_KEYS = (
-    "state_dict_ema", "model_ema", "ema_state_dict",  # averaged weights are those meant for use
-    "model", "state_dict", "model_state", "model_state_dict", "blobs",
+    "state_dict_ema", "model_ema",  # averaged weights are those meant for use
+    "state_dict", "ema_state_dict",  # MMEngine swaps them: beside each other, the first are the averaged
+    "model", "model_state", "model_state_dict", "blobs",
 )  # fmt: skip
 """Where checkpoints of training programs keep the weights; the first that is a dict is read."""
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
-from .norm_settings import norm_eps_of, norm_groups_of, refuse_other_groups, set_norm_eps
+from .norm_settings import (
+    USUAL_EPS,
+    norm_eps_of,
+    norm_groups_of,
+    refuse_lost_norms,
+    refuse_other_groups,
+    set_norm_eps,
+)
 from .translate import BACKBONE, CLASSIFIER, Translation, translate
 
 if TYPE_CHECKING:
@@ -113,8 +120,8 @@ def load_weights(
 
     Names of Detectron, torchvision, timm and mmdetection are translated. Values are cast to the model's types
     and devices. Where the file tells the eps of group norms (see ``gn-detect convert --relative-eps``), the
-    model's get it; where it tells their groups, the model must have them. When an error is raised the model
-    is as it was.
+    model's get it, whatever MODEL.GN.EPS is; where it tells their groups, the model must have them, and their
+    eps is 1e-5 unless it says otherwise. When an error is raised the model is as it was.
 
     Args:
         model: names as in detectron2's state dicts.
@@ -135,8 +142,9 @@ def load_weights(
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     own = model.state_dict()
     translation = _translated(checkpoint, own)
-    eps = norm_eps_of(checkpoint, translation.tensors)
     groups = norm_groups_of(checkpoint, translation.tensors)
+    # What tells the groups leaves out an eps that is the usual one; the model's may be another.
+    eps = dict.fromkeys(groups, USUAL_EPS) | norm_eps_of(checkpoint, translation.tensors)
     checkpoint = replace(checkpoint, tensors=dict(translation.tensors))
     report = _compare(own, checkpoint)
     if for_training and class_names is not None:
@@ -145,6 +153,7 @@ def load_weights(
     report.left_out, report.convention = translation.left_out, translation.convention
     _refuse_other_architecture(report, checkpoint, own)
     _refuse_other_norm(report, own)
+    refuse_lost_norms(model, checkpoint, groups.keys() | eps.keys())
     fresh = {name.removesuffix(".weight") for name in report.missing}
     refuse_other_groups(model, checkpoint, {n: value for n, value in groups.items() if n not in fresh})
     if for_training:

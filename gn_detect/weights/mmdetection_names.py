@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .classes import background_last, boxes_without_background, masks_without_background
 from .convention import DETECTRON_GN, TORCHVISION, InputConvention, plain_text
+from .mmdetection_config import standardised_convs
 from .resnet_names import from_torchvision
 
 _LAYERS: list[tuple[str, str]] = [
@@ -34,7 +36,12 @@ _LAYERS: list[tuple[str, str]] = [
 
 
 def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list[str]) -> Iterator[str]:
-    """Fill ``tensors`` and ``left_out``; what is yielded are changes of values, in words."""
+    """Fill ``tensors`` and ``left_out``; what is yielded are changes of values, in words.
+
+    Raises:
+        UserError: the file's config has convolutions that are not plain ones, and cannot be made such.
+    """
+    standardised = standardised_convs(checkpoint)
     # Since version 2 the heads are in roi_head, and the background is the last class.
     background_first = any(name.startswith("bbox_head.") for name in checkpoint.tensors)
     for name, tensor in checkpoint.tensors.items():
@@ -52,8 +59,18 @@ def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list
         elif background_first and ".mask_head.predictor." in ours and len(tensor) > 1:
             tensors[ours] = masks_without_background(tensor)
             yield "mask of the background dropped"
+        elif name in standardised:
+            tensors[ours] = _standardised(tensor, standardised[name])
+            yield f"weight standardisation (ConvWS) folded into {len(standardised)} convolutions"
         else:
             tensors[ours] = tensor
+
+
+def _standardised(weight: Tensor, eps: float) -> Tensor:
+    """(C, ...) -> the same shape: what mmcv's ConvWS makes of its weight before it convolves."""
+    flat = weight.double().flatten(1)
+    flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + eps)
+    return flat.view(weight.shape).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def convention(checkpoint: Checkpoint) -> InputConvention:

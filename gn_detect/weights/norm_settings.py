@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,18 +11,28 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..layers import choose_groups
 from .checkpoint import Checkpoint, strip_wrappers
+from .mmdetection_config import told_norms
 
 NORM_EPS, NORM_GROUPS = "group_norm_eps", "group_norm_groups"
 """The keys in a checkpoint's metadata: eps and number of groups by name of the norm."""
 
-USUAL = 1e-5
+USUAL_EPS = 1e-5
 """PyTorch's, detectron2's and the config's default eps."""
 
 
 def norm_settings(model: nn.Module) -> dict[str, Any]:
-    """What to add to a checkpoint's metadata; see :func:`as_metadata`."""
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
-    norms = strip_wrappers(norms)
+    """What to add to the metadata of a checkpoint with ``model.state_dict()``; see :func:`as_metadata`.
+
+    Names are those that :func:`read_checkpoint` gives the tensors: without what wraps the whole model.
+    """
+    keys = [key for key, value in model.state_dict().items() if isinstance(value, Tensor)]
+    inner, outer = next(iter(strip_wrappers({key: key for key in keys}).items()), ("", ""))
+    wrapper = outer.removesuffix(inner)
+    norms = {
+        f"{name}.".removeprefix(wrapper).removesuffix("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.GroupNorm)
+    }
     return as_metadata(
         {name: norm.eps for name, norm in norms.items()},
         {name: norm.num_groups for name, norm in norms.items()},
@@ -30,9 +40,9 @@ def norm_settings(model: nn.Module) -> dict[str, Any]:
 
 
 def as_metadata(eps: Mapping[str, float], groups: Mapping[str, int]) -> dict[str, Any]:
-    """By name: the groups of all norms, and the eps of all if one is not ``USUAL``."""
+    """By name: the groups of all norms, and the eps of all if one is not ``USUAL_EPS``."""
     found: dict[str, Any] = {}
-    if not all(value == USUAL for value in eps.values()):
+    if not all(value == USUAL_EPS for value in eps.values()):
         found[NORM_EPS] = {name: float(value) for name, value in eps.items()}
     if groups:
         found[NORM_GROUPS] = dict(groups)
@@ -40,7 +50,7 @@ def as_metadata(eps: Mapping[str, float], groups: Mapping[str, int]) -> dict[str
 
 
 def norm_eps_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """By name of the norm; empty where the file tells none.
+    """By name of the norm; empty where the file tells none, nor the config in a file of mmdetection's.
 
     Args:
         tensors: the checkpoint's under other names, which the result then has, too; by default its own.
@@ -48,31 +58,34 @@ def norm_eps_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = N
     Raises:
         UserError: what it tells is no eps.
     """
-    told = _told(checkpoint, tensors, NORM_EPS, "eps", _is_eps)
-    return {name: float(value) for name, value in told.items()}
+    told = checkpoint.metadata.get(NORM_EPS, told_norms(checkpoint, "eps"))
+    _refuse_damaged(checkpoint, told, NORM_EPS, "eps", _is_eps)
+    return {name: float(value) for name, value in _renamed(told, checkpoint, tensors).items()}
 
 
 def norm_groups_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> dict[str, int]:
     """As :func:`norm_eps_of`, the numbers of groups."""
-    return _told(checkpoint, tensors, NORM_GROUPS, "number of groups", _is_number)
+    told = checkpoint.metadata.get(NORM_GROUPS, told_norms(checkpoint, "num_groups"))
+    _refuse_damaged(checkpoint, told, NORM_GROUPS, "number of groups", _is_number)
+    return _renamed(told, checkpoint, tensors)
 
 
-def _told(
-    checkpoint: Checkpoint,
-    tensors: Mapping[str, Tensor] | None,
-    key: str,
-    what: str,
-    is_valid: Callable[[Any], bool],
-) -> dict[str, Any]:
-    told = checkpoint.metadata.get(key, {})
+def _refuse_damaged(
+    checkpoint: Checkpoint, told: Any, key: str, what: str, is_valid: Callable[[Any], bool]
+) -> None:
     if not isinstance(told, dict) or not all(is_valid(value) for value in told.values()):
         raise UserError(
             f"{checkpoint.path}: its '{key}' is not the {what} of each norm, so the file is damaged; "
             "write it again with gn-detect convert"
         )
+
+
+def _renamed(
+    told: dict[str, Any], checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
     names = {id(tensor): name for name, tensor in (tensors or checkpoint.tensors).items()}
 
-    def renamed(norm: str) -> str:
+    def renamed(norm: Any) -> str:
         weight = checkpoint.tensors.get(_weight_of(norm))
         name = names.get(id(weight))
         return str(norm) if name is None else name.removesuffix("weight").removesuffix(".")
@@ -96,6 +109,27 @@ def refuse_other_groups(model: nn.Module, checkpoint: Checkpoint, groups: Mappin
                 f"{checkpoint.path} has {groups[name]} groups in '{name}', and the model {norm.num_groups}; "
                 + _remedy({(norm.num_channels, groups[name]) for name, norm in norms.items()})
             )
+
+
+def refuse_lost_norms(model: nn.Module, checkpoint: Checkpoint, told: Collection[str]) -> None:
+    """A file that tells of norms by names that nothing has would load, with another eps or other groups.
+
+    Args:
+        checkpoint: with the model's names.
+        told: the names of the norms that it tells of, by the model's names.
+
+    Raises:
+        UserError: one of them is in neither, and a norm that is in both is not told of.
+    """
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
+    lost = [name for name in sorted(told) if name not in norms and _weight_of(name) not in checkpoint.tensors]
+    untold = [name for name in sorted(norms) if name not in told and _weight_of(name) in checkpoint.tensors]
+    if lost and untold:
+        raise UserError(
+            f"{checkpoint.path}: its '{NORM_GROUPS}' or '{NORM_EPS}' names '{lost[0]}', which is not in the "
+            f"file, and not '{untold[0]}', so what that norm computes is not known; write it again with "
+            "norm_settings(model) of the model that the file was made of, or without these keys"
+        )
 
 
 def group_keys(layers: set[tuple[int, int]]) -> tuple[int, int] | None:

@@ -46,14 +46,14 @@ def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list
         elif ours := from_torchvision(name.removeprefix("backbone.body.")):
             tensors[f"backbone.bottom_up.{ours}"] = tensor
         elif name.startswith("roi_heads.box_predictor.cls_score."):
-            tensors[name] = background_last(tensor)
+            tensors[name] = background_last(tensor, coco_ids=True)
             yield "background moved from the first class to the last" + _of_coco(tensor)
         elif name.startswith("roi_heads.box_predictor.bbox_pred."):
-            tensors[name] = boxes_without_background(tensor)
+            tensors[name] = boxes_without_background(tensor, coco_ids=True)
             yield "boxes of the background dropped"
         elif name.startswith("roi_heads.mask_predictor.mask_fcn_logits."):
             ours = name.replace("mask_predictor.mask_fcn_logits", "mask_head.predictor")
-            tensors[ours] = masks_without_background(tensor)
+            tensors[ours] = masks_without_background(tensor, coco_ids=True)
             yield "mask of the background dropped"
         else:
             tensors[_head(name, deep_rpn) or name] = tensor
@@ -82,11 +82,16 @@ def _of_coco(tensor: Tensor) -> str:
     return ", and of 91 ids COCO's 80 categories taken" if len(tensor) == 91 else ""
 
 
-def _fold_eps(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> list[str]:
-    """The published detectors of version 1 compute with eps 0; with ours their function would differ."""
+def computes_with_eps_0(checkpoint: Checkpoint) -> bool:
+    """Whether these are torchvision's published detectors of version 1, whose BatchNorms have eps 0."""
     classes = checkpoint.tensors.get("roi_heads.box_predictor.cls_score.bias")
     normed = any(re.match(r"backbone\.fpn\.\w+\.\d\.1\.", name) for name in checkpoint.tensors)
-    if classes is None or len(classes) != 91 or normed:
+    return classes is not None and len(classes) == 91 and not normed
+
+
+def _fold_eps(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> list[str]:
+    """With the eps of our frozen BatchNorm their function would differ."""
+    if not computes_with_eps_0(checkpoint):
         return []
     names = [name for name in tensors if name.endswith(".running_var")]
     for name in names:

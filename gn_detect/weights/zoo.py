@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 from functools import cache
@@ -48,7 +49,7 @@ class ZooEntry(BaseModel):
 
     @property
     def file(self) -> Path:
-        """Where the file is kept; below the cache by host and path, so that no two URLs share one."""
+        """Where the file is kept: below the cache by host and path, which the catalogue's URLs differ in."""
         return cache_folder() / _relative(self.url)
 
 
@@ -110,7 +111,7 @@ def resolve(path: str | Path) -> Path:
         return Path(path)
     entry, url = _look_up(_with_two_slashes(path))
     if entry is None:
-        file = cache_folder() / _relative(url)
+        file = cache_folder() / _relative_to_one(url)
         return file if file.is_file() else download(url, file)
     return fetch(entry)
 
@@ -154,6 +155,15 @@ def _look_up(text: str) -> tuple[ZooEntry | None, str]:
     if not text.startswith("https://"):
         raise UserError(f"cannot load {text}: only zoo://, detectron2://, catalog:// and https:// are known")
     return next((entry for entry in read_catalog().values() if entry.url == text), None), text
+
+
+def _relative_to_one(url: str) -> Path:
+    """As :func:`_relative`, with digits of the URL where another URL could have the same path."""
+    parts, plain = urlsplit(url), _relative(url)
+    if not parts.query and plain.as_posix() == parts.netloc + parts.path:
+        return plain
+    digits = hashlib.sha256(url.encode()).hexdigest()[:12]
+    return plain.with_name(f"{plain.stem}-{digits}{plain.suffix}")
 
 
 def _relative(url: str) -> Path:

@@ -14,6 +14,7 @@ from gn_detect import UserError
 from gn_detect.cli import main
 from gn_detect.cli.library_models import load_library_model
 from gn_detect.weights import read_checkpoint, save_weights
+from tests.weights.test_mmdetection_config import FLAT, write
 
 NORMS = [f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")]
 CONFIG = "configs/quick/nuclei_r18_gn.yaml"
@@ -306,3 +307,30 @@ def test_what_is_wrong_with_a_librarys_model(checkpoint, folder, tmp_path, capsy
     video = ["r3d_18", target, "--weights", str(tmp_path / "video.pth")]
     assert "does not take single pictures" in refused(*video, "--images", str(folder))
     assert main(["convert", *video]) == 0
+
+
+def test_the_first_detectors_of_torchvision_have_eps_0(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=91
+    )
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            torch.nn.init.uniform_(module.running_var, 1e-6, 3e-5)
+    torch.save(model.state_dict(), tmp_path / "v1.pth")
+    found = {}
+    for name, keys in {"alone": [], "zero": ["--eps", "0"], "usual": ["--eps", "1e-5"]}.items():
+        assert main(["convert", str(tmp_path / "v1.pth"), str(tmp_path / "gn.pth"), *keys]) == 0
+        found[name] = read_checkpoint(tmp_path / "gn.pth").tensors["backbone.body.layer1.0.bn1.weight"]
+    assert torch.equal(found["alone"], found["zero"]) and not torch.equal(found["alone"], found["usual"])
+
+
+def test_standardised_weights_are_folded_before_they_are_converted(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "ws.pth", FLAT, 2)
+    assert main(["convert", str(tmp_path / "ws.pth"), str(tmp_path / "gn.pth")]) == 2
+    assert "standardises weights" in capsys.readouterr().err
+    assert main(["convert", "--keep-norm", str(tmp_path / "ws.pth"), str(tmp_path / "kept.pth")]) == 0
+    assert "folded into 69" in capsys.readouterr().out
+    assert set(read_checkpoint(tmp_path / "kept.pth").metadata["group_norm_groups"].values()) == {4}

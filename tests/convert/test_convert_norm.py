@@ -262,7 +262,7 @@ def test_include_exclude_and_dry_run() -> None:
         (nn.Sequential(broken("bias", float("inf"))), "'0' has a bias with values that are not finite"),
         (
             nn.Sequential(broken("running_var", -1.0)),
-            "'0' has a running_var of -1; a variance is not below 0",
+            "'0' has a running_var of -1 and an eps of 1e-05, and divides by the root of their sum",
         ),
         (nn.Sequential(broken("weight", 6e4).half()), "'0' needs weights up to .* float16 does not hold"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,44 @@ def test_a_block_of_another_class_or_with_hooks_keeps_its_forward() -> None:
     block = model.backbone.bottom_up.res2[0]
     block.conv1.register_forward_hook(lambda *_: None)
     fused = partner.fuse(model)
-    assert "forward" not in vars(fused.backbone.bottom_up.res2[0])
-    assert "forward" in vars(fused.backbone.bottom_up.res2[1])
+    blocks, before = fused.backbone.bottom_up.res2, model.backbone.bottom_up.res2
+    assert type(blocks[0]).forward is type(before[0]).forward
+    assert type(blocks[1]).forward is not type(before[1]).forward
+
+
+def through_pickle(model: Any, folder: Path) -> Any:
+    torch.save(model, folder / "model.pt")
+    return torch.load(folder / "model.pt", weights_only=False)
+
+
+COPIES = {
+    "pickle": through_pickle,
+    "deepcopy": lambda model, _: copy.deepcopy(model),
+    "fused again": lambda model, _: partner.fuse(model),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("depth", [18, 50])
+def test_a_copy_of_a_fused_model_computes_with_its_own_weights(tmp_path: Path, depth: int, how: str) -> None:
+    fused = partner.fuse(make_model(make_config(depth=depth))).backbone.bottom_up
+    copied = COPIES[how](fused, tmp_path)
+    assert [type(module) for module in copied.modules()] == [type(module) for module in fused.modules()]
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(copied(x)["res2"], fused(x)["res2"])
+    for parameter in fused.parameters():
+        parameter.data.fill_(float("nan"))
+    assert copied(x)["res2"].isfinite().all()
+
+
+def test_a_replica_of_a_fused_block_computes_with_its_own_weights() -> None:
+    """As DataParallel makes it: the attributes of the module with other parameters."""
+    block = partner.fuse(make_model(make_config())).backbone.bottom_up.res2[0]
+    replica = block._replicate_for_data_parallel()
+    replica.conv1 = copy.deepcopy(block.conv1)
+    torch.nn.init.zeros_(replica.conv1.weight)
+    x = torch.randn(1, 64, 8, 8)
+    assert not torch.allclose(replica(x), block(x))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,12 @@ def test_pictures_are_encoded_at_a_limited_width(tmp_path: Path) -> None:
         (tmp_path / "a.webp").write_bytes(encode_picture(noise(100, width), 600))
         with Image.open(tmp_path / "a.webp") as picture:
             assert picture.format == "WEBP" and picture.size == expected
+
+
+@pytest.mark.parametrize(
+    ("height", "size"), [(16383, (40, 16383)), (17000, (39, 16383)), (90000, (7, 16383))]
+)
+def test_pictures_are_encoded_at_the_height_that_webp_has(height: int, size: tuple[int, int]) -> None:
+    picture = np.zeros((height, 40, 3), np.uint8)
+    with Image.open(io.BytesIO(encode_picture(picture, 600))) as found:
+        assert found.size == size

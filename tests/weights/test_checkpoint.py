@@ -92,8 +92,17 @@ def test_averaged_weights_are_preferred(tmp_path: Path, key: str) -> None:
         "state_dict": state,
         key: {**averaged, "steps": torch.tensor(9), "n_averaged": torch.tensor(9)},
     }
+    if key == "ema_state_dict":  # MMEngine's hook stores either under the other's name
+        content["state_dict"] = {name: tensor + 1 for name, tensor in state.items()}
+        content[key] = {f"module.{name}": tensor for name, tensor in state.items()}
     torch.save(content, tmp_path / "m.pth")
     assert_same(read_checkpoint(tmp_path / "m.pth").tensors, {name: t + 1 for name, t in state.items()})
+
+
+def test_averaged_weights_alone(tmp_path: Path) -> None:
+    state = make_state_dict()
+    torch.save({"ema_state_dict": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "m.pth")
+    assert_same(read_checkpoint(tmp_path / "m.pth").tensors, state)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -58,6 +58,90 @@ def test_names_of_a_wrapped_model(tmp_path) -> None:
     assert (target[1].eps, target[3].eps) == (1.0, 0.3)
 
 
+class Classifier(nn.Module):
+    """Its norms are all in ``model``, its tensors are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.head = model(), nn.Linear(4, 2)
+
+
+class Outer(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, Outer, lambda net: Outer(Outer(net))])
+def test_names_that_are_no_wrapper_stay(tmp_path, wrap) -> None:
+    source, target, path = Classifier(), Classifier(), tmp_path / "gn.pth"
+    source.model[1].eps = 0.3
+    wrapped = wrap(source)
+    save_weights(path, wrapped.state_dict(), norm_settings(wrapped))
+    assert read_checkpoint(path).metadata[NORM_GROUPS] == {"model.1": 2, "model.3": 1}
+    load_weights(target, path)
+    assert target.model[1].eps == 0.3
+    target.model[1].num_groups = 4
+    with pytest.raises(UserError, match="has 2 groups in 'model.1', and the model 4"):
+        load_weights(target, path)
+
+
+def test_a_wrapped_norm_alone() -> None:
+    assert norm_settings(Outer(nn.GroupNorm(2, 4, eps=0.1))) == {NORM_EPS: {"": 0.1}, NORM_GROUPS: {"": 2}}
+    assert norm_settings(nn.GroupNorm(2, 4)) == {NORM_GROUPS: {"": 2}}
+    bare = Outer(nn.Sequential(nn.Linear(2, 2), nn.GroupNorm(2, 4, affine=False)))
+    assert norm_settings(bare) == {NORM_GROUPS: {"1": 2}}
+
+
+@pytest.mark.parametrize("key", [NORM_EPS, NORM_GROUPS])
+def test_names_that_nothing_has_are_refused(tmp_path, key: str) -> None:
+    """As files have them whose names were written by hand, or by an older version for such a net."""
+    source, target, path = Classifier(), Classifier(), tmp_path / "gn.pth"
+    save_weights(path, source.state_dict(), {key: {"1": 2, "3": 2}})
+    with pytest.raises(UserError, match="names '1', which is not in the file, and not 'model.1'"):
+        load_weights(target, path)
+
+
+def test_names_of_a_head_that_was_taken_out_of_the_file(tmp_path) -> None:
+    source, target, path = model(), model(), tmp_path / "gn.pth"
+    source[1].eps = 0.3
+    settings = norm_settings(source)
+    settings[NORM_GROUPS]["mask_head.norm"] = 32
+    save_weights(path, source.state_dict(), settings)
+    load_weights(target, path)
+    assert target[1].eps == 0.3
+
+
+def test_the_usual_eps_comes_back(tmp_path) -> None:
+    """A model takes the eps of the last file, as of the first; a config's is of models without a file."""
+    relative, usual, target = model(), model(), model()
+    relative[1].eps = relative[3].eps = 0.5
+    for name, source in (("relative", relative), ("usual", usual)):
+        save_weights(tmp_path / f"{name}.pth", source.state_dict(), norm_settings(source))
+    load_weights(target, tmp_path / "relative.pth")
+    report = load_weights(target, tmp_path / "usual.pth")
+    assert (target[1].eps, target[3].eps) == (1e-5, 1e-5)
+    assert "2 norms have the file's eps: '1', '3'" in str(report)
+
+
+def test_a_file_that_tells_nothing_changes_no_eps(tmp_path) -> None:
+    """detectron2's, for example: then MODEL.GN.EPS holds."""
+    target = model()
+    target[1].eps = 1e-3
+    torch.save({"model": model().state_dict()}, tmp_path / "theirs.pth")
+    load_weights(target, tmp_path / "theirs.pth")
+    assert target[1].eps == 1e-3
+
+
+def test_an_eps_of_the_config_is_written_and_comes_back(tmp_path) -> None:
+    keys = ["MODEL.GN.MIN_CHANNELS_PER_GROUP", "16", "MODEL.GN.EPS", "0.001"]
+    trained = build_model(load_config("configs/quick/nuclei_r18_gn.yaml", keys))
+    save_weights(tmp_path / "trained.pth", trained.state_dict(), norm_settings(trained))
+    plain = build_model(load_config("configs/quick/nuclei_r18_gn.yaml", keys[:2]))
+    load_weights(plain, tmp_path / "trained.pth")
+    assert {m.eps for m in plain.modules() if isinstance(m, nn.GroupNorm)} == {1e-3}
+
+
 def test_the_usual_eps_is_not_written() -> None:
     assert norm_settings(model()) == {NORM_GROUPS: {"1": 2, "3": 1}}
 

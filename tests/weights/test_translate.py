@@ -189,6 +189,19 @@ def test_faster_rcnn_of_torchvision() -> None:
     assert torch.equal(ours, theirs["roi_heads.box_predictor.cls_score.bias"][[1, 2, 3, 0]])
 
 
+@pytest.mark.parametrize("library", ["Detectron", "mmdetection"])
+def test_90_categories_of_another_dataset(library: str, tmp_path: Path) -> None:
+    """With the background 91, which only torchvision's detectors of COCO have for 80 categories."""
+    cfg = config(GN, "MODEL.ROI_HEADS.NUM_CLASSES", "90")
+    model = model_of(cfg)
+    state = schemes.randomised(model)
+    if library == "Detectron":
+        schemes.write_pickle(tmp_path / "m.pkl", {"blobs": schemes.arrays(schemes.as_detectron(state))})
+    else:
+        torch.save({"state_dict": schemes.mmdetection(state, 1)}, tmp_path / "m.pkl")
+    assert_loaded(model, state, load_weights(model, tmp_path / "m.pkl"))
+
+
 def test_backbone_alone_in_detectron2s_names(tmp_path: Path) -> None:
     """As detectron2 has torchvision's R-50: no prefix, and the author says that it takes RGB."""
     cfg = config(FROZEN)

@@ -164,6 +164,43 @@ def test_other_files_of_detectron2(no_downloads: list[str], cache: Path) -> None
     assert cache in entry.file.parents and "coco_2014_train_coco_2014" in str(entry.file)
 
 
+TWINS = [
+    ("https://drive.example.com/download?id=AAA", "https://drive.example.com/download?id=BBB"),
+    ("https://example.com/a:b/model.pth", "https://example.com/a_b/model.pth"),
+    ("https://example.com/a%3Fb/model.pth", "https://example.com/a_b/model.pth"),
+    ("https://example.com/a%2Fb/model.pth", "https://example.com/a/b/model.pth"),
+    ("https://example.com/a/../model.pth", "https://example.com/a/model.pth"),
+    ("https://example.com:8443/model.pth", "https://example.com/model.pth"),
+    ("https://example.com/?id=AAA", "https://example.com"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), TWINS)
+def test_no_two_urls_share_a_file(
+    first: str, second: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not the part that is left of a broken download, which lies beside it."""
+
+    def write_url(url: str, target: Path) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(url)
+        return target
+
+    monkeypatch.setattr("gn_detect.weights.zoo.download", write_url)
+    for url in (first, second, first):
+        file = resolve(url)
+        assert file.read_text() == url and cache in file.parents
+        assert file.suffix == ".pth" or "model" not in url
+
+
+def test_a_plain_url_keeps_its_place(cache: Path) -> None:
+    """So that what was downloaded before is found."""
+    file = cache / "example.com/some/model.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"put there by hand")
+    assert resolve("https://example.com/some/model.pth") == file
+
+
 def test_the_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     entry = find_entry("zoo://R-50-GN")
     assert entry.file == cache / "dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47261647/R-50-GN.pkl"

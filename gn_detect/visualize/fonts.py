@@ -1,0 +1,70 @@
+"""Fonts for names in any script, from those that are installed."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+logger = logging.getLogger(__name__)
+
+USUAL = "DejaVu Sans"
+"""Comes with matplotlib."""
+
+FALLBACKS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR",
+    "Source Han Sans SC", "PingFang SC", "PingFang HK", "Hiragino Sans", "Hiragino Sans GB",
+    "Apple SD Gothic Neo", "Heiti TC", "Microsoft YaHei", "Microsoft JhengHei", "Yu Gothic", "Meiryo",
+    "Malgun Gothic", "SimHei", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback",
+    "IPAexGothic", "IPAGothic", "NanumGothic", "Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil",
+    "Noto Sans Thai", "Nirmala UI", "Leelawadee UI", "Arial Unicode MS", "Unifont",
+)  # fmt: skip
+"""Asked in turn for what the usual font lacks: of Linux, macOS and Windows."""
+
+WEIGHT = "bold"
+"""Of labels; a font may lack in bold what it has otherwise."""
+
+
+def drawable(text: str) -> tuple[str, list[str]]:
+    """What can be drawn of a text, and the font families for it.
+
+    A character that no font has would be an empty box, the same for all: its escape stands there instead, as
+    in ``\\u4eba``. The first time that is said in the log.
+    """
+    families = {character: _family_of(character) for character in text}
+    missing = "".join(character for character, family in families.items() if family is None)
+    if missing:
+        _warn_once()
+        text = "".join(_escaped(character) if character in missing else character for character in text)
+    return text, list(dict.fromkeys([USUAL, *filter(None, families.values())]))
+
+
+@cache
+def _family_of(character: str) -> str | None:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    for family in _installed():
+        path = findfont(FontProperties(family=family, weight=WEIGHT))
+        if get_font(path).get_char_index(ord(character)):
+            return family
+    return None
+
+
+@cache
+def _installed() -> list[str]:
+    """matplotlib complains of each family that is not, for each text."""
+    from matplotlib.font_manager import fontManager
+
+    names = set(fontManager.get_font_names())
+    return [USUAL, *(family for family in FALLBACKS if family in names)]
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+@cache
+def _warn_once() -> None:
+    logger.warning(
+        "no installed font has some characters of the labels, so pictures show their escapes; install one, "
+        "as Noto Sans CJK, and remove fontlist-*.json from matplotlib.get_cachedir()"
+    )

@@ -1,0 +1,103 @@
+"""Archives of programs that were made to look to the check unlike what PyTorch then loads."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from gn_detect.engine.exported import ExportedPredictor, _read_pt2_metadata
+from gn_detect.errors import UserError
+
+CONFIG = "data/weights/model_weights_config.json"
+TOLD = {"version": "1"}
+
+
+class Program(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """What ``torch.export.save`` writes, with parts as we export them; they are rewritten without padding."""
+    path = tmp_path / "saved.pt2"
+    program = torch.export.export(Program(), (torch.ones(3),))
+    torch.export.save(program, path, extra_files={"gn_detect.json": json.dumps(TOLD)})
+    with zipfile.ZipFile(path) as source:
+        parts = {
+            name: b"" if name.endswith("sample_inputs/model.pt") else source.read(name)
+            for name in source.namelist()
+        }
+    return write(tmp_path / "model.pt2", list(parts.items()))
+
+
+def write(path: Path, parts: list[tuple[str, bytes]]) -> Path:
+    with zipfile.ZipFile(path, "w") as target:
+        for name, content in parts:
+            target.writestr(name, content)
+    return path
+
+
+def read(path: Path) -> list[tuple[str, bytes]]:
+    with zipfile.ZipFile(path) as source:
+        return [(name, source.read(name)) for name in source.namelist()]
+
+
+def as_pickles(content: bytes) -> bytes:
+    """The same number of bytes, and weights that would be unpickled."""
+    changed = content.replace(b'"use_pickle": false', b'"use_pickle":true  ')
+    assert changed != content and len(changed) == len(content)
+    return changed
+
+
+def test_an_exported_archive_is_read(archive: Path) -> None:
+    assert _read_pt2_metadata(archive) == TOLD
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_part_that_is_there_twice(archive: Path, tmp_path: Path, first: bool) -> None:
+    parts = read(archive)
+    name, content = next((name, content) for name, content in parts if name.endswith(CONFIG))
+    twice = (name, as_pickles(content))
+    path = write(tmp_path / "bad.pt2", [twice, *parts] if first else [*parts, twice])
+    with pytest.raises(UserError, match="holds a part twice, or two programs; it was not loaded"):
+        ExportedPredictor(path, trust=True)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_folders(archive: Path, tmp_path: Path, first: bool) -> None:
+    parts = read(archive)
+    other = [("other/" + name.partition("/")[2], content) for name, content in parts if "extra" not in name]
+    other = [(name, as_pickles(content) if name.endswith(CONFIG) else content) for name, content in other]
+    path = write(tmp_path / "bad.pt2", other + parts if first else parts + other)
+    with pytest.raises(UserError, match="holds a part twice, or two programs; it was not loaded"):
+        ExportedPredictor(path, trust=True)
+
+
+def test_an_archive_behind_another(archive: Path, tmp_path: Path) -> None:
+    """Python reads the second, whose offsets begin anew; PyTorch finds the list of the first there."""
+    parts = [
+        (name, as_pickles(content) if name.endswith(CONFIG) else content) for name, content in read(archive)
+    ]
+    evil = write(tmp_path / "evil.pt2", parts)
+    path = tmp_path / "bad.pt2"
+    path.write_bytes(evil.read_bytes() + archive.read_bytes())
+    assert dict(read(path)) == dict(read(archive))
+    with pytest.raises(UserError, match="holds weights as pickles, which are not loaded"):
+        ExportedPredictor(path, trust=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"PK\x05\x06" + bytes(18)])
+def test_what_is_no_archive(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.pt2").write_bytes(content)
+    with pytest.raises(UserError, match="is no detector that gn_detect exported"):
+        ExportedPredictor(tmp_path / "bad.pt2", trust=True)

@@ -1,0 +1,207 @@
+"""mmdetection's detectors with weight standardisation, and the groups that their config tells."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gn_detect
+from gn_detect import UserError
+from gn_detect.weights import (
+    load_weights,
+    norm_eps_of,
+    norm_groups_of,
+    read_architecture,
+    read_checkpoint,
+    save_weights,
+    translate,
+)
+from gn_detect.weights.mmdetection_config import read_sections
+
+from . import schemes
+from .test_translate import GN, SMALL
+
+VARIABLES = """
+# configs/gn+ws/mask_rcnn_r50_fpn_gn_ws_2x.py, as version 1 stores it
+conv_cfg = dict(type='ConvWS')
+norm_cfg = dict(type='GN', num_groups=4, requires_grad=True)
+model = dict(
+    type='MaskRCNN',
+    pretrained='open-mmlab://jhu/resnet50_gn_ws',
+    backbone=dict(type='ResNet', depth=50, conv_cfg=conv_cfg, norm_cfg=norm_cfg, style='pytorch'),
+    neck=dict(type='FPN', in_channels=[32, 64, 128, 256], conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+    rpn_head=dict(type='RPNHead', anchor_ratios=[0.5, 1.0, 2.0]),
+    bbox_head=dict(type='Shared4Conv1FCBBoxHead', conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+    mask_head=dict(type='FCNMaskHead', num_convs=4, conv_cfg=conv_cfg, norm_cfg=norm_cfg))
+"""
+FLAT = """conv_cfg = dict(type='ConvWS')
+model = dict(
+    backbone=dict(
+        conv_cfg=dict(type='ConvWS'), depth=50,
+        norm_cfg=dict(num_groups=4, requires_grad=True, type='GN'),
+        type='ResNet'),
+    neck=dict(conv_cfg=dict(type='ConvWS'), norm_cfg=dict(num_groups=4, type='GN')),
+    roi_head=dict(
+        bbox_head=dict(conv_cfg=dict(type='ConvWS'), norm_cfg=dict(num_groups=4, type='GN')),
+        mask_head=dict(conv_cfg=dict(type='ConvWS'), norm_cfg=dict(num_groups=4, type='GN'))),
+    rpn_head=dict(type='RPNHead'))
+"""
+
+
+class ConvWS2d(nn.Conv2d):
+    """mmcv/cnn/bricks/conv_ws.py, in words of our own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(len(self.weight), -1)
+        centred = self.weight - flat.mean(dim=1).reshape(-1, 1, 1, 1)
+        weight = centred / (flat.std(dim=1).reshape(-1, 1, 1, 1) + 1e-5)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def detector(*keys: str) -> nn.Module:
+    torch.manual_seed(1)
+    return gn_detect.build_model(gn_detect.load_config(GN, [*SMALL, *keys])).eval()
+
+
+def write(path: Path, text: str, version: int, key: str = "config") -> dict[str, Tensor]:
+    """A file of mmdetection's with this config; returns the values in our names."""
+    state = schemes.randomised(detector())
+    theirs = schemes.mmdetection(state, version)
+    torch.save({"meta": {key: text, "epoch": 24}, "state_dict": theirs}, path)
+    return state
+
+
+@pytest.mark.parametrize(("version", "text", "key"), [(1, VARIABLES, "config"), (2, FLAT, "cfg")])
+def test_weight_standardisation_is_folded(version: int, text: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "ws.pth"
+    state = write(path, text, version, key)
+    model = detector()
+    report = load_weights(model, path)
+    assert not report.missing and not report.unexpected
+    own = model.state_dict()
+    folded = {name for name in state if not torch.equal(own[name], state[name])}
+    assert f"weight standardisation (ConvWS) folded into {len(folded)} convolutions" in report.converted
+    assert len(folded) == 53 + 8 + 4 + 4  # R-50, the pyramid, the box head, the mask head
+    assert not [name for name in folded if "rpn" in name or "deconv" in name or "predictor" in name]
+    for name in folded:
+        conv = ConvWS2d(*state[name].shape[1::-1], kernel_size=state[name].shape[2:], bias=False)
+        conv.weight.data.copy_(state[name])
+        x = torch.randn(2, state[name].shape[1], 9, 9)
+        torch.testing.assert_close(F.conv2d(x, own[name]), conv(x), rtol=1e-4, atol=1e-4)
+
+
+def test_plain_convolutions_stay(tmp_path: Path) -> None:
+    path = tmp_path / "plain.pth"
+    text = FLAT.replace("conv_cfg = dict(type='ConvWS')\n", "").replace("dict(type='ConvWS')", "None")
+    state = write(path, text, 2)
+    model = detector()
+    assert not load_weights(model, path).converted
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_only_the_parts_that_have_it(tmp_path: Path) -> None:
+    path = tmp_path / "neck.pth"
+    text = "model = dict(backbone=dict(conv_cfg=None), neck=dict(conv_cfg=dict(type='ConvWS', eps=0.5)))"
+    state = write(path, text, 2)
+    found = translate(read_checkpoint(path)).tensors
+    changed = [name for name, tensor in found.items() if not torch.equal(tensor, state[name])]
+    assert len(changed) == 8 and all(".fpn_" in name for name in changed)
+    weight = state["backbone.fpn_output3.weight"]
+    flat = weight.flatten(1)
+    expected = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 0.5)
+    torch.testing.assert_close(found["backbone.fpn_output3.weight"], expected.view_as(weight))
+
+
+WS = "conv_cfg=dict(type='ConvWS')"
+UNKNOWN = {
+    "conv_cfg = dict(type='ConvWS')": "cannot be told which convolutions .* conv_cfg in it",
+    "_base_ = 'x.py'\nconv_cfg = dict(type='ConvWS')\nmodel = dict(backbone=dict())": "cannot be told",
+    f"model = dict(backbone=dict({WS}), rpn_head=dict({WS}))": "see model.rpn_head.conv_cfg in it",
+    f"model = dict(backbone=dict({WS}), neck=dict(conv_cfg=other))": "see model.neck.conv_cfg in it",
+    "model = dict(backbone=dict(conv_cfg=dict(type='ConvAWS')))": "type ConvAWS in its backbone",
+}
+
+
+@pytest.mark.parametrize("text", UNKNOWN)
+def test_what_cannot_be_told_is_refused(text: str, tmp_path: Path) -> None:
+    write(tmp_path / "ws.pth", text, 2)
+    with pytest.raises(UserError, match=UNKNOWN[text]):
+        load_weights(detector(), tmp_path / "ws.pth")
+
+
+@pytest.mark.parametrize(("version", "text"), [(1, VARIABLES), (2, FLAT)])
+def test_the_groups_of_the_config(version: int, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "ws.pth"
+    write(path, text, version)
+    checkpoint = read_checkpoint(path)
+    groups = norm_groups_of(checkpoint, translate(checkpoint).tensors)
+    model = detector()
+    assert groups == {n: 4 for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
+    keys = read_architecture(checkpoint).keys
+    assert (keys["MODEL.GN.NUM_GROUPS"], keys["MODEL.GN.MIN_CHANNELS_PER_GROUP"]) == (4, 1)
+    other = detector("MODEL.GN.NUM_GROUPS", "2")
+    with pytest.raises(UserError, match="has 4 groups in '.*', and the model 2; set MODEL.GN.NUM_GROUPS 4"):
+        load_weights(other, path)
+
+
+def test_the_eps_of_the_config(tmp_path: Path) -> None:
+    path, model = tmp_path / "gn.pth", detector()
+    write(path, FLAT.replace("num_groups=4, type", "num_groups=4, eps=1e-3, type"), 2)
+    load_weights(model, path)
+    eps = {name: m.eps for name, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
+    assert {value for name, value in eps.items() if "bottom_up" in name} == {1e-5}
+    assert {value for name, value in eps.items() if "bottom_up" not in name} == {1e-3}
+
+
+def test_batch_norms_have_no_groups(tmp_path: Path) -> None:
+    """A backbone of BatchNorms below a pyramid of group norms, each with its own norm_cfg."""
+    group = "norm_cfg=dict(type='GN', num_groups=2)"
+    text = f"model=dict(backbone=dict(norm_cfg=dict(type='BN')), neck=dict({group}))"
+    tensors = {f"{name}.weight": torch.ones(4) for name in ("backbone.bn1", "neck.fpn_convs.0.gn")}
+    torch.save({"meta": {"config": text}, "state_dict": tensors}, tmp_path / "m.pth")
+    assert norm_groups_of(read_checkpoint(tmp_path / "m.pth")) == {"neck.fpn_convs.0.gn": 2}
+    assert norm_eps_of(read_checkpoint(tmp_path / "m.pth")) == {}
+
+
+def test_our_own_file_of_it_is_not_folded_twice(tmp_path: Path) -> None:
+    write(tmp_path / "ws.pth", FLAT, 2)
+    once = translate(read_checkpoint(tmp_path / "ws.pth")).tensors
+    save_weights(tmp_path / "ours.pth", once)
+    again = translate(read_checkpoint(tmp_path / "ours.pth"))
+    assert not again.changes and all(torch.equal(tensor, once[n]) for n, tensor in again.tensors.items())
+
+
+def test_later_texts_replace_former_ones() -> None:
+    text = """
+    norm_cfg = dict(type='BN', requires_grad=True)
+    model = dict(backbone=dict(norm_cfg=norm_cfg, conv_cfg={'type': "ConvWS"}, out=(0, 1, 2)))
+    norm_cfg = dict(type="GN", num_groups=8)  # conv_cfg=dict(type='Other')
+    model = dict(backbone=dict(norm_cfg=norm_cfg, conv_cfg=None), note='model = dict(neck=1)')
+    """
+    sections = read_sections(text)
+    norm = {"type": '"GN"', "requires_grad": "True", "num_groups": "8"}
+    assert sections["model.backbone.norm_cfg"] == norm
+    assert "model.backbone.conv_cfg" not in sections and "model.neck" not in sections
+
+
+MANY = "".join(f"k{i}=1," for i in range(30_000))
+HOSTILE = {
+    "open": "(" * 300_000,
+    "nested": "a=dict(" * 60_000,
+    "quotes": "'\\" * 200_000,
+    "long string": "'''" + "a" * 300_000,
+    "mixed": "[{" * 100_000 + "a=1,",
+    "references": f"a=dict({MANY})\nm=dict({MANY.replace('1', 'a')})",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_text_takes_no_time(text: str) -> None:
+    start = time.process_time()
+    read_sections(text)
+    assert time.process_time() - start < 5
