@@ -38,7 +38,9 @@ def test_message(
     rows = [row.pattern for row in documented_messages(repository) if row.search(message)]
     assert len(rows) == 1, f"docs/troubleshooting.md has {len(rows)} rows for: {message}"
     left = {path.name for path in case.output.glob("*")} if case.output.is_dir() else set()
-    assert not [file for file in left if file.endswith((".pth", ".tmp"))]
+    pointer = case.output / "last_checkpoint"  # where an image is at fault, iterations may have been done
+    saved = {pointer.read_text()} if pointer.exists() else set()
+    assert {file for file in left if file.endswith((".pth", ".tmp"))} <= saved
 
 
 def test_the_table_has_no_row_more_than_there_are_mistakes(repository: Path) -> None:
