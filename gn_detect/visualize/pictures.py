@@ -108,7 +108,8 @@ def encode_picture(picture: np.ndarray, max_width: int, quality: int = 80) -> by
     """
     height, width = picture.shape[:2]
     scale = min(1.0, max_width / width, WEBP_SIDE / height)
-    picture = resized(picture, max(1, round(height * scale)), max(1, round(width * scale)))
+    if scale < 1:
+        picture = resized(picture, max(1, round(height * scale)), max(1, round(width * scale)))
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="WEBP", quality=quality)
     return buffer.getvalue()
