@@ -9,6 +9,7 @@ import pycocotools.mask as coco_mask
 import torch
 import torchvision
 from torch import Tensor
+from torch.nn import functional
 
 from ..structures import PolygonMask
 
@@ -111,8 +112,8 @@ def _interpolation_matrix(start: Tensor, stop: Tensor, cells: int, pixels: Tenso
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
     """Predicted masks resized into their boxes on an empty image.
 
-    Bilinear resizing is separable, so each mask is two small matrix products in place of a sampling grid
-    (same values as detectron2's ``paste_masks_in_image`` to rounding).
+    As detectron2's ``paste_masks_in_image``: on the CPU to the last bit (the same sampling of each mask), on an
+    accelerator to rounding, which turns over pixels whose probability is the threshold.
 
     Args:
         masks: (N, S, S) probabilities.
@@ -135,7 +136,10 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
 
 
 def _paste_in_chunks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """On an accelerator whole images are computed, many at a time."""
+    """On an accelerator whole images are computed, many at a time.
+
+    Bilinear resizing is separable, so each mask is two small matrix products in place of a sampling grid.
+    """
     height, width = size
     cells = masks.shape[-1]
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
@@ -153,13 +157,18 @@ def _paste_in_chunks(masks: Tensor, boxes: Tensor, size: tuple[int, int], thresh
 def _paste_each(pasted: Tensor, masks: Tensor, boxes: Tensor, threshold: float) -> None:
     """On the CPU only the pixels around each box are computed."""
     height, width = pasted.shape[1:]
-    cells = masks.shape[-1]
     begin = (boxes[:, :2].floor() - 1).clamp(min=0).int().tolist()
     end = (boxes[:, 2:].ceil() + 1).int().tolist()
     for i, ((x0, y0), (x1, y1)) in enumerate(zip(begin, end, strict=True)):
         x1, y1 = min(x1, width), min(y1, height)
-        rows = torch.arange(y0, y1, dtype=torch.float32)
-        columns = torch.arange(x0, x1, dtype=torch.float32)
-        vertical = _interpolation_matrix(boxes[i, None, 1], boxes[i, None, 3], cells, rows)[0]
-        horizontal = _interpolation_matrix(boxes[i, None, 0], boxes[i, None, 2], cells, columns)[0]
-        pasted[i, y0:y1, x0:x1] = vertical @ masks[i] @ horizontal.T >= threshold
+        if x0 < x1 and y0 < y1:
+            x = _sampling_positions(boxes[i, 0], boxes[i, 2], x0, x1)
+            y = _sampling_positions(boxes[i, 1], boxes[i, 3], y0, y1)
+            grid = torch.stack([x.expand(y1 - y0, -1), y[:, None].expand(-1, x1 - x0)], dim=2)
+            values = functional.grid_sample(masks[i, None, None], grid[None], align_corners=False)
+            pasted[i, y0:y1, x0:x1] = values[0, 0] >= threshold
+
+
+def _sampling_positions(start: Tensor, stop: Tensor, first: int, last: int) -> Tensor:
+    """Centres of the pixels [first, last) in [start, stop), which is [-1, 1] for ``grid_sample``."""
+    return (torch.arange(first, last, dtype=torch.float32) + 0.5 - start) / (stop - start) * 2 - 1

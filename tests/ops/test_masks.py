@@ -42,6 +42,22 @@ def test_pasting_equals_grid_sampling() -> None:
     assert pasted.any(dim=(1, 2)).sum() > 30
 
 
+@pytest.mark.parametrize("cells", [28, 56])
+def test_pixels_at_the_threshold_fall_where_grid_sampling_lets_them_fall(cells: int) -> None:
+    """An edge through pixels' centres has the threshold there, but for rounding, which differs for each box."""
+    generator = torch.Generator().manual_seed(1)
+    edge = torch.randint(1, cells, (100,), generator=generator)
+    width = 4 + 60 * torch.rand(100, generator=generator)
+    left = 40.5 - width * edge / cells
+    boxes = torch.stack([left, torch.full_like(left, 3), left + width, torch.full_like(left, 70)], dim=1)
+    masks = (torch.arange(cells) >= edge[:, None]).float()[:, None].repeat(1, cells, 1)
+    masks[50:], boxes[50:] = masks[50:].transpose(1, 2).clone(), boxes[50:, [1, 0, 3, 2]]
+    expected = paste_by_grid_sample(masks, boxes, (90, 120))
+    pasted = paste_masks(masks, boxes, (90, 120))
+    assert ((expected - 0.5).abs() < 1e-5).sum() > 3000
+    assert torch.equal(pasted, expected >= 0.5)
+
+
 def test_pasting_nothing() -> None:
     assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (9, 12)).shape == (0, 9, 12)
 
