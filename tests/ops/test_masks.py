@@ -44,7 +44,7 @@ def test_pasting_equals_grid_sampling() -> None:
 
 @pytest.mark.parametrize("cells", [28, 56])
 def test_pixels_at_the_threshold_fall_where_grid_sampling_lets_them_fall(cells: int) -> None:
-    """An edge through pixels' centres has the threshold there, but for rounding, which differs for each box."""
+    """An edge through centres of pixels has the threshold there, but for rounding, other for each box."""
     generator = torch.Generator().manual_seed(1)
     edge = torch.randint(1, cells, (100,), generator=generator)
     width = 4 + 60 * torch.rand(100, generator=generator)
