@@ -112,8 +112,8 @@ def _interpolation_matrix(start: Tensor, stop: Tensor, cells: int, pixels: Tenso
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
     """Predicted masks resized into their boxes on an empty image.
 
-    As detectron2's ``paste_masks_in_image``: to the last bit on the CPU (the same sampling of each mask), on an
-    accelerator to rounding, which turns over pixels whose probability is the threshold.
+    As detectron2's ``paste_masks_in_image``: on the CPU to the last bit (the same sampling of each mask), on
+    an accelerator to rounding, which turns over pixels whose probability is the threshold.
 
     Args:
         masks: (N, S, S) probabilities.
