@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -18,16 +18,13 @@ from ..weights import (
     Checkpoint,
     InputConvention,
     load_weights,
-    norm_eps_of,
     norm_settings,
     read_checkpoint,
 )
+from .calibration import add_calibration_arguments, calibrate_detector, calibrate_library_model
 from .convert import (
     KEPT,
-    add_calibration_arguments,
     add_group_arguments,
-    calibrate_detector,
-    calibrate_library_model,
     check_outputs,
     group_rule,
     how_to_load,
@@ -106,6 +103,8 @@ def _converted(
     args: argparse.Namespace, original: nn.Module, checkpoint: Checkpoint
 ) -> tuple[nn.Module, ConversionReport]:
     """The original's GroupNorm twin with the converted weights."""
-    model, report = convert_norm(original, eps=norm_eps_of(checkpoint) or None, **group_rule(args))
+    model, report = convert_norm(original, **group_rule(args))
     load_weights(model, checkpoint)
+    for layer in report.layers:  # the file's, which may have other names
+        layer.eps = cast(nn.GroupNorm, model.get_submodule(layer.name)).eps
     return model, report

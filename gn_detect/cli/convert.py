@@ -6,21 +6,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..config import Config, load_config
-from ..convert import ConversionReport, calibrate, convert_norm, convert_state_dict
+from ..config.types import to_plain, value_at
+from ..convert import ConversionReport, convert_norm, convert_state_dict
 from ..convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
-from ..data import prepare_image, read_image, read_image_list
 from ..engine.model import make_model
 from ..errors import UserError
 from ..files import check_writable
-from ..modeling import paired_outputs
 from ..weights import (
+    CONFIG_KEYS,
     NORM_EPS,
     SUFFIXES,
+    UNTOLD,
     Checkpoint,
     InputConvention,
     as_metadata,
@@ -34,9 +33,11 @@ from ..weights import (
     save_weights,
     standardised_convs,
     translate,
+    untold_group_norms,
+    untold_keys,
 )
-from .inputs import find_images
-from .library_models import DEFAULT, LibraryModel, is_library_model, load_library_model
+from .calibration import add_calibration_arguments, calibrate_detector, calibrate_library_model
+from .library_models import DEFAULT, is_library_model, load_library_model
 from .options import add_config_arguments, add_fix_argument, fix_config
 from .output import Result
 
@@ -103,36 +104,6 @@ def add_group_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_calibration_arguments(calibration: argparse._ActionsContainer, required: bool = False) -> None:
-    """Which images, and how long."""
-    calibration.add_argument(
-        "--images", metavar="FOLDER|JSON", required=required, help="without labels; a COCO JSON names them"
-    )
-    calibration.add_argument(
-        "--image-folder", metavar="FOLDER", help="of the JSON's images; by default its own"
-    )
-    calibration.add_argument("--max-images", type=int, default=500, help="spread over all of them")
-    calibration.add_argument("--steps", type=int, default=400)
-    calibration.add_argument("--batch-size", type=int, help="8; 2 for detectors")
-    calibration.add_argument(
-        "--learning-rate", type=float, default=1e-4, help="of all other weights, at its highest"
-    )
-    calibration.add_argument(
-        "--norm-learning-rate", type=float, default=2e-3, help="of the norms' weights and biases"
-    )
-    calibration.add_argument(
-        "--block-weight",
-        type=float,
-        default=30.0,
-        help="of the blocks' differences, on average, beside the outputs'",
-    )
-    calibration.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help="to go on from, if it is interrupted; deleted when DST is written",
-    )
-
-
 def run(args: argparse.Namespace) -> Result:
     """Write DST, print the report, and say which config keys it needs."""
     target = _target(args)
@@ -158,6 +129,7 @@ def run(args: argparse.Namespace) -> Result:
             tensors, told, report = _convert_detector(args, cfg, checkpoint)
             metadata |= told
             metadata["input"] = InputConvention.of_config(cfg).as_metadata()
+            metadata |= _config_keys({key: value_at(cfg, key) for key in UNTOLD})
         else:
             if args.relative_eps:
                 raise UserError("--relative-eps needs the detector's --config-file, or the name of a model")
@@ -166,10 +138,11 @@ def run(args: argparse.Namespace) -> Result:
                     f"{args.source} standardises weights (ConvWS); fold that first with gn-detect convert "
                     "--keep-norm, and convert what it writes"
                 )
-            metadata |= _input_of(checkpoint)
+            metadata |= _input_of(checkpoint) | _config_keys(untold_keys(checkpoint))
             eps = 0.0 if computes_with_eps_0(checkpoint) else 1e-5
             eps = eps if args.eps is None else args.eps
             tensors, report = convert_state_dict(checkpoint.tensors, eps=eps, **group_rule(args))
+            _refuse_untold_groups(args, checkpoint)
             metadata |= as_metadata(
                 norm_eps_of(checkpoint) | {layer.name: layer.eps for layer in report.layers},
                 norm_groups_of(checkpoint) | {layer.name: layer.groups for layer in report.layers},
@@ -241,6 +214,8 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     kept |= as_metadata(
         norm_eps_of(checkpoint, translation.tensors), norm_groups_of(checkpoint, translation.tensors)
     )
+    if "config" not in kept and (keys := untold_keys(checkpoint)):
+        kept[CONFIG_KEYS] = to_plain(keys)
     save_weights(target, translation.tensors, kept | _input_of(checkpoint))
     print(f"wrote {len(translation.tensors)} tensors to {target}; names of {translation.scheme}")
     for change in translation.changes:
@@ -253,6 +228,12 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
         "left_out": translation.left_out,
     }
     return Result({"weights": str(target), **told})
+
+
+def _config_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    """What to add to a converted file's metadata. It tells the groups and the eps of each norm elsewhere."""
+    kept = {key: value for key, value in keys.items() if not key.startswith("MODEL.GN.")}
+    return {CONFIG_KEYS: to_plain(kept)} if kept else {}
 
 
 def _input_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -289,6 +270,21 @@ def _refuse_mixed_groups(model: nn.Module) -> None:
         )
 
 
+def _refuse_untold_groups(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """As :func:`_refuse_mixed_groups`, of a file without a config, whose GroupNorms may have any groups.
+
+    Raises:
+        UserError: it has such, and the converted ones would have other groups than detectron2's.
+    """
+    untold = untold_group_norms(checkpoint)
+    if untold and args.min_channels_per_group > 1:
+        raise UserError(
+            f"{len(untold)} norms of {args.source} are GroupNorms already, such as '{untold[0]}', and keep "
+            "their groups, which the file does not tell; give its --config-file, or "
+            "--min-channels-per-group 1 if they are detectron2's 32 groups"
+        )
+
+
 def group_rule(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of :func:`gn_detect.convert_norm`.
 
@@ -311,21 +307,6 @@ def _convert_library_model(
     return dict(model.state_dict()), norm_settings(model), report
 
 
-def calibrate_library_model(
-    args: argparse.Namespace, found: LibraryModel, model: nn.Module, report: ConversionReport
-) -> None:
-    """Bring ``model`` closer to ``found.model`` with ``--images``."""
-    if found.prepare is None:
-        raise UserError(
-            f"{args.source} does not take single pictures, so --images cannot calibrate it; leave them "
-            "away, or call gn_detect.calibrate with what the model takes"
-        )
-    images = torch.stack(
-        [found.prepare(Image.fromarray(read_image(path, "RGB"))) for path in _find_images(args)]
-    )
-    _calibrate(args, found.model, model, images, report, batch_size=args.batch_size or 8)
-
-
 def _convert_detector(
     args: argparse.Namespace, cfg: Config, checkpoint: Checkpoint
 ) -> tuple[dict[str, Tensor], dict[str, Any], ConversionReport]:
@@ -338,59 +319,3 @@ def _convert_detector(
     if args.images:
         calibrate_detector(args, cfg, original, model, report)
     return dict(model.state_dict()), norm_settings(model), report
-
-
-def calibrate_detector(
-    args: argparse.Namespace, cfg: Config, original: nn.Module, model: nn.Module, report: ConversionReport
-) -> None:
-    """Bring ``model`` closer to ``original``, a detector of ``cfg``, with ``--images``."""
-    images = [prepare_image(read_image(path, "RGB"), cfg) for path in _find_images(args)]
-    _calibrate(args, original, model, _batches(images, args.batch_size or 2), report, outputs=paired_outputs)
-
-
-def _batches(images: list[Tensor], size: int) -> list[list[Tensor]]:
-    return [images[start : start + size] for start in range(0, len(images), size)]
-
-
-def _calibrate(
-    args: argparse.Namespace,
-    original: nn.Module,
-    model: nn.Module,
-    images: Tensor | list[list[Tensor]],
-    report: ConversionReport,
-    **settings: Any,
-) -> None:
-    calibrate(
-        original,
-        model,
-        images,
-        args.steps,
-        learning_rate=args.learning_rate,
-        norm_learning_rate=args.norm_learning_rate,
-        block_weight=args.block_weight,
-        checkpoint=args.checkpoint,
-        report=report,
-        **settings,
-    )
-
-
-def _find_images(args: argparse.Namespace) -> list[Path]:
-    """At most ``--max-images``, spread evenly over the folder or the COCO JSON."""
-    given = Path(args.images)
-    if args.max_images < 2:
-        raise UserError(f"--max-images {args.max_images}: a calibration needs two images at least")
-    if args.image_folder and given.suffix != ".json":
-        raise UserError("--image-folder belongs to --images FILE.json")
-    if given.suffix == ".json":
-        paths = read_image_list(given, Path(args.image_folder or given.parent))
-    else:
-        paths = find_images([args.images])
-    count = min(args.max_images, len(paths))
-    paths = [paths[i * len(paths) // count] for i in range(count)]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise UserError(
-            f"{args.images}: {len(missing)} of {count} images are missing, such as {missing[0]}; name "
-            "their folder with --image-folder"
-        )
-    return paths

@@ -12,7 +12,7 @@ HELP = "Evaluate a checkpoint, MODEL.WEIGHTS, on DATASETS.TEST."
 EXAMPLES = """
 gn-detect eval --config-file runs/one/config.yaml --weights runs/one/model_best.pth
 gn-detect eval --config-file runs/one/config.yaml --weights runs/one/model_best.pth \\
-    --val-json other.json --val-images images
+    --val-json other.json --val-images images OUTPUT_DIR runs/other
 gn-detect eval --json --config-file GN/mask_rcnn_R_50_FPN_3x_gn.yaml --weights zoo://mask-R-50-FPN-GN-3x
 """
 

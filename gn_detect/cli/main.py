@@ -108,7 +108,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The parsed command line; flags may part ``KEY VALUE`` pairs or inputs, which argparse alone refuses."""
     parser = make_parser()
     args, rest = parser.parse_known_args(arguments)
-    lists = [name for name in ("overrides", "inputs") if hasattr(args, name)]
+    lists = [name for name in ("overrides", "inputs", "runs") if hasattr(args, name)]
     if any(re.match("--?[A-Za-z]", word) for word in rest) or (rest and not lists):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

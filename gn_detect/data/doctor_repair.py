@@ -124,7 +124,9 @@ class _Images:
             return entry
         probe = self.probes.get(str(self.rules.folder / str(entry.get("file_name"))))
         given: tuple[Any, Any] = (entry.get("height"), entry.get("width"))
-        if probe is None or not probe.sizes or given in probe.sizes:
+        if probe is None or not probe.sizes:
+            return entry
+        if given in probe.sizes and all(map(is_integer, given)):  # 48.0 equals 48, and is no size
             return entry
         what = f"image {entry.get('id')}"
         used = self.used.get(entry.get("id"), ())
@@ -139,6 +141,10 @@ class _Images:
         height, width = probe.sizes[0]
         self.changes.append(f"{what}: size {given} becomes {(height, width)} (height, width)")
         return {**entry, "height": height, "width": width}
+
+
+def _is_set(flag: Any) -> bool:
+    return str(flag).strip().lower() in ("1", "1.0", "true", "yes")
 
 
 def _fit(annotations: Sequence[dict[str, Any]], height: int, width: int, border: float = BORDER) -> bool:
@@ -225,11 +231,13 @@ class _Annotations:
 
     def _mend_flags(self, entry: dict[str, Any], what: str) -> None:
         if entry.get("ignore", 0) != 0:
-            self._say(what, "'ignore' becomes 'iscrowd' 1")
-            entry["iscrowd"] = 1
-            del entry["ignore"]
+            if _is_set(entry.pop("ignore")):
+                self._say(what, "'ignore' becomes 'iscrowd' 1")
+                entry["iscrowd"] = 1
+            else:
+                self._say(what, "'ignore', which says neither, removed")
         if "iscrowd" not in entry or entry["iscrowd"] not in (0, 1):
-            value = int(str(entry.get("iscrowd")).strip().lower() in ("1", "1.0", "true", "yes"))
+            value = int(_is_set(entry.get("iscrowd")))
             self._say(what, f"'iscrowd' {value}")
             entry["iscrowd"] = value
 
@@ -243,10 +251,17 @@ class _Annotations:
             if len(good) < len(given):
                 self._say(what, f"{len(given) - len(good)} of {len(given)} polygons removed")
                 entry["segmentation"] = given = good
-        polygons, rle = self.rules.segmentation(given, image, what)
-        measures = measure_mask(polygons, rle, image)
-        if measures.area == 0:
-            raise DataError(f"{what} has a mask without a pixel")
+        try:
+            polygons, rle = self.rules.segmentation(given, image, what)
+            measures = measure_mask(polygons, rle, image)
+            if measures.area == 0:
+                raise DataError(f"{what} has a mask without a pixel")
+        except DataError:
+            if self.masks:
+                raise
+            self._say(what, "its unusable mask removed; the box stays")
+            del entry["segmentation"]
+            return None
         if entry["iscrowd"] and polygons:
             self._say(what, "the crowd's polygons become an RLE")
             entry["segmentation"] = measures.rle

@@ -86,7 +86,10 @@ def survey(source: DatasetSource, masks: bool | None = None) -> Survey:
 
 def _is_object_with_mask(entry: Any) -> bool:
     """Crowds do not count: in datasets of boxes they may be RLE, too, and nothing is learned from them."""
-    return isinstance(entry, dict) and bool(entry.get("segmentation")) and not entry.get("iscrowd")
+    if not isinstance(entry, dict) or entry.get("iscrowd"):
+        return False
+    mask = entry.get("segmentation")
+    return any(mask) if isinstance(mask, list) else bool(mask)  # [[]] is a polygon without a corner
 
 
 def sizes_of(boxes: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ HISTORY = "checkpoints.txt"
 FINAL = "model_final.pth"
 BEST = "model_best.pth"
 METRICS = "metrics.jsonl"
+INFERENCE, RESULTS = "inference", "results.json"
 EARLIER = ".earlier"
 """Ending of what an earlier run left under a name that this one uses."""
 
@@ -147,12 +149,13 @@ def _check_sums(path: Path) -> None:
 def start_anew(folder: Path) -> None:
     """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's.
 
-    Its best weights and its metrics, which this run writes under the same names, are kept aside.
+    Its best weights, metrics and evaluations, which this run writes under the same names, are kept aside.
     """
-    kept = [name for name in (BEST, METRICS) if (folder / name).exists()]
+    kept = [name for name in (BEST, METRICS, INFERENCE, RESULTS) if (folder / name).exists()]
     if restart_count() > 0:  # they are of this run's first attempt
         kept = []
     for name in kept:
+        shutil.rmtree(folder / f"{name}{EARLIER}", ignore_errors=True)  # a folder takes no other's place
         os.replace(folder / name, folder / f"{name}{EARLIER}")
     if kept:
         names = " and ".join(f"{name}{EARLIER}" for name in kept)

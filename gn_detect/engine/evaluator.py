@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..config import Config, dump_config, load_config
 from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes, check_order
 from ..errors import UserError
 from ..evaluation import evaluate_model
-from ..files import atomic_write_json, remedy
+from ..files import atomic_write_json, atomic_write_text, remedy
 from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, load_weights, read_checkpoint
-from .checkpoint import read_last_checkpoint
+from .checkpoint import INFERENCE, RESULTS, read_last_checkpoint
 from .distributed import get_rank, is_main, resolve_device, share_buffers, world_size
 from .model import make_model
 from .writers import run_log
-
-if TYPE_CHECKING:
-    from ..config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +31,16 @@ TestSets = dict[str, tuple[SampleLoader, CocoDataset]]
 def evaluate(cfg: Config, *, resume: bool = False) -> Results:
     """Box and mask AP of a checkpoint on ``DATASETS.TEST``.
 
-    Writes ``OUTPUT_DIR/inference/<dataset>/`` and ``OUTPUT_DIR/results.json``.
+    Writes ``OUTPUT_DIR/inference/<dataset>/`` and ``OUTPUT_DIR/results.json``, and where there is none its
+    ``config.yaml``, so that it can be reported on.
 
     Args:
         cfg: ``MODEL.WEIGHTS`` is the checkpoint.
         resume: take the newest checkpoint of ``OUTPUT_DIR`` instead, if there is one.
 
     Raises:
-        UserError: there is no checkpoint, it does not fit the config, or the data are wrong.
+        UserError: there is no checkpoint, it does not fit the config, the data are wrong, or ``OUTPUT_DIR``
+            holds the results of other data of the same name.
     """
     with run_log() as log:
         device = resolve_device(cfg)
@@ -58,6 +58,7 @@ def evaluate(cfg: Config, *, resume: bool = False) -> Results:
         checkpoint = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights)
         for _, dataset in tests.values():
             check_order(dataset, checkpoint.metadata.get("class_names"), checkpoint.path)
+        _refuse_other_data(cfg)
         logger.info("%s", load_weights(model, checkpoint, config=cfg))
         model.to(device)
         if is_main():
@@ -65,8 +66,30 @@ def evaluate(cfg: Config, *, resume: bool = False) -> Results:
             log.open(Path(cfg.output_dir) / "log.txt")
         results = evaluate_test_sets(cfg, model, tests)
         if is_main():
-            write_results(Path(cfg.output_dir) / "results.json", results)
+            write_results(Path(cfg.output_dir) / RESULTS, results)
+            config = Path(cfg.output_dir) / "config.yaml"
+            if not config.exists():
+                atomic_write_text(config, dump_config(cfg))
         return results
+
+
+def _refuse_other_data(cfg: Config) -> None:
+    """Results that take the place of a run's own belong to the data that its config names."""
+    earlier = Path(cfg.output_dir) / "config.yaml"
+    if not earlier.is_file():
+        return
+    try:
+        registered = load_config(earlier).datasets.registered
+    except UserError:  # damaged, or of another version: nothing is known of its data
+        return
+    for name in cfg.datasets.test:
+        before, now = registered.get(name), cfg.datasets.registered.get(name)
+        if before is not None and now is not None and before != now:
+            raise UserError(
+                f"{cfg.output_dir} holds a run whose '{name}' is {before.annotations}, and its results would "
+                f"be replaced by those on {now.annotations}; add another OUTPUT_DIR, such as "
+                f"{cfg.output_dir}-{Path(now.annotations).stem}"
+            )
 
 
 def load_test_sets(cfg: Config) -> TestSets:
@@ -89,14 +112,14 @@ def evaluate_test_sets(cfg: Config, model: MaskRCNN, tests: TestSets) -> Results
     share_buffers(model)
     results = {}
     for name, (loader, dataset) in tests.items():
-        folder = Path(cfg.output_dir) / "inference" / name
+        folder = Path(cfg.output_dir) / INFERENCE / name
         logger.info("evaluating %d images of %s", len(dataset), name)
         backend = cfg.test.coco_eval_backend
         with model.in_memory_format(detection_format(cfg)):
             found = evaluate_model(model, loader, dataset, folder, backend=backend, iou_types=iou_types)
         results[name] = found
         if is_main():
-            write_results(folder / "results.json", results[name])
+            write_results(folder / RESULTS, results[name])
     return next(iter(results.values())) if len(results) == 1 else results
 
 

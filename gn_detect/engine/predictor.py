@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from ..data import prepare_image, read_image
 from ..errors import UserError
 from ..modeling import detection_format
 from ..structures import Detections
-from ..weights import load_weights, read_checkpoint
+from ..weights import COCO_IDS, load_weights, read_checkpoint
 from .distributed import resolve_device
 from .model import make_model
 
@@ -28,8 +30,9 @@ class Predictor:
     Attributes:
         model: in evaluation mode, on ``MODEL.DEVICE``.
         report: how the weights were loaded.
-        class_names: by label; ``class 0``, ``class 1``, ... where the checkpoint does not tell them.
-        category_ids: the ids in the training JSON; 1, 2, ... where the checkpoint does not tell them.
+        class_names: by label; where the checkpoint does not tell them COCO's, if the config's training sets
+            are COCO's, or ``class 0``, ``class 1``, ...
+        category_ids: the ids in the training JSON; as ``class_names`` COCO's, or 1, 2, ...
 
     Raises:
         UserError: there is no checkpoint, or it does not fit the config.
@@ -49,11 +52,12 @@ class Predictor:
         self.model.to(device).eval()
         count = self.model.num_classes
         told = checkpoint.metadata
-        self.class_names: list[str] = _of_length(count, told.get("class_names")) or [
-            f"class {i}" for i in range(count)
-        ]
-        self.category_ids: list[int] = _of_length(count, told.get("category_ids")) or list(
-            range(1, count + 1)
+        names, ids = _of_coco() if _is_of_coco(cfg) else ([], [])
+        self.class_names: list[str] = (
+            _of_length(count, told.get("class_names")) or names or [f"class {i}" for i in range(count)]
+        )
+        self.category_ids: list[int] = (
+            _of_length(count, told.get("category_ids")) or ids or list(range(1, count + 1))
         )
 
     def __call__(self, image: str | Path | np.ndarray) -> Detections:
@@ -82,6 +86,22 @@ def read_pixels(image: str | Path | np.ndarray) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(f"image must be uint8 (H, W, 3) RGB, not {pixels.dtype} {pixels.shape}")
     return pixels
+
+
+def _is_of_coco(cfg: Config) -> bool:
+    """Whether a config is for COCO's 80 categories, as published checkpoints are, which tell no names."""
+    sets = cfg.datasets.train
+    return (
+        cfg.model.roi_heads.num_classes == len(COCO_IDS)
+        and len(sets) > 0
+        and all(re.match(r"coco_20\d\d_", name) and name not in cfg.datasets.registered for name in sets)
+    )
+
+
+def _of_coco() -> tuple[list[str], list[int]]:
+    """Names and ids by label."""
+    names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [names[i] for i in COCO_IDS], list(COCO_IDS)
 
 
 def _of_length(count: int, values: Any) -> list[Any] | None:

@@ -17,7 +17,7 @@ from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
 from ..weights import NORM_EPS, NORM_GROUPS, USUAL_EPS, norm_settings
 from .black_box import examine, replay_command, seed_iteration, write_black_box
-from .checkpoint import BEST, FINAL, checkpoint_name, save_checkpoint
+from .checkpoint import BEST, FINAL, RESULTS, checkpoint_name, save_checkpoint
 from .distributed import barrier, gather, get_rank, is_main, parallelize, restart_count, world_size
 from .evaluator import Results, evaluate_test_sets, scalars_of, write_results
 from .interruption import Interruption
@@ -260,7 +260,7 @@ def finish(run: Run, writer: MetricsWriter | None) -> Results:
             run.evaluate_first = False
             save(run, writer, {}, last)  # with what is best now
     if is_main():
-        write_results(run.folder / "results.json", results)
+        write_results(run.folder / RESULTS, results)
         draw_curves(run.folder, run.folder / "pictures" / "curves.png")
         for _, test_set in run.tests.values():
             model = cast(MaskRCNN, run.state.evaluated)

@@ -21,6 +21,11 @@ _PNG = {"compress_level": 4}
 WEBP_SIDE = 16383
 """Pixels; the format has no larger ones."""
 
+_LARGEST_TEXT = 48
+"""Points of titles, so that they stay a strip above pictures of any width."""
+_LEGEND_WIDTH = 360
+"""Pixels that a picture with a legend takes at least."""
+
 Legend = Sequence[tuple[str, str]]
 """Texts, each beside a patch of its colour."""
 
@@ -41,10 +46,13 @@ def side_by_side(
     for given, what in ((titles, "titles"), (legends, "legends")):
         if given and len(given) != len(pictures):
             raise ValueError(f"{len(given)} {what} for {len(pictures)} pictures")
-    row = _row(pictures, max(picture.shape[0] for picture in pictures))
+    height = max(picture.shape[0] for picture in pictures)
+    if legends:
+        pictures = [_widened(picture, _LEGEND_WIDTH * picture.shape[0] / height) for picture in pictures]
+    row = _row(pictures, height)
     if not titles:
         return row
-    size = max(12, row.shape[1] // 60)
+    size = min(max(12, row.shape[1] // 60), _LARGEST_TEXT)
     strip = np.full(((4 if legends else 2) * size, row.shape[1], 3), 255, dtype=np.uint8)
     canvas, left = Canvas.over(strip), 0.0
     for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
@@ -55,6 +63,13 @@ def side_by_side(
             _add_legend(canvas, legends[number], x, size)
         left += width + GAP
     return np.concatenate([canvas.flatten(), row])
+
+
+def _widened(picture: np.ndarray, width: float) -> np.ndarray:
+    """With white at both sides, where it is narrower."""
+    missing = max(0, round(width) - picture.shape[1])
+    sides = (0, 0), (missing // 2, missing - missing // 2), (0, 0)
+    return np.pad(picture, sides, constant_values=255)
 
 
 def _add_legend(canvas: Canvas, legend: Legend, x: float, size: float) -> None:

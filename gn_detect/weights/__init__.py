@@ -1,7 +1,15 @@
 """Checkpoints of many libraries: read without running what they contain, translated, loaded, saved whole."""
 
-from .architecture import Architecture, read_architecture
+from .architecture import (
+    CONFIG_KEYS,
+    UNTOLD,
+    Architecture,
+    read_architecture,
+    untold_group_norms,
+    untold_keys,
+)
 from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint, save_weights
+from .classes import COCO_IDS
 from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
 from .mmdetection_config import standardised_convs
@@ -20,9 +28,12 @@ from .torchvision_names import computes_with_eps_0
 from .translate import Translation, translate
 
 __all__ = [
+    "COCO_IDS",
+    "CONFIG_KEYS",
     "NORM_EPS",
     "NORM_GROUPS",
     "SUFFIXES",
+    "UNTOLD",
     "USUAL_EPS",
     "Architecture",
     "Checkpoint",
@@ -45,4 +56,6 @@ __all__ = [
     "set_norm_eps",
     "standardised_convs",
     "translate",
+    "untold_group_norms",
+    "untold_keys",
 ]

@@ -45,6 +45,11 @@ UNTOLD = (
 )
 """What no tensor tells: taken from the config inside the file, or from the model zoo's."""
 
+CONFIG_KEYS = "config_keys"
+"""The key in a checkpoint's metadata of such values, in files that :func:`untold_keys` were written to."""
+
+_RPN = "proposal_generator."
+
 _REMEDY = "give --config-file, the config that it was trained with"
 
 
@@ -85,7 +90,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     """
     tensors = translate(checkpoint).tensors
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    is_detector = any(name.startswith("proposal_generator.") for name in shapes)
+    is_detector = any(name.startswith(_RPN) for name in shapes)
     has_pyramid = any(name.startswith("backbone.fpn_lateral") for name in shapes)
     if is_detector and not has_pyramid:
         shapes = _with_stages_together(shapes)
@@ -94,11 +99,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         keys |= _pyramid_keys(checkpoint, shapes)
     if is_detector:
         keys |= _head_keys(shapes)
-    if translate(checkpoint).scheme == "torchvision" and is_detector:  # RoIAlign as torchvision has it
-        for head in ("BOX", "MASK"):
-            keys[f"MODEL.ROI_{head}_HEAD.POOLER_TYPE"] = "ROIAlign"
-            keys[f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO"] = 2
-    keys |= _told_keys(checkpoint)
+    keys |= untold_keys(checkpoint)
     names = checkpoint.metadata.get("class_names")
     return Architecture(
         keys,
@@ -186,11 +187,14 @@ def _head_keys(shapes: Shapes) -> dict[str, Any]:
     rpn = _count(shapes, r"proposal_generator\.rpn_head\.conv(\.conv\d+)?")
     if rpn > 1:
         keys["MODEL.RPN.CONV_DIMS"] = [-1] * rpn
-    outputs = "roi_heads.box_predictor"
+    outputs, head = "roi_heads.box_predictor", "roi_heads.mask_head"
+    classes = shapes.get(f"{outputs}.cls_score.weight", (0,))[0] - 1
     if f"{outputs}.bbox_pred.weight" in shapes:
-        deltas, classes = (shapes[f"{outputs}.{name}.weight"][0] for name in ("bbox_pred", "cls_score"))
-        keys["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"] = deltas == 4 and classes > 2
-    head = "roi_heads.mask_head"
+        deltas = shapes[f"{outputs}.bbox_pred.weight"][0]
+        keys["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"] = deltas == 4 and classes > 1
+    if f"{head}.predictor.weight" in shapes:
+        masks = shapes[f"{head}.predictor.weight"][0]
+        keys["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK"] = masks == 1 and classes > 1
     if f"{head}.deconv.weight" in shapes:
         keys["MODEL.ROI_MASK_HEAD.NUM_CONV"] = _count(shapes, rf"{head}\.mask_fcn\d+")
         keys["MODEL.ROI_MASK_HEAD.CONV_DIM"] = shapes[f"{head}.deconv.weight"][1]
@@ -202,10 +206,36 @@ def _count(shapes: Shapes, layer: str) -> int:
     return sum(re.fullmatch(rf"{layer}\.weight", name) is not None for name in shapes)
 
 
-def _told_keys(checkpoint: Checkpoint) -> dict[str, Any]:
-    """:data:`UNTOLD` keys, from the config that our checkpoints hold or from the zoo's entry."""
+def untold_keys(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Values of :data:`UNTOLD` keys, as far as anything beside the tensors tells them.
+
+    That is the config that our checkpoints hold, the zoo's entry, what :data:`CONFIG_KEYS` in the metadata
+    says, and torchvision's names, whose detectors have its RoIAlign. A new file with the same tensors under
+    other names, or without the config, keeps them under :data:`CONFIG_KEYS`.
+    """
     cfg = _told_config(checkpoint)
-    return _told_groups(checkpoint) if cfg is None else {key: value_at(cfg, key) for key in UNTOLD}
+    if cfg is not None:
+        return {key: value_at(cfg, key) for key in UNTOLD}
+    keys: dict[str, Any] = {}
+    translation = translate(checkpoint)
+    if translation.scheme == "torchvision" and any(name.startswith(_RPN) for name in translation.tensors):
+        for head in ("BOX", "MASK"):
+            keys[f"MODEL.ROI_{head}_HEAD.POOLER_TYPE"] = "ROIAlign"
+            keys[f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO"] = 2
+    told = checkpoint.metadata.get(CONFIG_KEYS)
+    if isinstance(told, dict):
+        keys |= {key: told[key] for key in UNTOLD if key in told}
+    return keys | _told_groups(checkpoint)
+
+
+def untold_group_norms(checkpoint: Checkpoint) -> list[str]:
+    """GroupNorms of a detector whose groups the file does not tell, by their names here; else empty."""
+    tensors = translate(checkpoint).tensors
+    if not any(name.startswith(_RPN) for name in tensors):
+        return []
+    told = norm_groups_of(checkpoint, tensors)
+    norms = [name.removesuffix(".weight") for name in tensors if name.endswith(".norm.weight")]
+    return [norm for norm in norms if norm not in told and f"{norm}.running_mean" not in tensors]
 
 
 def _told_groups(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -216,8 +246,10 @@ def _told_groups(checkpoint: Checkpoint) -> dict[str, Any]:
         if f"{name}.weight" in checkpoint.tensors
     }
     keys = group_keys(layers) if layers else None
-    names = ("MODEL.GN.NUM_GROUPS", "MODEL.GN.MIN_CHANNELS_PER_GROUP")
-    return {} if keys is None else dict(zip(names, keys, strict=True))
+    # Norms that it does not tell of have detectron2's groups, equal numbers, unless a config tells others.
+    if keys is None or (keys[1] > 1 and untold_group_norms(checkpoint)):
+        return {}
+    return {"MODEL.GN.NUM_GROUPS": keys[0], "MODEL.GN.MIN_CHANNELS_PER_GROUP": keys[1]}
 
 
 def _told_config(checkpoint: Checkpoint) -> Config | None:

@@ -13,7 +13,10 @@ import gn_detect
 from gn_detect import UserError
 from gn_detect.cli import main
 from gn_detect.cli.library_models import load_library_model
-from gn_detect.weights import read_checkpoint, save_weights
+from gn_detect.config import dump_config
+from gn_detect.convert import convert_state_dict
+from gn_detect.weights import as_metadata, read_architecture, read_checkpoint, save_weights
+from tests.weights.schemes import mmdetection
 from tests.weights.test_mmdetection_config import FLAT, write
 
 NORMS = [f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")]
@@ -161,7 +164,7 @@ def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
     words += ["--checkpoint", str(progress), "--config-file", CONFIG, "INPUT.MIN_SIZE_TEST", "64"]
     words += BATCH_NORM
     with monkeypatch.context() as patch:
-        patch.setattr("gn_detect.cli.convert.calibrate", lambda *_, **__: pytest.fail("told too late"))
+        patch.setattr("gn_detect.cli.calibration.calibrate", lambda *_, **__: pytest.fail("told too late"))
         assert main(words) == 2
     assert "cannot write" in capsys.readouterr().err and not progress.exists()
     target.rmdir()
@@ -334,3 +337,52 @@ def test_standardised_weights_are_folded_before_they_are_converted(
     assert main(["convert", "--keep-norm", str(tmp_path / "ws.pth"), str(tmp_path / "kept.pth")]) == 0
     assert "folded into 69" in capsys.readouterr().out
     assert set(read_checkpoint(tmp_path / "kept.pth").metadata["group_norm_groups"].values()) == {4}
+
+
+def test_norms_of_unknown_groups_are_not_given_those_of_the_converted(tmp_path, capsys) -> None:
+    """A backbone with frozen BN and heads with GN, as detectron2's: groups of 16 are not the heads' 32."""
+    torch.manual_seed(0)
+    keys = [*SMALL, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.GN.MIN_CHANNELS_PER_GROUP", "1"]
+    model = gn_detect.build_model(gn_detect.load_config(CONFIG, keys))
+    source, target = tmp_path / "mixed.pth", tmp_path / "gn.pth"
+    torch.save(model.state_dict(), source)
+    assert main(["convert", str(source), str(target)]) == 2
+    told = capsys.readouterr().err
+    assert "are GroupNorms already, such as 'backbone.fpn_lateral2.norm'" in told and not target.exists()
+    assert main(["convert", str(source), str(target), "--min-channels-per-group", "1"]) == 0
+    found = read_architecture(read_checkpoint(target)).keys
+    assert (found["MODEL.GN.NUM_GROUPS"], found["MODEL.GN.MIN_CHANNELS_PER_GROUP"]) == (32, 1)
+    # What an earlier version wrote is no rule for all norms, either.
+    tensors, report = convert_state_dict(read_checkpoint(source).tensors)
+    save_weights(target, tensors, as_metadata({}, {layer.name: layer.groups for layer in report.layers}))
+    assert "MODEL.GN.NUM_GROUPS" not in read_architecture(read_checkpoint(target)).keys
+
+
+@pytest.mark.parametrize("words", [["--keep-norm"], []])
+def test_what_tensors_do_not_tell_stays_with_them(words, tmp_path) -> None:
+    """torchvision's RoIAlign, under other names, and a config's anchors, without the config."""
+    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    torch.save(detector.state_dict(), tmp_path / "tv.pth")
+    assert main(["convert", *words, str(tmp_path / "tv.pth"), str(tmp_path / "new.pth")]) == 0
+    found = read_architecture(read_checkpoint(tmp_path / "new.pth")).keys
+    assert found["MODEL.ROI_BOX_HEAD.POOLER_TYPE"] == "ROIAlign"
+    assert found["MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO"] == 2
+    sizes = [[4], [8], [16], [32], [64]]
+    cfg = gn_detect.load_config(CONFIG, [*BATCH_NORM, "MODEL.ANCHOR_GENERATOR.SIZES", str(sizes)])
+    tensors = gn_detect.build_model(cfg).state_dict()
+    save_weights(tmp_path / "own.pth", tensors, {"config": dump_config(cfg)})
+    assert main(["convert", *words, str(tmp_path / "own.pth"), str(tmp_path / "own.safetensors")]) == 0
+    found = read_architecture(read_checkpoint(tmp_path / "own.safetensors")).keys
+    assert [list(level) for level in found["MODEL.ANCHOR_GENERATOR.SIZES"]] == sizes
+
+
+def test_calibrate_takes_the_eps_of_a_file_with_other_names(folder, tmp_path) -> None:
+    cfg = gn_detect.load_config(CONFIG, BATCH_NORM)
+    state = gn_detect.build_model(cfg).state_dict()
+    torch.save(mmdetection(state, norm="bn"), tmp_path / "bn.pth")
+    target, better = tmp_path / "gn.pth", tmp_path / "better.pth"
+    assert main(["convert", str(tmp_path / "bn.pth"), str(target), "--eps", "0.001"]) == 0
+    words = ["--images", str(folder), "--steps", "1", "--config-file", CONFIG, *BATCH_NORM]
+    words += ["INPUT.MIN_SIZE_TEST", "64", "--fix-config"]
+    assert main(["calibrate", str(tmp_path / "bn.pth"), str(target), str(better), *words]) == 0
+    assert set(read_checkpoint(better).metadata["group_norm_eps"].values()) == {1e-3}

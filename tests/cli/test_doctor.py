@@ -105,6 +105,15 @@ def test_what_is_refused(case: Case, refused: Refused, tmp_path: Path) -> None:
     assert "not COCO" in refused(*pair)
 
 
+def test_outputs_of_one_name_are_refused(case: Case, refused: Refused, tmp_path: Path) -> None:
+    pair = ("doctor", "--json", case.train, "--images", case.train.parent / "images")
+    before = set(tmp_path.rglob("*"))
+    for report, fixed in (("a.json", "a.json"), ("a.json", "a.png"), ("a.png", "b.json")):
+        words = ("--report", tmp_path / report, "--fix", tmp_path / fixed)
+        assert "need different names" in refused(*pair, *words)
+    assert set(tmp_path.rglob("*")) == before
+
+
 def test_training_speaks_of_the_doctor(case: Case, refused: Refused) -> None:
     case.edit(spoil)
     assert "gn-detect doctor lists all" in refused("train", "--config-file", case.config)

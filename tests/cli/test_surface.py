@@ -71,10 +71,13 @@ def test_the_zoo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plot_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
+    run, other = tmp_path / "run", tmp_path / "other"
     lines = [{"iteration": i, "total_loss": 1.0 / (i + 1), "lr": 0.01, "time": 0.1} for i in range(3)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for folder in (run, other):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["plot", str(run), "--output", str(tmp_path / "curves.svg"), str(other)]) == 0
+    capsys.readouterr()
     assert main(["plot", "--json", str(run)]) == 0
     assert json.loads(capsys.readouterr().out) == {"output": str(run / "curves.png"), "runs": ["run"]}
 

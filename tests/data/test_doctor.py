@@ -240,6 +240,27 @@ def test_repairs_keep_what_is_right(write_dataset: Write, small_coco: dict) -> N
     assert content["images"][2]["height"] == 64
 
 
+def test_flags_and_sizes_of_other_exporters_cost_no_object(write_dataset: Write, small_coco: dict) -> None:
+    small_coco["images"][0] |= {"height": 60.0, "width": 90.0}  # equal to the file's, and no integers
+    small_coco["annotations"][0]["ignore"] = None
+    small_coco["annotations"][1]["ignore"] = 1
+    source = write_dataset(small_coco)
+    content, changes = mended(source, examine([source]))
+    assert len(content["images"]) == 4 and len(content["annotations"]) == 5, changes
+    assert [entry["iscrowd"] for entry in content["annotations"][:2]] == [0, 1]
+
+
+def test_boxes_stay_where_nobody_needs_their_masks(write_dataset: Write, small_coco: dict) -> None:
+    small_coco["annotations"][0]["segmentation"] = [[]]
+    small_coco["annotations"][2]["segmentation"] = {"size": [90, 60], "counts": "no RLE"}
+    source = write_dataset(small_coco)
+    rules = Rules(source.annotations, source.images, True)
+    done = repair(small_coco, rules, examine([source], masks=False).probes, masks=False)
+    kept = {entry["id"]: entry for entry in done.content["annotations"]}
+    assert len(kept) == 5 and "segmentation" not in kept[1] and "segmentation" not in kept[3], done.changes
+    assert kept[2]["segmentation"]
+
+
 def resized(source: DatasetSource, image_id: int, height: int, width: int) -> None:
     """The image of another size, in place."""
     path = source.images / f"{image_id}.png"

@@ -46,6 +46,7 @@ def test_boxes_without_masks_are_seen_as_such(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     for annotation in content["annotations"]:
         del annotation["segmentation"]
+    content["annotations"][0]["segmentation"] = [[]]
     # Tools write a crowd as RLE in a dataset of boxes, too.
     crowd = {"iscrowd": 1, "segmentation": {"size": [64, 80], "counts": [0, 5120]}}
     content["annotations"].append({**content["annotations"][0], **crowd, "id": 50})

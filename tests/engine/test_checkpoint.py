@@ -86,7 +86,12 @@ def test_what_an_earlier_run_found_best_is_not_taken_for_this_ones(trained: Conf
     folder = Path(trained.output_dir)
     (folder / "model_best.pth").write_bytes(b"of an earlier run")
     metrics = (folder / "metrics.jsonl").read_text()
+    for name in ("inference", "inference.earlier"):
+        (folder / name / "val").mkdir(parents=True)
+        (folder / name / "val/results.json").write_text(name)
     train(trained)
+    assert not (folder / "inference").exists()
+    assert (folder / "inference.earlier/val/results.json").read_text() == "inference"
     assert not (folder / "model_best.pth").exists(), "this one evaluated nothing"
     assert (folder / "model_best.pth.earlier").read_bytes() == b"of an earlier run"
     assert (folder / "metrics.jsonl.earlier").read_text() == metrics

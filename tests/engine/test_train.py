@@ -17,6 +17,7 @@ from gn_detect.engine import trainer as trainer_module
 from gn_detect.engine.evaluator import scalars_of
 from gn_detect.errors import UserError
 from gn_detect.modeling import MaskRCNN, build_model
+from gn_detect.report.run_folder import read_run
 from gn_detect.structures import Target
 from gn_detect.weights import load_weights, norm_settings, read_checkpoint, save_weights
 from tests.engine.tiny import make_dataset, write_config
@@ -179,6 +180,11 @@ def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detecti
     for kind in ("bbox", "segm"):
         assert again[kind] == pytest.approx(trained[kind], nan_ok=True)
     assert evaluate(cfg, resume=True)["bbox"] == pytest.approx(trained["bbox"], nan_ok=True)
+    assert read_run(cfg.output_dir + "_again").tests[0].metrics["bbox"]["AP"] == again["bbox"]["AP"]
+    elsewhere = {name: entry.model_dump(by_alias=True) for name, entry in cfg.datasets.registered.items()}
+    elsewhere["tiny_test"] = elsewhere["tiny_train"]
+    with pytest.raises(UserError, match="holds a run whose 'tiny_test' is .* add another OUTPUT_DIR"):
+        evaluate(cfg.replace({"DATASETS.REGISTER": elsewhere}), resume=True)
 
     predictor = Predictor(cfg.replace({"MODEL.WEIGHTS": path}))
     assert predictor.class_names == ["square", "bar"] and predictor.category_ids == [3, 7]
@@ -191,6 +197,19 @@ def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detecti
         scores = [r["score"] for r in results if r["image_id"] == record.id]
         assert found.scores.tolist() == pytest.approx(scores, abs=1e-5)
         assert found.masks is not None and found.masks.shape[1:] == (record.height, record.width)
+
+
+def test_published_weights_of_coco_have_its_categories(tmp_path: Path) -> None:
+    """They tell no names; a set of the user's own with as many classes is not taken for COCO."""
+    narrow = ["MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.FPN.OUT_CHANNELS", "32"]
+    cfg = load_config("GN/mask_rcnn_R_50_FPN_3x_gn.yaml", [*narrow, "MODEL.DEVICE", "cpu"])
+    save_weights(tmp_path / "model.pth", build_model(cfg).state_dict())
+    cfg = cfg.replace({"MODEL.WEIGHTS": str(tmp_path / "model.pth")})
+    predictor = Predictor(cfg)
+    assert predictor.class_names[0] == "person" and predictor.class_names[79] == "toothbrush"
+    assert predictor.category_ids[11:13] == [13, 14] and predictor.category_ids[79] == 90
+    own = Predictor(cfg.replace({"DATASETS.TRAIN": ["own"]}))
+    assert own.class_names[0] == "class 0" and own.category_ids[79] == 80
 
 
 @pytest.mark.parametrize(("choice", "channels_last"), [("auto", False), (True, True), (False, False)])

@@ -41,6 +41,23 @@ def unnamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "draw_labels", lambda *_: None)
 
 
+@pytest.mark.parametrize(("height", "width"), [(1600, 200), (200, 6000)])
+def test_the_legend_fits_above_elongated_pictures(height: int, width: int) -> None:
+    image, mask = (
+        np.zeros((height, width, 3), dtype=np.uint8),
+        torch.zeros(1, height, width, dtype=torch.bool),
+    )
+    mask[:, 20:120, 20:120] = True
+    found = Detections(BOXES[:1], torch.tensor([0.9]), torch.tensor([0]), mask)
+    target = Target(BOXES[:1], torch.tensor([0]), list(mask))
+    picture = draw_comparison(image, target, found, NAMES, np.array([0]))
+    strip = picture[:-height]
+    assert len(strip) <= 200, "beside 200 rows of the picture"
+    ink = (strip < 128).any(axis=(0, 2))
+    middle = strip.shape[1] // 2
+    assert ink.any() and not ink[:2].any() and not ink[-2:].any() and not ink[middle - 6 : middle + 6].any()
+
+
 @pytest.mark.usefixtures("unnamed")
 def test_each_outcome_has_its_colour_in_its_half() -> None:
     image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)

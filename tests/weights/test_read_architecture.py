@@ -44,7 +44,8 @@ MODELS = {
     "other heads": (
         "GN/mask_rcnn_R_50_FPN_2x_gn.yaml",
         ["MODEL.ROI_MASK_HEAD.NUM_CONV", "2", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "5"]
-        + ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True", "MODEL.RPN.CONV_DIMS", "[-1, -1]"],
+        + ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True", "MODEL.RPN.CONV_DIMS", "[-1, -1]"]
+        + ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
     ),
 }  # fmt: skip
 
