@@ -81,7 +81,8 @@ def calibrate(
             same batch cannot be paired, such as detectors (see ``gn_detect.modeling.paired_outputs``).
         seed: of the order of images and of the augmentation.
         checkpoint: file that is written now and then and at the end, and from which the same calibration goes
-            on; of a finished one the result is there at once. Delete it when the result is saved.
+            on; of a finished one the result is there at once. For that ``converted`` is made anew, as it was
+            given: this function changes it. Delete the file when the result is saved.
         report: of :func:`convert_norm`, to be completed; by default a new one.
         progress: show a bar.
 

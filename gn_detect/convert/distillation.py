@@ -160,7 +160,8 @@ class Distillation:
         if not same:
             raise UserError(
                 f"{self.checkpoint} belongs to a calibration with other settings, images or model; "
-                "delete it, or choose another file"
+                "if the converted model was calibrated since, make it anew with convert_norm and call again; "
+                "else choose another file"
             )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])

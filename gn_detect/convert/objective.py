@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .moments import RunningMoments
 
 Outputs = Callable[[nn.Module, nn.Module, Any], list[tuple[Tensor, Tensor]]]
@@ -97,6 +98,11 @@ class Objective:
                 for expected, _ in found:
                     blocks[name].add(_with_channels(expected))
             outputs = outputs or [RunningMoments() for _ in pairs]
+            if not pairs or len(pairs) != len(outputs):
+                raise UserError(
+                    f"a batch has {len(pairs)} outputs to compare, and the first had {len(outputs)}: the "
+                    "models must return tensors, as many for each batch; give outputs=, which pairs them"
+                )
             for moments, (expected, _) in zip(outputs, pairs, strict=True):
                 if expected.numel():
                     moments.add(_with_channels(expected))

@@ -95,7 +95,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     entry = entry_of(path)
     path = _existing_file(path)
     content, kind = _read(path)
-    tensors, metadata = _split(content, path)
+    tensors, metadata = _split(content, path, nested=kind != "safetensors")
     _check_version(metadata, path)
     if entry is not None:  # the catalogue knows better than the names what the weights were trained with
         convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
@@ -122,10 +122,12 @@ def save_weights(
     path, metadata = Path(path), dict(metadata or {})
     if path.suffix not in SUFFIXES:
         raise UserError(f"cannot save weights as {path}: end the name in {', '.join(SUFFIXES)}")
-    if "model" in metadata:
-        raise UserError(f"cannot save {path}: the metadata key 'model' is taken by the weights; rename it")
+    for key in MODEL_KEYS:  # read_checkpoint would take a dict there for the weights
+        if key in metadata and (key == "model" or isinstance(metadata[key], dict)):
+            raise UserError(f"cannot save {path}: the metadata key '{key}' is taken by weights; rename it")
+    metadata = _without_numpy(metadata)
     metadata |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS, _PROGRAM_KEY: program_version()}
-    tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
+    tensors = {name: _whole(tensor.detach().cpu()) for name, tensor in state_dict.items()}
     if path.suffix == ".safetensors":
         _write(path, _as_safetensors(path, tensors, metadata))
     elif path.suffix == ".pkl":
@@ -138,6 +140,23 @@ def save_weights(
             if not isinstance(error.__context__, OSError):
                 raise
             raise cannot_write(path, error.__context__, "; nothing was changed") from error
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A view of a part is stored alone, and an expanded tensor, which would be refused, in full."""
+    is_view = tensor.layout == torch.strided and (
+        tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+    )
+    return tensor.contiguous().clone() if is_view else tensor
+
+
+def _without_numpy(value: Any) -> Any:
+    """NumPy's scalars as Python's: what names NumPy's functions is refused when it is read."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {_without_numpy(key): _without_numpy(item) for key, item in value.items()}
+    return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
 
 
 def program_version() -> str:
@@ -265,7 +284,7 @@ def _from_json(text: str) -> Any:
     """Our own metadata are JSON; other programs write plain strings."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -293,12 +312,13 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0].partition(". ")[0].rstrip(".") if text else type(error).__name__
 
 
-def _split(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and the rest. Raises UserError when there are no weights."""
+def _split(content: Any, path: Path, nested: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, which may be ``nested`` in a dict, and the rest; UserError when there are no weights."""
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors; save a state dict")
     # A weight may itself be called "model": only a dict is a container of weights.
-    container = next((key for key in MODEL_KEYS if isinstance(content.get(key), dict)), None)
+    containers = (key for key in MODEL_KEYS if nested and isinstance(content.get(key), dict))
+    container = next(containers, None)
     weights = content if container is None else content[container]
     metadata = {} if container is None else {str(k): v for k, v in content.items() if k != container}
     tensors: dict[str, Tensor] = {}
@@ -327,6 +347,8 @@ def _checked(tensor: Tensor, key: Any, path: Path) -> Tensor:
 
 
 def _as_tensor(array: np.ndarray, key: Any, path: Path) -> Tensor:
+    if not array.dtype.isnative:  # written on another machine
+        array = array.astype(array.dtype.newbyteorder("="))
     try:
         return torch.from_numpy(array)
     except TypeError as error:

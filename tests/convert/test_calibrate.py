@@ -347,3 +347,20 @@ def test_constant_channels_of_norms_behind_no_convolution_stay_constants(images:
     calibrate(original, new, images, 0, report=report, progress=False)
     assert set(report.similarity) == {"converted", "balanced"}
     assert new.norm.weight[2] == 0 and new.norm.bias[2] == original.norm.bias[2]
+
+
+def test_outputs_that_cannot_be_paired_are_refused_by_name() -> None:
+    class Many(nn.Module):
+        """One output for each image, as a detector has."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return list(self.body(x))
+
+    original = Many().eval()
+    converted, _ = convert_norm(original)
+    with pytest.raises(UserError, match=r"a batch has 1 outputs.*the first had 2.*give outputs="):
+        calibrate(original, converted, torch.rand(10, 3, 16, 16), 1, batch_size=2, held_out=0.3)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from gn_detect.errors import UserError
@@ -357,3 +358,30 @@ def test_real_checkpoints_of_other_projects_are_read(shared_dir: Path) -> None:
 def test_ordered_dicts_are_plain_dicts(tmp_path: Path) -> None:
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(collections.OrderedDict(w=np.ones(2)), protocol=2))
     assert list(read_checkpoint(tmp_path / "m.pkl").tensors) == ["w"]
+
+
+def test_what_is_saved_is_read(tmp_path: Path) -> None:
+    """Parts and expansions of tensors, and NumPy's scalars, which a reader refuses."""
+    base = torch.arange(1000.0)
+    tensors = {"part": base[:3], "expanded": torch.ones(1).expand(4), "whole": base}
+    metadata = {"AP": np.float64(37.5), "best": {"iteration": np.int64(9)}, "list": [np.float32(0.5)]}
+    save_weights(tmp_path / "m.pth", tensors, metadata)
+    found = read_checkpoint(tmp_path / "m.pth")
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+    assert found.tensors["part"].untyped_storage().nbytes() == 12
+    assert found.metadata == {"AP": 37.5, "best": {"iteration": 9}, "list": [0.5]}
+    with pytest.raises(UserError, match="'model_ema' is taken by weights"):
+        save_weights(tmp_path / "no.pth", tensors, {"model_ema": {"decay": 0.9}})
+    assert not (tmp_path / "no.pth").exists()
+
+
+def test_a_header_of_another_program_is_not_taken_for_weights(tmp_path: Path) -> None:
+    for name, text in (("dict", '{"name": "x"}'), ("deep", "[" * 100_000)):
+        path = tmp_path / f"{name}.safetensors"
+        safetensors.torch.save_file({"w": torch.ones(2)}, path, {"model": text})
+        assert list(read_checkpoint(path).tensors) == ["w"]
+
+
+def test_arrays_of_another_byte_order(tmp_path: Path) -> None:
+    np.savez(tmp_path / "big.npz", w=np.arange(3, dtype=">f4"))
+    assert read_checkpoint(tmp_path / "big.npz").tensors["w"].tolist() == [0, 1, 2]
