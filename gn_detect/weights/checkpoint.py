@@ -119,23 +119,23 @@ def save_weights(
         UserError: another ending, metadata or a type that the format cannot hold, or the disk is full or
             read-only.
     """
-    path, metadata = Path(path), dict(metadata or {})
+    path, content = Path(path), dict(metadata or {})
     if path.suffix not in SUFFIXES:
         raise UserError(f"cannot save weights as {path}: end the name in {', '.join(SUFFIXES)}")
     for key in MODEL_KEYS:  # read_checkpoint would take a dict there for the weights
-        if key in metadata and (key == "model" or isinstance(metadata[key], dict)):
+        if key in content and (key == "model" or isinstance(content[key], dict)):
             raise UserError(f"cannot save {path}: the metadata key '{key}' is taken by weights; rename it")
-    metadata = _without_numpy(metadata)
-    metadata |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS, _PROGRAM_KEY: program_version()}
+    content = {key: _without_numpy(value) for key, value in content.items()}
+    content |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS, _PROGRAM_KEY: program_version()}
     tensors = {name: _whole(tensor.detach().cpu()) for name, tensor in state_dict.items()}
     if path.suffix == ".safetensors":
-        _write(path, _as_safetensors(path, tensors, metadata))
+        _write(path, _as_safetensors(path, tensors, content))
     elif path.suffix == ".pkl":
-        _write(path, _as_pickle(path, tensors, metadata))
+        _write(path, _as_pickle(path, tensors, content))
     else:
         try:
             with atomic_write(path, "wb") as file:
-                torch.save({"model": tensors, **metadata}, file)
+                torch.save({"model": tensors, **content}, file)
         except RuntimeError as error:  # torch's writer hides what the system said
             if not isinstance(error.__context__, OSError):
                 raise
