@@ -9,12 +9,14 @@ from typing import Any, cast
 from torch import nn
 
 from ..config import load_config
+from ..config.types import value_at
 from ..convert import ConversionReport, convert_norm
 from ..engine.model import make_model
 from ..errors import UserError
 from ..weights import (
     NORM_EPS,
     SUFFIXES,
+    UNTOLD,
     Checkpoint,
     InputConvention,
     load_weights,
@@ -28,6 +30,7 @@ from .convert import (
     check_outputs,
     group_rule,
     how_to_load,
+    keys_to_tell,
     save_calibrated,
     show_report,
 )
@@ -92,6 +95,7 @@ def run(args: argparse.Namespace) -> Result:
         calibrate_detector(args, cfg, original, model, report)
         metadata = {key: converted.metadata[key] for key in KEPT if key in converted.metadata}
         metadata["input"] = InputConvention.of_config(cfg).as_metadata()
+        metadata |= keys_to_tell({key: value_at(cfg, key) for key in UNTOLD})
     metadata |= norm_settings(model)
     save_calibrated(args, target, dict(model.state_dict()), metadata)
     show_report(report, args.report)

@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> Result:
             tensors, told, report = _convert_detector(args, cfg, checkpoint)
             metadata |= told
             metadata["input"] = InputConvention.of_config(cfg).as_metadata()
-            metadata |= _config_keys({key: value_at(cfg, key) for key in UNTOLD})
+            metadata |= keys_to_tell({key: value_at(cfg, key) for key in UNTOLD})
         else:
             if args.relative_eps:
                 raise UserError("--relative-eps needs the detector's --config-file, or the name of a model")
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> Result:
                     f"{args.source} standardises weights (ConvWS); fold that first with gn-detect convert "
                     "--keep-norm, and convert what it writes"
                 )
-            metadata |= _input_of(checkpoint) | _config_keys(untold_keys(checkpoint))
+            metadata |= _input_of(checkpoint) | keys_to_tell(untold_keys(checkpoint))
             eps = 0.0 if computes_with_eps_0(checkpoint) else 1e-5
             eps = eps if args.eps is None else args.eps
             tensors, report = convert_state_dict(checkpoint.tensors, eps=eps, **group_rule(args))
@@ -230,7 +230,7 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     return Result({"weights": str(target), **told})
 
 
-def _config_keys(keys: dict[str, Any]) -> dict[str, Any]:
+def keys_to_tell(keys: dict[str, Any]) -> dict[str, Any]:
     """What to add to a converted file's metadata. It tells the groups and the eps of each norm elsewhere."""
     kept = {key: value for key, value in keys.items() if not key.startswith("MODEL.GN.")}
     return {CONFIG_KEYS: to_plain(kept)} if kept else {}

@@ -385,4 +385,6 @@ def test_calibrate_takes_the_eps_of_a_file_with_other_names(folder, tmp_path) ->
     words = ["--images", str(folder), "--steps", "1", "--config-file", CONFIG, *BATCH_NORM]
     words += ["INPUT.MIN_SIZE_TEST", "64", "--fix-config"]
     assert main(["calibrate", str(tmp_path / "bn.pth"), str(target), str(better), *words]) == 0
-    assert set(read_checkpoint(better).metadata["group_norm_eps"].values()) == {1e-3}
+    told = read_checkpoint(better).metadata
+    assert set(told["group_norm_eps"].values()) == {1e-3}
+    assert told["config_keys"]["MODEL.ANCHOR_GENERATOR.SIZES"] and "MODEL.GN.EPS" not in told["config_keys"]
