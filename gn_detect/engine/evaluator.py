@@ -84,7 +84,9 @@ def _refuse_other_data(cfg: Config) -> None:
         return
     for name in cfg.datasets.test:
         before, now = registered.get(name), cfg.datasets.registered.get(name)
-        if before is not None and now is not None and before != now:
+        if before is None or now is None:
+            continue
+        if Path(before.annotations).resolve() != Path(now.annotations).resolve():
             raise UserError(
                 f"{cfg.output_dir} holds a run whose '{name}' is {before.annotations}, and its results would "
                 f"be replaced by those on {now.annotations}; add another OUTPUT_DIR, such as "

@@ -147,7 +147,7 @@ def _whole(tensor: Tensor) -> Tensor:
     is_view = tensor.layout == torch.strided and (
         tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
     )
-    return tensor.contiguous().clone() if is_view else tensor
+    return tensor.clone(memory_format=torch.contiguous_format) if is_view else tensor
 
 
 def _without_numpy(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,9 @@ def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detecti
     assert evaluate(cfg, resume=True)["bbox"] == pytest.approx(trained["bbox"], nan_ok=True)
     assert read_run(cfg.output_dir + "_again").tests[0].metrics["bbox"]["AP"] == again["bbox"]["AP"]
     elsewhere = {name: entry.model_dump(by_alias=True) for name, entry in cfg.datasets.registered.items()}
+    same = dict(elsewhere["tiny_test"])
+    same["ANNOTATIONS"] = os.path.relpath(same["ANNOTATIONS"])
+    assert evaluate(cfg.replace({"DATASETS.REGISTER": {**elsewhere, "tiny_test": same}}), resume=True)
     elsewhere["tiny_test"] = elsewhere["tiny_train"]
     with pytest.raises(UserError, match="holds a run whose 'tiny_test' is .* add another OUTPUT_DIR"):
         evaluate(cfg.replace({"DATASETS.REGISTER": elsewhere}), resume=True)
