@@ -93,13 +93,16 @@ class _BlendedNorm(torch.autograd.Function):
         def per_channel(value: Tensor) -> Tensor:  # (N, G) -> (N * C,)
             return value.repeat_interleave(channels // groups, 1).flatten()
 
-        y = F.batch_norm(
+        y = torch.batch_norm(  # F.batch_norm of PyTorch 2.11 refuses an eps of 0
             x.reshape(1, samples * channels, pixels),
-            per_channel(blended_mean),
-            per_channel(blended_var),
             weight.repeat(samples),
             bias.repeat(samples),
+            per_channel(blended_mean),
+            per_channel(blended_var),
+            training=False,
+            momentum=0.0,
             eps=eps,
+            cudnn_enabled=torch.backends.cudnn.enabled,
         )
         ctx.save_for_backward(x, weight, own_mean, blended_mean, (blended_var + eps).rsqrt())
         ctx.share = share

@@ -256,7 +256,10 @@ def _to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) ->
 
 
 def _failure(exporter: str, error: Exception) -> UserError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # the ONNX exporter's own words are of what to do next
+        cause = cause.__cause__
+    reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
     return UserError(
         f"{exporter} of PyTorch {torch.__version__} cannot take this detector: {reason}; "
         "exports are tested with the PyTorch of constraints.txt"

@@ -96,6 +96,8 @@ class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
         # A program that is exported knows no number of RoIs, which F.batch_norm asks for.
         if x.requires_grad or torch.compiler.is_compiling():
             return super().forward(x)
+        if self.eps == 0:  # F.batch_norm of PyTorch 2.11 refuses it
+            return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
     @classmethod

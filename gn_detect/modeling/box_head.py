@@ -135,7 +135,6 @@ class BoxPredictor(nn.Module):
         boxes = clip_boxes(boxes.view(-1, boxes.shape[1] // 4, 4), size)
         boxes = boxes[row, 0 if boxes.shape[1] == 1 else label]
         score = scores[row, label]
-        keep = nms_by_group(boxes, score, label, self.num_classes, self.nms_thresh)[
-            : self.detections_per_image
-        ]
+        limit = self.detections_per_image
+        keep = nms_by_group(boxes, score, label, self.num_classes, self.nms_thresh, limit)
         return boxes[keep], score[keep], label[keep]

@@ -258,8 +258,9 @@ class RPN(nn.Module):
             boxes = clip_boxes(boxes, size)
             large = ((boxes[:, 2:] - boxes[:, :2]) > s.min_size).all(dim=1)
             keep = (finite & large).nonzero()[:, 0]
-            best = nms_by_group(boxes[keep], scores[n, keep].float(), level_of[keep], len(top), s.nms_thresh)
-            proposals.append(boxes[keep[best[:after]]])
+            score, level = scores[n, keep].float(), level_of[keep]
+            best = nms_by_group(boxes[keep], score, level, len(top), s.nms_thresh, after)
+            proposals.append(boxes[keep[best]])
         return proposals
 
 

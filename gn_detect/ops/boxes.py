@@ -30,8 +30,10 @@ def clip_boxes(boxes: Tensor, size: tuple[int, int] | Tensor) -> Tensor:
     return torch.stack([x, y], dim=-1).flatten(-2)
 
 
-def nms_by_group(boxes: Tensor, scores: Tensor, group: Tensor, num_groups: int, threshold: float) -> Tensor:
-    """``torchvision.ops.batched_nms``, also in a compiled or exported program.
+def nms_by_group(
+    boxes: Tensor, scores: Tensor, group: Tensor, num_groups: int, threshold: float, limit: int
+) -> Tensor:
+    """The first ``limit`` of ``torchvision.ops.batched_nms``, also in a compiled or exported program.
 
     There the number of boxes is not known, by which torchvision chooses between one NMS for each group and
     one for all, with the groups moved apart. Here a few groups are taken one by one, many are moved apart.
@@ -41,12 +43,22 @@ def nms_by_group(boxes: Tensor, scores: Tensor, group: Tensor, num_groups: int, 
         scores: (N,) float32.
         group: (N,) int64 below ``num_groups``; boxes of different groups do not suppress each other.
         threshold: IoU above which the box of the lower score goes.
+        limit: most indices.
 
     Returns:
-        (M,) int64 indices, best score first.
+        (M,) int64 indices, best score first; M is at most ``limit``.
     """
     if not torch.compiler.is_compiling():
-        return torchvision.ops.batched_nms(boxes, scores, group, threshold)
+        return torchvision.ops.batched_nms(boxes, scores, group, threshold)[:limit]
+    keep = _nms_of_any_number_by_group(boxes, scores, group, num_groups, threshold)[:limit]
+    # PyTorch 2.11 takes the sum of all groups' largest numbers otherwise, which no ONNX integer holds.
+    torch._check(keep.shape[0] <= limit)
+    return keep
+
+
+def _nms_of_any_number_by_group(
+    boxes: Tensor, scores: Tensor, group: Tensor, num_groups: int, threshold: float
+) -> Tensor:
     if num_groups > _FEW_GROUPS:
         farthest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()  # there may be no box
         moved = boxes + (group.to(boxes.dtype) * (farthest + 1))[:, None]

@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from gn_detect.ops import box_area, clip_boxes, decode_boxes, encode_boxes, nms_by_group, scale_boxes
 
@@ -88,7 +91,24 @@ def test_nms_in_an_exported_program_keeps_what_torchvision_keeps(
     boxes = torch.cat([corner, corner + 5 + torch.rand(count, 2, generator=generator) * 30], dim=1)
     scores = torch.randn(count, generator=generator)
     group = torch.randint(0, groups, (count,), generator=generator)
-    expected = nms_by_group(boxes, scores, group, groups, 0.5)
+    expected = torchvision.ops.batched_nms(boxes, scores, group, 0.5).tolist()
+    assert nms_by_group(boxes, scores, group, groups, 0.5, 300).tolist() == expected
+    assert nms_by_group(boxes, scores, group, groups, 0.5, 10).tolist() == expected[:10]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    found = nms_by_group(boxes, scores, group, groups, 0.5)
-    assert found.tolist() == expected.tolist() and (count < 300 or 20 < len(found) < 300)
+    found = nms_by_group(boxes, scores, group, groups, 0.5, 300)
+    assert found.tolist() == expected and (count < 300 or 20 < len(found) < 300)
+    assert nms_by_group(boxes, scores, group, groups, 0.5, 10).tolist() == expected[:10]
+
+
+def test_an_exported_program_knows_how_many_boxes_are_kept() -> None:
+    """PyTorch 2.11 multiplies the largest int64 by the number of groups otherwise: too much for ONNX."""
+
+    class Keep(nn.Module):
+        def forward(self, boxes: Tensor, scores: Tensor, group: Tensor) -> Tensor:
+            return nms_by_group(boxes, scores, group, 5, 0.5, 10)
+
+    boxes, count = torch.rand(300, 4), torch.export.Dim("count", min=3)
+    inputs = (boxes, boxes[:, 0], torch.zeros(300, dtype=torch.int64))
+    program = torch.export.export(Keep(), inputs, dynamic_shapes=({0: count},) * 3, strict=False)
+    kept = program.graph_module.graph.output_node().args[0][0].meta["val"].shape[0]
+    assert bound_sympy(kept.node.expr, program.range_constraints).upper == 10

@@ -134,11 +134,13 @@ def test_torchvisions_own_detectors(version: int) -> None:
     builders = torchvision.models.detection
     build = builders.maskrcnn_resnet50_fpn if version == 1 else builders.maskrcnn_resnet50_fpn_v2
     original = build(weights=None, weights_backbone=None, num_classes=91).eval()
-    for module in original.modules():
-        if hasattr(module, "running_var"):
+    for name, module in list(original.named_modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-            if version == 1:
-                module.eps = 0.0  # as torchvision sets it for its published weights
+            if version == 1:  # as torchvision builds the model for its published weights
+                frozen = torchvision.ops.FrozenBatchNorm2d(module.num_features, eps=0.0)
+                frozen.load_state_dict(module.state_dict())
+                original.set_submodule(name, frozen)
     keys = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]", "MODEL.DEVICE", "cpu"]
     keys += ["MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]", "MODEL.RESNETS.STRIDE_IN_1X1", "False"]
     keys += ["MODEL.WEIGHTS", "", "MODEL.CHANNELS_LAST", "False"]
