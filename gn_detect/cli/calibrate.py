@@ -9,19 +9,18 @@ from typing import Any, cast
 from torch import nn
 
 from ..config import load_config
-from ..config.types import value_at
 from ..convert import ConversionReport, convert_norm
 from ..engine.model import make_model
 from ..errors import UserError
 from ..weights import (
     NORM_EPS,
     SUFFIXES,
-    UNTOLD,
     Checkpoint,
     InputConvention,
     load_weights,
     norm_settings,
     read_checkpoint,
+    untold_keys_of,
 )
 from .calibration import add_calibration_arguments, calibrate_detector, calibrate_library_model
 from .convert import (
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> Result:
         calibrate_detector(args, cfg, original, model, report)
         metadata = {key: converted.metadata[key] for key in KEPT if key in converted.metadata}
         metadata["input"] = InputConvention.of_config(cfg).as_metadata()
-        metadata |= keys_to_tell({key: value_at(cfg, key) for key in UNTOLD})
+        metadata |= keys_to_tell(untold_keys_of(cfg))
     metadata |= norm_settings(model)
     save_calibrated(args, target, dict(model.state_dict()), metadata)
     show_report(report, args.report)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import Config, load_config
-from ..config.types import to_plain, value_at
+from ..config.types import to_plain
 from ..convert import ConversionReport, convert_norm, convert_state_dict
 from ..convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
 from ..engine.model import make_model
@@ -19,7 +19,6 @@ from ..weights import (
     CONFIG_KEYS,
     NORM_EPS,
     SUFFIXES,
-    UNTOLD,
     Checkpoint,
     InputConvention,
     as_metadata,
@@ -35,6 +34,7 @@ from ..weights import (
     translate,
     untold_group_norms,
     untold_keys,
+    untold_keys_of,
 )
 from .calibration import add_calibration_arguments, calibrate_detector, calibrate_library_model
 from .library_models import DEFAULT, is_library_model, load_library_model
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> Result:
             tensors, told, report = _convert_detector(args, cfg, checkpoint)
             metadata |= told
             metadata["input"] = InputConvention.of_config(cfg).as_metadata()
-            metadata |= keys_to_tell({key: value_at(cfg, key) for key in UNTOLD})
+            metadata |= keys_to_tell(untold_keys_of(cfg))
         else:
             if args.relative_eps:
                 raise UserError("--relative-eps needs the detector's --config-file, or the name of a model")

@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--annotations",
         metavar="FILE",
-        help="COCO ground truth of the images: it is drawn beside, and gives the image ids of the results",
+        help="COCO ground truth: it is drawn beside, and gives the image ids of the results; what a folder "
+        "or pattern holds beside its images is left out",
     )
     parser.add_argument("--no-pictures", action="store_true", help="write the results of images alone")
     parser.add_argument(
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> Result:
     if workers < 0:
         raise UserError(f"--workers {workers}: it must be 0 or more")
     truth = read_truth(args.annotations) if args.annotations else None
+    if truth is not None:
+        paths = keep_listed(paths, texts, truth)
     output = Path(args.output)
     named = list(zip(paths, name_outputs(paths), strict=True))
     check_replaces_nothing(named, output, args)
@@ -116,6 +119,23 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
         return ExportedPredictor(args.model, trust=args.trust)
     args.overrides = overrides
     return Predictor(read_config_file(args))
+
+
+def keep_listed(paths: list[Path], texts: list[str], truth: Truth) -> list[Path]:
+    """Leave out what folders and patterns hold beside the images of the ground truth.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    named = set(map(Path, texts))
+    kept = [path for path in paths if is_video(path) or path in named or truth.lists(path)]
+    if not kept:
+        raise UserError(f"{truth.path} lists no image of {', '.join(texts[:3])}; give its own images")
+    if len(kept) < len(paths):
+        print(
+            f"{len(paths) - len(kept)} of {len(paths)} images are left out: {truth.path} does not list them"
+        )
+    return kept
 
 
 def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None) -> list[Task]:

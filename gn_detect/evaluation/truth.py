@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,23 @@ class Truth:
         Raises:
             UserError: the file lists no such image, or several.
         """
-        parts, by_name = Path(path).parts, self._by_name()
-        for length in range(len(parts), 0, -1):
-            found = by_name.get("/".join(parts[-length:]).lstrip("/"), [])
-            if len(found) == 1:
-                return found[0]
-            if found:
-                raise UserError(f"{self.path} lists the image {path} {len(found)} times; number each once")
-        raise UserError(f"{self.path} does not list the image {path}; leave it out, or --annotations")
+        found = self._ids_of(path)
+        if not found:
+            raise UserError(f"{self.path} does not list the image {path}; leave it out, or --annotations")
+        if len(found) > 1:
+            raise UserError(f"{self.path} lists the image {path} {len(found)} times; number each once")
+        return found[0]
 
+    def lists(self, path: str | Path) -> bool:
+        """Whether :meth:`image_id_of` finds the image, once or several times."""
+        return bool(self._ids_of(path))
+
+    def _ids_of(self, path: str | Path) -> list[Any]:
+        parts = Path(path).parts
+        names = ("/".join(parts[start:]).lstrip("/") for start in range(len(parts)))
+        return next((self._by_name[name] for name in names if name in self._by_name), [])
+
+    @cached_property
     def _by_name(self) -> dict[str, list[Any]]:
         names: dict[str, list[Any]] = {}
         for image_id, name in self.file_names.items():

@@ -38,10 +38,14 @@ class Picture:
 
 
 def choose_images(images: Sequence[ImageResult], count: int) -> list[tuple[str, ImageResult]]:
-    """The ``count`` worst and the ``count`` best by quality, worst first; none is both."""
+    """The ``count`` worst and the ``count`` best by quality, worst first.
+
+    None is both, and none without anything right is among the best.
+    """
     ranked = sorted((image for image in images if image.quality is not None), key=_quality)
     worst = ranked[:count]
     best = ranked[len(worst) :][-count:][::-1] if count else []
+    best = [image for image in best if _quality(image) > 0]
     return [("worst", image) for image in worst] + [("best", image) for image in best]
 
 

@@ -2,11 +2,11 @@
 
 from .architecture import (
     CONFIG_KEYS,
-    UNTOLD,
     Architecture,
     read_architecture,
     untold_group_norms,
     untold_keys,
+    untold_keys_of,
 )
 from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint, save_weights
 from .classes import COCO_IDS
@@ -33,7 +33,6 @@ __all__ = [
     "NORM_EPS",
     "NORM_GROUPS",
     "SUFFIXES",
-    "UNTOLD",
     "USUAL_EPS",
     "Architecture",
     "Checkpoint",
@@ -58,4 +57,5 @@ __all__ = [
     "translate",
     "untold_group_norms",
     "untold_keys",
+    "untold_keys_of",
 ]

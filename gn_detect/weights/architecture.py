@@ -206,6 +206,11 @@ def _count(shapes: Shapes, layer: str) -> int:
     return sum(re.fullmatch(rf"{layer}\.weight", name) is not None for name in shapes)
 
 
+def untold_keys_of(cfg: Config) -> dict[str, Any]:
+    """Values of :data:`UNTOLD` keys."""
+    return {key: value_at(cfg, key) for key in UNTOLD}
+
+
 def untold_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     """Values of :data:`UNTOLD` keys, as far as anything beside the tensors tells them.
 
@@ -215,7 +220,7 @@ def untold_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     cfg = _told_config(checkpoint)
     if cfg is not None:
-        return {key: value_at(cfg, key) for key in UNTOLD}
+        return untold_keys_of(cfg)
     keys: dict[str, Any] = {}
     translation = translate(checkpoint)
     if translation.scheme == "torchvision" and any(name.startswith(_RPN) for name in translation.tensors):

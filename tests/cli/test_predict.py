@@ -129,6 +129,26 @@ def test_ground_truth_gives_the_ids_and_stands_beside(case: Case, tmp_path: Path
 
 
 @pytest.mark.usefixtures("stub")
+def test_a_folder_of_more_images_than_the_ground_truth_lists(
+    case: Case, tmp_path: Path, refused: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where training and validation images lie together."""
+    images = case.train.parent / "images"
+    listed = {entry["file_name"]: entry["id"] for entry in json.loads(case.train.read_text())["images"]}
+    Image.open(images / "001.png").save(images / "other.png")
+    assert predict(case, tmp_path / "out", "--annotations", case.train, images) == 0
+    count = len(listed) + 1
+    assert f"1 of {count} images are left out: {case.train} does not list them" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {entry["image_id"] for entry in found} == set(listed.values())
+    arguments = ("predict", "--config-file", case.config, "--output", tmp_path / "none")
+    (tmp_path / "others").mkdir()
+    (images / "other.png").rename(tmp_path / "others" / "other.png")
+    message = refused(*arguments, "--annotations", case.train, tmp_path / "others")
+    assert f"lists no image of {tmp_path / 'others'}" in message and not (tmp_path / "none").exists()
+
+
+@pytest.mark.usefixtures("stub")
 def test_ground_truth_that_does_not_fit(case: Case, tmp_path: Path, refused: Any) -> None:
     arguments = ("predict", "--config-file", case.config, "--output", tmp_path / "out")
     other = tmp_path / "other.png"

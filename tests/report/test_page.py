@@ -178,6 +178,8 @@ def test_worst_and_best_are_different_images(make_run: MakeRun, tmp_path: Path) 
     chosen = [image.image_id for _, image in choose_images(images, 3)]
     assert sorted(chosen) == [1, 2, 3, 4]
     assert choose_images(images, 0) == []
+    poor = [image for image in images if image.quality == 0] * 2
+    assert [rank for rank, _ in choose_images(poor, 1)] == ["worst"]
 
 
 def test_large_confusion_matrices_keep_the_worst_categories() -> None:
