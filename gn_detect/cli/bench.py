@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     norm = parser.add_argument_group(
         "norm",
-        "the norms of R-50-FPN at 800 x 1344, then whole training steps; KEY VALUE pairs stand before --layers, "
-        "--dtypes and --orders, or after a flag behind these",
+        "the norms of R-50-FPN at 800 x 1344, then whole training steps;\n"
+        "KEY VALUE pairs stand before --layers, --dtypes and --orders, or after a flag behind these",
     )
     norm.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     norm.add_argument(
