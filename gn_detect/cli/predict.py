@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..engine import ExportedPredictor, Predictor
 from ..engine.pipeline import default_workers
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annotations",
         metavar="FILE",
         help="COCO ground truth: it is drawn beside, and gives the image ids of the results; what a folder "
-        "or pattern holds beside its images is left out",
+        "or quoted pattern holds beside its images is left out",
     )
     parser.add_argument("--no-pictures", action="store_true", help="write the results of images alone")
     parser.add_argument(
@@ -72,16 +73,15 @@ def run(args: argparse.Namespace) -> Result:
     if not args.config_file and not args.model:
         raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     texts, overrides = split_overrides(args.inputs)
-    paths = find_images(texts, videos=True)
+    found = find_images(texts, videos=True)
     workers = default_workers() if args.workers is None else args.workers
     if workers < 0:
         raise UserError(f"--workers {workers}: it must be 0 or more")
     truth = read_truth(args.annotations) if args.annotations else None
-    if truth is not None:
-        paths = keep_listed(paths, texts, truth)
+    paths = found if truth is None else keep_listed(found, texts, truth)
     output = Path(args.output)
     named = list(zip(paths, name_outputs(paths), strict=True))
-    check_replaces_nothing(named, output, args)
+    check_replaces_nothing(named, found, output, args)
     tasks = make_tasks([(path, name) for path, name in named if not is_video(path)], output, truth)
     predictor = make_predictor(args, overrides)
     print(predictor.report)
@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> Result:
     if failures:
         print(f"{len(failures)} of {len(paths)} inputs could not be read", file=sys.stderr)
     counts = {key: sum(getattr(outcome, key) for outcome in outcomes) for key in ("images", "objects")}
+    counts["left_out"] = len(found) - len(paths)
     return Result({**counts, "output": str(output), "failures": failures}, UNREADABLE if failures else 0)
 
 
@@ -128,25 +129,29 @@ def keep_listed(paths: list[Path], texts: list[str], truth: Truth) -> list[Path]
         UserError: nothing is left.
     """
     named = set(map(Path, texts))
-    kept = [path for path in paths if is_video(path) or path in named or truth.lists(path)]
-    if not kept:
+    images = [path for path in paths if not is_video(path)]
+    others = {path for path in images if path not in named and not truth.lists(path)}
+    if images and len(others) == len(images):
         raise UserError(f"{truth.path} lists no image of {', '.join(texts[:3])}; give its own images")
-    if len(kept) < len(paths):
-        print(
-            f"{len(paths) - len(kept)} of {len(paths)} images are left out: {truth.path} does not list them"
-        )
-    return kept
+    if others:
+        print(f"{len(others)} of {len(images)} images are left out: {truth.path} does not list them")
+    return [path for path in paths if path not in others]
 
 
 def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None) -> list[Task]:
     """Images numbered from 1, or as the ground truth numbers them.
 
     Raises:
-        UserError: the ground truth does not list an image.
+        UserError: the ground truth does not list an image, or several are the same of its images.
     """
-    tasks = []
+    tasks: list[Task] = []
+    by_id: dict[Any, Path] = {}
     for number, (path, name) in enumerate(named, start=1):
         image_id = number if truth is None else truth.image_id_of(path)
+        if truth is not None and by_id.setdefault(image_id, path) is not path:
+            raise UserError(
+                f"{path} and {by_id[image_id]} are both image {image_id} of {truth.path}; give one of them"
+            )
         objects = None if truth is None else truth.objects[image_id]
         size = None if truth is None else truth.sizes.get(image_id)
         tasks.append(Task(path, image_id, output / name, objects, size))
@@ -175,11 +180,14 @@ def check_categories(predictor: AnyPredictor, truth: Truth) -> None:
             )
 
 
-def check_replaces_nothing(named: list[tuple[Path, str]], output: Path, args: argparse.Namespace) -> None:
+def check_replaces_nothing(
+    named: list[tuple[Path, str]], found: list[Path], output: Path, args: argparse.Namespace
+) -> None:
     """Refuse to write over what is read.
 
     Args:
         named: inputs, and the names of their pictures or videos.
+        found: these, and what was left out.
         output: folder of these.
         args: other files that are read, and whether pictures are written.
 
@@ -187,7 +195,7 @@ def check_replaces_nothing(named: list[tuple[Path, str]], output: Path, args: ar
         UserError: an output is one of the inputs.
     """
     others = [args.annotations, args.config_file, args.model]
-    read = {Path(path).resolve() for path in [*(path for path, _ in named), *filter(None, others)]}
+    read = {Path(path).resolve() for path in [*found, *filter(None, others)]}
     videos = [output / name for path, name in named if is_video(path)]
     pictures = [output / name for path, name in named if not (is_video(path) or args.no_pictures)]
     lists = [output / "predictions.json", output / "images.json", *(v.with_suffix(".jsonl") for v in videos)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..layers import GroupNorm, GroupNormAct
+from ..ops import frozen_batch_norm
 from .match import GroupStatistics, expected_statistics
 from .source import SourceNorm
 
@@ -93,16 +94,13 @@ class _BlendedNorm(torch.autograd.Function):
         def per_channel(value: Tensor) -> Tensor:  # (N, G) -> (N * C,)
             return value.repeat_interleave(channels // groups, 1).flatten()
 
-        y = torch.batch_norm(  # F.batch_norm of PyTorch 2.11 refuses an eps of 0
+        y = frozen_batch_norm(
             x.reshape(1, samples * channels, pixels),
-            weight.repeat(samples),
-            bias.repeat(samples),
             per_channel(blended_mean),
             per_channel(blended_var),
-            training=False,
-            momentum=0.0,
-            eps=eps,
-            cudnn_enabled=torch.backends.cudnn.enabled,
+            weight.repeat(samples),
+            bias.repeat(samples),
+            eps,
         )
         ctx.save_for_backward(x, weight, own_mean, blended_mean, (blended_var + eps).rsqrt())
         ctx.share = share

@@ -256,14 +256,26 @@ def _to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) ->
 
 
 def _failure(exporter: str, error: Exception) -> UserError:
-    cause: BaseException = error
-    while cause.__cause__ is not None:  # the ONNX exporter's own words are of what to do next
-        cause = cause.__cause__
-    reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
     return UserError(
-        f"{exporter} of PyTorch {torch.__version__} cannot take this detector: {reason}; "
+        f"{exporter} of PyTorch {torch.__version__} cannot take this detector: {_reason(error)}; "
         "exports are tested with the PyTorch of constraints.txt"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """What cannot be exported, and the first cause; ONNX's exporter says what to do next around them."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    first = chain[-1]
+    if len(chain) < 3:
+        return _first_line(first) or type(first).__name__
+    return f"{_first_line(chain[1])} ({type(first).__name__}: {_first_line(first)})"
+
+
+def _first_line(error: BaseException) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return line if len(line) < 200 else f"{line[:200]} ..."
 
 
 def _metadata_of(predictor: Predictor) -> ExportMetadata:

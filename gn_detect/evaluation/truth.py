@@ -42,7 +42,10 @@ class Truth:
         """
         found = self._ids_of(path)
         if not found:
-            raise UserError(f"{self.path} does not list the image {path}; leave it out, or --annotations")
+            raise UserError(
+                f"{self.path} does not list the image {path}; leave it out, or --annotations, or give its "
+                "folder, of which the listed images are taken"
+            )
         if len(found) > 1:
             raise UserError(f"{self.path} lists the image {path} {len(found)} times; number each once")
         return found[0]
@@ -52,7 +55,7 @@ class Truth:
         return bool(self._ids_of(path))
 
     def _ids_of(self, path: str | Path) -> list[Any]:
-        parts = Path(path).parts
+        parts = Path(path).absolute().parts
         names = ("/".join(parts[start:]).lstrip("/") for start in range(len(parts)))
         return next((self._by_name[name] for name in names if name in self._by_name), [])
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import misc
 
-from ..ops import group_norm
+from ..ops import frozen_batch_norm, group_norm
 from .groups import choose_groups
 
 NORM_NAMES = ("", "BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")
@@ -96,9 +96,7 @@ class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
         # A program that is exported knows no number of RoIs, which F.batch_norm asks for.
         if x.requires_grad or torch.compiler.is_compiling():
             return super().forward(x)
-        if self.eps == 0:  # F.batch_norm of PyTorch 2.11 refuses it
-            return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> FrozenBatchNorm2d:

@@ -1,5 +1,6 @@
 """Functions on tensors: no modules, no configuration."""
 
+from .batch_norm import frozen_batch_norm
 from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, nms_by_group, scale_boxes
 from .group_norm import group_norm
 from .masks import crop_bitmaps, paste_masks, rasterize_masks, rasterize_polygons
@@ -11,6 +12,7 @@ __all__ = [
     "crop_bitmaps",
     "decode_boxes",
     "encode_boxes",
+    "frozen_batch_norm",
     "group_norm",
     "nms_by_group",
     "paste_masks",

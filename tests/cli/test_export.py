@@ -256,6 +256,19 @@ def test_a_failing_exporter_is_reported_in_one_line(
     error = refused("export", "--output", tmp_path / "a.pt2", *keys)
     assert "cannot take this detector: cannot trace;" in error and list(tmp_path.iterdir()) == []
 
+    def fail_as_onnx(*_: object, **__: object) -> None:
+        try:
+            try:
+                raise KeyError("u7")
+            except KeyError as first:
+                raise RuntimeError("Error when translating node %le") from first
+        except RuntimeError as second:
+            raise RuntimeError("Failed. Next steps:") from second
+
+    monkeypatch.setattr(torch.export, "export", fail_as_onnx)
+    error = refused("export", "--output", tmp_path / "a.pt2", *keys)
+    assert "cannot take this detector: Error when translating node %le (KeyError: 'u7');" in error
+
 
 @full_size
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])

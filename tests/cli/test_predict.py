@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -149,6 +150,21 @@ def test_a_folder_of_more_images_than_the_ground_truth_lists(
 
 
 @pytest.mark.usefixtures("stub")
+def test_an_image_that_is_given_twice(
+    case: Case, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From two folders, by a name that the ground truth has once; its folder may be the current one."""
+    images, again = case.train.parent / "images", tmp_path / "again"
+    shutil.copytree(images, again)
+    arguments = ("predict", "--config-file", case.config, "--annotations", case.train)
+    message = refused(*arguments, "--output", tmp_path / "out", images, again)
+    assert f"{again / '001.png'} and {images / '001.png'} are both image 1 of" in message
+    case.edit(lambda c: [entry.update(file_name=f"images/{entry['file_name']}") for entry in c["images"]])
+    monkeypatch.chdir(images)
+    assert predict(case, tmp_path / "out", "--annotations", case.train, ".") == 0
+
+
+@pytest.mark.usefixtures("stub")
 def test_ground_truth_that_does_not_fit(case: Case, tmp_path: Path, refused: Any) -> None:
     arguments = ("predict", "--config-file", case.config, "--output", tmp_path / "out")
     other = tmp_path / "other.png"
@@ -194,6 +210,10 @@ def test_no_input_is_replaced(
         *arguments, images, "--annotations", truth, case.val.parent / "images"
     )
     truth.unlink()
+    before[images / "001.jpg"] = before[images / "001.png"]
+    (images / "001.jpg").write_bytes(before[images / "001.jpg"])
+    case.edit(lambda content: content["images"][0].update(file_name="001.jpg"))
+    assert "001.png is an input" in refused(*arguments, images, "--annotations", case.train, images)
     video = tmp_path / "own.mp4"
     video.write_bytes(b"a video")
     assert "own.mp4 is an input" in refused(*arguments, tmp_path, video)
