@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..config import load_config
 from ..engine import benchmark_norm
 from ..engine.benchmark import Workload, benchmark, describe_machine, write_report
-from ..engine.benchmark_step import compare_steps
+from ..engine.benchmark_step import Step, compare_steps
 from ..engine.distributed import resolve_device
 from ..errors import UserError
 from ..files import atomic_write_json
@@ -21,7 +22,7 @@ HELP = "Time a training step or a detection part by part, or every norm beside P
 EXAMPLES = """
 gn-detect bench train
 gn-detect bench infer --config-file quick/demo.yaml --size 224 320 --iterations 3 --json figures.json
-gn-detect bench norm --no-compile --steps 0 --layers stem --iterations 3
+gn-detect bench norm --no-compile --steps 0 --layer stem --iterations 3
 gn-detect --json bench train                                  # the figures on standard output
 """
 
@@ -46,17 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     norm = parser.add_argument_group(
         "norm",
-        "the norms of R-50-FPN at 800 x 1344, then whole training steps;\n"
-        "KEY VALUE pairs stand before --layers, --dtypes and --orders, or after a flag behind these",
+        "the norms of R-50-FPN at 800 x 1344, then whole training steps",
     )
     norm.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    norm.add_argument(
-        "--layers", nargs="+", choices=benchmark_norm.LAYERS, metavar="LAYER", help="default: all"
-    )
-    norm.add_argument("--dtypes", nargs="+", choices=benchmark_norm.DTYPES, help="default: all")
-    norm.add_argument(
-        "--orders", nargs="+", choices=benchmark_norm.ORDERS, help="memory order; default: both"
-    )
+    for flag, choices, text in (
+        ("--layer", benchmark_norm.LAYERS, "of the model"),
+        ("--dtype", benchmark_norm.DTYPES, "of the activations"),
+        ("--order", benchmark_norm.ORDERS, "of the memory"),
+    ):
+        names = ", ".join(f"'{name}'" if " " in name else name for name in choices)
+        norm.add_argument(
+            flag,
+            action="append",
+            choices=list(choices),
+            metavar=flag[2:].upper(),
+            help=f"{text}, alone; again for more; default: all of {names}",
+        )
     norm.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out, which takes minutes"
     )
@@ -91,32 +97,45 @@ def _run_norms(args: argparse.Namespace) -> Result:
         f"norms of R-50-FPN, {args.images} x 800 x 1344, {describe_machine(device)}; ratios: time over ours"
     )
     print(benchmark_norm.header())
-    timings = []
+    timings: list[benchmark_norm.Timing] = []
+    steps: dict[str, Step] = {}
     for timing in benchmark_norm.benchmark_norms(
         device,
         args.images,
-        args.layers or benchmark_norm.LAYERS,
-        args.dtypes or benchmark_norm.DTYPES,
-        args.orders or benchmark_norm.ORDERS,
+        args.layer or benchmark_norm.LAYERS,
+        args.dtype or benchmark_norm.DTYPES,
+        args.order or benchmark_norm.ORDERS,
         compiled=not args.no_compile,
         rounds=args.iterations,
     ):
         timings.append(timing)
         print(benchmark_norm.row(timing), flush=True)
-    print(benchmark_norm.summary(timings))
-    steps = {}
+        _norm_figures(args, device, timings, steps)
+    print(benchmark_norm.summary(timings), flush=True)
     if args.steps:
         config = args.config_file or DEFAULT_CONFIG
         size = [str(length) for length in args.size]
         arguments = ["--size", *size, "--images", str(args.images), "--objects", str(args.objects)]
-        steps = compare_steps(config, [*arguments, *args.overrides, "MODEL.DEVICE", device.type], args.steps)
+        arguments += [*args.overrides, "MODEL.DEVICE", device.type]
+        for steps in compare_steps(config, arguments, args.steps):
+            _norm_figures(args, device, timings, steps)
         for name, step in steps.items():
             print(f"training step, {name:<10} {step}")
+    return Result(_norm_figures(args, device, timings, steps))
+
+
+def _norm_figures(
+    args: argparse.Namespace,
+    device: torch.device,
+    timings: list[benchmark_norm.Timing],
+    steps: dict[str, Step],
+) -> dict[str, Any]:
+    """What has been measured so far, also written to ``--json``: a run that is cut off keeps its figures."""
     figures = {
         "machine": describe_machine(device),
         "norms": benchmark_norm.as_json(timings),
-        "steps": {k: vars(v) for k, v in steps.items()},
+        "steps": {name: vars(step) for name, step in steps.items()},
     }
     if args.json:
         atomic_write_json(Path(args.json), figures)
-    return Result(figures)
+    return figures

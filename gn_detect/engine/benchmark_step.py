@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Step:
         return f"{seconds:8.4f} s ({times}), {megabytes:6.0f} MB ({memory})"
 
 
-def compare_steps(config: str, arguments: Sequence[str], rounds: int) -> dict[str, Step]:
+def compare_steps(config: str, arguments: Sequence[str], rounds: int) -> Iterator[dict[str, Step]]:
     """Run ``bench train`` on every variant ``rounds`` times.
 
     Args:
@@ -49,10 +49,13 @@ def compare_steps(config: str, arguments: Sequence[str], rounds: int) -> dict[st
         arguments: further flags, then config overrides.
         rounds: of all variants in turn.
 
+    Yields:
+        After each run the figures of those variants that have some.
+
     Raises:
         UserError: a run failed; the text is its own.
     """
-    steps = {name: Step() for name in VARIANTS}
+    steps: dict[str, Step] = {}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         for _ in range(rounds):
@@ -63,6 +66,7 @@ def compare_steps(config: str, arguments: Sequence[str], rounds: int) -> dict[st
                 if done.returncode:
                     raise UserError(f"the training step with {name} failed:\n{done.stderr.strip()}")
                 figures = json.loads(report.read_text())
-                steps[name].seconds.append(statistics.median(figures["seconds"]))
-                steps[name].megabytes.append(figures["memory"] / 1e6)
-    return steps
+                step = steps.setdefault(name, Step())
+                step.seconds.append(statistics.median(figures["seconds"]))
+                step.megabytes.append(figures["memory"] / 1e6)
+                yield steps

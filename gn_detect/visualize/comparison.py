@@ -112,15 +112,16 @@ def _half(
     canvas = Canvas.over(picture, min(height, width) * min(scale, base_scale(height, width)))
     wrong = np.array([outcome in (OTHER_CLASS, MISSED, FALSE) for outcome in outcomes])
     colours = [_COLOURS[outcome] for outcome in outcomes]
-    width_of_line = canvas.line_width
+    width_of_line, drawn = canvas.line_width, boxes.copy()
     for index in np.lexsort((-box_area(boxes), wrong)):
         outline, dashed = mask_outline(masks[index], scale), outcomes[index] == MISSED
         canvas.line_width = width_of_line * (1.5 if wrong[index] else 0.8)
         if outline is not None:
             canvas.draw_mask(outline, colours[index], fill=0.3 if wrong[index] else 0.12, dashed=dashed)
+            drawn[index] = outline.get_extents().extents  # a poor mask may be far from the box's corners
         else:
             canvas.draw_box(boxes[index], colours[index], dashed=dashed)
-    draw_labels(canvas, boxes, _spoken(outcomes, names), colours)
+    draw_labels(canvas, drawn, _spoken(outcomes, names), colours)
     return canvas.flatten()
 
 

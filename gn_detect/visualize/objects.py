@@ -116,13 +116,16 @@ def _draw(
     boxes = boxes * scale
     colours = pick_colours(boxes)
     canvas = Canvas.over(picture, min(height, width) * min(scale, base_scale(height, width)))
+    drawn = boxes.copy()
     for index in np.argsort(-box_area(boxes), kind="stable"):
         outline = mask_outline(masks[index], scale)
         if outline is not None:
             canvas.draw_mask(outline, colours[index])
         if outline is None or len(boxes) <= CROWDED:
             canvas.draw_box(boxes[index], colours[index], faint=outline is not None)
-    draw_labels(canvas, boxes, labels, colours)
+        else:
+            drawn[index] = outline.get_extents().extents
+    draw_labels(canvas, drawn, labels, colours)
     return canvas.flatten()
 
 

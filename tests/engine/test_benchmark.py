@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from gn_detect.cli import main
 from gn_detect.engine.benchmark import Workload, write_workload
-from gn_detect.engine.benchmark_norm import LAYERS, benchmark_norms, fewest_passes, implementations
+from gn_detect.engine.benchmark_norm import LAYERS, Timing, benchmark_norms, fewest_passes, implementations
 from gn_detect.engine.benchmark_step import VARIANTS, compare_steps
 from gn_detect.errors import UserError
 
@@ -83,13 +84,25 @@ def test_norms_one_by_one() -> None:
 
 def test_bench_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "norms.json"
-    some = ["--layers", "p5", "--dtypes", "float32", "--orders", "channels_last", "--no-compile"]
-    command = ["bench", "norm", "--device", "cpu", "--iterations", "1", *some, "--steps", "0"]
-    assert main([*command, "--json", str(path)]) == 0
+    some = ["--no-compile", "--layer", "p5", "--dtype", "float32", "--order", "channels_last"]
+    command = ["bench", "norm", "--device", "cpu", "--iterations", "1", "--steps", "0", "--json", str(path)]
+    assert main([*command, *some, "SEED", "1"]) == 0, "config keys stand at the end, as everywhere"
     printed = capsys.readouterr().out
     assert "p5" in printed and "least against native" in printed
     figures = json.loads(path.read_text())
     assert [n["backward"] for n in figures["norms"]] == [False, True] and figures["steps"] == {}
+
+
+def test_figures_of_a_run_that_is_cut_off_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(*_: object, **__: object) -> Iterator[Timing]:
+        timings = benchmark_norms(torch.device("cpu"), layers=["p5"], compiled=False, rounds=1)
+        yield next(timings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gn_detect.engine.benchmark_norm.benchmark_norms", cut_off)
+    path = tmp_path / "norms.json"
+    assert main(["bench", "norm", "--device", "cpu", "--json", str(path)]) == 130
+    assert [norm["layer"] for norm in json.loads(path.read_text())["norms"]] == ["p5"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -101,9 +114,9 @@ def test_bench_norm_without_the_gpu_that_was_asked_for(capsys: pytest.CaptureFix
 @pytest.mark.slow
 def test_training_steps_side_by_side() -> None:
     small = ["--size", "64", "96", "--objects", "3", "--iterations", "1", "MODEL.DEVICE", "cpu"]
-    steps = compare_steps("quick/demo.yaml", small, rounds=1)
+    *_, steps = compare_steps("quick/demo.yaml", small, rounds=1)
     assert steps.keys() == VARIANTS.keys()
     for step in steps.values():
         assert step.seconds[0] > 0 and " MB (" in str(step)
     with pytest.raises(UserError, match="fused GN failed"):
-        compare_steps("quick/demo.yaml", ["NO.SUCH_KEY", "1"], rounds=1)
+        next(compare_steps("quick/demo.yaml", ["NO.SUCH_KEY", "1"], rounds=1))

@@ -108,3 +108,17 @@ def test_real_nuclei_are_compared(shared_dir: Path) -> None:
     found = [{**entry, "score": 0.9} for entry in objects]
     matched, iou = match_objects(objects, found, "segm")
     assert matched.tolist() == list(range(len(objects))) and iou.min() == 1
+
+
+def test_a_name_stands_at_the_mask_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poor mask fills a small part of its box, which is not drawn."""
+    labelled: list[np.ndarray] = []
+    monkeypatch.setattr(comparison, "draw_labels", lambda _, boxes, *__: labelled.append(boxes))
+    image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+    small = torch.tensor([[300.0, 260, 360, 330]])
+    box = torch.tensor([[20.0, 20, 460, 460]])
+    found = Detections(box, torch.tensor([0.9]), torch.tensor([0]), masks_of(small))
+    draw_comparison(image, Target(box, torch.tensor([1]), None), found, NAMES, np.array([-1]), scale=1.0)
+    truth, prediction = labelled
+    np.testing.assert_allclose(truth, box, err_msg="without a mask the box is drawn")
+    np.testing.assert_allclose(prediction, small, atol=1)
