@@ -109,6 +109,13 @@ EVAL = "eval --config-file {config}"
 PREDICT = "predict --config-file {config} {images}"
 
 MISTAKES = {
+    "command with a typo": Mistake("trian", "trian", "did you mean train?"),
+    "flag of another tool": Mistake(
+        f"{PREDICT} --confidence-threshold 0.5", "--confidence-threshold", "did you mean --threshold?"
+    ),
+    "key given as a flag": Mistake(f"{TRAIN} --epochs 12", "--epochs", "gn-detect train --help"),
+    "nothing to work on": Mistake("predict --config-file {config}", "INPUT", "gn-detect predict --help"),
+    "word too many": Mistake("report {folder}/a {folder}/b", "b", "gn-detect report --help"),
     "no config": Mistake("train", "config", "--config-file FILE"),
     "config that is not there": Mistake(
         "train --config-file quick/dmeo.yaml", "quick/dmeo.yaml", "quick/demo.yaml"

@@ -189,9 +189,3 @@ def test_too_little_gpu_memory_names_the_keys_of_the_command(
     error = refused(*arguments)
     assert "out of GPU memory; " in error and LESS_MEMORY[arguments] in error
     assert ("TRAIN" in error) == (arguments == ("train",))
-
-
-def test_unknown_flag_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["train", "--nonsense"])
-    assert caught.value.code == 2 and "--nonsense" in capsys.readouterr().err
