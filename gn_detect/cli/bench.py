@@ -93,6 +93,8 @@ def _run_norms(args: argparse.Namespace) -> Result:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu")
+    config = args.config_file or DEFAULT_CONFIG
+    load_config(config, args.overrides)  # a wrong key is told now, not behind all the norms
     print(
         f"norms of R-50-FPN, {args.images} x 800 x 1344, {describe_machine(device)}; ratios: time over ours"
     )
@@ -110,27 +112,26 @@ def _run_norms(args: argparse.Namespace) -> Result:
     ):
         timings.append(timing)
         print(benchmark_norm.row(timing), flush=True)
-        _norm_figures(args, device, timings, steps)
+        _keep_norm_figures(args, device, timings, steps)
     print(benchmark_norm.summary(timings), flush=True)
     if args.steps:
-        config = args.config_file or DEFAULT_CONFIG
         size = [str(length) for length in args.size]
         arguments = ["--size", *size, "--images", str(args.images), "--objects", str(args.objects)]
         arguments += [*args.overrides, "MODEL.DEVICE", device.type]
         for steps in compare_steps(config, arguments, args.steps):
-            _norm_figures(args, device, timings, steps)
+            _keep_norm_figures(args, device, timings, steps)
         for name, step in steps.items():
             print(f"training step, {name:<10} {step}")
-    return Result(_norm_figures(args, device, timings, steps))
+    return Result(_keep_norm_figures(args, device, timings, steps))
 
 
-def _norm_figures(
+def _keep_norm_figures(
     args: argparse.Namespace,
     device: torch.device,
     timings: list[benchmark_norm.Timing],
     steps: dict[str, Step],
 ) -> dict[str, Any]:
-    """What has been measured so far, also written to ``--json``: a run that is cut off keeps its figures."""
+    """Write what has been measured to ``--json``, and return it: a run that is cut off loses nothing."""
     figures = {
         "machine": describe_machine(device),
         "norms": benchmark_norm.as_json(timings),

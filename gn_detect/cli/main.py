@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from types import ModuleType
-from typing import NoReturn
 
 import torch
 from PIL import Image
@@ -36,6 +33,7 @@ from . import (
     zoo,
 )
 from .output import Result, add_output_arguments, directed, print_json
+from .parser import Parser, check_flags
 
 COMMANDS = {
     "train": train,
@@ -77,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         With ``--json`` the result stands on standard output, alone.
 
     Raises:
-        SystemExit: by argparse, for ``--help`` and ``--version`` (status 0).
+        SystemExit: for ``--help`` and ``--version`` (status 0), and by a training that is told to stop.
     """
     try:
         args = parse(arguments)
@@ -113,44 +111,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The parsed command line; flags may part ``KEY VALUE`` pairs or inputs, which argparse alone refuses.
 
     Raises:
-        UserError: an unknown command or flag, a word too many, or one that is missing.
+        UserError: a command, flag or value that there is not, a word too many, or one that is missing.
     """
     parser = make_parser()
-    args, rest = parser.parse_known_args(arguments)
-    unknown = [word for word in rest if re.match("--?[A-Za-z]", word)]
-    lists = [name for name in ("overrides", "inputs", "runs") if hasattr(args, name)]
-    if unknown:
-        raise UserError(f"unknown flag {unknown[0]}; {_near_flag(parser, args.command, unknown[0])}")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    check_flags(parser, words)
+    args, rest = parser.parse_known_args(words)
+    rest = [word for word in rest if word != "--"]
+    lists = [name for name in ("overrides", "inputs", "runs", "names") if hasattr(args, name)]
     if rest and not lists:
-        raise UserError(
-            f"{rest[0]!r} is a word too many; gn-detect {args.command} --help shows what there is"
-        )
+        raise UserError(f"{rest[0]!r} is a word too many; gn-detect {args.command} --help shows how")
     if rest:
         getattr(args, lists[0]).extend(rest)
     return args
 
 
-def _near_flag(parser: argparse.ArgumentParser, command: str, flag: str) -> str:
-    """What may have been meant; other tools' names are often longer: ``--confidence-threshold``."""
-    commands = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    near = get_close_matches(flag.partition("=")[0], commands[command]._option_string_actions, 1)
-    return f"did you mean {near[0]}?" if near else f"gn-detect {command} --help lists them"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Its errors are one line, as all others are."""
-
-    def error(self, message: str) -> NoReturn:
-        wrong = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message)
-        near = get_close_matches(wrong[2], re.findall(r"[\w-]+", wrong[3]), 1) if wrong else []
-        if wrong and near:
-            raise UserError(f"{wrong[1]}; did you mean {near[0]}?")
-        raise UserError(f"{message}; {self.prog} --help shows how")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = _Parser(
+    parser = Parser(
         prog="gn-detect",
         description="Mask R-CNN with Group Normalization.",
         epilog=f"gn-detect <command> --help has examples.\n\n{EXIT_STATUS}",

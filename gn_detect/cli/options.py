@@ -21,7 +21,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """``--config-file F`` and ``KEY VALUE ...`` at the end."""
     parser.add_argument("--config-file", metavar="FILE", help="YAML with detectron2's keys")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY VALUE", help="config keys, such as SOLVER.BASE_LR 0.01"
+        "overrides",
+        nargs="*",
+        default=[],  # else argparse counts it among what it requires
+        metavar="KEY VALUE",
+        help="config keys, such as SOLVER.BASE_LR 0.01",
     )
 
 

@@ -50,7 +50,7 @@ def compare_steps(config: str, arguments: Sequence[str], rounds: int) -> Iterato
         rounds: of all variants in turn.
 
     Yields:
-        After each run the figures of those variants that have some.
+        After each run the same mapping, of those variants that have figures.
 
     Raises:
         UserError: a run failed; the text is its own.

@@ -124,7 +124,7 @@ def _draw(
         if outline is None or len(boxes) <= CROWDED:
             canvas.draw_box(boxes[index], colours[index], faint=outline is not None)
         else:
-            drawn[index] = outline.get_extents().extents
+            drawn[index] = outline.get_extents().extents  # a poor mask may be far from the box's corners
     draw_labels(canvas, drawn, labels, colours)
     return canvas.flatten()
 

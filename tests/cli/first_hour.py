@@ -110,10 +110,15 @@ PREDICT = "predict --config-file {config} {images}"
 
 MISTAKES = {
     "command with a typo": Mistake("trian", "trian", "did you mean train?"),
+    "command of another tool": Mistake("test", "test", "choose from"),
     "flag of another tool": Mistake(
         f"{PREDICT} --confidence-threshold 0.5", "--confidence-threshold", "did you mean --threshold?"
     ),
-    "key given as a flag": Mistake(f"{TRAIN} --epochs 12", "--epochs", "gn-detect train --help"),
+    "key given as a flag": Mistake(f"{TRAIN} --lr 0.01", "--lr", "behind the command: SOLVER.BASE_LR"),
+    "flag that there is not": Mistake(f"{TRAIN} --epochs 12", "--epochs", "gn-detect train --help"),
+    "flag before the command": Mistake("--config-file {config} train", "--config-file", "behind its name"),
+    "flag without its value": Mistake("train --config-file", "--config-file", "gn-detect train --help"),
+    "word for a number": Mistake(f"{TRAIN} --num-gpus two", "--num-gpus", "gn-detect train --help"),
     "nothing to work on": Mistake("predict --config-file {config}", "INPUT", "gn-detect predict --help"),
     "word too many": Mistake("report {folder}/a {folder}/b", "b", "gn-detect report --help"),
     "no config": Mistake("train", "config", "--config-file FILE"),

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gn_detect.cli import main
-from gn_detect.cli.main import COMMANDS
+from gn_detect.cli.main import COMMANDS, parse
 from gn_detect.config.explain import facts
 from tests.cli.conftest import Case
 
@@ -28,6 +28,40 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
         or "completion" in command
     )
     assert "exit status:" in told and "--quiet" in told
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("eval --config x.yaml", "--config; did you mean --config-file?"),
+        ("predict --t 0.5 a", "--t; did you mean --trust or --threshold?"),
+        ("bench train --iter=3", "--iter; did you mean --iterations?"),
+        ("predict --score 0.5 a", "--score; gn-detect predict --help"),
+        (
+            "predict --weights w.pth a",
+            "--weights; it is a config key, given behind the command: MODEL.WEIGHTS",
+        ),
+        ("plot --seed 1 a", "--seed; gn-detect plot --help"),
+        ("doctor --jsn a --images b", "--jsn; did you mean --json?"),
+        ("--versoin", "--versoin; did you mean --version?"),
+        ("bench norm --layer stm", "'stm'; did you mean stem?"),
+        ("bench norm --layer box", "'box' (choose from"),
+        ("bench", "required: mode; gn-detect bench --help"),
+    ],
+)
+def test_what_was_meant_is_told(command: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and told in line
+
+
+def test_behind_two_dashes_nothing_is_a_flag() -> None:
+    assert parse(["predict", "a", "--threshold", "0.5", "--", "-b.jpg"]).inputs == ["a", "-b.jpg"]
+    assert parse(["train", "SEED", "1", "--resume", "SOLVER.BASE_LR", "-1"]).overrides[2:] == [
+        "SOLVER.BASE_LR",
+        "-1",
+    ]
+    assert parse(["zoo", "info", "R-50-GN", "--json", "R-101-GN"]).names == ["R-50-GN", "R-101-GN"]
 
 
 def test_a_merged_config_is_printed(case: Case, capsys: pytest.CaptureFixture[str]) -> None:

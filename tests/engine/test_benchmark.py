@@ -86,7 +86,9 @@ def test_bench_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "norms.json"
     some = ["--no-compile", "--layer", "p5", "--dtype", "float32", "--order", "channels_last"]
     command = ["bench", "norm", "--device", "cpu", "--iterations", "1", "--steps", "0", "--json", str(path)]
-    assert main([*command, *some, "SEED", "1"]) == 0, "config keys stand at the end, as everywhere"
+    assert main([*command, *some, "SOLVER.NO_KEY", "1"]) == 2, "config keys stand at the end, as everywhere"
+    assert "SOLVER.NO_KEY: unknown key" in capsys.readouterr().err and not path.exists()
+    assert main([*command, *some, "SEED", "1"]) == 0
     printed = capsys.readouterr().out
     assert "p5" in printed and "least against native" in printed
     figures = json.loads(path.read_text())

@@ -149,6 +149,20 @@ def test_many_objects_of_one_class_are_labelled_with_the_score_alone(
     assert [text for text, _ in plates] == ["0.75"] * 32
 
 
+def test_in_a_crowd_names_stand_at_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes are not drawn there, and a poor mask fills a small part of its box."""
+    labelled: list[np.ndarray] = []
+    monkeypatch.setattr(objects, "draw_labels", lambda _, boxes, *__: labelled.append(boxes))
+    for number in (objects.CROWDED, objects.CROWDED + 1):
+        found = detections([[10.0, 10, 500, 500]] * number, [0.9] * number)
+        found.masks = torch.zeros(number, SIDE, SIDE, dtype=torch.bool)
+        found.masks[:, 300:360, 200:280] = True
+        draw_detections(noise(), found, NAMES, scale=1.0)
+    few, many = labelled
+    np.testing.assert_allclose(few, [[10, 10, 500, 500]] * objects.CROWDED)
+    np.testing.assert_allclose(many, [[200, 300, 280, 360]] * (objects.CROWDED + 1), atol=1)
+
+
 def test_neighbours_differ_in_colour() -> None:
     x, y = np.meshgrid(np.arange(8) * 50.0, np.arange(8) * 50.0)
     corners = np.stack([x.ravel(), y.ravel()], axis=1)
