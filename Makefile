@@ -42,7 +42,7 @@ demo: $(VENV)/.installed
 	@echo "pictures of predictions: $(DEMO_OUTPUT)/pictures"
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
