@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs Triton, which PyTorch brings along on Linux")
 
@@ -215,3 +216,26 @@ def test_the_same_bits_every_time(tiles: str) -> None:
     x = torch.randn(3, 8, 9, 9, generator=torch.Generator().manual_seed(0))
     runs = [run(x, 4, residual=True, relu=True, channels_last=True)[0] for _ in range(2)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+class Called(TorchDispatchMode):
+    """Names of PyTorch's operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_gradients_of_several_images_alone_are_summed(images: int) -> None:
+    """Where a program holds whole groups, one image leaves one row of them: a launch less."""
+    x = torch.randn(images, 8, 6, 5, device=DEVICE)
+    weight, bias = torch.randn(2, 8, device=DEVICE)
+    y, statistics = launch.forward(x, 4, weight, bias, 1e-5, None, False, False)
+    with Called() as called:
+        launch.backward(x, x, None, weight, bias, statistics, False, False, (True, False, True))
+    assert any(name.startswith("sum") for name in called.names) == (images > 1)
