@@ -10,6 +10,7 @@ from pathlib import Path
 from ..config import Config
 from ..engine import evaluate, train
 from ..engine.checkpoint import BEST, FINAL
+from ..report.run_folder import read_run
 from .options import (
     add_config_arguments,
     add_data_arguments,
@@ -55,6 +56,9 @@ def run(args: argparse.Namespace) -> Result:
         return Result({"output_dir": str(folder), "results": results})
     files = {"config": folder / "config.yaml", "weights": folder / FINAL, "best": folder / BEST}
     found = {name: str(path) if path.is_file() else None for name, path in files.items()}
+    best = read_run(folder).best
+    if best and not best.is_last:
+        print(best)
     if not args.config_file:
         weights = found["best"] or found["weights"]
         print(f"next: gn-detect predict --config-file {found['config']} IMAGES MODEL.WEIGHTS {weights}")

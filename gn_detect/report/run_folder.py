@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import Config, load_config
+from ..engine.checkpoint import BEST
+from ..engine.run import best_metric
 from ..errors import UserError
-from ..visualize import read_metrics
+from ..visualize import metric_points, read_metrics
 
 RESULTS_FILE = "coco_instances_results.json"
 
@@ -31,6 +35,32 @@ class TestSet:
 
 
 @dataclass(frozen=True)
+class BestEvaluation:
+    """The evaluation whose weights are ``model_best.pth``.
+
+    Attributes:
+        metric: that decided, such as ``segm/AP``.
+        value, iterations: of it, and how many were trained until then.
+        last_value, last_iterations: of the last evaluation.
+    """
+
+    metric: str
+    value: float
+    iterations: int
+    last_value: float
+    last_iterations: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether both are one and the same."""
+        return self.iterations == self.last_iterations
+
+    def __str__(self) -> str:
+        best = f"{self.metric} was best after {self.iterations} iterations: {self.value:.1f}, kept as {BEST}"
+        return f"{best}; the last evaluation, after {self.last_iterations}, found {self.last_value:.1f}"
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """All that a report reads of a run, but for datasets.
 
@@ -48,6 +78,17 @@ class RunFolder:
     rows: list[dict[str, float]]
     tests: list[TestSet]
     environment: dict[str, Any]
+
+    @property
+    def best(self) -> BestEvaluation | None:
+        """The best evaluation so far; None where there was none, or none gave a number."""
+        metric = best_metric(self.cfg)
+        points = metric_points(self.rows, metric)
+        points = points[np.isfinite(points[:, 1])]
+        if not len(points):
+            return None
+        (best, value), (last, last_value) = points[points[:, 1].argmax()], points[-1]
+        return BestEvaluation(metric, float(value), int(best) + 1, float(last_value), int(last) + 1)
 
 
 def read_run(folder: str | Path) -> RunFolder:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gn_detect import Predictor
-from gn_detect.config import Config, load_config
+from gn_detect.cli import main
+from gn_detect.config import Config, dump_config, load_config
 from gn_detect.data import build_test_loader
 from gn_detect.engine import evaluate, train
 from gn_detect.engine import trainer as trainer_module
@@ -157,14 +158,19 @@ def test_new_run_forgets_an_old_runs_checkpoint(tiny_config: Config, monkeypatch
     assert not (Path(cfg.output_dir) / "last_checkpoint").exists()
 
 
-def test_best_checkpoint_is_kept(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_checkpoint_is_kept_and_told(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     values = iter([10.0, 30.0, 20.0])
 
     def fake(*_: object) -> dict:
         return {"bbox": {"AP": 1.0}, "segm": {"AP": next(values)}}
 
     monkeypatch.setattr(trainer_module, "evaluate_test_sets", fake)
-    train(tiny_config.replace({"TEST.EVAL_PERIOD": 2}))
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(tiny_config))
+    assert main(["train", "--config-file", str(config), "TEST.EVAL_PERIOD", "2"]) == 0
+    assert "segm/AP was best after 4 iterations: 30.0, kept as model_best.pth" in capsys.readouterr().out
     best = read_checkpoint(Path(tiny_config.output_dir) / "model_best.pth")
     assert best.metadata["iteration"] == 3 and best.metadata["segm/AP"] == 30.0
 

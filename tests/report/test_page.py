@@ -65,6 +65,22 @@ def test_the_command_writes_one_page(make_run: MakeRun, capsys: pytest.CaptureFi
     assert told == {"output": str(folder / "report.html"), "bytes": (folder / "report.html").stat().st_size}
 
 
+def test_the_best_evaluation_is_told_if_it_was_not_the_last(make_run: MakeRun) -> None:
+    folder = make_run()
+    metrics, losses = folder / "metrics.jsonl", (folder / "metrics.jsonl").read_text()
+
+    def words(*values: float | None) -> str:
+        rows = [{"iteration": 2 * i + 1, "segm/AP": value} for i, value in enumerate(values)]
+        metrics.write_text(losses + "".join(json.dumps(row) + "\n" for row in rows))
+        return read(write_report(folder, pictures=0)).words
+
+    told = "segm/AP was best after 4 iterations: 30.0, kept as model_best.pth; the last evaluation, after 6,"
+    assert f"{told} found 20.0." in words(10, 30, 20)
+    assert f"{told} found 30.0." in words(10, 30, 30)  # of equal ones the first is kept
+    assert "was best" not in words(10, 20, 30)
+    assert "was best" not in words(None, None)
+
+
 def test_nothing_of_the_data_becomes_markup(make_run: MakeRun) -> None:
     page = read(write_report(make_run()))
     assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]
