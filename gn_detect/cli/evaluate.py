@@ -7,7 +7,7 @@ import argparse
 from . import train
 from .output import Result
 
-HELP = "Evaluate a checkpoint, MODEL.WEIGHTS, on DATASETS.TEST."
+HELP = "Evaluate a checkpoint on DATASETS.TEST."
 
 EXAMPLES = """
 gn-detect eval --config-file runs/one/config.yaml --weights runs/one/model_best.pth

@@ -8,14 +8,20 @@ from ..engine import ExportedPredictor, Predictor
 from ..engine.export import check_target, export_detector
 from ..engine.export_check import compare
 from .inputs import find_images, split_overrides
-from .options import add_config_arguments, add_fix_argument, read_config_file
+from .options import (
+    add_config_arguments,
+    add_fix_argument,
+    add_weights_argument,
+    read_config_file,
+    take_weights,
+)
 from .output import Result
 
-HELP = "Export a trained detector, MODEL.WEIGHTS, as ONNX or as a program of PyTorch."
+HELP = "Export a trained detector as ONNX or as a program of PyTorch."
 
 EXAMPLES = """
-gn-detect export --config-file runs/one/config.yaml --output model.onnx MODEL.WEIGHTS runs/one/model_best.pth
-gn-detect export --config-file runs/one/config.yaml --output model.pt2 --check images MODEL.WEIGHTS model.pth
+gn-detect export --config-file runs/one/config.yaml --weights runs/one/model_best.pth --output model.onnx
+gn-detect export --config-file runs/one/config.yaml --weights model.pth --output model.pt2 --check images
 gn-detect predict --model model.onnx images
 """
 
@@ -31,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="compare the file's detections with the model's on these images, folders or patterns",
     )
+    add_weights_argument(parser)
     add_fix_argument(parser)
     add_config_arguments(parser)
 
@@ -41,6 +48,7 @@ def run(args: argparse.Namespace) -> Result:
     checked, keys = split_overrides(args.check or [])  # argparse gives KEY VALUE behind --check to it
     images = find_images(checked) if checked else []
     args.overrides = keys + args.overrides
+    take_weights(args)
     cfg = read_config_file(args).replace({"MODEL.DEVICE": "cpu"})
     predictor = Predictor(cfg)
     print(predictor.report)

@@ -54,9 +54,25 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     for part, purpose in (("train", "train"), ("val", "evaluate")):
         parser.add_argument(f"--{part}-json", metavar="FILE", help=f"COCO annotations to {purpose} on")
         parser.add_argument(f"--{part}-images", metavar="FOLDER", help=f"images of --{part}-json")
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """``--weights W``."""
     parser.add_argument(
         "--weights", metavar="W", help="MODEL.WEIGHTS: a file, zoo://NAME (gn-detect zoo list) or a URL"
     )
+
+
+def take_weights(args: argparse.Namespace) -> None:
+    """Put ``--weights`` among the keys, as what it is short for.
+
+    Raises:
+        UserError: the key is given, too.
+    """
+    if args.weights:
+        if "MODEL.WEIGHTS" in args.overrides[::2]:
+            raise UserError(f"--weights {args.weights} and MODEL.WEIGHTS name the same thing; give one")
+        args.overrides = [*args.overrides, "MODEL.WEIGHTS", args.weights]
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,10 +91,7 @@ def read_config(args: argparse.Namespace) -> Config:
     Raises:
         UserError: there is no config file, or something in it, in the keys or in the flags is wrong.
     """
-    if args.weights:
-        if "MODEL.WEIGHTS" in args.overrides[::2]:
-            raise UserError(f"--weights {args.weights} and MODEL.WEIGHTS name the same thing; give one")
-        args.overrides = [*args.overrides, "MODEL.WEIGHTS", args.weights]
+    take_weights(args)
     if not args.config_file and args.train_json and not args.eval_only:
         return _with_datasets(choose_config(args), args)
     if not args.config_file:

@@ -13,17 +13,17 @@ from ..engine.prediction import AnyPredictor, Outcome, Task, predict_images, pre
 from ..errors import UserError
 from ..evaluation import Truth, read_truth
 from .inputs import find_images, is_video, name_outputs, split_overrides
-from .options import add_fix_argument, read_config_file
+from .options import add_fix_argument, add_weights_argument, read_config_file, take_weights
 from .output import Result
 
-HELP = "Find objects in images and videos with a trained checkpoint, MODEL.WEIGHTS."
+HELP = "Find objects in images and videos with a trained checkpoint."
 
 EXAMPLES = """
-gn-detect predict --config-file runs/one/config.yaml photo.jpg MODEL.WEIGHTS runs/one/model_final.pth
-gn-detect predict --config-file runs/one/config.yaml --output found --threshold 0.7 photos 'more/*.png' \\
-    MODEL.WEIGHTS runs/one/model_final.pth
-gn-detect predict --config-file runs/one/config.yaml --annotations val.json images \\
-    MODEL.WEIGHTS runs/one/model_final.pth
+gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth photo.jpg
+gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth --output found \\
+    --threshold 0.7 photos 'more/*.png' TEST.DETECTIONS_PER_IMAGE 300
+gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth \\
+    --annotations val.json images
 gn-detect predict --model model.onnx clip.mp4
 """
 
@@ -34,6 +34,7 @@ UNREADABLE = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("--config-file", metavar="FILE", help="the run's config.yaml")
+    add_weights_argument(parser)
     parser.add_argument(
         "--model", metavar="FILE", help="what gn-detect export wrote, in place of a config and weights"
     )
@@ -108,17 +109,20 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor | ExportedPredictor:
-    """Of ``--model``, or of ``--config-file`` and ``MODEL.WEIGHTS``.
+    """Of ``--model``, or of ``--config-file`` and ``--weights``.
 
     Raises:
         UserError: neither or both are given, or something in them is wrong.
     """
     if args.model:
-        if args.config_file or overrides:
-            given = "--config-file" if args.config_file else overrides[0]
-            raise UserError(f"--model holds its own config, so {given} has no effect; leave it out")
+        given = (
+            ["--config-file"] * bool(args.config_file) + ["--weights"] * bool(args.weights) + overrides[:1]
+        )
+        if given:
+            raise UserError(f"--model holds its own config, so {given[0]} has no effect; leave it out")
         return ExportedPredictor(args.model, trust=args.trust)
     args.overrides = overrides
+    take_weights(args)
     return Predictor(read_config_file(args))
 
 

@@ -16,6 +16,7 @@ from .options import (
     add_data_arguments,
     add_fix_argument,
     add_launch_arguments,
+    add_weights_argument,
     launch_from,
     read_config,
 )
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
     add_launch_arguments(parser)
     add_data_arguments(parser)
+    add_weights_argument(parser)
     add_fix_argument(parser)
     add_config_arguments(parser)
 
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> Result:
         print(best)
     if not args.config_file:
         weights = found["best"] or found["weights"]
-        print(f"next: gn-detect predict --config-file {found['config']} IMAGES MODEL.WEIGHTS {weights}")
+        print(f"next: gn-detect predict --config-file {found['config']} --weights {weights} IMAGES")
     return Result({"output_dir": str(folder), **found, "results": results})
 
 

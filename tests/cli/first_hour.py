@@ -199,6 +199,9 @@ MISTAKES = {
     "nothing to predict with": Mistake(PREDICT, "MODEL.WEIGHTS", "add MODEL.WEIGHTS"),
     "weights missing": Mistake(f"{OWN} --weights none.pth", "none.pth", "check MODEL.WEIGHTS"),
     "weights named twice": Mistake(f"{TRAIN} --weights a.pth MODEL.WEIGHTS b.pth", "a.pth", "give one"),
+    "weights named twice, to predict": Mistake(
+        f"{PREDICT} --weights a.pth MODEL.WEIGHTS b.pth", "a.pth", "give one"
+    ),
     "weights cut short": Mistake(f"{EVAL} --weights {{folder}}/w.pth", "w.pth", "again", _weights([], _cut)),
     "weights that are none": Mistake(
         f"{EVAL} --weights {{folder}}/w.pth", "w.pth", "checkpoint", _file("w.pth", "not weights at all")

@@ -44,7 +44,7 @@ def test_train_then_eval_predict_and_plot(
     output = tmp_path / "predictions"
     images = trained.val.parent / "images"
     common = ["predict", "--config-file", config, "--output", output, "--threshold", 0.0]
-    assert run(*common, images, images / "001.png", "MODEL.WEIGHTS", weights, *keys) == 0
+    assert run(*common, "--weights", weights, images, images / "001.png", *keys) == 0
     assert sorted(path.name for path in output.iterdir()) == [
         "001.png",
         "002.png",

@@ -94,7 +94,7 @@ def test_the_result_as_json(
     copy = tmp_path / "copy.onnx"
     monkeypatch.setattr(command, "export_detector", lambda _, path: shutil.copy(folder / "model.onnx", path))
     words = ["export", "--json", "--config-file", folder / "tiny.yaml", "--output", copy]
-    words += ["--check", folder / "images", "MODEL.WEIGHTS", folder / "model.pth"]
+    words += ["--check", folder / "images", "--weights", folder / "model.pth"]
     assert main(list(map(str, words))) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["output"] == str(copy) and told["bytes"] == copy.stat().st_size
@@ -228,6 +228,7 @@ def test_bad_files_and_flags_are_refused_in_one_line(
         "predict", "--model", model, "--config-file", folder / "tiny.yaml", images
     )
     assert "MODEL.WEIGHTS has no effect" in refused("predict", "--model", model, images, "MODEL.WEIGHTS", "x")
+    assert "--weights has no effect" in refused("predict", "--model", model, "--weights", "x", images)
     keys = ["--config-file", folder / "tiny.yaml", "MODEL.WEIGHTS", folder / "model.pth"]
     assert "must end in .onnx or .pt2" in refused("export", "--output", tmp_path / "model.pb", *keys)
     Image.new("RGB", (120, 40)).save(tmp_path / "flat.png")

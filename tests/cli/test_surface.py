@@ -37,10 +37,7 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
         ("predict --t 0.5 a", "--t; did you mean --trust or --threshold?"),
         ("bench train --iter=3", "--iter; did you mean --iterations?"),
         ("predict --score 0.5 a", "--score; gn-detect predict --help"),
-        (
-            "predict --weights w.pth a",
-            "--weights; it is a config key, given behind the command: MODEL.WEIGHTS",
-        ),
+        ("predict --device cpu a", "--device; it is a config key, given behind the command: MODEL.DEVICE"),
         ("plot --seed 1 a", "--seed; gn-detect plot --help"),
         ("doctor --jsn a --images b", "--jsn; did you mean --json?"),
         ("--versoin", "--versoin; did you mean --version?"),
