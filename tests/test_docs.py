@@ -103,7 +103,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copies = (
         ("bn.yaml", "config.yaml"),
         ("bn.pth", "model_final.pth"),
-        ("bn.pth", "runs/one/model_final.pth"),
+        ("bn.pth", "runs/one/model_best.pth"),
     )
     for name, copy in copies:
         shutil.copy(folder / name, folder / copy)

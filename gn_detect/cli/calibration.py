@@ -28,7 +28,7 @@ def add_calibration_arguments(calibration: argparse._ActionsContainer, required:
         "--image-folder", metavar="FOLDER", help="of the JSON's images; by default its own"
     )
     calibration.add_argument("--max-images", type=int, default=500, help="spread over all of them")
-    calibration.add_argument("--steps", type=int, default=400)
+    calibration.add_argument("--steps", type=int, default=400, help="of the optimizer")
     calibration.add_argument("--batch-size", type=int, help="8; 2 for detectors")
     calibration.add_argument(
         "--learning-rate", type=float, default=1e-4, help="of all other weights, at its highest"

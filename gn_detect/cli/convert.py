@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_group_arguments(parser: argparse.ArgumentParser) -> None:
     """How channels are split into groups."""
-    parser.add_argument("--num-groups", type=int, default=DEFAULT_GROUPS)
+    parser.add_argument("--num-groups", type=int, default=DEFAULT_GROUPS, help="of each norm at most")
     parser.add_argument(
         "--min-channels-per-group",
         type=int,

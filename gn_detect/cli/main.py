@@ -33,7 +33,7 @@ from . import (
     zoo,
 )
 from .output import Result, add_output_arguments, directed, print_json
-from .parser import Parser, check_flags
+from .parser import HelpFormatter, Parser, check_flags
 
 COMMANDS = {
     "train": train,
@@ -60,7 +60,7 @@ EXIT_STATUS = """exit status:
   0    done
   1    doctor --strict: there are errors or warnings; predict: an input could not be read, the others are
        done; export --check: the file's detections are out of the tolerances
-  2    bad input: one line on standard error says what, and what to do
+  2    bad input, or a training diverged: one line on standard error says what, and what to do
   130  interrupted by Ctrl-C; 143 by SIGTERM (train has saved a checkpoint; --resume continues)"""
 
 
@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="gn-detect",
         description="Mask R-CNN with Group Normalization.",
         epilog=f"gn-detect <command> --help has examples.\n\n{EXIT_STATUS}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add_output_arguments(parser, default=False)
@@ -144,7 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
             help=module.HELP,
             description=module.HELP,
             epilog=_epilog(module),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         module.add_arguments(command)
@@ -163,7 +163,10 @@ def _less_memory(args: argparse.Namespace) -> str:
     if args.command == "bench":
         return "lower --images, --size or --objects"
     if args.command == "train" and not args.eval_only:
-        return "lower SOLVER.IMS_PER_BATCH, or INPUT.MAX_SIZE_TRAIN and INPUT.MIN_SIZE_TRAIN"
+        return (
+            "lower INPUT.MAX_SIZE_TRAIN and INPUT.MIN_SIZE_TRAIN, or set SOLVER.ACCUMULATE to each GPU's "
+            "images: they go through the model one by one then"
+        )
     return LESS_MEMORY
 
 

@@ -94,7 +94,7 @@ def read_config(args: argparse.Namespace) -> Config:
     take_weights(args)
     if not args.config_file and args.train_json and not args.eval_only:
         return _with_datasets(choose_config(args), args)
-    if not args.config_file:
+    if not args.config_file and not args.eval_only:
         raise UserError(
             "no config: add --config-file FILE, such as quick/demo.yaml, or --train-json FILE and "
             "--train-images FOLDER to have one made for your data"

@@ -20,6 +20,18 @@ _KEYS_OF_OTHERS = {
 """What other tools have as flags, and call otherwise."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves examples as they are, and tells the defaults of flags that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.help or ""
+        default = action.default
+        known = isinstance(default, int | float | str) and not isinstance(default, bool)
+        if not action.option_strings or not known or default == argparse.SUPPRESS or "default" in told:
+            return told
+        return f"{told} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """Raises where argparse prints its usage and exits."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 from ..engine import replay
+from .output import Result
 
 HELP = "Repeat a training step whose loss or gradient was not finite, from its black box."
 
@@ -18,9 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="OUTPUT_DIR/black_box/iteration_N")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Print the losses, and the first module whose output or gradient is not finite."""
-    for rank, finding in replay(args.folder).items():
+    findings = replay(args.folder)
+    for rank, finding in findings.items():
         for name, value in finding.losses.items():
             print(f"process {rank}: {name} {value:.6g}")
         print(f"process {rank}: {finding}")
+    return Result({str(rank): asdict(finding) for rank, finding in findings.items()})

@@ -93,7 +93,7 @@ def _info(entries: Iterable[ZooEntry]) -> None:
             print(f"  {key:10} {words}")
         print(f"  {'here' if entry.file.is_file() else 'goes to':10} {entry.file}")
         keys = " ".join(["", *(f"'{word}'" if " " in word else word for word in entry.overrides)])
-        print(f"  {'use':10} --config-file {entry.config} MODEL.WEIGHTS zoo://{entry.name}{keys}")
+        print(f"  {'use':10} --config-file {entry.config} --weights zoo://{entry.name}{keys}")
 
 
 def _download(entries: Iterable[ZooEntry]) -> None:

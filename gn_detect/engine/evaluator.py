@@ -49,7 +49,7 @@ def evaluate(cfg: Config, *, resume: bool = False) -> Results:
             raise UserError(
                 f"nothing to evaluate: MODEL.WEIGHTS is empty"
                 f"{f' and {cfg.output_dir} has no checkpoint' if resume else ''}; "
-                f"add MODEL.WEIGHTS path/to/model_final.pth"
+                f"add --weights path/to/model.pth, or the key"
             )
         tests = load_test_sets(cfg)
         if not tests:

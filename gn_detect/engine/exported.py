@@ -72,7 +72,7 @@ class ExportedPredictor:
             name = "" if isinstance(image, np.ndarray) else f"{image}: "
             raise UserError(
                 f"{name}{original[1]} x {original[0]} pixels become {size[1]} x {size[0]}, and an exported "
-                f"detector needs sides of {MIN_SIDE}; use --config-file and MODEL.WEIGHTS for such images"
+                f"detector needs sides of {MIN_SIDE}; use --config-file and --weights for such images"
             )
         padded = prepared.new_zeros(1, 3, height, width)
         padded[0, :, : size[0], : size[1]] = prepared

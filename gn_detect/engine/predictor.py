@@ -41,7 +41,7 @@ class Predictor:
     def __init__(self, cfg: Config) -> None:
         if not cfg.model.weights:
             raise UserError(
-                "nothing to predict with: MODEL.WEIGHTS is empty; add MODEL.WEIGHTS path/to/model_final.pth"
+                "nothing to predict with: MODEL.WEIGHTS is empty; add --weights path/to/model.pth, or the key"
             )
         self.cfg = cfg
         device = resolve_device(cfg)

@@ -192,11 +192,11 @@ MISTAKES = {
     "unequal flags of the doctor": Mistake(
         "doctor --json {train} --json {val} --images {images}", "2 --json", "each"
     ),
-    "nothing to evaluate": Mistake(EVAL, "MODEL.WEIGHTS", "MODEL.WEIGHTS path"),
+    "nothing to evaluate": Mistake(EVAL, "MODEL.WEIGHTS", "add --weights"),
     "nothing to evaluate on": Mistake(
         f"{EVAL} --weights {{folder}}/w.pth DATASETS.TEST []", "DATASETS.TEST", "--val-json", _weights([])
     ),
-    "nothing to predict with": Mistake(PREDICT, "MODEL.WEIGHTS", "add MODEL.WEIGHTS"),
+    "nothing to predict with": Mistake(PREDICT, "MODEL.WEIGHTS", "add --weights"),
     "weights missing": Mistake(f"{OWN} --weights none.pth", "none.pth", "check MODEL.WEIGHTS"),
     "weights named twice": Mistake(f"{TRAIN} --weights a.pth MODEL.WEIGHTS b.pth", "a.pth", "give one"),
     "weights named twice, to predict": Mistake(
@@ -265,7 +265,7 @@ MISTAKES = {
     "resume without the checkpoint": Mistake(
         f"{TRAIN} --resume", "model_0000009.pth", "without --resume", _last_checkpoint
     ),
-    "resume of nothing": Mistake(f"{EVAL} --resume", "has no checkpoint", "add MODEL.WEIGHTS"),
+    "resume of nothing": Mistake(f"{EVAL} --resume", "has no checkpoint", "add --weights"),
     "no image to predict": Mistake("predict --config-file {config} nowhere", "nowhere", "give image files"),
     "predict into the folder of the images": Mistake(
         "predict --config-file {config} --output {images} {images}", "001.png", "another --output folder"

@@ -170,7 +170,7 @@ def test_degenerate_box_is_dropped_with_one_counted_warning(
 
 
 LESS_MEMORY = {
-    ("train",): "SOLVER.IMS_PER_BATCH, or INPUT.MAX_SIZE_TRAIN and INPUT.MIN_SIZE_TRAIN",
+    ("train",): "lower INPUT.MAX_SIZE_TRAIN and INPUT.MIN_SIZE_TRAIN, or set SOLVER.ACCUMULATE",
     ("train", "--eval-only"): "INPUT.MAX_SIZE_TEST",
     ("eval",): "INPUT.MAX_SIZE_TEST",
     ("predict", "photo.jpg"): "MODEL.DEVICE cpu",

@@ -101,7 +101,7 @@ def test_info_and_path(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
     told = run(capsys, "zoo", "info", "timm-resnet50_gn", "R-50-GN", "mask-R-50-FPN-GN-3x")
     for words in (
         "checksum   sha256:8fe6c4d0",
-        "MODEL.WEIGHTS zoo://timm-resnet50_gn INPUT.FORMAT RGB MODEL.PIXEL_MEAN '[123.675, 116.28, 103.53]'",
+        "--weights zoo://timm-resnet50_gn INPUT.FORMAT RGB MODEL.PIXEL_MEAN '[123.675, 116.28, 103.53]'",
         "checksum   md5, at https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47261647/R-50-GN.pkl.md5",
         "checksum   none is published",
         "licence    CC BY-SA 3.0",

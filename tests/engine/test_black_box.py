@@ -60,6 +60,9 @@ def test_training_stops_and_the_black_box_repeats_the_step(
     assert findings[0].output == report["findings"]["0"]["output"] and findings[0].gradient is not None
     assert main(["replay", str(folder)]) == 0
     assert "loss_mask nan" in capsys.readouterr().out
+    assert main(["replay", "--json", str(folder)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["0"]["losses"]["loss_mask"] is None and told["0"]["output"] == findings[0].output
     # What was saved before is untouched, and finite.
     last = (Path(spoiled_config.output_dir) / "last_checkpoint").read_text()
     saved = torch.load(Path(spoiled_config.output_dir) / last, weights_only=True)
