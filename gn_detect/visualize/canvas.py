@@ -53,7 +53,7 @@ class Canvas:
         artist.set_transform(Affine2D().scale(1, -1).translate(0, self.figure.bbox.height))
         self.figure.add_artist(artist)
 
-    def draw_mask(self, outline: Outline, colour: str, *, fill: float = 0.38, dashed: bool = False) -> None:
+    def draw_mask(self, outline: Outline, colour: str, *, fill: float, dashed: bool = False) -> None:
         """A clear fill, and a line that dark seams set off from what is around it."""
         from matplotlib.patches import PathPatch
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..structures import Detections, Target
 from .canvas import Canvas, base_scale, box_area, enlarged, mask_outline, picture_scale
 from .labels import draw_labels
-from .objects import CROWDED, bitmaps, names_of, target_bitmaps
+from .objects import CROWDED, bitmaps, names_of, target_bitmaps, thinned
 from .pictures import Legend, side_by_side
 
 FOUND, OTHER_CLASS, MISSED, FALSE, IGNORED = "found", "other class", "missed", "false", "in a crowd"
@@ -113,11 +113,12 @@ def _half(
     wrong = np.array([outcome in (OTHER_CLASS, MISSED, FALSE) for outcome in outcomes])
     colours = [_COLOURS[outcome] for outcome in outcomes]
     width_of_line, drawn = canvas.line_width, boxes.copy()
+    fills = thinned(masks, np.where(wrong, 0.3, 0.12).tolist())
     for index in np.lexsort((-box_area(boxes), wrong)):
         outline, dashed = mask_outline(masks[index], scale), outcomes[index] == MISSED
         canvas.line_width = width_of_line * (1.5 if wrong[index] else 0.8)
         if outline is not None:
-            canvas.draw_mask(outline, colours[index], fill=0.3 if wrong[index] else 0.12, dashed=dashed)
+            canvas.draw_mask(outline, colours[index], fill=fills[index], dashed=dashed)
             drawn[index] = outline.get_extents().extents  # a poor mask may be far from the box's corners
         else:
             canvas.draw_box(boxes[index], colours[index], dashed=dashed)

@@ -17,6 +17,9 @@ COLOURS = (
 )
 """Of instances, in turn: bright, and each far from the next."""
 
+FILL = 0.38
+"""Opacity of a mask by itself."""
+
 CROWDED = 15
 """With more objects than this, masks go without boxes, and objects of the only class without names."""
 
@@ -90,6 +93,26 @@ def target_bitmaps(target: Target, image: np.ndarray) -> list[np.ndarray | None]
     return masks or [None] * len(target)
 
 
+def thinned(masks: Sequence[np.ndarray | None], fills: Sequence[float]) -> list[float]:
+    """The opacity of each mask's fill, made less where more than two lie over each other.
+
+    As many as a mask has on itself, on average, together cover about as much as two would: the picture
+    stays visible under them.
+
+    Args:
+        masks: bool (H, W), or None.
+        fills: opacity of each by itself, from 0 to 1.
+    """
+    known = [mask for mask in masks if mask is not None]
+    if len(known) < 3:
+        return list(fills)
+    depth = np.zeros(known[0].shape, dtype=np.int32)
+    for mask in known:
+        depth += mask
+    layers = [2.0 if mask is None or not mask.any() else max(2.0, depth[mask].mean()) for mask in masks]
+    return [1 - (1 - fill) ** (2 / count) for fill, count in zip(fills, layers, strict=True)]
+
+
 def names_of(labels: Tensor, class_names: Sequence[str]) -> list[str]:
     """A name for each label; none for each of many objects of the only class."""
     if len(class_names) == 1 and len(labels) > CROWDED:
@@ -116,11 +139,11 @@ def _draw(
     boxes = boxes * scale
     colours = pick_colours(boxes)
     canvas = Canvas.over(picture, min(height, width) * min(scale, base_scale(height, width)))
-    drawn = boxes.copy()
+    drawn, fills = boxes.copy(), thinned(masks, [FILL] * len(masks))
     for index in np.argsort(-box_area(boxes), kind="stable"):
         outline = mask_outline(masks[index], scale)
         if outline is not None:
-            canvas.draw_mask(outline, colours[index])
+            canvas.draw_mask(outline, colours[index], fill=fills[index])
         if outline is None or len(boxes) <= CROWDED:
             canvas.draw_box(boxes[index], colours[index], faint=outline is not None)
         else:

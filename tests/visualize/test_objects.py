@@ -163,6 +163,18 @@ def test_in_a_crowd_names_stand_at_the_masks(monkeypatch: pytest.MonkeyPatch) ->
     np.testing.assert_allclose(many, [[200, 300, 280, 360]] * (objects.CROWDED + 1), atol=1)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 20])
+def test_a_picture_stays_visible_under_many_masks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """What of the picture's contrast is left where all masks lie over each other."""
+    without_labels(monkeypatch)
+    image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+    image[:, SIDE // 2 :] = 255
+    boxes = [[100.0 - i, 100.0 - i, 400.0 + i, 400.0 + i] for i in range(count)]
+    picture = draw_detections(image, detections(boxes, [0.9] * count), NAMES, scale=1.0).astype(float)
+    left = np.abs(picture[250, 300] - picture[250, 200]).mean() / 255
+    assert left == pytest.approx(0.62, abs=0.02) if count == 1 else 0.36 < left < 0.46
+
+
 def test_neighbours_differ_in_colour() -> None:
     x, y = np.meshgrid(np.arange(8) * 50.0, np.arange(8) * 50.0)
     corners = np.stack([x.ravel(), y.ravel()], axis=1)
