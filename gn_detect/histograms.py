@@ -84,7 +84,8 @@ def _draw_sizes(axes: Any, parts: Sequence[Part]) -> None:
 def _draw_crowding(axes: Any, parts: Sequence[Part]) -> None:
     counts = [[part.image_counts[key] for key in part.images] for part in parts]
     most = max((max(values, default=0) for values in counts), default=0)
-    bins = np.arange(-0.5, most + 1.5, max(1, round(most / 40)))
+    step = max(1, round(most / 40))
+    bins = np.arange(-0.5, most + 0.5 + step, step)
     for part, values in zip(parts, counts, strict=True):
         _steps(axes, values, bins, part.name)
     axes.set(title=f"objects in an image: at most {most}", xlabel="objects")

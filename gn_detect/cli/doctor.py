@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", action="append", required=True, help="COCO annotations; again for each part"
     )
-    parser.add_argument(
-        "--images", metavar="FOLDER", action="append", required=True, help="of each --json, in their order"
-    )
+    parser.add_argument("--images", metavar="FOLDER", action="append", help="of each --json, in their order")
     parser.add_argument("--no-images", action="store_true", help="look at the JSON alone; quick")
     parser.add_argument("--no-masks", action="store_true", help="objects need no masks (MODEL.MASK_ON False)")
     parser.add_argument(
@@ -70,6 +68,10 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _sources(args: argparse.Namespace) -> list[DatasetSource]:
+    if args.images is None:
+        if not args.no_images:
+            raise UserError("--images FOLDER is missing, one for each --json; or add --no-images")
+        args.images = [Path(file).parent for file in args.json]
     if len(args.json) != len(args.images):
         raise UserError(
             f"{len(args.json)} --json but {len(args.images)} --images; give each annotation file its folder"
@@ -86,7 +88,13 @@ def _sources(args: argparse.Namespace) -> list[DatasetSource]:
 def _fix(output: Path, source: DatasetSource, diagnosis: Diagnosis, masks: bool) -> None:
     rules = Rules(source.annotations, source.images, evaluation=True)
     leaked = leaked_paths(diagnosis.parts)
-    mended = repair(load_coco(source.annotations), rules, diagnosis.probes, leaked, masks)
+    content = load_coco(source.annotations)
+    mended = repair(content, rules, diagnosis.probes, leaked, masks)
+    if content["images"] and not mended.content["images"]:
+        raise UserError(
+            f"--fix would leave none of the {len(content['images'])} images of {source.annotations}, so it "
+            f"wrote nothing; check that --images {source.images} is their folder"
+        )
     atomic_write_json(output, mended.content)
     listed = output.with_name(f"{output.stem}_changes.txt")
     print(f"\nwrote {output} with {len(mended.changes)} changes to {source.annotations}")

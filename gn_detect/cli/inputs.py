@@ -6,6 +6,7 @@ import glob
 import re
 from pathlib import Path
 
+from ..config.load import known_keys
 from ..data.video import VIDEO_SUFFIXES
 from ..errors import UserError
 
@@ -16,8 +17,10 @@ _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Images, and ``KEY VALUE`` pairs from the first argument that looks like a key and is not a file."""
+    keys = known_keys()
     for i, argument in enumerate(arguments):
-        if _KEY.fullmatch(argument) and "." in argument and not Path(argument).exists():
+        is_key = _KEY.fullmatch(argument) and ("." in argument or argument in keys)
+        if is_key and not Path(argument).exists():
             return arguments[:i], arguments[i:]
     return arguments, []
 

@@ -72,7 +72,17 @@ def take_weights(args: argparse.Namespace) -> None:
     if args.weights:
         if "MODEL.WEIGHTS" in args.overrides[::2]:
             raise UserError(f"--weights {args.weights} and MODEL.WEIGHTS name the same thing; give one")
-        args.overrides = [*args.overrides, "MODEL.WEIGHTS", args.weights]
+        args.overrides = ["MODEL.WEIGHTS", args.weights, *args.overrides]
+
+
+def check_threshold(value: float) -> None:
+    """Refuse a ``--threshold`` that is no score.
+
+    Raises:
+        UserError: it is not from 0 to 1.
+    """
+    if not 0 <= value <= 1:
+        raise UserError(f"--threshold {value:g}: it must be from 0 to 1, as scores are")
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,13 @@ from ..engine.prediction import AnyPredictor, Outcome, Task, predict_images, pre
 from ..errors import UserError
 from ..evaluation import Truth, read_truth
 from .inputs import find_images, is_video, name_outputs, split_overrides
-from .options import add_fix_argument, add_weights_argument, read_config_file, take_weights
+from .options import (
+    add_fix_argument,
+    add_weights_argument,
+    check_threshold,
+    read_config_file,
+    take_weights,
+)
 from .output import Result
 
 HELP = "Find objects in images and videos with a trained checkpoint."
@@ -73,7 +79,12 @@ def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image, results for all, and a video for each video."""
     if not args.config_file and not args.model:
         raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
+    check_threshold(args.threshold)
     texts, overrides = split_overrides(args.inputs)
+    if "OUTPUT_DIR" in overrides[::2]:
+        raise UserError("predict writes into the folder of --output, and OUTPUT_DIR has no effect")
+    if args.weights and args.weights.endswith((".onnx", ".pt2")):
+        raise UserError(f"{args.weights} was exported: give it by --model, without --config-file")
     found = find_images(texts, videos=True)
     workers = default_workers() if args.workers is None else args.workers
     if workers < 0:
@@ -123,7 +134,11 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
         return ExportedPredictor(args.model, trust=args.trust)
     args.overrides = overrides
     take_weights(args)
-    return Predictor(read_config_file(args))
+    cfg = read_config_file(args)
+    least = cfg.model.roi_heads.score_thresh_test
+    if args.threshold < least:
+        print(f"no score will be below MODEL.ROI_HEADS.SCORE_THRESH_TEST, {least:g}: lower it, too")
+    return Predictor(cfg)
 
 
 def keep_listed(paths: list[Path], texts: list[str], truth: Truth) -> list[Path]:

@@ -6,6 +6,7 @@ import argparse
 
 from ..errors import UserError
 from ..report import write_report
+from .options import check_threshold
 from .output import Result
 
 HELP = "Write a run's numbers, curves, mistakes and pictures as one HTML page that needs no network."
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Write the page."""
+    check_threshold(args.threshold)
+    if args.output and not args.output.lower().endswith((".html", ".htm")):
+        raise UserError(f"cannot write the page {args.output}: its name must end in .html")
     if args.pictures < 0:
         raise UserError(f"--pictures {args.pictures}: it must be 0 or more")
     path = write_report(args.run, args.output, threshold=args.threshold, pictures=args.pictures)

@@ -246,7 +246,7 @@ def _complaint(error: ValidationError, origins: Mapping[str, str]) -> str:
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         near = nearest_key(key)
-        hint = f"did you mean {near}?" if near else "see configs/ for the keys that there are"
+        hint = f"did you mean {near}?" if near else "gn-detect config reference lists all"
         return f"{_origin(key, origins)}{key}: unknown key; {hint}"
     known = [k for k in known_keys() if key == k or key.startswith(f"{k}.")]
     shown = max(known, key=len, default=key)

@@ -29,7 +29,8 @@ HISTORY = "checkpoints.txt"
 FINAL = "model_final.pth"
 BEST = "model_best.pth"
 METRICS = "metrics.jsonl"
-INFERENCE, RESULTS = "inference", "results.json"
+INFERENCE, RESULTS, PICTURES = "inference", "results.json", "pictures"
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 EARLIER = ".earlier"
 """Ending of what an earlier run left under a name that this one uses."""
 
@@ -149,9 +150,11 @@ def _check_sums(path: Path) -> None:
 def start_anew(folder: Path) -> None:
     """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's.
 
-    Its best weights, metrics and evaluations, which this run writes under the same names, are kept aside.
+    Its best and last weights, metrics, evaluations and pictures, which this run writes under the same names,
+    are kept aside, and the config that they need.
     """
-    kept = [name for name in (BEST, METRICS, INFERENCE, RESULTS) if (folder / name).exists()]
+    kept = [name for name in (BEST, FINAL, METRICS, INFERENCE, RESULTS, PICTURES) if (folder / name).exists()]
+    kept += [name for name in (CONFIG, ENVIRONMENT) if kept and (folder / name).exists()]
     if restart_count() > 0:  # they are of this run's first attempt
         kept = []
     for name in kept:

@@ -289,11 +289,13 @@ def _solver(recipe: Recipe, data: Survey, machine: Machine, architecture: Archit
 
 def _housekeeping(recipe: Recipe, data: Survey, machine: Machine, has_val: bool) -> None:
     iterations = recipe.keys["SOLVER.MAX_ITER"]
-    third = max(1, iterations // 3)
+    third = max(1, -(-iterations // 3))
     keys = {"SOLVER.CHECKPOINT_PERIOD": third, "CHECKPOINT.KEEP": 2}
     if has_val:
         keys["TEST.EVAL_PERIOD"] = third
-        recipe.choose("evaluation", "three times; the best is kept as model_best.pth", keys)
+        recipe.choose(
+            "evaluation", f"{-(-iterations // third)} times; the best is kept as model_best.pth", keys
+        )
     else:
         reason = "none: without --val-json nobody will know how good the model is"
         recipe.choose("evaluation", reason, keys)

@@ -26,7 +26,7 @@ from ..evaluation import METRICS
 from ..files import atomic_write_json, atomic_write_text
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, InputConvention, load_weights, norm_settings, read_checkpoint
-from .checkpoint import read_last_checkpoint, remove_leftovers, start_anew
+from .checkpoint import CONFIG, ENVIRONMENT, read_last_checkpoint, remove_leftovers, start_anew
 from .distributed import (
     check_synchronised_norms,
     from_main,
@@ -212,11 +212,11 @@ def open_run_folder(run: Run) -> None:
     """Create ``OUTPUT_DIR`` and write ``config.yaml`` and ``environment.json``."""
     make_folder(run.folder)
     remove_leftovers(run.folder)
-    atomic_write_text(run.folder / "config.yaml", dump_config(run.cfg))
-    environment = describe_environment(run.device, world_size())
-    atomic_write_json(run.folder / "environment.json", environment, indent=2)
     if run.start == 0:
         start_anew(run.folder)
+    atomic_write_text(run.folder / CONFIG, dump_config(run.cfg))
+    environment = describe_environment(run.device, world_size())
+    atomic_write_json(run.folder / ENVIRONMENT, environment, indent=2)
 
 
 def check_best_metric(cfg: Config, dataset: CocoDataset) -> None:

@@ -56,8 +56,8 @@ class BestEvaluation:
         return self.iterations == self.last_iterations
 
     def __str__(self) -> str:
-        best = f"{self.metric} was best after {self.iterations} iterations: {self.value:.1f}, kept as {BEST}"
-        return f"{best}; the last evaluation, after {self.last_iterations}, found {self.last_value:.1f}"
+        best = f"{self.metric} was best after {self.iterations} iterations: {self.value:.2f}, kept as {BEST}"
+        return f"{best}; the last evaluation, after {self.last_iterations}, found {self.last_value:.2f}"
 
 
 @dataclass(frozen=True)

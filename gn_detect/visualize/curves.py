@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _FORMATS = (".png", ".svg", ".jpg", ".jpeg", ".webp")
 
+_STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]
+"""Lines and markers of the kinds of AP: a run with one evaluation has no line."""
+
 _TITLES = ("loss", "AP (%)", "learning rate")
 
 Rows = list[dict[str, float]]
@@ -52,7 +55,8 @@ def plot_curves(
             raise UserError(f"{runs[name]} has neither losses nor AP; wait for the first log line of the run")
     figure = _draw_one(next(iter(read.values())), smooth) if len(read) == 1 else _draw_several(read, smooth)
     for axes in figure.axes:
-        axes.set_ylim(0, None)
+        highest = axes.dataLim.y1
+        axes.set_ylim(0, 1.06 * highest if 0 < highest < math.inf else None)
     import matplotlib
 
     with atomic_write(path, "wb") as file, matplotlib.rc_context({"svg.hashsalt": "gn_detect"}):
@@ -128,13 +132,13 @@ def _draw_several(runs: Mapping[str, Rows], smooth: int) -> Figure:
     ]
     figure, all_axes = _axes(titles)
     kinds = list(dict.fromkeys(name for panel in panels.values() for name in panel["AP (%)"]))
-    styles: dict[str, Any] = dict(zip(kinds, ["-", "--", ":", "-."] * len(kinds), strict=False))
+    styles: dict[str, tuple[str, str]] = dict(zip(kinds, _STYLES * len(kinds), strict=False))
     colours = _colours(len(runs))
     for (run, panel), colour in zip(panels.items(), colours, strict=True):
         for title, axes in zip(titles, all_axes, strict=True):
             for name in panel[title]:
                 line = metric_points(runs[run], name, smooth if title == "loss" else 1)
-                _line(axes, line, title, run, colour, 1.5, styles.get(name, "-"))
+                _line(axes, line, title, run, colour, 1.5, *styles.get(name, ()))
     handles = [
         Line2D([], [], color=colour, linewidth=2, label=name)
         for name, colour in zip(runs, colours, strict=True)
@@ -149,7 +153,10 @@ def _draw_several(runs: Mapping[str, Rows], smooth: int) -> Figure:
     if len(kinds) > 1 and "AP (%)" in titles:
         axes = all_axes[titles.index("AP (%)")]
         axes.legend(
-            handles=[Line2D([], [], color="0.3", ls=styles[kind], label=kind) for kind in kinds],
+            handles=[
+                Line2D([], [], color="0.3", ls=style, marker=marker, markersize=4, label=kind)
+                for kind, (style, marker) in styles.items()
+            ],
             frameon=False,
             fontsize=8,
         )
@@ -169,9 +176,16 @@ def _axes(titles: Sequence[str]) -> tuple[Figure, Sequence[Any]]:
 
 
 def _line(
-    axes: Any, line: np.ndarray, title: str, label: str, colour: Any, width: float, style: str = "-"
+    axes: Any,
+    line: np.ndarray,
+    title: str,
+    label: str,
+    colour: Any,
+    width: float,
+    style: str = "-",
+    marker: str = "o",
 ) -> None:
-    marker = "o" if title == "AP (%)" or len(line) == 1 else ""
+    marker = marker if title == "AP (%)" or len(line) == 1 else ""
     x, y = line.T
     axes.plot(x, y, label=label, marker=marker, markersize=4, color=colour, linewidth=width, linestyle=style)
 

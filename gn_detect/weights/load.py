@@ -306,7 +306,8 @@ def _refuse_incomplete(report: LoadReport, own: dict[str, Tensor]) -> None:
         first = [*classifiers, *report.mismatched][0]
         if classifiers:  # one output for each class, and the background
             remedy = (
-                f"set MODEL.ROI_HEADS.NUM_CLASSES to {first.file_shape[0] - 1}, or train on from it first"
+                f"set MODEL.ROI_HEADS.NUM_CLASSES to {first.file_shape[0] - 1}, with data of these "
+                f"categories; for other data train on from it first"
             )
         else:
             remedy = "set CLS_AGNOSTIC_BBOX_REG and CLS_AGNOSTIC_MASK as in training"

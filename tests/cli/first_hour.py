@@ -273,6 +273,17 @@ MISTAKES = {
     "key among the images": Mistake(
         "predict --config-file {config} SOLVER.MAX_ITER 3", "no images", "before"
     ),
+    "threshold in percent": Mistake(f"{PREDICT} --threshold 50", "--threshold 50", "from 0 to 1"),
+    "output folder of predict as a key": Mistake(f"{PREDICT} OUTPUT_DIR out", "OUTPUT_DIR", "--output"),
+    "exported detector as weights": Mistake(f"{PREDICT} --weights m.onnx", "m.onnx", "by --model"),
+    "key of predict without its value": Mistake(
+        f"{PREDICT} --weights w.pth MODEL.DEVICE", "MODEL.DEVICE", "give KEY VALUE pairs"
+    ),
+    "doctor without images": Mistake("doctor --json {train}", "--images", "--no-images"),
+    "repair with another folder": Mistake(
+        "doctor --json {train} --images {folder} --fix {output}", "none of the 4 images", "is their folder"
+    ),
+    "report of another kind": Mistake("report {folder} --output page.pdf", "page.pdf", "in .html"),
     "convert without a format": Mistake("convert {folder}/w.pth gn", "gn", "--format", _weights(BN)),
     "calibrate a detector without its config": Mistake(
         "calibrate {folder}/w.pth {folder}/w.pth {folder}/c.pth --images {images}",

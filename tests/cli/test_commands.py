@@ -125,6 +125,8 @@ def test_images_and_keys_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
     split = inputs.split_overrides(["A.PNG", "folder", "MODEL.WEIGHTS", "x.pth", "SEED", "1"])
     assert split == (["A.PNG", "folder"], ["MODEL.WEIGHTS", "x.pth", "SEED", "1"])
     assert inputs.split_overrides(["a.png"]) == (["a.png"], [])
+    assert inputs.split_overrides(["a", "SEED", "1"]) == (["a"], ["SEED", "1"])
+    assert inputs.split_overrides(["SEEDS"]) == (["SEEDS"], [])
 
 
 def test_pictures_of_images_with_one_name_do_not_overwrite_each_other() -> None:

@@ -85,16 +85,22 @@ def test_leftovers_of_a_killed_process_are_removed(trained: Config) -> None:
 def test_what_an_earlier_run_found_best_is_not_taken_for_this_ones(trained: Config) -> None:
     folder = Path(trained.output_dir)
     (folder / "model_best.pth").write_bytes(b"of an earlier run")
-    metrics = (folder / "metrics.jsonl").read_text()
+    (folder / "pictures" / "val_7.png").write_bytes(b"of an earlier run")
+    kept = {
+        name: (folder / name).read_bytes() for name in ("metrics.jsonl", "model_final.pth", "config.yaml")
+    }
     for name in ("inference", "inference.earlier"):
         (folder / name / "val").mkdir(parents=True)
         (folder / name / "val/results.json").write_text(name)
-    train(trained)
+    train(trained.replace({"SOLVER.MAX_ITER": 3}))
     assert not (folder / "inference").exists()
     assert (folder / "inference.earlier/val/results.json").read_text() == "inference"
     assert not (folder / "model_best.pth").exists(), "this one evaluated nothing"
     assert (folder / "model_best.pth.earlier").read_bytes() == b"of an earlier run"
-    assert (folder / "metrics.jsonl.earlier").read_text() == metrics
+    assert all((folder / f"{name}.earlier").read_bytes() == content for name, content in kept.items())
+    assert "MAX_ITER: 3" in (folder / "config.yaml").read_text()
+    assert [path.name for path in folder.glob("pictures*/val_*")] == ["val_7.png"]
+    assert (folder / "pictures.earlier" / "val_7.png").is_file()
     assert "holds an earlier run" in (folder / "log.txt").read_text()
     train(trained.replace({"DATASETS.TEST": list(trained.datasets.train)}))
     best = (folder / "model_best.pth").read_bytes()

@@ -88,8 +88,8 @@ def test_given_keys_win_and_the_rest_follows() -> None:
     recipe = make_recipe(make_survey(), CPU, given=given)
     assert {key: recipe.keys[key] for key in given} == given
     assert recipe.keys["SOLVER.BASE_LR"] == pytest.approx(0.02)  # 0.005 for each of 4
-    assert recipe.keys["SOLVER.WARMUP_ITERS"] == 5 and recipe.keys["TEST.EVAL_PERIOD"] == 16
-    assert "SOLVER.MAX_ITER as given" in str(recipe)
+    assert recipe.keys["SOLVER.WARMUP_ITERS"] == 5 and recipe.keys["TEST.EVAL_PERIOD"] == 17
+    assert "SOLVER.MAX_ITER as given" in str(recipe) and "evaluation: 3 times;" in str(recipe)
 
 
 def test_little_memory_makes_images_smaller() -> None:

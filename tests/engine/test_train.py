@@ -170,7 +170,7 @@ def test_best_checkpoint_is_kept_and_told(
     config = tmp_path / "config.yaml"
     config.write_text(dump_config(tiny_config))
     assert main(["train", "--config-file", str(config), "TEST.EVAL_PERIOD", "2"]) == 0
-    assert "segm/AP was best after 4 iterations: 30.0, kept as model_best.pth" in capsys.readouterr().out
+    assert "segm/AP was best after 4 iterations: 30.00, kept as model_best.pth" in capsys.readouterr().out
     best = read_checkpoint(Path(tiny_config.output_dir) / "model_best.pth")
     assert best.metadata["iteration"] == 3 and best.metadata["segm/AP"] == 30.0
 

@@ -74,9 +74,9 @@ def test_the_best_evaluation_is_told_if_it_was_not_the_last(make_run: MakeRun) -
         metrics.write_text(losses + "".join(json.dumps(row) + "\n" for row in rows))
         return read(write_report(folder, pictures=0)).words
 
-    told = "segm/AP was best after 4 iterations: 30.0, kept as model_best.pth; the last evaluation, after 6,"
-    assert f"{told} found 20.0." in words(10, 30, 20)
-    assert f"{told} found 30.0." in words(10, 30, 30)  # of equal ones the first is kept
+    told = "segm/AP was best after 4 iterations: 30.00, kept as model_best.pth; the last evaluation, after 6,"
+    assert f"{told} found 20.00." in words(10, 30, 20)
+    assert f"{told} found 30.00." in words(10, 30, 30)  # of equal ones the first is kept
     assert "was best" not in words(10, 20, 30)
     assert "was best" not in words(None, None)
 

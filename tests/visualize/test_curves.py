@@ -38,6 +38,25 @@ def test_curves_are_plotted(tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == settings
 
 
+def test_the_highest_point_stands_below_the_upper_edge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of a run with one evaluation, whose AP are close to each other."""
+    from matplotlib.figure import Figure
+
+    write_metrics(tmp_path / "metrics.jsonl")
+    tops: dict[str, float] = {}
+    save = Figure.savefig
+
+    def note(self: Figure, *args: Any, **keywords: Any) -> None:
+        tops.update({axes.get_title(): axes.get_ylim()[1] for axes in self.axes})
+        save(self, *args, **keywords)
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert tops["AP (%)"] > 41.0 * 1.05 and tops["loss"] > 3.0 * 1.05
+
+
 @pytest.mark.parametrize("content", [None, "", '{"iteration": 3, "time": 1.0}\n', "\x00\n[1]\n"])
 def test_nothing_to_plot_is_an_error_without_a_file(tmp_path: Path, content: str | None) -> None:
     if content is not None:
