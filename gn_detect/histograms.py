@@ -58,7 +58,7 @@ def _draw_categories(axes: Any, parts: Sequence[Part], categories: Sequence[tupl
         bars = axes.barh(rows + offset, counts, thickness, label=part.name)
         axes.bar_label(bars, padding=2, fontsize=6 if len(parts) > 1 else 7)
     axes.set_yticks(rows, [name for _, name in categories], fontsize=8, parse_math=False)
-    axes.set_ylim(len(categories) - 0.4, -0.6)
+    axes.set_ylim(max(len(categories), 6) - 0.4, -0.6)  # a few bars stay bars
     axes.set_xscale("symlog", linthresh=1)
     known = {key for part in parts for key in part.categories}
     unused = sum(not any(part.category_counts[key] for part in parts) for key in known)
