@@ -11,12 +11,17 @@ import numpy as np
 
 from ..data import CocoDataset, prepare_image, read_image
 from ..errors import UserError
+from ..evaluation import detections_to_coco, read_truth
 from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
-from ..visualize import draw_detections, draw_ground_truth, plot_curves, save_picture, side_by_side
+from ..visualize import plot_curves, save_picture
+from .drawing import Classes, draw_entries
 
 if TYPE_CHECKING:
     from ..config import Config
+
+THRESHOLD = 0.5
+"""Least score of the detections in the pictures; ``gn-detect predict`` begins with it, too."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,9 @@ def draw_test_images(
 ) -> None:
     """``VIS.NUM_IMAGES`` images, evenly spread over a dataset, as ``<dataset>_<image id>.png``.
 
+    Detections of at least :data:`THRESHOLD` stand beside the ground truth, coloured as in
+    :func:`gn_detect.visualize.draw_comparison`.
+
     Args:
         cfg: whole config.
         model: on its device; it comes back in its mode and memory format.
@@ -37,22 +45,22 @@ def draw_test_images(
         folder: created when missing.
         show: is also given each picture, (H, W, 3) uint8 RGB, with its name.
     """
+    count = min(cfg.vis.num_images, len(dataset))
+    if count == 0:
+        return
+    truth = read_truth(dataset.annotations_path, "segm" if cfg.model.mask_on else "bbox")
+    classes = Classes(dataset.class_names, dataset.category_ids)
     training = model.training
     model.eval()
-    count = min(cfg.vis.num_images, len(dataset))
     with model.in_memory_format(detection_format(cfg)):
         for index in (i * len(dataset) // count for i in range(count)):
             record = dataset.images[index]
             size = record.height, record.width
             pixels = read_image(record.file_name, "RGB", size)
             found = model.detect([prepare_image(pixels, cfg)], [size])[0]
-            picture = side_by_side(
-                [
-                    draw_ground_truth(pixels, dataset.target(index), dataset.class_names),
-                    draw_detections(pixels, found, dataset.class_names),
-                ],
-                ["ground truth", "prediction"],
-            )
+            shown = found[: int((found.scores >= THRESHOLD).sum())]  # the best come first
+            entries = detections_to_coco(shown, record.id, dataset.category_ids)
+            picture = draw_entries(pixels, entries, classes, truth.objects[record.id])
             save_picture(folder / f"{dataset.name}_{record.id}.png", picture)
             if show is not None:
                 show(f"{dataset.name}/{record.id}", picture)
