@@ -23,7 +23,7 @@ from ..data import (
 )
 from ..errors import UserError
 from ..evaluation import METRICS
-from ..files import atomic_write_json, atomic_write_text
+from ..files import atomic_write_json, atomic_write_text, check_writable
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, InputConvention, load_weights, norm_settings, read_checkpoint
 from .checkpoint import CONFIG, ENVIRONMENT, read_last_checkpoint, remove_leftovers, start_anew
@@ -212,6 +212,7 @@ def open_run_folder(run: Run) -> None:
     """Create ``OUTPUT_DIR`` and write ``config.yaml`` and ``environment.json``."""
     make_folder(run.folder)
     remove_leftovers(run.folder)
+    check_writable(run.folder / CONFIG)
     if run.start == 0:
         start_anew(run.folder)
     atomic_write_text(run.folder / CONFIG, dump_config(run.cfg))
