@@ -74,12 +74,14 @@ class Checkpoint:
         metadata: everything beside the weights: iteration, optimiser state, ...
         format: ``"pytorch"``, ``"safetensors"``, ``"pickle"`` or ``"npz"``.
         path: the file, for messages.
+        stored: the same weights by the file's own names, with wrapper prefixes and counters of averaging.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     format: str = "pytorch"
     path: Path = Path("checkpoint")
+    stored: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -100,7 +102,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if entry is not None:  # the catalogue knows better than the names what the weights were trained with
         convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
         metadata["input"] = convention.as_metadata()
-    return Checkpoint(strip_wrappers(tensors), metadata, kind, path)
+    return Checkpoint(strip_wrappers(tensors), metadata, kind, path, tensors)
 
 
 def save_weights(
