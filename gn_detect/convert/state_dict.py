@@ -78,7 +78,7 @@ def convert_state_dict(
     if unknown := [layer.name for layer in report.layers if layer.name not in known]:
         report.warnings.append(
             f"the names do not tell the eps of {len(unknown)} BatchNorms, such as '{unknown[0]}': "
-            f"{PYTORCH_EPS:g}, PyTorch's, was taken; if their model has {TENSORFLOW_EPS:g}, as TensorFlow's and "
+            f"{PYTORCH_EPS:g}, PyTorch's, was taken; if their model has {TENSORFLOW_EPS:g}, TensorFlow's and "
             f"Keras's, convert with --eps {TENSORFLOW_EPS:g} (in Python eps={TENSORFLOW_EPS:g})"
         )
     if others := [owner for owner in owners if owner not in norms]:

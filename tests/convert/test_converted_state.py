@@ -87,4 +87,6 @@ def test_a_whole_converted_model_is_saved(fused: bool) -> None:
     file.seek(0)
     found = torch.load(file, weights_only=False)
     image, features = torch.rand(1, 3, 32, 32), torch.rand(1, 8, 4, 4)
-    assert torch.equal(found[0](image), model[0](image)) and torch.equal(found[1](features), model[1](features))
+    assert torch.equal(found[0](image), model[0](image)) and torch.equal(
+        found[1](features), model[1](features)
+    )
