@@ -272,7 +272,7 @@ def _read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
-            reason = re.search(r"WeightsUnpickler error: (.+)", str(error))  # after much advice
+            reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # after much advice
             text = _first_line(error) if reason is None else reason[1].rstrip(". ")
             raise UserError(f"cannot read {path}: {text}; {_FETCH_AGAIN}") from error
         raise _refusal(path, f"it names {refused[1].rstrip('.')!r}") from error

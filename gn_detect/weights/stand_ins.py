@@ -132,7 +132,7 @@ STAND_INS: dict[tuple[str, str], type] = {key: _made(*key, kind) for key, kind i
 """By module and name."""
 
 _NDARRAY = _made("numpy", "ndarray", ArrayStandIn)
-_OF_TORCH = [
+_OF_TORCH: list[Any] = [
     _NDARRAY,
     *STAND_INS.values(),
     *(_made(*key, kind) for key, kind in _NUMPY_KINDS.items()),

@@ -184,14 +184,15 @@ def beside_weights(opcodes: bytes) -> bytes:
 
 def text(value: str) -> bytes:
     """The opcode of a string."""
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
 
 
-def nested_lists(count: int = 100_000) -> bytes:
-    """Lists in lists, the outer first, so that each is shallow when it is filled."""
-    made = b"".join(b"]r" + struct.pack("<I", 100 + i) + b"0" for i in range(count))
-    get = [b"j" + struct.pack("<I", 100 + i) for i in range(count)]
-    return made + b"".join(get[i] + get[i + 1] + b"a0" for i in range(count - 1)) + get[0]
+def nested_lists(count: int = 5_000) -> bytes:
+    """Lists in lists, each put into the one before while it is still empty, so that none seems deep."""
+    made = b"".join(b"]r" + struct.pack("<I", 16 + i) for i in range(count))
+    get = [b"j" + struct.pack("<I", 16 + i) for i in range(count)]
+    return b"(" + made + b"t(" + b"".join(get[i] + get[i + 1] + b"a" for i in range(count - 1)) + b"t\x86"
 
 
 NAMESPACE = b"cargparse\nNamespace\n"
