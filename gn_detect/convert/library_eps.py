@@ -28,7 +28,10 @@ class _Family(NamedTuple):
     eps: float
 
 
-_RESNET = r"bn1|conv1\.[14]|layer[1-4]\.\d+\.(?:bn[1-3]|downsample\.[0-2])"
+_RESNET = (
+    r"(?:layer0\.)?bn\d|conv1\.[14]|maxpool\.1"
+    r"|layer[1-4]\.\d+\.(?:bn\d|bns\.\d|conv2\.bn[01]|downsample\.[0-2])"
+)
 _EFFICIENTNET = r"features\.\d\.(?:1|\d+\.block\.\d\.1)"
 _MOBILENET_V3 = r"(?:features|backbone)\.\d+\.(?:1|block\.\d\.1)"
 _SEGMENTATION = r"(?:aux_)?classifier\.(?:\d|cbr|0\.(?:convs\.\d|project))(?:\.\d)*"
@@ -58,6 +61,9 @@ _FAMILIES = (
     _Family(r"trunk_output\.block1\.block1-0\.f\.a\.0\.weight", r"stem\.1|trunk_output\..+", PYTORCH_EPS),
     _Family(r"(?:Mixed_5b\.branch1x1|inception3a\.branch1)\.conv\.weight", r".+\.bn", TENSORFLOW_EPS),
     _Family(r"blocks\.0\.layers\.0\.layers\.MBconv\..+", r"stem\..+|blocks\..+", TENSORFLOW_EPS),
+    # timm's RegNets and Inception-ResNet.
+    _Family(r"s1\.b1\.conv1\.bn\.weight", r"(?:stem|s[1-4])\..*bn|final_conv\.bn", PYTORCH_EPS),
+    _Family(r"conv2d_1a\.bn\.weight", r".+\.bn", TENSORFLOW_EPS),
     # efficientnet_pytorch and efficientnet_lite_pytorch.
     _Family(r"_blocks\.0\._depthwise_conv\.weight", r"_bn\d|_blocks\.\d+\._bn\d", TENSORFLOW_EPS),
     # Ultralytics, YOLOv5, YOLOv7; YOLOX.
