@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> Result:
     metadata |= norm_settings(model)
     save_calibrated(args, target, dict(model.state_dict()), metadata)
     show_report(report, args.report)
-    print(f"wrote {target}; {how_to_load(args, target, names_model, NORM_EPS in metadata)}")
+    print(f"wrote {target}; {how_to_load(args, target, not names_model, names_model, NORM_EPS in metadata)}")
     return Result({"weights": str(target), **report.to_dict()})
 
 

@@ -118,6 +118,7 @@ def run(args: argparse.Namespace) -> Result:
     if args.images and not args.config_file and not names_model:
         raise UserError("--images needs the detector's --config-file, the one that SRC was trained with")
     metadata: dict[str, Any] = {}
+    for_config, for_module = not names_model, names_model
     if names_model:
         tensors, metadata, report = _convert_library_model(args)
     else:
@@ -139,17 +140,20 @@ def run(args: argparse.Namespace) -> Result:
                     "--keep-norm, and convert what it writes"
                 )
             metadata |= _input_of(checkpoint) | keys_to_tell(untold_keys(checkpoint))
-            eps = 0.0 if computes_with_eps_0(checkpoint) else 1e-5
-            eps = eps if args.eps is None else args.eps
-            tensors, report = convert_state_dict(checkpoint.tensors, eps=eps, **group_rule(args))
+            translation = translate(checkpoint)
+            for_module = not translation.is_detector  # its names stay, so that its own model takes the file
+            for_config = translation.is_detector or translation.is_backbone
+            named = checkpoint.stored if for_module else checkpoint.tensors
+            eps = 0.0 if args.eps is None and computes_with_eps_0(checkpoint) else args.eps
+            tensors, report = convert_state_dict(named, eps=eps, **group_rule(args))
             _refuse_untold_groups(args, checkpoint)
             metadata |= as_metadata(
-                norm_eps_of(checkpoint) | {layer.name: layer.eps for layer in report.layers},
-                norm_groups_of(checkpoint) | {layer.name: layer.groups for layer in report.layers},
+                norm_eps_of(checkpoint, named) | {layer.name: layer.eps for layer in report.layers},
+                norm_groups_of(checkpoint, named) | {layer.name: layer.groups for layer in report.layers},
             )
     save_calibrated(args, target, tensors, metadata)
     show_report(report, args.report)
-    print(f"wrote {target}; {how_to_load(args, target, names_model, NORM_EPS in metadata)}")
+    print(f"wrote {target}; {how_to_load(args, target, for_config, for_module, NORM_EPS in metadata)}")
     return Result({"weights": str(target), **report.to_dict()})
 
 
@@ -211,19 +215,20 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     checkpoint = read_checkpoint(args.source)
     translation = translate(checkpoint)
     kept = {key: checkpoint.metadata[key] for key in (*KEPT, "config") if key in checkpoint.metadata}
-    kept |= as_metadata(
-        norm_eps_of(checkpoint, translation.tensors), norm_groups_of(checkpoint, translation.tensors)
-    )
+    known = translation.is_detector or translation.is_backbone
+    tensors = translation.tensors if known else checkpoint.stored  # its own model takes the file
+    kept |= as_metadata(norm_eps_of(checkpoint, tensors), norm_groups_of(checkpoint, tensors))
     if "config" not in kept and (keys := untold_keys(checkpoint)):
         kept[CONFIG_KEYS] = to_plain(keys)
-    save_weights(target, translation.tensors, kept | _input_of(checkpoint))
-    print(f"wrote {len(translation.tensors)} tensors to {target}; names of {translation.scheme}")
+    save_weights(target, tensors, kept | _input_of(checkpoint))
+    names = f"names of {translation.scheme}" if known else "names as they were"
+    print(f"wrote {len(tensors)} tensors to {target}; {names}")
     for change in translation.changes:
         print(f"  {change}")
     if translation.left_out:
         print(f"  left out, as detectron2 has no name for them: {', '.join(translation.left_out)}")
     told = {
-        "tensors": len(translation.tensors),
+        "tensors": len(tensors),
         "names": translation.scheme,
         "left_out": translation.left_out,
     }
@@ -241,18 +246,29 @@ def _input_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {} if convention is None else {"input": convention.as_metadata()}
 
 
-def how_to_load(args: argparse.Namespace, target: Path, names_model: bool, tells_eps: bool) -> str:
-    """What to do with DST, in words."""
-    if names_model:
+def how_to_load(
+    args: argparse.Namespace, target: Path, for_config: bool, for_module: bool, tells_eps: bool
+) -> str:
+    """Return what to do with DST, in words.
+
+    Args:
+        for_config: it is a detector or the backbone of one, which a config of ours can build.
+        for_module: it has the names of another library's model.
+        tells_eps: it holds the eps of each norm.
+    """
+    ways = []
+    if for_module:
         rule = ", ".join(f"{key}={value}" for key, value in group_rule(args).items())
         rule += f", eps=its '{NORM_EPS}'" if tells_eps else ""
-        return f"load its 'model' into gn_detect.convert_norm(model, init='reset', {rule})[0]"
-    smallest = f"MODEL.GN.MIN_CHANNELS_PER_GROUP {args.min_channels_per_group}"
-    keys = f"MODEL.GN.NUM_GROUPS {args.num_groups} {smallest}"
-    return (
-        f"set the NORM keys that were BN, SyncBN or FrozenBN to GN, and MODEL.WEIGHTS {target} {keys}; "
-        f"gn-detect train --train-json FILE --train-images FOLDER --weights {target} finds them by itself"
-    )
+        ways.append(f"load its 'model' into gn_detect.convert_norm(model, init='reset', {rule})[0]")
+    if for_config:
+        smallest = f"MODEL.GN.MIN_CHANNELS_PER_GROUP {args.min_channels_per_group}"
+        keys = f"MODEL.GN.NUM_GROUPS {args.num_groups} {smallest}"
+        ways.append(
+            f"set the NORM keys that were BN, SyncBN or FrozenBN to GN, and MODEL.WEIGHTS {target} {keys}; "
+            f"gn-detect train --train-json FILE --train-images FOLDER --weights {target} finds them by itself"
+        )
+    return "; or, as a detector's backbone, ".join(ways)
 
 
 def _refuse_mixed_groups(model: nn.Module) -> None:

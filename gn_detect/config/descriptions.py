@@ -183,7 +183,7 @@ DESCRIPTIONS = {
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "The limit of value or norm.",
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": "p of the norm: 2 is the Euclidean one.",
     "SOLVER.AMP.ENABLED": "Mixed precision.",
-    "SOLVER.AMP.DTYPE": "float16 with a loss scaler, or bfloat16.",
+    "SOLVER.AMP.DTYPE": "float16 with a loss scaler, or bfloat16; on a CPU always bfloat16.",
     "SOLVER.OPTIMIZER": "SGD or AdamW.",
     "SOLVER.BETAS": "The two betas of AdamW.",
     "SOLVER.BEST_CHECKPOINT_METRIC": (

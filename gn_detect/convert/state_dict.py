@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .library_eps import PYTORCH_EPS, TENSORFLOW_EPS, library_eps
 from .report import ConversionReport
 from .surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS, convert_norm
 
@@ -18,7 +19,7 @@ _LEAVES = (*_AFFINE, *_STATISTICS, "num_batches_tracked")
 def convert_state_dict(
     tensors: Mapping[str, Tensor],
     *,
-    eps: float = 1e-5,
+    eps: float | None = None,
     num_groups: int = DEFAULT_GROUPS,
     min_channels_per_group: int = DEFAULT_MIN_CHANNELS,
     group_size: int | None = None,
@@ -31,9 +32,10 @@ def convert_state_dict(
 
     Args:
         tensors: by name, in any library's naming; not changed.
-        eps: of the BatchNorms, which no checkpoint tells: 1e-5 in torchvision and detectron2, 1e-3 in
-            TensorFlow's models. The GroupNorms must be built with it too; with 1e-5 where it is 0, as in
-            torchvision's published detectors of version 1.
+        eps: of the BatchNorms, which no state dict tells. None: that of the library whose names the tensors
+            have (:mod:`gn_detect.convert.library_eps`), and 1e-5 with a warning where they are no library's.
+            The GroupNorms must be built with it, too; with 1e-5 where it is 0, as in torchvision's published
+            detectors of version 1.
 
     Raises:
         UserError: there is no BatchNorm in it, its channels cannot be split, it has numbers that no BatchNorm
@@ -46,6 +48,7 @@ def convert_state_dict(
             "there is no BatchNorm with running statistics among the tensors; it has another norm, or its "
             "statistics were folded into the scale: then convert the model itself, with images"
         )
+    known = library_eps(tensors, norms) if eps is None else dict.fromkeys(norms, eps)
     report = ConversionReport()
     converted: dict[str, Tensor] = {}
     done: set[str] = set()
@@ -55,13 +58,14 @@ def convert_state_dict(
             converted[name] = tensor
         elif owner not in done:  # at the place of its first tensor
             done.add(owner)
+            own_eps = known.get(owner, PYTORCH_EPS)
             model, found = convert_norm(
-                _alone(owner, _batch_norm(tensors, owner, eps)),
+                _alone(owner, _batch_norm(tensors, owner, own_eps)),
                 num_groups=num_groups,
                 min_channels_per_group=min_channels_per_group,
                 group_size=group_size,
                 init=init,
-                eps=eps or None,
+                eps=own_eps or None,
                 inplace=True,
             )
             report.layers += found.layers
@@ -71,6 +75,12 @@ def convert_state_dict(
     )
     report.parameters_after = sum(tensor.numel() for tensor in converted.values())
     report.warn_of_layers()
+    if unknown := [layer.name for layer in report.layers if layer.name not in known]:
+        report.warnings.append(
+            f"the names do not tell the eps of {len(unknown)} BatchNorms, such as '{unknown[0]}': "
+            f"{PYTORCH_EPS:g}, PyTorch's, was taken; if their model has {TENSORFLOW_EPS:g}, TensorFlow's and "
+            f"Keras's, convert with --eps {TENSORFLOW_EPS:g} (in Python eps={TENSORFLOW_EPS:g})"
+        )
     if others := [owner for owner in owners if owner not in norms]:
         report.warnings.append(
             f"{len(others)} layers have running statistics and are no BatchNorm, such as '{others[0]}'; they "

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..layers import GroupNorm, GroupNormAct, choose_groups, fuse
 from .match import constant_channels, expected_statistics, matched_affine
 from .moments import measure_moments
+from .readers import refuse_readers
 from .report import COPIED, ConversionReport, LayerReport, count_parameters
 from .source import SourceNorm, read_norm
 
@@ -105,6 +106,7 @@ def convert_norm(
         raise UserError(f"init is {init!r}; choose 'match', 'copy' or 'reset'")
     _check_eps(eps, relative_eps, init)
     norms = _find_norms(model, _as_patterns(include), _as_patterns(exclude))
+    refuse_readers(model, [name for name, norm in norms.items() if isinstance(norm, SourceNorm)])
     report = ConversionReport.of_model(model)
     groups = {name: _groups(name, norm, rule) for name, norm in norms.items()}
     if init == "match":

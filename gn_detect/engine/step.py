@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from .optimizer import build_optimizer, clip_gradients, restore_optimizer, step_
 if TYPE_CHECKING:
     from ..config import Config
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class TrainingState:
@@ -32,7 +35,7 @@ class TrainingState:
         optimizer: over its trained parameters.
         trained: those parameters.
         statistics: what a forward pass changes: the running statistics of BatchNorm.
-        scaler: of the loss; switched off unless training is in float16.
+        scaler: of the loss; switched off unless training is in float16, which it never is on a CPU.
         average: ``SOLVER.EMA``, or None.
         broken: scalar on the device, 1 from the first loss or gradient on that was not finite, where
             ``SOLVER.NON_FINITE`` is ``stop``: from there on the weights stay as they were.
@@ -85,8 +88,14 @@ class TrainingState:
 def make_state(cfg: Config, model: nn.Module) -> TrainingState:
     """Optimiser, scaler and average for a model that is on its device."""
     device = next(model.parameters()).device
-    amp = cfg.solver.amp
-    scaler = torch.amp.GradScaler(device.type, enabled=amp.enabled and amp.dtype == "float16")
+    amp, dtype = cfg.solver.amp, mixed_dtype(cfg, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp.enabled and dtype == torch.float16)
+    if amp.enabled and dtype != getattr(torch, amp.dtype):
+        logger.warning(
+            "SOLVER.AMP.DTYPE is %s, in which a step takes minutes on a CPU, so bfloat16 is used; "
+            "set SOLVER.AMP.DTYPE bfloat16, or SOLVER.AMP.ENABLED False for float32",
+            amp.dtype,
+        )
     average = None
     if cfg.solver.ema.enabled:
         average = _moving_average(model, cfg.solver.ema.decay)
@@ -169,8 +178,13 @@ def split(batch: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
 
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
     """``SOLVER.AMP`` for a forward pass."""
-    amp = cfg.solver.amp
-    return torch.autocast(device.type, dtype=getattr(torch, amp.dtype), enabled=amp.enabled)
+    return torch.autocast(device.type, dtype=mixed_dtype(cfg, device), enabled=cfg.solver.amp.enabled)
+
+
+def mixed_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """Return the dtype of ``SOLVER.AMP``: on a CPU always bfloat16, as float16 convolutions take minutes."""
+    dtype: torch.dtype = torch.bfloat16 if device.type == "cpu" else getattr(torch, cfg.solver.amp.dtype)
+    return dtype
 
 
 def judge(scaler: torch.amp.GradScaler, losses: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,12 +48,16 @@ class MaskRCNN(nn.Module):
         self.size_divisibility = size_divisibility
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        self.memory_format = torch.contiguous_format
         self.use_memory_format(torch.channels_last if channels_last else torch.contiguous_format)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The memory format of weights and images. A bool is stored: ``torch.save`` cannot pickle formats."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
         """Of the weights, and of the images from now on; parameters and gradients stay the same objects."""
-        self.memory_format = memory_format
+        self.channels_last = memory_format == torch.channels_last
         for weight in self.parameters():
             if weight.dim() == 4:
                 # Copied even where both formats fit, as with 1x1: PyTorch goes by the strides.

@@ -23,6 +23,7 @@ from ..files import atomic_write, cannot_write
 from .convention import InputConvention
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
 from .pickle_check import RefusedPickle, check_pickle
+from .stand_ins import STAND_INS, is_stand_in, known_to_torch, without_stand_ins
 from .zip_archive import is_npz, read_npz
 from .zoo import entry_of, resolve
 
@@ -74,12 +75,14 @@ class Checkpoint:
         metadata: everything beside the weights: iteration, optimiser state, ...
         format: ``"pytorch"``, ``"safetensors"``, ``"pickle"`` or ``"npz"``.
         path: the file, for messages.
+        stored: the same weights by the file's own names, with wrapper prefixes and counters of averaging.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     format: str = "pytorch"
     path: Path = Path("checkpoint")
+    stored: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -96,11 +99,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = _existing_file(path)
     content, kind = _read(path)
     tensors, metadata = _split(content, path, nested=kind != "safetensors")
+    try:
+        metadata = without_stand_ins(metadata)
+    except RecursionError:
+        raise _refusal(path, "it holds containers nested by the thousand") from None
     _check_version(metadata, path)
     if entry is not None:  # the catalogue knows better than the names what the weights were trained with
         convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
         metadata["input"] = convention.as_metadata()
-    return Checkpoint(strip_wrappers(tensors), metadata, kind, path)
+    return Checkpoint(strip_wrappers(tensors), metadata, kind, path, tensors)
 
 
 def save_weights(
@@ -260,11 +267,14 @@ def _existing_file(path: str | Path) -> Path:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with known_to_torch():
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
-            raise UserError(f"cannot read {path}: {_first_line(error)}; {_FETCH_AGAIN}") from error
+            reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # after much advice
+            text = _first_line(error) if reason is None else reason[1].rstrip(". ")
+            raise UserError(f"cannot read {path}: {text}; {_FETCH_AGAIN}") from error
         raise _refusal(path, f"it names {refused[1].rstrip('.')!r}") from error
     except Exception as error:  # truncated or damaged archives fail in many ways
         raise UserError(f"cannot read {path} with PyTorch: {_first_line(error)}; {_FETCH_AGAIN}") from error
@@ -291,7 +301,7 @@ def _from_json(text: str) -> Any:
 def _read_pickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
-            return load_numpy_pickle(file)
+            return load_numpy_pickle(file, STAND_INS)
     except RefusedGlobal as error:
         raise _refusal(path, f"it names {error.name!r}") from error
     except RefusedPickle as error:
@@ -323,6 +333,8 @@ def _split(content: Any, path: Path, nested: bool) -> tuple[dict[str, Tensor], d
     metadata = {} if container is None else {str(k): v for k, v in content.items() if k != container}
     tensors: dict[str, Tensor] = {}
     for key, value in weights.items():
+        if is_stand_in(key) or (container is not None and is_stand_in(value)):
+            raise _refusal(path, f"its weights hold {str(key)!r}, an object of another library")
         if isinstance(value, Tensor):
             tensors[str(key)] = _checked(value.detach(), key, path)
         elif isinstance(value, np.ndarray):

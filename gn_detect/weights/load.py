@@ -184,6 +184,9 @@ def implied_keys(cfg: Config, source: str | Path | Checkpoint) -> dict[str, Any]
 def _translated(checkpoint: Checkpoint, own: dict[str, Tensor]) -> Translation:
     """In the model's names. Where most names fit as they are, they stay: any module may be loaded."""
     fitting = sum(name in own for name in checkpoint.tensors)
+    if sum(name in own for name in checkpoint.stored) > fitting:  # the model has the file's wrapper, too
+        checkpoint = replace(checkpoint, tensors=checkpoint.stored)
+        fitting = sum(name in own for name in checkpoint.tensors)
     if fitting > len(checkpoint.tensors) / 2:
         convention = InputConvention.from_metadata(checkpoint.metadata.get("input"))
         left_out = [name for name in checkpoint.tensors if CLASSIFIER.fullmatch(name) and name not in own]

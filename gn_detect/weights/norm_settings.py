@@ -86,7 +86,8 @@ def _renamed(
     names = {id(tensor): name for name, tensor in (tensors or checkpoint.tensors).items()}
 
     def renamed(norm: Any) -> str:
-        weight = checkpoint.tensors.get(_weight_of(norm))
+        key = _weight_of(norm)
+        weight = checkpoint.tensors.get(key, checkpoint.stored.get(key))
         name = names.get(id(weight))
         return str(norm) if name is None else name.removesuffix("weight").removesuffix(".")
 

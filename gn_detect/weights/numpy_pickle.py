@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -30,11 +30,12 @@ class RefusedGlobal(pickle.UnpicklingError):
         self.name = name
 
 
-def load_numpy_pickle(file: IO[bytes]) -> Any:
+def load_numpy_pickle(file: IO[bytes], stand_ins: Mapping[tuple[str, str], type] | None = None) -> Any:
     """Read one pickle of nested dicts, lists, tuples, numbers, strings and numeric NumPy arrays.
 
     Args:
         file: binary file at the pickle's start. Python 2 strings are decoded as latin-1.
+        stand_ins: further classes by module and name, which the object may then hold.
 
     Returns:
         The object, with arrays as writable ``np.ndarray`` in native byte order.
@@ -46,7 +47,9 @@ def load_numpy_pickle(file: IO[bytes]) -> Any:
     try:
         data = file.read()
         check_pickle(data, only_arrays=True)
-        return _plain(_NumpyUnpickler(io.BytesIO(data), encoding="latin1").load(), {})
+        unpickler = _NumpyUnpickler(io.BytesIO(data), encoding="latin1")
+        unpickler.stand_ins = stand_ins or {}
+        return _plain(unpickler.load(), {})
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a malformed pickle can make any opcode fail in any way
@@ -56,9 +59,11 @@ def load_numpy_pickle(file: IO[bytes]) -> Any:
 class _NumpyUnpickler(pickle.Unpickler):
     """Resolves the few allowed names to stand-ins."""
 
+    stand_ins: Mapping[tuple[str, str], type]
+
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
-        allowed = _ALLOWED.get((module, name))
+        allowed = _ALLOWED.get((module, name), self.stand_ins.get((module, name)))
         if allowed is None:
             raise RefusedGlobal(f"{module}.{name}")
         return allowed if isinstance(allowed, type | str) else _Function(allowed)
@@ -83,14 +88,16 @@ class _Function:
         raise pickle.UnpicklingError("a state for a function")
 
 
-class _Dtype:
+class DtypeStandIn:
     """Stands in for ``np.dtype``: numbers and bools only, with a byte order."""
+
+    kinds = "biuf"
 
     def __init__(self, code: str) -> None:
         if not isinstance(code, str):
             raise pickle.UnpicklingError("an array type that is not one of numbers")
         self.dtype = np.dtype(code)
-        if self.dtype.kind not in "biuf":
+        if self.dtype.kind not in self.kinds:
             raise pickle.UnpicklingError(f"an array of type {code!r}: only numbers are read")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -98,19 +105,24 @@ class _Dtype:
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _Array:
+class ArrayStandIn:
     """Stands in for ``np.ndarray`` while its shape, type and bytes arrive in ``__setstate__``."""
 
     array: np.ndarray | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         shape, dtype, fortran_order, data = state[-4:]
-        self.array = _from_bytes(data, dtype, shape, "F" if fortran_order else "C")
+        self.array = array_from_bytes(data, dtype, shape, "F" if fortran_order else "C")
 
 
-def _from_bytes(
-    data: bytes | bytearray | str, dtype: _Dtype, shape: tuple[int, ...], order: str
+def array_from_bytes(
+    data: bytes | bytearray | str, dtype: DtypeStandIn, shape: tuple[int, ...], order: str
 ) -> np.ndarray:
+    """Return a writable array in native byte order; ``data`` is text where Python 2 wrote it.
+
+    Raises:
+        pickle.UnpicklingError: shape and type want another number of bytes.
+    """
     raw = data.encode("latin1") if isinstance(data, str) else bytes(data)  # str: bytes written by Python 2
     if any(not 0 <= size <= _MAX_SIZE for size in shape) or math.prod(shape) * dtype.dtype.itemsize != len(
         raw
@@ -120,16 +132,16 @@ def _from_bytes(
     return np.array(array, dtype=dtype.dtype.newbyteorder("="), order="C")
 
 
-def _make_dtype(code: str, align: bool = False, copy: bool = False) -> _Dtype:
-    return _Dtype(code)
+def _make_dtype(code: str, align: bool = False, copy: bool = False) -> DtypeStandIn:
+    return DtypeStandIn(code)
 
 
-def _make_array(subtype: Any, shape: Any, code: Any) -> _Array:
-    return _Array()
+def _make_array(subtype: Any, shape: Any, code: Any) -> ArrayStandIn:
+    return ArrayStandIn()
 
 
-def _make_scalar(dtype: _Dtype, data: bytes | str) -> np.ndarray:
-    return _from_bytes(data, dtype, (), "C")
+def _make_scalar(dtype: DtypeStandIn, data: bytes | str) -> np.ndarray:
+    return array_from_bytes(data, dtype, (), "C")
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -149,11 +161,11 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
     """Replace the stand-ins in nested containers by what they stand for; what is shared stays shared."""
     if id(value) in done:
         return done[id(value)]
-    if isinstance(value, _Array):
+    if isinstance(value, ArrayStandIn):
         if value.array is None:
             raise pickle.UnpicklingError("an array without data")
         return value.array
-    if isinstance(value, _Dtype):
+    if isinstance(value, DtypeStandIn):
         return value.dtype
     new: Any
     if isinstance(value, dict):
@@ -172,7 +184,7 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
 _ALLOWED: dict[tuple[str, str], type | str | Callable[..., Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): _make_array,
     ("numpy.core.multiarray", "scalar"): _make_scalar,
-    ("numpy.core.numeric", "_frombuffer"): _from_bytes,
+    ("numpy.core.numeric", "_frombuffer"): array_from_bytes,
     ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
     ("numpy", "dtype"): _make_dtype,
     ("_codecs", "encode"): _encode,

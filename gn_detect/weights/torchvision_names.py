@@ -83,10 +83,16 @@ def _of_coco(tensor: Tensor) -> str:
 
 
 def computes_with_eps_0(checkpoint: Checkpoint) -> bool:
-    """Whether these are torchvision's published detectors of version 1, whose BatchNorms have eps 0."""
-    classes = checkpoint.tensors.get("roi_heads.box_predictor.cls_score.bias")
-    normed = any(re.match(r"backbone\.fpn\.\w+\.\d\.1\.", name) for name in checkpoint.tensors)
-    return classes is not None and len(classes) == 91 and not normed
+    """Whether these are torchvision's published detectors of version 1, whose BatchNorms have eps 0.
+
+    Those with MobileNetV3, and the trained BatchNorms of version 2, have another.
+    """
+    names = checkpoint.tensors
+    classes = names.get("roi_heads.box_predictor.cls_score.bias")
+    anchors = names.get("head.classification_head.cls_logits.bias")  # RetinaNet's, nine in each place
+    published = (classes is not None and len(classes) == 91) or (anchors is not None and len(anchors) == 819)
+    normed = any(re.match(r"backbone\.fpn\.\w+\.\d\.1\.|head\.\w+\.conv\.0\.1\.", name) for name in names)
+    return published and not normed and "backbone.body.layer1.0.bn1.running_var" in names
 
 
 def _fold_eps(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> list[str]:

@@ -39,6 +39,16 @@ class Translation:
     changes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
+    @property
+    def is_detector(self) -> bool:
+        """Whether it has an RPN or heads, so is more than a backbone or another library's model."""
+        return any(name.startswith(("proposal_generator.", "roi_heads.")) for name in self.tensors)
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether it has a detector's backbone, with heads or alone."""
+        return any(name.startswith(BACKBONE) for name in self.tensors)
+
 
 def translate(checkpoint: Checkpoint) -> Translation:
     """Tell whose names the tensors have, and give them ours.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
-from gn_detect import UserError
+from gn_detect import UserError, fuse
 from gn_detect.convert import convert_norm
 from gn_detect.layers import FrozenBatchNorm2d as OurFrozenBatchNorm2d
 
@@ -71,3 +74,19 @@ def test_a_variance_by_which_the_norm_itself_cannot_divide(var: float, eps: floa
     norm.running_var[1] = var
     with pytest.raises(UserError, match="'0' has a running_var of .* which is not above 0"):
         convert_norm(nn.Sequential(norm))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_whole_converted_model_is_saved(fused: bool) -> None:
+    torch.manual_seed(0)
+    source = nn.Sequential(torchvision.models.mobilenet_v2(), trained(BatchNormAct(8, nn.PReLU()))).eval()
+    model, _ = convert_norm(source)
+    model = fuse(model) if fused else model
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    found = torch.load(file, weights_only=False)
+    image, features = torch.rand(1, 3, 32, 32), torch.rand(1, 8, 4, 4)
+    assert torch.equal(found[0](image), model[0](image)) and torch.equal(
+        found[1](features), model[1](features)
+    )

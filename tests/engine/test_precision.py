@@ -12,7 +12,7 @@ from torch import nn
 
 from gn_detect.config import Config
 from gn_detect.data import build_train_loader
-from gn_detect.engine import evaluate, train
+from gn_detect.engine import evaluate, step, train
 from gn_detect.engine.step import make_state, train_step
 from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
@@ -65,7 +65,8 @@ def test_all_of_them_together_resume_exactly(tiny_config: Config, amp: str) -> N
     keys = AMP[amp] | OTHERS["accumulate"] | OTHERS["ema"] | OTHERS["checkpointing"]
     found, expected = run_with_a_break(tiny_config.replace(keys))
     assert differences(found, expected) == []
-    assert ("scaler" in expected) == (amp == "fp16") and "trained" in expected
+    assert "scaler" not in expected, "on a CPU float16 is bfloat16, which needs none"
+    assert "trained" in expected
 
 
 @pytest.mark.slow
@@ -76,7 +77,7 @@ def test_every_combination_resumes_exactly(
     keys = AMP[choice[0]] | {k: v for other in choice[1:] for k, v in OTHERS[other].items()}
     found, expected = run_with_a_break(tiny_config.replace(keys))
     assert differences(found, expected) == []
-    assert ("scaler" in expected) == (choice[0] == "fp16")
+    assert "scaler" not in expected
     assert ("trained" in expected) == ("ema" in choice)
 
 
@@ -138,7 +139,36 @@ def test_parts_that_do_not_divide_the_batch_are_refused(tiny_config: Config) -> 
         tiny_config.replace({"SOLVER.ACCUMULATE": 3})
 
 
-def test_float16_gradients_that_overflow_lower_the_scale_and_skip_the_step(tiny_config: Config) -> None:
+def test_float16_on_a_cpu_is_bfloat16_and_says_so(
+    tiny_config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its float16 convolutions take minutes for a step; a config made for a GPU runs, resumes and replays."""
+    expected = one_step(tiny_config.replace(AMP["bf16"]))
+    assert not caplog.records
+    assert differences(one_step(tiny_config.replace(AMP["fp16"])), expected) == []
+    (record,) = caplog.records
+    assert "SOLVER.AMP.DTYPE is float16" in record.message and "bfloat16 is used" in record.message
+
+
+def test_a_run_in_float16_goes_on_on_a_cpu(tiny_config: Config) -> None:
+    """A scaler's state, of a GPU, is in the checkpoint, and is not needed."""
+    cfg = tiny_config.replace(AMP["fp16"])
+    state = make_state(cfg, build_model(cfg))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    state.restore(state.metadata() | {"scaler": scaler.state_dict()}, "model.pth")
+    assert not state.scaler.is_enabled() and "scaler" not in state.metadata()
+
+
+def test_on_a_gpu_the_dtype_is_as_set(tiny_config: Config) -> None:
+    cuda = torch.device("cuda")
+    for name, dtype in {"fp16": torch.float16, "bf16": torch.bfloat16}.items():
+        assert step.mixed_dtype(tiny_config.replace(AMP[name]), cuda) == dtype
+
+
+def test_float16_gradients_that_overflow_lower_the_scale_and_skip_the_step(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "mixed_dtype", lambda cfg, device: torch.float16)  # as on a GPU
     cfg = tiny_config.replace(AMP["fp16"])
     torch.manual_seed(0)
     model = build_model(cfg).train()

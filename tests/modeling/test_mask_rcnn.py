@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -231,3 +235,25 @@ def test_channels_must_fit_the_groups(small_model) -> None:
         Exception, match="40 channels cannot be split into 32 groups; set MODEL.GN.NUM_GROUPS"
     ):
         small_model({"MODEL.FPN.OUT_CHANNELS": 40})
+
+
+@pytest.mark.parametrize("name", ["R-18-FPN", "C4"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_whole_detector_is_saved_and_copied(
+    name: str, channels_last: bool, small_model, make_images
+) -> None:
+    """``torch.save`` uses protocol 2, in which PyTorch's own ``memory_format`` cannot be pickled."""
+    keys = {"MODEL.CHANNELS_LAST": channels_last, "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING": True}
+    model = small_model(ARCHITECTURES[name] | keys).eval()
+    images = make_images((96, 128))
+    expected = model.detect(images)[0]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [torch.load(file, weights_only=False), copy.deepcopy(model)]
+    copies += [pickle.loads(pickle.dumps(model, protocol)) for protocol in (2, pickle.HIGHEST_PROTOCOL)]
+    for found in copies:
+        assert found.memory_format == (torch.channels_last if channels_last else torch.contiguous_format)
+        detections = found.detect(images)[0]
+        assert torch.equal(detections.boxes, expected.boxes)
+        assert torch.equal(detections.scores, expected.scores)

@@ -6,6 +6,7 @@ list and prints what became of each, so that a crash of the interpreter is seen 
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import pickle
@@ -171,6 +172,79 @@ def flipped(data: bytes, place: float) -> bytes:
     return data[:start] + bytes(byte ^ 255 for byte in data[start : start + 40]) + data[start + 40 :]
 
 
+def beside_weights(opcodes: bytes) -> bytes:
+    """A ``.pth`` of one good tensor, and beside it what the opcodes leave on the stack."""
+
+    def with_value(name: str, part: bytes) -> bytes:
+        assert not name.endswith("data.pkl") or part.endswith(b"s.")
+        return part[:-1] + b"X\x01\x00\x00\x00x" + opcodes + b"s." if name.endswith("data.pkl") else part
+
+    return torch_zip(with_value)
+
+
+def text(value: str) -> bytes:
+    """The opcode of a string."""
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def nested_lists(count: int = 5_000) -> bytes:
+    """Lists in lists, each put into the one before while it is still empty, so that none seems deep."""
+    made = b"".join(b"]r" + struct.pack("<I", 16 + i) for i in range(count))
+    get = [b"j" + struct.pack("<I", 16 + i) for i in range(count)]
+    return b"(" + made + b"t(" + b"".join(get[i] + get[i + 1] + b"a" for i in range(count - 1)) + b"t\x86"
+
+
+NAMESPACE = b"cargparse\nNamespace\n"
+BESIDE_WEIGHTS: dict[str, bytes] = {
+    "a method of a namespace": b"cargparse\nNamespace.__init__\n",
+    "the globals of a method of the message hub": (
+        b"cmmengine.logging.message_hub\nMessageHub.__init__.__globals__\n"
+    ),
+    "getattr of a namespace": b"cbuiltins\ngetattr\n" + NAMESPACE + text("__init__") + b"\x86R",
+    "getattr alone": b"c__builtin__\ngetattr\n",
+    "attributes of the class of a namespace": NAMESPACE + b"}" + text("__init__") + NAMESPACE + b"sb",
+    "slots of the class of a namespace": NAMESPACE + b"N}" + text("content") + NAMESPACE + b"s\x86b",
+    "an item of a namespace": NAMESPACE + b")R" + text("a") + b"K\x01s",
+    "an entry of a log": b"cmmengine.logging.history_buffer\nHistoryBuffer\n)\x81K\x01a",
+    "a call of a namespace": NAMESPACE + b")R)R",
+    "a function among options": NAMESPACE + b")\x81}" + text("f") + b"cposix\nsystem\nsb",
+    "a call among options": NAMESPACE + b")\x81}" + text("f") + b"cposix\nsystem\n" + text("id") + b"\x85Rsb",
+    "options in options in options": ((NAMESPACE + b")\x81}" + text("a")) * 100 + b"K\x01" + b"sb" * 100),
+    "lists in lists beside weights": nested_lists(),
+    "another class of argparse": b"cargparse\nArgumentParser\n)R",
+    "what argparse imports": b"cargparse\n_sys\n",
+    "another class of omegaconf": b"comegaconf.omegaconf\nOmegaConf\n",
+    "another class of mmengine": b"cmmengine.config.config\nConfig\n",
+    "another function of NumPy": b"cnumpy\nfromfile\n" + text("/etc/passwd") + b"\x85R",
+    "another function of NumPy's core": b"cnumpy.core.multiarray\nfromfile\n"
+    + text("/etc/passwd")
+    + b"\x85R",
+    "eval beside weights": b"cbuiltins\neval\n" + text("1") + b"\x85R",
+    "a number of objects": b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n" + text("O8") + b"\x85RN\x86R",
+    "a number without a type": b"cnumpy.core.multiarray\nscalar\n" + text("f8") + text("") + b"\x86R",
+    "a number without its bytes": (
+        b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\n" + text("f8") + b"\x85R" + text("") + b"\x86R"
+    ),
+    "text of gigabytes": (
+        b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n"
+        + text("U500000000")
+        + b"\x85R"
+        + text("a")
+        + b"\x86R"
+    ),
+    "a type that is no text": b"cnumpy\ndtype\n" + NAMESPACE + b"\x85R",
+    "a function as the state of a type": b"cnumpy\ndtype\n" + text("f8") + b"\x85R" + NAMESPACE + b"b",
+    "a namespace as a tensor's storage": (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + NAMESPACE + b")RK\x00K\x01\x85K\x01\x85\x89NtR"
+    ),
+    "a namespace as a tensor's class": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_tensor\n" + NAMESPACE + b")}tR"
+    ),
+}
+"""Abuses of what may stand beside weights, and its neighbours."""
+
+
 GOOD = {"w": np.arange(12, dtype=np.float32)}
 HUGE = b"\x8a\x08" + struct.pack("<q", 1 << 60)
 
@@ -286,6 +360,26 @@ ZIPS: dict[str, Content] = {
     ),
 }  # fmt: skip
 
+ZIPS |= {name: lambda victim, c=opcodes: beside_weights(c) for name, opcodes in BESIDE_WEIGHTS.items()}  # type: ignore[misc]
+ZIPS |= {
+    "options as a weight": lambda victim: saved({"model": {"w": torch.ones(1), "x": argparse.Namespace()}}),
+    "options as weights": lambda victim: saved({"model": argparse.Namespace(w=torch.ones(1))}),
+    "options as the file": lambda victim: saved(argparse.Namespace(model={"w": torch.ones(1)})),
+    "an array as a weight of .pth": lambda victim: saved({"model": {"w": torch.ones(1), "x": np.ones(1)}}),
+    "a type as a weight": lambda victim: saved({"model": {"w": torch.ones(1), "x": np.float32}}),
+    "options as a name": lambda victim: saved({"model": {"w": torch.ones(1), argparse.Namespace: 1}}),
+    "os.system among options": lambda victim: saved(
+        {"w": torch.ones(1), "args": argparse.Namespace(f=hostile(victim))}
+    ),
+    "os.system among options of a legacy .pth": lambda victim: saved(
+        {"w": torch.ones(1), "args": argparse.Namespace(f=hostile(victim))}, False
+    ),
+}
+PICKLES_BESIDE = {
+    f"{name} in .pkl": lambda victim, c=opcodes: b"\x80\x02}" + text("x") + c + b"s."  # type: ignore[misc]
+    for name, opcodes in BESIDE_WEIGHTS.items()
+}
+
 ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 SAFETENSORS: dict[str, Content] = {
     "a header longer than the file": lambda victim: safetensors({"w": ENTRY}, length=1 << 62),
@@ -314,6 +408,7 @@ OTHERS: dict[str, Content] = {
 
 CASES: dict[str, tuple[str, Content]] = {
     **{name: (".pkl", content) for name, content in PICKLES.items()},
+    **{name: (".pkl", content) for name, content in PICKLES_BESIDE.items()},
     **{name: (".pth", content) for name, content in ZIPS.items()},
     **{name: (".safetensors", content) for name, content in SAFETENSORS.items()},
     **{name: (".bin", content) for name, content in OTHERS.items()},
