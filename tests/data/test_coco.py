@@ -23,6 +23,7 @@ from gn_detect.data import (
     check_order,
     check_same_classes,
     join_datasets,
+    read_image,
 )
 from gn_detect.data.doctor import examine
 from gn_detect.data.faults import ERROR, DataError
@@ -262,6 +263,18 @@ def test_missing_images_are_found_without_opening_any(write_dataset: Write, smal
         dataset.check_files()
     with pytest.raises(UserError, match="and 3 more is missing"):
         CocoDataset(replace(source, images=source.images / "elsewhere")).check_files()
+
+
+def test_a_missing_image_that_is_there_under_another_name(write_dataset: Write, small_coco: dict) -> None:
+    source = write_dataset({})
+    (source.images / "5.png").rename(source.images / "a 5.png")
+    small_coco["images"][2]["file_name"] = "C:\\photos\\a%205.png"
+    source.annotations.write_text(json.dumps(small_coco))
+    dataset = CocoDataset(source)
+    with pytest.raises(UserError, match=r"a%205\.png is missing, but a 5\.png is there; .*doctor --fix"):
+        dataset.check_files()
+    with pytest.raises(UserError, match=r"missing, but .*7\.png is there"):
+        read_image(source.images / "7.PNG")
 
 
 def test_number_of_classes_is_checked(write_dataset: Write, small_coco: dict) -> None:
