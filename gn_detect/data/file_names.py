@@ -102,9 +102,10 @@ class _Folders:
     def _alike(self, folder: str, name: str) -> list[str]:
         """Entries whose names differ in case or Unicode form alone."""
         if folder not in self.folded:
-            self.folded[folder] = folded = defaultdict(list)
+            folded: defaultdict[str, list[str]] = defaultdict(list)
             for entry in self.names(folder):
                 folded[_fold(entry)].append(entry)
+            self.folded[folder] = folded
         return self.folded[folder].get(_fold(name), [])
 
 
