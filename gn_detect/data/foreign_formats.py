@@ -64,19 +64,18 @@ def describe_foreign(path: Path) -> str:
         if not path.is_dir():
             kind = _kind_of_file(path)
             return _sentence(kind) if kind else ""
-        files = list(_files(path))
+        files = list(islice(_files(path), _MOST_FILES))
         coco = [str(file) for file in files if file.suffix.lower() == ".json" and _looks_like_coco(file)]
         if coco:
             return f"it is a folder; give the COCO file in it, {' or '.join(coco[:3])}"
-        kinds = [kind for file in files[:_MOST_FILES] if (kind := _kind_of_file(file))]
+        kinds = [kind for file in files if (kind := _kind_of_file(file))]
     except OSError:
         return ""
     kind = next((kind for kind in _FORMATS if kind in kinds), "")
-    return (
-        f"it is a folder of {_FORMATS[kind][0]}; {_FORMATS[kind][1]}"
-        if kind
-        else "it is a folder; give a file"
-    )
+    if not kind:
+        return "it is a folder; give a file"
+    name, remedy = _FORMATS[kind]
+    return f"it is a folder of {name}; {remedy}"
 
 
 def describe_foreign_content(content: Any) -> str:
@@ -210,7 +209,9 @@ def _files(folder: Path) -> Iterator[Path]:
                 for entry in islice(entries, 20 * _MOST_FILES):
                     if entry.is_dir():
                         below.append(Path(entry.path))
-                    elif entry.name.lower().endswith((".yaml", ".yml", ".xml", ".json", ".txt", ".csv")):
+                    elif entry.is_file() and entry.name.lower().endswith(
+                        (".yaml", ".yml", ".xml", ".json", ".txt", ".csv")
+                    ):
                         yield Path(entry.path)
         folders = sorted(below)
 
