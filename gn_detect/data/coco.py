@@ -40,14 +40,14 @@ class CocoDataset:
 
     Args:
         source: where the files are.
-        masks: read segmentations; each object must have one.
-        evaluation: check also what COCO's evaluation needs.
+        masks: read segmentations; each object must have one. None: if some object has one.
+        evaluation: check also what only COCO's evaluation reads.
 
     Raises:
         UserError: the JSON is not valid COCO.
     """
 
-    def __init__(self, source: DatasetSource, *, masks: bool = True, evaluation: bool = False) -> None:
+    def __init__(self, source: DatasetSource, *, masks: bool | None = True, evaluation: bool = False) -> None:
         content = read_coco_json(source.annotations, source.images, masks=masks, evaluation=evaluation)
         self.name = source.name
         self.annotations_path, self.images_folder = source.annotations, source.images

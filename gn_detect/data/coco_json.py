@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .canonical import CocoFile, Note, canonical, has_masks
 from .coco_rules import Rules, kind_of
 from .faults import DataError
 from .image_table import ImageRecord, ImageTable
@@ -19,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 LISTS = ("images", "annotations", "categories")
 """What a COCO file for instances holds."""
+
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class CocoContent:
         images: ordered by id.
         objects: rows for ``images``, crowds left out.
         num_crowds: annotations that are crowds.
+        file: as it was read.
     """
 
     category_ids: list[int]
@@ -37,30 +44,46 @@ class CocoContent:
     images: ImageTable
     objects: ObjectTable
     num_crowds: int
+    file: CocoFile
 
 
-def read_coco_json(path: Path, images: Path, *, masks: bool, evaluation: bool) -> CocoContent:
+def read_coco_json(path: Path, images: Path, *, masks: bool | None, evaluation: bool) -> CocoContent:
     """Read and check an annotation file.
 
     Args:
         path: JSON in COCO's format for instances.
         images: folder to which its file names are relative.
-        masks: objects must have a segmentation; it is ignored otherwise.
-        evaluation: annotations must have what COCO's evaluation needs besides: ``area``, ``iscrowd`` and,
-            with ``masks``, a segmentation of crowds and of empty boxes, too.
+        masks: objects must have a segmentation; it is ignored otherwise. None: if some object has one.
+        evaluation: check what only the evaluation reads, too: areas and, with ``masks``, the segmentations of
+            crowds and of empty boxes.
 
     Raises:
         UserError: the file is not COCO, or something in it is wrong.
     """
-    content = load_coco(path)
+    file = read_canonical(path)
+    tell_notes(path, file.notes)
     rules = Rules(path, images, evaluation)
     try:
-        return _read(content, rules, masks)
+        return _read(file, rules, has_masks(file.content) if masks is None else masks)
     except DataError as error:
-        raise DataError(f"{error} (gn-detect doctor lists all that is wrong)", error.kind) from error
+        hint = "" if "gn-detect doctor" in str(error) else " (gn-detect doctor lists all that is wrong)"
+        raise DataError(f"{error}{hint}", error.kind) from error
 
 
-def _read(content: dict[str, Any], rules: Rules, masks: bool) -> CocoContent:
+def tell_notes(path: str | Path, notes: Iterable[Note]) -> None:
+    """Log what was read in another form than COCO's: a line for each kind, once for each file."""
+    for note in notes:
+        _tell(f"{path}: {note}")
+
+
+@cache
+def _tell(line: str) -> None:
+    logger.info("%s", line)
+
+
+def _read(file: CocoFile, rules: Rules, masks: bool) -> CocoContent:
+    content = file.content
+    rules.whole(content)
     names = _categories(content["categories"], rules)
     records = _images(content["images"], rules)
     grouped = _group_by_image(content["annotations"], records, rules)
@@ -70,7 +93,8 @@ def _read(content: dict[str, Any], rules: Rules, masks: bool) -> CocoContent:
         reader.read(record, grouped.pop(record.id, ()))
     reader.warn()
     table = ImageTable(records)
-    return CocoContent(list(names), list(names.values()), table, reader.builder.build(), reader.num_crowds)
+    objects = reader.builder.build()
+    return CocoContent(list(names), list(names.values()), table, objects, reader.num_crowds, file)
 
 
 def read_image_list(path: Path, folder: Path) -> list[Path]:
@@ -91,22 +115,49 @@ def read_image_list(path: Path, folder: Path) -> list[Path]:
 
 
 def load_coco(path: Path, lists: tuple[str, ...] = LISTS) -> dict[str, Any]:
-    """The JSON's content, in which only the lists have been looked for.
+    """The content of :func:`read_canonical`."""
+    return read_canonical(path, lists).content
+
+
+def read_canonical(path: Path, lists: tuple[str, ...] = LISTS) -> CocoFile:
+    """A COCO file in canonical form; of its entries nothing has been checked.
+
+    Every reader of annotations begins here.
 
     Raises:
         UserError: the file is missing, not JSON or not COCO.
     """
+    text = _read_bytes(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError as error:
-        raise UserError(f"annotation file {path} is missing; correct its path") from error
+        content = json.loads(text)  # from bytes, it finds out the encoding, and leaves out a byte order mark
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path} is not JSON ({error.msg}, {where}); give a COCO annotation file") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} as JSON: {error}; give a COCO annotation file") from error
-    if not isinstance(content, dict):
+    check_lists(content, lists, path)
+    file = canonical(content, path)
+    if text.startswith(_MARKS):
+        file.notes.insert(0, Note("byte-order-mark", "its first bytes"))
+    return file
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"annotation file {path} is missing; correct its path") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a COCO annotation file") from error
+
+
+def check_lists(content: Any, lists: tuple[str, ...], path: str | Path) -> None:
+    """Whether a JSON's content can be COCO at all.
+
+    Raises:
+        UserError: it is no object with the lists.
+    """
+    if not isinstance(content, Mapping):
         hint = " (this looks like a result file)" if isinstance(content, list) else ""
         raise UserError(f"{path} is not COCO: it holds {kind_of(content)}{hint}; give a COCO annotation file")
     for key in lists:
@@ -114,7 +165,6 @@ def load_coco(path: Path, lists: tuple[str, ...] = LISTS) -> dict[str, Any]:
             found = f"{key!r} is {kind_of(content[key])}" if key in content else f"it has no {key!r}"
             needed = ", ".join(map(repr, lists))
             raise UserError(f"{path} is not COCO: {found}; it must hold the lists {needed}")
-    return content
 
 
 def _categories(entries: list[Any], rules: Rules) -> dict[int, str]:
@@ -169,11 +219,7 @@ def _group_by_image(
             )
         seen.add(annotation_id)
         if image_id not in known:
-            raise rules.error(
-                f"annotation {annotation_id} belongs to image {image_id}, which is not listed; "
-                "add the image or remove the annotation",
-                "dangling-image",
-            )
+            raise rules.unlisted_image(annotation_id, image_id)
         grouped[image_id].append(annotation)
     return grouped
 
@@ -203,7 +249,7 @@ class _AnnotationReader:
         label = self.labels[rules.category_id(annotation, self.labels, what)]
         crowd = rules.crowd(annotation, what)
         if rules.evaluation:
-            rules.complete(annotation, what)
+            rules.area(annotation, what)
         box = rules.box(annotation, image, what)
         learned = not crowd and box is not None
         polygons: list[list[float]] = []

@@ -86,6 +86,8 @@ def check_part(
         masks: objects must have one.
     """
     part = Part(name, rules)
+    with part.collecting():
+        rules.whole(content)
     _check_categories(part, content["categories"])
     listed = _check_images(part, content["images"])
     if probes is not None:
@@ -212,7 +214,7 @@ class _AnnotationChecker:
         with part.collecting(**about):
             crowd = rules.crowd(entry, what)
         with part.collecting(**about):
-            rules.complete(entry, what)
+            rules.area(entry, what)
         image = part.images.get(image_id)
         if image is None:
             return  # its entry is broken, and said so

@@ -93,11 +93,8 @@ FAULTS: dict[str, Fault] = {
     "bad-flag": Fault(
         ERROR, "'iscrowd' or 'ignore' with a wrong value", "use 'iscrowd' 0 or 1", "sets 'iscrowd' 0 or 1"
     ),
-    "incomplete": Fault(
-        ERROR,
-        "annotations without 'area' or 'iscrowd', which the evaluation needs",
-        "add them",
-        "adds the mask's area (or else the box's) and 'iscrowd' 0",
+    "fractions": Fault(
+        ERROR, "files whose boxes or polygons are fractions of the image", "multiply them by the image's size"
     ),
     "bad-area": Fault(ERROR, "areas that are no positive number", "correct them", "takes the mask's area"),
     "no-mask": Fault(ERROR, "objects without a segmentation", "add one, or set MODEL.MASK_ON False", _REMOVE),

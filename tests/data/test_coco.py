@@ -113,17 +113,22 @@ BAD: dict[str, tuple[Callable[[dict], Any], str]] = {
     "box above": (change(bbox=[0, -9, 5, 9]), "annotation 1 of image 7 has its box .* outside the image"),
     "negative box": (change(bbox=[50, 9, -5, 5]), r"annotation 1 of image 7 .*\[50, 9, -5, 5\] of negative"),
     "nan box": (change(bbox=[float("nan"), 9, 5, 5]), "annotation 1 of image 7 .* 4 finite numbers"),
-    "short box": (change(bbox=[]), "annotation 1 of image 7 .* 4 finite numbers"),
-    "text box": (change(bbox=["1", 2, 3, 4]), "annotation 1 of image 7 .* 4 finite numbers"),
-    "no box": (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 of image 7 has no 'bbox'; add it"),
+    "short box": (change(bbox=[1, 2, 3]), "annotation 1 of image 7 .* 4 finite numbers"),
+    "word box": (change(bbox=["a", 2, 3, 4]), "annotation 1 of image 7 .* 4 finite numbers"),
+    "no box": (
+        lambda c: [c["annotations"][0].pop(key) for key in ("bbox", "segmentation")],
+        "annotation 1 of image 7 has no 'bbox'; add it",
+    ),
     "no id": (lambda c: c["annotations"][0].pop("id"), r"annotation 0 \(counted from 0\) has no 'id'"),
-    "text id": (change(id="x"), r"annotation 0 .* has 'id' 'x'; it must be an integer"),
-    "text image id": (change(image_id="7"), "annotation 1 has 'image_id' '7'; it must be an integer"),
+    "list id": (change(id=[1]), r"annotation 0 .* has 'id' \[1\]; it must be an integer"),
+    "broken id": (change(id=1.5), r"annotation 0 .* has 'id' 1.5; it must be an integer"),
+    "text image id": (change(image_id="x"), "annotation 1 belongs to image 'x', which is not listed"),
+    "text category id": (change(category_id="x"), "annotation 1 of image 7 has category id 'x', which"),
     "crowd 2": (change(iscrowd=2), "annotation 1 of image 7 has 'iscrowd' 2; it must be 0 or 1"),
     "ignore": (change(ignore=1), "annotation 1 of image 7 has 'ignore' 1, .*use 'iscrowd' 1"),
     "no masks": (change(segmentation=[]), "annotation 1 of image 7 has no segmentation"),
-    "flat polygon": (
-        change(segmentation=[1, 2, 3, 4, 5, 6]),
+    "flat short polygon": (
+        change(segmentation=[1, 2, 3, 4]),
         "annotation 1 .* no list of polygons and no RLE",
     ),
     "nan polygon": (change(segmentation=[[1, 2, 3, 4, 5, float("inf")]]), "annotation 1 .* finite numbers"),
@@ -197,12 +202,11 @@ def test_damaged_compressed_rle_is_named(write_dataset: Write, small_coco: dict)
         CocoDataset(write_dataset(small_coco))
 
 
-@pytest.mark.parametrize("key", ["area", "iscrowd"])
-def test_evaluation_needs_more_keys(write_dataset: Write, small_coco: dict, key: str) -> None:
-    del small_coco["annotations"][0][key]
+def test_areas_are_read_by_the_evaluation_alone(write_dataset: Write, small_coco: dict) -> None:
+    small_coco["annotations"][0]["area"] = -1
     source = write_dataset(small_coco)
     CocoDataset(source)
-    with pytest.raises(UserError, match=f"annotation 1 of image 7 has no '{key}', which the evaluation"):
+    with pytest.raises(UserError, match="annotation 1 of image 7 has 'area' -1; it must be a number"):
         CocoDataset(source, evaluation=True)
 
 

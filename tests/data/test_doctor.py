@@ -41,8 +41,12 @@ BOW = [[10, 10, 40, 30, 40, 10, 10, 30]]
 RLE = {"size": [60, 90], "counts": [0, 5400]}
 FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
     "no file name": ("malformed", lambda c: c["images"][0].pop("file_name"), {"image_id": 7}),
-    "no bbox": ("malformed", lambda c: c["annotations"][0].pop("bbox"), {"annotation_id": 1}),
-    "text id": ("malformed", of_annotation(0, id="x"), {}),
+    "no bbox": (
+        "malformed",
+        lambda c: [c["annotations"][0].pop(key) for key in ("bbox", "segmentation")],
+        {},
+    ),
+    "list id": ("malformed", of_annotation(0, id=[1]), {}),
     "huge id": ("malformed", of_annotation(0, image_id=2**63), {"annotation_id": 1}),
     "no objects": ("nothing", lambda c: c["annotations"].clear(), {}),
     "category twice": ("duplicate-category-id", again("categories"), {"category_id": 9}),
@@ -58,7 +62,11 @@ FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
     "box outside": ("box-outside", of_annotation(0, bbox=[90, 0, 5, 5]), {"annotation_id": 1, "image_id": 7}),
     "crowd 2": ("bad-flag", of_annotation(0, iscrowd=2), {"annotation_id": 1}),
     "ignore": ("bad-flag", of_annotation(0, ignore=1), {"annotation_id": 1}),
-    "no area": ("incomplete", lambda c: c["annotations"][0].pop("area"), {"annotation_id": 1}),
+    "fractions": (
+        "fractions",
+        lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]],
+        {},
+    ),
     "nan area": ("bad-area", of_annotation(0, area=float("nan")), {"annotation_id": 1}),
     "no mask": ("no-mask", of_annotation(0, segmentation=[]), {"annotation_id": 1}),
     "far polygon": (
