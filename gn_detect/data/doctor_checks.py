@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 from .coco_json import ids_may_repeat
 from .coco_rules import Rules, is_area, is_integer, is_polygon
 from .doctor_images import Probes
-from .doctor_masks import MaskMeasures, crosses_itself, measure_mask
+from .doctor_masks import MaskMeasures, crosses_itself, is_one_piece, measure_mask
+from .doctor_reading import Reading
 from .faults import DataError, Finding
 from .image_table import ImageRecord
 from .images import DARK
@@ -27,6 +28,15 @@ _BOX_PIXELS, _BOX_SHARE = 2.0, 0.05
 
 _AREA_PIXELS, _AREA_SHARE = 20.0, 0.2
 """How much of an area may be missing: COCO's are those of polygons, not of pixels; 1 in 1,000 is 15% off."""
+
+SMALL, LARGE = 32, 96
+"""COCO's borders between small, medium and large objects: side of a square in pixels."""
+
+MANY_CROWDS = 0.05
+"""Part of a dataset's annotations; of COCO's 1 in 80 is a crowd."""
+
+_CROWDS_MEASURED, _BLOB_SHARE = 50, 0.25
+"""How many crowds are looked at for single small objects, and the largest part of an image that is small."""
 
 
 @dataclass
@@ -41,7 +51,7 @@ class Part:
         findings: all faults.
         annotations, crowds: how many there are.
         category_counts, image_counts: objects by category and image id, crowds left out.
-        sizes: square roots of the boxes' areas, in pixels.
+        sides: square roots of the boxes' areas in pixels, by category id.
         digests: of image files, by image id.
     """
 
@@ -54,8 +64,13 @@ class Part:
     crowds: int = 0
     category_counts: Counter[int] = field(default_factory=Counter)
     image_counts: Counter[int] = field(default_factory=Counter)
-    sizes: list[float] = field(default_factory=list)
+    sides: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     digests: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[float]:
+        """``sides`` of all categories."""
+        return [side for sides in self.sides.values() for side in sides]
 
     def add(self, kind: str, detail: str, **about: Any) -> None:
         """One more fault; the image's file name is filled in."""
@@ -73,26 +88,25 @@ class Part:
             self.add(error.kind, str(error).removeprefix(f"{self.rules.path}: "), **about)
 
 
-def check_part(
-    name: str, rules: Rules, content: Mapping[str, Any], probes: Probes | None, masks: bool = True
-) -> Part:
+def check_part(name: str, reading: Reading, probes: Probes | None) -> Part:
     """All faults of one annotation file and its images.
 
     Args:
         name: for reports.
-        rules: for its entries.
-        content: the JSON's, with the three lists.
+        reading: of the file.
         probes: of its image files by path; None leaves the files alone.
-        masks: objects must have one.
     """
+    rules, content = reading.rules, reading.content
     part = Part(name, rules)
+    for kind, detail, about in reading.told:
+        part.add(kind, detail, **about)
     with part.collecting():
         rules.whole(content)
     _check_categories(part, content["categories"])
     listed = _check_images(part, content["images"])
     if probes is not None:
         _check_files(part, probes)
-    _AnnotationChecker(part, listed, masks).check(content["annotations"])
+    _AnnotationChecker(part, listed, reading.masks).check(content["annotations"])
     _check_use(part)
     return part
 
@@ -191,12 +205,23 @@ class _AnnotationChecker:
         self.ids: set[int] = set()
         self.first: dict[tuple[Any, ...], dict[str, Any]] = {}
         """Annotations by image, category and box."""
+        self.crowds: list[bool] = []
+        """Whether each crowd that was measured is a single small object."""
 
     def check(self, entries: list[Any]) -> None:
         for position, entry in enumerate(entries):
             with self.part.collecting(annotation_id=_id_of(entry)):
                 self._check_one(entry, *self.part.rules.ids(entry, position))
         self.part.annotations = len(entries)
+        self._check_crowds()
+
+    def _check_crowds(self) -> None:
+        part, single = self.part, sum(self.crowds)
+        if part.crowds > MANY_CROWDS * part.annotations or 2 * single > len(self.crowds):
+            measured = "" if part.crowds == len(self.crowds) else f" of {len(self.crowds)} looked at"
+            blobs = f"; {single}{measured} are one small object each" if single else ""
+            detail = f"{part.crowds} of {part.annotations} objects are crowds and left out of training{blobs}"
+            part.add("crowds", detail)
 
     def _check_one(self, entry: dict[str, Any], annotation_id: int, image_id: int) -> None:
         part, rules = self.part, self.part.rules
@@ -237,7 +262,7 @@ class _AnnotationChecker:
         if box is not None and category_id is not None:
             part.category_counts[category_id] += 1
             part.image_counts[image_id] += 1
-            part.sizes.append(max((box[2] - box[0]) * (box[3] - box[1]), 0) ** 0.5)
+            part.sides[category_id].append(max((box[2] - box[0]) * (box[3] - box[1]), 0) ** 0.5)
             other = self.first.setdefault((image_id, category_id, *box), entry)
             if other is not entry and other.get("segmentation") == entry.get("segmentation"):
                 detail = f"annotation {entry['id']} of image {image_id} repeats annotation {other['id']}"
@@ -284,6 +309,9 @@ class _AnnotationChecker:
         if measures.area == 0:
             part.add("empty-mask", f"{what} has a mask without a pixel", **about)
             return
+        if crowd and len(self.crowds) < _CROWDS_MEASURED:
+            small = measures.area <= _BLOB_SHARE * image.height * image.width
+            self.crowds.append(small and is_one_piece(measures.rle))
         if box is not None and box_disagrees(box, measures, image):
             given_box, mask_box = ([round(number, 1) for number in b] for b in (box, measures.box))
             detail = f"{what} has the box {given_box} but its mask {mask_box} (x0, y0, x1, y1)"
