@@ -13,8 +13,9 @@ import numpy as np
 
 from .coco_json import ids_may_repeat
 from .coco_rules import Rules, is_area, is_integer, is_polygon
+from .crowds import count_crowds
 from .doctor_images import Probes
-from .doctor_masks import MaskMeasures, crosses_itself, is_one_piece, measure_mask
+from .doctor_masks import MaskMeasures, crosses_itself, measure_mask
 from .doctor_reading import Reading
 from .faults import DataError, Finding
 from .image_table import ImageRecord
@@ -31,12 +32,6 @@ _AREA_PIXELS, _AREA_SHARE = 20.0, 0.2
 
 SMALL, LARGE = 32, 96
 """COCO's borders between small, medium and large objects: side of a square in pixels."""
-
-MANY_CROWDS = 0.05
-"""Part of a dataset's annotations; of COCO's 1 in 80 is a crowd."""
-
-_CROWDS_MEASURED, _BLOB_SHARE = 50, 0.25
-"""How many crowds are looked at for single small objects, and the largest part of an image that is small."""
 
 
 @dataclass
@@ -107,6 +102,9 @@ def check_part(name: str, reading: Reading, probes: Probes | None) -> Part:
     if probes is not None:
         _check_files(part, probes)
     _AnnotationChecker(part, listed, reading.masks).check(content["annotations"])
+    crowds = count_crowds(content, rules)
+    if crowds.dubious:
+        part.add("crowds", str(crowds))
     _check_use(part)
     return part
 
@@ -205,23 +203,12 @@ class _AnnotationChecker:
         self.ids: set[int] = set()
         self.first: dict[tuple[Any, ...], dict[str, Any]] = {}
         """Annotations by image, category and box."""
-        self.crowds: list[bool] = []
-        """Whether each crowd that was measured is a single small object."""
 
     def check(self, entries: list[Any]) -> None:
         for position, entry in enumerate(entries):
             with self.part.collecting(annotation_id=_id_of(entry)):
                 self._check_one(entry, *self.part.rules.ids(entry, position))
         self.part.annotations = len(entries)
-        self._check_crowds()
-
-    def _check_crowds(self) -> None:
-        part, single = self.part, sum(self.crowds)
-        if part.crowds > MANY_CROWDS * part.annotations or 2 * single > len(self.crowds):
-            measured = "" if part.crowds == len(self.crowds) else f" of {len(self.crowds)} looked at"
-            blobs = f"; {single}{measured} are one small object each" if single else ""
-            detail = f"{part.crowds} of {part.annotations} objects are crowds and left out of training{blobs}"
-            part.add("crowds", detail)
 
     def _check_one(self, entry: dict[str, Any], annotation_id: int, image_id: int) -> None:
         part, rules = self.part, self.part.rules
@@ -309,9 +296,6 @@ class _AnnotationChecker:
         if measures.area == 0:
             part.add("empty-mask", f"{what} has a mask without a pixel", **about)
             return
-        if crowd and len(self.crowds) < _CROWDS_MEASURED:
-            small = measures.area <= _BLOB_SHARE * image.height * image.width
-            self.crowds.append(small and is_one_piece(measures.rle))
         if box is not None and box_disagrees(box, measures, image):
             given_box, mask_box = ([round(number, 1) for number in b] for b in (box, measures.box))
             detail = f"{what} has the box {given_box} but its mask {mask_box} (x0, y0, x1, y1)"

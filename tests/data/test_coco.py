@@ -177,7 +177,7 @@ def test_bad_content_is_named(
     [
         ("", r"is not JSON \(Expecting value, line 1, column 1\)"),
         ('{"images": [1,', "is not JSON"),
-        ("[]", r"is not COCO: it holds a list \(this looks like a result file\)"),
+        ("[]", r"is not COCO: it holds a list; give"),
         ("3", "is not COCO: it holds an integer"),
         ("{}", "is not COCO: it has no 'images'"),
     ],
@@ -189,8 +189,11 @@ def test_files_that_are_not_coco(write_dataset: Write, text: str, message: str) 
 
 def test_binary_and_missing_annotation_files(write_dataset: Write, small_coco: dict) -> None:
     source = write_dataset(small_coco)
-    source.annotations.write_bytes(b"\xff\xd8\xff\xe0")
+    source.annotations.write_bytes(b"\x81\x82\x83\x84")
     with pytest.raises(UserError, match="cannot read .*annotations.json as JSON"):
+        CocoDataset(source)
+    source.annotations.write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(UserError, match="annotations.json is no COCO file: it is an image"):
         CocoDataset(source)
     with pytest.raises(UserError, match="annotation file .* is missing"):
         CocoDataset(replace(source, annotations=source.annotations.with_name("no.json")))

@@ -21,6 +21,7 @@ def counts(source: DatasetSource, **options: Any) -> dict[str, int]:
 
 
 def test_a_good_dataset(write_dataset: Write, small_coco: dict, caplog: pytest.LogCaptureFixture) -> None:
+    small_coco["annotations"].pop(3)  # of a handful a crowd is many
     source = write_dataset(small_coco)
     assert counts(source) == {"empty-image": 1} == counts(source, masks=False)
     with caplog.at_level(logging.WARNING):
@@ -31,6 +32,7 @@ def test_a_good_dataset(write_dataset: Write, small_coco: dict, caplog: pytest.L
 def test_faults_are_counted_with_an_example(
     write_dataset: Write, small_coco: dict, caplog: pytest.LogCaptureFixture
 ) -> None:
+    small_coco["annotations"].pop(3)
     first = small_coco["annotations"][0]
     small_coco["annotations"] += [
         {**first, "id": 50},
@@ -57,6 +59,7 @@ def test_faults_are_counted_with_an_example(
 def test_files_that_are_in_both_parts(
     write_dataset: Write, small_coco: dict, caplog: pytest.LogCaptureFixture
 ) -> None:
+    small_coco["annotations"].pop(3)
     train, val = (CocoDataset(write_dataset(small_coco)) for _ in range(2))
     with caplog.at_level(logging.WARNING):
         warn_of_faults(train, [val])
@@ -90,3 +93,29 @@ def test_16_bit_images_that_would_be_black(write_dataset: Write, small_coco: dic
         assert counts(source).get("dark-images", 0) == dark, factor
     Image.fromarray(pixels[paths[0]] * 0).save(paths[0])  # one may well be dark
     assert "dark-images" not in counts(source)
+
+
+def warned(source: DatasetSource, caplog: pytest.LogCaptureFixture) -> str:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        warn_of_faults(CocoDataset(source))
+    return "\n".join(line for line in caplog.messages if "crowds" in line)
+
+
+def test_crowds_that_are_left_out(
+    write_dataset: Write, small_coco: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More than 1 in 20, or a few that are single small objects."""
+    entries = small_coco["annotations"]
+    told = warned(write_dataset(small_coco), caplog)
+    assert told.startswith("small: 1 of 5 objects are crowds and left out of training; if each is one object")
+    assert "set 'iscrowd' 0: gn-detect doctor --fix OUT.json --no-crowds does that" in told
+    x = [{**entries[0], "id": 100 + i, "bbox": [0, 0, 5 + i, 9]} for i in range(16)]
+    entries += [{**e, "segmentation": [[0, 0, e["bbox"][2], 0, e["bbox"][2], 9, 0, 9]]} for e in x]
+    assert warned(write_dataset(small_coco), caplog) == ""
+    entries[3] |= {"segmentation": {"size": [90, 60], "counts": [91, 5, 85, 5, 5214]}, "bbox": [1, 1, 2, 5]}
+    assert "1 of 21 objects are crowds and left out of training; 1 are one small object each" in warned(
+        write_dataset(small_coco), caplog
+    )
+    entries[3]["segmentation"]["counts"] = [91, 5, 175, 5, 5124]  # two pieces
+    assert warned(write_dataset(small_coco), caplog) == ""
