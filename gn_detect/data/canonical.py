@@ -73,12 +73,14 @@ class CocoFile:
     """A COCO file in canonical form.
 
     Attributes:
+        path: of the file, for messages.
         content: the JSON's; in its lists ``images``, ``annotations`` and ``categories`` all that has one
             obvious reading has COCO's form.
         notes: one for each kind of reading.
         image_ids, category_ids: ids as the file spells them by id, where they are no integers there.
     """
 
+    path: Path
     content: dict[str, Any]
     notes: list[Note] = field(default_factory=list)
     image_ids: dict[int, Any] = field(default_factory=dict)
@@ -189,6 +191,7 @@ class _Reader:
                     self.sizes = {e["id"]: e for e in content.get("images") or () if _has_id(e)}
                 content[key] = self._read_all(key, entries, read)
         return CocoFile(
+            self.rules.path,
             content,
             [self.notes[kind] for kind in NOTES if kind in self.notes],
             _spelt_otherwise(source.get("images"), content.get("images")),
@@ -253,7 +256,7 @@ class _Reader:
         if image is None or not mask:
             return
         try:
-            record = self.rules.image({"file_name": "x", **image}, 0)
+            record = ImageRecord(0, "", *self.rules.size(image, ""))
             polygons, rle = self.rules.segmentation(mask, record, "")
         except DataError:
             return  # the rules will say so again

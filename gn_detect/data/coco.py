@@ -12,8 +12,6 @@ import numpy as np
 from ..errors import UserError
 from ..structures import Target
 from .coco_json import read_coco_json
-from .coco_rules import Rules
-from .crowds import Crowds, count_crowds
 from .datasets import DatasetSource
 from .faults import DataError
 from .file_names import missing_names
@@ -39,7 +37,7 @@ class CocoDataset:
         images: records ordered by image id, packed.
         objects: flat table of all objects.
         num_crowds: crowd annotations in the file.
-        crowds: counts of them.
+        spelt_images, spelt_categories: ids as the file spells them by id, where those are text.
 
     Args:
         source: where the files are.
@@ -56,7 +54,8 @@ class CocoDataset:
         self.annotations_path, self.images_folder = source.annotations, source.images
         self.class_names, self.category_ids = content.class_names, content.category_ids
         self.images, self.objects, self.num_crowds = content.images, content.objects, content.num_crowds
-        self.crowds = count_crowds(content.file.content, Rules(source.annotations))
+        self.spelt_images: dict[Any, Any] = content.file.image_ids
+        self.spelt_categories: dict[Any, Any] = content.file.category_ids
 
     def __len__(self) -> int:
         return len(self.images)
@@ -136,8 +135,8 @@ def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
     joined.class_names, joined.category_ids = first.class_names, first.category_ids
     joined.images = join_images([d.images for d in datasets])
     joined.objects = join_tables([d.objects for d in datasets])
+    joined.spelt_images, joined.spelt_categories = first.spelt_images, first.spelt_categories
     joined.num_crowds = sum(d.num_crowds for d in datasets)
-    joined.crowds = sum((d.crowds for d in datasets), Crowds())
     return joined
 
 

@@ -6,7 +6,7 @@ import codecs
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import UserError
 from .canonical import CocoFile, Note, canonical, has_masks
 from .coco_rules import Rules, kind_of
+from .crowds import count_crowds
 from .faults import DataError
 from .foreign_formats import describe_foreign, describe_foreign_content
 from .image_table import ImageRecord, ImageTable
@@ -62,7 +63,9 @@ def read_coco_json(path: Path, images: Path, *, masks: bool | None, evaluation: 
         UserError: the file is not COCO, or something in it is wrong.
     """
     file = read_canonical(path)
-    tell_notes(path, file.notes)
+    tell_notes(file)
+    if not evaluation:
+        _tell_crowds(file)
     rules = Rules(path, images, evaluation)
     try:
         return _read(file, rules, has_masks(file.content) if masks is None else masks)
@@ -71,21 +74,27 @@ def read_coco_json(path: Path, images: Path, *, masks: bool | None, evaluation: 
         raise DataError(f"{error}{hint}", error.kind) from error
 
 
-def tell_notes(path: str | Path, notes: Iterable[Note]) -> None:
+def tell_notes(file: CocoFile) -> None:
     """Log what was read in another form than COCO's: a line for each kind, once for each file."""
-    for note in notes:
-        _tell(f"{path}: {note}")
+    for note in file.notes:
+        _tell(f"{file.path}: {note}")
+
+
+def _tell_crowds(file: CocoFile) -> None:
+    crowds = count_crowds(file.content)
+    if crowds.crowds:
+        _tell(f"{file.path}: {crowds}", logging.WARNING if crowds.dubious else logging.INFO)
 
 
 @cache
-def _tell(line: str) -> None:
-    logger.info("%s", line)
+def _tell(line: str, level: int = logging.INFO) -> None:
+    logger.log(level, "%s", line)
 
 
 def _read(file: CocoFile, rules: Rules, masks: bool) -> CocoContent:
     content = file.content
     rules.whole(content)
-    names = _categories(content["categories"], rules)
+    names = read_categories(content["categories"], rules)
     records = _images(content["images"], rules)
     grouped = _group_by_image(content["annotations"], records, rules)
     labels = {category_id: label for label, category_id in enumerate(names)}
@@ -176,16 +185,17 @@ def check_lists(content: Any, lists: tuple[str, ...], path: str | Path) -> None:
             raise UserError(f"{path} is not COCO: {found}; it must hold the lists {needed}")
 
 
-def _categories(entries: list[Any], rules: Rules) -> dict[int, str]:
-    """Names by category id, ids ascending."""
+def read_categories(entries: list[Any], rules: Rules) -> dict[int, str]:
+    """Names by category id, ids ascending.
+
+    Raises:
+        DataError: an entry is wrong, an id occurs twice, or there is none.
+    """
     names: dict[int, str] = {}
     for i, entry in enumerate(entries):
         category_id, name = rules.category(entry, i)
         if category_id in names:
-            raise rules.error(
-                f"category id {category_id} occurs twice; give each category its own id",
-                "duplicate-category-id",
-            )
+            raise rules.repeated("category", category_id)
         names[category_id] = name
     if not names:
         raise DataError(f"{rules.path} lists no categories; add the classes of its annotations", "nothing")
@@ -197,9 +207,7 @@ def _images(entries: list[Any], rules: Rules) -> list[ImageRecord]:
     for i, entry in enumerate(entries):
         record = rules.image(entry, i)
         if record.id in records:
-            raise rules.error(
-                f"image id {record.id} occurs twice; give each image its own id", "duplicate-image-id"
-            )
+            raise rules.repeated("image", record.id)
         records[record.id] = record
     if not records:
         raise DataError(f"{rules.path} lists no images; give a file with images", "nothing")
@@ -222,10 +230,7 @@ def _group_by_image(
     for i, annotation in enumerate(annotations):
         annotation_id, image_id = rules.ids(annotation, i)
         if unique and annotation_id in seen:
-            raise rules.error(
-                f"annotation id {annotation_id} occurs twice; give each its own id",
-                "duplicate-annotation-id",
-            )
+            raise rules.repeated("annotation", annotation_id)
         seen.add(annotation_id)
         if image_id not in known:
             raise rules.unlisted_image(annotation_id, image_id)

@@ -42,7 +42,7 @@ _NUMBERS = frozenset((int, float))
 _FRACTION = 1.01
 """The largest number that can be a fraction: those of boxes at the border may be rounded up."""
 
-_MOST_PIXELS = 2 * 89_478_485
+MOST_PIXELS = 2 * 89_478_485
 """Of an image: Pillow refuses to read larger ones."""
 
 
@@ -139,10 +139,11 @@ class Rules:
             if answer:
                 wrong.append(entry)
         if wrong and 2 * len(wrong) >= number:
+            folder = self.folder if self.folder.name else "FOLDER"
             raise self.error(
                 f"{len(wrong)} of {number} {noun} are fractions of the image, such as that of annotation "
                 f"{shown(wrong[0].get('id'))}; COCO's are in pixels: gn-detect doctor --json {self.path} "
-                f"--images {self.folder} --fix OUT.json multiplies them by the image's size",
+                f"--images {folder} --fix OUT.json multiplies them by the image's size",
                 "fractions",
             )
 
@@ -153,17 +154,33 @@ class Rules:
 
     def image(self, entry: Any, position: int) -> ImageRecord:
         """The record, its path included."""
-        image_id = self.field(entry, "id", int, f"image {position} (counted from 0)")
+        image_id = self.image_id(entry, position)
         what = f"image {image_id}"
-        height, width = (self.field(entry, key, int, what) for key in ("height", "width"))
-        if height <= 0 or width <= 0 or height * width > _MOST_PIXELS:
-            raise self.error(
-                f"{what} is {width}x{height} pixels (width x height); correct its size", "image-size"
-            )
+        height, width = self.size(entry, what)
         name = self.field(entry, "file_name", str, what)
         if not name or "\0" in name:
             raise self.error(f"{what} has 'file_name' {name!r}; give the name of a file", "malformed")
         return ImageRecord(image_id, str(self.folder / name), height, width)
+
+    def image_id(self, entry: Any, position: int) -> int:
+        """The id of an image."""
+        image_id: int = self.field(entry, "id", int, f"image {position} (counted from 0)")
+        return image_id
+
+    def size(self, entry: Any, what: str) -> tuple[int, int]:
+        """Height and width of an image."""
+        height, width = (self.field(entry, key, int, what) for key in ("height", "width"))
+        if height <= 0 or width <= 0 or height * width > MOST_PIXELS:
+            raise self.error(
+                f"{what} is {width}x{height} pixels (width x height); correct its size", "image-size"
+            )
+        return height, width
+
+    def repeated(self, noun: str, entry_id: int) -> DataError:
+        """An error for an id that occurs twice."""
+        return self.error(
+            f"{noun} id {entry_id} occurs twice; give each {noun} its own id", f"duplicate-{noun}-id"
+        )
 
     def ids(self, annotation: Any, position: int) -> tuple[int, int]:
         """Ids of an annotation and its image."""
@@ -217,8 +234,8 @@ class Rules:
             raise self.error(f"{what} has 'area' {shown(area)}; it must be a number of pixels", "bad-area")
         return area
 
-    def box(self, annotation: dict[str, Any], image: ImageRecord, what: str) -> list[float] | None:
-        """``xyxy``, or None for a box without width or height."""
+    def box(self, annotation: dict[str, Any], image: ImageRecord | None, what: str) -> list[float] | None:
+        """``xyxy``, or None for a box without width or height; without an ``image`` it may lie anywhere."""
         given = self.field(annotation, "bbox", list, what)
         if len(given) != 4 or extent_of(given) is None:
             raise self.error(
@@ -232,7 +249,7 @@ class Rules:
             )
         if width == 0 or height == 0:
             return None
-        if x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0:
+        if image and (x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0):
             raise self.error(
                 f"{what} has its box {given} outside the image of {image.width}x{image.height} pixels; "
                 "correct the box (x, y, width, height) or remove it",

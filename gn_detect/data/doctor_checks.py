@@ -102,9 +102,9 @@ def check_part(name: str, reading: Reading, probes: Probes | None) -> Part:
     if probes is not None:
         _check_files(part, probes)
     _AnnotationChecker(part, listed, reading.masks).check(content["annotations"])
-    crowds = count_crowds(content, rules)
+    crowds = count_crowds(content)
     if crowds.dubious:
-        part.add("crowds", str(crowds))
+        part.add("crowds", crowds.found, annotation_id=crowds.first_blob)
     _check_use(part)
     return part
 

@@ -49,30 +49,6 @@ def measure_mask(polygons: Sequence[Sequence[float]], rle: bytes, image: ImageRe
     return MaskMeasures(float(coco_mask.area(encoded)), box, text)
 
 
-def is_one_piece(rle: dict[str, object]) -> bool:
-    """Whether the pixels of a mask hang together, also across corners; those of an empty mask do not."""
-    mask = coco_mask.decode(rle)
-    edges = np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0)
-    columns, starts = np.nonzero(edges.T == 1)
-    ends = np.nonzero(edges.T == -1)[1]
-    runs: dict[int, list[tuple[int, int, int]]] = {}
-    parents = list(range(len(columns)))
-
-    def root(run: int) -> int:
-        while parents[run] != run:
-            parents[run] = run = parents[parents[run]]
-        return run
-
-    for run, (column, start, end) in enumerate(
-        zip(columns.tolist(), starts.tolist(), ends.tolist(), strict=True)
-    ):
-        for first, last, other in runs.get(column - 1, ()):
-            if first <= end and start <= last:
-                parents[root(run)] = root(other)
-        runs.setdefault(column, []).append((start, end, run))
-    return len({root(run) for run in parents}) == 1
-
-
 def crosses_itself(polygon: Sequence[float]) -> bool:
     """Whether two edges of a closed polygon ``x0, y0, x1, y1, ...`` cross; touching is not crossing."""
     points = np.array(polygon, dtype=np.float64).reshape(-1, 2)

@@ -36,10 +36,6 @@ def warn_of_faults(train: CocoDataset, tests: Sequence[CocoDataset] = ()) -> Non
     found = [(dataset, *fault) for dataset in sets for fault in quick_faults(dataset)]
     found += [(test, "leak", *_shared_files(train, test)) for test in tests]
     told = False
-    for dataset in sets:
-        if dataset.crowds.dubious:
-            logger.warning("%s: %s; %s", dataset.name, dataset.crowds, FAULTS["crowds"].remedy)
-            told = True
     for dataset, kind, count, example in found:
         fault = FAULTS[kind]
         if count:

@@ -218,7 +218,8 @@ class TestSamples(Dataset[Sample]):
         record = self.dataset.images[item[0]]
         size = record.height, record.width
         pixels = read_image(record.file_name, "RGB", size)
-        return Sample(prepare_image(pixels, self.cfg), record.id, record.file_name, size)
+        image_id = self.dataset.spelt_images.get(record.id, record.id)
+        return Sample(prepare_image(pixels, self.cfg), image_id, record.file_name, size)
 
 
 class SampleLoader(Iterable[list[Sample]]):

@@ -93,29 +93,3 @@ def test_16_bit_images_that_would_be_black(write_dataset: Write, small_coco: dic
         assert counts(source).get("dark-images", 0) == dark, factor
     Image.fromarray(pixels[paths[0]] * 0).save(paths[0])  # one may well be dark
     assert "dark-images" not in counts(source)
-
-
-def warned(source: DatasetSource, caplog: pytest.LogCaptureFixture) -> str:
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        warn_of_faults(CocoDataset(source))
-    return "\n".join(line for line in caplog.messages if "crowds" in line)
-
-
-def test_crowds_that_are_left_out(
-    write_dataset: Write, small_coco: dict, caplog: pytest.LogCaptureFixture
-) -> None:
-    """More than 1 in 20, or a few that are single small objects."""
-    entries = small_coco["annotations"]
-    told = warned(write_dataset(small_coco), caplog)
-    assert told.startswith("small: 1 of 5 objects are crowds and left out of training; if each is one object")
-    assert "set 'iscrowd' 0: gn-detect doctor --fix OUT.json --no-crowds does that" in told
-    x = [{**entries[0], "id": 100 + i, "bbox": [0, 0, 5 + i, 9]} for i in range(16)]
-    entries += [{**e, "segmentation": [[0, 0, e["bbox"][2], 0, e["bbox"][2], 9, 0, 9]]} for e in x]
-    assert warned(write_dataset(small_coco), caplog) == ""
-    entries[3] |= {"segmentation": {"size": [90, 60], "counts": [91, 5, 85, 5, 5214]}, "bbox": [1, 1, 2, 5]}
-    assert "1 of 21 objects are crowds and left out of training; 1 are one small object each" in warned(
-        write_dataset(small_coco), caplog
-    )
-    entries[3]["segmentation"]["counts"] = [91, 5, 175, 5, 5124]  # two pieces
-    assert warned(write_dataset(small_coco), caplog) == ""
