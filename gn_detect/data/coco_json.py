@@ -17,6 +17,7 @@ from .canonical import CocoFile, Note, canonical, has_masks
 from .coco_rules import Rules, kind_of
 from .crowds import count_crowds
 from .faults import DataError
+from .foreign_formats import describe_foreign, describe_foreign_content
 from .image_table import ImageRecord, ImageTable
 from .object_table import ObjectTable, TableBuilder
 
@@ -82,8 +83,7 @@ def tell_notes(file: CocoFile) -> None:
 def _tell_crowds(file: CocoFile) -> None:
     crowds = count_crowds(file.content)
     if crowds.crowds:
-        suspect = crowds.many or crowds.single
-        _tell(f"{file.path}: {crowds}", logging.WARNING if suspect else logging.INFO)
+        _tell(f"{file.path}: {crowds}", logging.WARNING if crowds.dubious else logging.INFO)
 
 
 @cache
@@ -140,11 +140,14 @@ def read_canonical(path: Path, lists: tuple[str, ...] = LISTS) -> CocoFile:
     text = _read_bytes(path)
     try:
         content = json.loads(text)  # from bytes, it finds out the encoding, and leaves out a byte order mark
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        told = describe_foreign(path)
+        if told:
+            raise UserError(f"{path} is no COCO file: {told}") from error
+        if not isinstance(error, json.JSONDecodeError):
+            raise UserError(f"cannot read {path} as JSON: {error}; give a COCO annotation file") from error
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path} is not JSON ({error.msg}, {where}); give a COCO annotation file") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path} as JSON: {error}; give a COCO annotation file") from error
     check_lists(content, lists, path)
     file = canonical(content, path)
     if text.startswith(_MARKS):
@@ -157,6 +160,8 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"annotation file {path} is missing; correct its path") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is no COCO file: {describe_foreign(path)}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a COCO annotation file") from error
 
@@ -167,9 +172,12 @@ def check_lists(content: Any, lists: tuple[str, ...], path: str | Path) -> None:
     Raises:
         UserError: it is no object with the lists.
     """
+    told = describe_foreign_content(content)
+    fits = isinstance(content, Mapping) and all(isinstance(content.get(key), list) for key in lists)
+    if told and not (fits and "annotations" not in lists):
+        raise UserError(f"{path} is no COCO file: {told}")
     if not isinstance(content, Mapping):
-        hint = " (this looks like a result file)" if isinstance(content, list) else ""
-        raise UserError(f"{path} is not COCO: it holds {kind_of(content)}{hint}; give a COCO annotation file")
+        raise UserError(f"{path} is not COCO: it holds {kind_of(content)}; give a COCO annotation file")
     for key in lists:
         if not isinstance(content.get(key), list):
             found = f"{key!r} is {kind_of(content[key])}" if key in content else f"it has no {key!r}"

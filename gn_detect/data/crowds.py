@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .faults import FAULTS
 from .rle import read_runs
 
 MANY = 0.05
@@ -53,17 +54,24 @@ class Crowds:
         """Whether most of them look like single objects."""
         return self.blobs * 2 > self.looked_at
 
-    def __str__(self) -> str:
+    @property
+    def dubious(self) -> bool:
+        """Whether a user should look at them."""
+        return self.many or self.single
+
+    @property
+    def found(self) -> str:
+        """Counts in words."""
         text = f"{self.crowds} of {self.objects} objects are crowds ('iscrowd' 1) and left out of training"
-        if self.single:
-            text += (
-                f"; {self.blobs} of the {self.looked_at} looked at are one small blob, such as annotation "
-                f"{self.first_blob}: CVAT's brush, BlenderProc and pycococreator mark every RLE so; set "
-                "'iscrowd' 0 if they are single objects"
-            )
-        elif self.many:
-            text += "; set 'iscrowd' 0 if they are single objects"
-        return text
+        if not self.single:
+            return text
+        return (
+            f"{text}; {self.blobs} of the {self.looked_at} looked at are one small blob, such as annotation "
+            f"{self.first_blob}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.found}; {FAULTS['crowds'].remedy}" if self.dubious else self.found
 
 
 def count_crowds(content: Mapping[str, Any]) -> Crowds:

@@ -23,6 +23,7 @@ from gn_detect.data import (
     check_order,
     check_same_classes,
     join_datasets,
+    read_image,
 )
 from gn_detect.data.doctor import examine
 from gn_detect.data.faults import ERROR, DataError
@@ -177,7 +178,7 @@ def test_bad_content_is_named(
     [
         ("", r"is not JSON \(Expecting value, line 1, column 1\)"),
         ('{"images": [1,', "is not JSON"),
-        ("[]", r"is not COCO: it holds a list \(this looks like a result file\)"),
+        ("[]", r"is not COCO: it holds a list; give"),
         ("3", "is not COCO: it holds an integer"),
         ("{}", "is not COCO: it has no 'images'"),
     ],
@@ -189,8 +190,11 @@ def test_files_that_are_not_coco(write_dataset: Write, text: str, message: str) 
 
 def test_binary_and_missing_annotation_files(write_dataset: Write, small_coco: dict) -> None:
     source = write_dataset(small_coco)
-    source.annotations.write_bytes(b"\xff\xd8\xff\xe0")
+    source.annotations.write_bytes(b"\x81\x82\x83\x84")
     with pytest.raises(UserError, match="cannot read .*annotations.json as JSON"):
+        CocoDataset(source)
+    source.annotations.write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(UserError, match="annotations.json is no COCO file: it is an image"):
         CocoDataset(source)
     with pytest.raises(UserError, match="annotation file .* is missing"):
         CocoDataset(replace(source, annotations=source.annotations.with_name("no.json")))
@@ -268,6 +272,18 @@ def test_missing_images_are_found_without_opening_any(write_dataset: Write, smal
         dataset.check_files()
     with pytest.raises(UserError, match="and 3 more is missing"):
         CocoDataset(replace(source, images=source.images / "elsewhere")).check_files()
+
+
+def test_a_missing_image_that_is_there_under_another_name(write_dataset: Write, small_coco: dict) -> None:
+    source = write_dataset({})
+    (source.images / "5.png").rename(source.images / "a 5.png")
+    small_coco["images"][2]["file_name"] = "C:\\photos\\a%205.png"
+    source.annotations.write_text(json.dumps(small_coco))
+    dataset = CocoDataset(source)
+    with pytest.raises(UserError, match=r"a%205\.png is missing, but a 5\.png is there; .*doctor --fix"):
+        dataset.check_files()
+    with pytest.raises(UserError, match=r"missing, but .*7\.png is there"):
+        read_image(source.images / "7.PNG")
 
 
 def test_number_of_classes_is_checked(write_dataset: Write, small_coco: dict) -> None:
