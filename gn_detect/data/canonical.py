@@ -397,17 +397,18 @@ def _flag(entry: dict[str, Any], key: str, kinds: set[str]) -> None:
 
 
 def _as_rle(given: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
+    rle = dict(given)
     size, counts = given.get("size"), given.get("counts")
-    if isinstance(size, _LISTS):
-        size = _integers(size, kinds) or size
     if isinstance(counts, bytes):  # pycocotools' own, of one form only: no note
-        counts = counts.decode("latin-1")
-    if isinstance(counts, str) and "," in counts:
-        counts = _parsed(counts) or counts
+        rle["counts"] = counts.decode("latin-1")
+    if isinstance(counts, str) and "," in counts and (parsed := _parsed(counts)):
+        counts = parsed
         kinds.add("text-list")
-    if isinstance(counts, _LISTS):
-        counts = _integers(counts, kinds) or counts
-    return given | {"size": size, "counts": counts}
+    for key, value in (("size", size), ("counts", counts)):
+        integers = _integers(value, kinds) if isinstance(value, _LISTS) else None
+        if integers is not None:
+            rle[key] = integers
+    return rle
 
 
 def _integers(given: Iterable[Any], kinds: set[str]) -> list[int] | None:
