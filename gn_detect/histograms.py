@@ -8,14 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .data.doctor_checks import Part
+from .data.doctor_checks import LARGE, SMALL, Part
 from .files import atomic_write
 
 _MOST_CATEGORIES = 40
 """That get a bar each; of more, the rarest are counted together in the title."""
-
-_SMALL, _LARGE = 32, 96
-"""COCO's borders between small, medium and large objects: side of a square in pixels."""
 
 
 def draw_histograms(path: str | Path, parts: Sequence[Part]) -> None:
@@ -72,10 +69,10 @@ def _draw_sizes(axes: Any, parts: Sequence[Part]) -> None:
     bins = np.geomspace(1, max(largest, 2), 40)
     for part in parts:
         _steps(axes, np.clip(part.sizes, 1, None), bins, part.name)
-    for border in (_SMALL, _LARGE):
+    for border in (SMALL, LARGE):
         axes.axvline(border, color="0.4", linestyle=":", linewidth=1)
     sides = np.concatenate([part.sizes for part in parts]) if parts else np.zeros(0)
-    small, large = (np.mean(sides < _SMALL), np.mean(sides >= _LARGE)) if len(sides) else (0, 0)
+    small, large = (np.mean(sides < SMALL), np.mean(sides >= LARGE)) if len(sides) else (0, 0)
     axes.set_title(f"size of objects: {small:.0%} small, {1 - small - large:.0%} medium, {large:.0%} large")
     axes.set(xscale="log", xlabel="square root of the box's area (pixels)")
     _tidy(axes, parts)

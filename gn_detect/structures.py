@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,14 +78,14 @@ class Sample:
 
     Attributes:
         image: (3, H, W) uint8, channels in ``INPUT.FORMAT`` order, 0..255, not normalised.
-        image_id: the annotation file's id.
+        image_id: the annotation file's id; text where the file has text, and the sample is to be evaluated.
         file_name: path of the file that was read.
         original_size: (height, width) of the file in pixels, EXIF orientation applied.
         target: ground truth at the size of ``image``; None at inference.
     """
 
     image: Tensor
-    image_id: int
+    image_id: Any
     file_name: str
     original_size: tuple[int, int]
     target: Target | None = None

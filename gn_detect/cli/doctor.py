@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..data.coco_json import load_coco
 from ..data.coco_rules import Rules
 from ..data.datasets import DatasetSource
-from ..data.doctor import Diagnosis, examine, leaked_paths
-from ..data.doctor_repair import output_is_input, repair
+from ..data.doctor import examine
+from ..data.doctor_repair import Repair, output_is_input
 from ..errors import UserError
 from ..files import atomic_write_json, atomic_write_text
 from ..histograms import draw_histograms
@@ -27,7 +26,7 @@ gn-detect --json doctor --json train.json --images images     # the whole diagno
 FOUND = 1
 """Exit status of ``--strict``."""
 
-_CHANGES_SHOWN = 20
+_LINES_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", metavar="FILE", help="report.json, for machines; a picture of the data beside it"
     )
     parser.add_argument("--fix", metavar="FILE", help="write a repaired copy of the (first) --json")
+    parser.add_argument(
+        "--drop", action="store_true", help="with --fix: go on where more than 5%% of the objects are removed"
+    )
+    parser.add_argument(
+        "--no-crowds", action="store_true", help="with --fix: each crowd is one object ('iscrowd' becomes 0)"
+    )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if there are errors or warnings")
 
 
@@ -54,7 +59,9 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError("--fix, --report and the picture beside --report (.png) need different names")
     if any(output_is_input(path, [source.annotations for source in sources]) for path in written):
         raise UserError("--fix and --report must not name an input: the doctor never changes it")
-    diagnosis = examine(sources, open_images=not args.no_images, masks=not args.no_masks)
+    diagnosis = examine(
+        sources, open_images=not args.no_images, masks=not args.no_masks, crowds=not args.no_crowds
+    )
     print(diagnosis)
     if args.report:
         report = Path(args.report)
@@ -62,7 +69,7 @@ def run(args: argparse.Namespace) -> Result:
         draw_histograms(report.with_suffix(".png"), diagnosis.parts)
         print(f"see {report} and {report.with_suffix('.png')}")
     if args.fix:
-        _fix(Path(args.fix), sources[0], diagnosis, masks=not args.no_masks)
+        _fix(Path(args.fix), diagnosis.fix, diagnosis.parts[0].rules, args.drop)
     status = FOUND if args.strict and not diagnosis.healthy else 0
     return Result(diagnosis.as_json(), status)
 
@@ -85,21 +92,30 @@ def _sources(args: argparse.Namespace) -> list[DatasetSource]:
     return sources
 
 
-def _fix(output: Path, source: DatasetSource, diagnosis: Diagnosis, masks: bool) -> None:
-    rules = Rules(source.annotations, source.images, evaluation=True)
-    leaked = leaked_paths(diagnosis.parts)
-    content = load_coco(source.annotations)
-    mended = repair(content, rules, diagnosis.probes, leaked, masks)
-    if content["images"] and not mended.content["images"]:
-        raise UserError(
-            f"--fix would leave none of the {len(content['images'])} images of {source.annotations}, so it "
-            f"wrote nothing; check that --images {source.images} is their folder"
-        )
+def _fix(output: Path, mended: Repair, rules: Rules, dropping: bool) -> None:
+    if mended.removals:
+        print(f"\n--fix removes {len(mended.removals)}:")
+    try:
+        mended.check(rules, dropping)
+    except UserError:
+        _print_some(mended.removals, "--report FILE has the ids of all")
+        raise
+    _list(mended.removals, output, "removals")
     atomic_write_json(output, mended.content)
-    listed = output.with_name(f"{output.stem}_changes.txt")
-    print(f"\nwrote {output} with {len(mended.changes)} changes to {source.annotations}")
-    for change in mended.changes[:_CHANGES_SHOWN]:
-        print(f"  {change}")
-    if len(mended.changes) > _CHANGES_SHOWN:
-        atomic_write_text(listed, "\n".join(mended.changes) + "\n")
-        print(f"  and {len(mended.changes) - _CHANGES_SHOWN} more: see {listed}")
+    print(f"\nwrote {output}: {mended.num_changes} repaired, {len(mended.removals)} removed of {rules.path}")
+    _list(mended.changes, output, "changes")
+
+
+def _list(lines: list[str], output: Path, what: str) -> None:
+    """The first lines; where there are more, all of them are in a file beside the output."""
+    listed = output.with_name(f"{output.stem}_{what}.txt")
+    if len(lines) > _LINES_SHOWN:
+        atomic_write_text(listed, "\n".join(lines) + "\n")
+    _print_some(lines, f"see {listed}")
+
+
+def _print_some(lines: list[str], others: str) -> None:
+    for line in lines[:_LINES_SHOWN]:
+        print(f"  {line}")
+    if len(lines) > _LINES_SHOWN:
+        print(f"  and {len(lines) - _LINES_SHOWN} more: {others}")

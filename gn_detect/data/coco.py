@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from ..structures import Target
 from .coco_json import read_coco_json
 from .datasets import DatasetSource
 from .faults import DataError
+from .file_names import missing_names
 from .image_table import join_images
 from .images import read_image
 from .object_table import join_tables
@@ -32,28 +31,31 @@ class CocoDataset:
 
     Attributes:
         name: of the dataset; joined ones have their names joined by ``+``.
-        annotations_path: the JSON (of the first, if joined).
+        annotations_path, images_folder: the JSON and the folder of its images (of the first, if joined).
         class_names: by contiguous label.
         category_ids: ids in the JSON by contiguous label, ascending.
         images: records ordered by image id, packed.
         objects: flat table of all objects.
         num_crowds: crowd annotations in the file.
+        spelt_images, spelt_categories: ids as the file spells them by id, where those are text.
 
     Args:
         source: where the files are.
-        masks: read segmentations; each object must have one.
-        evaluation: check also what COCO's evaluation needs.
+        masks: read segmentations; each object must have one. None: if some object has one.
+        evaluation: check also what only COCO's evaluation reads.
 
     Raises:
         UserError: the JSON is not valid COCO.
     """
 
-    def __init__(self, source: DatasetSource, *, masks: bool = True, evaluation: bool = False) -> None:
+    def __init__(self, source: DatasetSource, *, masks: bool | None = True, evaluation: bool = False) -> None:
         content = read_coco_json(source.annotations, source.images, masks=masks, evaluation=evaluation)
         self.name = source.name
-        self.annotations_path = source.annotations
+        self.annotations_path, self.images_folder = source.annotations, source.images
         self.class_names, self.category_ids = content.class_names, content.category_ids
         self.images, self.objects, self.num_crowds = content.images, content.objects, content.num_crowds
+        self.spelt_images: dict[Any, Any] = content.file.image_ids
+        self.spelt_categories: dict[Any, Any] = content.file.category_ids
 
     def __len__(self) -> int:
         return len(self.images)
@@ -97,21 +99,23 @@ class CocoDataset:
         Raises:
             UserError: one is missing; it is named.
         """
-        names: defaultdict[str, list[str]] = defaultdict(list)
-        for record in self.images:
-            folder, name = os.path.split(record.file_name)
-            names[folder].append(name)
-        missing: list[str] = []
-        for folder, wanted in names.items():
-            present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            missing += [os.path.join(folder, name) for name in wanted if name not in present]
+        prefix = str(self.images_folder / "_")[:-1]
+        missing = missing_names(self.images_folder, (r.file_name.removeprefix(prefix) for r in self.images))
         if missing:
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise DataError(
-                f"dataset {self.name}: image {missing[0]}{others} is missing; "
-                "restore it, correct the images folder or remove it from the JSON",
-                "missing-image",
-            )
+            raise DataError(f"dataset {self.name}: {_missing(self.images_folder, missing)}", "missing-image")
+
+
+def _missing(folder: Path, missing: Mapping[str, str | None]) -> str:
+    """One message for all missing images: those that are there under another name first."""
+    renamed = [name for name, other in missing.items() if other]
+    first, others = (renamed or [*missing])[0], len(renamed or missing) - 1
+    what = f"image {folder / first}" + (f" and {others} more" if others else "")
+    if not renamed:
+        return f"{what} is missing; restore it, correct the images folder or remove it from the JSON"
+    return (
+        f"{what} is missing, but {missing[first]} is there; correct 'file_name' "
+        "(gn-detect doctor --fix OUT.json does that)"
+    )
 
 
 def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
@@ -127,10 +131,11 @@ def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
         check_same_classes(first, other)
     joined = CocoDataset.__new__(CocoDataset)
     joined.name = "+".join(d.name for d in datasets)
-    joined.annotations_path = first.annotations_path
+    joined.annotations_path, joined.images_folder = first.annotations_path, first.images_folder
     joined.class_names, joined.category_ids = first.class_names, first.category_ids
     joined.images = join_images([d.images for d in datasets])
     joined.objects = join_tables([d.objects for d in datasets])
+    joined.spelt_images, joined.spelt_categories = first.spelt_images, first.spelt_categories
     joined.num_crowds = sum(d.num_crowds for d in datasets)
     return joined
 

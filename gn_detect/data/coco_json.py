@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .canonical import CocoFile, Note, canonical, has_masks
 from .coco_rules import Rules, kind_of
+from .crowds import count_crowds
 from .faults import DataError
+from .foreign_formats import describe_foreign, describe_foreign_content
 from .image_table import ImageRecord, ImageTable
 from .object_table import ObjectTable, TableBuilder
 
@@ -19,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 LISTS = ("images", "annotations", "categories")
 """What a COCO file for instances holds."""
+
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class CocoContent:
         images: ordered by id.
         objects: rows for ``images``, crowds left out.
         num_crowds: annotations that are crowds.
+        file: as it was read.
     """
 
     category_ids: list[int]
@@ -37,31 +46,55 @@ class CocoContent:
     images: ImageTable
     objects: ObjectTable
     num_crowds: int
+    file: CocoFile
 
 
-def read_coco_json(path: Path, images: Path, *, masks: bool, evaluation: bool) -> CocoContent:
+def read_coco_json(path: Path, images: Path, *, masks: bool | None, evaluation: bool) -> CocoContent:
     """Read and check an annotation file.
 
     Args:
         path: JSON in COCO's format for instances.
         images: folder to which its file names are relative.
-        masks: objects must have a segmentation; it is ignored otherwise.
-        evaluation: annotations must have what COCO's evaluation needs besides: ``area``, ``iscrowd`` and,
-            with ``masks``, a segmentation of crowds and of empty boxes, too.
+        masks: objects must have a segmentation; it is ignored otherwise. None: if some object has one.
+        evaluation: check what only the evaluation reads, too: areas and, with ``masks``, the segmentations of
+            crowds and of empty boxes.
 
     Raises:
         UserError: the file is not COCO, or something in it is wrong.
     """
-    content = load_coco(path)
+    file = read_canonical(path)
+    tell_notes(file)
+    if not evaluation:
+        _tell_crowds(file)
     rules = Rules(path, images, evaluation)
     try:
-        return _read(content, rules, masks)
+        return _read(file, rules, has_masks(file.content) if masks is None else masks)
     except DataError as error:
-        raise DataError(f"{error} (gn-detect doctor lists all that is wrong)", error.kind) from error
+        hint = "" if "gn-detect doctor" in str(error) else " (gn-detect doctor lists all that is wrong)"
+        raise DataError(f"{error}{hint}", error.kind) from error
 
 
-def _read(content: dict[str, Any], rules: Rules, masks: bool) -> CocoContent:
-    names = _categories(content["categories"], rules)
+def tell_notes(file: CocoFile) -> None:
+    """Log what was read in another form than COCO's: a line for each kind, once for each file."""
+    for note in file.notes:
+        _tell(f"{file.path}: {note}")
+
+
+def _tell_crowds(file: CocoFile) -> None:
+    crowds = count_crowds(file.content)
+    if crowds.crowds:
+        _tell(f"{file.path}: {crowds}", logging.WARNING if crowds.dubious else logging.INFO)
+
+
+@cache
+def _tell(line: str, level: int = logging.INFO) -> None:
+    logger.log(level, "%s", line)
+
+
+def _read(file: CocoFile, rules: Rules, masks: bool) -> CocoContent:
+    content = file.content
+    rules.whole(content)
+    names = read_categories(content["categories"], rules)
     records = _images(content["images"], rules)
     grouped = _group_by_image(content["annotations"], records, rules)
     labels = {category_id: label for label, category_id in enumerate(names)}
@@ -70,7 +103,8 @@ def _read(content: dict[str, Any], rules: Rules, masks: bool) -> CocoContent:
         reader.read(record, grouped.pop(record.id, ()))
     reader.warn()
     table = ImageTable(records)
-    return CocoContent(list(names), list(names.values()), table, reader.builder.build(), reader.num_crowds)
+    objects = reader.builder.build()
+    return CocoContent(list(names), list(names.values()), table, objects, reader.num_crowds, file)
 
 
 def read_image_list(path: Path, folder: Path) -> list[Path]:
@@ -91,42 +125,77 @@ def read_image_list(path: Path, folder: Path) -> list[Path]:
 
 
 def load_coco(path: Path, lists: tuple[str, ...] = LISTS) -> dict[str, Any]:
-    """The JSON's content, in which only the lists have been looked for.
+    """The content of :func:`read_canonical`."""
+    return read_canonical(path, lists).content
+
+
+def read_canonical(path: Path, lists: tuple[str, ...] = LISTS) -> CocoFile:
+    """A COCO file in canonical form; of its entries nothing has been checked.
+
+    Every reader of annotations begins here.
 
     Raises:
         UserError: the file is missing, not JSON or not COCO.
     """
+    text = _read_bytes(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError as error:
-        raise UserError(f"annotation file {path} is missing; correct its path") from error
-    except json.JSONDecodeError as error:
+        content = json.loads(text)  # from bytes, it finds out the encoding, and leaves out a byte order mark
+    except (ValueError, RecursionError) as error:
+        told = describe_foreign(path)
+        if told:
+            raise UserError(f"{path} is no COCO file: {told}") from error
+        if not isinstance(error, json.JSONDecodeError):
+            raise UserError(f"cannot read {path} as JSON: {error}; give a COCO annotation file") from error
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path} is not JSON ({error.msg}, {where}); give a COCO annotation file") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path} as JSON: {error}; give a COCO annotation file") from error
-    if not isinstance(content, dict):
-        hint = " (this looks like a result file)" if isinstance(content, list) else ""
-        raise UserError(f"{path} is not COCO: it holds {kind_of(content)}{hint}; give a COCO annotation file")
+    check_lists(content, lists, path)
+    file = canonical(content, path)
+    if text.startswith(_MARKS):
+        file.notes.insert(0, Note("byte-order-mark", "its first bytes"))
+    return file
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"annotation file {path} is missing; correct its path") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is no COCO file: {describe_foreign(path)}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a COCO annotation file") from error
+
+
+def check_lists(content: Any, lists: tuple[str, ...], path: str | Path) -> None:
+    """Whether a JSON's content can be COCO at all.
+
+    Raises:
+        UserError: it is no object with the lists.
+    """
+    told = describe_foreign_content(content)
+    fits = isinstance(content, Mapping) and all(isinstance(content.get(key), list) for key in lists)
+    if told and not (fits and "annotations" not in lists):
+        raise UserError(f"{path} is no COCO file: {told}")
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} is not COCO: it holds {kind_of(content)}; give a COCO annotation file")
     for key in lists:
         if not isinstance(content.get(key), list):
             found = f"{key!r} is {kind_of(content[key])}" if key in content else f"it has no {key!r}"
             needed = ", ".join(map(repr, lists))
             raise UserError(f"{path} is not COCO: {found}; it must hold the lists {needed}")
-    return content
 
 
-def _categories(entries: list[Any], rules: Rules) -> dict[int, str]:
-    """Names by category id, ids ascending."""
+def read_categories(entries: list[Any], rules: Rules) -> dict[int, str]:
+    """Names by category id, ids ascending.
+
+    Raises:
+        DataError: an entry is wrong, an id occurs twice, or there is none.
+    """
     names: dict[int, str] = {}
     for i, entry in enumerate(entries):
         category_id, name = rules.category(entry, i)
         if category_id in names:
-            raise rules.error(
-                f"category id {category_id} occurs twice; give each category its own id",
-                "duplicate-category-id",
-            )
+            raise rules.repeated("category", category_id)
         names[category_id] = name
     if not names:
         raise DataError(f"{rules.path} lists no categories; add the classes of its annotations", "nothing")
@@ -138,9 +207,7 @@ def _images(entries: list[Any], rules: Rules) -> list[ImageRecord]:
     for i, entry in enumerate(entries):
         record = rules.image(entry, i)
         if record.id in records:
-            raise rules.error(
-                f"image id {record.id} occurs twice; give each image its own id", "duplicate-image-id"
-            )
+            raise rules.repeated("image", record.id)
         records[record.id] = record
     if not records:
         raise DataError(f"{rules.path} lists no images; give a file with images", "nothing")
@@ -163,17 +230,10 @@ def _group_by_image(
     for i, annotation in enumerate(annotations):
         annotation_id, image_id = rules.ids(annotation, i)
         if unique and annotation_id in seen:
-            raise rules.error(
-                f"annotation id {annotation_id} occurs twice; give each its own id",
-                "duplicate-annotation-id",
-            )
+            raise rules.repeated("annotation", annotation_id)
         seen.add(annotation_id)
         if image_id not in known:
-            raise rules.error(
-                f"annotation {annotation_id} belongs to image {image_id}, which is not listed; "
-                "add the image or remove the annotation",
-                "dangling-image",
-            )
+            raise rules.unlisted_image(annotation_id, image_id)
         grouped[image_id].append(annotation)
     return grouped
 
@@ -203,7 +263,7 @@ class _AnnotationReader:
         label = self.labels[rules.category_id(annotation, self.labels, what)]
         crowd = rules.crowd(annotation, what)
         if rules.evaluation:
-            rules.complete(annotation, what)
+            rules.area(annotation, what)
         box = rules.box(annotation, image, what)
         learned = not crowd and box is not None
         polygons: list[list[float]] = []

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import pycocotools.mask as coco_mask
 
 from .faults import DataError
@@ -18,13 +21,32 @@ from .rle import count_pixels
 _KIND = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
 FARTHEST = 1e6
-"""Pixels; drawing takes memory in proportion to the length of a polygon."""
+"""Pixels by which a number may be away from the image's corner."""
 
-_MOST_PIXELS = 2 * 89_478_485
+MOST_CATEGORIES = 25_000
+"""Of a file: a predictor of as many classes has 128 million weights. V3Det has 13,204 categories,
+ImageNet-21k 21,841."""
+
+_OUTLINE_PER_SIDE, _OUTLINE_PER_POINT, _LONGEST_OUTLINE = 256, 8, 4e6
+"""How long the outline of an object may be, in pixels: so many times height + width of its image, but no more
+than the last, and so many more for each of its points.
+
+Drawing takes 100 bytes for each pixel of a polygon's outline, so that a few kilobytes of long edges would
+take gigabytes. A traced outline has an edge for each one to three pixels. A net with meshes of 30 pixels that
+fills an image of 4000 x 3000 pixels, the longest outline of few points that somebody might draw, has 1.6
+million pixels of the 1.8 that are allowed without counting its points; objects in COCO have less than
+10,000."""
+
+_NUMBERS = frozenset((int, float))
+
+_FRACTION = 1.01
+"""The largest number that can be a fraction: those of boxes at the border may be rounded up."""
+
+MOST_PIXELS = 2 * 89_478_485
 """Of an image: Pillow refuses to read larger ones."""
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int]:
     """A JSON integer that fits into 64 bits; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
@@ -32,6 +54,16 @@ def is_integer(value: Any) -> bool:
 def is_coordinate(value: Any) -> bool:
     """A JSON number of pixels: finite, and near enough to be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -FARTHEST <= value <= FARTHEST
+
+
+def extent_of(numbers: Sequence[Any]) -> tuple[float, float] | None:
+    """The least and the greatest of coordinates; None where one is none, as :func:`is_coordinate` says."""
+    if not _NUMBERS.issuperset(map(type, numbers)):
+        return None
+    low, high = min(numbers), max(numbers)
+    # A nan is the least if it comes first, and in the sum otherwise.
+    near = -FARTHEST <= low and high <= FARTHEST and math.isfinite(sum(numbers))
+    return (low, high) if near else None
 
 
 def kind_of(value: Any) -> str:
@@ -80,6 +112,41 @@ class Rules:
             )
         return value
 
+    def whole(self, content: Mapping[str, Any]) -> None:
+        """What the entries say only together: that there are not too many categories, and the unit of length.
+
+        Raises:
+            DataError: boxes or polygons are fractions of the image: at least half of them, as a few may be as
+                small as that, and in the image's corner.
+        """
+        if len(content["categories"]) > MOST_CATEGORIES:
+            raise self.error(
+                f"it lists {len(content['categories'])} categories, more than the {MOST_CATEGORIES} that a "
+                "detector can have; leave out those without an object",
+                "malformed",
+            )
+        if not any(map(_is_larger, content["images"])):
+            return
+        entries = [entry for entry in content["annotations"] if isinstance(entry, dict)]
+        self._unit("boxes", entries, map(_has_fraction_box, entries))
+        self._unit("segmentations", entries, map(_has_fraction_mask, entries))
+
+    def _unit(self, noun: str, entries: list[dict[str, Any]], fractions: Iterable[bool | None]) -> None:
+        """``fractions`` says it for each entry, None where there is nothing to tell it by."""
+        number, wrong = 0, []
+        for entry, answer in zip(entries, fractions, strict=True):
+            number += answer is not None
+            if answer:
+                wrong.append(entry)
+        if wrong and 2 * len(wrong) >= number:
+            folder = self.folder if self.folder.name else "FOLDER"
+            raise self.error(
+                f"{len(wrong)} of {number} {noun} are fractions of the image, such as that of annotation "
+                f"{shown(wrong[0].get('id'))}; COCO's are in pixels: gn-detect doctor --json {self.path} "
+                f"--images {folder} --fix OUT.json multiplies them by the image's size",
+                "fractions",
+            )
+
     def category(self, entry: Any, position: int) -> tuple[int, str]:
         """Id and name."""
         category_id = self.field(entry, "id", int, f"category {position} (counted from 0)")
@@ -87,38 +154,70 @@ class Rules:
 
     def image(self, entry: Any, position: int) -> ImageRecord:
         """The record, its path included."""
-        image_id = self.field(entry, "id", int, f"image {position} (counted from 0)")
+        image_id = self.image_id(entry, position)
         what = f"image {image_id}"
-        height, width = (self.field(entry, key, int, what) for key in ("height", "width"))
-        if height <= 0 or width <= 0 or height * width > _MOST_PIXELS:
-            raise self.error(
-                f"{what} is {width}x{height} pixels (width x height); correct its size", "image-size"
-            )
+        height, width = self.size(entry, what)
         name = self.field(entry, "file_name", str, what)
         if not name or "\0" in name:
             raise self.error(f"{what} has 'file_name' {name!r}; give the name of a file", "malformed")
         return ImageRecord(image_id, str(self.folder / name), height, width)
 
+    def image_id(self, entry: Any, position: int) -> int:
+        """The id of an image."""
+        image_id: int = self.field(entry, "id", int, f"image {position} (counted from 0)")
+        return image_id
+
+    def size(self, entry: Any, what: str) -> tuple[int, int]:
+        """Height and width of an image."""
+        height, width = (self.field(entry, key, int, what) for key in ("height", "width"))
+        if height <= 0 or width <= 0 or height * width > MOST_PIXELS:
+            raise self.error(
+                f"{what} is {width}x{height} pixels (width x height); correct its size", "image-size"
+            )
+        return height, width
+
+    def repeated(self, noun: str, entry_id: int) -> DataError:
+        """An error for an id that occurs twice."""
+        return self.error(
+            f"{noun} id {entry_id} occurs twice; give each {noun} its own id", f"duplicate-{noun}-id"
+        )
+
     def ids(self, annotation: Any, position: int) -> tuple[int, int]:
         """Ids of an annotation and its image."""
         annotation_id = self.field(annotation, "id", int, f"annotation {position} (counted from 0)")
+        image_id = annotation.get("image_id")
+        if isinstance(image_id, str):  # those of listed images have become integers
+            raise self.unlisted_image(annotation_id, shown(image_id))
         return annotation_id, self.field(annotation, "image_id", int, f"annotation {annotation_id}")
+
+    def unlisted_image(self, annotation_id: int, image_id: Any) -> DataError:
+        """An error for an annotation of no image."""
+        return self.error(
+            f"annotation {annotation_id} belongs to image {image_id}, which is not listed; "
+            "add the image or remove the annotation",
+            "dangling-image",
+        )
 
     def category_id(self, annotation: dict[str, Any], known: Any, what: str) -> int:
         """The category of an annotation, one of ``known``."""
-        category_id = self.field(annotation, "category_id", int, what)
+        if isinstance(annotation.get("category_id"), str):  # those of listed categories have become integers
+            raise self._unlisted_category(annotation["category_id"], what)
+        category_id: int = self.field(annotation, "category_id", int, what)
         if category_id not in known:
-            raise self.error(
-                f"{what} has category id {category_id}, which 'categories' does not list; "
-                "add the category or correct the id",
-                "dangling-category",
-            )
+            raise self._unlisted_category(category_id, what)
         return category_id
 
+    def _unlisted_category(self, category_id: Any, what: str) -> DataError:
+        return self.error(
+            f"{what} has category id {shown(category_id)}, which 'categories' does not list; "
+            "add the category or correct the id",
+            "dangling-category",
+        )
+
     def crowd(self, annotation: dict[str, Any], what: str) -> bool:
-        """``iscrowd``; ``ignore`` must not be set."""
+        """``iscrowd``; ``ignore`` must not say more."""
         crowd = self._flag(annotation, "iscrowd", what)
-        if self._flag(annotation, "ignore", what):
+        if self._flag(annotation, "ignore", what) and not crowd:
             raise self.error(f"{what} has 'ignore' 1, which COCO does not know; use 'iscrowd' 1", "bad-flag")
         return crowd
 
@@ -128,19 +227,17 @@ class Rules:
             raise self.error(f"{what} has {key!r} {shown(value)}; it must be 0 or 1", "bad-flag")
         return bool(value)
 
-    def complete(self, annotation: dict[str, Any], what: str) -> None:
-        """Whether the evaluation finds what it needs."""
-        for key in ("area", "iscrowd"):
-            if key not in annotation:
-                raise self.error(f"{what} has no {key!r}, which the evaluation needs; add it", "incomplete")
-        area = annotation["area"]
-        if not is_area(area):
+    def area(self, annotation: dict[str, Any], what: str) -> float | None:
+        """``area`` in square pixels; None where there is none, which is then the mask's or else the box's."""
+        area = annotation.get("area")
+        if area is not None and not is_area(area):
             raise self.error(f"{what} has 'area' {shown(area)}; it must be a number of pixels", "bad-area")
+        return area
 
-    def box(self, annotation: dict[str, Any], image: ImageRecord, what: str) -> list[float] | None:
-        """``xyxy``, or None for a box without width or height."""
+    def box(self, annotation: dict[str, Any], image: ImageRecord | None, what: str) -> list[float] | None:
+        """``xyxy``, or None for a box without width or height; without an ``image`` it may lie anywhere."""
         given = self.field(annotation, "bbox", list, what)
-        if len(given) != 4 or not all(map(is_coordinate, given)):
+        if len(given) != 4 or extent_of(given) is None:
             raise self.error(
                 f"{what} has 'bbox' {shown(given)}; it must be 4 finite numbers x, y, width, height",
                 "bad-box",
@@ -152,7 +249,7 @@ class Rules:
             )
         if width == 0 or height == 0:
             return None
-        if x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0:
+        if image and (x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0):
             raise self.error(
                 f"{what} has its box {given} outside the image of {image.width}x{image.height} pixels; "
                 "correct the box (x, y, width, height) or remove it",
@@ -170,13 +267,31 @@ class Rules:
             raise self.error(
                 f"{what} has a segmentation that is no list of polygons and no RLE; correct it", "bad-polygon"
             )
+        reach = 0.0
         for polygon in given:
-            if not all(map(is_coordinate, polygon)):
+            extent = extent_of(polygon) if polygon else (0, 0)
+            if extent is None:
                 raise self.error(
                     f"{what} has a polygon that is not all finite numbers near the image; mend it",
                     "bad-polygon",
                 )
-        return [polygon for polygon in given if is_polygon(polygon)], b""
+            reach += len(polygon) * (extent[1] - extent[0])
+        polygons = [polygon for polygon in given if is_polygon(polygon)]
+        longest = min(_OUTLINE_PER_SIDE * (image.height + image.width), _LONGEST_OUTLINE)
+        if reach / 2 > longest:  # if each edge were as long as its polygon reaches
+            self._check_outline(polygons, longest, image, what)
+        return polygons, b""
+
+    def _check_outline(
+        self, polygons: list[list[float]], longest: float, image: ImageRecord, what: str
+    ) -> None:
+        length = sum(map(_outline_length, polygons))
+        if length > longest + _OUTLINE_PER_POINT * sum(map(len, polygons)) / 2:
+            raise self.error(
+                f"{what} has polygons with an outline of {length:.0f} pixels, which no object in an image of "
+                f"{image.width}x{image.height} pixels has; draw it again, or encode it as RLE",
+                "bad-polygon",
+            )
 
     def _rle(self, given: dict[str, Any], image: ImageRecord, what: str) -> bytes:
         size, counts = given.get("size"), given.get("counts")
@@ -197,15 +312,16 @@ class Rules:
             if found != pixels:
                 raise self._other_pixels(what, found, pixels)
             return counts.encode()
-        if isinstance(counts, list) and all(is_integer(run) and run >= 0 for run in counts):
+        if isinstance(counts, list) and counts and {int}.issuperset(map(type, counts)) and min(counts) >= 0:
             if sum(counts) != pixels:
                 raise self._other_pixels(what, sum(counts), pixels)
-            return coco_mask.frPyObjects(given, image.height, image.width)["counts"]
+            whole = {"size": size, "counts": counts}
+            return coco_mask.frPyObjects(whole, image.height, image.width)["counts"]
         raise self.error(f"{what} has an RLE without valid 'counts'; encode the mask again", "bad-rle")
 
     def _other_pixels(self, what: str, found: int, pixels: int) -> DataError:
         return self.error(
-            f"{what} has an RLE of {found} pixels, but the image has {pixels}; encode the mask again",
+            f"{what} has an RLE of {shown(found)} pixels, but the image has {pixels}; encode the mask again",
             "bad-rle",
         )
 
@@ -218,3 +334,46 @@ def is_polygon(numbers: list[float]) -> bool:
 def is_area(value: Any) -> bool:
     """A JSON number of square pixels."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= FARTHEST**2
+
+
+def is_fraction_box(box: Sequence[float]) -> bool:
+    """Whether a box of numbers looks like fractions of the image: all between 0 and 1, and not all whole."""
+    return max(box) <= _FRACTION and min(box) >= 0 and any(number % 1 for number in box)
+
+
+def is_fraction_mask(polygons: Sequence[Sequence[float]]) -> bool:
+    """Whether polygons of numbers look like fractions of the image, as :func:`is_fraction_box`."""
+    return (
+        polygons[0][0] <= _FRACTION
+        and all(max(polygon) <= _FRACTION and min(polygon) >= 0 for polygon in polygons)
+        and any(number % 1 for polygon in polygons for number in polygon)
+    )
+
+
+def _is_larger(image: Any) -> bool:
+    """Whether boxes as small as fractions would be a small part of an image."""
+    sides = (image.get("height"), image.get("width")) if isinstance(image, dict) else ()
+    return any(is_integer(side) and side > 4 for side in sides)
+
+
+def _has_fraction_box(entry: dict[str, Any]) -> bool | None:
+    """None for no proper box, an empty one, and the one that may be all of an image or its first pixel."""
+    box = entry.get("bbox")
+    if type(box) is not list or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
+        return None
+    return None if box[2] <= 0 or box[3] <= 0 or box == [0, 0, 1, 1] else is_fraction_box(box)
+
+
+def _has_fraction_mask(entry: dict[str, Any]) -> bool | None:
+    """None for what is no polygons."""
+    mask = entry.get("segmentation")
+    if type(mask) is not list or not mask:
+        return None
+    proper = all(type(part) is list and part and _NUMBERS.issuperset(map(type, part)) for part in mask)
+    return is_fraction_mask(mask) if proper else None
+
+
+def _outline_length(polygon: list[float]) -> float:
+    """Pixels, along the longer of the two axes for each edge: as many points are drawn."""
+    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .demo import ensure_demo_dataset
+from .foreign_formats import describe_foreign
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -67,6 +68,9 @@ def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
         remedy = "put it there or set GN_DETECT_DATASETS to the folder that holds it"
     else:
         raise UserError(_unknown(name, [*registered, *BUILT_IN]))
+    if source.annotations.is_dir():
+        told = describe_foreign(source.annotations)
+        raise UserError(f"dataset {name}: {source.annotations} is no COCO annotation file: {told}")
     if not source.annotations.is_file():
         raise UserError(f"dataset {name}: annotation file {source.annotations} is missing; {remedy}")
     if not source.images.is_dir():

@@ -8,15 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .coco_json import load_coco
-from .coco_rules import Rules
+import numpy as np
+
 from .datasets import DatasetSource
-from .doctor_checks import Part, check_part
+from .doctor_checks import LARGE, SMALL, Part, check_part
 from .doctor_images import Probes, probe_images
+from .doctor_reading import Reading, read_as_meant
+from .doctor_repair import Repair, repair
 from .faults import ERROR, FAULTS, NOTE, SEVERITIES, WARNING, Finding
 
 EXAMPLES = 5
 """Of each kind of fault, in the text."""
+
+_MOST_CLASSES, _LONGEST_NAME = 20, 32
+"""Rows of the table of classes, and characters of a name in it."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,13 @@ class Diagnosis:
         parts: one for each annotation file.
         findings: of the parts and between them.
         probes: of the image files; None if they were not opened.
+        fix: the repaired copy of the first part.
     """
 
     parts: list[Part]
     findings: list[Finding]
     probes: Probes | None
+    fix: Repair
 
     @property
     def healthy(self) -> bool:
@@ -50,17 +57,28 @@ class Diagnosis:
         """For machines: parts, a summary by kind, and every finding."""
         return {
             "parts": [
-                {"name": part.name, "images_folder": str(part.rules.folder), **_counts(part)}
+                {
+                    "name": part.name,
+                    "images_folder": str(part.rules.folder),
+                    **_counts(part),
+                    "classes": _classes(part),
+                    "objects_per_image": _per_image(part),
+                }
                 for part in self.parts
             ],
             "summary": {
                 kind: {**asdict(FAULTS[kind]), "count": len(found)} for kind, found in self.kinds().items()
             },
             "findings": [{"severity": f.severity, **asdict(f)} for f in self.findings],
+            "fix": {
+                "repairs": self.fix.num_changes,
+                "removes": len(self.fix.removals),
+                "removed": self.fix.removed,
+            },
         }
 
     def __str__(self) -> str:
-        lines = [_heading(part) for part in self.parts]
+        lines = [line for part in self.parts for line in (_heading(part), *_table(part))]
         if self.probes is None:
             lines.append("images were not opened")
         for severity in SEVERITIES:
@@ -70,42 +88,62 @@ class Diagnosis:
             for kind, found in kinds.items():
                 lines += _section(kind, found, len(self.parts) > 1)
         count = Counter(finding.severity for finding in self.findings)
-        repaired = sum(bool(FAULTS[finding.kind].repair) for finding in self.findings)
-        hint = f"; --fix OUT.json repairs {repaired} of them in a copy" if repaired else ""
         total = f"{_number(count[ERROR], 'error')}, {_number(count[WARNING], 'warning')}"
-        return "\n".join([*lines, "", f"{total}, {_number(count[NOTE], 'note')}{hint}"])
+        return "\n".join([*lines, "", f"{total}, {_number(count[NOTE], 'note')}{self._hint()}"])
+
+    def _hint(self) -> str:
+        """What ``--fix`` would do."""
+        done = [
+            f"{verb} {count}"
+            for verb, count in (("repairs", self.fix.num_changes), ("removes", len(self.fix.removals)))
+            if count
+        ]
+        part = f" of {self.parts[0].name}" if len(self.parts) > 1 else ""
+        return f"; --fix OUT.json {' and '.join(done)} in a copy{part}" if done else ""
 
 
-def examine(sources: Sequence[DatasetSource], *, open_images: bool = True, masks: bool = True) -> Diagnosis:
+def examine(
+    sources: Sequence[DatasetSource], *, open_images: bool = True, masks: bool = True, crowds: bool = True
+) -> Diagnosis:
     """Look at every annotation and, unless told not to, at every image.
 
     Args:
         sources: of the parts, such as train and val, which are also compared with each other.
         open_images: read all image files; without, only the JSON is looked at.
-        masks: objects must have a segmentation (``MODEL.MASK_ON``).
+        masks: objects must have a segmentation, if some has one (``MODEL.MASK_ON``).
+        crowds: crowds stay crowds in the repaired copy; each becomes an object otherwise.
 
     Raises:
         UserError: a file is missing, not JSON or not COCO at all.
     """
-    contents = [load_coco(source.annotations) for source in sources]
+    readings = [read_as_meant(source, names=open_images, masks=masks) for source in sources]
     probes = None
     if open_images:
-        probes = probe_images(
-            path
-            for source, content in zip(sources, contents, strict=True)
-            for path in image_paths(content, source.images)
-        )
+        probes = probe_images(path for reading in readings for path in image_paths(reading))
     parts = [
-        check_part(source.name, Rules(source.annotations, source.images, True), content, probes, masks)
-        for source, content in zip(sources, contents, strict=True)
+        check_part(source.name, reading, probes) for source, reading in zip(sources, readings, strict=True)
     ]
-    findings = [finding for part in parts for finding in part.findings]
-    return Diagnosis(parts, findings + compare_parts(parts), probes)
+    findings = [finding for part in parts for finding in part.findings] + compare_parts(parts)
+    fix = _fix(readings[0], parts, findings, probes, crowds)
+    return Diagnosis(parts, findings, probes, fix)
 
 
-def image_paths(content: dict[str, Any], folder: Path) -> list[str]:
+def _fix(
+    reading: Reading, parts: Sequence[Part], findings: Sequence[Finding], probes: Probes | None, crowds: bool
+) -> Repair:
+    """The repaired copy of the first part; without a look at its entries where nothing is to be mended."""
+    mended = Repair.of(reading.content)
+    if any(FAULTS[finding.kind].fix for finding in findings) or not crowds:
+        mended = repair(reading.content, reading.rules, probes, leaked_paths(parts), reading.masks, crowds)
+    mended.changes[:0] = reading.changes
+    mended.num_changes += reading.num_changes
+    return mended
+
+
+def image_paths(reading: Reading) -> list[str]:
     """Paths of all images that have a usable file name."""
-    names = [entry.get("file_name") for entry in content["images"] if isinstance(entry, dict)]
+    names = [entry.get("file_name") for entry in reading.content["images"] if isinstance(entry, dict)]
+    folder = reading.rules.folder
     return [str(folder / name) for name in names if isinstance(name, str) and name and "\0" not in name]
 
 
@@ -154,6 +192,62 @@ def _heading(part: Part) -> str:
     return f"{part.name}: {shown}"
 
 
+def _classes(part: Part) -> list[dict[str, Any]]:
+    """Number and sizes of the objects of each class, crowds left out; the most frequent first."""
+    order = sorted(part.categories, key=lambda key: (-part.category_counts[key], key))
+    return [{"id": key, "name": part.categories[key], **_sizes([key], part)} for key in order]
+
+
+def _sizes(keys: Sequence[int], part: Part) -> dict[str, Any]:
+    sides = np.array([side for key in keys for side in part.sides.get(key, ())])
+    small, large = int((sides < SMALL).sum()), int((sides >= LARGE).sum())
+    return {
+        "objects": len(sides),
+        "small": small,
+        "medium": len(sides) - small - large,
+        "large": large,
+        "median_side": round(float(np.median(sides)), 1) if len(sides) else None,
+    }
+
+
+def _per_image(part: Part) -> dict[str, float] | None:
+    """Objects in an image, crowds left out; None without an image."""
+    counts = [part.image_counts[key] for key in part.images]
+    if not counts:
+        return None
+    return {"min": min(counts), "median": float(np.median(counts)), "max": max(counts)}
+
+
+def _table(part: Part) -> list[str]:
+    """A row for each class, and objects in an image."""
+    classes = _classes(part)
+    shown = classes[:_MOST_CLASSES]
+    rows = [(_fit(row["name"]), row) for row in shown]
+    if len(classes) > len(shown):
+        rest = [row["id"] for row in classes[len(shown) :]]
+        rows.append((f"and {len(rest)} more", _sizes(rest, part)))
+    if not rows:
+        return []
+    width = max(len("class"), *(len(name) for name, _ in rows))
+    lines = [f"  {'class':{width}}  objects    small   medium    large  median side (pixels)"]
+    for name, row in rows:
+        side = "" if row["median_side"] is None else f"{row['median_side']:13.1f}"
+        numbers = "".join(f"{row[key]:9d}" for key in ("objects", "small", "medium", "large"))
+        lines.append(f"  {name:{width}}{numbers}{side}")
+    spread = _per_image(part)
+    if spread is not None:
+        lines.append(
+            "  objects in an image: " + ", ".join(f"{key} {value:g}" for key, value in spread.items())
+        )
+    return lines
+
+
+def _fit(name: str) -> str:
+    """A name on one line of bounded length."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."
+
+
 def _section(kind: str, found: Sequence[Finding], name_part: bool) -> list[str]:
     fault = FAULTS[kind]
     lines = [f"  {len(found)} x {fault.title} [{kind}]"]
@@ -163,8 +257,8 @@ def _section(kind: str, found: Sequence[Finding], name_part: bool) -> list[str]:
         lines.append(f"      {part}{file}{finding.detail}")
     if len(found) > EXAMPLES:
         lines.append(f"      and {len(found) - EXAMPLES} more")
-    repair = f"; --fix {fault.repair}" if fault.repair else ""
-    return [*lines, f"    -> {fault.remedy}{repair}"]
+    fix = f"; --fix {fault.fix}" if fault.fix else ""
+    return [*lines, f"    -> {fault.remedy}{fix}"]
 
 
 def _number(count: int, noun: str) -> str:

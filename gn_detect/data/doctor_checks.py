@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from .canonical import has_mask
 from .coco_json import ids_may_repeat
 from .coco_rules import Rules, is_area, is_integer, is_polygon
+from .crowds import count_crowds
 from .doctor_images import Probes
 from .doctor_masks import MaskMeasures, crosses_itself, measure_mask
+from .doctor_reading import Reading
 from .faults import DataError, Finding
 from .image_table import ImageRecord
 from .images import DARK
@@ -27,6 +30,9 @@ _BOX_PIXELS, _BOX_SHARE = 2.0, 0.05
 
 _AREA_PIXELS, _AREA_SHARE = 20.0, 0.2
 """How much of an area may be missing: COCO's are those of polygons, not of pixels; 1 in 1,000 is 15% off."""
+
+SMALL, LARGE = 32, 96
+"""COCO's borders between small, medium and large objects: side of a square in pixels."""
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Part:
         findings: all faults.
         annotations, crowds: how many there are.
         category_counts, image_counts: objects by category and image id, crowds left out.
-        sizes: square roots of the boxes' areas, in pixels.
+        sides: square roots of the boxes' areas in pixels, by category id.
         digests: of image files, by image id.
     """
 
@@ -54,8 +60,13 @@ class Part:
     crowds: int = 0
     category_counts: Counter[int] = field(default_factory=Counter)
     image_counts: Counter[int] = field(default_factory=Counter)
-    sizes: list[float] = field(default_factory=list)
+    sides: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     digests: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[float]:
+        """``sides`` of all categories."""
+        return [side for sides in self.sides.values() for side in sides]
 
     def add(self, kind: str, detail: str, **about: Any) -> None:
         """One more fault; the image's file name is filled in."""
@@ -73,24 +84,28 @@ class Part:
             self.add(error.kind, str(error).removeprefix(f"{self.rules.path}: "), **about)
 
 
-def check_part(
-    name: str, rules: Rules, content: Mapping[str, Any], probes: Probes | None, masks: bool = True
-) -> Part:
+def check_part(name: str, reading: Reading, probes: Probes | None) -> Part:
     """All faults of one annotation file and its images.
 
     Args:
         name: for reports.
-        rules: for its entries.
-        content: the JSON's, with the three lists.
+        reading: of the file.
         probes: of its image files by path; None leaves the files alone.
-        masks: objects must have one.
     """
+    rules, content = reading.rules, reading.content
     part = Part(name, rules)
+    for kind, detail, about in reading.told:
+        part.add(kind, detail, **about)
+    with part.collecting():
+        rules.whole(content)
     _check_categories(part, content["categories"])
     listed = _check_images(part, content["images"])
     if probes is not None:
         _check_files(part, probes)
-    _AnnotationChecker(part, listed, masks).check(content["annotations"])
+    _AnnotationChecker(part, listed, reading.masks).check(content["annotations"])
+    crowds = count_crowds(content)
+    if crowds.dubious:
+        part.add("crowds", crowds.found, annotation_id=crowds.first_blob)
     _check_use(part)
     return part
 
@@ -212,7 +227,7 @@ class _AnnotationChecker:
         with part.collecting(**about):
             crowd = rules.crowd(entry, what)
         with part.collecting(**about):
-            rules.complete(entry, what)
+            rules.area(entry, what)
         image = part.images.get(image_id)
         if image is None:
             return  # its entry is broken, and said so
@@ -220,7 +235,7 @@ class _AnnotationChecker:
         with part.collecting(**about):
             box = rules.box(entry, image, what)
             self._check_box(box, image, what, about)
-        if self.masks or entry.get("segmentation"):
+        if self.masks or has_mask(entry):
             with part.collecting(**about):
                 self._check_mask(entry, image, box, crowd, what, about)
         self._count(entry, image_id, category_id, crowd, box)
@@ -235,7 +250,7 @@ class _AnnotationChecker:
         if box is not None and category_id is not None:
             part.category_counts[category_id] += 1
             part.image_counts[image_id] += 1
-            part.sizes.append(max((box[2] - box[0]) * (box[3] - box[1]), 0) ** 0.5)
+            part.sides[category_id].append(max((box[2] - box[0]) * (box[3] - box[1]), 0) ** 0.5)
             other = self.first.setdefault((image_id, category_id, *box), entry)
             if other is not entry and other.get("segmentation") == entry.get("segmentation"):
                 detail = f"annotation {entry['id']} of image {image_id} repeats annotation {other['id']}"

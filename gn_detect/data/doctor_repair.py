@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..errors import UserError
+from .canonical import has_mask
 from .coco_json import ids_may_repeat
-from .coco_rules import Rules, is_area, is_coordinate, is_integer, is_polygon
+from .coco_rules import Rules, is_area, is_coordinate, is_integer, is_polygon, shown
 from .doctor_checks import BORDER, area_disagrees, box_disagrees, overhang
 from .doctor_images import Probes
 from .doctor_masks import MaskMeasures, measure_mask
@@ -21,17 +23,79 @@ _FAR_OUT = 0.1
 """Part of the longer side by which a box reaches out of its picture only if it was drawn on a larger one."""
 
 
+MOST_REMOVED = 0.05
+"""Part of a file's objects or images that is removed without being asked to."""
+
+_NOUNS = {"images": "image", "annotations": "annotation", "categories": "category"}
+_IDS_SHOWN = 10
+
+
 @dataclass
 class Repair:
     """A repaired copy.
 
     Attributes:
         content: of the new file.
-        changes: one line for each.
+        before: number of entries of each list in the old one.
+        changes: one line for each thing that was mended.
+        num_changes: entries that were mended.
+        removals: one line for each thing that was removed.
+        removed: ids of the entries that were removed, by list; entries without one by their position.
     """
 
     content: dict[str, Any]
+    before: dict[str, int]
     changes: list[str] = field(default_factory=list)
+    num_changes: int = 0
+    removals: list[str] = field(default_factory=list)
+    removed: dict[str, list[Any]] = field(default_factory=lambda: {key: [] for key in _NOUNS})
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Repair:
+        """A copy in which nothing is changed yet."""
+        return cls(dict(content), {key: len(content[key]) for key in _NOUNS})
+
+    def mend(self, what: str, change: str) -> None:
+        """Note that something was mended."""
+        self.changes.append(f"{what}: {change}")
+        self.num_changes += 1
+
+    def drop(self, key: str, entry: Any, position: int, kept: Collection[int], reason: Any) -> None:
+        """Note that an entry of a list was removed; ``kept`` are the ids of those that were not."""
+        entry_id = entry.get("id") if isinstance(entry, dict) else None
+        own = is_integer(entry_id) and entry_id not in kept
+        self.removed[key].append(entry_id if own else f"{position} counted from 0")
+        self.removals.append(f"{_NOUNS[key]} removed: {reason}")
+
+    def check(self, rules: Rules, dropping: bool) -> None:
+        """Refuse to write a copy without what a training needs, or one that lost more than a little.
+
+        Args:
+            rules: of the file.
+            dropping: what cannot be mended may be removed, however much that is.
+
+        Raises:
+            UserError: nothing of a list would be left, or too much would be removed.
+        """
+        for key in _NOUNS:
+            if self.before[key] and self.before[key] == len(self.removed[key]):
+                folder = f"check that --images {rules.folder} is their folder; " if key == "images" else ""
+                raise UserError(
+                    f"--fix would leave none of the {self.before[key]} {key} of {rules.path}, so it wrote "
+                    f"nothing; {folder}correct what is listed"
+                )
+        shares = [len(self.removed[key]) / max(self.before[key], 1) for key in ("annotations", "images")]
+        if not dropping and max(shares) > MOST_REMOVED:
+            lost = " and ".join(self._lost(key) for key in _NOUNS if self.removed[key])
+            raise UserError(
+                f"--fix would remove {lost} of {rules.path}, so it wrote nothing; correct them, or add "
+                "--drop to go on without them"
+            )
+
+    def _lost(self, key: str) -> str:
+        ids = list(map(str, self.removed[key]))
+        listed = ", ".join(ids[:_IDS_SHOWN]) + (", ..." if len(ids) > _IDS_SHOWN else "")
+        return f"{len(ids)} of {self.before[key]} {key} (id {listed})"
 
 
 def repair(
@@ -40,37 +104,40 @@ def repair(
     probes: Probes | None,
     leaked: Collection[str] = (),
     masks: bool = True,
+    crowds: bool = True,
 ) -> Repair:
     """Mend what :data:`.faults.FAULTS` says can be mended.
 
     Args:
-        content: of a COCO file; it is left as it is.
+        content: of a COCO file in canonical form; it is left as it is.
         rules: for its entries.
         probes: of its images by path; None if they were not opened.
         leaked: paths of images to leave out.
         masks: objects without a usable mask are removed.
+        crowds: crowds stay crowds; each becomes an object otherwise.
     """
-    done = Repair(dict(content))
-    done.content["categories"], names = _categories(content["categories"], rules, done.changes)
-    used = _uses(content["annotations"])
-    images = _Images(rules, probes, leaked, used, done.changes)
+    done = Repair.of(content)
+    done.content["categories"], names = _categories(content["categories"], rules, done)
+    images = _Images(rules, probes, leaked, _uses(content["annotations"]), done)
     done.content["images"] = images.mend(content["images"])
-    annotations = _Annotations(rules, names, images.records, masks, done.changes)
+    annotations = _Annotations(rules, names, images.records, masks, crowds, done)
     done.content["annotations"] = annotations.mend(content["annotations"])
     return done
 
 
-def _categories(entries: list[Any], rules: Rules, changes: list[str]) -> tuple[list[Any], set[int]]:
+def _categories(entries: list[Any], rules: Rules, done: Repair) -> tuple[list[Any], set[int]]:
     kept: list[Any] = []
     ids: set[int] = set()
     for position, entry in enumerate(entries):
         category_id = entry.get("id") if isinstance(entry, dict) else None
         if category_id is None or not is_integer(category_id) or category_id in ids:
-            changes.append(f"category {position} (counted from 0) removed: no id, or that of another")
+            done.drop(
+                "categories", entry, position, ids, f"entry {position} (counted from 0) has no id of its own"
+            )
             continue
         if not isinstance(entry.get("name"), str):
             entry = {**entry, "name": f"category {category_id}"}
-            changes.append(f"category {category_id}: named {entry['name']!r}")
+            done.mend(f"category {category_id}", f"named {entry['name']!r}")
         ids.add(category_id)
         kept.append(entry)
     return kept, ids
@@ -92,10 +159,10 @@ class _Images:
         probes: Probes | None,
         leaked: Collection[str],
         used: Mapping[Any, list[dict[str, Any]]],
-        changes: list[str],
+        done: Repair,
     ) -> None:
         self.rules, self.probes, self.leaked, self.used = rules, probes, leaked, used
-        self.changes = changes
+        self.done = done
         self.records: dict[int, ImageRecord] = {}
 
     def mend(self, entries: list[Any]) -> list[Any]:
@@ -112,7 +179,7 @@ class _Images:
                 if probe is not None and probe.error is not None:
                     raise probe.error
             except DataError as error:
-                self.changes.append(f"image removed: {error}".replace(f"{self.rules.path}: ", ""))
+                self.done.drop("images", entry, position, self.records, _without_path(error, self.rules))
                 continue
             self.records[record.id] = record
             kept.append(mended)
@@ -139,7 +206,7 @@ class _Images:
         if not _fit(used, *probe.sizes[0]):
             raise DataError(f"{what}: its size is wrong, and annotations do not fit into the file's")
         height, width = probe.sizes[0]
-        self.changes.append(f"{what}: size {given} becomes {(height, width)} (height, width)")
+        self.done.mend(what, f"size {given} becomes {(height, width)} (height, width)")
         return {**entry, "height": height, "width": width}
 
 
@@ -184,10 +251,11 @@ class _Annotations:
         categories: Collection[int],
         images: Mapping[int, ImageRecord],
         masks: bool,
-        changes: list[str],
+        crowds: bool,
+        done: Repair,
     ) -> None:
         self.rules, self.categories, self.images, self.masks = rules, categories, images, masks
-        self.changes = changes
+        self.crowds, self.done = crowds, done
         self.ids: set[int] = set()
         self.first: dict[tuple[Any, ...], dict[str, Any]] = {}
 
@@ -195,20 +263,26 @@ class _Annotations:
         ids = [entry["id"] for entry in entries if isinstance(entry, dict) and is_integer(entry.get("id"))]
         self.free = max([0, *ids]) + 1
         kept = []
+        done = self.done
         for position, entry in enumerate(entries):
+            before = len(done.changes), done.num_changes, len(done.removals)
             try:
                 kept.append(self._mend_one(entry, position))
             except (DataError, ValueError) as error:
-                self.changes.append(f"annotation removed: {error}".replace(f"{self.rules.path}: ", ""))
+                del done.changes[before[0] :], done.removals[before[2] :]  # of an entry that goes
+                done.num_changes = before[1]
+                done.drop("annotations", entry, position, self.ids, _without_path(error, self.rules))
         return kept
 
     def _mend_one(self, entry: Any, position: int) -> dict[str, Any]:
+        named = ""
         if isinstance(entry, dict) and (not is_integer(entry.get("id")) or self._repeats(entry["id"])):
-            self._say(f"annotation {position} (counted from 0)", f"new id {self.free}")
+            named = f"annotation {position} (counted from 0)"
+            self.done.mend(named, f"new id {self.free}")
             entry = {**entry, "id": self.free}
             self.free += 1
         annotation_id, image_id = self.rules.ids(entry, position)
-        what = f"annotation {annotation_id} of image {image_id}"
+        what = f"{named or f'annotation {annotation_id}'} of image {image_id}"
         if image_id not in self.images:
             raise DataError(f"{what}, which is not there")
         image, entry = self.images[image_id], dict(entry)
@@ -226,44 +300,45 @@ class _Annotations:
     def _repeats(self, annotation_id: int) -> bool:
         return annotation_id in self.ids and not ids_may_repeat(self.rules.path)
 
-    def _say(self, what: str, change: str) -> None:
-        self.changes.append(f"{what}: {change}")
-
     def _mend_flags(self, entry: dict[str, Any], what: str) -> None:
         if entry.get("ignore", 0) != 0:
             if _is_set(entry.pop("ignore")):
-                self._say(what, "'ignore' becomes 'iscrowd' 1")
+                self.done.mend(what, "'ignore' becomes 'iscrowd' 1")
                 entry["iscrowd"] = 1
             else:
-                self._say(what, "'ignore', which says neither, removed")
+                self.done.mend(what, "'ignore', which says neither, removed")
         if "iscrowd" not in entry or entry["iscrowd"] not in (0, 1):
             value = int(_is_set(entry.get("iscrowd")))
-            self._say(what, f"'iscrowd' {value}")
+            self.done.mend(what, f"'iscrowd' {value}")
             entry["iscrowd"] = value
+        if entry["iscrowd"] and not self.crowds:
+            self.done.mend(what, "'iscrowd' 0: the crowd becomes an object")
+            entry["iscrowd"] = 0
 
     def _mend_mask(self, entry: dict[str, Any], image: ImageRecord, what: str) -> MaskMeasures | None:
         """Drops bad polygons, encodes those of crowds; None for an object without a mask, if that may be."""
         given = entry.get("segmentation")
-        if not given and not self.masks:
+        if not self.masks and not has_mask(entry):
             return None
         if isinstance(given, list):
             good = [p for p in given if isinstance(p, list) and all(map(is_coordinate, p)) and is_polygon(p)]
-            if len(good) < len(given):
-                self._say(what, f"{len(given) - len(good)} of {len(given)} polygons removed")
+            if good and len(good) < len(given):
+                lost = f"{len(given) - len(good)} of {len(given)} polygons removed"
+                self.done.removals.append(f"{what}: {lost}, which cannot be drawn")
                 entry["segmentation"] = given = good
         try:
             polygons, rle = self.rules.segmentation(given, image, what)
-            measures = measure_mask(polygons, rle, image)
-            if measures.area == 0:
+            measures = measure_mask(polygons, rle, image) if polygons or rle else None
+            if measures is None or measures.area == 0:
                 raise DataError(f"{what} has a mask without a pixel")
         except DataError:
             if self.masks:
                 raise
-            self._say(what, "its unusable mask removed; the box stays")
+            self.done.removals.append(f"{what}: its unusable mask removed; the box stays")
             del entry["segmentation"]
             return None
         if entry["iscrowd"] and polygons:
-            self._say(what, "the crowd's polygons become an RLE")
+            self.done.mend(what, "the crowd's polygons become an RLE")
             entry["segmentation"] = measures.rle
         return measures
 
@@ -279,7 +354,7 @@ class _Annotations:
             raise DataError(f"{what} has no usable box and no mask")
         x0, y0 = max(box[0], 0), max(box[1], 0)
         x1, y1 = min(box[2], image.width), min(box[3], image.height)
-        self._say(what, f"bbox {entry.get('bbox')} becomes {[x0, y0, x1 - x0, y1 - y0]}")
+        self.done.mend(what, f"bbox {entry.get('bbox')} becomes {[x0, y0, x1 - x0, y1 - y0]}")
         entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
         self.rules.box(entry, image, what)
 
@@ -288,7 +363,12 @@ class _Annotations:
         if is_area(area) and (not measures or entry["iscrowd"] or not area_disagrees(area, measures)):
             return
         entry["area"] = measures.area if measures else entry["bbox"][2] * entry["bbox"][3]
-        self._say(what, f"area {area} becomes {entry['area']}")
+        if area is not None:  # a missing one is a note of the reader
+            self.done.mend(what, f"area {shown(area)} becomes {entry['area']}")
+
+
+def _without_path(error: Exception, rules: Rules) -> str:
+    return str(error).replace(f"{rules.path}: ", "")
 
 
 def _unless_refused(read: Callable[[], T]) -> T | None:

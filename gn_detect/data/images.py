@@ -9,6 +9,7 @@ from PIL import ExifTags, Image
 
 from ..errors import UserError
 from .faults import DataError
+from .file_names import nearby_file
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,8 +57,10 @@ def read_image(
             stored = _to_rgb(file, path)
             orientation = _orientation(file)
     except FileNotFoundError as error:
+        near = nearby_file(path)
+        there = "" if near is None else f", but {near} is there"
         raise DataError(
-            f"image {path} is missing; restore it or correct the images folder", "missing-image"
+            f"image {path} is missing{there}; restore it or correct the images folder", "missing-image"
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(

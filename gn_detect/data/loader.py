@@ -79,8 +79,10 @@ def build_train_loader(
     if not cfg.datasets.train:
         raise UserError("DATASETS.TRAIN is empty; name the dataset to train on")
     masks = cfg.model.mask_on
-    dataset = join_datasets([CocoDataset(resolve_dataset(cfg, n), masks=masks) for n in cfg.datasets.train])
-    dataset.check_files()
+    parts = [CocoDataset(resolve_dataset(cfg, n), masks=masks) for n in cfg.datasets.train]
+    for part in parts:
+        part.check_files()
+    dataset = join_datasets(parts)
     kept = trainable_images(dataset, cfg.dataloader.filter_empty_annotations)
     if seed is None:
         seed = cfg.seed if cfg.seed >= 0 else _random_seed()
@@ -216,7 +218,8 @@ class TestSamples(Dataset[Sample]):
         record = self.dataset.images[item[0]]
         size = record.height, record.width
         pixels = read_image(record.file_name, "RGB", size)
-        return Sample(prepare_image(pixels, self.cfg), record.id, record.file_name, size)
+        image_id = self.dataset.spelt_images.get(record.id, record.id)
+        return Sample(prepare_image(pixels, self.cfg), image_id, record.file_name, size)
 
 
 class SampleLoader(Iterable[list[Sample]]):

@@ -47,6 +47,17 @@ def count_pixels(counts: str) -> int:
     Raises:
         ValueError: it has other characters, is cut off within a number, or has a run below 0.
     """
+    return int(read_runs(counts).sum())
+
+
+def read_runs(counts: str | list[int]) -> np.ndarray:
+    """(R,) int64, the runs of an RLE down the columns, those of background and object in turn.
+
+    Raises:
+        ValueError, OverflowError: as :func:`count_pixels`.
+    """
+    if isinstance(counts, list):
+        return np.array(counts, dtype=np.int64)
     if not RLE_CHARACTERS.fullmatch(counts):
         raise ValueError("wrong characters")
     codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
@@ -56,10 +67,10 @@ def count_pixels(counts: str) -> int:
     if codes[-1] >= 32 or lengths.max() > _LONGEST:
         raise ValueError("cut off, or with a number that is too large")
     places = np.arange(len(codes)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((codes & 31) << (5 * places), starts)
+    runs: np.ndarray = np.add.reduceat((codes & 31) << (5 * places), starts)
     runs -= ((codes[ends] & 16) >> 4) << (5 * lengths)
     for first in (1, 2):
         runs[first::2] = np.cumsum(runs[first::2])
     if runs.min() < 0:
         raise ValueError("a run below 0")
-    return int(runs.sum())
+    return runs

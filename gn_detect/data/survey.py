@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from .augmentation import shortest_edge_size
 from .coco import CocoDataset
-from .coco_json import load_coco
 from .datasets import DatasetSource
 
 NEAR = 0.5
@@ -68,8 +66,6 @@ def survey(source: DatasetSource, masks: bool | None = None) -> Survey:
     Raises:
         UserError: the annotations are not valid COCO, or an object lacks a mask where masks are read.
     """
-    if masks is None:
-        masks = any(map(_is_object_with_mask, load_coco(source.annotations)["annotations"]))
     dataset = CocoDataset(source, masks=masks)
     counts, table = dataset.objects.counts(), dataset.objects.masks
     return Survey(
@@ -82,14 +78,6 @@ def survey(source: DatasetSource, masks: bool | None = None) -> Survey:
         table is not None and len(table.rle) > 0,
         int(counts.max(initial=0)),
     )
-
-
-def _is_object_with_mask(entry: Any) -> bool:
-    """Crowds do not count: in datasets of boxes they may be RLE, too, and nothing is learned from them."""
-    if not isinstance(entry, dict) or entry.get("iscrowd"):
-        return False
-    mask = entry.get("segmentation")
-    return any(mask) if isinstance(mask, list) else bool(mask)  # [[]] is a polygon without a corner
 
 
 def sizes_of(boxes: np.ndarray) -> np.ndarray:

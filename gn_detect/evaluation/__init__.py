@@ -1,7 +1,7 @@
 """COCO box and mask AP."""
 
 from .backends import choose_backend, precision_and_recall
-from .coco import METRICS, evaluate_results
+from .coco import METRICS, evaluate_categories, evaluate_results
 from .coco_data import prepare_detections, prepare_ground_truth, to_rle
 from .matching import IN_CROWD, NOTHING, confusion_matrix, match_objects
 from .model import detections_to_coco, evaluate_model
@@ -18,6 +18,7 @@ __all__ = [
     "choose_backend",
     "confusion_matrix",
     "detections_to_coco",
+    "evaluate_categories",
     "evaluate_model",
     "evaluate_results",
     "format_results",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .backends import choose_backend, precision_and_recall
-from .coco_data import prepare_detections, prepare_ground_truth
+from .coco_data import GroundTruth, prepare_detections, prepare_ground_truth
 
 IOU_TYPES = ("bbox", "segm")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -19,6 +19,9 @@ than 32^2, up to 96^2 and more square pixels; AR1 to AR100 limit the detections 
 _IOU_50, _IOU_75 = 0, 5
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)
 _MAX_100 = 2
+
+_CATEGORIES = 2000
+"""Evaluated at once."""
 
 
 def evaluate_results(
@@ -49,24 +52,68 @@ def evaluate_results(
     backend = choose_backend(backend)
     truth = prepare_ground_truth(annotations_json, iou_type)
     detections = prepare_detections(results_json, truth, iou_type)
-    precision, recall = precision_and_recall(truth.coco, detections, iou_type, backend)
-    numbers = {
-        "AP": _mean(precision[..., _ALL, _MAX_100]),
-        "AP50": _mean(precision[_IOU_50, ..., _ALL, _MAX_100]),
-        "AP75": _mean(precision[_IOU_75, ..., _ALL, _MAX_100]),
-        "APs": _mean(precision[..., _SMALL, _MAX_100]),
-        "APm": _mean(precision[..., _MEDIUM, _MAX_100]),
-        "APl": _mean(precision[..., _LARGE, _MAX_100]),
-        "AR1": _mean(recall[..., _ALL, 0]),
-        "AR10": _mean(recall[..., _ALL, 1]),
-        "AR100": _mean(recall[..., _ALL, _MAX_100]),
-        "ARs": _mean(recall[..., _SMALL, _MAX_100]),
-        "ARm": _mean(recall[..., _MEDIUM, _MAX_100]),
-        "ARl": _mean(recall[..., _LARGE, _MAX_100]),
+    labels = truth.labels
+    numbers = {f"AP-{label}": float("nan") for label in labels}
+    sums, counts = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0)
+    for categories, precision, recall in evaluate_categories(truth, detections, iou_type, backend):
+        for name, values in _select(precision, recall).items():
+            counted = values[values > -1]
+            sums[name] += float(counted.sum())
+            counts[name] += counted.size
+        for k, category in enumerate(categories):
+            numbers[f"AP-{labels[category]}"] = _mean(precision[:, :, k, _ALL, _MAX_100])
+    return {
+        name: sums[name] / counts[name] * 100 if counts[name] else float("nan") for name in METRICS
+    } | numbers
+
+
+def evaluate_categories(
+    truth: GroundTruth, detections: Iterable[dict[str, Any]], iou_type: str, backend: str
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """:func:`precision_and_recall` of the categories that have annotations, some at a time: evaluators take
+    100 KB for each category, and more for each category and image.
+
+    Args:
+        truth, detections: as :mod:`.coco_data` prepares them.
+        iou_type, backend: see :func:`precision_and_recall`.
+
+    Yields:
+        positions of categories in ``truth.labels``, their precision and their recall.
+    """
+    present = sorted({annotation["category_id"] for annotation in truth.coco["annotations"]})
+    parts = [present[i : i + _CATEGORIES] for i in range(0, len(present), _CATEGORIES)]
+    if len(parts) > 1:
+        detections = list(detections)
+    for part in parts or [[]]:
+        chosen = frozenset(part)
+        found = (detection for detection in detections if detection["category_id"] in chosen)
+        if not part:
+            for _ in found:  # looks at all of them, and refuses what is wrong
+                pass
+            return
+        coco = truth.coco | {
+            key: [entry for entry in truth.coco[key] if entry[name] in chosen]
+            for key, name in (("categories", "id"), ("annotations", "category_id"))
+        }
+        yield [number - 1 for number in part], *precision_and_recall(coco, found, iou_type, backend)
+
+
+def _select(precision: np.ndarray, recall: np.ndarray) -> dict[str, np.ndarray]:
+    """What each of :data:`METRICS` is the mean of."""
+    return {
+        "AP": precision[..., _ALL, _MAX_100],
+        "AP50": precision[_IOU_50, ..., _ALL, _MAX_100],
+        "AP75": precision[_IOU_75, ..., _ALL, _MAX_100],
+        "APs": precision[..., _SMALL, _MAX_100],
+        "APm": precision[..., _MEDIUM, _MAX_100],
+        "APl": precision[..., _LARGE, _MAX_100],
+        "AR1": recall[..., _ALL, 0],
+        "AR10": recall[..., _ALL, 1],
+        "AR100": recall[..., _ALL, _MAX_100],
+        "ARs": recall[..., _SMALL, _MAX_100],
+        "ARm": recall[..., _MEDIUM, _MAX_100],
+        "ARl": recall[..., _LARGE, _MAX_100],
     }
-    for k, label in enumerate(truth.labels):
-        numbers[f"AP-{label}"] = _mean(precision[:, :, k, _ALL, _MAX_100])
-    return numbers
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,9 +1,9 @@
 """Ground truth and detections brought into one exact form, so that every evaluator reads the same thing.
 
 COCO evaluators differ in what they make of ids that are negative, text or 0, of missing areas and crowd
-flags, uncompressed RLE and bytes. All of that is decided here once, as pycocotools does it, and whatever
-pycocotools fails on, or counts as a miss without a word, is refused with a reason. Two things are on purpose
-not pycocotools':
+flags, uncompressed RLE and bytes. :mod:`gn_detect.data.canonical` and :mod:`gn_detect.data.coco_rules` read
+ground truth here as they do for training; what pycocotools fails on, or counts as a miss without a word, is
+refused with a reason. Two things are on purpose not pycocotools':
 
 - it takes an annotation whose id is 0 for "not matched", a false alarm; here annotations are numbered from 1;
 - an object whose polygons all have less than 3 points is left out of the mask AP with a warning, as it is
@@ -12,9 +12,7 @@ not pycocotools':
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +20,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pycocotools.mask as coco_mask
 
-from ..data.rle import RLE_CHARACTERS, count_pixels
+from ..data.canonical import CocoFile, as_box, as_integer, as_mask, as_number, canonical
+from ..data.coco_json import LISTS, check_lists, ids_may_repeat, read_canonical, read_categories, tell_notes
+from ..data.coco_rules import MOST_PIXELS, Rules, shown
+from ..data.faults import DataError
+from ..data.image_table import ImageRecord
 from ..errors import UserError
 from .results_file import read_entries
 
@@ -35,8 +36,13 @@ Json = dict[str, Any]
 Size = tuple[int, int] | None
 """(height, width) of an image in pixels, where the ground truth tells."""
 
-_FARTHEST = 1e6
-"""Pixels; rasterising takes memory in proportion to the length of a polygon."""
+_NAMELESS = Path("ground truth")
+
+_FARTHEST = 1e9
+"""Of numbers of a detection's box."""
+
+_HIGHEST = 1e300
+"""Score."""
 
 _MASKS_AT_ONCE = 200
 """``pycocotools.mask.area`` fails on more than 255."""
@@ -44,18 +50,20 @@ _MASKS_AT_ONCE = 200
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """COCO ground truth whose images, categories and annotations are numbered from 1, in order of their ids.
+    """COCO ground truth whose images, categories and annotations are numbered from 1.
 
     Attributes:
         coco: ``images``, ``categories`` and ``annotations``, each with all that evaluators read.
-        images, categories: number by the id in the annotation file.
+        images, categories: number by id.
         sizes: of images, by number.
+        file: as it was read, in canonical form.
     """
 
     coco: Json
-    images: dict[Any, int]
-    categories: dict[Any, int]
+    images: dict[int, int]
+    categories: dict[int, int]
     sizes: dict[int, Size]
+    file: CocoFile
 
     @property
     def labels(self) -> list[str]:
@@ -66,161 +74,153 @@ class GroundTruth:
         return [name if count[name] == 1 else f"{name} ({i})" for name, i in zip(names, ids, strict=True)]
 
 
-def read_json(source: str | Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it cannot be read, or is not JSON.
-    """
-    try:
-        return json.loads(Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); give a COCO JSON file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not JSON ({error}); give a COCO JSON file") from None
-
-
-def prepare_ground_truth(source: str | Path | Mapping[str, Any], iou_type: str) -> GroundTruth:
+def prepare_ground_truth(source: str | Path | Mapping[str, Any] | CocoFile, iou_type: str) -> GroundTruth:
     """COCO ground truth with boxes, areas, crowd flags and, for masks, compressed RLE.
 
-    ``area`` is the annotation's; where it has none, its mask's or else its box's. A missing ``iscrowd`` is 0.
-    ``ignore`` has no effect: pycocotools overwrites it with ``iscrowd``.
+    ``area`` is the annotation's; where it has none, its mask's or else its box's. Images need neither a
+    ``file_name`` nor, unless there are polygons, a size.
 
     Args:
         source: a file or its content, which is left as it is.
         iou_type: ``"bbox"`` or ``"segm"``.
 
     Raises:
-        UserError: it is not COCO, or an annotation is incomplete.
+        UserError: it is not COCO, or something in it is wrong.
     """
-    name = "ground truth" if isinstance(source, Mapping) else str(source)
-    data = source if isinstance(source, Mapping) else read_json(source)
-    if not isinstance(data, Mapping) or not all(
-        isinstance(data.get(key), list) for key in ("images", "annotations", "categories")
-    ):
-        raise UserError(
-            f"{name}: not COCO ground truth; it needs the lists images, annotations and categories"
-        )
-    try:
-        sizes = {image["id"]: _size(image) for image in data["images"]}
-        names = {category["id"]: str(category.get("name", category["id"])) for category in data["categories"]}
-        images = {key: number for number, key in enumerate(sorted(sizes), start=1)}
-        categories = {key: number for number, key in enumerate(sorted(names), start=1)}
-    except (TypeError, KeyError, ValueError, AttributeError):
-        raise UserError(
-            f"{name}: an image or a category has no proper id or size; every entry needs an integer id"
-        ) from None
+    if isinstance(source, CocoFile):
+        file = source
+    elif isinstance(source, str | Path):
+        file = read_canonical(Path(source))
+        tell_notes(file)
+    else:
+        check_lists(source, LISTS, _NAMELESS)
+        file = canonical(source, _NAMELESS)
+    rules = Rules(file.path, evaluation=True)
+    rules.whole(file.content)
+    names = read_categories(file.content["categories"], rules)
+    sizes = _sizes(file.content["images"], rules)
+    order = sorted(sizes)
+    spelt = [file.image_ids.get(image_id, image_id) for image_id in order]
+    if len(set(map(type, spelt))) == 1:  # as pycocotools sorts them, which decides about equal scores
+        order = [image_id for _, image_id in sorted(zip(spelt, order, strict=True))]
+    images = {image_id: number for number, image_id in enumerate(order, start=1)}
+    categories = {category_id: number for number, category_id in enumerate(names, start=1)}
     coco: Json = {
-        "images": [_image(number, sizes[key]) for key, number in images.items()],
+        "images": [_image(number, sizes[image_id]) for image_id, number in images.items()],
         "categories": [{"id": number, "name": names[key]} for key, number in categories.items()],
     }
-    truth = GroundTruth(coco, images, categories, {images[key]: size for key, size in sizes.items()})
-    coco["annotations"] = _annotations(data["annotations"], truth, name, iou_type)
+    by_number = {number: sizes[image_id] for image_id, number in images.items()}
+    truth = GroundTruth(coco, images, categories, by_number, file)
+    coco["annotations"] = _annotations(truth, rules, iou_type)
     return truth
 
 
-def _size(image: Mapping[str, Any]) -> Size:
-    height, width = image.get("height"), image.get("width")
-    return None if height is None or width is None else (int(height), int(width))
+def _sizes(entries: list[Any], rules: Rules) -> dict[int, Size]:
+    sizes: dict[int, Size] = {}
+    for position, entry in enumerate(entries):
+        image_id = rules.image_id(entry, position)
+        if image_id in sizes:
+            raise rules.repeated("image", image_id)
+        known = entry.get("height") is not None and entry.get("width") is not None
+        sizes[image_id] = rules.size(entry, f"image {image_id}") if known else None
+    return sizes
 
 
 def _image(number: int, size: Size) -> Json:
     return {"id": number} if size is None else {"id": number, "height": size[0], "width": size[1]}
 
 
-def _annotations(given: list[Any], truth: GroundTruth, name: str, iou_type: str) -> list[Json]:
-    annotations = []
-    for number, entry in enumerate(given, start=1):
-        try:
-            annotations.append(_annotation(entry, number, truth, iou_type))
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            shown = entry.get("id", number) if isinstance(entry, Mapping) else number
-            raise _refusal(f"{name}: annotation {shown}", entry, error) from None
-    if iou_type == "segm":
-        kept = [annotation for annotation in annotations if annotation["segmentation"]]
-        if len(kept) < len(annotations):
-            logger.warning(
-                "%s: %d annotation(s) without a polygon of at least 3 points are left out of the mask AP",
-                name,
-                len(annotations) - len(kept),
-            )
-        return kept
+def _annotations(truth: GroundTruth, rules: Rules, iou_type: str) -> list[Json]:
+    annotations, left_out = [], 0
+    seen: set[int] = set()
+    unique = not ids_may_repeat(rules.path)
+    for position, entry in enumerate(truth.file.content["annotations"]):
+        annotation_id, image_id = rules.ids(entry, position)
+        if unique and annotation_id in seen:
+            raise rules.repeated("annotation", annotation_id)
+        seen.add(annotation_id)
+        if image_id not in truth.images:
+            raise rules.unlisted_image(annotation_id, image_id)
+        what = f"annotation {annotation_id} of image {image_id}"
+        annotation = _annotation(entry, position + 1, truth.images[image_id], truth, rules, iou_type, what)
+        if iou_type == "segm" and annotation["segmentation"] is None:
+            left_out += 1
+        else:
+            annotations.append(annotation)
+    if left_out:
+        logger.warning(
+            "%s: %d annotation(s) without a polygon of at least 3 points are left out of the mask AP",
+            rules.path,
+            left_out,
+        )
     return annotations
 
 
-def _annotation(given: Mapping[str, Any], number: int, truth: GroundTruth, iou_type: str) -> Json:
-    image = _number(truth.images, given["image_id"], "image")
+def _annotation(
+    given: Json, number: int, image: int, truth: GroundTruth, rules: Rules, iou_type: str, what: str
+) -> Json:
     size = truth.sizes[image]
-    crowd = given.get("iscrowd") or 0
-    if crowd not in (0, 1):
-        raise ValueError(f"'iscrowd' is {crowd!r}, not 0 or 1")
     annotation: Json = {
         "id": number,
         "image_id": image,
-        "category_id": _number(truth.categories, given["category_id"], "category"),
-        "iscrowd": int(crowd),
+        "category_id": truth.categories[rules.category_id(given, truth.categories, what)],
+        "iscrowd": int(rules.crowd(given, what)),
     }
-    box, area = given.get("bbox"), given.get("area")
+    area = rules.area(given, what)
+    rules.box(given, None if size is None else ImageRecord(0, "", *size), what)
+    annotation["bbox"] = [float(value) for value in given["bbox"]]
     mask = None
-    if iou_type == "segm" or box is None or (area is None and given.get("segmentation")):
-        mask = to_rle(given["segmentation"], size, whole=True)
     if iou_type == "segm":
-        annotation["segmentation"] = mask
-    if box is None:
-        box = [0.0] * 4 if mask is None else coco_mask.toBbox(mask)
-    annotation["bbox"] = _box(box)
+        mask = annotation["segmentation"] = _encode(given.get("segmentation"), size, rules, what)
+    elif area is None:
+        try:
+            mask = _encode(given.get("segmentation"), size, rules, what)
+        except DataError:
+            pass  # boxes are evaluated without masks, too
     if area is None:
         area = coco_mask.area(mask) if mask else annotation["bbox"][2] * annotation["bbox"][3]
-    annotation["area"] = _finite(area, "area")
+    annotation["area"] = float(area)
     return annotation
 
 
-def to_rle(segmentation: Any, size: Size, whole: bool = False) -> Json | None:
+def to_rle(segmentation: Any, size: Size) -> Json | None:
     """Polygons, uncompressed or compressed RLE as compressed RLE with text counts.
 
     Args:
-        segmentation: COCO's ``segmentation``.
+        segmentation: COCO's ``segmentation``, in any form that :func:`.data.canonical.as_mask` reads.
         size: of the image, which polygons need and RLE must have.
-        whole: count the pixels of a compressed RLE, too, which takes longer than its overlaps do.
 
     Returns:
         ``{"size": [height, width], "counts": text}``; None where no polygon has 3 points or more. Shorter
         ones beside others cover nothing.
 
     Raises:
-        ValueError: it is none of the three, or does not fit the image.
+        UserError: it is none of the three, or does not fit the image.
     """
-    if not segmentation:
-        raise ValueError("it has no segmentation")
-    if isinstance(segmentation, list):
-        return _polygons_to_rle(segmentation, size)
-    height, width = (int(value) for value in segmentation["size"])
-    if size is not None and (height, width) != size:
-        raise ValueError(f"its RLE is {height}x{width} and its image {size[0]}x{size[1]} (height x width)")
-    counts = segmentation["counts"]
-    if isinstance(counts, list):
-        if any(run < 0 for run in counts) or sum(counts) != height * width:
-            raise ValueError(f"its RLE does not have {height * width} pixels")
-        counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
-    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
-    if not RLE_CHARACTERS.fullmatch(text):
-        raise ValueError("its RLE has wrong characters in 'counts'")
-    if whole and (found := count_pixels(text)) != height * width:
-        raise ValueError(f"its RLE has {found} pixels, not {height * width}")
-    return {"size": [height, width], "counts": text}
+    return _encode(as_mask(segmentation)[0], size, Rules(Path("mask")), "it")
 
 
-def _polygons_to_rle(polygons: list[Any], size: Size) -> Json | None:
+def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
+    """:func:`to_rle` of a canonical segmentation; where the image's size is unknown, an RLE says it."""
+    if size is None and isinstance(given, dict):
+        found = given.get("size")
+        if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int and n > 0 for n in found):
+            raise rules.error(f"{what} has an RLE without a proper 'size'; encode the mask again", "rle-size")
+        if found[0] * found[1] > MOST_PIXELS:
+            raise rules.error(
+                f"{what} has an RLE of 'size' {shown(found)}, larger than images are", "rle-size"
+            )
+        size = found[0], found[1]
     if size is None:
-        raise ValueError("its image has no 'height' or 'width', which polygons need")
-    for polygon in polygons:
-        if not all(abs(coordinate) <= _FARTHEST for coordinate in polygon):
-            raise ValueError("it has a polygon with a coordinate that is not finite or is far away")
-    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
-    if not polygons:
-        return None
-    rle = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
-    return {"size": list(size), "counts": rle["counts"].decode("ascii")}
+        if given:
+            raise rules.error(
+                f"{what}: its image has no 'height' or 'width', which polygons need", "image-size"
+            )
+        size = (1, 1)  # the rule says what is missing
+    polygons, rle = rules.segmentation(given, ImageRecord(0, "", *size), what)
+    if polygons:
+        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))["counts"]
+    return {"size": list(size), "counts": rle.decode("ascii")} if rle else None
 
 
 def prepare_detections(
@@ -231,8 +231,9 @@ def prepare_detections(
     They come one by one, so that a large file never lies in memory as a whole.
 
     Args:
-        source: COCO result file or its content, which is left as it is. A detection without ``bbox`` has its
-            mask's box (and area, as in pycocotools).
+        source: COCO result file or its content, which is left as it is. Its ids may be spelt as in the
+            annotation file, or as here. A detection without ``bbox`` has its mask's box (and area, as in
+            pycocotools).
         truth: the ground truth.
         iou_type: ``"bbox"`` or ``"segm"``.
 
@@ -243,74 +244,82 @@ def prepare_detections(
     data = read_entries(source) if isinstance(source, str | Path) else source
     if not isinstance(data, Iterable) or isinstance(data, str | Mapping):
         raise UserError(f"{name}: not COCO results; it needs a list of detections")
-    prepared = _prepare(data, truth, iou_type, name)
-    while some := list(islice(prepared, _MASKS_AT_ONCE)):
-        if iou_type == "segm":
-            _measure_masks(some)
-        yield from some
+    reader = _DetectionReader(name, truth, iou_type)
+    numbered = enumerate(data, start=1)
+    while some := list(islice(numbered, _MASKS_AT_ONCE)):
+        yield from reader.read(some)
 
 
-def _prepare(data: Iterable[Any], truth: GroundTruth, iou_type: str, name: str) -> Iterator[Json]:
-    for number, given in enumerate(data, start=1):
-        try:
-            prepared = _detection(given, number, truth, iou_type)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise _refusal(f"{name}: detection {number}", given, error) from None
-        yield prepared
+class _DetectionReader:
+    def __init__(self, name: str, truth: GroundTruth, iou_type: str) -> None:
+        self.rules, self.truth, self.iou_type = Rules(Path(name)), truth, iou_type
+        file = truth.file
+        self.spelt = [{spelt: i for i, spelt in ids.items()} for ids in (file.image_ids, file.category_ids)]
+
+    def read(self, entries: list[tuple[int, Any]]) -> list[Json]:
+        """Detections with their numbers, at most as many as pycocotools can measure."""
+        detections = [self._read_one(given, number) for number, given in entries]
+        if self.iou_type == "segm":
+            masks = [detection["segmentation"] for detection in detections]
+            boxes, areas = coco_mask.toBbox(masks).tolist(), coco_mask.area(masks).tolist()
+            for detection, box, area in zip(detections, boxes, areas, strict=True):
+                detection["bbox"], detection["area"] = box, float(area)
+        return detections
+
+    def _read_one(self, given: Any, number: int) -> Json:
+        what = f"detection {number}"
+        if not isinstance(given, Mapping):
+            raise self._refusal(what, "it is not an object")
+        image = self._number(given, "image", self.truth.images, self.spelt[0], what)
+        detection: Json = {
+            "id": number,
+            "image_id": image,
+            "category_id": self._number(given, "category", self.truth.categories, self.spelt[1], what),
+            "iscrowd": 0,
+            "score": self._score(given, what),
+        }
+        if self.iou_type == "segm" or given.get("bbox") is None:
+            mask = self._mask(given, self.truth.sizes[image], what)
+            if self.iou_type == "segm":
+                return detection | {"segmentation": mask}
+            return detection | {"bbox": coco_mask.toBbox(mask).tolist(), "area": float(coco_mask.area(mask))}
+        box = as_box(given["bbox"])[0]
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_near, box)):
+            raise self._refusal(what, f"its bbox {shown(box)} is not x, y, width, height in finite numbers")
+        box = [float(value) for value in box]
+        return detection | {"bbox": box, "area": box[2] * box[3]}
+
+    def _number(
+        self, given: Mapping[str, Any], kind: str, numbers: dict[int, int], spelt: dict[Any, int], what: str
+    ) -> int:
+        key = given.get(f"{kind}_id")
+        number = numbers.get(key) if type(key) is int else None
+        if number is None and key is not None and not isinstance(key, list | dict):
+            number = numbers.get(spelt.get(key, as_integer(key)))  # type: ignore[arg-type]
+        if number is None:
+            reason = f"it is of {kind} {shown(key)}, which the ground truth does not list"
+            raise self._refusal(what, reason if f"{kind}_id" in given else f"it has no '{kind}_id'")
+        return number
+
+    def _score(self, given: Mapping[str, Any], what: str) -> float:
+        if "score" not in given:
+            raise self._refusal(what, "it has no 'score'")
+        score = as_number(given["score"])
+        if score is None:
+            raise self._refusal(what, f"its score {shown(given['score'])} is not a number")
+        if not abs(score) <= _HIGHEST:  # nan is not, either
+            raise self._refusal(what, f"its score is {shown(score)}, which is not finite")
+        return float(score)
+
+    def _mask(self, given: Mapping[str, Any], size: Size, what: str) -> Json:
+        encoded = _encode(as_mask(given.get("segmentation"))[0], size, self.rules, what)
+        if encoded is None:
+            raise self._refusal(what, "it has no polygon of at least 3 points")
+        return encoded
+
+    def _refusal(self, what: str, reason: str) -> UserError:
+        return self.rules.error(f"{what} cannot be evaluated: {reason}; correct or remove it", "malformed")
 
 
-def _measure_masks(detections: list[Json]) -> None:
-    masks = [detection["segmentation"] for detection in detections]
-    boxes, areas = coco_mask.toBbox(masks).tolist(), coco_mask.area(masks).tolist()
-    for detection, box, area in zip(detections, boxes, areas, strict=True):
-        detection["bbox"], detection["area"] = box, float(area)
-
-
-def _detection(given: Mapping[str, Any], number: int, truth: GroundTruth, iou_type: str) -> Json:
-    image = _number(truth.images, given["image_id"], "image")
-    detection: Json = {
-        "id": number,
-        "image_id": image,
-        "category_id": _number(truth.categories, given["category_id"], "category"),
-        "iscrowd": 0,
-        "score": _finite(given["score"], f"score of image {given['image_id']}"),
-    }
-    if iou_type == "segm" or ("bbox" not in given and "segmentation" in given):
-        size = truth.sizes[image]
-        mask = to_rle(given["segmentation"], size)
-        if mask is None:
-            raise ValueError("it has no polygon of at least 3 points")
-        if iou_type == "segm":
-            return detection | {"segmentation": mask}
-        return detection | {"bbox": coco_mask.toBbox(mask).tolist(), "area": float(coco_mask.area(mask))}
-    box = _box(given["bbox"])
-    return detection | {"bbox": box, "area": box[2] * box[3]}
-
-
-def _number(numbers: dict[Any, int], key: Any, kind: str) -> int:
-    number = numbers.get(key)
-    if number is None:
-        raise ValueError(f"it is of {kind} {key!r}, which the ground truth does not list")
-    return number
-
-
-def _box(given: Sequence[float] | np.ndarray) -> list[float]:
-    box = [float(value) for value in given]
-    if len(box) != 4 or not all(map(math.isfinite, box)):
-        raise ValueError(f"its bbox {box} is not x, y, width, height in finite numbers")
-    return box
-
-
-def _finite(given: Any, what: str) -> float:
-    value = float(given)
-    if not math.isfinite(value):
-        raise ValueError(f"the {what} is {value}, which is not finite")
-    return value
-
-
-def _refusal(label: str, entry: Any, error: Exception) -> UserError:
-    if not isinstance(entry, Mapping):
-        reason = "it is not an object"
-    else:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-    return UserError(f"{label} cannot be evaluated: {reason}; correct or remove it")
+def _is_near(value: Any) -> bool:
+    return as_number(value) is not None and abs(value) <= _FARTHEST

@@ -159,11 +159,12 @@ def evaluate_model(
     """
     backend = choose_backend(backend)  # what is missing shows before the work
     path = Path(output_dir) / RESULTS_FILE
+    category_ids = [dataset.spelt_categories.get(i, i) for i in dataset.category_ids]
     with _in_evaluation_mode(model):
         if _rank() == 0:
-            _write_results(model, loader, dataset.category_ids, path)
+            _write_results(model, loader, category_ids, path)
         else:
-            _send_results(model, loader, dataset.category_ids)
+            _send_results(model, loader, category_ids)
             return _from_first(None)
     try:
         return _from_first(_evaluate(path, dataset, backend, iou_types))

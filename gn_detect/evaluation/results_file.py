@@ -6,6 +6,7 @@ through an evaluator.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -80,8 +81,10 @@ def read_entries(path: str | Path) -> Iterator[Any]:
         UserError: it cannot be read, is not JSON or not a list.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            yield from _entries(file)
+        with open(path, "rb") as file:
+            encoding = json.detect_encoding(file.read(4))  # a byte order mark tells it
+            file.seek(0)
+            yield from _entries(io.TextIOWrapper(file, encoding=encoding))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a COCO JSON file") from None
     except (ValueError, RecursionError) as error:

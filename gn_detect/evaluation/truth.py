@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..data.canonical import CocoFile
+from ..data.coco_json import read_canonical, tell_notes
 from ..errors import UserError
-from .coco_data import Json, prepare_ground_truth, read_json
+from .coco_data import Json, prepare_ground_truth
 
 
 @dataclass(frozen=True)
 class Truth:
-    """An annotation file by image, with the ids that it has in the file.
+    """An annotation file by image, with ids as in :class:`.data.canonical.CocoFile`.
 
     Attributes:
         path: of the file.
@@ -23,7 +24,7 @@ class Truth:
         category_ids, class_names: in order of the ids; names that several share get the id behind them.
         objects: annotations by image id, with ``category_id``, ``bbox``, ``area``, ``iscrowd`` and, if they
             have masks, ``segmentation`` as compressed RLE; images without any have an empty list.
-        content: of the file.
+        content: the file as it was read.
     """
 
     path: Path
@@ -32,7 +33,7 @@ class Truth:
     category_ids: list[int]
     class_names: list[str]
     objects: dict[Any, list[Json]]
-    content: Json
+    content: CocoFile
 
     def image_id_of(self, path: str | Path) -> Any:
         """The image with the longest file name that ``path`` ends in.
@@ -78,13 +79,9 @@ def read_truth(path: str | Path, iou_type: str | None = None) -> Truth:
     Raises:
         UserError: it is not COCO, or an annotation is incomplete.
     """
-    content = read_json(path)
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: not COCO ground truth; it needs images, annotations and categories")
-    try:
-        truth = prepare_ground_truth(content, iou_type or _best_iou_type(content))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    file = read_canonical(Path(path))
+    tell_notes(file)
+    truth = prepare_ground_truth(file, iou_type or _best_iou_type(file.content))
     image_ids = {number: key for key, number in truth.images.items()}
     category_ids = {number: key for key, number in truth.categories.items()}
     objects: dict[Any, list[Json]] = {key: [] for key in truth.images}
@@ -92,13 +89,11 @@ def read_truth(path: str | Path, iou_type: str | None = None) -> Truth:
         image_id = image_ids[entry["image_id"]]
         entry = {**entry, "image_id": image_id, "category_id": category_ids[entry["category_id"]]}
         objects[image_id].append(entry)
-    names = {image["id"]: str(image.get("file_name", image["id"])) for image in content["images"]}
+    names = {image["id"]: str(image.get("file_name", image["id"])) for image in file.content["images"]}
     sizes = {key: size for key, number in truth.images.items() if (size := truth.sizes[number]) is not None}
-    return Truth(Path(path), names, sizes, list(truth.categories), truth.labels, objects, dict(content))
+    return Truth(Path(path), names, sizes, list(truth.categories), truth.labels, objects, file)
 
 
-def _best_iou_type(content: Mapping[str, Any]) -> str:
-    annotations = content.get("annotations")
-    entries = annotations if isinstance(annotations, list) else []
-    has_masks = all(isinstance(entry, Mapping) and entry.get("segmentation") for entry in entries)
+def _best_iou_type(content: Json) -> str:
+    has_masks = all(isinstance(entry, dict) and entry.get("segmentation") for entry in content["annotations"])
     return "segm" if has_masks else "bbox"

@@ -101,12 +101,11 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
         UserError: the file is damaged, or is not one of this ground truth.
     """
     curves = {iou_type: _curves(truth, results, iou_type) for iou_type in iou_types}
-    image_sizes = {image["id"]: (image["height"], image["width"]) for image in truth.content["images"]}
     detections: dict[Any, list[Json]] = {image_id: [] for image_id in truth.objects}
     for entry in read_entries(results):
         if entry["score"] >= threshold:
             if "segmentation" in entry:
-                mask = to_rle(entry["segmentation"], image_sizes[entry["image_id"]])
+                mask = to_rle(entry["segmentation"], truth.sizes.get(entry["image_id"]))
                 if mask is None:  # a polygon of two points, which shows nothing
                     continue
                 entry["segmentation"] = mask

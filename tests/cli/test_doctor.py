@@ -39,7 +39,7 @@ def test_strict_tells_by_the_exit_status(case: Case, capsys: pytest.CaptureFixtu
     assert doctor(case) == 0 and doctor(case, "--strict") == 1
     out = capsys.readouterr().out
     assert "1 x boxes outside the image [box-outside]\n      001.png: annotation 1 of image 1 has its" in out
-    assert "2 errors, 0 warnings, 0 notes; --fix OUT.json repairs 2 of them in a copy" in out
+    assert "2 errors, 0 warnings, 0 notes; --fix OUT.json repairs 2 in a copy" in out
 
 
 def test_a_repaired_copy_trains_and_the_input_stays(
@@ -49,7 +49,8 @@ def test_a_repaired_copy_trains_and_the_input_stays(
     before, fixed = case.train.read_bytes(), case.train.with_name("fixed.json")
     assert doctor(case, "--fix", fixed) == 0
     out = capsys.readouterr().out
-    assert f"wrote {fixed} with 2 changes" in out and "annotation 1 (counted from 0): new id 9" in out
+    assert f"wrote {fixed}: 2 repaired, 0 removed of" in out
+    assert "annotation 1 (counted from 0): new id 9" in out
     assert case.train.read_bytes() == before
     case.train.write_bytes(fixed.read_bytes())
     assert doctor(case, "--strict") == 0
@@ -62,7 +63,8 @@ def test_shared_pictures_leave_the_first_part(case: Case, tmp_path: Path) -> Non
     (case.val.parent / "images" / "001.png").write_bytes((images / "003.png").read_bytes())
     val = ("--json", case.val, "--images", case.val.parent / "images")
     fixed = tmp_path / "fixed.json"
-    assert doctor(case, *val, "--strict", "--fix", fixed) == 1
+    assert doctor(case, *val, "--fix", fixed) == 2 and not fixed.exists()
+    assert doctor(case, *val, "--strict", "--fix", fixed, "--drop") == 1
     content = json.loads(fixed.read_text())
     assert [image["id"] for image in content["images"]] == [1, 2, 4]
     assert {a["image_id"] for a in content["annotations"]} == {1, 2, 4}
@@ -83,14 +85,65 @@ def test_a_dataset_without_any_object_is_drawn_too(case: Case, tmp_path: Path) -
     assert (tmp_path / "report.png").is_file()
 
 
-def test_many_changes_are_listed_in_a_file(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_removals_are_listed_in_a_file(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     def repeat(content: dict) -> None:
         content["annotations"] *= 5
 
     case.edit(repeat)
-    assert doctor(case, "--fix", case.train.with_name("fixed.json")) == 0
-    listed = case.train.with_name("fixed_changes.txt").read_text().splitlines()
-    assert len(listed) > 20 and f"and {len(listed) - 20} more: see" in capsys.readouterr().out
+    fixed = case.train.with_name("fixed.json")
+    before = set(fixed.parent.iterdir())
+    assert doctor(case, "--fix", fixed) == 2 and set(fixed.parent.iterdir()) == before
+    out, err = capsys.readouterr()
+    assert (
+        "and 12 more: --report FILE has the ids" in out
+        and "--fix OUT.json removes 32 in a copy" in out
+        and "\n--fix removes 32:\n" in out
+    )
+    assert (
+        "--fix would remove 32 of 40 annotations (id 8 counted from 0, 9 counted" in err and "--drop" in err
+    )
+    assert doctor(case, "--fix", fixed, "--drop") == 0
+    out = capsys.readouterr().out
+    assert len(json.loads(fixed.read_text())["annotations"]) == 8 and "0 repaired, 32 removed of" in out
+    assert len(case.train.with_name("fixed_removals.txt").read_text().splitlines()) == 32
+    assert "and 12 more: see" in out
+
+
+def test_a_few_objects_may_go_without_being_asked(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    """5%; one more, and nothing is written."""
+
+    def spread(bad: int) -> None:
+        content = json.loads(case.train.read_text())
+        first = content["annotations"][0]
+        content["annotations"] = [
+            {
+                **first,
+                "category_id": content["categories"][0]["id"],
+                "id": i,
+                "bbox": [0, 0, i, 9],
+                "area": 9 * i,
+                "segmentation": [[0, 0, i, 0, i, 9, 0, 9]],
+            }
+            for i in range(1, 51)
+        ]
+        for entry in content["annotations"][:bad]:
+            entry["category_id"] = 99
+        case.train.write_text(json.dumps(content))
+
+    fixed = case.train.with_name("fixed.json")
+    spread(3)
+    assert doctor(case, "--fix", fixed) == 2 and not fixed.exists()
+    assert "remove 3 of 50 annotations (id 1, 2, 3) of" in capsys.readouterr().err
+    spread(2)
+    assert doctor(case, "--fix", fixed) == 0
+    assert len(json.loads(fixed.read_text())["annotations"]) == 48
+
+
+def test_nothing_is_emptied(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = case.train.with_name("fixed.json")
+    case.edit(lambda content: [entry.update(category_id=99) for entry in content["annotations"]])
+    assert doctor(case, "--fix", fixed, "--drop") == 2 and not fixed.exists()
+    assert "--fix would leave none of the 8 annotations" in capsys.readouterr().err
 
 
 def test_what_is_refused(case: Case, refused: Refused, tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ import pytest
 from PIL import Image
 
 from gn_detect.data import CocoDataset, DatasetSource
-from gn_detect.data.coco_rules import Rules
 from gn_detect.data.doctor import Diagnosis, examine, leaked_paths
-from gn_detect.data.doctor_repair import repair
 from gn_detect.data.faults import ERROR, FAULTS, NOTE, Finding
 from gn_detect.errors import UserError
 
@@ -41,8 +39,12 @@ BOW = [[10, 10, 40, 30, 40, 10, 10, 30]]
 RLE = {"size": [60, 90], "counts": [0, 5400]}
 FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
     "no file name": ("malformed", lambda c: c["images"][0].pop("file_name"), {"image_id": 7}),
-    "no bbox": ("malformed", lambda c: c["annotations"][0].pop("bbox"), {"annotation_id": 1}),
-    "text id": ("malformed", of_annotation(0, id="x"), {}),
+    "no bbox": (
+        "malformed",
+        lambda c: [c["annotations"][0].pop(key) for key in ("bbox", "segmentation")],
+        {},
+    ),
+    "list id": ("malformed", of_annotation(0, id=[1]), {}),
     "huge id": ("malformed", of_annotation(0, image_id=2**63), {"annotation_id": 1}),
     "no objects": ("nothing", lambda c: c["annotations"].clear(), {}),
     "category twice": ("duplicate-category-id", again("categories"), {"category_id": 9}),
@@ -53,12 +55,17 @@ FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
     "no height": ("image-size", of_image(0, height=0), {"image_id": 7}),
     "impossible size": ("image-size", of_image(0, height=10**7), {"image_id": 7}),
     "missing": ("missing-image", of_image(0, file_name="gone.png"), {"image_id": 7, "file_name": "gone.png"}),
+    "other name": ("misnamed-image", of_image(0, file_name="C:\\me\\7.PNG"), {"image_id": 7}),
     "other size": ("size-differs", of_image(0, height=61), {"image_id": 7}),
     "negative box": ("bad-box", of_annotation(0, bbox=[9, 9, -5, 5]), {"annotation_id": 1}),
     "box outside": ("box-outside", of_annotation(0, bbox=[90, 0, 5, 5]), {"annotation_id": 1, "image_id": 7}),
     "crowd 2": ("bad-flag", of_annotation(0, iscrowd=2), {"annotation_id": 1}),
     "ignore": ("bad-flag", of_annotation(0, ignore=1), {"annotation_id": 1}),
-    "no area": ("incomplete", lambda c: c["annotations"][0].pop("area"), {"annotation_id": 1}),
+    "fractions": (
+        "fractions",
+        lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]],
+        {},
+    ),
     "nan area": ("bad-area", of_annotation(0, area=float("nan")), {"annotation_id": 1}),
     "no mask": ("no-mask", of_annotation(0, segmentation=[]), {"annotation_id": 1}),
     "far polygon": (
@@ -86,6 +93,10 @@ FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
     "file twice": ("duplicate-file", again("images", id=99), {"image_id": 99}),
     "name twice": ("duplicate-category-name", again("categories", id=99), {"category_id": 99}),
     "bow": ("crossing-polygon", of_annotation(0, segmentation=BOW), {"annotation_id": 1}),
+    "text number": ("other-form", of_annotation(0, image_id="7"), {}),
+    "no area": ("other-form", lambda c: c["annotations"][0].pop("area"), {}),
+    "no masks": ("boxes-alone", lambda c: [a.update(segmentation=[]) for a in c["annotations"]], {}),
+    "many crowds": ("crowds", lambda c: None, {}),
     "unused": ("unused-category", again("categories", id=99, name="new"), {"category_id": 99}),
     "empty": ("empty-image", lambda c: None, {"image_id": 11}),
 }
@@ -110,10 +121,16 @@ def test_every_kind_of_fault_is_tried() -> None:
 
 
 def test_a_good_dataset_is_healthy(write_dataset: Write, small_coco: dict) -> None:
+    small_coco["annotations"].pop(3)  # of a handful a crowd is many
     diagnosis = examine([write_dataset(small_coco)])
     assert diagnosis.healthy and {f.kind for f in diagnosis.findings} == {"empty-image"}
-    assert str(diagnosis).startswith("small: 4 images, 5 annotations, 1 crowds, 3 categories\n")
+    assert str(diagnosis).startswith("small: 4 images, 4 annotations, 0 crowds, 3 categories\n")
     assert str(diagnosis).endswith("0 errors, 0 warnings, 1 note")
+
+
+def faults(diagnosis: Diagnosis) -> list[Finding]:
+    """Errors and warnings; the fixture has more crowds than a dataset should have."""
+    return [f for f in diagnosis.findings if f.severity != NOTE and f.kind != "crowds"]
 
 
 def test_files_that_cannot_be_read_and_pictures_that_are_equal(
@@ -124,7 +141,7 @@ def test_files_that_cannot_be_read_and_pictures_that_are_equal(
     (source.images / "2.png").write_bytes(picture.read_bytes()[:500])
     (source.images / "copy.png").write_bytes(picture.read_bytes())
     small_coco["images"].append({**small_coco["images"][0], "id": 99, "file_name": "copy.png"})
-    found = {f.kind: f for f in examine([write_rest(source, small_coco)]).findings if f.severity != NOTE}
+    found = {f.kind: f for f in faults(examine([write_rest(source, small_coco)]))}
     assert found.keys() == {"unreadable-image", "duplicate-picture"}
     assert found["unreadable-image"].image_id == 2 and found["unreadable-image"].file_name == "2.png"
     assert (
@@ -161,9 +178,9 @@ def test_16_bit_images_are_judged_together(write_dataset: Write, small_coco: dic
     source = write_dataset(small_coco)
     save_deep(source, 255, 2, 11)
     save_deep(source, 16384, 7)
-    assert examine([source]).healthy
+    assert faults(examine([source])) == []
     save_deep(source, 0, 7)
-    assert not examine([source]).healthy
+    assert [f.kind for f in faults(examine([source]))] == ["dark-images"]
 
 
 def write_rest(source: DatasetSource, content: dict) -> DatasetSource:
@@ -199,28 +216,53 @@ def test_without_images_or_masks_less_is_looked_at(write_dataset: Write, small_c
     small_coco["annotations"][1]["segmentation"] = []
     write_rest(source, small_coco)
     diagnosis = examine([source], open_images=False, masks=False)
-    assert diagnosis.healthy and "images were not opened" in str(diagnosis)
+    assert faults(diagnosis) == [] and "images were not opened" in str(diagnosis)
 
 
 def mended(source: DatasetSource, diagnosis: Diagnosis) -> tuple[dict[str, Any], list[str]]:
-    content = json.loads(source.annotations.read_text())
-    before = copy.deepcopy(content)
-    done = repair(content, Rules(source.annotations, source.images, True), diagnosis.probes)
-    assert json.dumps(content) == json.dumps(before)
-    return done.content, done.changes
+    fix = diagnosis.fix
+    assert fix.num_changes == len(fix.changes)
+    return fix.content, fix.changes + fix.removals
 
 
-@pytest.mark.parametrize("name", [n for n, (kind, _, _) in FOUND.items() if FAULTS[kind].repair])
-def test_a_repaired_copy_is_read_and_no_longer_has_the_fault(
-    write_dataset: Write, small_coco: dict, name: str
-) -> None:
+@pytest.mark.parametrize("name", FOUND)
+def test_fix_does_what_the_doctor_says(write_dataset: Write, small_coco: dict, name: str) -> None:
+    """It repairs and removes where the text says so, and nothing else; the fault is gone then."""
     kind, spoil, _ = FOUND[name]
     spoil(small_coco)
     source = write_dataset(small_coco)
-    content, changes = mended(source, examine([source]))
-    write_rest(source, content)
-    assert changes and len(CocoDataset(source, evaluation=True)) >= 3
-    assert [f for f in examine([source]).findings if f.severity != NOTE] == []
+    diagnosis, fault = examine([source]), FAULTS[kind]
+    fix, found = diagnosis.fix, [FAULTS[finding.kind] for finding in diagnosis.findings]
+    if fault.fix:
+        assert f"-> {fault.remedy}; --fix {fault.fix}\n" in str(diagnosis)
+        assert fix.changes or fix.removals
+    if fault.repair and not fault.removal:
+        assert fix.changes
+    if fault.removal and not fault.repair:
+        assert fix.removals
+    if not any(other.repair for other in found):
+        assert fix.changes == [] and fix.num_changes == 0
+    if not any(other.removal for other in found):
+        assert fix.removals == []
+        assert [len(fix.content[k]) for k in fix.before] == [len(small_coco[k]) for k in fix.before]
+    if not any(other.fix for other in found):
+        assert fix.content == small_coco and "--fix OUT.json" not in str(diagnosis).splitlines()[-1]
+    counts = (("repairs", fix.num_changes), ("removes", len(fix.removals)))
+    hint = " and ".join(f"{verb} {count}" for verb, count in counts if count)
+    assert (f"; --fix OUT.json {hint} in a copy" if hint else " note") in str(diagnosis).splitlines()[-1]
+    write_rest(source, fix.content)
+    again = examine([source])
+    assert kind not in {f.kind for f in again.findings} or not fault.fix
+    assert again.fix.content == fix.content and not again.fix.changes and not again.fix.removals
+
+
+@pytest.mark.parametrize("name", [n for n, (kind, _, _) in FOUND.items() if FAULTS[kind].fix])
+def test_a_repaired_copy_is_read_and_has_no_fault(write_dataset: Write, small_coco: dict, name: str) -> None:
+    FOUND[name][1](small_coco)
+    source = write_dataset(small_coco)
+    write_rest(source, examine([source]).fix.content)
+    assert len(CocoDataset(source, evaluation=True)) >= 3
+    assert faults(examine([source])) == []
 
 
 def test_a_good_file_is_left_as_it_is(write_dataset: Write, small_coco: dict) -> None:
@@ -254,11 +296,10 @@ def test_boxes_stay_where_nobody_needs_their_masks(write_dataset: Write, small_c
     small_coco["annotations"][0]["segmentation"] = [[]]
     small_coco["annotations"][2]["segmentation"] = {"size": [90, 60], "counts": "no RLE"}
     source = write_dataset(small_coco)
-    rules = Rules(source.annotations, source.images, True)
-    done = repair(small_coco, rules, examine([source], masks=False).probes, masks=False)
+    done = examine([source], masks=False).fix
     kept = {entry["id"]: entry for entry in done.content["annotations"]}
-    assert len(kept) == 5 and "segmentation" not in kept[1] and "segmentation" not in kept[3], done.changes
-    assert kept[2]["segmentation"]
+    assert len(kept) == 5 and "segmentation" not in kept[3], done.removals
+    assert kept[2]["segmentation"] and len(done.removals) == 1
 
 
 def resized(source: DatasetSource, image_id: int, height: int, width: int) -> None:
@@ -280,7 +321,7 @@ def test_a_resized_picture_is_not_taken_for_a_wrong_size(
     resized(source, image_id, *size)
     content, changes = mended(source, examine([source]))
     reason = f"the file is the annotated picture resized by {factor}; scale its annotations or restore"
-    assert f"image removed: image {image_id}: {reason} the file" in changes
+    assert f"image removed: image {image_id}: {reason} the file" in changes, changes
     assert image_id not in {image["id"] for image in content["images"]}
     assert image_id not in {annotation["image_id"] for annotation in content["annotations"]}
 
@@ -346,7 +387,7 @@ def test_an_image_turned_by_exif_has_both_sizes(write_dataset: Write, small_coco
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(np.zeros((90, 60, 3), dtype=np.uint8)).save(source.images / "7.png", exif=exif)
-    assert examine([source]).healthy  # stored 60 x 90 (width x height), upright 90 x 60
+    assert faults(examine([source])) == []  # stored 60 x 90 (width x height), upright 90 x 60
     small_coco["images"][1] |= {"file_name": "7.png"}
     diagnosis = examine([write_rest(source, small_coco)])
     assert {f.kind for f in diagnosis.findings if f.severity == ERROR} == set()

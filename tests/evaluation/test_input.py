@@ -42,7 +42,7 @@ def as_bytes(annotation: dict) -> None:
         uncompressed,
         as_bytes,
         lambda a: a.update(id=a["id"] - 1),  # pycocotools itself mistakes the id 0 for "not matched"
-        lambda a: a.update(ignore=1),  # overwritten by iscrowd
+        lambda a: a.update(ignore=a["iscrowd"]),
         lambda a: a.pop("area"),  # rectangles: the mask's area is the box's
         lambda a: a.pop("iscrowd") if not a["iscrowd"] else None,
         lambda a: a.update(iscrowd=bool(a["iscrowd"])),
@@ -129,13 +129,22 @@ def test_inputs_are_left_alone(backend: str) -> None:
 
 
 BAD_MASKS = [
-    ([], "it has no segmentation"),
-    ({"size": [60, 80], "counts": [4800]}, "its RLE is 60x80 and its image 120x160"),
-    ({"size": [HEIGHT, WIDTH], "counts": [50, 50]}, "does not have 19200 pixels"),
-    ({"size": [HEIGHT, WIDTH], "counts": "\x01z"}, "wrong characters"),
-    ({"size": [HEIGHT, WIDTH]}, "it has no 'counts'"),
-    ([[1, 2, float("nan"), 4, 5, 6]], "a coordinate that is not finite"),
-    ([[1, 2, 1e300, 4, 5, 6]], "is far away"),  # would take all memory
+    ([], "has no segmentation"),
+    ({"size": [60, 80], "counts": [4800]}, "has an RLE of 'size' [60, 80], but the image's is [120, 160]"),
+    ({"size": [HEIGHT, WIDTH], "counts": [50, 50]}, "has an RLE of 100 pixels, but the image has 19200"),
+    ({"size": [HEIGHT, WIDTH], "counts": "\x01z"}, "has an RLE without valid 'counts' (wrong characters)"),
+    (
+        {"size": [HEIGHT, WIDTH], "counts": "1M2"},
+        "has an RLE without valid 'counts' (a run below 0)",
+    ),  # hangs
+    ({"size": [HEIGHT, WIDTH], "counts": "0" * 9}, "has an RLE of 0 pixels, but the image has 19200"),
+    ({"size": [HEIGHT, WIDTH], "counts": "000T"}, "has an RLE without valid 'counts' (cut off"),
+    ({"size": [HEIGHT, WIDTH], "counts": [19200, 10**400, -(10**400)]}, "has an RLE without valid 'counts'"),
+    ({"size": [HEIGHT, WIDTH]}, "has an RLE without valid 'counts'"),
+    ([[1, 2, float("nan"), 4, 5, 6]], "not all finite numbers near the image"),
+    ([[1, 2, 1e300, 4, 5, 6]], "not all finite numbers near the image"),  # would take all memory
+    ([[1, 2, 10**400, 4, 5, 6]], "not all finite numbers near the image"),
+    ([[0, 0, 1e5, 1e5] * 400], "an outline of 80000000 pixels, which no object in an image of 160x120"),
 ]
 
 
@@ -145,7 +154,11 @@ BAD_MASKS = [
         ({"image_id": 12345}, "is of image 12345, which the ground truth does not list"),
         ({"category_id": 2}, "is of category 2, which the ground truth does not list"),
         ({"score": float("nan")}, "is nan, which is not finite"),
-        ({"score": None}, "cannot be evaluated"),
+        ({"score": None}, "its score None is not a number"),
+        ({"score": 10**400}, "which is not finite"),
+        ({"image_id": 10**400}, "which the ground truth does not list"),
+        ({"image_id": [1]}, "which the ground truth does not list"),
+        ({"bbox": [1, 2, 3, 10**400]}, "is not x, y, width, height in finite numbers"),
         ({"bbox": [1, 2, 3]}, "is not x, y, width, height"),
         ({"bbox": [1, 2, float("inf"), 3]}, "is not x, y, width, height in finite numbers"),
     ],
@@ -162,11 +175,11 @@ def test_bad_detections(change: dict, part: str) -> None:
 def test_bad_masks(mask: Any, part: str) -> None:
     truth, detections = random_data(1)
     bad = [*detections[:4], {**detections[4], "segmentation": mask}]
-    with pytest.raises(UserError, match="results: detection 5 cannot be evaluated") as caught:
+    with pytest.raises(UserError, match="results: detection 5 has") as caught:
         evaluate_results(truth, bad, "segm")
     assert part in str(caught.value)
     truth["annotations"][2] |= {"id": 77, "segmentation": mask}
-    with pytest.raises(UserError, match="ground truth: annotation 77 cannot be evaluated") as caught:
+    with pytest.raises(UserError, match="ground truth: annotation 77 of image .* has") as caught:
         evaluate_results(truth, detections, "segm")
     assert part in str(caught.value)
     evaluate_results(truth, detections, "bbox")
@@ -175,19 +188,19 @@ def test_bad_masks(mask: Any, part: str) -> None:
 def test_bad_files(tmp_path: Path) -> None:
     truth, detections = random_data(1)
     path = tmp_path / "x.json"
-    with pytest.raises(UserError, match="x.json: cannot be read"):
+    with pytest.raises(UserError, match="annotation file .*x.json is missing"):
         evaluate_results(path, detections, "bbox")
     path.write_text("{")
-    with pytest.raises(UserError, match="x.json: not JSON"):
+    with pytest.raises(UserError, match="x.json is not JSON"):
         evaluate_results(path, detections, "bbox")
     path.write_text("[]")
-    with pytest.raises(UserError, match="not COCO ground truth; it needs the lists images, annotations"):
+    with pytest.raises(UserError, match="x.json is not COCO: it holds a list"):
         evaluate_results(path, detections, "bbox")
     path.write_text("{}")
     with pytest.raises(UserError, match="not COCO results"):
         evaluate_results(truth, path, "bbox")
     del truth["annotations"][0]["bbox"], truth["annotations"][0]["segmentation"]
-    with pytest.raises(UserError, match="annotation 1 cannot be evaluated"):
+    with pytest.raises(UserError, match="annotation 1 .*has no 'bbox'; add it"):
         evaluate_results(truth, detections, "bbox")
 
 

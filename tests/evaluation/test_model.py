@@ -55,7 +55,7 @@ def dataset(tmp_path: Path) -> SimpleNamespace:
     }
     path = tmp_path / "truth.json"
     path.write_text(json.dumps(truth))
-    return SimpleNamespace(name="toy", annotations_path=path, category_ids=[7, 20])
+    return SimpleNamespace(name="toy", annotations_path=path, category_ids=[7, 20], spelt_categories={})
 
 
 def make_loader() -> list[list[Sample]]:
@@ -200,7 +200,11 @@ def in_one_process(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", **group)
     try:
         data = SimpleNamespace(
-            name="toy", annotations_path=folder / "truth.json", category_ids=[7, 20], class_names=["a", "b"]
+            name="toy",
+            annotations_path=folder / "truth.json",
+            category_ids=[7, 20],
+            spelt_categories={},
+            class_names=["a", "b"],
         )
         out = folder / "out"
         metrics = evaluate_model(PerfectModel(), [make_loader()[rank]], data, out, backend="pycocotools")
@@ -219,7 +223,7 @@ def test_two_processes_return_the_same_numbers_and_raise_the_same_error(
     torch.multiprocessing.spawn(in_one_process, (tmp_path,), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    assert first[0] == pytest.approx(100) and "nowhere.json: cannot be read" in first[1]
+    assert first[0] == pytest.approx(100) and "nowhere.json is missing" in first[1]
     written = json.loads((tmp_path / "out/coco_instances_results.json").read_text())
     assert [entry["image_id"] for entry in written] == [1, 1, 2, 2, 3, 3]
 

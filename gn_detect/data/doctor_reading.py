@@ -1,0 +1,139 @@
+"""Read a COCO file as it is meant: put right the forms, units and image names that have one obvious reading.
+
+What was put right is found once, here: the doctor reports it, and the repaired copy keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+from .canonical import has_masks
+from .coco_json import read_canonical
+from .coco_rules import Rules, is_fraction_box, is_fraction_mask, is_integer
+from .datasets import DatasetSource
+from .faults import DataError
+from .file_names import missing_names
+
+
+@dataclass
+class Reading:
+    """A COCO file as it is meant.
+
+    Attributes:
+        rules: for its entries.
+        content: the lists, with all that was put right.
+        masks: objects must have one.
+        told: kind of fault, one line, and the ids that a finding has, for each thing that was put right.
+        changes: one line for each of them that a repaired copy keeps.
+        num_changes: entries that were changed.
+    """
+
+    rules: Rules
+    content: dict[str, Any]
+    masks: bool
+    told: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+    num_changes: int = 0
+
+    def change(self, line: str, count: int = 1) -> None:
+        """Note what a repaired copy keeps."""
+        self.changes.append(line)
+        self.num_changes += count
+
+
+def read_as_meant(source: DatasetSource, *, names: bool, masks: bool) -> Reading:
+    """Read an annotation file and put right what has one obvious reading.
+
+    Args:
+        source: where the files are.
+        names: look for images whose file has a nearly equal name.
+        masks: objects must have a mask, if some has one.
+
+    Raises:
+        UserError: the file is missing, not JSON or not COCO at all.
+    """
+    file = read_canonical(source.annotations)
+    rules = Rules(source.annotations, source.images, True)
+    reading = Reading(rules, dict(file.content), masks and has_masks(file.content))
+    for note in file.notes:
+        reading.told.append(("other-form", str(note), {}))
+        reading.change(str(note), note.count)
+    annotations = file.content["annotations"]
+    if masks and not reading.masks and annotations:
+        detail = f"none of {len(annotations)} annotations has a mask that can be learned"
+        reading.told.append(("boxes-alone", detail, {}))
+    if names:
+        _rename(reading)
+    _multiply_fractions(reading)
+    return reading
+
+
+def _rename(reading: Reading) -> None:
+    images = reading.content["images"]
+    names = [entry.get("file_name") for entry in images if isinstance(entry, dict)]
+    usable = [name for name in names if isinstance(name, str) and name and "\0" not in name]
+    found = missing_names(reading.rules.folder, usable)
+    renamed = []
+    for entry in images:
+        name = entry.get("file_name") if isinstance(entry, dict) else None
+        other = found.get(name) if isinstance(name, str) else None
+        if other is not None:
+            image_id = entry.get("id")
+            detail = f"image {image_id}: there is no {name}, but {other}"
+            about = {"image_id": image_id if is_integer(image_id) else None, "file_name": name}
+            reading.told.append(("misnamed-image", detail, about))
+            reading.change(f"image {image_id}: 'file_name' {name!r} becomes {other!r}")
+            entry = {**entry, "file_name": other}
+        renamed.append(entry)
+    reading.content["images"] = renamed
+
+
+def _multiply_fractions(reading: Reading) -> None:
+    try:
+        reading.rules.whole(reading.content)
+        return
+    except DataError as error:
+        if error.kind != "fractions":
+            return  # the checks say so again
+        reading.told.append((error.kind, str(error).removeprefix(f"{reading.rules.path}: "), {}))
+    sizes: dict[Any, tuple[int, int]] = {}
+    for position, entry in enumerate(reading.content["images"]):
+        with suppress(DataError):
+            image = reading.rules.image(entry, position)
+            sizes[image.id] = (image.width, image.height)
+    scaled = []
+    for entry in reading.content["annotations"]:
+        size = sizes.get(entry.get("image_id")) if isinstance(entry, dict) else None
+        multiplied = None if size is None else _multiplied(entry, size)
+        if multiplied is not None:
+            what = f"annotation {entry.get('id')} of image {entry.get('image_id')}"
+            reading.change(f"{what}: fractions multiplied by {size}, width and height")
+        scaled.append(multiplied or entry)
+    reading.content["annotations"] = scaled
+
+
+def _multiplied(entry: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
+    """An annotation in pixels: box and polygons, each if it looks like fractions; the area follows anew.
+
+    None where neither does.
+    """
+    box, mask = entry.get("bbox"), entry.get("segmentation")
+    new: dict[str, Any] = {}
+    if _is_numbers(box) and len(box) == 4 and is_fraction_box(box):
+        new["bbox"] = _times(box, size)
+    if isinstance(mask, list) and mask and all(p and _is_numbers(p) for p in mask) and is_fraction_mask(mask):
+        new["segmentation"] = [_times(polygon, size) for polygon in mask]
+    return {key: value for key, value in entry.items() if key != "area"} | new if new else None
+
+
+def _is_numbers(value: Any) -> TypeGuard[list[float]]:
+    return isinstance(value, list) and all(type(number) in (int, float) for number in value)
+
+
+def _times(numbers: list[float], size: tuple[int, int]) -> list[float]:
+    """Numbers ``x, y, ...`` times width and height; 8.000000000000002 becomes 8."""
+    products = (round(float(number) * size[place % 2], 6) for place, number in enumerate(numbers))
+    return [int(product) if product.is_integer() else product for product in products]
