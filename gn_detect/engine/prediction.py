@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..evaluation import ResultsWriter, detections_to_coco
 from ..evaluation.model import detection_memory_help
 from ..files import atomic_write, atomic_write_json
+from ..progress import progress_bar
 from ..structures import Detections
 from ..visualize import picture_scale, save_picture
 from .drawing import Classes, draw_entries
@@ -124,7 +125,7 @@ def predict_images(
         atomic_write(folder / "predictions.json") as file,
         reading_threads(min(workers, 4)) as readers,
         drawing_processes(workers if pictures else 0, len(tasks)) as drawers,
-        tqdm(total=len(tasks), unit="image", disable=None) as progress,
+        progress_bar(total=len(tasks), unit="image", leave=True) as progress,
     ):
         results = ResultsWriter(file)
         read = in_order(readers, _read, tasks, min(workers, 4) + 2)
@@ -227,7 +228,7 @@ def predict_video(
         reading_threads(min(workers, 1)) as reader,
         drawing_processes(workers, total or 10 * workers) as drawers,
         reading_threads(min(workers, 1)) as encoder,
-        tqdm(total=total or None, unit="frame", disable=None) as progress,
+        progress_bar(total=total or None, unit="frame", leave=True) as progress,
     ):
         writer = VideoWriter(video_file, output)
         frames = _until_none(in_order(reader, _next(read_frames(path)), _for_ever(), 4))
