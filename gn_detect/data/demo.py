@@ -286,7 +286,7 @@ def _is_complete(folder: Path, stamp: dict[str, int]) -> bool:
         found = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
         return found == stamp and all(
             (folder / f"instances_{part}.json").is_file()
-            and sum(1 for _ in (folder / f"images_{part}").glob("*.jpg")) == stamp[f"num_{part}"]
+            and sum(1 for _ in (folder / f"images_{part}").glob("[!.]*.jpg")) == stamp[f"num_{part}"]
             for part in ("train", "val")
         )
     except (OSError, ValueError):

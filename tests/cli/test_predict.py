@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 
 from gn_detect.cli import main
 from gn_detect.cli import predict as command
+from gn_detect.cli.inputs import find_images
 from gn_detect.config import load_config
 from gn_detect.engine import prediction
 from gn_detect.errors import UserError
@@ -94,6 +95,26 @@ def test_what_to_try_where_nothing_reaches_the_threshold(
     advice = ["--weights", weights, "--no-pictures", "--threshold", lower, name, key, min(lower, least)]
     assert predict(case, tmp_path / "again", *advice) == 0
     assert json.loads((tmp_path / "again/predictions.json").read_text())
+
+
+def test_hidden_files_and_those_of_other_kinds_are_no_images(tmp_path: Path) -> None:
+    names = ["a.jpg", "b.PNG", "._a.jpg", ".DS_Store", ".hidden.png", "Thumbs.db", "desktop.ini", "a.xml"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    for folder in (".ipynb_checkpoints", ".AppleDouble", "sub", "folder.jpg"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "copy.jpg").write_bytes(b"")
+    images = [tmp_path / "a.jpg", tmp_path / "b.PNG"]
+    assert find_images([str(tmp_path)]) == images
+    assert find_images([f"{tmp_path}/*"]) == images
+    deep = [*images, tmp_path / "folder.jpg/copy.jpg", tmp_path / "sub/copy.jpg"]
+    assert find_images([f"{tmp_path}/**/*"]) == deep
+    assert find_images([f"{tmp_path}/*.xml", f"{tmp_path}/._a.jpg"]) == [
+        tmp_path / "a.xml",
+        tmp_path / "._a.jpg",
+    ]
+    with pytest.raises(UserError, match="no image at"):
+        find_images([f"{tmp_path}/.ipynb_checkpoints/*.png"])
 
 
 @pytest.mark.usefixtures("stub")

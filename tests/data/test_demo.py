@@ -258,7 +258,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_a_second_call_does_nothing(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "make_image", lambda seed, index: pytest.fail("generated again"))
+    (written / "images_val" / "._200001.jpg").write_bytes(b"macOS")  # a hidden file is none of ours
     ensure_demo_dataset(written.parent, num_train=12, num_val=20)
+    (written / "images_val" / "._200001.jpg").unlink()
 
 
 @pytest.mark.parametrize("damage", ["version", "picture", "annotations"])
