@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-BASE = {"errors", "files", "structures"}
+BASE = {"errors", "files", "progress", "structures"}
 MIDDLE = BASE | {"ops", "layers", "config"}
 LOWER = MIDDLE | {"convert", "weights", "modeling"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "progress": set(),
     "structures": {"errors"},
     "ops": BASE,
     "layers": BASE | {"ops"},

@@ -28,19 +28,24 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
 def find_images(inputs: list[str], videos: bool = False) -> list[Path]:
     """Files as given, the images (and videos, if wanted) in folders, and what patterns match, each once.
 
+    Folders and patterns leave out hidden files, such as the ``._photo.jpg`` that macOS puts beside
+    ``photo.jpg``, and files of other kinds, such as ``Thumbs.db``.
+
     Raises:
         UserError: an input does not exist, or a folder or pattern holds no image.
     """
+    suffixes = IMAGE_SUFFIXES | (VIDEO_SUFFIXES if videos else set())
     found: dict[Path, None] = {}
     for text in inputs:
         path = Path(text)
         if path.is_file():
             matches = [path]
-        elif path.is_dir():
-            suffixes = IMAGE_SUFFIXES | (VIDEO_SUFFIXES if videos else set())
-            matches = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file())
         else:
-            matches = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
+            listed = path.iterdir() if path.is_dir() else map(Path, glob.glob(text, recursive=True))
+            shown = sorted(p for p in listed if p.is_file() and not p.name.startswith("."))
+            matches = [p for p in shown if p.suffix.lower() in suffixes]
+            if not path.is_dir():
+                matches = matches or shown  # of a pattern such as '*.dat'
         if not matches:
             raise UserError(f"no image at {text}; give image files, a folder of them or a pattern")
         found.update(dict.fromkeys(matches))

@@ -33,7 +33,7 @@ from . import (
     zoo,
 )
 from .output import Result, add_output_arguments, directed, print_json
-from .parser import HelpFormatter, Parser, check_flags
+from .parser import HelpFormatter, Parser, check_flags, check_keys
 
 COMMANDS = {
     "train": train,
@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         With ``--json`` the result stands on standard output, alone.
 
     Raises:
-        SystemExit: for ``--help`` and ``--version`` (status 0), and by a training that is told to stop.
+        SystemExit: for ``--help`` (and without arguments) and ``--version`` with status 0, and by a training
+            that is told to stop.
     """
     try:
         args = parse(arguments)
@@ -114,7 +115,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         UserError: a command, flag or value that there is not, a word too many, or one that is missing.
     """
     parser = make_parser()
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     check_flags(parser, words)
     args, rest = parser.parse_known_args(words)
     rest = [word for word in rest if word != "--"]
@@ -123,6 +124,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"{rest[0]!r} is a word too many; gn-detect {args.command} --help shows how")
     if rest:
         getattr(args, lists[0]).extend(rest)
+    if not (args.command == "config" and args.overrides[:1] == ["explain"]):
+        check_keys(getattr(args, "overrides", []))
     return args
 
 

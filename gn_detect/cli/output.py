@@ -7,9 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, TextIO, cast
+from typing import Any
+
+from ..progress import HIDDEN
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,25 @@ def add_output_arguments(parser: argparse.ArgumentParser, default: object = argp
 @contextmanager
 def directed(quiet: bool, as_json: bool) -> Iterator[None]:
     """Standard output goes to standard error (``as_json``) or nowhere (``quiet``), also that of processes
-    that are started meanwhile; with ``quiet`` progress bars take standard error for a file."""
+    that are started meanwhile; with ``quiet`` there are no progress bars."""
     if not (quiet or as_json):
         yield
         return
     sys.stdout.flush()
-    saved = os.dup(1)
+    saved, shown = os.dup(1), os.environ.get(HIDDEN)
+    if quiet:
+        os.environ[HIDDEN] = "1"
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         target = nowhere if quiet else sys.stderr
         os.dup2(nowhere.fileno() if quiet else 2, 1)
-        errors = cast(TextIO, _NoTerminal(sys.stderr)) if quiet else sys.stderr
         try:
-            with redirect_stdout(target), redirect_stderr(errors):
+            with redirect_stdout(target):
                 yield
         finally:
             os.dup2(saved, 1)
             os.close(saved)
+            if quiet and shown is None:
+                del os.environ[HIDDEN]
 
 
 def print_json(value: Any) -> None:
@@ -76,17 +81,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-class _NoTerminal:
-    """A stream that says that nobody watches it."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def isatty(self) -> bool:
-        """False: tqdm draws nothing."""
-        return False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

@@ -10,6 +10,7 @@ from typing import Any
 from ..config import Config, load_config, read_overrides
 from ..data.datasets import DatasetSource
 from ..data.survey import survey
+from ..engine.distributed import check_launch
 from ..engine.machine import find_machine
 from ..engine.recipe import make_recipe
 from ..errors import UserError
@@ -28,6 +29,9 @@ def choose_config(args: argparse.Namespace) -> Config:
         UserError: the data, the weights or a given key are wrong.
     """
     given = read_overrides(args.overrides)
+    device = str(given.get("MODEL.DEVICE", "auto"))
+    if "RANK" not in os.environ:  # torchrun has started the processes
+        check_launch(device, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     source = _source(args)
     data = survey(source, masks=given.get("MODEL.MASK_ON"))
     if not len(data.boxes):
@@ -35,7 +39,7 @@ def choose_config(args: argparse.Namespace) -> Config:
     weights = str(given.get("MODEL.WEIGHTS", ""))
     checkpoint = read_checkpoint(weights) if weights else None
     architecture = None if checkpoint is None else read_architecture(checkpoint)
-    machine = find_machine(str(given.get("MODEL.DEVICE", "auto")), args.num_gpus, args.num_machines)
+    machine = find_machine(device, args.num_gpus, args.num_machines)
     recipe = make_recipe(data, machine, weights, architecture, bool(args.val_json), given)
     recipe.keys.setdefault("OUTPUT_DIR", OUTPUT)
     cfg = load_config(recipe.base, _as_overrides(recipe.keys, args.overrides))

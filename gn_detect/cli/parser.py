@@ -12,12 +12,70 @@ from ..config.load import known_keys
 from ..config.supported import NEVER_READ, is_unread
 from ..errors import UserError
 
-_KEYS_OF_OTHERS = {
-    "LR": "SOLVER.BASE_LR",
-    "LEARNING_RATE": "SOLVER.BASE_LR",
-    "BATCH_SIZE": "SOLVER.IMS_PER_BATCH",
+_ITERATIONS = "SOLVER.MAX_ITER, in iterations: epochs x images / SOLVER.IMS_PER_BATCH"
+_SIZES = "INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST, the shorter side, and INPUT.MAX_SIZE_TRAIN and _TEST"
+_DEVICE = "MODEL.DEVICE, which is cpu, cuda, cuda:1 or auto"
+_NO_FLAG = "images are given without a flag"
+_OUTPUT = ("--output", "OUTPUT_DIR")
+
+_HABITS: dict[str, tuple[str, ...]] = {
+    "epochs epoch max-epochs num-epochs total-epochs": (_ITERATIONS,),
+    "iters iterations max-iters num-iters steps max-steps num-steps": ("SOLVER.MAX_ITER",),
+    "b batch batch-size bs train-batch-size images-per-batch samples-per-gpu": (
+        "SOLVER.IMS_PER_BATCH, for all GPUs together; to evaluate TEST.IMS_PER_BATCH, for each",
+    ),
+    "lr learning-rate lr0 base-lr": ("SOLVER.BASE_LR",),
+    "lrf min-lr": ("SOLVER.BASE_LR_END",),
+    "wd weight-decay": ("SOLVER.WEIGHT_DECAY",),
+    "optim optimizer opt": ("SOLVER.OPTIMIZER",),
+    "scheduler lr-scheduler lr-schedule cos-lr": ("SOLVER.LR_SCHEDULER_NAME",),
+    "lr-steps lr-step-size milestones": ("SOLVER.STEPS, in iterations",),
+    "lr-gamma": ("SOLVER.GAMMA",),
+    "warmup warmup-epochs warmup-iters warmup-steps": ("SOLVER.WARMUP_ITERS, in iterations",),
+    "grad-clip clip-grad max-grad-norm clip-grad-norm": ("SOLVER.CLIP_GRADIENTS.ENABLED",),
+    "accumulate accumulation-steps gradient-accumulation-steps grad-accum": ("SOLVER.ACCUMULATE",),
+    "amp fp16 half bf16 mixed-precision": ("SOLVER.AMP.ENABLED True",),
+    "ema model-ema": ("SOLVER.EMA.ENABLED True",),
+    "sync-bn sync-batchnorm": ("MODEL.RESNETS.NORM SyncBN, and so for the other NORM keys",),
+    "imgsz img-size image-size img-scale input-size size img": (_SIZES,),
+    "min-size": ("INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST",),
+    "max-size": ("INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST",),
+    "j workers num-workers nw workers-per-gpu": ("--workers", "DATALOADER.NUM_WORKERS"),
+    "device cuda cpu no-cuda gpu use-cpu": (_DEVICE,),
+    "gpus num-gpu ngpus n-gpus gpu-num nproc-per-node nproc": ("--num-gpus", _DEVICE),
+    "gpu-id gpu-ids": ("MODEL.DEVICE cuda:1, or the environment variable CUDA_VISIBLE_DEVICES",),
+    "seed random-seed": ("SEED",),
+    "o out output output-dir out-dir outdir save-dir work-dir project name exp log-dir logdir": _OUTPUT,
+    "data data-path data-dir dataset data-root root": (
+        "--train-json",
+        "DATASETS.TRAIN and DATASETS.TEST, or DATASETS.REGISTER",
+    ),
+    "annotations ann ann-file annotation-file": ("--annotations", "--train-json"),
+    "source input inputs image images img-dir": ("--train-images", _NO_FLAG),
+    "cfg config": ("--config-file",),
+    "cfg-options opts options opt-level set": ("SOLVER.BASE_LR 0.01, without a flag in front",),
+    "pretrained checkpoint ckpt load-from weight pretrained-weights finetune": (
+        "--weights",
+        "MODEL.WEIGHTS",
+    ),
+    "model": ("--weights", "MODEL.WEIGHTS"),
+    "resume-from auto-resume": ("--resume", "MODEL.WEIGHTS"),
+    "test-only evaluate eval val validate": ("--eval-only",),
+    "classes num-classes nc": ("MODEL.ROI_HEADS.NUM_CLASSES",),
+    "freeze frozen-stages freeze-at trainable-backbone-layers": ("MODEL.BACKBONE.FREEZE_AT",),
+    "conf conf-thres conf-thresh confidence confidence-threshold score-thr score-threshold score-thresh": (
+        "--threshold",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+    ),
+    "iou iou-thres iou-thresh nms nms-thresh nms-thr": ("MODEL.ROI_HEADS.NMS_THRESH_TEST",),
+    "max-det max-dets topk": ("TEST.DETECTIONS_PER_IMAGE",),
+    "print-freq log-interval log-period": ("SOLVER.LOG_PERIOD, in iterations",),
+    "save-period save-interval checkpoint-interval save-freq": ("SOLVER.CHECKPOINT_PERIOD, in iterations",),
+    "eval-interval eval-freq eval-period val-interval": ("TEST.EVAL_PERIOD, in iterations",),
+    "compile": ("MODEL.COMPILE True",),
 }
-"""What other tools have as flags, and call otherwise."""
+"""Flags of ultralytics, mmdetection, torchvision and others: for each the first flag here that the
+command has, or the config key."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -77,23 +135,60 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
 
 
 def _meant(scope: argparse.ArgumentParser, flag: str) -> str:
-    """What to write instead: a flag that begins or ends alike or looks so, a config key, or where to look."""
+    """What to write instead: the flag or key of the same meaning, a flag that looks alike, where to look."""
     flags = [name for name in scope._option_string_actions if name.startswith("--") and name != "--help"]
+    takes_keys = any(a.dest in ("overrides", "inputs") for a in scope._actions)
     near = [name for name in flags if name.startswith(flag) or flag.endswith(name[1:])]
     near = near or get_close_matches(flag, flags, 1, cutoff=0.7)
+    habit = _habit(flag, flags)
+    if habit.startswith("--"):
+        return f"did you mean {habit}?"
+    if habit == _NO_FLAG and any(a.dest == "inputs" for a in scope._actions):
+        return f"{habit}; {scope.prog} --help shows how"
+    keys = [habit] if habit and habit != _NO_FLAG else _keys_called(flag)
+    if keys and takes_keys and (habit or not near):
+        keys = [key if " " in key else f"{key} VALUE" for key in keys[:3]]
+        return f"it is a config key, given behind the command: {' or '.join(keys)}"
     if near:
         return f"did you mean {' or '.join(near[:3])}?"
-    keys = _keys_called(flag) if any(a.dest in ("overrides", "inputs") for a in scope._actions) else []
-    if keys:
-        return f"it is a config key, given behind the command: {' or '.join(keys[:3])}"
     if any(isinstance(action, argparse._SubParsersAction) for action in scope._actions):
         return f"a command's own flags stand behind its name; {scope.prog} --help shows how"
     return f"{scope.prog} --help lists them"
 
 
+def check_keys(words: Sequence[str]) -> None:
+    """Refuse ``KEY=VALUE``, and names that other tools have for a key.
+
+    Args:
+        words: ``KEY VALUE ...``.
+
+    Raises:
+        UserError: it says how the key is called and written.
+    """
+    for word in words[::2]:
+        key, equals, value = word.partition("=")
+        is_key = key in known_keys() or ("." in key and key.upper() in known_keys())
+        meant = key.upper() if is_key else key_of_habit(key)
+        if equals and meant:
+            raise UserError(f"{word}: key and value stand apart here, as in {meant.split(',')[0]} {value}")
+        if meant and not is_key:
+            raise UserError(f"{key}: unknown key; what other tools call so is {meant}")
+
+
+def key_of_habit(name: str) -> str:
+    """Return the config key, perhaps with words about it, for what other tools call ``name``, or ""."""
+    return _habit(name, ()).replace(_NO_FLAG, "")
+
+
+def _habit(flag: str, flags: Sequence[str]) -> str:
+    """What another tool's flag is here: one of ``flags``, a config key with words about it, or ""."""
+    name = re.sub("[_ ]", "-", flag.strip("-")).lower()
+    answers = next((answers for names, answers in _HABITS.items() if name in names.split()), ())
+    known = (answer for answer in answers if answer in flags or not answer.startswith("--"))
+    return next(known, "")
+
+
 def _keys_called(flag: str) -> list[str]:
     """Config keys whose last part is the flag's name."""
     name = flag.strip("-").replace("-", "_").upper()
-    if name in _KEYS_OF_OTHERS:
-        return [_KEYS_OF_OTHERS[name]]
     return [k for k in known_keys() if k.rpartition(".")[2] == name and not is_unread(k, NEVER_READ)]

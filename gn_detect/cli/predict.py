@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..engine.pipeline import default_workers
 from ..engine.prediction import AnyPredictor, Outcome, Task, predict_images, predict_video
 from ..errors import UserError
 from ..evaluation import Truth, read_truth
+from ..progress import fitted
 from .inputs import find_images, is_video, name_outputs, split_overrides
 from .options import (
     add_fix_argument,
@@ -116,7 +118,30 @@ def run(args: argparse.Namespace) -> Result:
         print(f"{len(failures)} of {len(paths)} inputs could not be read", file=sys.stderr)
     counts = {key: sum(getattr(outcome, key) for outcome in outcomes) for key in ("images", "objects")}
     counts["left_out"] = len(found) - len(paths)
-    return Result({**counts, "output": str(output), "failures": failures}, UNREADABLE if failures else 0)
+    best = max(outcomes, key=lambda outcome: outcome.best_score or 0.0)
+    if counts["images"] and not counts["objects"]:
+        print(fitted(nothing_found(predictor, best, args.threshold), sys.stdout))
+    scores = {"best_score": best.best_score, "best_input": best.best_input}
+    told = {**counts, **scores, "output": str(output), "failures": failures}
+    return Result(told, UNREADABLE if failures else 0)
+
+
+def nothing_found(predictor: AnyPredictor, best: Outcome, threshold: float) -> str:
+    """Return what to say where no object reaches the threshold: the best score, its image, what to try."""
+    least = predictor.cfg.model.roi_heads.score_thresh_test
+    if best.best_score is None:
+        return (
+            f"no object scores {threshold:g} (--threshold) or more, and none scores more than {least:g}, "
+            f"MODEL.ROI_HEADS.SCORE_THRESH_TEST of the model; train longer, or export it with a lower one"
+        )
+    # One digit, rounded down; a score must be above SCORE_THRESH_TEST and not equal to it.
+    unit = 10.0 ** math.floor(math.log10(max(best.best_score, 1e-6)))
+    lower = f"{max(math.floor(best.best_score / unit * 0.999), 1) * unit:.6g}"
+    key = f" and, behind the images, MODEL.ROI_HEADS.SCORE_THRESH_TEST {lower}"
+    return (
+        f"no object scores {threshold:g} (--threshold) or more: the best score is {best.best_score:.3g}, in "
+        f"{best.best_input}; try --threshold {lower}{key if best.best_score <= least else ''}"
+    )
 
 
 def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor | ExportedPredictor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 from ..config import Config
 from ..engine import evaluate, train
 from ..engine.checkpoint import BEST, FINAL
+from ..progress import fitted
 from ..report.run_folder import read_run
 from .options import (
     add_config_arguments,
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> Result:
     found = {name: str(path) if path.is_file() else None for name, path in files.items()}
     best = read_run(folder).best
     if best and not best.is_last:
-        print(best)
+        print(fitted(str(best), sys.stdout))
     if not args.config_file:
         weights = found["best"] or found["weights"]
         print(f"next: gn-detect predict --config-file {found['config']} --weights {weights} IMAGES")

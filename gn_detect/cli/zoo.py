@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import UserError
 from ..weights.download import MD5_BESIDE
@@ -62,14 +62,14 @@ def _result(entries: Iterable[ZooEntry]) -> Result:
 
 
 def _list(entries: Iterable[ZooEntry]) -> None:
-    rows = [("name", "box/mask AP", "trained", "file")]
+    rows = [("name", "box/mask AP", "trained", "downloaded")]
     for entry in entries:
         rows.append(
             (
                 entry.name,
                 _quality(entry),
                 entry.schedule or "ImageNet",
-                "here" if entry.file.is_file() else "-",
+                "yes" if entry.file.is_file() else "-",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -79,21 +79,38 @@ def _list(entries: Iterable[ZooEntry]) -> None:
 
 def _info(entries: Iterable[ZooEntry]) -> None:
     for entry in entries:
-        told = entry.model_dump(exclude={"name", "overrides"}, exclude_defaults=True)
-        told["checksum"] = {"": "none is published", MD5_BESIDE: f"md5, at {entry.url}.md5"}.get(
-            entry.checksum, entry.checksum
-        )
         print(entry.name)
-        for key, value in told.items():
-            words = (
-                " ".join(f"'{word}'" if " " in word else word for word in value)
-                if isinstance(value, tuple)
-                else value
-            )
-            print(f"  {key:10} {words}")
-        print(f"  {'here' if entry.file.is_file() else 'goes to':10} {entry.file}")
-        keys = " ".join(["", *(f"'{word}'" if " " in word else word for word in entry.overrides)])
-        print(f"  {'use':10} --config-file {entry.config} --weights zoo://{entry.name}{keys}")
+        for label, text in _facts(entry):
+            if text:
+                print(f"  {label:13} {text}")
+
+
+def _facts(entry: ZooEntry) -> Iterator[tuple[str, str]]:
+    """Labels and values with their units; an empty value is not known."""
+    is_here = entry.file.is_file()
+    size = entry.file.stat().st_size if is_here else entry.bytes
+    top1 = f"{entry.top1_error}% of ImageNet's val images" if entry.top1_error is not None else ""
+    md5 = f"md5, at {entry.url}.md5"
+    yield "kind", entry.kind
+    yield "names", f"{entry.scheme}'s"
+    yield "url", entry.url
+    yield "size", f"{size / 1e6:.1f} MB" if size else ""
+    yield "checksum", {"": "none is published", MD5_BESIDE: md5}.get(entry.checksum, entry.checksum)
+    yield "box AP", f"{entry.box_ap}% on COCO val" if entry.box_ap is not None else ""
+    yield "mask AP", f"{entry.mask_ap}% on COCO val" if entry.mask_ap is not None else ""
+    yield "top-1 error", top1
+    yield (
+        "schedule",
+        f"{entry.schedule}, where 1x is 90,000 iterations of 16 images" if entry.schedule else "",
+    )
+    yield "GPU memory", f"{entry.memory:g} GB for 2 images in training" if entry.memory else ""
+    yield "training step", f"{entry.seconds:g} s for 16 images on 8 GPUs" if entry.seconds else ""
+    yield "licence", entry.licence
+    yield "source", entry.source
+    yield "also called", " ".join(entry.aliases)
+    yield "here" if is_here else "goes to", str(entry.file)
+    keys = "".join(f" '{word}'" if " " in word else f" {word}" for word in entry.overrides)
+    yield "use", f"--config-file {entry.config} --weights zoo://{entry.name}{keys}"
 
 
 def _download(entries: Iterable[ZooEntry]) -> None:

@@ -57,6 +57,27 @@ def explain(key: str) -> list[KeyFact]:
     return found
 
 
+def search(words: str) -> list[KeyFact]:
+    """Return the facts of keys that have all ``words``, or else any of them, in their name or text.
+
+    Those with them in the name come first; accepted keys that are never read are left out.
+    """
+    read = [fact for fact in facts() if not is_unread(fact.key, NEVER_READ)]
+    wanted = _plain(words).split()
+    for enough in (all, any) if " " in words.strip() else (all,):
+        named = [fact for fact in read if enough(word in _plain(fact.key) for word in wanted)]
+        found = [
+            fact for fact in read if enough(word in _plain(f"{fact.key} {fact.text}") for word in wanted)
+        ]
+        if found:
+            return named + [fact for fact in found if fact not in named]
+    return []
+
+
+def _plain(text: str) -> str:
+    return text.lower().replace("_", " ").replace(".", " ")
+
+
 def facts() -> Iterator[KeyFact]:
     """Every key, in the order of the schema."""
     schema = Root.model_json_schema()

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import UserError
+from ..progress import progress_bar
 from .faults import DataError
 from .images import is_deep, read_image
 
@@ -43,7 +43,7 @@ def probe_images(paths: Iterable[str]) -> Probes:
     unique = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(probe_image, unique)
-        bar = tqdm(found, desc="reading images", total=len(unique), disable=None, leave=False)
+        bar = progress_bar(found, desc="reading images", total=len(unique))
         return dict(zip(unique, bar, strict=True))
 
 

@@ -148,7 +148,9 @@ def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
             f"crowd annotations) in {dataset.annotations_path}; add annotations"
         )
     kept = np.flatnonzero(counts) if filter_empty else np.arange(len(dataset))
-    logger.info("%r: training on %d images", dataset, len(kept))
+    empty = len(dataset) - len(kept)
+    left_out = f", without the {empty} that have no object" if empty else ""
+    logger.info("%r: training on %d images%s", dataset, len(kept), left_out)
     return kept.tolist()
 
 

@@ -69,7 +69,7 @@ def launch(
             with lost_peer_help():
                 record(function)(*args)  # what went wrong also goes into torchrun's summary
         return
-    _check_flags(device, num_gpus, num_machines, machine_rank, dist_url)
+    check_launch(device, num_gpus, num_machines, machine_rank, dist_url)
     world_size = num_gpus * num_machines
     if world_size == 1:
         function(*args)
@@ -150,18 +150,35 @@ def _interface_to(host: str) -> str | None:
     return None
 
 
-def _check_flags(device: str, num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
-    if num_gpus < 1 or num_machines < 1:
-        raise UserError("--num-gpus and --num-machines must be at least 1")
+def check_launch(
+    device: str, num_gpus: int, num_machines: int = 1, machine_rank: int = 0, dist_url: str = "auto"
+) -> None:
+    """Refuse numbers of processes and machines that :func:`launch` cannot start; arguments as there.
+
+    Raises:
+        UserError: the flags do not fit together or the machine.
+    """
+    if num_gpus < 1:
+        raise UserError(
+            f"--num-gpus {num_gpus}: it must be at least 1; MODEL.DEVICE cpu behind the command uses the CPU"
+        )
+    if num_machines < 1:
+        raise UserError(f"--num-machines {num_machines}: it must be at least 1")
     if not 0 <= machine_rank < num_machines:
         raise UserError(
             f"--machine-rank {machine_rank} must be from 0 to {num_machines - 1} (--num-machines)"
         )
     if num_machines > 1 and dist_url == "auto":
         raise UserError("--num-machines needs --dist-url tcp://HOST:PORT with the address of machine 0")
-    if num_gpus > 1 and uses_cuda(device) and num_gpus > torch.cuda.device_count():
+    there = torch.cuda.device_count()
+    if num_gpus > 1 and device != "cpu" and num_gpus > there:
+        limit = os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = "" if limit is None else f" (CUDA_VISIBLE_DEVICES is '{limit}')"
+        found = f"{there or 'no'} GPU{'' if there == 1 else 's'}"
+        fewer = f"ask for {there}" if there else "leave it out"
         raise UserError(
-            f"--num-gpus {num_gpus}, but this machine has {torch.cuda.device_count()}; ask for fewer"
+            f"--num-gpus {num_gpus}, but PyTorch finds {found} on this machine{reason}; "
+            f"{fewer}, or add MODEL.DEVICE cpu for {num_gpus} processes on the CPU"
         )
 
 

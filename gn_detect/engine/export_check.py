@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..data import read_image
 from ..errors import UserError
+from ..progress import progress_bar
 from ..structures import Detections
 
 BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-4, 0.999
@@ -74,7 +74,7 @@ def compare(
 ) -> Parity:
     """Run both on each image."""
     parity = Parity()
-    for path in tqdm(images, unit="image", disable=None):
+    for path in progress_bar(images, unit="image", leave=True):
         pixels = read_image(path, "RGB")
         begin = time.perf_counter()
         expected = predictor(pixels)

@@ -11,8 +11,9 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from ..progress import progress_bar
 from ..structures import Sample
-from .distributed import mean_over_processes, world_size
+from .distributed import is_main, mean_over_processes, world_size
 from .writers import memory_in_use
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,11 @@ class Meter:
         self._waiting = 0.0
         self._total_time, self._total_iterations = 0.0, 0
         self._begin = time.perf_counter()
+        self._bar = progress_bar(total=end, initial=start, desc="training", unit="iter", shown=is_main())
+
+    def close(self) -> None:
+        """Remove the bar from the terminal."""
+        self._bar.close()
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -73,6 +79,7 @@ class Meter:
         self._names = list(losses)
         self._losses.append(torch.stack([*losses.values(), broken]))
         self._images += len(batch)
+        self._bar.update()
 
     def state(self) -> dict[str, list[float]]:
         """The losses since the last report, for a checkpoint that is saved between two reports.
@@ -113,6 +120,7 @@ class Meter:
             "memory_mb": memory_in_use(self.device),
         }
         self._log(scalars, list(means))
+        self._bar.set_postfix_str(f"loss {scalars['total_loss']:.4g}, lr {learning_rate:.3g}", refresh=False)
         self._history, self._images, self._count = {}, 0, 0
         self._waiting, self._begin = 0.0, now
         return scalars
@@ -138,16 +146,22 @@ class Meter:
     def _log(self, scalars: dict[str, float], names: list[str]) -> None:
         per_iteration = self._total_time / max(self._total_iterations, 1)
         left = (self.end - self._iteration) * per_iteration
+        eta = timedelta(seconds=round(left))
+        short = (
+            f"iter {self._iteration}/{self.end}  eta {eta}  total_loss {scalars['total_loss']:.4g}  "
+            f"lr {scalars['lr']:.4g}  {scalars['time']:.3f} s/iter"
+        )
         losses = "  ".join(f"{name} {scalars[name]:.4g}" for name in ("total_loss", *names))
         logger.info(
             "iter %d/%d  eta %s  %s  lr %.4g  %.3f s/iter  data %.3f s  %.2f images/s  memory %.0f MB",
             self._iteration,
             self.end,
-            timedelta(seconds=round(left)),
+            eta,
             losses,
             scalars["lr"],
             scalars["time"],
             scalars["data_time"],
             scalars["images_per_second"],
             scalars["memory_mb"],
+            extra={"short": short},
         )

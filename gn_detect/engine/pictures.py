@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..evaluation import detections_to_coco, read_truth
 from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
+from ..progress import announced
 from ..visualize import plot_curves, save_picture
 from .drawing import Classes, draw_entries
 
@@ -53,7 +54,8 @@ def draw_test_images(
     training = model.training
     model.eval()
     with model.in_memory_format(detection_format(cfg)):
-        for index in (i * len(dataset) // count for i in range(count)):
+        chosen = [i * len(dataset) // count for i in range(count)]
+        for index in announced(chosen, f"drawing pictures of {dataset.name}", "picture", logger):
             record = dataset.images[index]
             size = record.height, record.width
             pixels = read_image(record.file_name, "RGB", size)
@@ -69,6 +71,7 @@ def draw_test_images(
 
 def draw_curves(run: Path, picture: Path) -> None:
     """Losses, AP and learning rate of a run folder; a run without any yet gets no picture."""
+    logger.info("drawing the curves: %s", picture)
     try:
         plot_curves(run / "metrics.jsonl", picture)
     except UserError as error:

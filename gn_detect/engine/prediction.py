@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import read_image
@@ -18,17 +20,25 @@ from ..errors import UserError
 from ..evaluation import ResultsWriter, detections_to_coco
 from ..evaluation.model import detection_memory_help
 from ..files import atomic_write, atomic_write_json
+from ..modeling.mask_rcnn import MaskRCNN
+from ..progress import progress_bar
 from ..structures import Detections
 from ..visualize import picture_scale, save_picture
 from .drawing import Classes, draw_entries
 from .pipeline import drawing_processes, in_order, reading_threads
 
+if TYPE_CHECKING:
+    from ..config import Config
+
 Json = dict[str, Any]
+
+Scores = list[float]
 
 
 class AnyPredictor(Protocol):
     """What is needed of a predictor; :class:`gn_detect.Predictor` has it."""
 
+    cfg: Config
     class_names: list[str]
     category_ids: list[int]
 
@@ -63,11 +73,20 @@ class Outcome:
         images, objects: how many were predicted on, and found.
         failures: a message for each image that cannot be read, or not be predicted on, as where the memory
             of the GPU is too small for it.
+        best_score: the highest of all, also of those below the threshold; None without any.
+        best_input: the image or frame that has it.
     """
 
     images: int = 0
     objects: int = 0
+    best_score: float | None = None
+    best_input: str = ""
     failures: list[str] = field(default_factory=list)
+
+    def compare(self, score: float | None, name: str) -> None:
+        """Take in the highest score of one image or frame, if it has any."""
+        if score is not None and (self.best_score is None or score > self.best_score):
+            self.best_score, self.best_input = score, name
 
 
 @dataclass(frozen=True)
@@ -111,20 +130,22 @@ def predict_images(
                 if isinstance(pixels, UserError):
                     raise pixels
                 with detection_memory_help(f"an image of {_size_of(pixels)}"):
-                    entries = _detect(predictor, pixels, task.image_id, threshold)
+                    entries, best = _detect(predictor, pixels, task.image_id, threshold, highest)
             except UserError as error:
                 message = str(error) if error is pixels else f"{task.path}: {error}"
                 outcome.failures.append(message)
                 tqdm.write(f"error: {message}", file=sys.stderr)
                 progress.update()
                 continue
+            outcome.compare(best, str(task.path))
             yield _Drawing(task, pixels, entries, classes, pictures)
 
     with (
+        highest_scores(predictor) as highest,
         atomic_write(folder / "predictions.json") as file,
         reading_threads(min(workers, 4)) as readers,
         drawing_processes(workers if pictures else 0, len(tasks)) as drawers,
-        tqdm(total=len(tasks), unit="image", disable=None) as progress,
+        progress_bar(total=len(tasks), unit="image", leave=True) as progress,
     ):
         results = ResultsWriter(file)
         read = in_order(readers, _read, tasks, min(workers, 4) + 2)
@@ -158,11 +179,41 @@ def _read(task: Task) -> tuple[Task, np.ndarray | UserError]:
         return task, error
 
 
-def _detect(predictor: AnyPredictor, pixels: np.ndarray, image_id: Any, threshold: float) -> list[Json]:
+@contextmanager
+def highest_scores(predictor: AnyPredictor) -> Iterator[Scores]:
+    """The list in which the box head notes the highest score of each batch of RoIs, however low it is.
+
+    Detections are only what scores more than ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``. For an exported model the
+    list stays empty.
+    """
+    scores: Scores = []
+
+    def note(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        foreground = output[0].detach().float().softmax(dim=1)[:, :-1]
+        if foreground.numel():
+            scores.append(float(foreground.nan_to_num().max()))
+
+    model = getattr(predictor, "model", None)
+    if not isinstance(model, MaskRCNN):
+        yield scores
+        return
+    hook = model.roi_heads.box_predictor.register_forward_hook(note)
+    try:
+        yield scores
+    finally:
+        hook.remove()
+
+
+def _detect(
+    predictor: AnyPredictor, pixels: np.ndarray, image_id: Any, threshold: float, highest: Scores
+) -> tuple[list[Json], float | None]:
     found = predictor(pixels)
     count = int((found.scores >= threshold).sum())
     # The best come first, and a slice copies no masks: those of a large image are several GB.
-    return detections_to_coco(found[:count], image_id, predictor.category_ids)
+    entries = detections_to_coco(found[:count], image_id, predictor.category_ids)
+    scores = [*found.scores[:1].tolist(), *highest]
+    highest.clear()
+    return entries, max(scores, default=None)
 
 
 def _size_of(pixels: np.ndarray) -> str:
@@ -218,16 +269,18 @@ def predict_video(
         for frame in frames:
             what = f"frame {frame.number} of {path}, of {_size_of(frame.pixels)}"
             with detection_memory_help(what):
-                entries = _detect(predictor, frame.pixels, frame.number, threshold)
+                entries, best = _detect(predictor, frame.pixels, frame.number, threshold, highest)
+            outcome.compare(best, f"frame {frame.number} of {path}")
             yield _FrameDrawing(frame, entries, classes)
 
     with (
+        highest_scores(predictor) as highest,
         atomic_write(output, "wb") as video_file,
         atomic_write(output.with_suffix(".jsonl")) as lines,
         reading_threads(min(workers, 1)) as reader,
         drawing_processes(workers, total or 10 * workers) as drawers,
         reading_threads(min(workers, 1)) as encoder,
-        tqdm(total=total or None, unit="frame", disable=None) as progress,
+        progress_bar(total=total or None, unit="frame", leave=True) as progress,
     ):
         writer = VideoWriter(video_file, output)
         frames = _until_none(in_order(reader, _next(read_frames(path)), _for_ever(), 4))

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ..files import atomic_write_text, cannot_write
+from ..progress import fitted
 from .distributed import is_main
 
 if TYPE_CHECKING:
@@ -61,6 +63,24 @@ class _LogFile(logging.FileHandler):
         """Drop the line."""
 
 
+class _Console(logging.StreamHandler):
+    """Writes lines above a progress bar; in a terminal lines are short.
+
+    A record's attribute ``short`` takes the place of its message there.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Clear the bars, write, and draw them again."""
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text, short and wrapped where the stream is a terminal."""
+        if hasattr(record, "short") and self.stream.isatty():
+            record = logging.makeLogRecord({**vars(record), "msg": record.short, "args": None})
+        return fitted(super().format(record), self.stream)
+
+
 @contextmanager
 def run_log() -> Iterator[RunLog]:
     """Log lines of the package go to standard output, unless somebody listens already, and to the RunLog.
@@ -73,7 +93,7 @@ def run_log() -> Iterator[RunLog]:
     if not is_main():
         handlers.append(logging.NullHandler())
     elif not logger.hasHandlers():
-        console = logging.StreamHandler(sys.stdout)
+        console = _Console(sys.stdout)
         console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         handlers.append(console)
     level = logger.level

@@ -16,11 +16,11 @@ import pycocotools.mask as coco_mask
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data import CocoDataset
 from ..errors import UserError
 from ..files import atomic_write
+from ..progress import progress_bar
 from ..structures import Detections, Sample
 from .backends import choose_backend
 from .coco import IOU_TYPES, evaluate_results
@@ -233,7 +233,7 @@ def _detect(
         seconds[part] += now - last
         last = now
 
-    for batch in tqdm(loader, desc="evaluating", disable=None if _rank() == 0 else True, leave=False):
+    for batch in progress_bar(loader, desc="evaluating", unit="batch", shown=_rank() == 0):
         count("data")
         with detection_memory_help(_name_images(batch), len(batch)), torch.inference_mode():
             found = [

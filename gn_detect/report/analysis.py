@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
-from tqdm import tqdm
 
 from ..evaluation import (
     IN_CROWD,
@@ -25,6 +24,7 @@ from ..evaluation import (
     read_entries,
     to_rle,
 )
+from ..progress import progress_bar
 
 RECALLS = np.linspace(0, 1, 101)
 """At which COCO's evaluation gives precision."""
@@ -112,7 +112,7 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
                 entry.setdefault("bbox", coco_mask.toBbox(mask).tolist())
             detections[entry["image_id"]].append(entry)
     iou_type = iou_types[-1]
-    every = tqdm(detections.items(), desc="comparing", unit="image", disable=None, leave=False)
+    every = progress_bar(detections.items(), desc="comparing", unit="image")
     images = [_image(truth, image_id, found, iou_type) for image_id, found in every]
     confusion = confusion_matrix(
         [(image.objects, image.detections, image.matched) for image in images], truth.category_ids

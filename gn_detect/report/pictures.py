@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..data import read_image
 from ..engine.drawing import Classes, draw_entries
 from ..errors import UserError
+from ..progress import progress_bar
 from ..visualize import encode_picture
 from .analysis import Analysis, ImageResult
 
@@ -64,7 +63,7 @@ def draw_pictures(analysis: Analysis, folder: Path, count: int) -> list[Picture]
     classes = Classes(analysis.truth.class_names, analysis.truth.category_ids)
     pictures, total = [], 0
     chosen = choose_images(analysis.images, count)
-    for rank, image in tqdm(chosen, desc="pictures", unit="image", disable=None, leave=False):
+    for rank, image in progress_bar(chosen, desc="pictures", unit="image"):
         if total > MAX_BYTES:
             pictures.append(Picture(image, rank, "", "left out, as the page would become too large"))
             continue

@@ -20,10 +20,10 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import atomic_write_text, cannot_write
+from ..progress import progress_bar
 
 ATTEMPTS = 5
 """Connections that may fail one after the other without a byte more."""
@@ -292,8 +292,7 @@ def _receive(
     response: Any, file: IO[bytes], name: str, start: int, total: int | None, size: int | None
 ) -> None:
     limit = size if size is not None else total
-    # disable=None: no bar where standard error is not a terminal
-    with tqdm(total=total, initial=start, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+    with progress_bar(total=total, initial=start, desc=name, unit="B", unit_scale=True, leave=True) as bar:
         received = start
         while True:
             try:

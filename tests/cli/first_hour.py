@@ -115,7 +115,17 @@ MISTAKES = {
         f"{PREDICT} --confidence-threshold 0.5", "--confidence-threshold", "did you mean --threshold?"
     ),
     "key given as a flag": Mistake(f"{TRAIN} --lr 0.01", "--lr", "behind the command: SOLVER.BASE_LR"),
-    "flag that there is not": Mistake(f"{TRAIN} --epochs 12", "--epochs", "gn-detect train --help"),
+    "epochs as a flag": Mistake(
+        f"{TRAIN} --epochs 12", "--epochs", "SOLVER.MAX_ITER, in iterations: epochs x"
+    ),
+    "key with an equals sign": Mistake(
+        f"{TRAIN} SOLVER.MAX_ITER=12", "SOLVER.MAX_ITER=12", "stand apart here, as in SOLVER.MAX_ITER 12"
+    ),
+    "key of another tool": Mistake(f"{TRAIN} batch 4", "batch: unknown key", "SOLVER.IMS_PER_BATCH"),
+    "images by a flag": Mistake(
+        "predict --config-file {config} --source {images}", "--source", "given without a flag"
+    ),
+    "flag that there is not": Mistake(f"{TRAIN} --colour red", "--colour", "gn-detect train --help"),
     "flag before the command": Mistake("--config-file {config} train", "--config-file", "behind its name"),
     "flag without its value": Mistake("train --config-file", "--config-file", "gn-detect train --help"),
     "word for a number": Mistake(f"{TRAIN} --num-gpus two", "--num-gpus", "gn-detect train --help"),
@@ -140,6 +150,7 @@ MISTAKES = {
     "value that is not implemented": Mistake(
         f"{TRAIN} MODEL.KEYPOINT_ON True", "MODEL.KEYPOINT_ON", "must be False"
     ),
+    "nothing to explain": Mistake("config explain", "explain", "such as gn-detect config explain"),
     "unknown key to explain": Mistake("config explain MODEL.NUM_CLASES", "NUM_CLASES", "NUM_CLASSES"),
     "groups that do not divide": Mistake(f"{TRAIN} MODEL.GN.NUM_GROUPS 3", "MODEL.GN.NUM_GROUPS", "MODEL"),
     "annotation file missing": Mistake(
@@ -256,6 +267,10 @@ MISTAKES = {
         retries=True,
     ),
     "no GPU": Mistake(f"{TRAIN} MODEL.DEVICE cuda", "MODEL.DEVICE", "cpu or auto", needs_no_gpu=True),
+    "more GPUs than there are": Mistake(
+        f"{TRAIN} --num-gpus 99 MODEL.DEVICE auto", "--num-gpus 99, but PyTorch finds", "MODEL.DEVICE cpu"
+    ),
+    "no GPU, own data": Mistake(f"{OWN} --num-gpus 0", "--num-gpus 0", "MODEL.DEVICE cpu"),
     "batch that processes do not divide": Mistake(
         f"{TRAIN} --num-gpus 2 SOLVER.IMS_PER_BATCH 3", "SOLVER.IMS_PER_BATCH", "multiple of 2"
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -17,10 +18,14 @@ from pycocotools.coco import COCO
 
 from gn_detect.cli import main
 from gn_detect.cli import predict as command
+from gn_detect.cli.inputs import find_images
+from gn_detect.config import load_config
 from gn_detect.engine import prediction
 from gn_detect.errors import UserError
 from gn_detect.evaluation import detections_to_coco
+from gn_detect.modeling import build_model
 from gn_detect.structures import Detections
+from gn_detect.weights import norm_settings
 from tests.cli.conftest import Case
 
 
@@ -67,6 +72,57 @@ def test_flags_may_stand_anywhere(case: Case, tmp_path: Path, capsys: pytest.Cap
     for unknown in ("--colour", "-c"):
         assert main(["predict", *some, unknown, "red"]) == 2
         assert f"unknown flag {unknown}; gn-detect predict --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("least", ["0.05", "0.9"])
+def test_what_to_try_where_nothing_reaches_the_threshold(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str], least: str
+) -> None:
+    """Also where MODEL.ROI_HEADS.SCORE_THRESH_TEST leaves no detection at all; the advice then works."""
+    torch.manual_seed(3)
+    weights, images = tmp_path / "w.pth", case.train.parent / "images"
+    model = build_model(load_config(case.config))
+    torch.save({"model": model.state_dict(), **norm_settings(model)}, weights)
+    threshold, key = ("--threshold", "0.97"), "MODEL.ROI_HEADS.SCORE_THRESH_TEST"
+    given = ["--weights", weights, "--no-pictures", *threshold, images]
+    assert predict(case, tmp_path / "out", *given, key, least) == 0
+    text = capsys.readouterr().out
+    found = re.search(r"the best score is (\S+), in (\S+); try --threshold (\S+)(.*)", text)
+    assert found and text.count("no object scores 0.97 (--threshold) or more") == 1, text
+    score, name, lower = float(found[1]), found[2], found[3]
+    assert float(lower) < score < 0.97 and name in map(str, images.iterdir())
+    assert (key in found[4]) == (score <= float(least))
+    advice = ["--weights", weights, "--no-pictures", "--threshold", lower, name, key, min(lower, least)]
+    assert predict(case, tmp_path / "again", *advice) == 0
+    assert json.loads((tmp_path / "again/predictions.json").read_text())
+
+
+def test_hidden_files_and_those_of_other_kinds_are_no_images(tmp_path: Path) -> None:
+    names = ["a.jpg", "b.PNG", "._a.jpg", ".DS_Store", ".hidden.png", "Thumbs.db", "desktop.ini", "a.xml"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    for folder in (".ipynb_checkpoints", ".AppleDouble", "sub", "folder.jpg"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "copy.jpg").write_bytes(b"")
+    images = [tmp_path / "a.jpg", tmp_path / "b.PNG"]
+    assert find_images([str(tmp_path)]) == images
+    assert find_images([f"{tmp_path}/*"]) == images
+    deep = [*images, tmp_path / "folder.jpg/copy.jpg", tmp_path / "sub/copy.jpg"]
+    assert find_images([f"{tmp_path}/**/*"]) == deep
+    assert find_images([f"{tmp_path}/*.xml", f"{tmp_path}/._a.jpg"]) == [
+        tmp_path / "a.xml",
+        tmp_path / "._a.jpg",
+    ]
+    with pytest.raises(UserError, match="no image at"):
+        find_images([f"{tmp_path}/.ipynb_checkpoints/*.png"])
+
+
+@pytest.mark.usefixtures("stub")
+def test_the_best_score_is_told(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = case.train.parent / "images/001.png"
+    assert predict(case, tmp_path / "out", "--json", "--threshold", 0.5, image) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["best_score"] == pytest.approx(0.9) and told["best_input"] == str(image)
 
 
 @pytest.mark.usefixtures("stub")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 
-from gn_detect.cli import main
+from gn_detect.cli import main, parser
 from gn_detect.cli.main import COMMANDS, parse
 from gn_detect.config.explain import facts
+from gn_detect.config.load import known_keys
 from tests.cli.conftest import Case
 
 
@@ -38,6 +42,28 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
         ("bench train --iter=3", "--iter; did you mean --iterations?"),
         ("predict --score 0.5 a", "--score; gn-detect predict --help"),
         ("predict --device cpu a", "--device; it is a config key, given behind the command: MODEL.DEVICE"),
+        ("train --epochs 12", "SOLVER.MAX_ITER, in iterations: epochs x images / SOLVER.IMS_PER_BATCH"),
+        ("train --lr=0.1", "given behind the command: SOLVER.BASE_LR VALUE"),
+        ("train --learning_rate 0.1", "SOLVER.BASE_LR VALUE"),
+        ("train -b 4", "-b; it is a config key, given behind the command: SOLVER.IMS_PER_BATCH"),
+        ("train --batch-size 4", "SOLVER.IMS_PER_BATCH"),
+        ("train --imgsz 640", "INPUT.MIN_SIZE_TRAIN"),
+        ("train --workers 4", "DATALOADER.NUM_WORKERS VALUE"),
+        ("train --device cpu", "MODEL.DEVICE, which is cpu"),
+        ("train --gpus 2", "did you mean --num-gpus?"),
+        ("predict --gpus 2 a", "MODEL.DEVICE"),
+        ("train --seed 2", "SEED VALUE"),
+        ("train --output a", "OUTPUT_DIR VALUE"),
+        ("train --work-dir a", "OUTPUT_DIR VALUE"),
+        ("export --out a", "did you mean --output?"),
+        ("train --data a", "did you mean --train-json?"),
+        ("train --load-from a.pth", "did you mean --weights?"),
+        ("predict --conf 0.5 a", "--conf; did you mean --threshold?"),
+        ("eval --conf 0.5", "MODEL.ROI_HEADS.SCORE_THRESH_TEST VALUE"),
+        ("predict --source a", "images are given without a flag"),
+        ("train epochs=12", "epochs=12: key and value stand apart here, as in SOLVER.MAX_ITER 12"),
+        ("train solver.base_lr=0.1", "as in SOLVER.BASE_LR 0.1"),
+        ("config lr 0.1", "lr: unknown key; what other tools call so is SOLVER.BASE_LR"),
         ("plot --seed 1 a", "--seed; gn-detect plot --help"),
         ("doctor --jsn a --images b", "--jsn; did you mean --json?"),
         ("--versoin", "--versoin; did you mean --version?"),
@@ -50,6 +76,30 @@ def test_what_was_meant_is_told(command: str, told: str, capsys: pytest.CaptureF
     assert main(command.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and told in line
+
+
+def test_every_key_that_is_advised_exists() -> None:
+    answers = {answer for answers in parser._HABITS.values() for answer in answers}
+    named = {key for answer in answers for key in re.findall(r"[A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)+", answer)}
+    assert len(named) > 25 and named <= set(known_keys())
+    flags = {flag for command in COMMANDS.values() for flag in flags_of(command)}
+    assert {answer for answer in answers if answer.startswith("--")} <= flags
+    names = [name for names in parser._HABITS for name in names.split()]
+    assert len(names) == len(set(names))
+
+
+def flags_of(command: ModuleType) -> set[str]:
+    made = argparse.ArgumentParser()
+    command.add_arguments(made)
+    return set(made._option_string_actions)
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    told = capsys.readouterr()
+    assert caught.value.code == 0 and told.err == "" and "usage: gn-detect" in told.out
+    assert all(re.search(f"^    {command}\\b", told.out, re.MULTILINE) for command in COMMANDS)
 
 
 def test_behind_two_dashes_nothing_is_a_flag() -> None:
@@ -65,6 +115,37 @@ def test_a_merged_config_is_printed(case: Case, capsys: pytest.CaptureFixture[st
     assert main(["config", "--config-file", str(case.config), "SOLVER.BASE_LR", "0.5"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["SOLVER"]["BASE_LR"] == 0.5 and printed["MODEL"]["GN"]["NUM_GROUPS"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "count"),
+    [
+        ("anchor", "MODEL.ANCHOR_GENERATOR.SIZES", 8),
+        ("learning rate", "SOLVER.BASE_LR", 7),  # in the meaning alone
+        ("Gradient clipping", "SOLVER.CLIP_GRADIENTS.ENABLED", 5),  # one of the words
+        ("nms_thresh", "MODEL.RPN.NMS_THRESH", 2),
+        ("epochs", "SOLVER.MAX_ITER", 2),  # another tool's name
+        ("batch size", "SOLVER.IMS_PER_BATCH", 3),
+        ("lr", "SOLVER.BASE_LR", 4),
+    ],
+)
+def test_keys_are_found_by_words(
+    words: str, key: str, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--json", "config", "explain", *words.split()]) == 0
+    told = capsys.readouterr()
+    found = [fact["key"] for fact in json.loads(told.out)]
+    assert key in found and len(found) >= count and len(found) < 2 * count + 1, found
+    assert f"{key}" in told.err
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("momentm", "did you mean SOLVER.MOMENTUM?"), ("qqqq", "gn-detect config reference lists all")],
+)
+def test_a_word_that_no_key_has(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "explain", word]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_key_and_a_group_are_explained(capsys: pytest.CaptureFixture[str]) -> None:

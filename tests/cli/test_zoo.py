@@ -88,25 +88,35 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "zoo", "list").splitlines()
-    assert lines[0].split() == ["name", "box/mask", "AP", "trained", "file"]
+    assert lines[0].split() == ["name", "box/mask", "AP", "trained", "downloaded"]
     assert [line.split()[0] for line in lines[1:]] == list(read_catalog())
     assert max(map(len, lines)) <= 80
     file = find_entry("R-50-GN").file
     file.parent.mkdir(parents=True)
     file.touch()
-    assert run(capsys, "zoo", "list", "R-50-GN").splitlines()[1].split()[-1] == "here"
+    assert run(capsys, "zoo", "list", "R-50-GN").splitlines()[1].split()[-1] == "yes"
 
 
 def test_info_and_path(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
     told = run(capsys, "zoo", "info", "timm-resnet50_gn", "R-50-GN", "mask-R-50-FPN-GN-3x")
     for words in (
-        "checksum   sha256:8fe6c4d0",
+        "checksum      sha256:8fe6c4d0",
         "--weights zoo://timm-resnet50_gn INPUT.FORMAT RGB MODEL.PIXEL_MEAN '[123.675, 116.28, 103.53]'",
-        "checksum   md5, at https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47261647/R-50-GN.pkl.md5",
-        "checksum   none is published",
-        "licence    CC BY-SA 3.0",
+        "md5, at https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47261647/R-50-GN.pkl.md5",
+        "checksum      none is published",
+        "licence       CC BY-SA 3.0",
+        "top-1 error   24.0% of ImageNet's val images",
+        "box AP        42.6% on COCO val",
+        "schedule      3x, where 1x is 90,000 iterations of 16 images",
+        "GPU memory    5.6 GB for 2 images in training",
+        "training step 0.309 s for 16 images on 8 GPUs",
     ):
         assert words in told
+    assert "bytes" not in told and "size" not in told  # not published
+    file = find_entry("R-50-GN").file
+    file.parent.mkdir(parents=True)
+    file.write_bytes(bytes(2_345_678))
+    assert "size          2.3 MB" in run(capsys, "zoo", "info", "R-50-GN")
     path = run(capsys, "zoo", "path", "R-50-GN").strip()
     assert path == str(find_entry("R-50-GN").file) and path.startswith(str(cache)) and path in told
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,9 +19,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from gn_detect import progress
 from gn_detect.data import demo
+from gn_detect.data.datasets import DatasetSource
 from gn_detect.data.demo import TRAIN_SEED, VAL_SEED, ensure_demo_dataset, make_image
 from gn_detect.data.demo_shapes import CATEGORIES
+from gn_detect.data.doctor import examine
 from gn_detect.errors import UserError
 
 Picture = tuple[np.ndarray, list[dict[str, Any]]]
@@ -83,6 +87,35 @@ def test_every_kind_of_difficulty_occurs(layouts: list[demo.Scene]) -> None:
             else:
                 kinds["RLE" if isinstance(segmentation["counts"], str) else "plain RLE"] += 1
     assert min(kinds.values()) >= 4, kinds
+
+
+def test_the_doctor_finds_no_fault(tmp_path: Path) -> None:
+    categories = [{"id": key, "name": name} for key, name in CATEGORIES.items()]
+    sources = []
+    for part, seed, count in (("train", TRAIN_SEED, 400), ("val", VAL_SEED, 100)):
+        content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
+        for index in range(count):
+            scene = demo.lay_out_scene(seed, index)
+            size = {"height": scene.height, "width": scene.width}
+            content["images"].append({"id": index, "file_name": f"{part}{index}.jpg", **size})
+            for annotation in demo.annotate(scene):
+                number = len(content["annotations"]) + 1
+                content["annotations"].append({"id": number, "image_id": index, **annotation})
+        (tmp_path / f"{part}.json").write_text(json.dumps(content))
+        sources.append(DatasetSource(part, tmp_path / f"{part}.json", tmp_path))
+    diagnosis = examine(sources, open_images=False)
+    assert diagnosis.healthy, str(diagnosis)
+
+
+def test_generating_says_how_far_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, "gn_detect"):
+        ensure_demo_dataset(tmp_path, num_train=3, num_val=1)
+    train, val = "generating pictures of demo_train", "generating pictures of demo_val"
+    lines = [f"{train}: 3", f"{train}: 1 of 3", f"{train}: 2 of 3", f"{train}: 3 of 3"]
+    assert caplog.messages == [*lines, f"{val}: 1", f"{val}: 1 of 1"]
 
 
 def test_at_least_half_of_each_object_is_visible(layouts: list[demo.Scene]) -> None:
@@ -225,7 +258,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_a_second_call_does_nothing(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "make_image", lambda seed, index: pytest.fail("generated again"))
+    (written / "images_val" / "._200001.jpg").write_bytes(b"macOS")  # a hidden file is none of ours
     ensure_demo_dataset(written.parent, num_train=12, num_val=20)
+    (written / "images_val" / "._200001.jpg").unlink()
 
 
 @pytest.mark.parametrize("damage", ["version", "picture", "annotations"])

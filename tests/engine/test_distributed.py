@@ -10,7 +10,13 @@ import torch
 
 from gn_detect.config import Config, load_config
 from gn_detect.engine import launch, scale_config, train
-from gn_detect.engine.distributed import check_synchronised_norms, gather, get_rank, mean_over_processes
+from gn_detect.engine.distributed import (
+    check_launch,
+    check_synchronised_norms,
+    gather,
+    get_rank,
+    mean_over_processes,
+)
 from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
 from gn_detect.weights import read_checkpoint
@@ -73,7 +79,9 @@ def test_sync_bn_in_a_single_process_is_refused(tiny_config: Config) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"num_gpus": 0}, "at least 1"),
+        ({"num_gpus": 0}, "--num-gpus 0: it must be at least 1"),
+        ({"num_gpus": -2}, "--num-gpus -2: it must be at least 1"),
+        ({"num_machines": 0}, "--num-machines 0: it must be at least 1"),
         ({"num_machines": 2}, "--dist-url"),
         ({"num_machines": 2, "machine_rank": 2, "dist_url": "tcp://127.0.0.1:1"}, "--machine-rank 2"),
         ({"num_gpus": 99, "device": "cuda"}, "--num-gpus 99"),
@@ -82,6 +90,25 @@ def test_sync_bn_in_a_single_process_is_refused(tiny_config: Config) -> None:
 def test_flags_that_do_not_fit_are_refused(flags: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         launch(print, **{"device": "cpu", **flags})
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+@pytest.mark.parametrize("there", [0, 1, 2])
+def test_more_gpus_than_there_are_are_refused(
+    device: str, there: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU, too; with MODEL.DEVICE cpu the number means processes."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1"[: max(0, 2 * there - 1)])
+    words = {0: "no GPUs", 1: "1 GPU", 2: "2 GPUs"}[there]
+    limit = {0: "''", 1: "'0'", 2: "'0,1'"}[there]
+    with pytest.raises(UserError) as caught:
+        check_launch(device, 3)
+    assert f"PyTorch finds {words} on this machine (CUDA_VISIBLE_DEVICES is {limit}); " in str(caught.value)
+    assert "or add MODEL.DEVICE cpu for 3 processes on the CPU" in str(caught.value)
+    check_launch("cpu", 3)
+    check_launch(device, max(there, 1))
 
 
 def test_single_process_runs_here() -> None:
