@@ -7,17 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, dump_config, load_config
+from ..config import Config, load_config
 from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes, match_classes
 from ..errors import UserError
 from ..evaluation import evaluate_model
-from ..files import atomic_write_json, atomic_write_text, remedy
+from ..files import atomic_write_json, remedy
 from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, load_weights, read_checkpoint
-from .checkpoint import INFERENCE, RESULTS, read_last_checkpoint
+from .checkpoint import CONFIG, INFERENCE, RESULTS, read_last_checkpoint
 from .distributed import get_rank, is_main, resolve_device, share_buffers, world_size
 from .model import make_model
+from .run_config import write_run_config
 from .writers import run_log
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
     """Box and mask AP of a checkpoint on ``DATASETS.TEST``.
 
     Writes ``OUTPUT_DIR/inference/<dataset>/`` and ``OUTPUT_DIR/results.json``, and where there is none its
-    ``config.yaml``, so that it can be reported on.
+    ``config.yaml`` and ``environment.json``, so that it can be reported on.
 
     Args:
         cfg: ``MODEL.WEIGHTS`` is the checkpoint.
@@ -74,15 +75,14 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
         results = evaluate_test_sets(cfg, model, tests)
         if is_main():
             write_results(Path(cfg.output_dir) / RESULTS, results)
-            config = Path(cfg.output_dir) / "config.yaml"
-            if not config.exists():
-                atomic_write_text(config, dump_config(cfg))
+            if not (Path(cfg.output_dir) / CONFIG).exists():
+                write_run_config(cfg, device)
         return results
 
 
 def _refuse_other_data(cfg: Config) -> None:
     """Results that take the place of a run's own belong to the data that its config names."""
-    earlier = Path(cfg.output_dir) / "config.yaml"
+    earlier = Path(cfg.output_dir) / CONFIG
     if not earlier.is_file():
         return
     try:

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ..config import load_config
-from ..config.load import validate
+from ..config.load import parse_config
 from ..config.types import to_plain
 from ..data import CocoDataset, list_names
 from ..errors import UserError
@@ -196,9 +194,9 @@ def saved_config(checkpoint: Checkpoint, beside: Path | None = None) -> Config |
     text = checkpoint.metadata.get("config")
     try:
         if isinstance(text, str):
-            return validate(yaml.safe_load(text), {})
+            return parse_config(text)
         return load_config(beside) if beside is not None and beside.is_file() else None
-    except (UserError, yaml.YAMLError, ValueError, RecursionError) as error:
+    except UserError as error:
         logger.warning("the config of %s is not compared, as it cannot be read: %s", checkpoint.path, error)
         return None
 

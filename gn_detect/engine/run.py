@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import dump_config
+from ..config import dump_config, without_paths
 from ..data import (
     CocoDataset,
     SampleLoader,
@@ -21,10 +21,10 @@ from ..data import (
 )
 from ..errors import UserError
 from ..evaluation import METRICS
-from ..files import atomic_write_json, atomic_write_text, check_writable
+from ..files import check_writable
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, InputConvention, load_weights, norm_settings, read_checkpoint
-from .checkpoint import CONFIG, ENVIRONMENT, read_last_checkpoint, remove_leftovers, start_anew
+from .checkpoint import CONFIG, read_last_checkpoint, remove_leftovers, start_anew
 from .distributed import (
     check_synchronised_norms,
     from_main,
@@ -34,10 +34,10 @@ from .distributed import (
     scale_config,
     world_size,
 )
-from .environment import describe_environment
 from .evaluator import OTHER_CLASSES, TestSets, load_test_sets, make_folder
 from .model import make_model
 from .resume import DATA, check_changes, check_classes_of_run, describe_data, refuse_no_run, saved_config
+from .run_config import write_run_config
 from .step import TrainingState, make_state
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Run:
     def origin(self) -> dict[str, Any]:
         """Config, input, classes and norms' eps, so that a checkpoint can be used without them."""
         return {
-            "config": dump_config(self.cfg),
+            "config": dump_config(without_paths(self.cfg)),
             "input": InputConvention.of_config(self.cfg).as_metadata(),
             "class_names": list(self.dataset.class_names),
             "category_ids": list(self.dataset.category_ids),
@@ -236,9 +236,7 @@ def open_run_folder(run: Run) -> None:
     check_writable(run.folder / CONFIG)
     if run.start == 0:
         start_anew(run.folder)
-    atomic_write_text(run.folder / CONFIG, dump_config(run.cfg))
-    environment = describe_environment(run.device, world_size())
-    atomic_write_json(run.folder / ENVIRONMENT, environment, indent=2)
+    write_run_config(run.cfg, run.device)
 
 
 def check_best_metric(cfg: Config, dataset: CocoDataset) -> None:

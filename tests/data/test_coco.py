@@ -330,7 +330,6 @@ def test_fingerprint_is_of_the_content_and_not_of_its_place(
     assert CocoDataset(write_dataset(small_coco)).fingerprint() != before
 
 
-
 def test_an_rle_that_ends_early_is_refused(write_dataset: Write, small_coco: dict) -> None:
     """pycocotools would take the rest of the mask from memory that nobody wrote."""
     whole = coco_mask.frPyObjects({"size": [60, 90], "counts": [100, 40, 5260]}, 60, 90)["counts"].decode()
