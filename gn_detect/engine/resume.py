@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import load_config
+from ..config import load_config, with_absolute_paths
 from ..config.load import parse_config
 from ..config.types import to_plain
 from ..data import CocoDataset, list_names
@@ -53,6 +53,9 @@ FREE = (
 SOLVER.STEPS, SOLVER.WARMUP_ITERS and the like are not among them, also where MAX_ITER grows: a schedule that
 is changed by accident, as by a config that was chosen anew, looks like one that was changed on purpose.
 """
+
+PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.ROOT", "DATASETS.REGISTER")
+"""Keys that a checkpoint does not hold as they were."""
 
 COUNTED_IN_ITERATIONS = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
 """Keys that :func:`scale_config` rounds, so that scaling twice may move them by one."""
@@ -129,9 +132,11 @@ def check_changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str], 
 
 def _changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str]) -> Iterator[Change]:
     told = checkpoint.metadata
-    saved = saved_config(checkpoint, Path(cfg.output_dir) / CONFIG)
+    beside = Path(cfg.output_dir) / CONFIG
+    saved = saved_config(checkpoint, beside)
     if saved is not None:
         yield from _config_changes(cfg, saved)
+    yield from _path_changes(cfg, beside)
     before = told.get(DATA)
     if isinstance(before, dict):
         for key in before.keys() & data.keys():
@@ -149,10 +154,25 @@ def _config_changes(cfg: Config, saved: Config) -> Iterator[Change]:
     scaled = scale_config(cfg, before or world_size()) if rescaled else cfg
     old, new = dict(_leaves(to_plain(saved))), dict(_leaves(to_plain(scaled)))
     for key, value in new.items():
-        if key == "SOLVER.REFERENCE_WORLD_SIZE" or (key == "SEED" and value < 0):
-            continue  # what the first decides is compared; a resumed run keeps its own seed
+        if key in (*PATHS, "SOLVER.REFERENCE_WORLD_SIZE") or (key == "SEED" and value < 0):
+            continue  # a checkpoint holds no paths; the scaled keys are compared; a run keeps its own seed
         if not _are_equal(key, old[key], value, rescaled):
             yield Change(key, old[key], value)
+
+
+def _path_changes(cfg: Config, beside: Path) -> Iterator[Change]:
+    """Of data and first weights, which the run's ``config.yaml`` alone tells."""
+    try:
+        saved = with_absolute_paths(load_config(beside))
+    except UserError:  # it is gone or damaged
+        return
+    cfg = with_absolute_paths(cfg)
+    if saved.model.weights != cfg.model.weights:
+        yield Change("MODEL.WEIGHTS", saved.model.weights, cfg.model.weights)
+    for name in dict.fromkeys((*cfg.datasets.train, *cfg.datasets.test)):
+        before, now = (c.datasets.registered.get(name) for c in (saved, cfg))
+        if before is not None and now is not None and before != now:
+            yield Change(f"DATASETS.REGISTER.{name}", before.annotations, now.annotations)
 
 
 def _are_equal(key: str, before: Any, now: Any, rescaled: bool) -> bool:
