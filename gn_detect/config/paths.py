@@ -78,7 +78,9 @@ def find_again(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     def find(path: Any) -> Any:
         if not isinstance(path, str) or not is_local(path) or os.path.exists(os.path.expanduser(path)):
             return path
-        return next((str(other) for other in _candidates(path, before, folder) if other.exists()), path)
+        return next(
+            (str(other) for other in _candidates(path, before, folder) if os.path.exists(other)), path
+        )
 
     for group, key in (("MODEL", "WEIGHTS"), ("DATASETS", "ROOT")):
         if isinstance(found.get(group), dict) and key in found[group]:

@@ -54,7 +54,7 @@ class Predictor:
         told = checkpoint.metadata
         names, ids = _of_coco() if _is_of_coco(cfg) else ([], [])
         self.class_names: list[str] = (
-            _of_length(count, told.get("class_names")) or names or unnamed_classes(count)
+            _of_length(count, checkpoint.class_names) or names or unnamed_classes(count)
         )
         self.category_ids: list[int] = (
             _of_length(count, told.get("category_ids")) or ids or list(range(1, count + 1))

@@ -122,6 +122,26 @@ def test_a_folder_in_the_file_that_was_put_there_by_hand_is_meant(project: Path)
     assert load_config(other).output_dir == "runs/two"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{OUTPUT_DIR: [1], DATASETS: 3}",
+        "{OUTPUT_DIR: X, DATASETS: {REGISTER: [1]}}",
+        "{OUTPUT_DIR: X, DATASETS: {REGISTER: {a: 1}, ROOT: 2}, MODEL: 5}",
+        "{OUTPUT_DIR: X, DATASETS: {REGISTER: {a: {ANNOTATIONS: {b: 1}, IMAGES: 3}}}}",
+        '{OUTPUT_DIR: X, MODEL: {WEIGHTS: "/a\\0b", DEVICE: none}}',
+        "{OUTPUT_DIR: X, MODEL: {WEIGHTS: /" + "a" * 5000 + ", DEVICE: none}}",
+    ],
+)
+@pytest.mark.parametrize("told", ['{"folder": "X"}', "[]", "1", '"folder"', "{", "[" * 9999])
+def test_damaged_files_of_a_run(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "environment.json").write_text(told)
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "config.yaml")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_run_of_an_earlier_version_with_relative_paths(project: Path) -> None:
     run = project / "runs" / "one"
     environment = json.loads((run / "environment.json").read_text())
