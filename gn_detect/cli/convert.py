@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import Config, load_config
+from ..config import Config, dump_config, load_config, without_paths
+from ..config.load import parse_config
 from ..config.types import to_plain
 from ..convert import ConversionReport, convert_norm, convert_state_dict
 from ..convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
@@ -217,6 +219,9 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     kept = {key: checkpoint.metadata[key] for key in (*KEPT, "config") if key in checkpoint.metadata}
     known = translation.is_detector or translation.is_backbone
     tensors = translation.tensors if known else checkpoint.stored  # its own model takes the file
+    if isinstance(kept.get("config"), str):
+        with suppress(UserError):  # the config of another program
+            kept["config"] = dump_config(without_paths(parse_config(kept["config"])))
     kept |= as_metadata(norm_eps_of(checkpoint, tensors), norm_groups_of(checkpoint, tensors))
     if "config" not in kept and (keys := untold_keys(checkpoint)):
         kept[CONFIG_KEYS] = to_plain(keys)

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..config import Config, load_config
 from ..engine import launch
+from ..engine.checkpoint import read_last_checkpoint
 from ..errors import UserError
-from ..weights import Checkpoint, as_command_line, implied_keys
+from ..weights import Checkpoint, as_command_line, implied_keys, read_checkpoint
 from .own_data import choose_config
 
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
@@ -47,6 +48,20 @@ def fix_config(cfg: Config, weights: str | Path | Checkpoint) -> Config:
     keys = implied_keys(cfg, weights)
     print(f"--fix-config: {as_command_line(keys)}" if keys else "--fix-config: nothing to set")
     return cfg.replace(keys)
+
+
+def add_other_classes_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """``--other-classes``.
+
+    Args:
+        purpose: what the command does with the classes.
+    """
+    parser.add_argument(
+        "--other-classes",
+        action="store_true",
+        help=f"{purpose} data whose classes have other names than the checkpoint's, as many of them, taken "
+        "by position; without it they are matched by name, and other names are an error",
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,12 +155,24 @@ def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
         changes["DATASETS.TEST"] = []
         print("no --val-json: the model will not be evaluated")
     changes["DATASETS.REGISTER"] = entries
-    annotations = (given["train"] or given["val"] or ("", ""))[0]
-    found = _count_categories(Path(annotations))
-    if found and found != cfg.model.roi_heads.num_classes and NUM_CLASSES not in args.overrides[::2]:
-        changes[NUM_CLASSES] = found
-        print(f"{NUM_CLASSES} set to {found}, the number of categories in {annotations}")
+    decides = given["val"] if args.eval_only else given["train"]  # a test set may list fewer classes
+    if decides is not None and NUM_CLASSES not in args.overrides[::2]:
+        found, origin = _count_categories(Path(decides[0])), f"categories in {decides[0]}"
+        if args.eval_only and found != cfg.model.roi_heads.num_classes:
+            checkpoint = _evaluated(cfg, args.resume)
+            if checkpoint is not None and checkpoint.class_names:
+                found, origin = len(checkpoint.class_names), f"classes of {checkpoint.path}"
+        if found and found != cfg.model.roi_heads.num_classes:
+            changes[NUM_CLASSES] = found
+            print(f"{NUM_CLASSES} set to {found}, the number of {origin}")
     return cfg.replace(changes)
+
+
+def _evaluated(cfg: Config, resume: bool) -> Checkpoint | None:
+    """What will be evaluated; whoever evaluates says what is missing."""
+    if resume:
+        return read_last_checkpoint(cfg.output_dir)
+    return read_checkpoint(cfg.model.weights) if cfg.model.weights else None
 
 
 def _pair(args: argparse.Namespace, part: str) -> tuple[str, str] | None:
@@ -165,10 +192,10 @@ def _count_categories(path: Path) -> int:
 
 
 def launch_from(args: argparse.Namespace, cfg: Config, function: Callable[..., Any]) -> None:
-    """``function(cfg, resume)`` in the processes that the flags ask for."""
+    """``function(cfg, args)`` in the processes that the flags ask for."""
     launch(
         function,
-        (cfg, args.resume),
+        (cfg, args),
         device=cfg.model.device,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
+from ..data import list_names, match_names
 from ..engine import ExportedPredictor, Predictor
+from ..engine.evaluator import OTHER_CLASSES
 from ..engine.pipeline import default_workers
 from ..engine.prediction import AnyPredictor, Outcome, Task, predict_images, predict_video
+from ..engine.predictor import unnamed_classes
 from ..errors import UserError
 from ..evaluation import Truth, read_truth
 from ..progress import fitted
 from .inputs import find_images, is_video, name_outputs, split_overrides
 from .options import (
     add_fix_argument,
+    add_other_classes_argument,
     add_weights_argument,
     check_threshold,
     read_config_file,
@@ -64,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="COCO ground truth: it is drawn beside, and gives the image ids of the results; what a folder "
         "or quoted pattern holds beside its images is left out",
     )
+    add_other_classes_argument(parser, "with --annotations: take")
     parser.add_argument("--no-pictures", action="store_true", help="write the results of images alone")
     parser.add_argument(
         "--workers",
@@ -82,6 +88,8 @@ def run(args: argparse.Namespace) -> Result:
     if not args.config_file and not args.model:
         raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     check_threshold(args.threshold)
+    if args.other_classes and not args.annotations:
+        raise UserError("--other-classes says how --annotations are read; give them, too")
     texts, overrides = split_overrides(args.inputs)
     if "OUTPUT_DIR" in overrides[::2]:
         raise UserError("predict writes into the folder of --output, and OUTPUT_DIR has no effect")
@@ -99,14 +107,16 @@ def run(args: argparse.Namespace) -> Result:
     tasks = make_tasks([(path, name) for path, name in named if not is_video(path)], output, truth)
     predictor = make_predictor(args, overrides)
     print(predictor.report)
+    of_images: Any = predictor
     if truth is not None:
-        check_categories(predictor, truth)
+        of_images = copy.copy(predictor)
+        of_images.category_ids = match_categories(predictor, truth, args.other_classes)
     outcomes = []
     if tasks:
         pictures = not args.no_pictures
         outcomes.append(
             predict_images(
-                predictor, tasks, output, threshold=args.threshold, workers=workers, pictures=pictures
+                of_images, tasks, output, threshold=args.threshold, workers=workers, pictures=pictures
             )
         )
         print(f"{outcomes[0].objects} objects in {outcomes[0].images} images: see {output}")
@@ -202,26 +212,39 @@ def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None)
     return tasks
 
 
-def check_categories(predictor: AnyPredictor, truth: Truth) -> None:
-    """Refuse ground truth of categories that the model does not know.
+def match_categories(predictor: AnyPredictor, truth: Truth, other_classes: bool) -> list[int | None]:
+    """The category id that the ground truth gives to each of the model's classes, None where it lists none.
+
+    Args:
+        predictor: classes are matched by name if it knows their names.
+        truth: may list fewer classes, in another order.
+        other_classes: match by position all the same.
 
     Raises:
-        UserError: an id is not among the model's, or is that of another of its classes.
+        UserError: the ground truth has a class that the model does not know.
     """
-    unknown = sorted(set(truth.category_ids) - set(predictor.category_ids))
-    if unknown:
-        raise UserError(
-            f"{truth.path} has category id {unknown[0]}, which the model, with "
-            f"{', '.join(map(str, predictor.category_ids[:8]))}, was not trained on; give its own annotations"
-        )
-    called = dict(zip(truth.category_ids, truth.class_names, strict=True))
-    for category_id, name in zip(predictor.category_ids, predictor.class_names, strict=True):
-        other = called.get(category_id, name)
-        if other != name and other in predictor.class_names:
+    names, known = truth.plain_names, list(predictor.class_names)
+    if other_classes or known == unnamed_classes(len(known)):
+        if len(names) != len(known):
             raise UserError(
-                f"{truth.path} calls category {category_id} '{other}', and the model was trained with it as "
-                f"'{name}'; give the categories the ids that they had in training"
+                f"{truth.path} has {len(names)} categories ({list_names(names)}), and the model has "
+                f"{len(known)} classes; give its own annotations"
             )
+        return list(truth.category_ids)
+    try:
+        places = match_names(names, known)
+    except ValueError as error:
+        raise UserError(
+            f"{truth.path} has the categories {list_names(names)}, and the model was trained on "
+            f"{list_names(known)}: {error}; {OTHER_CLASSES}"
+        ) from None
+    category_ids: list[int | None] = [None] * len(known)
+    for place, category_id in zip(places, truth.category_ids, strict=True):
+        category_ids[place] = category_id
+    left_out = [name for name, i in zip(known, category_ids, strict=True) if i is None]
+    if left_out:
+        print(f"{truth.path} does not list {list_names(left_out)}: what is found of it is left out")
+    return category_ids
 
 
 def check_replaces_nothing(

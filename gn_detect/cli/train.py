@@ -11,6 +11,7 @@ from pathlib import Path
 from ..config import Config
 from ..engine import evaluate, train
 from ..engine.checkpoint import BEST, FINAL
+from ..errors import UserError
 from ..progress import fitted
 from ..report.run_folder import read_run
 from .options import (
@@ -18,6 +19,7 @@ from .options import (
     add_data_arguments,
     add_fix_argument,
     add_launch_arguments,
+    add_other_classes_argument,
     add_weights_argument,
     launch_from,
     read_config,
@@ -38,8 +40,17 @@ gn-detect train --config-file GN/mask_rcnn_R_50_FPN_2x_gn.yaml --num-gpus 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command, those of detectron2's ``train_net.py`` among them."""
     parser.add_argument(
-        "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
+        "--resume",
+        action="store_true",
+        help="continue the run in OUTPUT_DIR from its last checkpoint; only its length, periods, device, "
+        "workers and paths may be others than it began with",
     )
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="with --resume: go on also where settings or data are not those that the run began with",
+    )
+    add_other_classes_argument(parser, "evaluate, or with --resume go on, on")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
     add_launch_arguments(parser)
     add_data_arguments(parser)
@@ -50,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Train, or evaluate with ``--eval-only``."""
+    _check_flags(args)
     cfg = read_config(args)
     launch_from(args, cfg, _evaluate if args.eval_only else _train)
     folder = Path(cfg.output_dir)
@@ -69,9 +81,20 @@ def run(args: argparse.Namespace) -> Result:
     return Result({"output_dir": str(folder), **found, "results": results})
 
 
-def _train(cfg: Config, resume: bool) -> None:
-    train(cfg, resume=resume)
+def _check_flags(args: argparse.Namespace) -> None:
+    if args.allow_changes and (args.eval_only or not args.resume):
+        raise UserError("--allow-changes has an effect only where a training is resumed; add --resume to it")
+    if args.other_classes and not (args.eval_only or args.resume):
+        raise UserError(
+            "--other-classes is for evaluation and --resume; from --weights of other classes, the layers for "
+            "them start afresh without it"
+        )
 
 
-def _evaluate(cfg: Config, resume: bool) -> None:
-    evaluate(cfg, resume=resume)
+def _train(cfg: Config, args: argparse.Namespace) -> None:
+    flags = {"allow_changes": args.allow_changes, "other_classes": args.other_classes}
+    train(cfg, resume=args.resume, **flags)
+
+
+def _evaluate(cfg: Config, args: argparse.Namespace) -> None:
+    evaluate(cfg, resume=args.resume, other_classes=args.other_classes)

@@ -150,6 +150,10 @@ DESCRIPTIONS = {
     "DATASETS.TRAIN": "Names of the datasets to train on, joined.",
     "DATASETS.TEST": "Names of the datasets to evaluate on, each by itself.",
     "DATASETS.REGISTER": "Names of your own: {name: {annotations: COCO JSON, images: folder}}.",
+    "DATASETS.ROOT": (
+        "Folder of the built-in datasets; empty: $GN_DETECT_DATASETS, else $DETECTRON2_DATASETS, else "
+        "./datasets."
+    ),
     "DATALOADER.NUM_WORKERS": "Processes of the loader; 0: none.",
     "DATALOADER.ASPECT_RATIO_GROUPING": "Wide and tall images go into different batches.",
     "DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler repeats images of rare categories.",

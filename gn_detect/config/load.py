@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError
+from .paths import find_again
 from .schema import Root
 from .supported import SUPPORTED, conflicts, is_unread, unread
 from .types import fields, to_plain, value_at
@@ -58,7 +59,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     origins: dict[str, str] = {}
     if path is not None:
         for source, values in read_chain(find_config(path)):
-            merge(tree, values)
+            merge(tree, find_again(values, source))
             origins |= dict.fromkeys(leaves(values), str(source))
     tree, own = _merge_overrides(tree, overrides)
     return validate(tree, origins | own)
@@ -87,6 +88,23 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 def dump_config(cfg: Config) -> str:
     """All keys as YAML that :func:`load_config` reads back to an equal config."""
     return yaml.safe_dump(to_plain(cfg), sort_keys=False, default_flow_style=None, width=100)
+
+
+def parse_config(text: str) -> Config:
+    """Return the config that :func:`dump_config` wrote, as files of weights hold it.
+
+    Keys that it lacks have their defaults.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError("not a config; it needs KEY: value lines")
+    return validate(tree, {})
 
 
 def find_config(path: str | Path) -> Path:

@@ -91,7 +91,7 @@ class RegisteredDataset(Section):
 
 
 class Datasets(Section):
-    """``DATASETS``: names of datasets; ``REGISTER`` of ours adds names."""
+    """``DATASETS``: names of datasets; ``REGISTER`` of ours adds names, ``ROOT`` places built-in ones."""
 
     train: Names = ()
     proposal_files_train: Names = ()
@@ -103,6 +103,7 @@ class Datasets(Section):
     registered: Annotated[dict[str, RegisteredDataset], BeforeValidator(_from_text)] = Field(
         default={}, alias="REGISTER"
     )
+    root: Str = ""  # empty: by the environment
 
 
 class DataLoader(Section):

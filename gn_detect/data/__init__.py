@@ -1,7 +1,8 @@
 """COCO datasets, augmentation, samplers and loaders."""
 
 from .augmentation import build_augmentations, prepare_image, shortest_edge_size
-from .coco import CocoDataset, check_classes, check_order, check_same_classes, join_datasets
+from .classes import list_names, match_names
+from .coco import CocoDataset, check_classes, check_same_classes, join_datasets, match_classes
 from .coco_json import read_image_list
 from .datasets import DatasetSource, datasets_root, resolve_dataset
 from .doctor_quick import warn_of_faults
@@ -16,10 +17,12 @@ __all__ = [
     "build_test_loader",
     "build_train_loader",
     "check_classes",
-    "check_order",
     "check_same_classes",
     "datasets_root",
     "join_datasets",
+    "list_names",
+    "match_classes",
+    "match_names",
     "prepare_image",
     "read_image",
     "read_image_list",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..structures import Target
+from .classes import list_names, match_names
 from .coco_json import read_coco_json
 from .datasets import DatasetSource
 from .faults import DataError
@@ -33,7 +37,8 @@ class CocoDataset:
         name: of the dataset; joined ones have their names joined by ``+``.
         annotations_path, images_folder: the JSON and the folder of its images (of the first, if joined).
         class_names: by contiguous label.
-        category_ids: ids in the JSON by contiguous label, ascending.
+        category_ids: ids in the JSON by contiguous label, ascending unless :func:`match_classes` gave it the
+            labels of a model; None for a class that the JSON does not list.
         images: records ordered by image id, packed.
         objects: flat table of all objects.
         num_crowds: crowd annotations in the file.
@@ -52,7 +57,9 @@ class CocoDataset:
         content = read_coco_json(source.annotations, source.images, masks=masks, evaluation=evaluation)
         self.name = source.name
         self.annotations_path, self.images_folder = source.annotations, source.images
-        self.class_names, self.category_ids = content.class_names, content.category_ids
+        self._folders: tuple[str, ...] = (os.path.join(source.images, ""),)
+        self.class_names = content.class_names
+        self.category_ids: list[int | None] = list(content.category_ids)
         self.images, self.objects, self.num_crowds = content.images, content.objects, content.num_crowds
         self.spelt_images: dict[Any, Any] = content.file.image_ids
         self.spelt_categories: dict[Any, Any] = content.file.category_ids
@@ -65,6 +72,26 @@ class CocoDataset:
             f"CocoDataset({self.name}: {len(self)} images, {len(self.objects.labels)} objects of "
             f"{len(self.class_names)} categories, {self.num_crowds} crowds)"
         )
+
+    def fingerprint(self) -> str:
+        """Return counts and a digest of all that training takes from the JSON, wherever the files are.
+
+        That are names (relative to the images folder) and sizes of images, boxes, labels and masks, in order.
+        Ids are left out.
+        """
+        digest = hashlib.sha256()
+        for record in self.images:
+            name = record.file_name
+            folder = next((folder for folder in self._folders if name.startswith(folder)), "")
+            name = os.path.normpath(name.removeprefix(folder))
+            digest.update(f"{name}\0{record.height}\0{record.width}\0".encode("utf-8", "surrogatepass"))
+        table = self.objects
+        arrays = [table.first, table.boxes, table.labels]
+        if table.masks is not None:
+            arrays += [getattr(table.masks, field.name) for field in fields(table.masks)]
+        for values in arrays:
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return f"{len(self)} images, {len(table.labels)} objects, {digest.hexdigest()[:16]}"
 
     def labels(self, index: int) -> np.ndarray:
         """(N,) int64 contiguous labels of the objects in an image."""
@@ -132,6 +159,7 @@ def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
     joined = CocoDataset.__new__(CocoDataset)
     joined.name = "+".join(d.name for d in datasets)
     joined.annotations_path, joined.images_folder = first.annotations_path, first.images_folder
+    joined._folders = tuple(folder for dataset in datasets for folder in dataset._folders)
     joined.class_names, joined.category_ids = first.class_names, first.category_ids
     joined.images = join_images([d.images for d in datasets])
     joined.objects = join_tables([d.objects for d in datasets])
@@ -148,27 +176,37 @@ def check_same_classes(first: CocoDataset, second: CocoDataset) -> None:
     """
     if first.class_names != second.class_names:
         raise UserError(
-            f"datasets {first.name} ({_listed(first.class_names)}) and {second.name} "
-            f"({_listed(second.class_names)}) differ in their categories; give both the same list"
+            f"datasets {first.name} ({list_names(first.class_names)}) and {second.name} "
+            f"({list_names(second.class_names)}) differ in their categories; give both the same list"
         )
 
 
-def check_order(dataset: CocoDataset, told: Any, path: str | Path) -> None:
-    """Refuse a dataset whose labels mean other classes than a checkpoint's.
+def match_classes(dataset: CocoDataset, names: Sequence[str], owner: str, remedy: str) -> None:
+    """Give a dataset the labels of a model, by the names of its classes.
+
+    ``class_names`` are then the model's, and ``category_ids`` has None for those that the file does not list.
 
     Args:
-        told: what the checkpoint says that its classes are; those of other names are taken for renamed.
-        path: of the checkpoint.
+        dataset: is changed; its file may list fewer classes, in another order.
+        names: of the model's classes, by label.
+        owner: whose they are, for the message, such as ``"model_best.pth"``.
+        remedy: what to do.
 
     Raises:
-        UserError: they are the same in another order.
+        UserError: the dataset has a class that the model does not know.
     """
-    names = dataset.class_names
-    if isinstance(told, list) and told != names and sorted(map(str, told)) == sorted(names):
+    try:
+        places = match_names(dataset.class_names, names)
+    except ValueError as error:
         raise UserError(
-            f"{path} was trained with categories in the order {_listed(told)}, and those of {dataset.name} "
-            f"have the order {_listed(names)}; give them ids in the order of training"
-        )
+            f"dataset {dataset.name} ({dataset.annotations_path}) has the categories "
+            f"{list_names(dataset.class_names)}, and {owner} has {list_names(names)}: {error}; {remedy}"
+        ) from None
+    category_ids: list[int | None] = [None] * len(names)
+    for place, category_id in zip(places, dataset.category_ids, strict=True):
+        category_ids[place] = category_id
+    dataset.class_names, dataset.category_ids = list(names), category_ids
+    dataset.objects = replace(dataset.objects, labels=np.array(places)[dataset.objects.labels])
 
 
 def check_classes(dataset: CocoDataset, num_classes: int) -> None:
@@ -181,10 +219,6 @@ def check_classes(dataset: CocoDataset, num_classes: int) -> None:
     if found != num_classes:
         noun = "category" if found == 1 else "categories"
         raise UserError(
-            f"dataset {dataset.name} has {found} {noun} ({_listed(dataset.class_names)}) but "
+            f"dataset {dataset.name} has {found} {noun} ({list_names(dataset.class_names)}) but "
             f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: set it to {found}"
         )
-
-
-def _listed(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(names) if len(names) <= limit else ", ".join([*names[:limit], "..."])

@@ -40,10 +40,17 @@ class DatasetSource:
     images: Path
 
 
-def datasets_root() -> Path:
-    """The built-in datasets' folder: $GN_DETECT_DATASETS, else $DETECTRON2_DATASETS, else ./datasets."""
-    named = os.environ.get("GN_DETECT_DATASETS") or os.environ.get("DETECTRON2_DATASETS") or "datasets"
-    return Path(named).expanduser()
+def datasets_root(cfg: Config | None = None) -> Path:
+    """Return the built-in datasets' folder.
+
+    It is ``DATASETS.ROOT``, else $GN_DETECT_DATASETS, else $DETECTRON2_DATASETS, else ./datasets. The
+    environment also counts where a root that the config names is gone.
+    """
+    named = os.environ.get("GN_DETECT_DATASETS") or os.environ.get("DETECTRON2_DATASETS") or ""
+    root = "" if cfg is None else cfg.datasets.root
+    if root and (not named or Path(root).expanduser().is_dir()):
+        named = root
+    return Path(named or "datasets").expanduser()
 
 
 def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
@@ -60,12 +67,15 @@ def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
         source = DatasetSource(name, Path(entry.annotations).expanduser(), Path(entry.images).expanduser())
         remedy = f"correct DATASETS.REGISTER.{name}"
     elif name in BUILT_IN:
-        root = datasets_root()
+        root = datasets_root(cfg)
         if name in _GENERATED:
+            if cfg.datasets.root and not root.absolute().parent.is_dir():  # gone, or of another machine
+                raise UserError(f"dataset {name}: {root} is gone; correct DATASETS.ROOT")
             ensure_demo_dataset(root)
         annotations, images = BUILT_IN[name]
         source = DatasetSource(name, root / annotations, root / images)
-        remedy = "put it there or set GN_DETECT_DATASETS to the folder that holds it"
+        key = "DATASETS.ROOT" if cfg.datasets.root else "GN_DETECT_DATASETS"
+        remedy = f"put it there or set {key} to the folder that holds it"
     else:
         raise UserError(_unknown(name, [*registered, *BUILT_IN]))
     if source.annotations.is_dir():

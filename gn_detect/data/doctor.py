@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .classes import list_names, match_names
 from .datasets import DatasetSource
 from .doctor_checks import LARGE, SMALL, Part, check_part
 from .doctor_images import Probes, probe_images
@@ -154,9 +155,12 @@ def compare_parts(parts: Sequence[Part]) -> list[Finding]:
         digests = {digest: image_id for image_id, digest in first.digests.items()}
         paths = {record.file_name: image_id for image_id, record in first.images.items()}
         for second in parts[number + 1 :]:
-            if sorted(first.categories.items()) != sorted(second.categories.items()):
-                detail = f"{first.name} and {second.name} do not list the same categories"
-                findings.append(Finding("classes-differ", second.name, detail))
+            names, known = ([name for _, name in sorted(p.categories.items())] for p in (second, first))
+            try:
+                match_names(names, known if number == 0 else names)
+            except ValueError as error:
+                detail = f"{first.name} has {list_names(known)}, and {second.name} has {list_names(names)}"
+                findings.append(Finding("classes-differ", second.name, f"{detail}: {error}"))
             for image_id, record in second.images.items():
                 same = digests.get(second.digests.get(image_id, ""), paths.get(record.file_name))
                 if same is not None:

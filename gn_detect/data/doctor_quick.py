@@ -72,7 +72,8 @@ def quick_faults(dataset: CocoDataset) -> Iterator[tuple[str, int, str]]:
     repeated = np.zeros(len(keys), dtype=bool)
     repeated[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
     yield "duplicate-annotation", *annotations(repeated)
-    unused = np.flatnonzero(np.bincount(table.labels, minlength=len(dataset.class_names)) == 0)
+    listed = np.array([category_id is not None for category_id in dataset.category_ids])
+    unused = np.flatnonzero(listed & (np.bincount(table.labels, minlength=len(listed)) == 0))
     yield "unused-category", len(unused), dataset.class_names[unused[0]] if len(unused) else ""
     empty = np.flatnonzero(counts == 0)
     yield "empty-image", len(empty), f"image {dataset.images[int(empty[0])].id}" if len(empty) else ""

@@ -155,7 +155,9 @@ FAULTS: dict[str, Fault] = {
     ),
     "bad-rle": Fault(ERROR, "RLE masks that are damaged", "encode them again", removal=_OBJECT),
     "classes-differ": Fault(
-        ERROR, "parts whose categories differ", "give both files the same list of categories"
+        ERROR,
+        "parts whose categories the first part does not know",
+        "give both files the same names, or leave out what is not trained",
     ),
     "leak": Fault(
         ERROR,

@@ -20,10 +20,10 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Classes:
-    """Names and ids of the categories, by contiguous label."""
+    """Names and ids of the categories, by contiguous label; None for one without an id in the file."""
 
     names: Sequence[str]
-    category_ids: Sequence[int]
+    category_ids: Sequence[int | None]
 
     def labels(self, entries: Sequence[Json]) -> Tensor:
         """(N,) int64 labels of COCO entries."""

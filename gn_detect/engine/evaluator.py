@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, dump_config, load_config
-from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes, check_order
+from ..config import Config, load_config
+from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes, match_classes
 from ..errors import UserError
 from ..evaluation import evaluate_model
-from ..files import atomic_write_json, atomic_write_text, remedy
+from ..files import atomic_write_json, remedy
 from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, load_weights, read_checkpoint
-from .checkpoint import INFERENCE, RESULTS, read_last_checkpoint
+from .checkpoint import CONFIG, INFERENCE, RESULTS, read_last_checkpoint
 from .distributed import get_rank, is_main, resolve_device, share_buffers, world_size
 from .model import make_model
+from .run_config import write_run_config
 from .writers import run_log
 
 logger = logging.getLogger(__name__)
@@ -28,36 +30,42 @@ TestSets = dict[str, tuple[SampleLoader, CocoDataset]]
 """Loader and dataset by name."""
 
 
-def evaluate(cfg: Config, *, resume: bool = False) -> Results:
+OTHER_CLASSES = (
+    "give data of these classes, or take the classes by their position, whatever they are called, with "
+    "--other-classes"
+)
+"""The remedy where a checkpoint's classes are not those of the data."""
+
+
+def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) -> Results:
     """Box and mask AP of a checkpoint on ``DATASETS.TEST``.
 
     Writes ``OUTPUT_DIR/inference/<dataset>/`` and ``OUTPUT_DIR/results.json``, and where there is none its
-    ``config.yaml``, so that it can be reported on.
+    ``config.yaml`` and ``environment.json``, so that it can be reported on.
 
     Args:
         cfg: ``MODEL.WEIGHTS`` is the checkpoint.
-        resume: take the newest checkpoint of ``OUTPUT_DIR`` instead, if there is one.
+        resume: take the newest checkpoint of ``OUTPUT_DIR`` instead.
+        other_classes: take the classes of a dataset by their position. By default those of a checkpoint that
+            knows its classes are matched by name; a dataset may list fewer, in another order.
 
     Raises:
-        UserError: there is no checkpoint, it does not fit the config, the data are wrong, or ``OUTPUT_DIR``
-            holds the results of other data of the same name.
+        UserError: there is no checkpoint, it does not fit the config, the data are wrong or of other classes,
+            or ``OUTPUT_DIR`` holds the results of other data of the same name.
     """
     with run_log() as log:
         device = resolve_device(cfg)
-        weights = (read_last_checkpoint(cfg.output_dir) if resume else None) or cfg.model.weights
+        weights = read_last_checkpoint(cfg.output_dir) if resume else cfg.model.weights
         if not weights:
-            raise UserError(
-                f"nothing to evaluate: MODEL.WEIGHTS is empty"
-                f"{f' and {cfg.output_dir} has no checkpoint' if resume else ''}; "
-                f"add --weights path/to/model.pth, or the key"
-            )
+            missing = f"{cfg.output_dir} has no checkpoint" if resume else "MODEL.WEIGHTS is empty"
+            instead = ", in place of --resume" if resume else ", or the key"
+            raise UserError(f"nothing to evaluate: {missing}; add --weights path/to/model.pth{instead}")
         tests = load_test_sets(cfg)
         if not tests:
             raise UserError("DATASETS.TEST is empty; name the dataset to evaluate on, or give --val-json")
         model = make_model(cfg)
         checkpoint = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights)
-        for _, dataset in tests.values():
-            check_order(dataset, checkpoint.metadata.get("class_names"), checkpoint.path)
+        match_test_sets(cfg, tests, checkpoint, other_classes)
         _refuse_other_data(cfg)
         logger.info("%s", load_weights(model, checkpoint, config=cfg))
         model.to(device)
@@ -67,15 +75,14 @@ def evaluate(cfg: Config, *, resume: bool = False) -> Results:
         results = evaluate_test_sets(cfg, model, tests)
         if is_main():
             write_results(Path(cfg.output_dir) / RESULTS, results)
-            config = Path(cfg.output_dir) / "config.yaml"
-            if not config.exists():
-                atomic_write_text(config, dump_config(cfg))
+            if not (Path(cfg.output_dir) / CONFIG).exists():
+                write_run_config(cfg, device)
         return results
 
 
 def _refuse_other_data(cfg: Config) -> None:
     """Results that take the place of a run's own belong to the data that its config names."""
-    earlier = Path(cfg.output_dir) / "config.yaml"
+    earlier = Path(cfg.output_dir) / CONFIG
     if not earlier.is_file():
         return
     try:
@@ -98,14 +105,28 @@ def load_test_sets(cfg: Config) -> TestSets:
     """Every set of ``DATASETS.TEST``, this process's share of it.
 
     Raises:
-        UserError: files are missing or wrong, or ``NUM_CLASSES`` is not theirs.
+        UserError: files are missing or wrong.
     """
-    tests = {}
-    for name in cfg.datasets.test:
-        loader, dataset = build_test_loader(cfg, name, rank=get_rank(), world_size=world_size())
-        check_classes(dataset, cfg.model.roi_heads.num_classes)
-        tests[name] = loader, dataset
-    return tests
+    build = partial(build_test_loader, cfg, rank=get_rank(), world_size=world_size())
+    return {name: build(name) for name in cfg.datasets.test}
+
+
+def match_test_sets(cfg: Config, tests: TestSets, checkpoint: Checkpoint, other_classes: bool) -> None:
+    """Give each test set the labels of a checkpoint's classes, by name where the checkpoint knows names.
+
+    Args:
+        other_classes: by position in any case.
+
+    Raises:
+        UserError: a test set has a class that the checkpoint does not know, or by position another number.
+    """
+    count = cfg.model.roi_heads.num_classes
+    by_name = len(checkpoint.class_names) == count and not other_classes
+    for _, dataset in tests.values():
+        if by_name:
+            match_classes(dataset, checkpoint.class_names, str(checkpoint.path), OTHER_CLASSES)
+        else:
+            check_classes(dataset, count)
 
 
 def evaluate_test_sets(cfg: Config, model: MaskRCNN, tests: TestSets) -> Results:

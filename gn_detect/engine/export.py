@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ..config import dump_config
+from ..config import dump_config, without_paths
 from ..config.load import validate
 from ..errors import UserError
 from ..files import atomic_write
@@ -124,7 +124,7 @@ class ExportMetadata:
             "input_format": self.config.input.format,
             "pixel_mean": json.dumps(self.config.model.pixel_mean),
             "pixel_std": json.dumps(self.config.model.pixel_std),
-            "config": dump_config(self.config),
+            "config": dump_config(without_paths(self.config)),
         }
 
     @classmethod
@@ -224,12 +224,16 @@ def export_program(model: MaskRCNN) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(
+            program = torch.export.export(
                 ExportableDetector(model).eval(),
                 example,
                 dynamic_shapes={"image": sides, "size": None},
                 strict=False,
             )
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # names the files of this machine
+        return program
     except Exception as error:  # of many kinds, none of which is documented
         raise _failure("torch.export", error) from error
 

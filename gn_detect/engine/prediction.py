@@ -40,7 +40,10 @@ class AnyPredictor(Protocol):
 
     cfg: Config
     class_names: list[str]
-    category_ids: list[int]
+
+    @property
+    def category_ids(self) -> Sequence[int | None]:
+        """By label, None for a class that is left out of the results."""
 
     def __call__(self, image: np.ndarray) -> Detections:
         """Objects in (H, W, 3) uint8 RGB pixels, in the image's pixels, on the CPU, best first."""
@@ -243,7 +246,8 @@ def _as_coco(records: list[Json], classes: Classes) -> Json:
 
 
 def _categories(classes: Classes) -> list[Json]:
-    return [{"id": i, "name": name} for i, name in zip(classes.category_ids, classes.names, strict=True)]
+    pairs = zip(classes.category_ids, classes.names, strict=True)
+    return [{"id": i, "name": name} for i, name in pairs if i is not None]
 
 
 def predict_video(

@@ -54,7 +54,7 @@ class Predictor:
         told = checkpoint.metadata
         names, ids = _of_coco() if _is_of_coco(cfg) else ([], [])
         self.class_names: list[str] = (
-            _of_length(count, told.get("class_names")) or names or [f"class {i}" for i in range(count)]
+            _of_length(count, checkpoint.class_names) or names or unnamed_classes(count)
         )
         self.category_ids: list[int] = (
             _of_length(count, told.get("category_ids")) or ids or list(range(1, count + 1))
@@ -76,6 +76,11 @@ class Predictor:
         pixels = read_pixels(image)
         height, width = pixels.shape[:2]
         return self.model.detect([prepare_image(pixels, self.cfg)], [(height, width)])[0].to("cpu")
+
+
+def unnamed_classes(count: int) -> list[str]:
+    """Return what the classes are called where nothing tells their names."""
+    return [f"class {label}" for label in range(count)]
 
 
 def read_pixels(image: str | Path | np.ndarray) -> np.ndarray:

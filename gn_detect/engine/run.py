@@ -9,24 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
-from ..config import dump_config
+from ..config import dump_config, without_paths
 from ..data import (
     CocoDataset,
     SampleLoader,
     build_train_loader,
     check_classes,
-    check_order,
-    check_same_classes,
+    match_classes,
     warn_of_faults,
 )
 from ..errors import UserError
 from ..evaluation import METRICS
-from ..files import atomic_write_json, atomic_write_text, check_writable
+from ..files import check_writable
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, InputConvention, load_weights, norm_settings, read_checkpoint
-from .checkpoint import CONFIG, ENVIRONMENT, read_last_checkpoint, remove_leftovers, start_anew
+from .checkpoint import CONFIG, read_last_checkpoint, remove_leftovers, start_anew
 from .distributed import (
     check_synchronised_norms,
     from_main,
@@ -36,15 +34,19 @@ from .distributed import (
     scale_config,
     world_size,
 )
-from .environment import describe_environment
-from .evaluator import TestSets, load_test_sets, make_folder
+from .evaluator import OTHER_CLASSES, TestSets, load_test_sets, make_folder
 from .model import make_model
+from .resume import DATA, check_changes, check_classes_of_run, describe_data, refuse_no_run, saved_config
+from .run_config import write_run_config
 from .step import TrainingState, make_state
 
 if TYPE_CHECKING:
     from ..config import Config
 
 logger = logging.getLogger(__name__)
+
+BEST_IS_OF = ("DATASETS.TEST", "SOLVER.BEST_CHECKPOINT_METRIC")
+"""Keys that decide what was best so far: where one has changed, no evaluation has counted yet."""
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Run:
         state: optimiser and whatever else a step changes.
         loader, dataset: training batches, from ``start`` on.
         tests: the test sets.
+        data: :func:`describe_data` of both.
         start: the first iteration; 0 unless the run is resumed.
         best: best value of ``SOLVER.BEST_CHECKPOINT_METRIC`` so far.
         losses: those since the last report, where the run was interrupted between two.
@@ -72,6 +75,7 @@ class Run:
     loader: SampleLoader
     dataset: CocoDataset
     tests: TestSets
+    data: dict[str, str]
     start: int = 0
     best: float = -1.0
     losses: dict[str, list[float]] = field(default_factory=dict)
@@ -91,13 +95,14 @@ class Run:
             "best": self.best,
             "losses": losses,
             "evaluate_first": self.evaluate_first,
+            DATA: self.data,
             **self.origin(),
         }
 
     def origin(self) -> dict[str, Any]:
         """Config, input, classes and norms' eps, so that a checkpoint can be used without them."""
         return {
-            "config": dump_config(self.cfg),
+            "config": dump_config(without_paths(self.cfg)),
             "input": InputConvention.of_config(self.cfg).as_metadata(),
             "class_names": list(self.dataset.class_names),
             "category_ids": list(self.dataset.category_ids),
@@ -105,29 +110,41 @@ class Run:
         }
 
 
-def prepare(cfg: Config, resume: bool) -> Run:
-    """Check everything that can be checked, and build all parts; no new file is written."""
+def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_classes: bool = False) -> Run:
+    """Check everything that can be checked, and build all parts; no new file is written.
+
+    Args:
+        cfg: whole config.
+        resume, allow_changes, other_classes: see :func:`gn_detect.train`.
+    """
     device = resolve_device(cfg)
+    given = cfg
     cfg = scale_config(cfg, world_size())
     checkpoint = _read_last_checkpoint(cfg) if resume else None
     known = {} if checkpoint is None else checkpoint.metadata
     cfg = _decide_seed(cfg, known)
-    start = _first_iteration(cfg, known)
+    start = _first_iteration(cfg, checkpoint)
 
     check_parts(cfg)
     loader, dataset = build_train_loader(cfg, rank=get_rank(), world_size=world_size(), start_iteration=start)
+    if checkpoint is not None and not other_classes:
+        check_classes_of_run(dataset, checkpoint, OTHER_CLASSES)
     check_classes(dataset, cfg.model.roi_heads.num_classes)
     tests = load_test_sets(cfg)
-    for _, test_set in tests.values():
-        check_same_classes(dataset, test_set)
-    check_best_metric(cfg, dataset)
-    warn_of_faults(dataset, [test_set for _, test_set in tests.values()])
+    test_sets = {name: test_set for name, (_, test_set) in tests.items()}
+    for test_set in test_sets.values():
+        owner = f"dataset {dataset.name}, which is trained on,"
+        remedy = "give both the same names, or leave out of the test set what is not trained"
+        match_classes(test_set, dataset.class_names, owner, remedy)
+    check_best_metric(cfg, next(iter(test_sets.values()), dataset))
+    data = describe_data(dataset, test_sets)
+    changes = [] if checkpoint is None else check_changes(given, checkpoint, data, allow_changes)
+    warn_of_faults(dataset, list(test_sets.values()))
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg)
     check_synchronised_norms(model, device)
     if checkpoint is not None:
-        check_order(dataset, known.get("class_names"), checkpoint.path)
         load_weights(model, checkpoint)
         logger.info("resuming from %s at iteration %d", checkpoint.path, start)
     elif cfg.model.weights:
@@ -135,10 +152,11 @@ def prepare(cfg: Config, resume: bool) -> Run:
         report = load_weights(model, cfg.model.weights, for_training=True, config=cfg, class_names=names)
         logger.info("%s", report)
     model.to(device).train()
-    run = Run(cfg, device, model, make_state(cfg, model), loader, dataset, tests, start)
+    run = Run(cfg, device, model, make_state(cfg, model), loader, dataset, tests, data, start)
     if checkpoint is not None:
         run.state.restore(known, str(checkpoint.path))
-        run.best = float(known.get("best", -1.0))
+        if not any(change.key.removeprefix("the content of ").startswith(BEST_IS_OF) for change in changes):
+            run.best = float(known.get("best", -1.0))
         run.losses = known.get("losses", {})
         run.evaluate_first = bool(known.get("evaluate_first", False))
     return run
@@ -151,35 +169,38 @@ def _read_last_checkpoint(cfg: Config) -> Checkpoint | None:
         try:
             found = read_last_checkpoint(cfg.output_dir, set_aside=True)
             chosen = None if found is None else str(found.path)
+            if found is None:
+                refuse_no_run(cfg.output_dir)
         except UserError as error:
             failure = str(error)
     chosen, failure = from_main((chosen, failure))
     if failure is not None:
         raise UserError(failure)
     if chosen is None:
-        logger.info("%s has no checkpoint to resume from: training starts at iteration 0", cfg.output_dir)
         return None
     return found if is_main() else read_checkpoint(chosen)
 
 
-def _first_iteration(cfg: Config, known: dict[str, Any]) -> int:
-    """The iteration after that of a checkpoint's metadata.
+def _first_iteration(cfg: Config, checkpoint: Checkpoint | None) -> int:
+    """The iteration after a checkpoint's.
 
     With ``SOLVER.REFERENCE_WORLD_SIZE`` and other processes than before, iterations are of another batch: it
     is the one before which as many images were seen, rounded down.
     """
-    start = int(known.get("iteration", -1)) + 1
-    if start == 0 or "config" not in known:
+    if checkpoint is None:
+        return 0
+    start = int(checkpoint.metadata.get("iteration", -1)) + 1
+    saved = saved_config(checkpoint)
+    if saved is None:
         return start
-    before = yaml.safe_load(known["config"])["SOLVER"]
-    reference = cfg.solver.reference_world_size
-    if 0 in (reference, before["REFERENCE_WORLD_SIZE"]) or reference == before["REFERENCE_WORLD_SIZE"]:
+    before, reference = saved.solver, cfg.solver.reference_world_size
+    if 0 in (reference, before.reference_world_size) or reference == before.reference_world_size:
         return start
-    same = start * before["IMS_PER_BATCH"] // cfg.solver.ims_per_batch
+    same = start * before.ims_per_batch // cfg.solver.ims_per_batch
     logger.info(
         "iteration %d with %d images in each is iteration %d with %d",
         start,
-        before["IMS_PER_BATCH"],
+        before.ims_per_batch,
         same,
         cfg.solver.ims_per_batch,
     )
@@ -215,13 +236,14 @@ def open_run_folder(run: Run) -> None:
     check_writable(run.folder / CONFIG)
     if run.start == 0:
         start_anew(run.folder)
-    atomic_write_text(run.folder / CONFIG, dump_config(run.cfg))
-    environment = describe_environment(run.device, world_size())
-    atomic_write_json(run.folder / ENVIRONMENT, environment, indent=2)
+    write_run_config(run.cfg, run.device)
 
 
 def check_best_metric(cfg: Config, dataset: CocoDataset) -> None:
     """Refuse a ``SOLVER.BEST_CHECKPOINT_METRIC`` that no evaluation gives.
+
+    Args:
+        dataset: that decides: the first of the test sets; its labels are the model's.
 
     Raises:
         UserError: it names masks of a model without masks, or no metric and no category.
@@ -234,7 +256,8 @@ def check_best_metric(cfg: Config, dataset: CocoDataset) -> None:
         raise UserError(
             f"SOLVER.BEST_CHECKPOINT_METRIC {metric} needs MODEL.MASK_ON True; choose bbox/{name}"
         )
-    known = [*METRICS, *(f"AP-{category}" for category in dataset.class_names)]
+    listed = zip(dataset.class_names, dataset.category_ids, strict=True)
+    known = [*METRICS, *(f"AP-{category}" for category, i in listed if i is not None)]
     if name not in known:
         raise UserError(
             f"SOLVER.BEST_CHECKPOINT_METRIC {metric} is unknown; after {kind}/ choose {', '.join(METRICS)} "

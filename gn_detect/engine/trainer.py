@@ -37,7 +37,9 @@ MAX_SKIPPED = 20
 """With ``SOLVER.NON_FINITE skip``: so many steps that are not finite end a run after all."""
 
 
-def train(cfg: Config, *, resume: bool = False) -> Results:
+def train(
+    cfg: Config, *, resume: bool = False, allow_changes: bool = False, other_classes: bool = False
+) -> Results:
     """Train the model of a config and evaluate it on ``DATASETS.TEST``.
 
     ``OUTPUT_DIR`` then holds ``config.yaml``, ``log.txt``, ``metrics.jsonl``, TensorBoard events,
@@ -46,21 +48,24 @@ def train(cfg: Config, *, resume: bool = False) -> Results:
 
     Args:
         cfg: whole config.
-        resume: continue from the newest checkpoint of ``OUTPUT_DIR``, if there is one, with the same batches
-            and random numbers as without the break. A finished run is evaluated again. Workers that torchrun
-            has restarted resume in any case.
+        resume: continue the run in ``OUTPUT_DIR`` from its newest checkpoint, with the same batches and
+            random numbers as without the break. A run that has none yet begins again; a finished one is
+            evaluated again. Workers that torchrun has restarted resume in any case.
+        allow_changes: resume also with other settings or data than the run began with; without it, only
+            length, periods, device, workers and paths may change.
+        other_classes: resume also on data of as many classes with other names, taken by position.
 
     Returns:
         the final results; empty without test sets.
 
     Raises:
-        UserError: data, classes, weights or settings do not fit (nothing has been written then), or training
-            diverged.
+        UserError: data, classes, weights or settings do not fit, or there is no run to resume (nothing has
+            been written then), or training diverged.
         SystemExit: SIGTERM (status 143) or SIGINT (130) came, and the run is saved.
     """
     resume = resume or restart_count() > 0
     with run_log() as log:
-        run = prepare(cfg, resume)
+        run = prepare(cfg, resume, allow_changes=allow_changes, other_classes=other_classes)
         if is_main():
             open_run_folder(run)
             log.open(run.folder / "log.txt")

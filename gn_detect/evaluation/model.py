@@ -58,19 +58,23 @@ class Detector(Protocol):
 
 
 def detections_to_coco(
-    detections: Detections, image_id: int, category_ids: Sequence[int]
+    detections: Detections, image_id: int, category_ids: Sequence[int | None]
 ) -> list[dict[str, Any]]:
     """One image's detections as entries of a COCO result file.
 
     Args:
         detections: boxes ``xyxy`` in the pixels of the image.
         image_id: of the annotation file.
-        category_ids: contiguous label -> category id of the annotation file.
+        category_ids: contiguous label -> category id of the annotation file; detections of classes that have
+            none there are left out.
 
     Returns:
         Entries with ``bbox`` (x, y, width, height), ``score`` and, for a model with masks, ``segmentation``
         (compressed RLE with text counts). Widths and heights are float32 differences, as detectron2 writes.
     """
+    if None in category_ids:
+        listed = torch.tensor([category_id is not None for category_id in category_ids])
+        detections = detections[listed.to(detections.labels.device)[detections.labels]]
     corners = detections.boxes.cpu()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
     entries: list[dict[str, Any]] = [
@@ -174,7 +178,7 @@ def evaluate_model(
 
 
 def _write_results(
-    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int], path: Path
+    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], path: Path
 ) -> None:
     """The detections of all processes, those of the first one as they come."""
     with atomic_write(path) as file:
@@ -186,7 +190,9 @@ def _write_results(
         results.end()
 
 
-def _send_results(model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int]) -> None:
+def _send_results(
+    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None]
+) -> None:
     """Detections of another process: on its own disk until the first one has finished, too."""
     with tempfile.TemporaryFile("w+", encoding="ascii") as spool:
         for entries in _detect(model, loader, category_ids):
@@ -220,7 +226,7 @@ def _evaluate(path: Path, dataset: CocoDataset, backend: str, iou_types: Sequenc
 
 
 def _detect(
-    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int]
+    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None]
 ) -> Iterator[list[dict[str, Any]]]:
     """This process's detections, image by image. Masks become RLE at once: bitmaps would fill the memory."""
     seconds = {"data": 0.0, "model": 0.0, "results": 0.0}

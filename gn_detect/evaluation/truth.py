@@ -22,6 +22,7 @@ class Truth:
         file_names: by image id, relative to the folder of the images.
         sizes: (height, width) by image id, as far as the file tells.
         category_ids, class_names: in order of the ids; names that several share get the id behind them.
+        plain_names: those of the file, without these ids.
         objects: annotations by image id, with ``category_id``, ``bbox``, ``area``, ``iscrowd`` and, if they
             have masks, ``segmentation`` as compressed RLE; images without any have an empty list.
         content: the file as it was read.
@@ -32,6 +33,7 @@ class Truth:
     sizes: dict[Any, tuple[int, int]]
     category_ids: list[int]
     class_names: list[str]
+    plain_names: list[str]
     objects: dict[Any, list[Json]]
     content: CocoFile
 
@@ -91,7 +93,8 @@ def read_truth(path: str | Path, iou_type: str | None = None) -> Truth:
         objects[image_id].append(entry)
     names = {image["id"]: str(image.get("file_name", image["id"])) for image in file.content["images"]}
     sizes = {key: size for key, number in truth.images.items() if (size := truth.sizes[number]) is not None}
-    return Truth(Path(path), names, sizes, list(truth.categories), truth.labels, objects, file)
+    plain = [category["name"] for category in truth.coco["categories"]]
+    return Truth(Path(path), names, sizes, list(truth.categories), truth.labels, plain, objects, file)
 
 
 def _best_iou_type(content: Json) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.resources
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import __version__
+from ..config.paths import FOLDER
 from ..data import resolve_dataset
 from ..errors import UserError
 from ..evaluation import METRICS, read_truth
@@ -113,12 +114,13 @@ def _section(run: RunFolder, test: TestSet, number: int, threshold: float, pictu
         truth = read_truth(source.annotations, kinds[-1])
         section.analysis = analyse(truth, test.results, kinds, threshold)
     except UserError as error:
-        section.notice = f"No curves, confusion and pictures: {error}"
-        logger.warning("%s", section.notice)
+        logger.warning("No curves, confusion and pictures: %s", error)
+        section.notice = run.without_folders(f"No curves, confusion and pictures: {error}")
         return section
     section.curves = [_precision_chart(section.analysis, kind) for kind in kinds]
     section.confusion = condense(section.analysis.confusion, truth.class_names)
-    section.pictures = draw_pictures(section.analysis, source.images, pictures)
+    drawn = draw_pictures(section.analysis, source.images, pictures)
+    section.pictures = [replace(picture, reason=run.without_folders(picture.reason)) for picture in drawn]
     return section
 
 
@@ -178,6 +180,9 @@ def render(run: RunFolder, sections: list[Section], threshold: float) -> str:
     folder = importlib.resources.files("gn_detect.report")
     return environment.get_template("page.html.jinja").render(
         run=run,
+        environment={
+            key: run.without_folders(str(value)) for key, value in run.environment.items() if key != FOLDER
+        },
         title=run.path.resolve().name,
         sections=sections,
         charts=training_charts(run.rows),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import Config, load_config
+from ..config import Config, dump_config, load_config, without_paths
 from ..engine.checkpoint import BEST
 from ..engine.run import best_metric
 from ..errors import UserError
@@ -66,7 +68,8 @@ class RunFolder:
 
     Attributes:
         path: of the folder.
-        cfg, config_text: of ``config.yaml``.
+        cfg: of ``config.yaml``.
+        config_text: the same as YAML, without folders, as the page is passed on.
         rows: of ``metrics.jsonl``; empty where there are none yet.
         tests: by dataset.
         environment: of ``environment.json``; empty for a run that did not write it.
@@ -78,6 +81,19 @@ class RunFolder:
     rows: list[dict[str, float]]
     tests: list[TestSet]
     environment: dict[str, Any]
+
+    def without_folders(self, text: str) -> str:
+        """Return a text for the page, in which of local paths the last part stays."""
+        entries = self.cfg.datasets.registered.values()
+        paths = [path for entry in entries for path in (entry.annotations, entry.images)]
+        folders = [*map(os.path.dirname, paths), *paths, os.path.abspath(self.path), self.cfg.output_dir]
+        folders += [os.getcwd(), os.path.expanduser("~"), self.cfg.datasets.root]
+        absolute = {
+            folder for folder in folders if os.path.isabs(folder) and os.path.dirname(folder) != folder
+        }
+        for folder in sorted(absolute, key=len, reverse=True):
+            text = text.replace(os.path.join(folder, ""), "")
+        return re.sub(r"(?<![\w./:-])/(?:[^\s/]+/)+(?=[^\s/])", "", text)
 
     @property
     def best(self) -> BestEvaluation | None:
@@ -105,10 +121,11 @@ def read_run(folder: str | Path) -> RunFolder:
     inference = folder / "inference"
     tests = [_test_set(path) for path in sorted(inference.iterdir())] if inference.is_dir() else []
     environment = folder / "environment.json"
+    cfg = load_config(folder / "config.yaml")
     return RunFolder(
         folder,
-        load_config(folder / "config.yaml"),
-        (folder / "config.yaml").read_text(encoding="utf-8"),
+        cfg,
+        dump_config(without_paths(cfg)),
         rows,
         [test for test in tests if test.metrics or test.results],
         _read_object(environment) if environment.is_file() else {},

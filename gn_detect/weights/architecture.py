@@ -100,13 +100,12 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     if is_detector:
         keys |= _head_keys(shapes)
     keys |= untold_keys(checkpoint)
-    names = checkpoint.metadata.get("class_names")
     return Architecture(
         keys,
         is_detector,
         any(".mask_head.predictor." in name for name in shapes),
         keys["MODEL.RESNETS.NORM"],
-        list(names) if isinstance(names, list) and all(isinstance(n, str) for n in names) else [],
+        checkpoint.class_names,
     )
 
 

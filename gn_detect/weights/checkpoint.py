@@ -84,6 +84,14 @@ class Checkpoint:
     path: Path = Path("checkpoint")
     stored: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes by label; empty where the file does not tell them."""
+        names = self.metadata.get("class_names")
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return list(names)
+        return []
+
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors``, ``.pkl`` or ``.npz`` by what is in the file.

@@ -237,8 +237,8 @@ def _without_ones(tensor: Tensor) -> list[int]:
 
 def _drop_other_classes(report: LoadReport, checkpoint: Checkpoint, class_names: list[str]) -> None:
     """The same number of classes, but others, or in another order: the file's predictors mean nothing."""
-    told = checkpoint.metadata.get("class_names")
-    if not isinstance(told, list) or len(told) != len(class_names) or told == class_names:
+    told = checkpoint.class_names
+    if len(told) != len(class_names) or told == class_names:
         return
     for name in [name for name in report.matched if PREDICTORS.search(name)]:
         report.matched.remove(name)

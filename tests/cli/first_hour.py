@@ -96,6 +96,12 @@ def _last_checkpoint(case: Case) -> None:
     (case.output / "last_checkpoint").write_text("model_0000009.pth")
 
 
+def _run(case: Case) -> None:
+    """A run of one iteration."""
+    keys = ["SOLVER.MAX_ITER", "1", "DATASETS.TEST", "[]"]
+    assert main(["train", "--config-file", str(case.config), *keys]) == 0
+
+
 def _rename_category(case: Case) -> None:
     content = json.loads(case.val.read_text())
     content["categories"][0]["name"] = "circle"
@@ -198,6 +204,12 @@ MISTAKES = {
         f"{TRAIN} MODEL.ROI_HEADS.NUM_CLASSES 5", "MODEL.ROI_HEADS.NUM_CLASSES", "set it to 2"
     ),
     "train and val of other classes": Mistake(TRAIN, "circle", "give both the same", _rename_category),
+    "two training sets of other classes": Mistake(
+        f"{TRAIN} DATASETS.TRAIN [tiny_train,tiny_test] DATASETS.TEST []",
+        "circle",
+        "give both the same",
+        _rename_category,
+    ),
     "half of a pair of flags": Mistake("train --train-json {train}", "--train-images", "give both"),
     "unknown dataset": Mistake(f"{TRAIN} DATASETS.TRAIN tiny_trian", "tiny_trian", "tiny_train"),
     "unequal flags of the doctor": Mistake(
@@ -244,11 +256,17 @@ MISTAKES = {
         "to 3",
         _weights(["MODEL.ROI_HEADS.NUM_CLASSES", "3"]),
     ),
-    "weights of classes in another order": Mistake(
+    "weights of classes of other names": Mistake(
         f"{EVAL} --weights {{folder}}/w.pth",
-        "bar, square",
-        "ids in the order",
-        _weights([], lambda path: _tell(path, class_names=["bar", "square"])),
+        "bar, circle",
+        "--other-classes",
+        _weights([], lambda path: _tell(path, class_names=["bar", "circle"])),
+    ),
+    "prediction of classes of other names": Mistake(
+        f"{PREDICT} --weights {{folder}}/w.pth --annotations {{train}}",
+        "bar, circle",
+        "--other-classes",
+        _weights([], lambda path: _tell(path, class_names=["bar", "circle"])),
     ),
     "weights of other input": Mistake(
         f"{EVAL} --weights {{folder}}/w.pth", "INPUT.FORMAT RGB", "--fix-config", _weights([], _of_rgb)
@@ -280,7 +298,18 @@ MISTAKES = {
     "resume without the checkpoint": Mistake(
         f"{TRAIN} --resume", "model_0000009.pth", "without --resume", _last_checkpoint
     ),
-    "resume of nothing": Mistake(f"{EVAL} --resume", "has no checkpoint", "add --weights"),
+    "resume with other settings": Mistake(
+        f"{TRAIN} --resume SOLVER.BASE_LR 0.5", "SOLVER.BASE_LR was 0.02", "--allow-changes", _run
+    ),
+    "resume with other classes": Mistake(
+        f"{TRAIN} --resume",
+        "circle, bar",
+        "--other-classes",
+        lambda case: (_run(case), case.edit(lambda c: c["categories"][0].update(name="circle"))),
+    ),
+    "resume of nothing": Mistake(f"{TRAIN} --resume", "run", "leave out --resume"),
+    "resume of nothing, to evaluate": Mistake(f"{EVAL} --resume", "has no checkpoint", "add --weights"),
+    "changes without a resume": Mistake(f"{TRAIN} --allow-changes", "--allow-changes", "add --resume"),
     "no image to predict": Mistake("predict --config-file {config} nowhere", "nowhere", "give image files"),
     "predict into the folder of the images": Mistake(
         "predict --config-file {config} --output {images} {images}", "001.png", "another --output folder"

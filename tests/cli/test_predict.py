@@ -226,7 +226,8 @@ def test_ground_truth_that_does_not_fit(case: Case, tmp_path: Path, refused: Any
     assert "does not list the image" in refused(*arguments, "--annotations", case.train, other)
     case.edit(lambda c: c["categories"].append({"id": 9, "name": "new"}))
     image = case.train.parent / "images" / "001.png"
-    assert "category id 9" in refused(*arguments, "--annotations", case.train, image)
+    said = refused(*arguments, "--annotations", case.train, image)
+    assert "has the categories square, bar, new, and the model was trained on square, bar" in said
     assert "--workers" in refused(*arguments, "--workers", -1, image)
     assert not (tmp_path / "out").exists()
 
@@ -240,10 +241,15 @@ def test_categories_in_another_order(case: Case, tmp_path: Path, refused: Any) -
     case.edit(swap)
     arguments = ["predict", "--config-file", case.config, "--output", tmp_path / "out"]
     arguments += ["--annotations", case.train, case.train.parent / "images"]
-    said = refused(*arguments)
-    assert "calls category 3 'bar', and the model was trained with it as 'square'" in said
+    assert main(list(map(str, arguments))) == 0
+    found = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert {entry["category_id"] for entry in found} == {7}, "squares by the id that they have here"
     case.edit(lambda content: [entry.update(name=entry["name"] + "s") for entry in content["categories"]])
-    assert main(list(map(str, arguments))) == 0, "renamed"
+    said = refused(*arguments)
+    assert "squares" in said and "was trained on square, bar" in said and "--other-classes" in said
+    assert main([*map(str, arguments), "--other-classes"]) == 0
+    found = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert {entry["category_id"] for entry in found} == {3}, "by position"
 
 
 @pytest.mark.usefixtures("stub")

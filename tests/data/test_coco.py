@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from gn_detect.data import (
     CocoDataset,
     DatasetSource,
     check_classes,
-    check_order,
     check_same_classes,
     join_datasets,
+    match_classes,
     read_image,
 )
 from gn_detect.data.doctor import examine
@@ -312,13 +313,43 @@ def test_joined_datasets(write_dataset: Write, small_coco: dict) -> None:
         check_same_classes(first, other)
 
 
-def test_labels_in_another_order_than_a_checkpoints(write_dataset: Write, small_coco: dict) -> None:
+def test_classes_of_a_model_are_found_by_name(write_dataset: Write, small_coco: dict) -> None:
+    """Also where the file lists fewer, in another order; objects keep their names."""
     dataset = CocoDataset(write_dataset(small_coco))
-    names = dataset.class_names
-    with pytest.raises(UserError, match="order dog, cat, ant, and those of small have .* ant, cat, dog"):
-        check_order(dataset, names[::-1], "w.pth")
-    for told in (names, None, ["a", "b", "c"], names[:2], [1, 2, 3], "abc"):
-        check_order(dataset, told, "w.pth")
+    ids, labels = dataset.category_ids, dataset.objects.labels
+    match_classes(dataset, ["cow", "dog", "cat", "ant"], "w.pth", "remedy")
+    assert dataset.class_names == ["cow", "dog", "cat", "ant"]
+    assert dataset.category_ids == [None, ids[2], ids[1], ids[0]]
+    assert dataset.objects.labels.tolist() == (3 - labels).tolist()
+    other = CocoDataset(write_dataset(small_coco))
+    with pytest.raises(UserError, match="categories ant, cat, dog, and w.pth has dog, cat: .*: ant; remedy"):
+        match_classes(other, ["dog", "cat"], "w.pth", "remedy")
+    assert other.class_names == ["ant", "cat", "dog"]
+
+
+def test_names_that_several_classes_share(write_dataset: Write, small_coco: dict) -> None:
+    """By position where both lists are equal; otherwise they cannot be told apart."""
+    small_coco["categories"][0]["name"] = small_coco["categories"][1]["name"]
+    dataset = CocoDataset(write_dataset(small_coco))
+    names, ids = list(dataset.class_names), dataset.category_ids
+    match_classes(dataset, names, "w.pth", "remedy")
+    assert dataset.category_ids == ids and len(set(names)) == 2
+    with pytest.raises(UserError, match="several share the name"):
+        match_classes(dataset, names[::-1], "w.pth", "remedy")
+
+
+def test_fingerprint_is_of_the_content_and_not_of_its_place(
+    write_dataset: Write, small_coco: dict, tmp_path: Path
+) -> None:
+    dataset = CocoDataset(write_dataset(small_coco))
+    before = dataset.fingerprint()
+    assert before.startswith("4 images, ")
+    source = write_dataset(small_coco)
+    moved = shutil.move(source.images, tmp_path / "moved")
+    assert CocoDataset(replace(source, images=Path(moved))).fingerprint() == before
+    assert CocoDataset(write_dataset(small_coco), masks=False).fingerprint() != before
+    small_coco["annotations"][0]["bbox"][0] += 1
+    assert CocoDataset(write_dataset(small_coco)).fingerprint() != before
 
 
 def test_an_rle_that_ends_early_is_refused(write_dataset: Write, small_coco: dict) -> None:

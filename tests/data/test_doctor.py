@@ -205,6 +205,11 @@ def test_parts_that_share_pictures_or_differ_in_classes(
     found = {f.kind: f for f in diagnosis.findings if f.severity == ERROR}
     assert found.keys() == {"leak", "classes-differ"}
     assert found["leak"].detail == "image 1 of val is image 5 of small"
+    assert found["classes-differ"].detail.endswith("not among them: tiger")
+    content["categories"] = [{"id": 4, "name": "ant"}]  # fewer, under another id: matched by name
+    content["annotations"][0]["category_id"] = 4
+    val.write_text(json.dumps(content))
+    assert "classes-differ" not in examine([train, DatasetSource("val", val, folder)]).kinds()
     assert leaked_paths(diagnosis.parts) == {str(train.images / "5.png")}
 
 

@@ -70,7 +70,8 @@ def start(config: Path, folder: Path, processes: int, keys: Sequence[str]) -> li
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             if rank == 0:
                 count_steps(folder / "steps.txt")
-            status = main(["train", "--config-file", str(config), "--resume", *KEYS, *keys])
+            resume = ["--resume"] * (folder / "run" / "config.yaml").exists()
+            status = main(["train", "--config-file", str(config), *resume, *KEYS, *keys])
         except SystemExit as error:
             status = int(error.code or 0)
         finally:

@@ -14,8 +14,9 @@ import torch
 
 from gn_detect.config import Config, dump_config
 from gn_detect.data import build_train_loader
-from gn_detect.engine import evaluate, train
+from gn_detect.engine import train
 from gn_detect.engine import trainer as trainer_module
+from gn_detect.engine.distributed import scale_config
 from gn_detect.engine.run import prepare
 from gn_detect.errors import UserError
 from tests.engine.chaos import differences
@@ -117,11 +118,8 @@ def test_classes_in_another_order_are_not_resumed(trained: Config, tmp_path: Pat
     swapped = tmp_path / "swapped.json"
     swapped.write_text(json.dumps(content))
     keys = {"DATASETS.REGISTER": {name: {"ANNOTATIONS": str(swapped), "IMAGES": registered.images}}}
-    with pytest.raises(UserError, match="model_final.pth was trained with categories in the order"):
+    with pytest.raises(UserError, match="trained on the classes square, bar, and .* has bar, square"):
         train(trained.replace(keys), resume=True)
-    weights = str(Path(trained.output_dir) / "model_final.pth")
-    with pytest.raises(UserError, match="give them ids in the order of training"):
-        evaluate(trained.replace({**keys, "DATASETS.TEST": [name], "MODEL.WEIGHTS": weights}))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -224,9 +222,6 @@ def test_other_processes_go_on_where_as_many_images_were_seen(trained: Config) -
     cfg = trained.replace({"SOLVER.REFERENCE_WORLD_SIZE": 1, "SOLVER.MAX_ITER": 40})
     assert prepare(cfg, resume=True).start == 5  # it was saved without a reference
     content = torch.load(path, weights_only=True)
-    batch = 2 * cfg.solver.ims_per_batch
-    content["config"] = dump_config(
-        cfg.replace({"SOLVER.REFERENCE_WORLD_SIZE": 2, "SOLVER.IMS_PER_BATCH": batch})
-    )
+    content["config"] = dump_config(scale_config(cfg, 2))
     torch.save(content, path)
     assert prepare(cfg, resume=True).start == 10

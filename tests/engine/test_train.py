@@ -139,12 +139,6 @@ def test_finished_run_is_only_evaluated(tiny_config: Config) -> None:
     assert all(torch.equal(value, before[name]) for name, value in weights_of(cfg).items())
 
 
-def test_resume_without_a_checkpoint_starts_at_zero(tiny_config: Config) -> None:
-    cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
-    train(cfg, resume=True)
-    assert (Path(cfg.output_dir) / "model_final.pth").is_file()
-
-
 def test_new_run_forgets_an_old_runs_checkpoint(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
     train(cfg)

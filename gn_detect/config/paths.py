@@ -1,0 +1,117 @@
+"""Paths in a config: absolute in a run's own ``config.yaml``, found again where its folder was moved, and
+left out of what is passed on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .types import to_plain
+
+if TYPE_CHECKING:
+    from .load import Config
+
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+"""Two files of a run's folder."""
+
+FOLDER = "folder"
+"""In ``environment.json``: the folder in which the run wrote both."""
+
+
+def with_absolute_paths(cfg: Config) -> Config:
+    """Return a config that means the same from every folder."""
+    return _with_paths(cfg, _absolute, output=_absolute(cfg.output_dir))
+
+
+def without_paths(cfg: Config) -> Config:
+    """Return a config for a file that is passed on: of local paths the last part stays."""
+    return _with_paths(cfg, _last_part, output="./output", root="")
+
+
+def _with_paths(cfg: Config, change: Callable[[str], str], output: str, root: str | None = None) -> Config:
+    entries = {}
+    for name, entry in cfg.datasets.registered.items():
+        paths = {"ANNOTATIONS": change(entry.annotations), "IMAGES": change(entry.images)}
+        entries[name] = {**to_plain(entry), **paths}
+    changes: dict[str, Any] = {"DATASETS.REGISTER": entries, "OUTPUT_DIR": output}
+    if cfg.datasets.root:
+        changes["DATASETS.ROOT"] = change(cfg.datasets.root) if root is None else root
+    if is_local(cfg.model.weights):
+        changes["MODEL.WEIGHTS"] = change(cfg.model.weights)
+    return cfg.replace(changes)
+
+
+def is_local(path: str) -> bool:
+    """Whether ``MODEL.WEIGHTS`` and the like name a file of this machine: neither empty nor a URL."""
+    return bool(path) and (path.startswith("file:") or not re.match(r"[\w.+-]{2,}://", path))
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "."
+
+
+def find_again(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the values of a run's own ``config.yaml`` with paths that hold where its folder is now.
+
+    ``OUTPUT_DIR`` becomes that folder. Paths of data and weights that are gone are looked for where they lay
+    relative to the run's folder, then at their place in the folders around it.
+
+    Args:
+        values: of the file, as nested dictionaries; other files' values come back as they are.
+        file: from which they were read.
+    """
+    found = dict(values)
+    folder, before = Path(os.path.abspath(file.parent)), values.get("OUTPUT_DIR")
+    if file.name != CONFIG or not isinstance(before, str) or not _is_own(before, folder):
+        return found
+    found["OUTPUT_DIR"] = str(folder)
+
+    def find(path: Any) -> Any:
+        if not isinstance(path, str) or not is_local(path) or os.path.exists(os.path.expanduser(path)):
+            return path
+        return next(
+            (str(other) for other in _candidates(path, before, folder) if os.path.exists(other)), path
+        )
+
+    for group, key in (("MODEL", "WEIGHTS"), ("DATASETS", "ROOT")):
+        if isinstance(found.get(group), dict) and key in found[group]:
+            found[group] = {**found[group], key: find(found[group][key])}
+    datasets = found.get("DATASETS")
+    if isinstance(datasets, dict) and isinstance(datasets.get("REGISTER"), dict):
+        register = {
+            name: {key: find(value) for key, value in entry.items()} if isinstance(entry, dict) else entry
+            for name, entry in datasets["REGISTER"].items()
+        }
+        found["DATASETS"] = {**datasets, "REGISTER": register}
+    return found
+
+
+def _is_own(before: str, folder: Path) -> bool:
+    """Whether ``OUTPUT_DIR`` stands as the run wrote it; another one was put there by hand, and is meant."""
+    try:
+        told = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        # Runs of earlier versions did not write it.
+        return bool(before == told[FOLDER] if FOLDER in told else Path(before).name == folder.name)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _candidates(path: str, before: str, folder: Path) -> Iterator[Path]:
+    """Where a path of the run that was in ``before`` may be, now that the run is in ``folder``."""
+    path, before = os.path.expanduser(path), os.path.expanduser(before)
+    if os.path.isabs(path) != os.path.isabs(before):
+        return
+    # Relative ones were relative to one folder, whichever that was.
+    path, before = (os.path.normpath(os.path.join(os.sep, each)) for each in (path, before))
+    yield Path(os.path.normpath(folder / os.path.relpath(path, before)))
+    below = os.path.relpath(path, os.path.commonpath([path, before]))
+    yield from (around / below for around in (folder, *folder.parents))
