@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", metavar="FILE", help="report.json, for machines; a picture of the data beside it"
     )
     parser.add_argument("--fix", metavar="FILE", help="write a repaired copy of the (first) --json")
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="images may have absolute names, or .. in them (DATASETS.ALLOW_OUTSIDE)",
+    )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if there are errors or warnings")
 
 
@@ -81,12 +86,13 @@ def _sources(args: argparse.Namespace) -> list[DatasetSource]:
         if not images.is_dir() and not args.no_images:
             raise UserError(f"images folder {images} is missing; correct --images, or add --no-images")
         known = any(other.name == file.name for other in sources)
-        sources.append(DatasetSource(str(file) if known else file.name, file, images))
+        name = str(file) if known else file.name
+        sources.append(DatasetSource(name, file, images, args.allow_outside))
     return sources
 
 
 def _fix(output: Path, source: DatasetSource, diagnosis: Diagnosis, masks: bool) -> None:
-    rules = Rules(source.annotations, source.images, evaluation=True)
+    rules = Rules(source.annotations, source.images, True, source.allow_outside)
     leaked = leaked_paths(diagnosis.parts)
     content = load_coco(source.annotations)
     mended = repair(content, rules, diagnosis.probes, leaked, masks)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_text
 from .coco_rules import Rules, kind_of
 from .faults import DataError
 from .image_table import ImageRecord, ImageTable
@@ -39,7 +40,9 @@ class CocoContent:
     num_crowds: int
 
 
-def read_coco_json(path: Path, images: Path, *, masks: bool, evaluation: bool) -> CocoContent:
+def read_coco_json(
+    path: Path, images: Path, *, masks: bool, evaluation: bool, outside: bool = False
+) -> CocoContent:
     """Read and check an annotation file.
 
     Args:
@@ -48,12 +51,13 @@ def read_coco_json(path: Path, images: Path, *, masks: bool, evaluation: bool) -
         masks: objects must have a segmentation; it is ignored otherwise.
         evaluation: annotations must have what COCO's evaluation needs besides: ``area``, ``iscrowd`` and,
             with ``masks``, a segmentation of crowds and of empty boxes, too.
+        outside: file names may lead out of ``images``.
 
     Raises:
         UserError: the file is not COCO, or something in it is wrong.
     """
     content = load_coco(path)
-    rules = Rules(path, images, evaluation)
+    rules = Rules(path, images, evaluation, outside)
     try:
         return _read(content, rules, masks)
     except DataError as error:
@@ -73,21 +77,22 @@ def _read(content: dict[str, Any], rules: Rules, masks: bool) -> CocoContent:
     return CocoContent(list(names), list(names.values()), table, reader.builder.build(), reader.num_crowds)
 
 
-def read_image_list(path: Path, folder: Path) -> list[Path]:
+def read_image_list(path: Path, folder: Path, outside: bool = False) -> list[Path]:
     """The images that a COCO JSON names, in its order; annotations are not needed.
 
     Args:
         path: JSON with ``images``.
         folder: to which its file names are relative.
+        outside: they may lead out of it.
 
     Raises:
-        UserError: the file is not COCO, or lists no images.
+        UserError: the file is not COCO, lists no images, or a name leads out of the folder.
     """
     entries = load_coco(path, ("images",))["images"]
     if not entries:
         raise UserError(f"{path} lists no images; give a file with images")
-    rules = Rules(path)
-    return [folder / rules.field(entry, "file_name", str, f"image {i}") for i, entry in enumerate(entries)]
+    rules = Rules(path, folder, allow_outside=outside)
+    return [rules.image_path(entry, f"image {i}") for i, entry in enumerate(entries)]
 
 
 def load_coco(path: Path, lists: tuple[str, ...] = LISTS) -> dict[str, Any]:
@@ -97,8 +102,7 @@ def load_coco(path: Path, lists: tuple[str, ...] = LISTS) -> dict[str, Any]:
         UserError: the file is missing, not JSON or not COCO.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise UserError(f"annotation file {path} is missing; correct its path") from error
     except json.JSONDecodeError as error:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .coco_json import load_coco
-from .coco_rules import Rules
+from .coco_rules import Rules, image_file
 from .datasets import DatasetSource
 from .doctor_checks import Part, check_part
 from .doctor_images import Probes, probe_images
-from .faults import ERROR, FAULTS, NOTE, SEVERITIES, WARNING, Finding
+from .faults import ERROR, FAULTS, NOTE, SEVERITIES, WARNING, DataError, Finding
 
 EXAMPLES = 5
 """Of each kind of fault, in the text."""
@@ -93,20 +94,31 @@ def examine(sources: Sequence[DatasetSource], *, open_images: bool = True, masks
         probes = probe_images(
             path
             for source, content in zip(sources, contents, strict=True)
-            for path in image_paths(content, source.images)
+            for path in image_paths(content, source.images, source.allow_outside)
         )
     parts = [
-        check_part(source.name, Rules(source.annotations, source.images, True), content, probes, masks)
+        check_part(
+            source.name,
+            Rules(source.annotations, source.images, True, source.allow_outside),
+            content,
+            probes,
+            masks,
+        )
         for source, content in zip(sources, contents, strict=True)
     ]
     findings = [finding for part in parts for finding in part.findings]
     return Diagnosis(parts, findings + compare_parts(parts), probes)
 
 
-def image_paths(content: dict[str, Any], folder: Path) -> list[str]:
+def image_paths(content: dict[str, Any], folder: Path, allow_outside: bool) -> list[str]:
     """Paths of all images that have a usable file name."""
     names = [entry.get("file_name") for entry in content["images"] if isinstance(entry, dict)]
-    return [str(folder / name) for name in names if isinstance(name, str) and name and "\0" not in name]
+    paths = []
+    for name in names:
+        if isinstance(name, str) and name and "\0" not in name:
+            with suppress(DataError):
+                paths.append(str(image_file(folder, name, allow_outside)))
+    return paths
 
 
 def compare_parts(parts: Sequence[Part]) -> list[Finding]:

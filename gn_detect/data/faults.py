@@ -76,6 +76,12 @@ FAULTS: dict[str, Fault] = {
     "missing-image": Fault(
         ERROR, "images whose file is missing", "restore the files or correct --images", "removes the images"
     ),
+    "image-outside": Fault(
+        ERROR,
+        "images outside of the images folder (absolute names, or with ..)",
+        "give names relative to the folder, or trust the file with DATASETS.ALLOW_OUTSIDE True",
+        "removes the images and their annotations",
+    ),
     "unreadable-image": Fault(
         ERROR, "images that cannot be read", "replace the files", "removes the images and their annotations"
     ),

@@ -27,6 +27,7 @@ import pycocotools.mask as coco_mask
 
 from ..data.rle import RLE_CHARACTERS, count_pixels
 from ..errors import UserError
+from ..files import read_text
 from .results_file import read_entries
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def read_json(source: str | Path) -> Any:
         UserError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(Path(source).read_text(encoding="utf-8"))
+        return json.loads(read_text(source))
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror}); give a COCO JSON file") from None
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ through an evaluator.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..files import open_file
 
 _CHARACTERS = 1 << 22
 """Read, or sent between processes, at a time."""
@@ -80,7 +82,7 @@ def read_entries(path: str | Path) -> Iterator[Any]:
         UserError: it cannot be read, is not JSON or not a list.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8-sig") as file:
             yield from _entries(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a COCO JSON file") from None
