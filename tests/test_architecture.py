@@ -16,22 +16,23 @@ from pathlib import Path
 
 import pytest
 
-BASE = {"errors", "files", "structures"}
+BASE = {"text", "errors", "files", "structures"}
 MIDDLE = BASE | {"ops", "layers", "config"}
 LOWER = MIDDLE | {"convert", "weights", "modeling"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
+    "text": set(),
+    "errors": {"text"},
     "files": {"errors"},
     "structures": {"errors"},
     "ops": BASE,
     "layers": BASE | {"ops"},
-    "config": {"errors", "files"},
-    "convert": {"errors", "files", "ops", "layers"},  # knows nothing of detection
+    "config": {"text", "errors", "files"},
+    "convert": {"text", "errors", "files", "ops", "layers"},  # knows nothing of detection
     "weights": MIDDLE,
     "modeling": MIDDLE,
     "data": LOWER,
     "visualize": LOWER | {"data"},
-    "histograms": LOWER | {"data"},
+    "histograms": LOWER | {"data", "visualize"},
     "evaluation": LOWER | {"data"},
     "interop": LOWER | {"data", "evaluation"},
     "engine": LOWER | {"data", "evaluation", "visualize"},

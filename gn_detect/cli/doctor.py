@@ -13,6 +13,7 @@ from ..data.doctor_repair import output_is_input, repair
 from ..errors import UserError
 from ..files import atomic_write_json, atomic_write_text
 from ..histograms import draw_histograms
+from ..text import printable
 from .output import Result
 
 HELP = "Find what is wrong with a dataset, before training does."
@@ -105,7 +106,7 @@ def _fix(output: Path, source: DatasetSource, diagnosis: Diagnosis, masks: bool)
     listed = output.with_name(f"{output.stem}_changes.txt")
     print(f"\nwrote {output} with {len(mended.changes)} changes to {source.annotations}")
     for change in mended.changes[:_CHANGES_SHOWN]:
-        print(f"  {change}")
+        print(f"  {printable(change)}")
     if len(mended.changes) > _CHANGES_SHOWN:
-        atomic_write_text(listed, "\n".join(mended.changes) + "\n")
+        atomic_write_text(listed, "".join(f"{printable(change)}\n" for change in mended.changes))
         print(f"  and {len(mended.changes) - _CHANGES_SHOWN} more: see {listed}")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..text import printable
 from .coco_json import load_coco
 from .coco_rules import Rules, image_file
 from .datasets import DatasetSource
@@ -74,7 +75,7 @@ class Diagnosis:
         repaired = sum(bool(FAULTS[finding.kind].repair) for finding in self.findings)
         hint = f"; --fix OUT.json repairs {repaired} of them in a copy" if repaired else ""
         total = f"{_number(count[ERROR], 'error')}, {_number(count[WARNING], 'warning')}"
-        return "\n".join([*lines, "", f"{total}, {_number(count[NOTE], 'note')}{hint}"])
+        return "\n".join([*map(printable, lines), "", f"{total}, {_number(count[NOTE], 'note')}{hint}"])
 
 
 def examine(sources: Sequence[DatasetSource], *, open_images: bool = True, masks: bool = True) -> Diagnosis:
