@@ -117,6 +117,9 @@ def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
         raise DataError(f"image {path} has floating-point pixels; convert it to 8 bits", "unreadable-image")
     if is_deep(image):
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB":
+        image.load()  # and no copy: pixels of a photo are 100 MB
+        return image
     return image.convert("RGB")
 
 

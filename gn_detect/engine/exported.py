@@ -168,7 +168,8 @@ def _read_pt2_metadata(path: Path) -> Any:
             raise UserError(f"{path} holds pickled sample inputs, which are not loaded; export it again")
         return json.loads(reader.get_record(f"extra/{METADATA_FILE}"))
     except (
-        OSError, zipfile.BadZipFile, RuntimeError, KeyError, TypeError, AttributeError, ValueError
+        OSError, zipfile.BadZipFile, RuntimeError, RecursionError, KeyError, TypeError, AttributeError,
+        ValueError,
     ) as error:  # fmt: skip
         raise UserError(
             f"{path} is no detector that gn_detect exported; make one with gn-detect export"
