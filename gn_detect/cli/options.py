@@ -12,6 +12,7 @@ from ..config import Config, load_config
 from ..engine import launch
 from ..engine.checkpoint import read_last_checkpoint
 from ..errors import UserError
+from ..files import read_text
 from ..weights import Checkpoint, as_command_line, implied_keys, read_checkpoint
 from .own_data import choose_config
 
@@ -185,9 +186,9 @@ def _pair(args: argparse.Namespace, part: str) -> tuple[str, str] | None:
 def _count_categories(path: Path) -> int:
     """Categories in a COCO JSON; 0 where it cannot be told: whoever reads the dataset says what is wrong."""
     try:
-        categories = json.loads(path.read_text(encoding="utf-8"))["categories"]
+        categories = json.loads(read_text(path))["categories"]
         return len(categories) if isinstance(categories, list) else 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return 0
 
 

@@ -18,6 +18,7 @@ from ..engine.predictor import unnamed_classes
 from ..errors import UserError
 from ..evaluation import Truth, read_truth
 from ..progress import fitted
+from ..text import printable
 from .inputs import find_images, is_video, name_outputs, split_overrides
 from .options import (
     add_fix_argument,
@@ -278,7 +279,7 @@ def predict_one_video(
     try:
         outcome = predict_video(predictor, path, output, threshold=threshold, workers=workers)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return Outcome(failures=[str(error)])
-    print(f"{outcome.objects} objects in {outcome.images} frames of {path}: see {output}")
+    print(printable(f"{outcome.objects} objects in {outcome.images} frames of {path}: see {output}"))
     return outcome

@@ -54,7 +54,8 @@ class CocoDataset:
     """
 
     def __init__(self, source: DatasetSource, *, masks: bool | None = True, evaluation: bool = False) -> None:
-        content = read_coco_json(source.annotations, source.images, masks=masks, evaluation=evaluation)
+        outside, files = source.allow_outside, (source.annotations, source.images)
+        content = read_coco_json(*files, masks=masks, evaluation=evaluation, outside=outside)
         self.name = source.name
         self.annotations_path, self.images_folder = source.annotations, source.images
         self._folders: tuple[str, ...] = (os.path.join(source.images, ""),)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..text import printable
 from .classes import list_names, match_names
+from .coco_rules import image_file
 from .datasets import DatasetSource
 from .doctor_checks import LARGE, SMALL, Part, check_part
 from .doctor_images import Probes, probe_images
 from .doctor_reading import Reading, read_as_meant
 from .doctor_repair import Repair, repair
-from .faults import ERROR, FAULTS, NOTE, SEVERITIES, WARNING, Finding
+from .faults import ERROR, FAULTS, NOTE, SEVERITIES, WARNING, DataError, Finding
 
 EXAMPLES = 5
 """Of each kind of fault, in the text."""
@@ -90,7 +93,8 @@ class Diagnosis:
                 lines += _section(kind, found, len(self.parts) > 1)
         count = Counter(finding.severity for finding in self.findings)
         total = f"{_number(count[ERROR], 'error')}, {_number(count[WARNING], 'warning')}"
-        return "\n".join([*lines, "", f"{total}, {_number(count[NOTE], 'note')}{self._hint()}"])
+        notes = _number(count[NOTE], "note")
+        return "\n".join([*map(printable, lines), "", f"{total}, {notes}{self._hint()}"])
 
     def _hint(self) -> str:
         """What ``--fix`` would do."""
@@ -143,9 +147,14 @@ def _fix(
 
 def image_paths(reading: Reading) -> list[str]:
     """Paths of all images that have a usable file name."""
+    rules = reading.rules
     names = [entry.get("file_name") for entry in reading.content["images"] if isinstance(entry, dict)]
-    folder = reading.rules.folder
-    return [str(folder / name) for name in names if isinstance(name, str) and name and "\0" not in name]
+    paths = []
+    for name in names:
+        if isinstance(name, str) and name and "\0" not in name:
+            with suppress(DataError):
+                paths.append(str(image_file(rules.folder, name, rules.allow_outside)))
+    return paths
 
 
 def compare_parts(parts: Sequence[Part]) -> list[Finding]:

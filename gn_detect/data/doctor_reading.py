@@ -56,7 +56,7 @@ def read_as_meant(source: DatasetSource, *, names: bool, masks: bool) -> Reading
         UserError: the file is missing, not JSON or not COCO at all.
     """
     file = read_canonical(source.annotations)
-    rules = Rules(source.annotations, source.images, True)
+    rules = Rules(source.annotations, source.images, True, source.allow_outside)
     reading = Reading(rules, dict(file.content), masks and has_masks(file.content))
     for note in file.notes:
         reading.told.append(("other-form", str(note), {}))

@@ -23,6 +23,7 @@ from ..files import atomic_write, atomic_write_json
 from ..modeling.mask_rcnn import MaskRCNN
 from ..progress import progress_bar
 from ..structures import Detections
+from ..text import printable
 from ..visualize import picture_scale, save_picture
 from .drawing import Classes, draw_entries
 from .pipeline import drawing_processes, in_order, reading_threads
@@ -45,8 +46,8 @@ class AnyPredictor(Protocol):
     def category_ids(self) -> Sequence[int | None]:
         """By label, None for a class that is left out of the results."""
 
-    def __call__(self, image: np.ndarray) -> Detections:
-        """Objects in (H, W, 3) uint8 RGB pixels, in the image's pixels, on the CPU, best first."""
+    def find(self, image: np.ndarray) -> Detections:
+        """Objects in (H, W, 3) uint8 RGB pixels, in the image's pixels, best first, masks pasted or not."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def predict_images(
             except UserError as error:
                 message = str(error) if error is pixels else f"{task.path}: {error}"
                 outcome.failures.append(message)
-                tqdm.write(f"error: {message}", file=sys.stderr)
+                tqdm.write(f"error: {printable(message)}", file=sys.stderr)
                 progress.update()
                 continue
             outcome.compare(best, str(task.path))
@@ -210,10 +211,10 @@ def highest_scores(predictor: AnyPredictor) -> Iterator[Scores]:
 def _detect(
     predictor: AnyPredictor, pixels: np.ndarray, image_id: Any, threshold: float, highest: Scores
 ) -> tuple[list[Json], float | None]:
-    found = predictor(pixels)
+    found = predictor.find(pixels)
     count = int((found.scores >= threshold).sum())
-    # The best come first, and a slice copies no masks: those of a large image are several GB.
-    entries = detections_to_coco(found[:count], image_id, predictor.category_ids)
+    # The best come first, and a slice copies no masks.
+    entries = detections_to_coco(found[:count], image_id, predictor.category_ids, pixels.shape[:2])
     scores = [*found.scores[:1].tolist(), *highest]
     highest.clear()
     return entries, max(scores, default=None)

@@ -119,7 +119,7 @@ def _section(run: RunFolder, test: TestSet, number: int, threshold: float, pictu
         return section
     section.curves = [_precision_chart(section.analysis, kind) for kind in kinds]
     section.confusion = condense(section.analysis.confusion, truth.class_names)
-    drawn = draw_pictures(section.analysis, source.images, pictures)
+    drawn = draw_pictures(section.analysis, source, pictures)
     section.pictures = [replace(picture, reason=run.without_folders(picture.reason)) for picture in drawn]
     return section
 

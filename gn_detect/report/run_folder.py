@@ -15,6 +15,7 @@ from ..config import Config, dump_config, load_config, without_paths
 from ..engine.checkpoint import BEST
 from ..engine.run import best_metric
 from ..errors import UserError
+from ..files import read_text
 from ..visualize import metric_points, read_metrics
 
 RESULTS_FILE = "coco_instances_results.json"
@@ -141,7 +142,7 @@ def _test_set(folder: Path) -> TestSet:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); evaluate the run again") from error
     if not isinstance(content, dict):
