@@ -32,7 +32,7 @@ MOST = 4096
 def try_config(base: Path, seed: int, tally: Tally) -> None:
     """One damaged config: loaded, written and read back, and a training step made with it."""
     chance = random.Random(seed)
-    text, overrides = _damage(base.read_text(), chance)
+    text, overrides = damage_config(base.read_text(), chance)
     path = base.with_name("fuzz.yaml")
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     label = f"config {seed} {overrides}"
@@ -68,7 +68,7 @@ def train_once(cfg: Config) -> str:
     return "trained"
 
 
-def _damage(text: str, chance: random.Random) -> tuple[str, list[str]]:
+def damage_config(text: str, chance: random.Random) -> tuple[str, list[str]]:
     tree = yaml.safe_load(text)
     kind = chance.random()
     if kind < 0.15:
