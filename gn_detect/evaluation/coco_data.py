@@ -106,7 +106,7 @@ def prepare_ground_truth(source: str | Path | Mapping[str, Any], iou_type: str) 
         names = {category["id"]: str(category.get("name", category["id"])) for category in data["categories"]}
         images = {key: number for number, key in enumerate(sorted(sizes), start=1)}
         categories = {key: number for number, key in enumerate(sorted(names), start=1)}
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         raise UserError(
             f"{name}: an image or a category has no proper id or size; every entry needs an integer id"
         ) from None
@@ -121,7 +121,12 @@ def prepare_ground_truth(source: str | Path | Mapping[str, Any], iou_type: str) 
 
 def _size(image: Mapping[str, Any]) -> Size:
     height, width = image.get("height"), image.get("width")
-    return None if height is None or width is None else (int(height), int(width))
+    if height is None or width is None:
+        return None
+    size = int(height), int(width)
+    if min(size) < 1:
+        raise ValueError("no pixels")
+    return size
 
 
 def _image(number: int, size: Size) -> Json:
@@ -133,7 +138,7 @@ def _annotations(given: list[Any], truth: GroundTruth, name: str, iou_type: str)
     for number, entry in enumerate(given, start=1):
         try:
             annotations.append(_annotation(entry, number, truth, iou_type))
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             shown = entry.get("id", number) if isinstance(entry, Mapping) else number
             raise _refusal(f"{name}: annotation {shown}", entry, error) from None
     if iou_type == "segm":
@@ -254,7 +259,7 @@ def _prepare(data: Iterable[Any], truth: GroundTruth, iou_type: str, name: str) 
     for number, given in enumerate(data, start=1):
         try:
             prepared = _detection(given, number, truth, iou_type)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise _refusal(f"{name}: detection {number}", given, error) from None
         yield prepared
 

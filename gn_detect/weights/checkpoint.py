@@ -21,6 +21,7 @@ from ..config import load_config
 from ..errors import UserError
 from ..files import atomic_write, cannot_write
 from .convention import InputConvention
+from .metadata import check_metadata
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
 from .pickle_check import RefusedPickle, check_pickle
 from .zip_archive import is_npz, read_npz
@@ -96,6 +97,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = _existing_file(path)
     content, kind = _read(path)
     tensors, metadata = _split(content, path, nested=kind != "safetensors")
+    check_metadata(metadata, path, ours=_is_ours(metadata))
     _check_version(metadata, path)
     if entry is not None:  # the catalogue knows better than the names what the weights were trained with
         convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
@@ -195,9 +197,14 @@ def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
     return pickle.dumps({"model": arrays, **metadata}, protocol=2)
 
 
+def _is_ours(metadata: dict[str, Any]) -> bool:
+    author = metadata.get(_AUTHOR_KEY)
+    return isinstance(author, str) and author == _OURS
+
+
 def _check_version(metadata: dict[str, Any], path: Path) -> None:
     """Only of our own files; their own keys do not stay in the metadata."""
-    if metadata.get(_AUTHOR_KEY) != _OURS:
+    if not _is_ours(metadata):
         return
     del metadata[_AUTHOR_KEY]
     metadata.pop(_PROGRAM_KEY, None)

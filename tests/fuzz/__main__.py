@@ -24,7 +24,12 @@ def main() -> int:
         parser.add_argument(f"--{kind}", type=int, metavar="N", help=f"cases; {count} by default")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first case")
     parser.add_argument(
-        "--only", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND", help="of the kinds above"
+        "--only",
+        nargs="+",
+        choices=list(KINDS),
+        default=list(KINDS),
+        metavar="KIND",
+        help="of the kinds above",
     )
     parser.add_argument("--verbose", action="store_true", help="print each failure whole")
     args = parser.parse_args()

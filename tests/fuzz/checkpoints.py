@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import random
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ from gn_detect.weights import (
     save_weights,
 )
 from tests.engine.tiny import make_dataset, write_config
-from tests.fuzz.damage import damage_bytes, damage_text, junk, replace_file
+from tests.fuzz.damage import damage_bytes, damage_text, junk, remove, replace_file
 from tests.fuzz.limits import Case
 from tests.fuzz.trial import Tally
 
@@ -67,8 +66,12 @@ def prepare_checkpoints(folder: Path) -> Case:
         if chance.random() < 0.1:
             told = {**exported}
             key = chance.choice(list(told))
-            told[key] = chance.choice([_text(chance), damage_text(told[key].encode(), chance).decode("utf-8", "replace")])
-            outcome = tally.attempt(f"checkpoints {seed} (ONNX's {key})", ExportMetadata.from_strings, told, Path("m.onnx"))
+            told[key] = chance.choice(
+                [_text(chance), damage_text(told[key].encode(), chance).decode("utf-8", "replace")]
+            )
+            outcome = tally.attempt(
+                f"checkpoints {seed} (ONNX's {key})", ExportMetadata.from_strings, told, Path("m.onnx")
+            )
             tally.refused += isinstance(outcome, UserError)
             tally.passed += isinstance(outcome, ExportMetadata)
             return
@@ -86,12 +89,15 @@ def prepare_checkpoints(folder: Path) -> Case:
                 fresh = make_model(cfg)
                 outcomes.append(
                     tally.attempt(
-                        f"{label}, weights", lambda training=training, fresh=fresh: load_weights(
+                        f"{label}, weights",
+                        lambda training=training, fresh=fresh: load_weights(
                             fresh, path, for_training=training, config=cfg, class_names=["square", "bar"]
-                        )
+                        ),
                     )
                 )
-            predictor = tally.attempt(f"{label}, predictor", Predictor, cfg.replace({"MODEL.WEIGHTS": str(path)}))
+            predictor = tally.attempt(
+                f"{label}, predictor", Predictor, cfg.replace({"MODEL.WEIGHTS": str(path)})
+            )
             if isinstance(predictor, Predictor):
                 tally.attempt(f"{label}, detect", predictor, image)
                 tally.attempt(f"{label}, names", _use_names, predictor)
@@ -100,10 +106,7 @@ def prepare_checkpoints(folder: Path) -> Case:
                 tally.command(label, "convert", "--keep-norm", str(path), str(target))
         if suffix == ".pth":
             for other in run.glob("model_*"):
-                if other.is_dir():
-                    shutil.rmtree(other)
-                else:
-                    other.unlink()
+                remove(other)
             first.write_bytes(again[0])
             last.write_bytes(data)
             (run / "checkpoints.txt").write_bytes(again[1])
@@ -175,7 +178,10 @@ def _damage_metadata(content: dict[str, Any], chance: random.Random) -> Any:
     keys = [key for key in content if key != "model"]
     key = chance.choice([*keys, "config", "class_names", "group_norm_eps", "group_norm_groups", "input"])
     told: Any = content
-    while isinstance(told.get(key) if isinstance(told, dict) else told[key], dict | list) and chance.random() < 0.6:
+    while (
+        isinstance(told.get(key) if isinstance(told, dict) else told[key], dict | list)
+        and chance.random() < 0.6
+    ):
         inner = told[key]
         if not inner:
             break
@@ -192,7 +198,16 @@ def _damage_metadata(content: dict[str, Any], chance: random.Random) -> Any:
     elif isinstance(usual, str) and kind < 0.5:
         told[key] = damage_text(usual.encode(), chance).decode("utf-8", "replace")
     else:
-        told[key] = chance.choice([junk(chance), junk(chance), torch.zeros(3), -1, 1e-3, {"backbone.bottom_up.stem.conv1.norm": -1.0}])
+        told[key] = chance.choice(
+            [
+                junk(chance),
+                junk(chance),
+                torch.zeros(3),
+                -1,
+                1e-3,
+                {"backbone.bottom_up.stem.conv1.norm": -1.0},
+            ]
+        )
     return content
 
 
@@ -245,14 +260,18 @@ def _damage_tensors(content: dict[str, Any], chance: random.Random) -> Any:
         if way < 0.15:
             del state[name]
         elif way < 0.3:
-            state[chance.choice([name.upper(), f"{name}.x", "", "\x1b[2J\n", name[::-1], 7, None, (1, 2)])] = state.pop(name)
+            state[
+                chance.choice([name.upper(), f"{name}.x", "", "\x1b[2J\n", name[::-1], 7, None, (1, 2)])
+            ] = state.pop(name)
         elif way < 0.4:
             state[name] = junk(chance)
         elif isinstance(value, Tensor):
             state[name] = _other_tensor(tensor, chance)
         else:
             types = ["<f8", ">f4", "<f2", "<i8", "?", "<U3", "<c8", "<M8[s]", "S2", "<u8"]
-            state[name] = chance.choice([np.zeros(np.shape(value), chance.choice(types)), value[None], np.zeros(0), value.T])
+            state[name] = chance.choice(
+                [np.zeros(np.shape(value), chance.choice(types)), value[None], np.zeros(0), value.T]
+            )
     return content
 
 
@@ -261,19 +280,34 @@ def _damage_archive(data: bytes, chance: random.Random) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
     root = entries[0][0].partition("/")[0]
-    way = chance.choice(["more", "twice", "fewer", "packed", "renamed", "swapped", "many", "comment", "long", "roots"])
+    way = chance.choice(
+        ["more", "twice", "fewer", "packed", "renamed", "swapped", "many", "comment", "long", "roots"]
+    )
     compression = zipfile.ZIP_DEFLATED if way == "packed" else zipfile.ZIP_STORED
     at = chance.randrange(len(entries))
     name, content = entries[at]
     if way == "more":
-        odd = ["../x", "/etc/x", f"{root}/data/x", " ", f"{root}/code/x.py", f"{root}/constants.pkl", "é\n", f"{root}/data/0/", "x.npy"]
+        odd = [
+            "../x",
+            "/etc/x",
+            f"{root}/data/x",
+            " ",
+            f"{root}/code/x.py",
+            f"{root}/constants.pkl",
+            "é\n",
+            f"{root}/data/0/",
+            "x.npy",
+        ]
         entries.insert(at, (chance.choice(odd), chance.randbytes(10)))
     elif way == "twice":
         entries.append((name, chance.choice([content, b"", chance.randbytes(len(content))])))
     elif way == "fewer":
         del entries[at]
     elif way == "renamed":
-        entries[at] = (chance.choice([name.upper(), name + "x", f"{root}/data.pkl", f"{root}/version"]), content)
+        entries[at] = (
+            chance.choice([name.upper(), name + "x", f"{root}/data.pkl", f"{root}/version"]),
+            content,
+        )
     elif way == "swapped":
         other = chance.randrange(len(entries))
         entries[at], entries[other] = (name, entries[other][1]), (entries[other][0], content)

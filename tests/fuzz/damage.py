@@ -42,9 +42,9 @@ def damage_tree(content: Any, chance: random.Random) -> Any:
             other, place = _place(content, chance)
             node[key] = copy.deepcopy(other[place])
         elif isinstance(node, dict):
-            node[chance.choice(["", "x", "iteration", "AP-\n$x$", "total_loss", "loss_\x1b[1m", str(key) * 3])] = (
-                node.pop(key) if chance.random() < 0.5 else junk(chance)
-            )
+            node[
+                chance.choice(["", "x", "iteration", "AP-\n$x$", "total_loss", "loss_\x1b[1m", str(key) * 3])
+            ] = node.pop(key) if chance.random() < 0.5 else junk(chance)
         else:
             node.insert(chance.randrange(len(node) + 1), junk(chance))
         if not content:
@@ -72,7 +72,17 @@ def damage_text(text: bytes, chance: random.Random) -> bytes:
     """JSON or YAML that is cut off, of another encoding, or with something in it that does not belong."""
     at = chance.randrange(len(text) + 1)
     inserted = chance.choice(
-        [b"NaN", b"1" * 5000, b"1e999", b"-Infinity", b"[" * DEEP, b'{"a":' * DEEP, b"null", b"\xef\xbb\xbf", b'"']
+        [
+            b"NaN",
+            b"1" * 5000,
+            b"1e999",
+            b"-Infinity",
+            b"[" * DEEP,
+            b'{"a":' * DEEP,
+            b"null",
+            b"\xef\xbb\xbf",
+            b'"',
+        ]
         + [b"\0", b"\n", b"\r\n", b"\xff\xfe", b"\x1b[31m", b"\xe2\x80\xa8", b"0", b"-", b"}", b"]", b","]
     )
     return chance.choice(
@@ -94,7 +104,9 @@ def damage_text(text: bytes, chance: random.Random) -> bytes:
 def damage_bytes(data: bytes, chance: random.Random) -> bytes:
     """A bit or byte flipped, something cut off, overwritten, put in or put behind."""
     at = chance.randrange(len(data))
-    near = chance.choice([at, max(0, len(data) - 1 - chance.randrange(300)), chance.randrange(min(300, len(data)))])
+    near = chance.choice(
+        [at, max(0, len(data) - 1 - chance.randrange(300)), chance.randrange(min(300, len(data)))]
+    )
     noise = chance.randbytes(chance.choice([1, 2, 8, 300]))
     flipped = bytearray(data)
     flipped[near] ^= 1 << chance.randrange(8)
@@ -114,13 +126,20 @@ def damage_bytes(data: bytes, chance: random.Random) -> bytes:
     )
 
 
-def replace_file(path: Path, chance: random.Random) -> str:
-    """Put something in the place of a file that is none; returns what."""
-    kind = chance.choice(["missing", "folder", "empty", "noise", "fifo", "device", "dangling", "itself", "zip"])
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """Whatever is there, if anything is."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, chance: random.Random) -> str:
+    """Put something in the place of a file that is none; returns what."""
+    kind = chance.choice(
+        ["missing", "folder", "empty", "noise", "fifo", "device", "dangling", "itself", "zip"]
+    )
+    remove(path)
     if kind == "folder":
         path.mkdir()
     elif kind == "empty":

@@ -21,7 +21,7 @@ from gn_detect.engine.run import prepare
 from tests.engine.tiny import make_dataset, write_config
 from tests.fuzz.checkpoints import damage_checkpoint
 from tests.fuzz.configs import damage_config
-from tests.fuzz.damage import damage_bytes, damage_text, damage_tree, dumps, junk, replace_file
+from tests.fuzz.damage import damage_bytes, damage_text, damage_tree, dumps, junk, remove, replace_file
 from tests.fuzz.limits import Case
 from tests.fuzz.trial import Tally
 
@@ -34,7 +34,9 @@ def make_run(folder: Path) -> Path:
     """The folder of a short training, with an evaluation and a black box."""
     annotations = make_dataset(folder / "data", 4)
     config = write_config(folder, annotations, annotations)
-    cfg = load_config(config, ["SOLVER.MAX_ITER", "3", "SOLVER.LOG_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "2"])
+    cfg = load_config(
+        config, ["SOLVER.MAX_ITER", "3", "SOLVER.LOG_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "2"]
+    )
     train(cfg)
     run = prepare(cfg, False)
     batch = [run.loader.samples[i, i] for i in range(2)]
@@ -58,7 +60,7 @@ def prepare_folders(folder: Path) -> Case:
         chance = random.Random(seed)
         shutil.rmtree(run)
         shutil.copytree(kept, run, copy_function=os.link)
-        annotations.unlink()
+        remove(annotations)
         annotations.write_bytes(truth)
         names = chance.choices(list(_DAMAGE), _WEIGHTS, k=chance.choice([1, 1, 1, 2]))
         told = []
@@ -88,7 +90,13 @@ def _words(command: str, run: Path, folder: Path) -> list[str]:
         "compare": ["plot", str(run), str(folder / "kept"), "--output", str(folder / "curves.svg")],
         "replay": ["replay", str(run / BOX)],
         "eval": ["eval", "--config-file", str(run / "config.yaml"), "--weights", str(run / WEIGHTS)],
-        "elsewhere": ["eval", "--config-file", str(folder / "tiny.yaml"), "--weights", str(folder / "kept" / WEIGHTS)],
+        "elsewhere": [
+            "eval",
+            "--config-file",
+            str(folder / "tiny.yaml"),
+            "--weights",
+            str(folder / "kept" / WEIGHTS),
+        ],
         "last": ["eval", "--config-file", str(run / "config.yaml"), "--resume"],
         "predict": ["predict", "--config-file", str(run / "config.yaml"), "--weights", str(run / WEIGHTS)]
         + ["--output", str(folder / "found"), "--no-pictures", str(folder / "data" / "images" / "001.png")],
@@ -116,7 +124,10 @@ def _lines(data: bytes, chance: random.Random) -> bytes:
             lines[number] = dumps(json.loads(lines[number]) | {key: junk(chance)})
     elif kind < 0.5:
         values = [float("nan"), float("inf"), -float("inf"), 1e308, -1e308, 10**30, -1, 1e-320, 2**63]
-        key, value = chance.choice(["iteration", "total_loss", "lr", "bbox/AP", "images_per_second"]), chance.choice(values)
+        key, value = (
+            chance.choice(["iteration", "total_loss", "lr", "bbox/AP", "images_per_second"]),
+            chance.choice(values),
+        )
         lines = [dumps(json.loads(line) | {key: value}) for line in lines]
     elif kind < 0.55:
         chance.shuffle(lines)
@@ -157,7 +168,12 @@ def _truth(data: bytes, chance: random.Random) -> bytes:
         return dumps(content)
     if kind < 0.4:
         content["categories"] = chance.choice(
-            [content["categories"][:1], content["categories"][::-1], [], [*content["categories"], {"id": 99, "name": "$x$"}]]
+            [
+                content["categories"][:1],
+                content["categories"][::-1],
+                [],
+                [*content["categories"], {"id": 99, "name": "$x$"}],
+            ]
         )
         return dumps(content)
     return _json(data, chance)
@@ -183,7 +199,17 @@ def _weights(data: bytes, chance: random.Random) -> bytes:
 
 def _names(data: bytes, chance: random.Random) -> bytes:
     """``last_checkpoint`` and ``checkpoints.txt``."""
-    other = [b"../../etc/passwd", b"/dev/zero", b"", b"\0", b"\xff", b"x" * 5000, b".", b"model_final.pth\n\n", b"\x1b[2J"]
+    other = [
+        b"../../etc/passwd",
+        b"/dev/zero",
+        b"",
+        b"\0",
+        b"\xff",
+        b"x" * 5000,
+        b".",
+        b"model_final.pth\n\n",
+        b"\x1b[2J",
+    ]
     return chance.choice([*other, damage_bytes(data, chance), data + b"\n" + data])
 
 
@@ -207,4 +233,3 @@ _DAMAGE: dict[str, tuple[Callable[[bytes, random.Random], bytes], list[str]]] = 
 """By file: what damages it, and the commands that read it."""
 
 _WEIGHTS = [6, 3, 4, 4, 2, 3, 5, 2, 1, 4, 1, 1, 1]
-

@@ -12,7 +12,7 @@ from gn_detect.errors import UserError
 from gn_detect.evaluation import evaluate_results
 from gn_detect.evaluation.backends import BACKENDS, choose_backend
 from tests.fuzz.annotations import Content, mutate, write_base
-from tests.fuzz.damage import damage_text, damage_tree, dumps, junk, replace_file
+from tests.fuzz.damage import damage_text, damage_tree, dumps, junk, remove, replace_file
 from tests.fuzz.limits import Case
 from tests.fuzz.trial import Tally
 
@@ -27,12 +27,14 @@ def prepare_results(folder: Path) -> Case:
         chance = random.Random(seed)
         annotations, results = folder / "annotations.json", folder / "results.json"
         for path in (annotations, results):
-            path.unlink(missing_ok=True)
+            remove(path)
         annotations.write_bytes(dumps(base))
         kind = _write(results, found, chance)
         if chance.random() < 0.1:
             text = mutate(base, seed)[1]
-            annotations.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+            annotations.write_bytes(
+                text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+            )
         backend = backends[seed % len(backends)]
         tally.cases += 1
         label = f"results {seed} ({kind}, {backend})"
@@ -43,10 +45,10 @@ def prepare_results(folder: Path) -> Case:
         tally.refused += any(isinstance(outcome, UserError) for outcome in outcomes)
         tally.passed += all(isinstance(outcome, dict) for outcome in outcomes)
         for outcome in outcomes:
-            if isinstance(outcome, dict) and not all(value != value or 0 <= value <= 100.001 for value in outcome.values()):
+            if isinstance(outcome, dict) and not all(
+                value != value or 0 <= value <= 100.001 for value in outcome.values()
+            ):
                 tally.failures.append(f"{label}: wrong success: {outcome}")
-        if results.is_dir():
-            results.rmdir()
 
     return case
 
@@ -129,7 +131,19 @@ def _as_annotations(found: list[dict[str, Any]], chance: random.Random) -> None:
 def _counts(masks: list[dict[str, Any]], chance: random.Random) -> None:
     text = [m for m in masks if isinstance(m["counts"], str)]
     chance.choice(text)["counts"] = chance.choice(
-        ["1M2", "1M2" * 5000, "0" * 10, "oooooooo0", "P" * 2000, "0n", "é", "\0", "1" * 100_000, "_o_o_o0", "nnnnn0"]
+        [
+            "1M2",
+            "1M2" * 5000,
+            "0" * 10,
+            "oooooooo0",
+            "P" * 2000,
+            "0n",
+            "é",
+            "\0",
+            "1" * 100_000,
+            "_o_o_o0",
+            "nnnnn0",
+        ]
     )
 
 
@@ -142,7 +156,18 @@ def _size(masks: list[dict[str, Any]], chance: random.Random) -> None:
 def _runs(masks: list[dict[str, Any]], chance: random.Random) -> None:
     lists = [m for m in masks if isinstance(m["counts"], list)]
     chance.choice(lists)["counts"] = chance.choice(
-        [[2**40, -(2**40)], [5120], ["5120"], [5120.0], [2**64], [None], [[5120]], [0] * 10**6, [float("nan")], {"a": 1}]
+        [
+            [2**40, -(2**40)],
+            [5120],
+            ["5120"],
+            [5120.0],
+            [2**64],
+            [None],
+            [[5120]],
+            [0] * 10**6,
+            [float("nan")],
+            {"a": 1},
+        ]
     )
 
 
@@ -150,17 +175,46 @@ _LONG = [[0, 0, 1e6, 1e6] * 5000]
 _ZIGZAG = [[value for i in range(2000) for value in (0 if i % 2 else 9e5, i)]]
 
 KINDS: dict[str, Any] = {
-    "score": _entry("score", "0.5", "x", None, float("nan"), float("inf"), -1, 7, 10**400, [], {}, True, 1e308),
+    "score": _entry(
+        "score", "0.5", "x", None, float("nan"), float("inf"), -1, 7, 10**400, [], {}, True, 1e308
+    ),
     "image": _entry("image_id", "11", 11.0, 11.5, None, -1, 999, [], {}, True, "\n\x1b[2J", 10**400),
     "category": _entry("category_id", "3", 3.0, 0, None, -1, 99, [], {}, False, 10**400),
     "box": _entry(
-        "bbox", ["1", "2", "3", "4"], [1, 2, -3, 4], [1, 2, 3], [0] * 5, [10**400] * 4, [float("nan")] * 4, "1234",
-        None, {}, [[1], [2], [3], [4]], [1e300] * 4, [0, 0, 0, 0], {"x": 1},
+        "bbox",
+        ["1", "2", "3", "4"],
+        [1, 2, -3, 4],
+        [1, 2, 3],
+        [0] * 5,
+        [10**400] * 4,
+        [float("nan")] * 4,
+        "1234",
+        None,
+        {},
+        [[1], [2], [3], [4]],
+        [1e300] * 4,
+        [0, 0, 0, 0],
+        {"x": 1},
     ),  # fmt: skip
     "polygon": _entry(
-        "segmentation", [1, 2, 30, 2, 30, 40], [[[1, 2], [30, 2], [30, 40]]], [["1", "2", "30", "2", "30", "40"]], [[]],
-        [[1, 2]], [[1, 2, 3, 4, 5, 6, 7]], _LONG, _ZIGZAG, [[float("nan")] * 6], [[10**400] * 6], [[1e5] * 8], [[None] * 6],
-        [[[[[1]]]]], "x", 5, None, [[True] * 6],
+        "segmentation",
+        [1, 2, 30, 2, 30, 40],
+        [[[1, 2], [30, 2], [30, 40]]],
+        [["1", "2", "30", "2", "30", "40"]],
+        [[]],
+        [[1, 2]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        _LONG,
+        _ZIGZAG,
+        [[float("nan")] * 6],
+        [[10**400] * 6],
+        [[1e5] * 8],
+        [[None] * 6],
+        [[[[[1]]]]],
+        "x",
+        5,
+        None,
+        [[True] * 6],
     ),  # fmt: skip
     "counts": _mask(_counts),
     "size": _mask(_size),
