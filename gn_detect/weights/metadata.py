@@ -39,12 +39,19 @@ def _is_dict(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
-KNOWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
+Types = dict[str, tuple[str, Callable[[Any], bool]]]
+"""By key: what belongs there, in words, and whether a value is that."""
+
+SHARED: Types = {
     "config": ("text", lambda value: isinstance(value, str)),
     "input": ("values by name", _is_dict),
     "config_keys": ("values by key", _is_dict),
     "class_names": ("a list of names", _is_list_of(str)),
     "category_ids": ("a list of whole numbers", _is_list_of(int)),
+}
+"""Read from any file. What reads the keys of norms checks them."""
+
+TRAINING: Types = {
     "iteration": ("a whole number", _is_count),
     "seed": ("a whole number", _is_count),
     "averaged_steps": ("a whole number", _is_count),
@@ -55,11 +62,13 @@ KNOWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scaler": ("numbers by name", lambda v: _is_dict(v) and all(map(_is_number, v.values()))),
     "trained": ("tensors by name", _is_state_dict),
 }
-"""By key: what belongs there, in words, and whether a value is that. Other keys are checked where they are read."""
+"""Read by ``--resume``, from a file with one of :data:`_STATE`: elsewhere the names are free."""
+
+_STATE = {"optimizer", "losses", "evaluate_first"}
 
 
 def check_metadata(metadata: dict[str, Any], path: Path, *, ours: bool) -> None:
-    """Check the values of :data:`KNOWN` keys.
+    """Check the values of :data:`SHARED` keys, and in a training's checkpoint of :data:`TRAINING` keys.
 
     Args:
         metadata: other programs' values of other types under these names are removed.
@@ -69,7 +78,8 @@ def check_metadata(metadata: dict[str, Any], path: Path, *, ours: bool) -> None:
     Raises:
         UserError: the file is ours, and a value is of another type.
     """
-    for key, (what, is_valid) in KNOWN.items():
+    known = SHARED if _STATE.isdisjoint(metadata) else SHARED | TRAINING
+    for key, (what, is_valid) in known.items():
         if key in metadata and not is_valid(metadata[key]):
             if ours:
                 raise UserError(f"{path}: its '{key}' is not {what}, so the file is damaged; copy it again")

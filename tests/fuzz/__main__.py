@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz``: thousands of damaged files of all kinds, each case with limits of time and memory.
+"""``python -m tests.fuzz``: thousands of damaged files of all kinds, with limits of time and memory.
 
 Every case is a function of its number, so that ``--only folders --first N --folders 1`` repeats case N.
 """
@@ -63,8 +63,8 @@ def show(kind: str, tally: Tally, seconds: float, verbose: bool) -> None:
     repaired = f"; {tally.repaired} repaired" if kind == "annotations" else ""
     print(
         f"{kind}: {tally.cases} cases in {seconds:.0f} s: {tally.refused} refused{named}; {tally.passed} used"
-        f"{repaired}; {tally.tracebacks} tracebacks, {len(tally.slow)} over {SECONDS} s, {len(tally.large)} over "
-        f"{MOST_MEMORY >> 30} GB, {len(tally.failures)} failures in all",
+        f"{repaired}; {tally.tracebacks} tracebacks, {len(tally.slow)} over {SECONDS} s, "
+        f"{len(tally.large)} over {MOST_MEMORY >> 30} GB, {len(tally.failures)} failures in all",
         flush=True,
     )
 

@@ -1,4 +1,4 @@
-"""Seeded damage to checkpoints: their metadata, their tensors, their bytes, and the zip archive around them."""
+"""Seeded damage to checkpoints: their metadata, tensors and bytes, and the zip archive around them."""
 
 from __future__ import annotations
 
@@ -246,8 +246,8 @@ def _damage_tensors(content: dict[str, Any], chance: random.Random) -> Any:
     kind = chance.random()
     if kind < 0.1:
         return chance.choice(
-            [state, {"state_dict": state}, {"blobs": state}, {"model": content}, {"model": {}}, {"model": None}, [state], state[names[0]], {},
-             {"model": list(state.values())}, {"model": state, "model_ema": {}}]
+            [state, {"state_dict": state}, {"blobs": state}, {"model": content}, {"model": {}}, [state], {}]
+            + [{"model": None}, state[names[0]], {"model": [*state.values()]}, {"model": state, "blobs": {}}]
         )  # fmt: skip
     if kind < 0.25:
         prefix = chance.choice(["module.", "_orig_mod.", "model.", "backbone.", "\n", "", "x." * 100])

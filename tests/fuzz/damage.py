@@ -13,9 +13,9 @@ from typing import Any
 from tests.fuzz.annotations import JUNK
 
 MORE: list[Any] = [
-    "NaN", "-5", "1e999", "1.0", "true", "$5_$9", r"\frac{", "a\nerror: forged", "\x1b]0;title\x07\x1b[2J", "\r", "é",
-    "None", -5, 1.0, 1.5, 10**19, "9" * 5000, [[1, 2], [3, 4]], [1] * 1000, {"a": {"b": {"c": None}}}, {"": 1},
-    "/dev/zero", "<b>", "\u202e",
+    "NaN", "-5", "1e999", "1.0", "true", "$5_$9", r"\frac{", "a\nerror: forged", "\x1b]0;title\x07\x1b[2J",
+    "\r", "é", "None", -5, 1.0, 1.5, 10**19, "9" * 5000, [[1, 2], [3, 4]], [1] * 1000, {"": 1}, "/dev/zero",
+    "<b>", "\u202e", {"a": {"b": {"c": None}}},
 ]  # fmt: skip
 """Values that do not belong in files of a run, or do, where they stand."""
 
@@ -28,7 +28,7 @@ def junk(chance: random.Random) -> Any:
 
 
 def damage_tree(content: Any, chance: random.Random) -> Any:
-    """``content`` with values replaced, left out, moved or of another name; sometimes another value at all."""
+    """``content`` with values replaced, left out, moved or renamed; sometimes another value at all."""
     if not isinstance(content, dict | list) or not content or chance.random() < 0.08:
         return junk(chance)
     for _ in range(chance.choice([1, 1, 1, 2, 5])):

@@ -8,9 +8,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 
 from gn_detect.config import load_config

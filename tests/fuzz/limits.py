@@ -1,4 +1,4 @@
-"""Runs cases in a process of their own, whose time and memory are watched: no case can take the others along."""
+"""Runs cases in a process of their own, whose time and memory are watched: none takes the others along."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _PATIENCE = 3 * SECONDS
 """Seconds without an answer, in code that no alarm interrupts, after which the process is ended."""
 
 
-def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int]) -> Tally:
+def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int], seconds: int = SECONDS) -> Tally:
     """Try cases one after the other, and begin again behind one that ends the process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([prepare.__module__])
     total, left = Tally(), list(seeds)
     while left:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(kind, prepare, left, theirs), daemon=True)
+        process = context.Process(target=_work, args=(kind, prepare, left, theirs, seconds), daemon=True)
         process.start()
         theirs.close()
         try:
@@ -62,7 +62,9 @@ def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int]) -> Tally:
     return total
 
 
-def _work(kind: str, prepare: Preparation, seeds: Sequence[int], connection: Connection) -> None:
+def _work(
+    kind: str, prepare: Preparation, seeds: Sequence[int], connection: Connection, seconds: int
+) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -72,13 +74,13 @@ def _work(kind: str, prepare: Preparation, seeds: Sequence[int], connection: Con
         case = prepare(Path(folder) / "shared")
         _limit_memory()
         for seed in seeds:
-            tally = Tally()
+            tally = Tally(seconds=seconds)
             _forget_peak()
             begin = time.perf_counter()
             case(seed, tally)
             label = f"{kind} {seed}"
-            if (seconds := time.perf_counter() - begin) > SECONDS and not tally.slow:
-                tally.slow.append(f"{label} ({seconds:.0f} s)")
+            if (spent := time.perf_counter() - begin) > seconds and not tally.slow:
+                tally.slow.append(f"{label} ({spent:.0f} s)")
             if (peak := _peak()) > MOST_MEMORY:
                 tally.large.append(f"{label} ({peak / 2**30:.1f} GB)")
             connection.send(tally)

@@ -18,7 +18,7 @@ from tests.fuzz.trial import Tally
 
 
 def prepare_results(folder: Path) -> Case:
-    """Damaged result files through the evaluation of boxes and of masks, by each installed backend in turn."""
+    """Damaged result files through the evaluation of boxes and of masks, by each backend in turn."""
     base = write_base(folder)
     found = detections_of(base)
     backends = [name for name in BACKENDS if _is_installed(name)]
@@ -149,8 +149,9 @@ def _counts(masks: list[dict[str, Any]], chance: random.Random) -> None:
 
 def _size(masks: list[dict[str, Any]], chance: random.Random) -> None:
     chance.choice(masks)["size"] = chance.choice(
-        [[10**9, 10**9], [-5, 80], [64, float("inf")], ["64", "80"], [64.5, 80], [0, 0], 64, None, [64, 80, 3], [2**70, 1], [10**400, 1]]
-    )  # fmt: skip
+        [[10**9, 10**9], [-5, 80], [64, float("inf")], ["64", "80"], [64.5, 80], [0, 0], 64, None]
+        + [[64, 80, 3], [2**70, 1], [10**400, 1]]
+    )
 
 
 def _runs(masks: list[dict[str, Any]], chance: random.Random) -> None:

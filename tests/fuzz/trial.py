@@ -43,14 +43,14 @@ class Hang(BaseException):
 
 
 @contextmanager
-def alarm() -> Iterator[None]:
-    """End the block after SECONDS."""
+def alarm(seconds: int) -> Iterator[None]:
+    """End the block after so many seconds."""
 
     def ring(*_: Any) -> None:
         raise Hang
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
+    signal.alarm(seconds)
     try:
         yield
     finally:
@@ -68,6 +68,7 @@ class Tally:
         places: by exception and place of a traceback, the labels of its cases.
         slow, large: labels of cases over the limit of time, or of memory, which :mod:`.limits` measures.
         unnamed: refused, but the doctor does not say what was damaged.
+        seconds: the limit of time of whatever is attempted.
     """
 
     cases: int = 0
@@ -80,6 +81,7 @@ class Tally:
     slow: list[str] = field(default_factory=list)
     large: list[str] = field(default_factory=list)
     unnamed: list[str] = field(default_factory=list)
+    seconds: int = SECONDS
 
     @property
     def tracebacks(self) -> int:
@@ -98,7 +100,7 @@ class Tally:
     def attempt(self, label: str, function: Any, *arguments: Any) -> Any:
         """The result or UserError; anything else that is raised is a failure, and gives None."""
         try:
-            with alarm():
+            with alarm(self.seconds):
                 return function(*arguments)
         except UserError as error:
             if not str(error) or "\n" in str(error):
@@ -106,7 +108,7 @@ class Tally:
             return error
         except Hang:
             self.slow.append(label)
-            self.failures.append(f"{label}: no end after {SECONDS} s in {function.__name__}")
+            self.failures.append(f"{label}: no end after {self.seconds} s in {function.__name__}")
         except Exception as error:
             self._note(label, error)
         return None
