@@ -339,6 +339,9 @@ def _split(content: Any, path: Path, nested: bool) -> tuple[dict[str, Tensor], d
     if not tensors:
         keys = ", ".join(repr(key) for key in list(weights)[:3]) or "none"
         raise UserError(f"{path} holds no tensors (keys: {keys}); give a checkpoint with a state dict")
+    odd = next((name for name in tensors if not name.isprintable()), None)
+    if odd is not None:
+        raise UserError(f"{path}: {odd!r} is no name of a tensor; save the state dict again")
     return tensors, metadata
 
 

@@ -99,7 +99,7 @@ def prepare_bad_cases(folder: Path) -> Case:
             pass
 
     def memory() -> int:
-        return len(b"x" * (5 << 29))
+        return len(b"x" * (9 << 28))
 
     actions: list[Callable[[], object]] = [traceback, loop, lambda: os._exit(3), memory, lambda: 1]
 
@@ -111,7 +111,7 @@ def prepare_bad_cases(folder: Path) -> Case:
 
 
 def test_each_failure_is_that_of_its_case() -> None:
-    tally = run_cases("bad", prepare_bad_cases, range(5), seconds=5)
+    tally = run_cases("bad", prepare_bad_cases, range(5), seconds=8)
     assert (tally.cases, tally.passed, tally.tracebacks) == (5, 2, 1)
     assert tally.slow == ["bad 1"] and [label[:5] for label in tally.large] == ["bad 3"]
     assert [failure[:5] for failure in tally.failures] == ["bad 0", "bad 1", "bad 2"]
