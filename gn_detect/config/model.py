@@ -8,24 +8,28 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from .types import (
+    Amount,
     AsTuple,
+    Bins,
     Bool,
     BoolOrAuto,
     Bools,
     BoxWeights,
-    Count,
+    Channels,
     Float,
     Floats,
     FloatsPerLevel,
     Fraction,
     Int,
     Ints,
+    Layers,
     Names,
     NonNegative,
     PerChannel,
     Positive,
     PositiveInt,
     PositivePerChannel,
+    Samples,
     Section,
     Str,
     Thresholds,
@@ -52,8 +56,8 @@ def _device(name: str) -> str:
 
 
 def _conv_dims(channels: tuple[int, ...]) -> tuple[int, ...]:
-    if not channels or any(c != -1 and c <= 0 for c in channels):
-        raise ValueError("needs at least one number of channels, each positive or -1 (as many as the input)")
+    if not channels or len(channels) > 64 or any(c != -1 and not 0 < c <= 2**14 for c in channels):
+        raise ValueError("needs 1 to 64 numbers, each of 1 to 16384 channels or -1 (as many as the input)")
     return channels
 
 
@@ -70,13 +74,13 @@ class ResNets(Section):
 
     depth: Depth = 50
     out_features: Annotated[Stages, AfterValidator(_known_stages)] = ("res4",)
-    num_groups: PositiveInt = 1  # of the 3x3 convolutions: ResNeXt's cardinality
+    num_groups: Channels = 1  # of the 3x3 convolutions: ResNeXt's cardinality
     norm: Str = "FrozenBN"
-    width_per_group: PositiveInt = 64
+    width_per_group: Channels = 64
     stride_in_1x1: Bool = True  # True for the MSRA weights, False for GN and torchvision weights
     res5_dilation: Dilation = 1
-    res2_out_channels: PositiveInt = 256  # 64 in ResNet-18 and 34
-    stem_out_channels: PositiveInt = 64
+    res2_out_channels: Channels = 256  # 64 in ResNet-18 and 34
+    stem_out_channels: Channels = 64
     deform_on_per_stage: Bools = (False, False, False, False)
     deform_modulated: Bool = False
     deform_num_groups: PositiveInt = 1
@@ -86,7 +90,7 @@ class FPN(Section):
     """``MODEL.FPN``."""
 
     in_features: Annotated[Names, AfterValidator(_known_stages)] = ()
-    out_channels: PositiveInt = 256
+    out_channels: Channels = 256
     norm: Str = ""
     fuse_type: Literal["sum", "avg"] = "sum"
 
@@ -94,8 +98,8 @@ class FPN(Section):
 class GN(Section):
     """``MODEL.GN``, ours: every norm that is called ``GN``."""
 
-    num_groups: PositiveInt = 32
-    min_channels_per_group: PositiveInt = 1  # narrow layers get fewer groups, as converted models have
+    num_groups: Channels = 32
+    min_channels_per_group: Channels = 1  # narrow layers get fewer groups, as converted models have
     eps: Positive = 1e-5
 
 
@@ -124,17 +128,17 @@ class RPN(Section):
     boundary_thresh: Int = -1  # pixels that an anchor may stick out of the image; -1: any
     iou_thresholds: Thresholds = (0.3, 0.7)
     iou_labels: MatchLabels = (0, -1, 1)
-    batch_size_per_image: PositiveInt = 256
+    batch_size_per_image: Amount = 256
     positive_fraction: Fraction = 0.5
     bbox_reg_loss_type: Str = "smooth_l1"
     bbox_reg_loss_weight: NonNegative = 1.0
     bbox_reg_weights: BoxWeights = (1.0, 1.0, 1.0, 1.0)
     smooth_l1_beta: NonNegative = 0.0  # 0: plain L1
     loss_weight: NonNegative = 1.0
-    pre_nms_topk_train: PositiveInt = 12000  # of each level
-    pre_nms_topk_test: PositiveInt = 6000
-    post_nms_topk_train: PositiveInt = 2000  # of each image
-    post_nms_topk_test: PositiveInt = 1000
+    pre_nms_topk_train: Amount = 12000  # of each level
+    pre_nms_topk_test: Amount = 6000
+    post_nms_topk_train: Amount = 2000  # of each image
+    post_nms_topk_test: Amount = 1000
     nms_thresh: Fraction = 0.7
     conv_dims: Annotated[Ints, AfterValidator(_conv_dims)] = (-1,)
 
@@ -143,11 +147,11 @@ class ROIHeads(Section):
     """``MODEL.ROI_HEADS``."""
 
     name: Str = "Res5ROIHeads"
-    num_classes: PositiveInt = 80  # without the background
+    num_classes: Annotated[Int, Field(gt=0, le=10**5)] = 80  # without the background
     in_features: Stages = ("res4",)
     iou_thresholds: Thresholds = (0.5,)
     iou_labels: MatchLabels = (0, 1)
-    batch_size_per_image: PositiveInt = 512
+    batch_size_per_image: Amount = 512
     positive_fraction: Fraction = 0.25
     score_thresh_test: Float = 0.05
     nms_thresh_test: Fraction = 0.5
@@ -162,13 +166,13 @@ class ROIBoxHead(Section):
     bbox_reg_loss_weight: NonNegative = 1.0
     bbox_reg_weights: BoxWeights = (10.0, 10.0, 5.0, 5.0)
     smooth_l1_beta: NonNegative = 0.0
-    pooler_resolution: PositiveInt = 14
-    pooler_sampling_ratio: Count = 0  # 0: as many samples as fit a bin
+    pooler_resolution: Bins = 14
+    pooler_sampling_ratio: Samples = 0  # 0: as many samples as fit a bin
     pooler_type: Str = "ROIAlignV2"
-    num_fc: Count = 0
-    fc_dim: PositiveInt = 1024
-    num_conv: Count = 0
-    conv_dim: PositiveInt = 256
+    num_fc: Layers = 0
+    fc_dim: Channels = 1024
+    num_conv: Layers = 0
+    conv_dim: Channels = 256
     norm: Str = ""
     cls_agnostic_bbox_reg: Bool = False
     train_on_pred_boxes: Bool = False
@@ -182,10 +186,10 @@ class ROIMaskHead(Section):
     """``MODEL.ROI_MASK_HEAD``."""
 
     name: Str = "MaskRCNNConvUpsampleHead"
-    pooler_resolution: PositiveInt = 14
-    pooler_sampling_ratio: Count = 0
-    num_conv: Count = 0
-    conv_dim: PositiveInt = 256
+    pooler_resolution: Bins = 14
+    pooler_sampling_ratio: Samples = 0
+    num_conv: Layers = 0
+    conv_dim: Channels = 256
     norm: Str = ""
     cls_agnostic_mask: Bool = False
     pooler_type: Str = "ROIAlignV2"

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from .model import Model
 from .types import (
+    Amount,
     Bool,
     Count,
     Float,
@@ -60,8 +61,8 @@ class LargeScaleJitter(Section):
     """``INPUT.LARGE_SCALE_JITTER``, ours (Ghiasi et al. 2021, arXiv 2012.07177); replaces the resize."""
 
     enabled: Bool = False
-    min_scale: Positive = 0.1
-    max_scale: Positive = 2.0
+    min_scale: Annotated[Float, Field(gt=0, le=100)] = 0.1
+    max_scale: Annotated[Float, Field(gt=0, le=100)] = 2.0
     size: Lengths = (1024, 1024)  # (height, width) pixels of the canvas
 
 
@@ -70,9 +71,9 @@ class Input(Section):
 
     min_size_train: Lengths = (800,)
     min_size_train_sampling: Sampling = "choice"
-    max_size_train: PositiveInt = 1333
-    min_size_test: Count = 800  # 0: no resize
-    max_size_test: PositiveInt = 1333
+    max_size_train: Annotated[Int, Field(gt=0, le=10**6)] = 1333
+    min_size_test: Annotated[Int, Field(ge=0, le=2**15)] = 800  # 0: no resize
+    max_size_test: Annotated[Int, Field(gt=0, le=10**6)] = 1333
     random_flip: Literal["horizontal", "vertical", "none"] = "horizontal"
     crop: Crop = Crop()
     format: Str = "BGR"
@@ -110,7 +111,7 @@ class Datasets(Section):
 class DataLoader(Section):
     """``DATALOADER``."""
 
-    num_workers: Count = 4
+    num_workers: Annotated[Int, Field(ge=0, le=1024)] = 4
     aspect_ratio_grouping: Bool = True
     sampler_train: Str = "TrainingSampler"
     repeat_threshold: Fraction = 0.0
@@ -160,8 +161,8 @@ class Solver(Section):
     warmup_method: Literal["linear", "constant"] = "linear"
     rescale_interval: Bool = False
     checkpoint_period: Count = 5000
-    ims_per_batch: PositiveInt = 16
-    reference_world_size: Count = 0
+    ims_per_batch: Amount = 16
+    reference_world_size: Annotated[Int, Field(ge=0, le=10**6)] = 0
     bias_lr_factor: NonNegative = 1.0
     weight_decay_bias: Annotated[NonNegative | None, BeforeValidator(_from_text)] = None
     clip_gradients: ClipGradients = ClipGradients()
@@ -170,7 +171,7 @@ class Solver(Section):
     betas: Annotated[Pair, AfterValidator(lambda pair: _below_one(pair))] = (0.9, 0.999)
     best_checkpoint_metric: Annotated[Str, AfterValidator(_metric)] = "auto"
     log_period: PositiveInt = 20
-    accumulate: PositiveInt = 1  # parts of IMS_PER_BATCH that go through the model one after the other
+    accumulate: Amount = 1  # parts of IMS_PER_BATCH that go through the model one after the other
     ema: EMA = EMA()
     non_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
 
@@ -209,10 +210,10 @@ class Test(Section):
     expected_results: Annotated[tuple[Any, ...], BeforeValidator(_from_text)] = ()
     eval_period: Count = 0
     keypoint_oks_sigmas: Annotated[tuple[Float, ...], BeforeValidator(_from_text)] = ()
-    detections_per_image: PositiveInt = 100
+    detections_per_image: Amount = 100
     aug: Augmentation = Augmentation()
     precise_bn: PreciseBN = PreciseBN()
-    ims_per_batch: PositiveInt = 1
+    ims_per_batch: Amount = 1
     coco_eval_backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = "auto"
 
 

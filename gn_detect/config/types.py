@@ -73,6 +73,13 @@ Str = Annotated[str, Strict()]
 
 Count = Annotated[Int, Field(ge=0)]
 PositiveInt = Annotated[Int, Field(gt=0)]
+# What decides how large a tensor is, is bounded: no file of a few lines makes something huge.
+Channels = Annotated[Int, Field(gt=0, le=2**14)]
+Layers = Annotated[Int, Field(ge=0, le=64)]
+Bins = Annotated[Int, Field(gt=0, le=64)]  # of a pooled feature, in each direction
+Samples = Annotated[Int, Field(ge=0, le=64)]  # of each bin, in each direction
+Amount = Annotated[Int, Field(gt=0, le=10**6)]  # of boxes, images or parts that are computed at once
+Side = Annotated[Int, Field(gt=0, le=2**15)]  # of an image, pixels
 NonNegative = Annotated[Float, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
@@ -83,12 +90,14 @@ AsTuple = BeforeValidator(_sequence)
 Bools = Annotated[tuple[Bool, ...], AsTuple]
 Ints = Annotated[tuple[Int, ...], AsTuple]
 Floats = Annotated[tuple[Float, ...], AsTuple]
-Lengths = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AsTuple]
+Lengths = Annotated[tuple[Side, ...], Field(min_length=1, max_length=1000), AsTuple]
 Milestones = Annotated[tuple[PositiveInt, ...], AsTuple, AfterValidator(_increasing)]
 Thresholds = Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_increasing)]
 Pair = Annotated[tuple[Float, Float], AsTuple]
 FloatsPerLevel = Annotated[
-    tuple[Annotated[tuple[Positive, ...], Field(min_length=1)], ...], Field(min_length=1), AsTuple
+    tuple[Annotated[tuple[Positive, ...], Field(min_length=1, max_length=64)], ...],
+    Field(min_length=1, max_length=64),
+    AsTuple,
 ]
 BoxWeights = Annotated[tuple[Positive, Positive, Positive, Positive], AsTuple]
 PerChannel = Annotated[tuple[Float, Float, Float], AsTuple]

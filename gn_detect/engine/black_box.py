@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 STATE, CONFIG, REPORT = "state.pth", "config.yaml", "report.json"
 
+_FARTHEST = 100
+"""Sides of the image, that a polygon may stick out of a crop of it."""
+
 THE_MODEL = "the losses, which no module computes"
 
 
@@ -219,12 +222,44 @@ def replay(folder: str | Path) -> dict[int, Finding]:
     checkpoint = read_checkpoint(folder / STATE)
     model = make_model(cfg)
     load_weights(model, checkpoint)
-    known = checkpoint.metadata
-    iteration, scale, eps = known["iteration"], known["scale"], norm_eps_of(checkpoint)
+    eps = norm_eps_of(checkpoint)
+    try:
+        iteration, scale, batches = _read_state(checkpoint.metadata, cfg)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(
+            f"{folder / STATE} is not what a diverged training writes: {reason}; copy the whole folder again"
+        ) from error
     return {
-        rank: examine(cfg, model.state_dict(), [_unpack(s) for s in packed], iteration, rank, scale, eps)
-        for rank, packed in known["batches"].items()
+        rank: examine(cfg, model.state_dict(), batch, iteration, rank, scale, eps)
+        for rank, batch in batches.items()
     }
+
+
+def _read_state(known: dict[str, Any], cfg: Config) -> tuple[int, float, dict[int, list[Sample]]]:
+    """Return iteration, scale and batches by rank, as :func:`write_black_box` packed them.
+
+    Raises:
+        TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError: one of them is something
+            else, such as a sparse tensor, or does not fit ``cfg``.
+    """
+    iteration, scale, packed = known["iteration"], known["scale"], known["batches"]
+    if type(iteration) is not int or not 0 <= iteration < 2**40:
+        raise ValueError("its iteration is not a number")
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        raise ValueError("its scale is not a number above 0")
+    if cfg.seed < 0:
+        raise ValueError(f"the SEED in {CONFIG} is negative, and that of a run is not")
+    batches = {}
+    for rank, samples in packed.items():
+        if type(rank) is not int or not 0 <= rank < 2**20 or not isinstance(samples, list):
+            raise ValueError("its batches are not lists by rank")
+        if not samples or len(samples) % cfg.solver.accumulate:
+            raise ValueError(f"SOLVER.ACCUMULATE does not divide its {len(samples)} images")
+        batches[rank] = [_unpack(sample, cfg) for sample in samples]
+    if not batches:
+        raise ValueError("it has no images")
+    return iteration, scale, batches
 
 
 def _pack(sample: Sample) -> dict[str, Any]:
@@ -245,13 +280,41 @@ def _pack(sample: Sample) -> dict[str, Any]:
     }
 
 
-def _unpack(packed: dict[str, Any]) -> Sample:
-    masks = packed["masks"]
-    if masks is not None:
-        masks = [mask if isinstance(mask, Tensor) else [np.asarray(p) for p in mask] for mask in masks]
+def _unpack(packed: dict[str, Any], cfg: Config) -> Sample:
+    """Undo :func:`_pack`; the errors are those of :func:`_read_state`."""
+    classes = cfg.model.roi_heads.num_classes
+    image, boxes, labels = packed["image"], packed["boxes"], packed["labels"]
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+        raise ValueError("an image is not uint8 (3, H, W)")
+    count = len(labels)
+    if labels.dtype != torch.int64 or labels.dim() != 1 or not ((labels >= 0) & (labels < classes)).all():
+        raise ValueError(f"its labels are not from 0 to {classes - 1}")
+    if boxes.dtype != torch.float32 or boxes.shape != (count, 4) or not boxes.isfinite().all():
+        raise ValueError(f"its boxes are not {count} of four numbers")
     height, width = packed["original_size"]
-    target = Target(packed["boxes"], packed["labels"], masks)
-    return Sample(packed["image"], packed["image_id"], packed["file_name"], (height, width), target)
+    masks = packed["masks"]
+    if masks is None and cfg.model.mask_on:
+        raise ValueError("it has no masks")
+    if masks is not None:
+        masks = [_unpack_mask(mask, (image.shape[1], image.shape[2])) for mask in masks]
+        if len(masks) != count:
+            raise ValueError(f"it has {len(masks)} masks for {count} boxes")
+    size = int(height), int(width)
+    return Sample(image, packed["image_id"], str(packed["file_name"]), size, Target(boxes, labels, masks))
+
+
+def _unpack_mask(mask: Any, size: tuple[int, int]) -> Tensor | list[np.ndarray]:
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool or mask.shape != size:
+            raise ValueError("a mask is not bool of its image's size")
+        return mask
+    polygons = [np.asarray(polygon, dtype=np.float64) for polygon in mask]
+    for polygon in polygons:
+        if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError("a polygon is not x and y of three points or more")
+        if not (np.abs(polygon) <= _FARTHEST * max(size)).all():
+            raise ValueError("a polygon is far outside its image")
+    return polygons
 
 
 def _plain(value: Any) -> Any:

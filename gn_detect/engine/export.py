@@ -37,6 +37,9 @@ MIN_SIDE = 64
 """Pixels; a padded image has no smaller side. The exporter takes sizes of 1 for constants, and smaller images
 have maps of 1 x 1."""
 
+_LARGEST_DIVISOR = 1024
+"""Pixels; a ResNet with an FPN has 32 or 64, and an image is padded to a multiple."""
+
 METADATA_FILE = "gn_detect.json"
 """In a ``.pt2``; an ONNX file has the same keys as ``metadata_props``."""
 
@@ -143,6 +146,11 @@ class ExportMetadata:
                 int(strings["size_divisibility"]),
                 str(strings["gn_detect_version"]),
             )
+            named = all(type(name) is str for name in found.class_names)
+            if not named or not all(type(number) is int for number in found.category_ids):
+                raise ValueError("class names or ids of other types")
+            if not 1 <= found.size_divisibility <= _LARGEST_DIVISOR:
+                raise ValueError("size divisibility")
             lists = (found.class_names, found.category_ids)
             if {len(values) for values in lists} != {found.config.model.roi_heads.num_classes}:
                 raise ValueError("class names")

@@ -50,6 +50,7 @@ class ExportedPredictor:
             self._program, told, runtime = _load_onnx(path)
         else:
             self._program, told, runtime = _load_pt2(path, trust)
+        self._path = path
         self._divisibility = told.size_divisibility
         self.cfg = told.config
         self.class_names = told.class_names
@@ -80,7 +81,19 @@ class ExportedPredictor:
             )
         padded = prepared.new_zeros(1, 3, height, width)
         padded[0, :, : size[0], : size[1]] = prepared
-        return rescale(Detections(*self._program(padded, torch.tensor(size))), size, original, paste)
+        outputs = self._program(padded, torch.tensor(size))
+        if not _is_of(len(self.class_names), outputs):
+            raise UserError(f"{self._path} gives no detections of its own classes; export it again")
+        return rescale(Detections(*outputs), size, original, paste)
+
+
+def _is_of(classes: int, outputs: list[Tensor]) -> bool:
+    """Whether a program gave boxes, scores, labels and perhaps masks of the same objects."""
+    if len(outputs) not in (3, 4) or [tensor.dim() for tensor in outputs] != [2, 1, 1, 3][: len(outputs)]:
+        return False
+    boxes, _, labels = outputs[:3]
+    known = labels.dtype == torch.int64 and bool(((labels >= 0) & (labels < classes)).all())
+    return known and boxes.shape[1] == 4 and len({len(tensor) for tensor in outputs}) == 1
 
 
 def _load_onnx(path: Path) -> tuple[Program, ExportMetadata, str]:

@@ -117,10 +117,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], o
         {"exp_avg", "exp_avg_sq", "step"} if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
     )
     state = optimizer.state_dict()
-    for index, values in saved.get("state", {}).items():
-        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
-        fits = index < len(parameters) and set(tensors) <= wanted
-        if not fits or any(v.dim() and v.shape != parameters[index].shape for v in tensors.values()):
+    momenta = saved.get("state", {})
+    for index, values in momenta.items() if isinstance(momenta, dict) else [(-1, {})]:
+        known = type(index) is int and 0 <= index < len(parameters) and isinstance(values, dict)
+        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)} if known else {}
+        fits = known and set(tensors) in (set(), wanted)
+        if not fits or not all(_fits(value, parameters[index]) for value in tensors.values()):
             raise UserError(
                 f"the optimiser state in {origin} belongs to other settings; resume with the SOLVER and "
                 f"MODEL keys of that run, or start anew from it with MODEL.WEIGHTS"
@@ -131,3 +133,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], o
             for key, value in tensors.items()
         }
     optimizer.load_state_dict(state)
+
+
+def _fits(value: Tensor, parameter: Tensor) -> bool:
+    """Whether a momentum, or a number of steps, can be that of a parameter."""
+    plain = value.layout == torch.strided and not value.is_quantized and value.is_floating_point()
+    return plain and (value.dim() == 0 or value.shape == parameter.shape)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.profiler import record_function
 
+from ..errors import UserError
 from ..structures import Sample
+from ..weights import Checkpoint, load_weights
 from .distributed import is_distributed
 from .faults import compile_help, memory_help
 from .optimizer import build_optimizer, clip_gradients, restore_optimizer, step_unless
@@ -73,16 +76,18 @@ class TrainingState:
         """Undo :meth:`metadata`; the model already holds the checkpoint's weights.
 
         Raises:
-            UserError: the optimiser's state belongs to other parameters.
+            UserError: the optimiser's state, or the trained weights, belong to other parameters.
         """
         restore_optimizer(self.optimizer, metadata.get("optimizer", {}), origin)
         if self.scaler.is_enabled() and "scaler" in metadata:
+            if metadata["scaler"].keys() != self.scaler.state_dict().keys():
+                raise UserError(f"{origin}: its 'scaler' is not that of a GradScaler; resume from another")
             self.scaler.load_state_dict(metadata["scaler"])
         if self.average is not None:
             self.average.module.load_state_dict(self.model.state_dict())
             self.average.n_averaged.fill_(metadata.get("averaged_steps", 0))
         if "trained" in metadata:
-            self.model.load_state_dict(metadata["trained"])
+            load_weights(self.model, Checkpoint(metadata["trained"], path=Path(origin)))
 
 
 def make_state(cfg: Config, model: nn.Module) -> TrainingState:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as coco_mask
 
 from ..evaluation import (
     IN_CROWD,
@@ -21,8 +20,6 @@ from ..evaluation import (
     precision_and_recall,
     prepare_detections,
     prepare_ground_truth,
-    read_entries,
-    to_rle,
 )
 from ..progress import progress_bar
 
@@ -100,17 +97,11 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
     Raises:
         UserError: the file is damaged, or is not one of this ground truth.
     """
-    curves = {iou_type: _curves(truth, results, iou_type) for iou_type in iou_types}
+    shown: dict[int, Json] = {}
+    curves = {iou_type: _curves(truth, results, iou_type, threshold, shown) for iou_type in iou_types}
     detections: dict[Any, list[Json]] = {image_id: [] for image_id in truth.objects}
-    for entry in read_entries(results):
-        if entry["score"] >= threshold:
-            if "segmentation" in entry:
-                mask = to_rle(entry["segmentation"], truth.sizes.get(entry["image_id"]))
-                if mask is None:  # a polygon of two points, which shows nothing
-                    continue
-                entry["segmentation"] = mask
-                entry.setdefault("bbox", coco_mask.toBbox(mask).tolist())
-            detections[entry["image_id"]].append(entry)
+    for entry in shown.values():
+        detections[entry["image_id"]].append(entry)
     iou_type = iou_types[-1]
     every = progress_bar(detections.items(), desc="comparing", unit="image")
     images = [_image(truth, image_id, found, iou_type) for image_id, found in every]
@@ -131,9 +122,25 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
     )
 
 
-def _curves(truth: Truth, results: Path, iou_type: str) -> dict[str, np.ndarray]:
+def _curves(
+    truth: Truth, results: Path, iou_type: str, threshold: float, shown: dict[int, Json]
+) -> dict[str, np.ndarray]:
+    """Precision by recall; detections from the threshold on go into ``shown``, by number, on their way."""
     prepared = prepare_ground_truth(truth.content, iou_type)
-    detections = prepare_detections(results, prepared, iou_type)
+    image_ids, category_ids = list(prepared.images), list(prepared.categories)
+
+    def look_at(detections: Iterable[Json]) -> Iterator[Json]:
+        for detection in detections:
+            if detection["score"] >= threshold:
+                entry = shown.setdefault(detection["id"], {"bbox": detection["bbox"]})
+                entry["image_id"] = image_ids[detection["image_id"] - 1]
+                entry["category_id"] = category_ids[detection["category_id"] - 1]
+                entry["score"] = detection["score"]
+                if iou_type == "segm":
+                    entry["segmentation"] = detection["segmentation"]
+            yield detection
+
+    detections = look_at(prepare_detections(results, prepared, iou_type))
     precision, _ = precision_and_recall(prepared.coco, detections, iou_type, choose_backend(None))
     chosen = precision[..., _ALL_AREAS, _MOST_DETECTIONS]  # (10, 101, K)
     chosen = np.where(chosen > -1, chosen, np.nan)

@@ -13,6 +13,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 38
 """Margins around the plot, for ticks and names of the axes."""
 _MOST_POINTS = 400
 """Of a line; more cannot be told apart."""
+_LEAST = 1e-30
+"""A highest value of an axis that begins at 0; with less, as where all values are negative, it ends at 1."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def line_chart(
     everything = everything[np.isfinite(everything).all(axis=1)]
     x0, x1 = x_range or (everything[:, 0].min(), everything[:, 0].max()) if len(everything) else (0, 1)
     x0, x1 = (x0, x1) if x1 > x0 else (x0 - 0.5, x0 + 0.5)
-    y_ticks = ticks(0, y_max or (float(everything[:, 1].max()) if len(everything) else 1.0) or 1.0)
+    highest = float(everything[:, 1].max()) if len(everything) else 0.0
+    y_ticks = ticks(0, y_max or (highest if highest > _LEAST else 1.0))
     y1 = y_max or y_ticks[-1]
     across, up = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 

@@ -97,7 +97,7 @@ def write_report(
     """
     run = read_run(folder)
     sections = [_section(run, test, number, threshold, pictures) for number, test in enumerate(run.tests)]
-    page = render(run, sections, threshold)
+    page = render(run, sections, threshold).encode("utf-8", "replace").decode()  # JSON has half characters
     output = Path(output) if output else run.path / "report.html"
     atomic_write_text(output, page)
     return output

@@ -135,15 +135,43 @@ def read_run(folder: str | Path) -> RunFolder:
 
 def _test_set(folder: Path) -> TestSet:
     metrics, results = folder / "results.json", folder / RESULTS_FILE
-    found = _read_object(metrics) if metrics.is_file() else {}
-    kinds = {kind: row for kind, row in found.items() if isinstance(row, dict)}
+    kinds = read_results(metrics) if metrics.is_file() else {}
     return TestSet(folder.name, kinds, results if results.is_file() else None)
+
+
+def read_results(path: Path) -> dict[str, dict[str, float | None]]:
+    """Return what an evaluation wrote into a ``results.json``: percent by metric, by kind.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    found = _read_object(path)
+    kinds: dict[str, dict[str, float | None]] = {}
+    for kind, row in found.items():
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: {kind!r} has no metrics by name; evaluate the run again")
+        kinds[kind] = {name: _percent(value, f"{path}: {kind!r}, {name!r}") for name, value in row.items()}
+    return kinds
+
+
+def _percent(value: Any, label: str) -> float | None:
+    """None for null and nan: COCO defines no value there."""
+    if value is None or value != value:
+        return None
+    if type(value) not in (int, float) or not -1 <= value <= 100.001:
+        raise UserError(f"{label} is {_shown(value)}, not a percentage; evaluate the run again")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); evaluate the run again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not what an evaluation writes; evaluate the run again")

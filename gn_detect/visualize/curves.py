@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import atomic_write, read_text
+from ..files import atomic_write, open_file
 from ..text import shortened
 from .fonts import add_legend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 _FORMATS = (".png", ".svg", ".jpg", ".jpeg", ".webp")
 
@@ -28,6 +30,12 @@ _TITLES = ("loss", "AP (%)", "learning rate")
 
 Rows = list[dict[str, float]]
 """Lines of a ``metrics.jsonl``."""
+
+_LARGEST = 3.5e38
+"""Of a value; training computes in float32, where anything above is infinite."""
+
+_LAST = 10**12
+"""Iteration, far beyond any training."""
 
 
 def plot_curves(
@@ -68,22 +76,59 @@ def plot_curves(
 
 
 def read_metrics(path: str | Path) -> Rows:
-    """Lines of ``metrics.jsonl``; one that a running or stopped run left unfinished is skipped.
+    """Return the lines of a ``metrics.jsonl``, with nan where a value is null or not finite.
+
+    A line that is no such line, as one that a stopped run left unfinished, is left out with a warning.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read, or none of its lines is one of a run.
     """
+    rows: Rows = []
+    damaged: list[int] = []
     try:
-        lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; give the metrics.jsonl of a run's folder") from error
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "iteration" in row:
-                rows.append({key: math.nan if value is None else value for key, value in row.items()})
+        with open_file(path) as file:
+            for number, line in enumerate(file, start=1):
+                row = _row(line)
+                if row is not None:
+                    rows.append(row)
+                elif line.strip():
+                    damaged.append(number)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; give the metrics.jsonl of a run's folder"
+        ) from error
+    if damaged and not rows:
+        raise UserError(
+            f"{path} has no line with an iteration and its numbers; give the metrics.jsonl of a run's folder"
+        )
+    if damaged:
+        logger.warning(
+            "%s: %d of %d lines are damaged and left out, the first of them line %d",
+            path,
+            len(damaged),
+            len(rows) + len(damaged),
+            damaged[0],
+        )
     return rows
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    """Numbers by name; None where the line holds anything else, or no iteration."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # also of text that is not UTF-8, and of very long integers
+        return None
+    if not isinstance(row, dict):
+        return None
+    for key, value in row.items():
+        if value is None:
+            row[key] = math.nan
+        elif type(value) is not float and type(value) is not int:
+            return None
+        elif not abs(value) <= _LARGEST:
+            row[key] = math.nan
+    iteration = row.get("iteration", math.nan)
+    return row if 0 <= iteration <= _LAST and iteration == int(iteration) else None
 
 
 def metric_points(rows: Rows, name: str, smooth: int = 1) -> np.ndarray:

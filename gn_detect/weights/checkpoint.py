@@ -21,6 +21,7 @@ from ..config import load_config
 from ..errors import UserError
 from ..files import atomic_write, cannot_write
 from .convention import InputConvention
+from .metadata import check_metadata
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
 from .pickle_check import RefusedPickle, check_pickle
 from .stand_ins import STAND_INS, is_stand_in, known_to_torch, without_stand_ins
@@ -111,6 +112,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         metadata = without_stand_ins(metadata)
     except RecursionError:
         raise _refusal(path, "it holds containers nested by the thousand") from None
+    check_metadata(metadata, path, ours=_is_ours(metadata))
     _check_version(metadata, path)
     if entry is not None:  # the catalogue knows better than the names what the weights were trained with
         convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
@@ -210,9 +212,14 @@ def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
     return pickle.dumps({"model": arrays, **metadata}, protocol=2)
 
 
+def _is_ours(metadata: dict[str, Any]) -> bool:
+    author = metadata.get(_AUTHOR_KEY)
+    return isinstance(author, str) and author == _OURS
+
+
 def _check_version(metadata: dict[str, Any], path: Path) -> None:
     """Only of our own files; their own keys do not stay in the metadata."""
-    if metadata.get(_AUTHOR_KEY) != _OURS:
+    if not _is_ours(metadata):
         return
     del metadata[_AUTHOR_KEY]
     metadata.pop(_PROGRAM_KEY, None)
@@ -352,6 +359,9 @@ def _split(content: Any, path: Path, nested: bool) -> tuple[dict[str, Tensor], d
     if not tensors:
         keys = ", ".join(repr(key) for key in list(weights)[:3]) or "none"
         raise UserError(f"{path} holds no tensors (keys: {keys}); give a checkpoint with a state dict")
+    odd = next((name for name in tensors if not name.isprintable()), None)
+    if odd is not None:
+        raise UserError(f"{path}: {odd!r} is no name of a tensor; save the state dict again")
     return tensors, metadata
 
 

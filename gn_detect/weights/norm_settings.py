@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -15,6 +14,9 @@ from .mmdetection_config import told_norms
 
 NORM_EPS, NORM_GROUPS = "group_norm_eps", "group_norm_groups"
 """The keys in a checkpoint's metadata: eps and number of groups by name of the norm."""
+
+_LARGEST_EPS = 3.4e38
+"""The largest number in float32, in which the norm adds it."""
 
 USUAL_EPS = 1e-5
 """PyTorch's, detectron2's and the config's default eps."""
@@ -73,7 +75,8 @@ def norm_groups_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None 
 def _refuse_damaged(
     checkpoint: Checkpoint, told: Any, key: str, what: str, is_valid: Callable[[Any], bool]
 ) -> None:
-    if not isinstance(told, dict) or not all(is_valid(value) for value in told.values()):
+    is_dict = isinstance(told, dict) and all(isinstance(name, str) for name in told)
+    if not is_dict or not all(is_valid(value) for value in told.values()):
         raise UserError(
             f"{checkpoint.path}: its '{key}' is not the {what} of each norm, so the file is damaged; "
             "write it again with gn-detect convert"
@@ -176,8 +179,8 @@ def _weight_of(norm: str) -> str:
 
 
 def _is_eps(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _LARGEST_EPS
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31

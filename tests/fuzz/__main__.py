@@ -1,95 +1,72 @@
-"""``python -m tests.fuzz``: thousands of damaged annotation files, images and configs in one process.
+"""``python -m tests.fuzz``: thousands of damaged files of all kinds, with limits of time and memory.
 
-Every case is a function of its number, so that ``--first N --annotations 1`` repeats case N.
+Every case is a function of its number, so that ``--only folders --first N --folders 1`` repeats case N.
 """
 
 from __future__ import annotations
 
 import argparse
-import faulthandler
-import json
-import logging
 import sys
-import tempfile
 import time
-from collections.abc import Iterable
-from pathlib import Path
 
-import torch
-
-from gn_detect.config import load_config
-from gn_detect.engine.model import make_model
-from tests.engine.tiny import write_config
-from tests.fuzz.annotations import mutate, write_base
-from tests.fuzz.configs import try_config
-from tests.fuzz.images import try_image
-from tests.fuzz.trial import AnnotationTrial, Tally
+from tests.fuzz.kinds import KINDS, NAMED, fuzz
+from tests.fuzz.limits import MOST_MEMORY
+from tests.fuzz.trial import SECONDS, Tally
 
 NEEDED = 0.95
 """Share of refused cases in which the doctor must name what was damaged."""
 
 
-def fuzz_annotations(folder: Path, seeds: Iterable[int]) -> Tally:
-    """Damaged annotation files, see :class:`AnnotationTrial`."""
-    base = write_base(folder)
-    config = write_config(folder, folder / "annotations.json")
-    cfg = load_config(config)
-    trial = AnnotationTrial(folder, base, cfg, make_model(cfg).train())
-    for seed in seeds:
-        name, text = mutate(base, seed)
-        trial.run(f"annotations {seed} ({name})", text)
-    return trial.tally
-
-
-def fuzz_images(folder: Path, seeds: Iterable[int]) -> Tally:
-    """Damaged pictures."""
-    folder.mkdir()
-    tally = Tally()
-    for seed in seeds:
-        try_image(folder, seed, tally)
-    return tally
-
-
-def fuzz_configs(folder: Path, seeds: Iterable[int]) -> Tally:
-    """Damaged configs."""
-    base = write_base(folder)
-    (folder / "annotations.json").write_text(json.dumps(base))
-    config = write_config(folder, folder / "annotations.json")
-    tally = Tally()
-    for seed in seeds:
-        try_config(config, seed, tally)
-    return tally
-
-
 def main() -> int:
     """Run, print what happened; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--annotations", type=int, default=2000)
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--configs", type=int, default=500)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    for kind, (_, count) in KINDS.items():
+        parser.add_argument(f"--{kind}", type=int, metavar="N", help=f"cases; {count} by default")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first case")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(KINDS),
+        default=list(KINDS),
+        metavar="KIND",
+        help="of the kinds above",
+    )
+    parser.add_argument("--verbose", action="store_true", help="print each failure whole")
     args = parser.parse_args()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    faulthandler.enable()
-    failed = False
-    with tempfile.TemporaryDirectory() as temporary:
-        for name, run in (
-            ("annotations", fuzz_annotations),
-            ("images", fuzz_images),
-            ("configs", fuzz_configs),
-        ):
-            begin, count = time.perf_counter(), getattr(args, name)
-            tally = run(Path(temporary) / name, range(args.first, args.first + count))
-            for line in tally.failures + [f"not named: {line}" for line in tally.unnamed]:
-                print(line)
-            share = f", the doctor names {tally.named} of them" if name != "configs" else ""
-            print(
-                f"{name}: {tally.cases} cases in {time.perf_counter() - begin:.0f} s: {tally.refused} refused"
-                f"{share}; {tally.passed} used; {tally.repaired} repaired; {len(tally.failures)} failures"
-            )
-            failed |= bool(tally.failures) or (name != "configs" and tally.named < NEEDED * tally.refused)
-    return int(failed)
+    bad = False
+    for kind in args.only:
+        count = getattr(args, kind)
+        count = KINDS[kind][1] if count is None else count
+        begin = time.perf_counter()
+        tally = fuzz(kind, range(args.first, args.first + count))
+        show(kind, tally, time.perf_counter() - begin, args.verbose)
+        bad |= bool(tally.failures or tally.slow or tally.large)
+        bad |= kind in NAMED and tally.named < NEEDED * tally.refused
+    return int(bad)
+
+
+def show(kind: str, tally: Tally, seconds: float, verbose: bool) -> None:
+    """One line for each place of a traceback, and for whatever else is wrong; the numbers last."""
+    for place, labels in sorted(tally.places.items(), key=lambda item: -len(item[1])):
+        print(f"  {len(labels)} x {place} [{labels[0]}]")
+    traced = {label for labels in tally.places.values() for label in labels}
+    for failure in tally.failures:
+        if verbose or not any(failure.startswith(label) for label in traced):
+            print(f"  {failure if verbose else failure.splitlines()[0]}")
+    for line in tally.slow:
+        print(f"  over {SECONDS} s: {line}")
+    for line in tally.large:
+        print(f"  over {MOST_MEMORY >> 30} GB: {line}")
+    for line in tally.unnamed if verbose else ():
+        print(f"  not named: {line}")
+    named = f" (the doctor names {tally.named} of them)" if kind in NAMED else ""
+    repaired = f"; {tally.repaired} repaired" if kind == "annotations" else ""
+    print(
+        f"{kind}: {tally.cases} cases in {seconds:.0f} s: {tally.refused} refused{named}; {tally.passed} used"
+        f"{repaired}; {tally.tracebacks} tracebacks, {len(tally.slow)} over {SECONDS} s, "
+        f"{len(tally.large)} over {MOST_MEMORY >> 30} GB, {len(tally.failures)} failures in all",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

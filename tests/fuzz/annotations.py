@@ -79,6 +79,11 @@ def mutate(base: Content, seed: int) -> tuple[str, str | bytes]:
     if chance.random() < 0.12:
         return "text", _damaged_text(json.dumps(base), chance)
     content = copy.deepcopy(base)
+    foreign = random.Random(f"foreign {seed}")  # of its own, so that older numbers stay what they are
+    if foreign.random() < 0.35 and seed >= _FIRST_FOREIGN:
+        name = foreign.choice(list(FOREIGN))
+        changed = FOREIGN[name](content, foreign)
+        return name, changed if isinstance(changed, str | bytes) else json.dumps(content)
     named = chance.random() < 0.6
     mutation = chance.choice(list(MUTATIONS.values())) if named else chance.choice(GENERIC)
     mutation(content, chance)
@@ -242,6 +247,211 @@ MUTATIONS: dict[str, Callable[[Content, random.Random], None]] = {
 
 for _name, _mutation in MUTATIONS.items():
     _mutation.__name__ = _name
+
+
+_FIRST_FOREIGN = 10_000
+"""Number of a case."""
+
+
+def _entries(content: Content, chance: random.Random, *parts: str) -> list[dict[str, Any]]:
+    """All entries of some lists, or one of them."""
+    entries = [entry for part in parts for entry in content[part]]
+    return entries if chance.random() < 0.6 else [chance.choice(entries)]
+
+
+def _spell(value: Any, chance: random.Random) -> Any:
+    """A number as other programs write it; anything in a list, too."""
+    if isinstance(value, list):
+        return [_spell(item, chance) for item in value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return chance.choice(
+        [str(value), float(value), f"{float(value)}", f" {value} ", str(int(value)).zfill(12)]
+    )
+
+
+def _numbers_as_text(content: Content, chance: random.Random) -> None:
+    keys = chance.choice(
+        [("id", "image_id"), ("id", "category_id"), ("height", "width"), ("bbox",), ("area",), ("iscrowd",)]
+        + [("segmentation",), ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "height", "width")]
+    )
+    for entry in _entries(content, chance, *LISTS):
+        for key in keys:
+            if key in entry:
+                entry[key] = _spell(entry[key], chance)
+
+
+def _text_ids(content: Content, chance: random.Random) -> None:
+    ending = chance.choice([".png", "\n", "", "$", "\x1b[1m"])
+    for entry in content["images"]:
+        entry["id"] = f"image {entry['id']}{ending}"
+    for entry in content["annotations"]:
+        entry["image_id"] = f"image {entry['image_id']}{ending}"
+
+
+def _outlines(content: Content, chance: random.Random) -> None:
+    for entry in _entries(content, chance, "annotations"):
+        mask = entry["segmentation"]
+        if isinstance(mask, list):
+            flat = mask[0]
+            pairs = [flat[i : i + 2] for i in range(0, len(flat), 2)]
+            entry["segmentation"] = chance.choice(
+                [
+                    flat,
+                    pairs,
+                    [pairs],
+                    [[pairs]],
+                    [{"x": x, "y": y} for x, y in pairs],
+                    json.dumps(mask),
+                    [mask[0], []],
+                ]
+            )
+
+
+def _long_outlines(content: Content, chance: random.Random) -> None:
+    shape = chance.choice(
+        [
+            [value for i in range(300) for value in (0 if i % 2 else 9e5, i)],
+            [value for i in range(300) for value in (i, -9e5 if i % 2 else 9e5)],
+            [1.5, 2.5, 30.5, 40.25] * 250_000,
+            [0, 0, 1e6, 1e6, 0, 1e6] * 100,
+        ]
+    )
+    chance.choice(content["annotations"])["segmentation"] = [shape] * chance.choice(
+        [1, 1, 50 if len(shape) < 1000 else 1]
+    )
+
+
+def _long_runs(content: Content, chance: random.Random) -> None:
+    counts: Any = chance.choice(
+        ["1M2", "1M2" * 9, "oooooo1", "0" * 10**6, "1" * 10**6, "ol0" * 10**5, [0] * 10**6, [2**40, 1]]
+    )
+    size = chance.choice([[64, 80], [10**5, 10**5], [10**9, 10**9], [1, 5120]])
+    chance.choice(content["annotations"])["segmentation"] = {"size": size, "counts": counts}
+
+
+def _many_categories(content: Content, chance: random.Random) -> None:
+    number = chance.choice([1000, 10**5])
+    content["categories"] += [{"id": i, "name": f"class {i}"} for i in range(100, 100 + number)]
+
+
+def _many_entries(content: Content, chance: random.Random) -> None:
+    part = chance.choice(["images", "annotations"])
+    entries, first = content[part], 10_000
+    content[part] = entries + [{**entries[0], "id": first + i} for i in range(5000)]
+
+
+def _file_names(content: Content, chance: random.Random) -> None:
+    names = [
+        "/dev/zero", "/dev/stdin", "../annotations.json", "../../../../etc/passwd", "/etc/hostname",
+        "11.png\n12:00:00 error: forged", "\x1b[2J11.png", "$5_$9.png", "11.png?d=1", "%31%31.png",
+        "images\\11.png", "C:\\data\\11.png", "/home/them/11.png", "./11.png", "x" * 5000, "\u202egnp.11",
+        "11.png\0", "", ".", "nul", "http://127.0.0.1:9/11.png", "file:///etc/passwd", "~/11.png", "11.PNG",
+        "\ud800.png", "11.png ", "/proc/self/mem",
+    ]  # fmt: skip
+    for entry in _entries(content, chance, "images"):
+        entry["file_name"] = chance.choice(names)
+
+
+def _class_names(content: Content, chance: random.Random) -> None:
+    names = [
+        "$5_$9",
+        "a\nb",
+        "\x1b[31m",
+        "",
+        " ",
+        "total_loss",
+        "AP",
+        "é" * 2000,
+        "<b>",
+        "../x",
+        "{}",
+        "%s",
+        "\u2028",
+        3,
+        3.5,
+    ]
+    for entry in _entries(content, chance, "categories"):
+        entry["name"] = chance.choice(names)
+
+
+def _fractions(content: Content, chance: random.Random) -> None:
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    for entry in _entries(content, chance, "annotations"):
+        width, height = sizes[entry["image_id"]]
+        x, y, w, h = entry["bbox"]
+        entry["bbox"] = [x / width, y / height, w / width, h / height]
+
+
+def _crowds(content: Content, chance: random.Random) -> None:
+    for entry in _entries(content, chance, "annotations"):
+        entry["iscrowd"] = 1
+
+
+def _without(content: Content, chance: random.Random) -> None:
+    key = chance.choice(
+        ["area", "iscrowd", "bbox", "segmentation", "id", "image_id", "category_id", "height", "file_name"]
+    )
+    for entry in _entries(content, chance, *LISTS):
+        entry.pop(key, None)
+
+
+def _numbers(content: Content, chance: random.Random) -> None:
+    value = chance.choice(
+        [10**400, float("inf"), -float("inf"), float("nan"), -5, 0, 2**63, 1e308, 5e-324, True]
+    )
+    key = chance.choice(["height", "width", "area", "iscrowd", "id", "image_id", "category_id"])
+    for entry in _entries(content, chance, *LISTS):
+        if key in entry:
+            entry[key] = value
+
+
+def _boxes_alone(content: Content, chance: random.Random) -> None:
+    for entry in content["annotations"]:
+        entry["segmentation"] = chance.choice([[], None, {}, [[]]])
+
+
+def _other_bytes(content: Content, chance: random.Random) -> str | bytes:
+    text = json.dumps(content)
+    return chance.choice(
+        [
+            b"\xef\xbb\xbf" + text.encode(),
+            text.encode("utf-16"),
+            text.encode("utf-32"),
+            text.replace("box", "bo\u00e9").encode("latin-1"),
+            "[" * 100_000,
+            '{"images":' * 100_000,
+            text[:-1] + ',"images":[]}',
+            text.replace(" ", "\r\n"),
+            "<annotation><size/></annotation>",
+            "0 0.5 0.5 0.1 0.1\n",
+            "names: [a, b]\ntrain: images\n",
+            json.dumps({"version": "5", "shapes": [], "imagePath": "x", "imageHeight": 4, "imageWidth": 4}),
+            json.dumps({"_via_img_metadata": {}, "_via_settings": {}}),
+            json.dumps([{"data": {"image": "x"}, "annotations": []}]),
+            text.encode() + bytes(10**6),
+        ]
+    )
+
+
+FOREIGN: dict[str, Callable[[Content, random.Random], Any]] = {
+    "numbers-as-text": _numbers_as_text,
+    "text-ids": _text_ids,
+    "outlines": _outlines,
+    "long-outlines": _long_outlines,
+    "long-runs": _long_runs,
+    "many-categories": _many_categories,
+    "many-entries": _many_entries,
+    "file-names": _file_names,
+    "class-names": _class_names,
+    "fractions": _fractions,
+    "crowds": _crowds,
+    "without": _without,
+    "numbers": _numbers,
+    "boxes-alone": _boxes_alone,
+    "other-bytes": _other_bytes,
+}
+"""What other programs write, and what is made to do harm; a change may return the text of the file."""
 
 
 def changed_ids(base: Content, text: str | bytes) -> dict[str, set[Any]] | None:

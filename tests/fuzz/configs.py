@@ -32,7 +32,11 @@ MOST = 4096
 def try_config(base: Path, seed: int, tally: Tally) -> None:
     """One damaged config: loaded, written and read back, and a training step made with it."""
     chance = random.Random(seed)
-    text, overrides = _damage(base.read_text(), chance)
+    foreign = random.Random(f"foreign {seed}")  # of its own, so that older numbers stay what they are
+    if seed >= _FIRST_FOREIGN and foreign.random() < 0.3:
+        text, overrides = _foreign_config(base, foreign), []
+    else:
+        text, overrides = damage_config(base.read_text(), chance)
     path = base.with_name("fuzz.yaml")
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     label = f"config {seed} {overrides}"
@@ -68,7 +72,81 @@ def train_once(cfg: Config) -> str:
     return "trained"
 
 
-def _damage(text: str, chance: random.Random) -> tuple[str, list[str]]:
+_FIRST_FOREIGN = 10_000
+"""Number of a case."""
+
+
+def _foreign_config(base: Path, chance: random.Random) -> str:
+    """What is small and would become large or endless; names of files, and bytes of other encodings."""
+    text, folder = base.read_text(), base.parent
+    bomb = "A0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+        f"A{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, chance.choice([3, 9, 30]))
+    )
+    kind = chance.choice(["bomb", "bases", "loop", "names", "deep", "long", "merge", "value", "huge"])
+    if kind == "bomb":
+        return chance.choice(
+            [bomb, bomb + text, text + bomb, f"OUTPUT_DIR: {bomb!r}\n", "&a [*a]", "A: &a {B: *a}\n"]
+        )
+    if kind == "bases":
+        depth = chance.choice([3, 26])
+        for i in range(depth):
+            names = [f"base{i + 1}.yaml"] * 2 if i + 1 < depth else []
+            (folder / f"base{i}.yaml").write_text(f"_BASE_: {names}\nSEED: {i}\n" if names else "SEED: 7\n")
+        return "_BASE_: base0.yaml\n" + text
+    if kind == "loop":
+        (folder / "base0.yaml").write_text("_BASE_: fuzz.yaml\n")
+        return chance.choice(["_BASE_: base0.yaml\n", "_BASE_: fuzz.yaml\n", "_BASE_: .\n"]) + text
+    if kind == "names":
+        names = [
+            "/dev/zero",
+            "/proc/self/mem",
+            "images",
+            "annotations.json",
+            "a\nb",
+            "~",
+            "",
+            "[[x]]",
+            "{a: b}",
+            "5",
+        ]
+        return f"_BASE_: {chance.choice([*names, '[/dev/zero, tiny.yaml]'])}\n{text}"
+    if kind == "deep":
+        return chance.choice(
+            ["[" * 5000, "{A: " * 5000, "SEED: " + "[" * 3000 + "]" * 3000, "- " * 20_000, "? " * 5000]
+        )
+    if kind == "long":
+        digits = "1" * chance.choice([100, 5000, 100_000])
+        return text + chance.choice(
+            [f"SEED: {digits}\n", f"OUTPUT_DIR: {digits}x\n", f"VERSION: 0x{digits}\n", "#" + digits]
+        )
+    if kind == "merge":
+        return (
+            "A: &a {SEED: 1}\n"
+            + text
+            + chance.choice(["<<: *a\n", "<<: [*a, *a]\n", "<<: 5\n", "=: 5\n", "SEED: !!int x\n"])
+        )
+    if kind == "value":
+        values = [
+            "!!bool maybe",
+            "!!timestamp 2",
+            "2001-99-99",
+            "1:2:3",
+            "!!binary x",
+            "!!set {a}",
+            "!!python/name:os.system",
+            "0o9",
+        ]
+        return text + f"VERSION: {chance.choice(values)}\n"
+    tree = yaml.safe_load(text)
+    sections = [section for section in tree["MODEL"].values() if isinstance(section, dict)]
+    for section in chance.sample(sections, 2):
+        for key, value in section.items():
+            if type(value) is int:
+                section[key] = chance.choice([10**4, 10**6, 10**9, 2**31, 2**62, 0, -1])
+    return yaml.safe_dump(tree)
+
+
+def damage_config(text: str, chance: random.Random) -> tuple[str, list[str]]:
     tree = yaml.safe_load(text)
     kind = chance.random()
     if kind < 0.15:

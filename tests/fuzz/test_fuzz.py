@@ -3,45 +3,71 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz.__main__ import NEEDED, fuzz_annotations, fuzz_configs, fuzz_images
+import pytest
+
+from gn_detect.config import load_config
+from gn_detect.engine.model import make_model
+from tests.engine.tiny import write_config
+from tests.fuzz.__main__ import NEEDED
 from tests.fuzz.annotations import changed_ids, mutate, write_base
+from tests.fuzz.kinds import KINDS, fuzz
+from tests.fuzz.limits import Case, run_cases
+from tests.fuzz.trial import AnnotationTrial, Tally
 
-FAILED_ONCE = {"annotations": [471], "configs": [14, 387]}
-"""A category called by half a surrogate pair; a message of two lines; a SEED of more than 64 bits."""
+FAILED_ONCE = {
+    "annotations": [471],  # a category called by half a surrogate pair
+    "configs": [14, 387],  # a message of two lines; a SEED of more than 64 bits
+    # Text as a percentage; an image of 10**400 pixels; a black box without masks; negative losses.
+    "folders": [8, 22, 44, 67],
+    "checkpoints": [0, 96, 98, 140],  # class names, an iteration, an optimiser's state of other types
+}
 
 
-def test_what_failed_once(tmp_path: Path) -> None:
-    for name, run in (("annotations", fuzz_annotations), ("configs", fuzz_configs)):
-        tally = run(tmp_path / name, FAILED_ONCE[name])
-        assert tally.failures == [] and tally.unnamed == []
+def refuses_or_uses(tally: Tally) -> bool:
+    """Whether nothing went wrong."""
+    assert tally.failures == []
+    return not tally.slow and not tally.large
 
 
-def test_annotation_files(tmp_path: Path) -> None:
-    tally = fuzz_annotations(tmp_path / "annotations", range(5000, 5060))
-    assert tally.failures == [] and tally.refused > 30 and tally.repaired > 20
+@pytest.mark.parametrize("kind", list(FAILED_ONCE))
+def test_what_failed_once(kind: str) -> None:
+    tally = fuzz(kind, FAILED_ONCE[kind])
+    assert refuses_or_uses(tally) and tally.unnamed == []
+
+
+def test_annotation_files() -> None:
+    tally = fuzz("annotations", range(5000, 5060))
+    assert refuses_or_uses(tally) and tally.refused > 20 and tally.repaired > 20
     assert tally.named >= NEEDED * tally.refused, tally.unnamed
 
 
-def test_images(tmp_path: Path) -> None:
-    tally = fuzz_images(tmp_path / "images", range(5000, 5060))
-    assert tally.failures == [] and tally.refused > 10 and tally.passed > 10
+def test_images() -> None:
+    tally = fuzz("images", range(5000, 5060))
+    assert refuses_or_uses(tally) and tally.refused > 10 and tally.passed > 10
     assert tally.named == tally.refused, tally.unnamed
 
 
-def test_configs(tmp_path: Path) -> None:
-    tally = fuzz_configs(tmp_path / "configs", range(5000, 5030))
-    assert tally.failures == [] and tally.refused > 5 and tally.passed > 2
+@pytest.mark.parametrize(
+    "kind, count", [("configs", 30), ("results", 40), ("folders", 12), ("checkpoints", 16)]
+)
+def test_a_few(kind: str, count: int) -> None:
+    tally = fuzz(kind, range(5000, 5000 + count))
+    assert refuses_or_uses(tally) and tally.refused > count / 8 and tally.passed > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_many(kind: str) -> None:
+    """As many as ``python -m tests.fuzz`` tries, of other numbers."""
+    tally = fuzz(kind, range(100_000, 100_000 + KINDS[kind][1]))
+    assert refuses_or_uses(tally)
 
 
 def test_the_undamaged_file_passes(tmp_path: Path) -> None:
     """Otherwise every refusal would look right."""
-    from gn_detect.config import load_config
-    from gn_detect.engine.model import make_model
-    from tests.engine.tiny import write_config
-    from tests.fuzz.trial import AnnotationTrial
-
     base = write_base(tmp_path / "base")
     cfg = load_config(write_config(tmp_path, tmp_path / "base" / "annotations.json"))
     trial = AnnotationTrial(tmp_path / "base", base, cfg, make_model(cfg).train())
@@ -59,3 +85,33 @@ def test_mutations_are_functions_of_their_seed(tmp_path: Path) -> None:
     content["annotations"][3]["bbox"] = [0, 0, 1, 1]
     changed = changed_ids(base, json.dumps(content))
     assert changed is not None and changed["annotations"] == {104, "3 (counted from 0)"}
+
+
+def prepare_bad_cases(folder: Path) -> Case:
+    """By number: a traceback, a loop, a process that dies, much memory, and nothing wrong."""
+    import os
+
+    def traceback() -> None:
+        raise LookupError("text")
+
+    def loop() -> None:
+        while True:
+            pass
+
+    def memory() -> int:
+        return len(b"x" * (9 << 28))
+
+    actions: list[Callable[[], object]] = [traceback, loop, lambda: os._exit(3), memory, lambda: 1]
+
+    def case(seed: int, tally: Tally) -> None:
+        tally.cases += 1
+        tally.passed += tally.attempt(f"bad {seed}", actions[seed]) is not None
+
+    return case
+
+
+def test_each_failure_is_that_of_its_case() -> None:
+    tally = run_cases("bad", prepare_bad_cases, range(5), seconds=8)
+    assert (tally.cases, tally.passed, tally.tracebacks) == (5, 2, 1)
+    assert tally.slow == ["bad 1"] and [label[:5] for label in tally.large] == ["bad 3"]
+    assert [failure[:5] for failure in tally.failures] == ["bad 0", "bad 1", "bad 2"]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import math
+import re
 import signal
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gn_detect.cli.main import main
 from gn_detect.config import Config
 from gn_detect.data import CocoDataset, DatasetSource, build_train_loader
 from gn_detect.data.doctor import Diagnosis, examine
@@ -27,20 +31,23 @@ from tests.fuzz.annotations import Content, changed_ids
 SECONDS = 20
 """After which a case counts as hanging."""
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Characters that a terminal obeys, or that a line of text cannot hold; a tab, a newline and a return can."""
+
 
 class Hang(BaseException):
     """Raised by the alarm clock."""
 
 
 @contextmanager
-def alarm() -> Iterator[None]:
-    """End the block after SECONDS."""
+def alarm(seconds: int) -> Iterator[None]:
+    """End the block after so many seconds."""
 
     def ring(*_: Any) -> None:
         raise Hang
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
+    signal.alarm(seconds)
     try:
         yield
     finally:
@@ -50,7 +57,16 @@ def alarm() -> Iterator[None]:
 
 @dataclass
 class Tally:
-    """What happened in many cases; the lists hold seeds and reasons."""
+    """What happened in many cases; the lists hold seeds and reasons.
+
+    Attributes:
+        cases, refused, named, passed, repaired: numbers of cases.
+        failures: each reason why a case is not as it should be; tracebacks are among them.
+        places: by exception and place of a traceback, the labels of its cases.
+        slow, large: labels of cases over the limit of time, or of memory, which :mod:`.limits` measures.
+        unnamed: refused, but the doctor does not say what was damaged.
+        seconds: the limit of time of whatever is attempted.
+    """
 
     cases: int = 0
     refused: int = 0
@@ -58,22 +74,67 @@ class Tally:
     passed: int = 0
     repaired: int = 0
     failures: list[str] = field(default_factory=list)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    slow: list[str] = field(default_factory=list)
+    large: list[str] = field(default_factory=list)
     unnamed: list[str] = field(default_factory=list)
+    seconds: int = SECONDS
+
+    @property
+    def tracebacks(self) -> int:
+        """Their number, the same ones of several cases counted for each."""
+        return sum(map(len, self.places.values()))
+
+    def add(self, other: Tally) -> None:
+        """The cases of another process."""
+        for name in ("cases", "refused", "named", "passed", "repaired"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("failures", "slow", "large", "unnamed"):
+            getattr(self, name).extend(getattr(other, name))
+        for place, labels in other.places.items():
+            self.places.setdefault(place, []).extend(labels)
 
     def attempt(self, label: str, function: Any, *arguments: Any) -> Any:
         """The result or UserError; anything else that is raised is a failure, and gives None."""
         try:
-            with alarm():
+            with alarm(self.seconds):
                 return function(*arguments)
         except UserError as error:
             if not str(error) or "\n" in str(error):
                 self.failures.append(f"{label}: a message that is not one line: {str(error)!r}")
             return error
         except Hang:
-            self.failures.append(f"{label}: no end after {SECONDS} s in {function.__name__}")
-        except Exception:
-            self.failures.append(f"{label}: {traceback.format_exc(limit=-3)}")
+            self.slow.append(label)
+            self.failures.append(f"{label}: no end after {self.seconds} s in {function.__name__}")
+        except Exception as error:
+            self._note(label, error)
         return None
+
+    def command(self, label: str, *words: str) -> int | None:
+        """A command line, as a user gives it; its exit status, or None after a traceback.
+
+        A refusal is one line on standard error, and nothing that is printed can steer a terminal.
+        """
+        printed = io.StringIO()
+        logging.disable(logging.NOTSET)
+        with redirect_stdout(printed), redirect_stderr(printed):
+            status = self.attempt(f"{label}: gn-detect {' '.join(words)}", main, words)
+        logging.disable(logging.WARNING)
+        text = printed.getvalue()
+        if status == 2 and (text.count("error: ") < 1 or not text.splitlines()[-1].startswith("error: ")):
+            self.failures.append(f"{label}: no line of error: {text[-300:]!r}")
+        if found := _CONTROL.search(text):
+            near = text[max(0, found.start() - 60) : found.end() + 20]
+            self.failures.append(f"{label}: {words[0]} prints a control character: {near!r}")
+        return status if isinstance(status, int) else None
+
+    def _note(self, label: str, error: Exception) -> None:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if "/gn_detect/" in frame.filename] or list(frames)
+        path = own[-1].filename.rpartition("/gn_detect/")[2]
+        place = f"{type(error).__name__} in {path}, {own[-1].name}: {own[-1].line}"
+        self.places.setdefault(place, []).append(label)
+        self.failures.append(f"{label}: {''.join(traceback.format_exception(error, limit=-4))}")
 
 
 class AnnotationTrial:
