@@ -141,6 +141,17 @@ def test_the_onnx_file_is_self_contained_and_tells_what_it_is(folder: Path) -> N
     assert height.dim_param and width.dim_param
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_the_file_names_no_folder(folder: Path, repository: Path, name: str) -> None:
+    """Neither that of the run or the weights, nor those of the program."""
+    content = (folder / name).read_bytes()
+    if name.endswith(".pt2"):
+        with zipfile.ZipFile(folder / name) as archive:
+            content += b"".join(archive.read(part) for part in archive.namelist())
+    for word in (str(folder), str(repository), str(Path(torch.__file__).parent), "site-packages"):
+        assert word.encode() not in content, word
+
+
 def test_the_pt2_file_holds_no_pickle(folder: Path) -> None:
     with zipfile.ZipFile(folder / "model.pt2") as archive:
         heads = [

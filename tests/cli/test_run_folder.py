@@ -15,11 +15,10 @@ import yaml
 from gn_detect.cli import main
 from gn_detect.config import dump_config, load_config, with_absolute_paths, without_paths
 from gn_detect.data import resolve_dataset
-from gn_detect.engine import ExportedPredictor, Predictor
-from gn_detect.engine.export import export_detector
 from gn_detect.engine.run_config import write_run_config
 from gn_detect.errors import UserError
-from tests.engine.tiny import TINY, make_dataset
+from tests.engine.tiny import make_dataset
+from tests.test_docs import SMALL_MODEL
 
 PRIVATE = "private_place"
 """Part of a path, which nothing that is passed on may name."""
@@ -27,22 +26,20 @@ PRIVATE = "private_place"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project: data, and a run on them with everything in relative paths; tests must not change it."""
+    """A project: data, and a run of the README's command; tests must not change it."""
     project = tmp_path_factory.mktemp("made") / PRIVATE / "project"
-    make_dataset(project / "data" / "train", 4, seed=1)
-    make_dataset(project / "data" / "val", 2, seed=2)
-    register = {
-        name: {"ANNOTATIONS": f"data/{name}/annotations.json", "IMAGES": f"data/{name}/images"}
-        for name in ("train", "val")
-    }
-    datasets = {"TRAIN": ["train"], "TEST": ["val"], "REGISTER": register}
-    content = yaml.safe_load(TINY) | {"OUTPUT_DIR": "runs/one", "DATASETS": datasets}
-    (project / "own.yaml").write_text(yaml.safe_dump(content))
+    words = ["train"]
+    for part, seed in (("train", 1), ("val", 2)):
+        make_dataset(project / "data" / part, 4 - seed, seed=seed)
+        words += [
+            f"--{part}-json",
+            f"data/{part}/annotations.json",
+            f"--{part}-images",
+            f"data/{part}/images",
+        ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
-        assert (
-            main(["train", "--config-file", "own.yaml", "SOLVER.MAX_ITER", "1", "VIS.NUM_IMAGES", "1"]) == 0
-        )
+        assert main([*words, "OUTPUT_DIR", "runs/one", *SMALL_MODEL, "VIS.NUM_IMAGES", "1"]) == 0
     return project
 
 
@@ -176,7 +173,8 @@ def test_built_in_data_are_found_again_and_not_generated_elsewhere(
         (project / "datasets" / "demo" / f"images_{part}").mkdir(parents=True)
         (project / "datasets" / "demo" / f"instances_{part}.json").write_text("{}")
     monkeypatch.chdir(project)
-    cfg = load_config("own.yaml", ["DATASETS.TRAIN", "demo_train", "DATASETS.TEST", "demo_val"])
+    cfg = load_config("runs/one/config.yaml", ["DATASETS.TRAIN", "demo_train", "DATASETS.TEST", "demo_val"])
+    cfg = cfg.replace({"OUTPUT_DIR": "runs/one"})
     write_run_config(cfg, torch.device("cpu"))
     monkeypatch.chdir(tmp_path)
     cfg = load_config(project / "runs" / "one" / "config.yaml")
@@ -234,19 +232,3 @@ def test_a_report_without_its_data_names_no_folder(project: Path) -> None:
     assert main(["report", str(project / "runs" / "one")]) == 0
     page = (project / "runs" / "one" / "report.html").read_text()
     assert "No curves, confusion and pictures" in page and PRIVATE not in page
-
-
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_an_export_names_no_folder(project: Path, suffix: str, repository: Path) -> None:
-    """Neither the run's nor those of the program."""
-    if suffix == ".onnx":
-        pytest.importorskip("onnxscript")
-        pytest.importorskip("onnxruntime")
-    cfg = load_config(project / "runs" / "one" / "config.yaml")
-    weights = str(project / "runs" / "one" / "model_final.pth")
-    path = project / f"model{suffix}"
-    export_detector(Predictor(cfg.replace({"MODEL.WEIGHTS": weights})), path)
-    content = content_of(path)
-    for word in (PRIVATE, str(repository), os.path.dirname(os.path.dirname(torch.__file__)), "site-packages"):
-        assert word.encode() not in content, word
-    assert ExportedPredictor(path, trust=True).class_names == ["square", "bar"]
