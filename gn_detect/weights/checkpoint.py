@@ -23,7 +23,7 @@ from ..files import atomic_write, cannot_write
 from .convention import InputConvention
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
 from .pickle_check import RefusedPickle, check_pickle
-from .zip_archive import is_npz, read_npz
+from .zip_archive import SealedFile, is_npz, read_npz
 from .zoo import entry_of, resolve
 
 T = TypeVar("T")
@@ -135,7 +135,9 @@ def save_weights(
     else:
         try:
             with atomic_write(path, "wb") as file:
-                torch.save({"model": tensors, **content}, file)
+                sealed = SealedFile(file)
+                torch.save({"model": tensors, **content}, sealed)  # type: ignore[arg-type]  # only written to
+                sealed.seal()
         except RuntimeError as error:  # torch's writer hides what the system said
             if not isinstance(error.__context__, OSError):
                 raise
