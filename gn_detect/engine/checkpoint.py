@@ -184,7 +184,7 @@ def _read_names(path: Path, pattern: str) -> tuple[list[str], bool]:
 def _checkpoints_in(folder: Path) -> list[str]:
     """The checkpoints in a folder without a list, in the order of their iterations."""
     names = sorted(path.name for path in folder.glob("model_*.pth") if re.fullmatch(_OWN, path.name))
-    if FINAL in names[:-1]:  # it need not be the newest: a longer run may have followed
+    if FINAL in names and len(names) > 1:  # it need not be the newest: a longer run may have followed
         names.remove(FINAL)
         try:
             iteration = read_checkpoint(folder / FINAL).metadata["iteration"]

@@ -237,6 +237,7 @@ def run() -> int:
         "--every-call", action="store_true", help="kill at each call that touches the folder, once each"
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="with it: at each Nth alone")
+    parser.add_argument("--first", type=int, default=1, metavar="N", help="with it: begin at the Nth")
     parser.add_argument("--twice", action="store_true", help="with it: kill the resumed run, too")
     parser.add_argument("keys", nargs="*", metavar="KEY VALUE", help="config keys")
     args = parser.parse_args()
@@ -244,7 +245,7 @@ def run() -> int:
     if args.every_call:
         from tests.engine.every_call import kill_at_every_call
 
-        return kill_at_every_call(args.processes, args.every, args.twice)
+        return kill_at_every_call(args.processes, args.every, args.twice, args.first)
     with tempfile.TemporaryDirectory() as folder:
         outcome, found = compare(
             Path(folder),
