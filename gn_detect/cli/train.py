@@ -6,11 +6,16 @@ import argparse
 import json
 import os
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..config import Config
 from ..engine import evaluate, train
 from ..engine.checkpoint import BEST, FINAL
+from ..engine.distributed import is_main
+from ..engine.evaluator import write_results
 from ..errors import UserError
 from ..progress import fitted
 from ..report.run_folder import read_run
@@ -63,13 +68,18 @@ def run(args: argparse.Namespace) -> Result:
     """Train, or evaluate with ``--eval-only``."""
     _check_flags(args)
     cfg = read_config(args)
-    launch_from(args, cfg, _evaluate if args.eval_only else _train)
     folder = Path(cfg.output_dir)
-    if args.machine_rank or os.environ.get("RANK", "0") != "0":  # the first process of all has the results
-        return Result({"output_dir": str(folder)})
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    is_first = not args.machine_rank and os.environ.get("RANK", "0") == "0"  # which has the results
     if args.eval_only:
-        return Result({"output_dir": str(folder), "results": results})
+        with tempfile.TemporaryDirectory(prefix="gn_detect-") as place:  # the run may keep its own results
+            file = Path(place) / "results.json"
+            launch_from(args, cfg, partial(_evaluate, file))
+            told = {"results": _read(file)} if is_first else {}
+        return Result({"output_dir": str(folder), **told})
+    launch_from(args, cfg, _train)
+    if not is_first:
+        return Result({"output_dir": str(folder)})
+    results = _read(folder / "results.json")
     files = {"config": folder / "config.yaml", "weights": folder / FINAL, "best": folder / BEST}
     found = {name: str(path) if path.is_file() else None for name, path in files.items()}
     best = read_run(folder).best
@@ -96,5 +106,11 @@ def _train(cfg: Config, args: argparse.Namespace) -> None:
     train(cfg, resume=args.resume, **flags)
 
 
-def _evaluate(cfg: Config, args: argparse.Namespace) -> None:
-    evaluate(cfg, resume=args.resume, other_classes=args.other_classes)
+def _evaluate(file: Path, cfg: Config, args: argparse.Namespace) -> None:
+    results = evaluate(cfg, resume=args.resume, other_classes=args.other_classes)
+    if is_main():
+        write_results(file, results)
+
+
+def _read(results: Path) -> Any:
+    return json.loads(results.read_text(encoding="utf-8"))

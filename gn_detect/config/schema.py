@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -91,20 +92,39 @@ class RegisteredDataset(Section):
     images: Str
 
 
+def _folder_names(names: Iterable[str]) -> Any:
+    """Names of datasets name folders and files of a run; a registered one is the key of its entry."""
+    for name in names:
+        if not name.isprintable() or re.search(r"[/\\]", name) or name.strip(" .") != name or not name:
+            raise ValueError(
+                f"the name {name[:40]!r} is also that of a folder: leave out slashes and control characters, "
+                "and dots and spaces at its ends"
+            )
+        if len(name.encode("utf-8", "replace")) > _LONGEST_NAME:
+            raise ValueError(f"the name {name[:40]!r}... is longer than {_LONGEST_NAME} bytes; shorten it")
+    return names
+
+
+_LONGEST_NAME = 150
+"""Bytes of a dataset's name: file systems allow 255, and endings follow."""
+
+DatasetNames = Annotated[Names, AfterValidator(_folder_names)]
+
+
 class Datasets(Section):
     """``DATASETS``: names of datasets; ``REGISTER``, ``ROOT`` and ``ALLOW_OUTSIDE`` are ours."""
 
-    train: Names = ()
+    train: DatasetNames = ()
     proposal_files_train: Names = ()
     precomputed_proposal_topk_train: Int = 2000
-    test: Names = ()
+    test: DatasetNames = ()
     proposal_files_test: Names = ()
     precomputed_proposal_topk_test: Int = 1000
     allow_outside: Bool = False
     # Not "register", which every class has already.
-    registered: Annotated[dict[str, RegisteredDataset], BeforeValidator(_from_text)] = Field(
-        default={}, alias="REGISTER"
-    )
+    registered: Annotated[
+        dict[str, RegisteredDataset], BeforeValidator(_from_text), AfterValidator(_folder_names)
+    ] = Field(default={}, alias="REGISTER")
     root: Str = ""  # empty: by the environment
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-import zipfile
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import nn
 from ..errors import Diverged, UserError
 from ..files import atomic_write_text
 from ..weights import Checkpoint, read_checkpoint, save_weights
-from .distributed import restart_count
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,16 @@ EARLIER = ".earlier"
 """Ending of what an earlier run left under a name that this one uses."""
 
 DAMAGED = ".damaged"
-"""Ending of a checkpoint that could not be read and was set aside."""
+"""Ending of a checkpoint, or of a list of them, that could not be read and was set aside."""
+
+_OWN = r"model_([0-9]{1,18}|final)\.pth"
+"""The names in ``checkpoints.txt``."""
+
+_ANY = r"[^./\\\x00-\x1f\x7f\ufffd][^/\\\x00-\x1f\x7f\ufffd]{0,250}\.pth"
+"""The name in ``last_checkpoint``, which another program may have written: a file in the folder itself."""
+
+_LONGEST_LIST = 1 << 22
+"""Bytes."""
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -76,19 +84,32 @@ def save_checkpoint(
     path = folder / name
     save_weights(path, state, metadata)
     if is_last:
-        names = [*(other for other in _history(folder) if other != name), name]
-        dropped = names[:-keep] if keep else []
-        atomic_write_text(folder / HISTORY, "".join(f"{other}\n" for other in names[len(dropped) :]))
+        others = [other for other in _read_names(folder / HISTORY, _OWN)[0] if other != name]
+        _write_history(folder, [*others, name])
         atomic_write_text(folder / LAST, name)
-        for other in dropped:
-            (folder / other).unlink(missing_ok=True)
+        drop_old_checkpoints(folder, keep)
     return path
+
+
+def drop_old_checkpoints(folder: Path, keep: int) -> None:
+    """Delete the run's checkpoints but the last ``keep`` up to that of ``last_checkpoint``; 0 deletes none.
+
+    A name leaves the list after its file, so that a kill between the two leaves no file for ever.
+    """
+    names, (last, _) = _read_names(folder / HISTORY, _OWN)[0], _read_names(folder / LAST, _OWN)
+    end = names.index(last[0]) + 1 if last and last[0] in names else 0
+    dropped = names[: max(end - keep, 0)] if keep else []
+    for name in dropped:
+        (folder / name).unlink(missing_ok=True)
+    if dropped:
+        _write_history(folder, names[len(dropped) :])
 
 
 def read_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Checkpoint | None:
     """The newest checkpoint that can be read, or None in a folder without any.
 
     One that is missing, truncated or damaged is passed over with a warning, and the one before it is taken.
+    So is a list of names that holds anything but names of files in the folder.
 
     Args:
         folder: ``OUTPUT_DIR``.
@@ -97,69 +118,110 @@ def read_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Chec
     Raises:
         UserError: none of the run's checkpoints can be read.
     """
-    candidates = _candidates(Path(folder))
+    candidates = _candidates(Path(folder), set_aside)
     if not candidates:
         return None
     complaint = ""
     for path in candidates:
         try:
-            _check_sums(path)
-            return read_checkpoint(path)
-        except UserError as error:
-            complaint = complaint or str(error)
-            logger.warning("%s is passed over, and the checkpoint before it is used: %s", path.name, error)
+            if not path.is_file():
+                raise UserError(f"{path} is missing")
+            checkpoint = read_checkpoint(path)
+        except Exception as error:  # a damaged file fails in whatever it is read with
+            reason = str(error) if isinstance(error, UserError) else f"{path} is damaged: {error!r}"
+            complaint = complaint or reason
+            logger.warning("%s is passed over, and the checkpoint before it is used: %s", path.name, reason)
             if set_aside and path.is_file():
-                os.replace(path, path.with_name(path.name + DAMAGED))
+                _set_aside(path)
+        else:
+            if set_aside and (path is not candidates[0] or not (Path(folder) / LAST).exists()):
+                atomic_write_text(Path(folder) / LAST, path.name)
+            return checkpoint
     raise UserError(f"no checkpoint in {folder} can be read ({complaint}); start anew without --resume")
 
 
-def _candidates(folder: Path) -> list[Path]:
+def _candidates(folder: Path, set_aside: bool) -> list[Path]:
     """The checkpoint that ``last_checkpoint`` names, then those before it, the newest first."""
-    pointer = folder / LAST
-    if not pointer.is_file():
-        return []
-    last = pointer.read_text(encoding="utf-8").strip()
-    names = _history(folder)
-    before = names[: names.index(last)] if last in names else [name for name in names if name != last]
-    return [folder / name for name in [last, *reversed(before)]]
+    last, last_is_whole = _read_names(folder / LAST, _ANY)
+    names, names_are_whole = _read_names(folder / HISTORY, _OWN)
+    if not last_is_whole or len(last) > 1:
+        _warn_of_names(folder / LAST, set_aside)
+        last, last_is_whole = [], False
+    if not names_are_whole:
+        _warn_of_names(folder / HISTORY, set_aside)
+        if set_aside and names:  # those that can still be read
+            _write_history(folder, names)
+    if not names and not (last_is_whole and names_are_whole):
+        names = _checkpoints_in(folder)
+    if last and names and last[0] != names[-1] and last[0] in names:
+        logger.warning("%s names %s, though %s is newer", LAST, last[0], names[-1])
+        names = names[: names.index(last[0])]
+    # Between the writing of the two lists, the first checkpoint of a run stands in one of them alone.
+    before = [name for name in names if name not in last]
+    return [folder / name for name in [*last, *reversed(before)]]
 
 
-def _history(folder: Path) -> list[str]:
-    path = folder / HISTORY
-    lines = path.read_text(encoding="utf-8").split() if path.is_file() else []
-    return [name for name in lines if re.fullmatch(r"model_(\d+|final)\.pth", name)]
+def _read_names(path: Path, pattern: str) -> tuple[list[str], bool]:
+    """Names in a list of checkpoints that can be names of files in its folder, and whether all can.
 
-
-def _check_sums(path: Path) -> None:
-    """Compare the content of a ``.pth`` with its CRC-32 sums, which ``torch.load`` does not read.
-
-    Raises:
-        UserError: they differ, or the file is cut off.
+    Args:
+        path: one name in each line; may be missing.
+        pattern: of the names.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
+    if not path.exists():
+        return [], True
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise UserError(f"{path} is cut off or damaged: {error}") from error
-    if damaged is not None:
-        raise UserError(f"{path} is damaged at {damaged}")
+        with path.open("rb") as file:
+            content = file.read(_LONGEST_LIST)
+    except OSError:
+        return [], False
+    lines = content.decode("utf-8", "replace").strip(" \n").split("\n")
+    names = [line for line in lines if re.fullmatch(pattern, line)]
+    unique = list(dict.fromkeys(names))
+    return unique, len(unique) == len(lines) and len(content) < _LONGEST_LIST
+
+
+def _checkpoints_in(folder: Path) -> list[str]:
+    """The checkpoints in a folder without a list, in the order of their iterations."""
+    names = sorted(path.name for path in folder.glob("model_*.pth") if re.fullmatch(_OWN, path.name))
+    if FINAL in names and len(names) > 1:  # it need not be the newest: a longer run may have followed
+        names.remove(FINAL)
+        try:
+            iteration = read_checkpoint(folder / FINAL).metadata["iteration"]
+        except (UserError, KeyError):
+            iteration = -1
+        names.insert(bisect_right(names, checkpoint_name(iteration)), FINAL)
+    return names
+
+
+def _warn_of_names(path: Path, set_aside: bool) -> None:
+    logger.warning("%s is damaged, and passed over: it holds more than names of checkpoints", path)
+    if set_aside and path.exists():
+        _set_aside(path)
+
+
+def _set_aside(path: Path) -> None:
+    os.replace(path, path.with_name(path.name + DAMAGED))
+
+
+def _write_history(folder: Path, names: list[str]) -> None:
+    atomic_write_text(folder / HISTORY, "".join(f"{name}\n" for name in names))
 
 
 def start_anew(folder: Path) -> None:
     """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's.
 
     Its best and last weights, metrics, evaluations and pictures, which this run writes under the same names,
-    are kept aside, and the config that they need.
+    are kept aside, and the config that they need. A kill in the midst of it leaves the earlier run, or a
+    folder without a config, of which the rest is kept aside by the next attempt.
     """
-    kept = [name for name in (BEST, FINAL, METRICS, INFERENCE, RESULTS, PICTURES) if (folder / name).exists()]
-    kept += [name for name in (CONFIG, ENVIRONMENT) if kept and (folder / name).exists()]
-    if restart_count() > 0:  # they are of this run's first attempt
-        kept = []
+    kept = [name for name in (FINAL, BEST, METRICS, INFERENCE, RESULTS, PICTURES) if (folder / name).exists()]
+    kept = [name for name in (CONFIG, ENVIRONMENT) if kept and (folder / name).exists()] + kept
     for name in kept:
         shutil.rmtree(folder / f"{name}{EARLIER}", ignore_errors=True)  # a folder takes no other's place
         os.replace(folder / name, folder / f"{name}{EARLIER}")
+        if name == FINAL:
+            _forget(folder)
     if kept:
         names = " and ".join(f"{name}{EARLIER}" for name in kept)
         logger.warning(
@@ -167,12 +229,16 @@ def start_anew(folder: Path) -> None:
             folder,
             names,
         )
+    _forget(folder)
+
+
+def _forget(folder: Path) -> None:
     (folder / LAST).unlink(missing_ok=True)
     (folder / HISTORY).unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of a process that was killed while it wrote."""
-    for place in ("", "inference/*/", "pictures/"):
+    """Delete the temporary files of a process that was killed while it wrote; only for who holds the lock."""
+    for place in ("", "inference/*/", "inference/*/*/", "pictures/", "black_box/*/"):
         for path in folder.glob(f"{place}.*.tmp"):
             path.unlink(missing_ok=True)

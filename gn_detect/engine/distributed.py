@@ -267,6 +267,26 @@ def from_main(value: T) -> T:
     return values[0]
 
 
+def by_main(function: Callable[[], T]) -> T:
+    """Call ``function`` in process 0 alone; all get its value.
+
+    Raises:
+        UserError: of the function, in all processes.
+    """
+    if not is_distributed():
+        return function()
+    outcome: tuple[Any, str | None] = None, None
+    if is_main():
+        try:
+            outcome = function(), None
+        except UserError as error:
+            outcome = None, str(error)
+    value, failure = from_main(outcome)
+    if failure is not None:
+        raise UserError(failure)
+    return value
+
+
 def gather(value: T) -> list[T]:
     """The values of all processes, in all processes, in the order of ranks."""
     if not is_distributed():

@@ -10,13 +10,14 @@ from typing import Any
 from ..config import Config, load_config
 from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes, match_classes
 from ..errors import UserError
-from ..evaluation import evaluate_model
+from ..evaluation import Stop, evaluate_model
 from ..files import atomic_write_json, remedy
 from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, load_weights, read_checkpoint
 from .checkpoint import CONFIG, INFERENCE, RESULTS, read_last_checkpoint
-from .distributed import get_rank, is_main, resolve_device, share_buffers, world_size
+from .distributed import from_main, get_rank, is_main, resolve_device, share_buffers, world_size
+from .folder_lock import is_in_use
 from .model import make_model
 from .run_config import write_run_config
 from .writers import run_log
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
 """``{"bbox": {"AP": ...}, "segm": {...}}`` in percent; for several test sets one such dict for each name."""
+
+BESIDE = "eval"
+"""Folder in that of a dataset, for an evaluation while a training uses the run's folder."""
 
 TestSets = dict[str, tuple[SampleLoader, CocoDataset]]
 """Loader and dataset by name."""
@@ -41,7 +45,8 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
     """Box and mask AP of a checkpoint on ``DATASETS.TEST``.
 
     Writes ``OUTPUT_DIR/inference/<dataset>/`` and ``OUTPUT_DIR/results.json``, and where there is none its
-    ``config.yaml`` and ``environment.json``, so that it can be reported on.
+    ``config.yaml`` and ``environment.json``, so that it can be reported on. While a training uses the folder,
+    it writes only ``OUTPUT_DIR/inference/<dataset>/eval/``.
 
     Args:
         cfg: ``MODEL.WEIGHTS`` is the checkpoint.
@@ -69,11 +74,15 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
         _refuse_other_data(cfg)
         logger.info("%s", load_weights(model, checkpoint, config=cfg))
         model.to(device)
+        in_use = from_main(is_in_use(cfg.output_dir))
         if is_main():
             make_folder(cfg.output_dir)
+        if in_use:
+            logger.info("a training uses %s: its own results stay as they are", cfg.output_dir)
+        elif is_main():
             log.open(Path(cfg.output_dir) / "log.txt")
-        results = evaluate_test_sets(cfg, model, tests)
-        if is_main():
+        results = evaluate_test_sets(cfg, model, tests, below=BESIDE if in_use else "")
+        if is_main() and not in_use:
             write_results(Path(cfg.output_dir) / RESULTS, results)
             if not (Path(cfg.output_dir) / CONFIG).exists():
                 write_run_config(cfg, device)
@@ -129,17 +138,32 @@ def match_test_sets(cfg: Config, tests: TestSets, checkpoint: Checkpoint, other_
             check_classes(dataset, count)
 
 
-def evaluate_test_sets(cfg: Config, model: MaskRCNN, tests: TestSets) -> Results:
-    """AP on each set, the same in all processes; the model comes back in its mode and memory format."""
+def evaluate_test_sets(
+    cfg: Config, model: MaskRCNN, tests: TestSets, stop: Stop | None = None, below: str = ""
+) -> Results:
+    """AP on each set, the same in all processes; the model comes back in its mode and memory format.
+
+    Args:
+        cfg: whole config.
+        model: on its device.
+        tests: loaders and datasets.
+        stop: is asked now and then.
+        below: folder for what is written, in that of each dataset.
+
+    Raises:
+        Interrupted: ``stop`` says so.
+    """
     iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
     share_buffers(model)
     results = {}
     for name, (loader, dataset) in tests.items():
-        folder = Path(cfg.output_dir) / INFERENCE / name
+        folder = Path(cfg.output_dir) / INFERENCE / name / below
         logger.info("evaluating %d images of %s", len(dataset), name)
         backend = cfg.test.coco_eval_backend
         with model.in_memory_format(detection_format(cfg)):
-            found = evaluate_model(model, loader, dataset, folder, backend=backend, iou_types=iou_types)
+            found = evaluate_model(
+                model, loader, dataset, folder, backend=backend, iou_types=iou_types, stop=stop
+            )
         results[name] = found
         if is_main():
             write_results(folder / RESULTS, results[name])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..evaluation import Interrupted
 from .distributed import is_distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -20,19 +24,28 @@ ECHO_SECONDS = 1.0
 """A terminal and a launcher both pass one Ctrl-C on: what follows within this time is the same request."""
 
 
+_numbers = itertools.count()
+"""Of this process's Interruptions; the same in all processes of a group, which make theirs together."""
+
+
 class Interruption:
     """Notes a request to stop, and tells all processes of a group at the same iteration.
 
-    While the context is active, the first SIGTERM or SIGINT is only noted; a second one ends the process at
-    once. Outside the main thread, where Python allows no handlers, nothing is noted.
+    While the context is active, the first SIGTERM or SIGINT is only noted, but within :meth:`at_once`; a
+    second one ends the process at once. Outside the main thread, where Python allows no handlers, nothing is
+    noted.
     """
 
     def __init__(self) -> None:
         self._signal = 0
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
+        self._at_once = False
         # Processes compare notes on the CPU, so that no step waits for the GPU.
         self._group: Any = dist.new_group(backend="gloo") if is_distributed() else None
+        # A note for the others, who look at it when they like: a comparison needs all at one place.
+        self._store = dist.distributed_c10d._get_default_store() if is_distributed() else None
+        self._key, self._is_told = f"gn_detect/stop/{next(_numbers)}", False
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -54,6 +67,35 @@ class Interruption:
             self._signal, self._since = number, now
         elif now - self._since > ECHO_SECONDS:
             os._exit(128 + number)
+        if self._at_once:
+            self._at_once = False
+            raise Interrupted
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise where the process is, in a long computation that asks nobody and can be left anywhere.
+
+        Raises:
+            Interrupted: a signal came, before or within.
+        """
+        if self._signal:
+            raise Interrupted
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+        if self._signal:  # where Python drops what a handler raises
+            raise Interrupted
+
+    def seen(self) -> bool:
+        """Whether some process has received a signal, as far as this one knows; waits for nobody."""
+        if self._store is None:
+            return bool(self._signal)
+        if self._signal and not self._is_told:
+            self._store.set(self._key, str(self._signal))
+            self._is_told = True
+        return bool(self._signal) or self._store.check([self._key])
 
     def requested(self) -> int:
         """The signal that any process has received, in all of them; 0 if there was none."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import dump_config, without_paths
+from ..config import dump_config, load_config, without_paths
 from ..data import (
     CocoDataset,
     SampleLoader,
@@ -24,20 +24,23 @@ from ..evaluation import METRICS
 from ..files import check_writable
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, InputConvention, load_weights, norm_settings, read_checkpoint
-from .checkpoint import CONFIG, read_last_checkpoint, remove_leftovers, start_anew
+from .checkpoint import CONFIG, drop_old_checkpoints, read_last_checkpoint, remove_leftovers, start_anew
 from .distributed import (
+    by_main,
     check_synchronised_norms,
     from_main,
     get_rank,
-    is_main,
     resolve_device,
+    restart_count,
     scale_config,
     world_size,
 )
 from .evaluator import OTHER_CLASSES, TestSets, load_test_sets, make_folder
+from .folder_lock import FolderLock
 from .model import make_model
 from .resume import DATA, check_changes, check_classes_of_run, describe_data, refuse_no_run, saved_config
 from .run_config import write_run_config
+from .schedule import learning_rate_factor, set_learning_rate
 from .step import TrainingState, make_state
 
 if TYPE_CHECKING:
@@ -82,9 +85,11 @@ class Run:
     evaluate_first: bool = False
     skipped: int = 0
     folder: Path = field(init=False)
+    lock: FolderLock = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder = Path(self.cfg.output_dir)
+        self.lock = FolderLock(self.folder)
 
     def metadata(self, iteration: int, losses: dict[str, list[float]]) -> dict[str, Any]:
         """What a checkpoint holds beside the weights; ``iteration`` is the last that was done, from 0."""
@@ -155,6 +160,8 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     run = Run(cfg, device, model, make_state(cfg, model), loader, dataset, tests, data, start)
     if checkpoint is not None:
         run.state.restore(known, str(checkpoint.path))
+        # That of the last iteration: if nothing is left to train, it is saved once more.
+        set_learning_rate(run.state.optimizer, learning_rate_factor(cfg, max(start - 1, 0)))
         if not any(change.key.removeprefix("the content of ").startswith(BEST_IS_OF) for change in changes):
             run.best = float(known.get("best", -1.0))
         run.losses = known.get("losses", {})
@@ -164,21 +171,20 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
 
 def _read_last_checkpoint(cfg: Config) -> Checkpoint | None:
     """The first process chooses among the files, and renames those that are damaged; all read the same."""
-    chosen, failure = None, None
-    if is_main():
-        try:
-            found = read_last_checkpoint(cfg.output_dir, set_aside=True)
-            chosen = None if found is None else str(found.path)
-            if found is None:
-                refuse_no_run(cfg.output_dir)
-        except UserError as error:
-            failure = str(error)
-    chosen, failure = from_main((chosen, failure))
-    if failure is not None:
-        raise UserError(failure)
+    found: list[Checkpoint] = []
+
+    def choose() -> str | None:
+        checkpoint = read_last_checkpoint(cfg.output_dir, set_aside=True)
+        if checkpoint is None:
+            refuse_no_run(cfg.output_dir)
+            return None
+        found.append(checkpoint)
+        return str(checkpoint.path)
+
+    chosen = by_main(choose)
     if chosen is None:
         return None
-    return found if is_main() else read_checkpoint(chosen)
+    return found[0] if found else read_checkpoint(chosen)
 
 
 def _first_iteration(cfg: Config, checkpoint: Checkpoint | None) -> int:
@@ -229,14 +235,44 @@ def check_parts(cfg: Config) -> None:
         )
 
 
-def open_run_folder(run: Run) -> None:
-    """Create ``OUTPUT_DIR`` and write ``config.yaml`` and ``environment.json``."""
+def lock_folder(lock: FolderLock) -> None:
+    """Lock ``OUTPUT_DIR``, if it is there; before anything is written.
+
+    Raises:
+        UserError: another training uses it, or it cannot be written.
+    """
+    if lock.folder.is_dir():
+        check_writable(lock.folder / CONFIG)
+        lock.take()
+
+
+def open_run_folder(run: Run, resume: bool = False) -> None:
+    """Create ``OUTPUT_DIR`` and write ``config.yaml`` and ``environment.json``.
+
+    Args:
+        run: with its lock.
+        resume: what lies there belongs to this run, if it is of the same config.
+    """
     make_folder(run.folder)
-    remove_leftovers(run.folder)
-    check_writable(run.folder / CONFIG)
-    if run.start == 0:
+    lock_folder(run.lock)
+    if run.lock.is_held:
+        remove_leftovers(run.folder)
+    if run.start > 0:
+        drop_old_checkpoints(run.folder, run.cfg.checkpoint.keep)
+    elif not (resume and _is_first_attempt(run)):
         start_anew(run.folder)
     write_run_config(run.cfg, run.device)
+
+
+def _is_first_attempt(run: Run) -> bool:
+    """Whether the folder holds this run as it was killed before its first checkpoint, with whatever seed."""
+    if restart_count() > 0:
+        return True
+    try:
+        before = load_config(run.folder / CONFIG)
+    except UserError:
+        return False
+    return without_paths(before.replace({"SEED": run.cfg.seed})) == without_paths(run.cfg)
 
 
 def check_best_metric(cfg: Config, dataset: CocoDataset) -> None:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from ..errors import Diverged, UserError
+from ..evaluation import Interrupted
 from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
 from ..weights import NORM_EPS, NORM_GROUPS, USUAL_EPS, norm_settings
 from .black_box import examine, replay_command, seed_iteration, write_black_box
 from .checkpoint import BEST, FINAL, RESULTS, checkpoint_name, save_checkpoint
-from .distributed import barrier, gather, get_rank, is_main, parallelize, restart_count, world_size
-from .evaluator import Results, evaluate_test_sets, scalars_of, write_results
+from .distributed import barrier, by_main, gather, get_rank, is_main, parallelize, restart_count, world_size
+from .evaluator import Results, evaluate_test_sets, make_folder, scalars_of, write_results
+from .folder_lock import FolderLock
 from .interruption import Interruption
 from .meter import Meter, NotFinite
 from .pictures import draw_curves, draw_test_images
-from .run import Run, best_metric, open_run_folder, prepare
+from .run import Run, best_metric, lock_folder, open_run_folder, prepare
+from .run_config import write_run_config
 from .schedule import learning_rate_factor, set_learning_rate
 from .step import train_step
 from .writers import MetricsWriter, run_log
@@ -64,29 +67,50 @@ def train(
         SystemExit: SIGTERM (status 143) or SIGINT (130) came, and the run is saved.
     """
     resume = resume or restart_count() > 0
-    with run_log() as log:
+    with run_log() as log, FolderLock(cfg.output_dir) as lock:
+        by_main(partial(lock_folder, lock))
         run = prepare(cfg, resume, allow_changes=allow_changes, other_classes=other_classes)
+        run.lock = lock
+        by_main(partial(open_run_folder, run, resume))
         if is_main():
-            open_run_folder(run)
             log.open(run.folder / "log.txt")
-        barrier()
         again = run.evaluate_first or run.start >= run.cfg.solver.max_iter
         metrics = closing(MetricsWriter(run.folder, run.start, again)) if is_main() else nullcontext()
-        with metrics as writer:
-            training_loop(run, writer)
-            results = finish(run, writer)
+        with metrics as writer, Interruption() as interruption:
+            try:
+                training_loop(run, writer, interruption)
+                results = finish(run, writer, interruption)
+            except Interrupted:
+                # Whatever was trained is saved before it is evaluated.
+                leave(interruption.requested(), "during an evaluation; --resume repeats it")
         return results
 
 
-def training_loop(run: Run, writer: MetricsWriter | None) -> None:
+def leave(number: int, what: str) -> NoReturn:
+    """End the process after a signal.
+
+    Args:
+        number: of the signal.
+        what: was done.
+
+    Raises:
+        SystemExit: with the status that shells give.
+    """
+    logger.warning("%s: %s", signal.Signals(number).name, what)
+    raise SystemExit(128 + number)
+
+
+def training_loop(run: Run, writer: MetricsWriter | None, interruption: Interruption) -> None:
     """From ``run.start`` to ``SOLVER.MAX_ITER``, with reports, checkpoints and evaluations on the way."""
     cfg, solver = run.cfg, run.cfg.solver
     if run.start >= solver.max_iter:
         logger.info("iteration %d of %d: nothing left to train", run.start, solver.max_iter)
         return
     if run.evaluate_first:
-        evaluate_and_keep_best(run, writer, run.start - 1)
+        evaluate_and_keep_best(run, writer, run.start - 1, interruption)
         run.evaluate_first = False
+        if is_due(run.start, solver.checkpoint_period):
+            save(run, writer, run.losses, run.start - 1)
     if cfg.model.compile:
         # One kernel for all sizes: kernels of single sizes would depend on which image comes first.
         run.model.backbone.compile(dynamic=True)
@@ -95,43 +119,45 @@ def training_loop(run: Run, writer: MetricsWriter | None) -> None:
     meter = Meter(run.device, run.start, solver.max_iter, run.losses)
     logger.info("training on %s, processes: %d, seed: %d", run.device, world_size(), cfg.seed)
 
-    with closing(meter), Interruption() as interruption:
-        for iteration in range(run.start, solver.max_iter):
-            done = iteration + 1
-            last = done == solver.max_iter
-            save_now = last or is_due(done, solver.checkpoint_period)
-            evaluate_now = bool(run.tests) and not last and is_due(done, cfg.test.eval_period)
+    for iteration in range(run.start, solver.max_iter):
+        done = iteration + 1
+        last = done == solver.max_iter
+        save_now = last or is_due(done, solver.checkpoint_period)
+        evaluate_now = bool(run.tests) and not last and is_due(done, cfg.test.eval_period)
 
-            with saved_if_unreadable(run, writer, meter, iteration), meter.waiting_for_data():
-                batch = next(batches)
-            factor = learning_rate_factor(cfg, iteration)
-            set_learning_rate(run.state.optimizer, factor)
-            seed_iteration(cfg.seed, iteration, get_rank())
-            losses, broken = train_step(cfg, model, batch, run.state)
-            meter.add(losses, broken, batch)
+        with saved_if_unreadable(run, writer, meter, iteration), meter.waiting_for_data():
+            batch = next(batches)
+        factor = learning_rate_factor(cfg, iteration)
+        set_learning_rate(run.state.optimizer, factor)
+        seed_iteration(cfg.seed, iteration, get_rank())
+        losses, broken = train_step(cfg, model, batch, run.state)
+        meter.add(losses, broken, batch)
 
-            stop = interruption.requested()
-            report_now = is_due(done, solver.log_period) or save_now or evaluate_now
-            check_finite(run, meter, now=report_now or bool(stop))
-            if report_now:
-                scalars = meter.report(solver.base_lr * factor)
-                if writer is not None:
-                    writer.write(iteration, scalars)
-            with meter.pause():
-                # Saved before the evaluation, which may fail or be killed, and with its outcome after it.
-                run.evaluate_first = evaluate_now or (last and bool(run.tests))
-                if save_now or stop:
-                    save(run, writer, meter.state(), iteration)
-                if evaluate_now and not stop:
-                    evaluate_and_keep_best(run, writer, iteration)
-                    run.evaluate_first = False
-                    if save_now:
+        stop = interruption.requested()
+        report_now = is_due(done, solver.log_period) or save_now or evaluate_now
+        check_finite(run, meter, now=report_now or bool(stop))
+        # Saved before the evaluation, which may fail or be killed, and with its outcome after it.
+        run.evaluate_first = evaluate_now or (last and bool(run.tests))
+        if report_now:
+            check_folder(run, writer, iteration, meter.state())
+            scalars = meter.report(solver.base_lr * factor)
+            if writer is not None:
+                writer.write(iteration, scalars)
+        with meter.pause():
+            if save_now or stop:
+                save(run, writer, meter.state(), iteration)
+            if evaluate_now and not stop:
+                try:
+                    evaluate_and_keep_best(run, writer, iteration, interruption)
+                except Interrupted:
+                    if not save_now:
                         save(run, writer, meter.state(), iteration)
-            if stop:
-                logger.warning(
-                    "%s: saved after iteration %d; --resume continues", signal.Signals(stop).name, done
-                )
-                raise SystemExit(128 + stop)
+                    raise
+                run.evaluate_first = False
+                if save_now:
+                    save(run, writer, meter.state(), iteration)
+        if stop:
+            leave(stop, f"saved after iteration {done}; --resume continues")
 
 
 def is_due(done: int, period: int) -> bool:
@@ -165,17 +191,50 @@ def save(run: Run, writer: MetricsWriter | None, losses: dict[str, list[float]],
     Args:
         losses: since the last report.
     """
+    check_folder(run, writer, iteration, losses)
     if writer is not None:
         writer.sync()
-        last = iteration + 1 == run.cfg.solver.max_iter
-        save_checkpoint(
-            run.folder,
-            FINAL if last else checkpoint_name(iteration),
-            run.state.evaluated,
-            run.metadata(iteration, losses),
-            keep=run.cfg.checkpoint.keep,
-        )
+        write_checkpoint(run, losses, iteration)
     barrier()
+
+
+def write_checkpoint(run: Run, losses: dict[str, list[float]], iteration: int) -> None:
+    """Write the checkpoint after an iteration, in the first process."""
+    last = iteration + 1 == run.cfg.solver.max_iter
+    save_checkpoint(
+        run.folder,
+        FINAL if last else checkpoint_name(iteration),
+        run.state.evaluated,
+        run.metadata(iteration, losses),
+        keep=run.cfg.checkpoint.keep,
+    )
+
+
+def check_folder(
+    run: Run, writer: MetricsWriter | None, iteration: int, losses: dict[str, list[float]] | None = None
+) -> None:
+    """Save what was trained and stop, where somebody deleted the run's folder.
+
+    Args:
+        run: its folder may be gone, or be made again by what was written since.
+        writer: in the first process.
+        iteration: the last that was done.
+        losses: see :func:`save`.
+
+    Raises:
+        UserError: the folder was deleted.
+    """
+    if writer is None or run.lock.is_there():
+        return
+    run.lock.release()
+    make_folder(run.folder)
+    run.lock.take(patience=0)  # another run may have begun there
+    write_run_config(run.cfg, run.device)
+    write_checkpoint(run, losses or {}, iteration)
+    raise UserError(
+        f"OUTPUT_DIR {run.folder} was deleted while the run went on, with all that it held; it is made again "
+        f"with the checkpoint after iteration {iteration + 1}: --resume continues from there"
+    )
 
 
 def check_finite(run: Run, meter: Meter, now: bool) -> None:
@@ -237,11 +296,18 @@ def _remedy(run: Run) -> str:
     )
 
 
-def evaluate_and_keep_best(run: Run, writer: MetricsWriter | None, iteration: int) -> Results:
-    """Evaluate on all test sets and write ``model_best.pth`` if the model is better than before."""
+def evaluate_and_keep_best(
+    run: Run, writer: MetricsWriter | None, iteration: int, interruption: Interruption
+) -> Results:
+    """Evaluate on all test sets and write ``model_best.pth`` if the model is better than before.
+
+    Raises:
+        Interrupted: a signal came before there were results.
+    """
     model = cast(MaskRCNN, run.state.evaluated)
-    results = evaluate_test_sets(run.cfg, model, run.tests)
+    results = evaluate_test_sets(run.cfg, model, run.tests, interruption)
     scalars = scalars_of(results)
+    check_folder(run, writer, iteration)
     if writer is not None:
         writer.write(iteration, scalars)
     metric = best_metric(run.cfg)
@@ -255,22 +321,29 @@ def evaluate_and_keep_best(run: Run, writer: MetricsWriter | None, iteration: in
     return results
 
 
-def finish(run: Run, writer: MetricsWriter | None) -> Results:
-    """Final evaluation, ``results.json`` and pictures."""
+def finish(run: Run, writer: MetricsWriter | None, interruption: Interruption) -> Results:
+    """Final evaluation, ``results.json`` and pictures.
+
+    Raises:
+        Interrupted: a signal came before the end.
+    """
     results: Results = {}
     last = run.cfg.solver.max_iter - 1
     if run.tests:
-        results = evaluate_and_keep_best(run, writer, last)
+        results = evaluate_and_keep_best(run, writer, last, interruption)
         if run.evaluate_first and run.start <= last + 1:
             run.evaluate_first = False
             save(run, writer, {}, last)  # with what is best now
     if is_main():
         write_results(run.folder / RESULTS, results)
-        draw_curves(run.folder, run.folder / "pictures" / "curves.png")
-        for _, test_set in run.tests.values():
-            model = cast(MaskRCNN, run.state.evaluated)
-            show = None if writer is None else partial(writer.add_picture, iteration=last)
-            draw_test_images(run.cfg, model, test_set, Path(run.folder) / "pictures", show)
-        logger.info("finished: see %s", run.folder)
-    barrier()
+        with suppress(Interrupted), interruption.at_once():
+            draw_curves(run.folder, run.folder / "pictures" / "curves.png")
+            for _, test_set in run.tests.values():
+                model = cast(MaskRCNN, run.state.evaluated)
+                show = None if writer is None else partial(writer.add_picture, iteration=last)
+                draw_test_images(run.cfg, model, test_set, Path(run.folder) / "pictures", show)
+    if interruption.requested():  # the others wait here for the first
+        raise Interrupted
+    check_folder(run, writer, last)
+    logger.info("finished: see %s", run.folder)
     return results

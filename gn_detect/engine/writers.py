@@ -121,8 +121,12 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, start: int, evaluate_first: bool = False) -> None:
         self._folder, self._path = folder, folder / "metrics.jsonl"
-        kept = [] if start == 0 else [line for line in _lines(self._path) if _iteration(line) < start]
-        while evaluate_first and kept and _iteration(kept[-1]) == start - 1 and "total_loss" not in kept[-1]:
+        lines = [] if start == 0 else _lines(self._path)
+        kept = [line for line in lines if _iteration(line) < start]
+        broken = sum(_iteration(line) == math.inf for line in lines)
+        if broken:
+            logger.warning("%s: %d lines are damaged, and left out", self._path, broken)
+        while evaluate_first and kept and _iteration(kept[-1]) == start - 1 and _is_evaluation(kept[-1]):
             kept.pop()
         atomic_write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
@@ -246,15 +250,23 @@ def _events_in(folder: Path, start: int) -> EventsWriter | None:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    """Split at line feeds alone: a damaged byte may be another of the characters that end lines."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _iteration(line: str) -> float:
-    """Of a line of ``metrics.jsonl``; infinite for a line that was cut off, so that it is dropped."""
+    """Return the iteration of a line of ``metrics.jsonl``; infinite for a damaged one, which is dropped."""
     try:
-        return float(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
+        iteration = json.loads(line)["iteration"]
+        return float(iteration) if type(iteration) is int and "\ufffd" not in line else math.inf
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
+
+
+def _is_evaluation(line: str) -> bool:
+    """Tell the lines of evaluations, whose keys all have a ``/``, from those of training."""
+    return "total_loss" not in json.loads(line)
 
 
 def memory_in_use(device: torch.device) -> float:

@@ -4,7 +4,7 @@ from .backends import choose_backend, precision_and_recall
 from .coco import METRICS, evaluate_categories, evaluate_results
 from .coco_data import prepare_detections, prepare_ground_truth, to_rle
 from .matching import IN_CROWD, NOTHING, confusion_matrix, match_objects
-from .model import detections_to_coco, evaluate_model
+from .model import Interrupted, Stop, detections_to_coco, evaluate_model
 from .results_file import ResultsWriter, read_entries
 from .table import format_results
 from .truth import Truth, read_truth
@@ -13,7 +13,9 @@ __all__ = [
     "IN_CROWD",
     "METRICS",
     "NOTHING",
+    "Interrupted",
     "ResultsWriter",
+    "Stop",
     "Truth",
     "choose_backend",
     "confusion_matrix",

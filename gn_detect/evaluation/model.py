@@ -7,7 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,23 @@ _MOVED_BYTES = 1 << 28
 """Memory that masks may take on their way from an accelerator to the CPU."""
 
 Metrics = dict[str, dict[str, float]]
+
+
+class Interrupted(Exception):
+    """An evaluation was told to stop."""
+
+
+class Stop(Protocol):
+    """Tells an evaluation to stop; :class:`gn_detect.engine.interruption.Interruption` does."""
+
+    def seen(self) -> bool:
+        """Whether some process was told to, as far as this one knows."""
+
+    def requested(self) -> int:
+        """Whether any process was told to: all of a group ask this together, and get one answer."""
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """Raise Interrupted in the midst of what is done within."""
 
 
 class Detector(Protocol):
@@ -164,6 +181,7 @@ def evaluate_model(
     *,
     backend: str | None = None,
     iou_types: Sequence[str] = IOU_TYPES,
+    stop: Stop | None = None,
 ) -> Metrics:
     """Run a model over a dataset and compute its AP.
 
@@ -177,11 +195,13 @@ def evaluate_model(
         output_dir: gets ``coco_instances_results.json``; created when missing.
         backend: see :func:`evaluate_results`.
         iou_types: ``"bbox"``, ``"segm"`` or both.
+        stop: is asked after each batch.
 
     Returns:
         ``{"bbox": {"AP": ..., ...}, "segm": {...}}`` in percent.
 
     Raises:
+        Interrupted: ``stop`` says so; in all processes.
         UserError: see :func:`evaluate_results`; in all processes. By then the detections are written,
             unless it is the backend that is missing.
     """
@@ -190,39 +210,53 @@ def evaluate_model(
     category_ids = [dataset.spelt_categories.get(i, i) for i in dataset.category_ids]
     with _in_evaluation_mode(model):
         if _rank() == 0:
-            _write_results(model, loader, category_ids, path)
+            _write_results(model, loader, category_ids, path, stop)
         else:
-            _send_results(model, loader, category_ids)
+            _send_results(model, loader, category_ids, stop)
             return _from_first(None)
     try:
-        return _from_first(_evaluate(path, dataset, backend, iou_types))
-    except UserError as error:
+        with nullcontext() if stop is None else stop.at_once():
+            metrics = _evaluate(path, dataset, backend, iou_types)
+    except (UserError, Interrupted) as error:
         _from_first(error)  # the others wait for numbers
         raise
+    return _from_first(metrics)
 
 
 def _write_results(
-    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], path: Path
+    model: Detector,
+    loader: Iterable[list[Sample]],
+    category_ids: Sequence[int | None],
+    path: Path,
+    stop: Stop | None,
 ) -> None:
     """The detections of all processes, those of the first one as they come."""
     with atomic_write(path) as file:
         results = ResultsWriter(file)
-        for entries in _detect(model, loader, category_ids):
+        for entries in _detect(model, loader, category_ids, stop):
             results.add(entries)
+        _agree(stop)
         for text in gather_text(None) if _in_group() else ():
             results.add_text(text)
         results.end()
 
 
 def _send_results(
-    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None]
+    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
 ) -> None:
     """Detections of another process: on its own disk until the first one has finished, too."""
     with tempfile.TemporaryFile("w+", encoding="ascii") as spool:
-        for entries in _detect(model, loader, category_ids):
+        for entries in _detect(model, loader, category_ids, stop):
             spool.writelines(map(entry_text, entries))
+        _agree(stop)
         for _ in gather_text(spool):
             pass
+
+
+def _agree(stop: Stop | None) -> None:
+    """Processes that have detected everything, or were told to stop, leave together or go on together."""
+    if stop is not None and stop.requested():
+        raise Interrupted
 
 
 @contextmanager
@@ -250,9 +284,12 @@ def _evaluate(path: Path, dataset: CocoDataset, backend: str, iou_types: Sequenc
 
 
 def _detect(
-    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None]
+    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """This process's detections, image by image. Masks become RLE at once: bitmaps would fill the memory."""
+    """This process's detections, image by image. Masks become RLE at once: bitmaps would fill the memory.
+
+    They end early where one process was told to stop.
+    """
     seconds = {"data": 0.0, "model": 0.0, "results": 0.0}
     images = 0
     last = time.perf_counter()
@@ -274,6 +311,8 @@ def _detect(
             yield detections_to_coco(found.pop(0), sample.image_id, category_ids, sample.original_size)
         images += len(batch)
         count("results")
+        if stop is not None and stop.seen():
+            return
     spent = ", ".join(f"{part} {value:.1f} s" for part, value in seconds.items())
     logger.info("%d images, %.1f images/s (%s)", images, images / max(sum(seconds.values()), 1e-9), spent)
 
@@ -295,12 +334,12 @@ def _rank() -> int:
     return dist.get_rank() if _in_group() else 0
 
 
-def _from_first(outcome: Metrics | UserError | None) -> Metrics:
+def _from_first(outcome: Metrics | UserError | Interrupted | None) -> Metrics:
     """The first process' numbers in all of them; its error is raised in the others."""
     if _in_group():
         holder = [outcome]
         dist.broadcast_object_list(holder, src=0)
-        if isinstance(holder[0], UserError) and _rank() > 0:
+        if isinstance(holder[0], Exception) and _rank() > 0:
             raise holder[0]
         outcome = holder[0]
     return outcome if isinstance(outcome, dict) else {}

@@ -17,7 +17,7 @@ from ..data import resolve_dataset
 from ..errors import UserError
 from ..evaluation import METRICS, read_truth
 from ..files import atomic_write_text
-from ..visualize import metric_points
+from ..visualize import is_average, is_loss, metric_points
 from .analysis import IOU_AVERAGES, RECALLS, Analysis, analyse, condense
 from .charts import Chart, line_chart
 from .pictures import Picture, draw_pictures
@@ -144,11 +144,11 @@ def _precision_chart(analysis: Analysis, kind: str) -> Chart:
 def training_charts(rows: list[dict[str, float]]) -> list[Chart]:
     """Losses, AP, learning rate and throughput by iteration, those that there are."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    losses = [name for name in names if name == "total_loss" or name.startswith("loss_")]
+    losses = [name for name in names if is_loss(name)]
     end = max((row["iteration"] + 1 for row in rows), default=1)
     chosen = {
         "loss": sorted(losses, key=lambda name: name != "total_loss"),
-        "AP (%)": [name for name in names if name.split("/")[-1] in ("AP", "AP50")],
+        "AP (%)": [name for name in names if is_average(name, "AP", "AP50")],
         "learning rate": [name for name in names if name == "lr"],
         "images per second": [name for name in names if name == "images_per_second"],
     }

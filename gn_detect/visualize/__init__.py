@@ -6,7 +6,7 @@ picture: pixels that nothing is drawn on stay as they were.
 
 from .canvas import Crop, Masks, crop_mask, picture_scale
 from .comparison import draw_comparison
-from .curves import metric_points, plot_curves, read_metrics
+from .curves import is_average, is_loss, metric_points, plot_curves, read_metrics
 from .objects import draw_detections, draw_ground_truth
 from .pictures import encode_picture, save_picture, save_picture_grid, side_by_side
 
@@ -18,6 +18,8 @@ __all__ = [
     "draw_detections",
     "draw_ground_truth",
     "encode_picture",
+    "is_average",
+    "is_loss",
     "metric_points",
     "picture_scale",
     "plot_curves",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,16 @@ def _row(line: bytes) -> dict[str, float] | None:
     return row if 0 <= iteration <= _LAST and iteration == int(iteration) else None
 
 
+def is_loss(name: str) -> bool:
+    """Tell a loss from a metric, whose name begins with that of its dataset where there are several."""
+    return name == "total_loss" or (name.startswith("loss_") and "/" not in name)
+
+
+def is_average(name: str, *metrics: str) -> bool:
+    """Tell a metric over all categories from that of a category, which may have any name."""
+    return re.fullmatch(rf"([^/]+/)?(bbox|segm)/({'|'.join(metrics)})", name) is not None
+
+
 def metric_points(rows: Rows, name: str, smooth: int = 1) -> np.ndarray:
     """(N, 2) float64 of iteration and value; each value is the mean of the last ``smooth`` ones."""
     found = np.array([(row["iteration"], row[name]) for row in rows if name in row], dtype=float)
@@ -148,8 +159,8 @@ def _mean(values: np.ndarray) -> float:
 def _panels(rows: Rows, several: bool) -> dict[str, list[str]]:
     """The curves of each panel."""
     names = dict.fromkeys(name for row in rows for name in row)
-    losses = [name for name in names if name == "total_loss" or (name.startswith("loss_") and not several)]
-    precision = [name for name in names if name.split("/")[-1] == "AP"]
+    losses = [name for name in names if name == "total_loss" or (is_loss(name) and not several)]
+    precision = [name for name in names if is_average(name, "AP")]
     rate = [name for name in names if name == "lr"]
     curves = (sorted(losses, key=lambda name: name != "total_loss"), precision, rate)
     return dict(zip(_TITLES, curves, strict=True))

@@ -25,7 +25,7 @@ from .metadata import check_metadata
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
 from .pickle_check import RefusedPickle, check_pickle
 from .stand_ins import STAND_INS, is_stand_in, known_to_torch, without_stand_ins
-from .zip_archive import is_npz, read_npz
+from .zip_archive import SealedFile, is_npz, read_npz
 from .zoo import entry_of, resolve
 
 T = TypeVar("T")
@@ -152,7 +152,9 @@ def save_weights(
     else:
         try:
             with atomic_write(path, "wb") as file:
-                torch.save({"model": tensors, **content}, file)
+                sealed = SealedFile(file)
+                torch.save({"model": tensors, **content}, sealed)  # type: ignore[arg-type]  # only written to
+                sealed.seal()
         except RuntimeError as error:  # torch's writer hides what the system said
             if not isinstance(error.__context__, OSError):
                 raise

@@ -18,6 +18,7 @@ from PIL import Image
 
 from gn_detect.cli import main
 from gn_detect.config import load_config
+from gn_detect.engine.folder_lock import FolderLock
 from gn_detect.modeling import build_model
 from gn_detect.weights import norm_settings
 from tests.cli.conftest import Case
@@ -88,6 +89,12 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 )
 
 
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
 def _tell(path: Path, **metadata: Any) -> None:
     torch.save({**torch.load(path, weights_only=True), **metadata}, path)
 
@@ -110,6 +117,17 @@ def _run(case: Case) -> None:
     """A run of one iteration."""
     keys = ["SOLVER.MAX_ITER", "1", "DATASETS.TEST", "[]"]
     assert main(["train", "--config-file", str(case.config), *keys]) == 0
+
+
+def _in_use(case: Case) -> None:
+    case.output.mkdir()
+    lock = FolderLock(case.output)
+    lock.take()
+    _HELD.append(lock)
+
+
+_HELD: list[FolderLock] = []
+"""The locks of other trainings, which the end of the tests releases."""
 
 
 def _rename_category(case: Case) -> None:
@@ -339,6 +357,11 @@ MISTAKES = {
     "predict into the folder of the images": Mistake(
         "predict --config-file {config} --output {images} {images}", "001.png", "another --output folder"
     ),
+    "folder of another training": Mistake(TRAIN, "OUTPUT_DIR", "or give this run another", _in_use),
+    "weights with a damaged bit": Mistake(
+        f"{EVAL} --weights {{folder}}/w.pth", "w.pth", "copy or download it again", _weights([], _flip)
+    ),
+    "dataset with the name of a path": Mistake(f"{TRAIN} DATASETS.TEST ../x", "DATASETS.TEST", "leave out"),
     "key among the images": Mistake(
         "predict --config-file {config} SOLVER.MAX_ITER 3", "no images", "before"
     ),

@@ -336,3 +336,35 @@ def test_what_is_no_regular_file_is_no_config(tmp_path: Path) -> None:
     assert "_BASE_: there is no file" in error_of(write(tmp_path, "c.yaml", "_BASE_: pipe.yaml\n"))
     with pytest.raises(UserError, match="is a device, a pipe or a socket"):
         load.read_yaml(tmp_path / "pipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../x",
+        "/tmp/x",
+        "a/b",
+        "a\\b",
+        "..",
+        ".",
+        "",
+        "a\nb",
+        "a\x1b[31m",
+        "x" * 300,
+        "é" * 100,
+        " a",
+        "a.",
+    ],
+)
+def test_dataset_names_are_names_of_folders(name: str, tmp_path: Path) -> None:
+    """The folders ``inference/NAME`` of a run, which they must not leave."""
+    entry = {name: {"ANNOTATIONS": "a.json", "IMAGES": "pictures"}}
+    for key, value in (("TEST", [name]), ("TRAIN", [name]), ("REGISTER", entry)):
+        path = tmp_path / "names.yaml"
+        path.write_text(yaml.safe_dump({"DATASETS": {key: value}}))
+        with pytest.raises(
+            UserError, match=rf"DATASETS\.{key}.* does not fit: the name .*(leave out|shorten)"
+        ) as caught:
+            load_config(path)
+        assert str(caught.value).isprintable()
+    assert load_config(overrides=["DATASETS.TEST", "('cost_$5_$9', 'über val-1.2')"]).datasets.test

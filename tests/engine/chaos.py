@@ -1,7 +1,8 @@
 """Kills a training run again and again, resumes it, and compares the end with that of an undisturbed run.
 
-``python -m tests.engine.chaos`` kills a run of 60 iterations 20 times with SIGKILL; see ``--help``. Attempts
-are forks of this process, which has imported everything and computed nothing.
+``python -m tests.engine.chaos`` kills a run of 60 iterations 20 times with SIGKILL; with ``--every-call`` a
+short one at every place that touches its folder, once each; see ``--help``. Attempts are forks of this
+process, which has imported everything and computed nothing.
 """
 
 from __future__ import annotations
@@ -49,8 +50,19 @@ class Outcome:
     resumed_at: list[int] = field(default_factory=list)
 
 
-def start(config: Path, folder: Path, processes: int, keys: Sequence[str]) -> list[int]:
-    """Fork the processes of one attempt; their output goes to ``folder``."""
+def start(
+    config: Path, folder: Path, processes: int, keys: Sequence[str], prepare: Callable[[], None] | None = None
+) -> list[int]:
+    """Fork the processes of one attempt; their output goes to ``folder``.
+
+    Args:
+        config: file; the run goes to ``folder/run``, and is resumed if it has begun there.
+        folder: of the outputs.
+        processes: how many.
+        keys: of the config.
+        prepare: is called in the first process before it trains.
+    """
+    resume = ["--resume"] if (folder / "run" / "config.yaml").exists() else []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -70,7 +82,8 @@ def start(config: Path, folder: Path, processes: int, keys: Sequence[str]) -> li
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             if rank == 0:
                 count_steps(folder / "steps.txt")
-            resume = ["--resume"] * (folder / "run" / "config.yaml").exists()
+                if prepare is not None:
+                    prepare()
             status = main(["train", "--config-file", str(config), *resume, *KEYS, *keys])
         except SystemExit as error:
             status = int(error.code or 0)
@@ -220,9 +233,19 @@ def run() -> int:
     parser.add_argument("--processes", type=int, default=1, help="that train together, with gloo")
     parser.add_argument("--signal", default="SIGKILL", choices=["SIGKILL", "SIGTERM", "SIGINT"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--every-call", action="store_true", help="kill at each call that touches the folder, once each"
+    )
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="with it: at each Nth alone")
+    parser.add_argument("--first", type=int, default=1, metavar="N", help="with it: begin at the Nth")
+    parser.add_argument("--twice", action="store_true", help="with it: kill the resumed run, too")
     parser.add_argument("keys", nargs="*", metavar="KEY VALUE", help="config keys")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.every_call:
+        from tests.engine.every_call import kill_at_every_call
+
+        return kill_at_every_call(args.processes, args.every, args.twice, args.first)
     with tempfile.TemporaryDirectory() as folder:
         outcome, found = compare(
             Path(folder),

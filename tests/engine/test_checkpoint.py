@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
+import shutil
 import signal
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -16,9 +19,13 @@ from gn_detect.config import Config, dump_config
 from gn_detect.data import build_train_loader
 from gn_detect.engine import train
 from gn_detect.engine import trainer as trainer_module
+from gn_detect.engine.checkpoint import read_last_checkpoint
 from gn_detect.engine.distributed import scale_config
 from gn_detect.engine.run import prepare
+from gn_detect.engine.writers import MetricsWriter
 from gn_detect.errors import UserError
+from gn_detect.visualize import is_average, is_loss, read_metrics
+from gn_detect.weights import read_checkpoint
 from tests.engine.chaos import differences
 
 
@@ -225,3 +232,169 @@ def test_other_processes_go_on_where_as_many_images_were_seen(trained: Config) -
     content["config"] = dump_config(scale_config(cfg, 2))
     torch.save(content, path)
     assert prepare(cfg, resume=True).start == 10
+
+
+OUTSIDE = ["../../victim.pth", "{tmp}/victim.pth", "..", "sub/model_0000001.pth", "model\x07.pth", "\xff\xfe"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "model_final.pth\n../../victim.pth", ""])
+@pytest.mark.parametrize("listing", ["last_checkpoint", "checkpoints.txt"])
+def test_lists_of_checkpoints_name_files_of_the_folder_alone(
+    trained: Config, tmp_path: Path, name: str, listing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(trained.output_dir)
+    victim = tmp_path / "victim.pth"
+    victim.write_bytes(b"of somebody else")
+    (folder / listing).write_text(name.format(tmp=tmp_path), encoding="latin1")
+    checkpoint = read_last_checkpoint(folder, set_aside=True)
+    assert checkpoint is not None and checkpoint.path == folder / "model_final.pth"
+    assert victim.read_bytes() == b"of somebody else" and not list(tmp_path.glob("*.damaged"))
+    assert (
+        folder / f"{listing}.damaged"
+    ).is_file() and f"{listing} is damaged, and passed over" in caplog.text
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_checkpoint_of_another_program_has_any_plain_name(trained: Config) -> None:
+    folder = Path(trained.output_dir)
+    torch.save(torch.load(folder / "model_final.pth", weights_only=True), folder / "epoch-3.pth")
+    (folder / "checkpoints.txt").unlink()
+    (folder / "last_checkpoint").write_text("epoch-3.pth\n")
+    checkpoint = read_last_checkpoint(folder, set_aside=True)
+    assert checkpoint is not None and checkpoint.path.name == "epoch-3.pth"
+
+
+def test_without_its_lists_a_folder_has_the_newest_of_its_checkpoints(trained: Config) -> None:
+    folder = Path(trained.output_dir)
+    for damage in ("", "/"):
+        for listing in ("last_checkpoint", "checkpoints.txt"):
+            (folder / listing).write_text(damage)
+        newer = torch.load(folder / "model_final.pth", weights_only=True) | {"iteration": 7}
+        torch.save(newer, folder / "model_0000007.pth")  # of a longer run than that of model_final.pth
+        checkpoint = read_last_checkpoint(folder, set_aside=True)
+        assert checkpoint is not None and checkpoint.path.name == "model_0000007.pth"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_checkpoints_that_a_kill_left_are_dropped_later(trained: Config, keep: int) -> None:
+    folder = Path(trained.output_dir)
+    shutil.copy(folder / "model_0000002.pth", folder / "model_0000001.pth")
+    others = [folder / "model_0000009.pth", folder / "own.pth"]  # in no list
+    for other in others:
+        other.write_bytes(b"of the user")
+    names = ["model_0000001.pth", "model_0000002.pth", "model_0000003.pth", "model_final.pth"]
+    (folder / "checkpoints.txt").write_text("".join(f"{name}\n" for name in names))
+    train(trained.replace({"CHECKPOINT.KEEP": keep}), resume=True)
+    found = sorted(path.name for path in folder.glob("*.pth"))
+    assert found == sorted([*names[-keep:], *(other.name for other in others)])
+    assert (folder / "checkpoints.txt").read_text().split() == names[-keep:]
+
+
+def test_a_damaged_bit_never_loads_something_else(
+    trained: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is: in content, in headers, in the directory, in the lists."""
+    monkeypatch.setattr("gn_detect.files.os.fsync", lambda _: None)
+    folder, choose = Path(trained.output_dir), random.Random(1)
+    files = ["model_final.pth"] * 3 + ["last_checkpoint", "checkpoints.txt", "metrics.jsonl"]
+    content = {name: (folder / name).read_bytes() for name in files}
+    whole = {path.name: read_checkpoint(path) for path in folder.glob("model_*.pth")}
+    for number in range(300):
+        name = files[number % len(files)]
+        damaged = bytearray(content[name])
+        near_an_end = choose.choice([choose.randrange(2000), -1 - choose.randrange(20000)])
+        place = near_an_end if number % 2 and name == "model_final.pth" else choose.randrange(len(damaged))
+        damaged[place] ^= 1 << choose.randrange(8)
+        (folder / name).write_bytes(bytes(damaged))
+        caplog.clear()
+        if name == "metrics.jsonl":
+            MetricsWriter(folder, 5).close()
+        found = read_last_checkpoint(folder, set_aside=True)
+        assert found is not None
+        expected = whole[found.path.name]
+        assert differences([found.tensors, found.metadata], [expected.tensors, expected.metadata]) == []
+        if name == "model_final.pth":
+            assert found.path.name == "model_0000003.pth" and "model_final.pth is passed over" in caplog.text
+            with pytest.raises(UserError) as caught:
+                (folder / f"{name}.damaged").rename(folder / "moved.pth")
+                read_checkpoint(folder / "moved.pth")
+            assert "\n" not in str(caught.value)
+        for name, data in content.items():
+            (folder / name).write_bytes(data)
+
+
+def test_sums_of_files_of_other_programs_are_compared(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.pth"
+    torch.save({"model": {"weight": torch.zeros(5000)}}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+    with pytest.raises(
+        UserError, match=r"theirs\.pth is damaged at theirs/data/0; copy or download it again"
+    ):
+        read_checkpoint(path)
+
+
+def test_an_interrupted_first_attempt_is_not_an_earlier_run(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its first checkpoint and begun again with --resume, it leaves nothing aside."""
+    cfg = tiny_config.replace({"SOLVER.LOG_PERIOD": 1, "SEED": -1, "TEST.EVAL_PERIOD": 2})
+    folder = Path(cfg.output_dir)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer_module, "evaluate_test_sets", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg)
+    monkeypatch.undo()
+    train(cfg, resume=True)
+    assert not list(folder.glob("*.earlier"))
+    train(cfg.replace({"SOLVER.BASE_LR": 0.5}))
+    assert (folder / "model_final.pth.earlier").is_file()
+
+
+@pytest.mark.parametrize("period", [0, 2])
+def test_an_evaluation_that_was_killed_changes_no_checkpoint(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, period: int, tmp_path: Path
+) -> None:
+    """Its repetition saves what the undisturbed run would have saved, the rate included."""
+    keys = {"SOLVER.CHECKPOINT_PERIOD": 2, "TEST.EVAL_PERIOD": period, "SOLVER.MAX_ITER": 4}
+    cfg = tiny_config.replace(keys)
+    whole = tmp_path / "whole"
+    train(cfg.replace({"OUTPUT_DIR": str(whole)}))
+    real, calls = trainer_module.evaluate_test_sets, iter(range(9))
+
+    def killed(*args: object) -> object:
+        if next(calls) % 2 == 0:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer_module, "evaluate_test_sets", killed)
+    for attempt in range(4):
+        try:
+            train(cfg, resume=attempt > 0)
+        except KeyboardInterrupt:
+            continue
+        break
+    for name in ("model_0000001.pth", "model_final.pth"):
+        one, other = (torch.load(f / name, weights_only=True) for f in (whole, Path(cfg.output_dir)))
+        assert one.pop("config") != other.pop("config")  # names the folder
+        assert differences(one, other) == []
+
+
+def test_a_category_may_be_called_as_a_loss(tmp_path: Path) -> None:
+    """Of the lines of an evaluation that is repeated, none is left."""
+    names = ("total_loss", "iteration", "lr", "a/AP")
+    training = {"total_loss": 1.0, "loss_cls": 1.0, "lr": 0.1}
+    evaluation = {"bbox/AP": 5.0, **{f"bbox/AP-{name}": 5.0 for name in names}}
+    for attempt in range(3):
+        with closing(MetricsWriter(tmp_path, attempt and 4, evaluate_first=attempt > 0)) as writer:
+            if attempt == 0:
+                writer.write(3, training)
+            writer.write(3, evaluation)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == [{"iteration": 3, **training}, {"iteration": 3, **evaluation}]
+    assert [name for row in rows for name in row if is_average(name, "AP")] == ["bbox/AP"]
+    assert [name for name in ("loss_a/bbox/AP", *training) if is_loss(name)] == ["total_loss", "loss_cls"]

@@ -111,12 +111,42 @@ def test_read_only_folder_is_refused_at_the_start(tiny_config: Config, mounted: 
         train(cfg)
 
 
-def test_deleted_folder_is_made_again(
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_deleted_folder_ends_the_run_and_loses_no_iteration(
+    tiny_config: Config, at_step: Callable, monkeypatch: pytest.MonkeyPatch, evaluates: bool
+) -> None:
+    """In training, and in the final evaluation, which makes folders for what it writes."""
+    cfg = tiny_config.replace(KEYS)
+    folder = Path(cfg.output_dir)
+    if evaluates:
+        cfg = tiny_config.replace({"SOLVER.MAX_ITER": 2})
+        real = trainer_module.evaluate_test_sets
+
+        def evaluate(*args: object) -> object:
+            shutil.rmtree(folder)
+            return real(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(trainer_module, "evaluate_test_sets", evaluate)
+    else:
+        at_step(2, lambda: shutil.rmtree(folder))
+    fails(
+        cfg, "OUTPUT_DIR .*/run was deleted while the run went on.*after iteration [23]: --resume continues"
+    )
+    monkeypatch.undo()
+    assert "MAX_ITER" in (folder / "config.yaml").read_text()
+    steps = []
+    monkeypatch.setattr(trainer_module, "train_step", lambda *args: steps.append(1) or train_step(*args))
+    train(cfg, resume=True)
+    assert len(steps) == (0 if evaluates else 1)
+    assert (folder / "model_final.pth").is_file()
+
+
+def test_deleted_metrics_are_begun_again(
     tiny_config: Config, at_step: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = tiny_config.replace(KEYS)
     folder = Path(cfg.output_dir)
-    at_step(2, lambda: shutil.rmtree(folder))
+    at_step(2, lambda: (folder / "metrics.jsonl").unlink())
     train(cfg)
     assert "was deleted; it is written anew" in caplog.text
     assert (folder / "model_final.pth").is_file()

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from gn_detect.config import Config
-from gn_detect.engine import interruption, train
+from gn_detect.engine import interruption, launch, train
 from gn_detect.engine import trainer as trainer_module
+from gn_detect.engine.distributed import get_rank
+from gn_detect.evaluation import model as evaluation_module
+from tests.engine.chaos import TIMINGS, differences, metrics_of
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
 
@@ -63,3 +70,76 @@ def test_second_signal_ends_the_process_at_once(
         train(tiny_config.replace({"DATASETS.TEST": []}))
     assert left.value.args == (130,)
     assert not (Path(tiny_config.output_dir) / "last_checkpoint").exists()
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> list[str]:
+    """A SIGTERM in an evaluation: at an image, or in COCO's part, endless then. Returns what was done."""
+    done, real = list[str](), getattr(evaluation_module, where)
+
+    def called(*args: object) -> object:
+        done.append(where)
+        if len(done) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+            end = time.monotonic() + 60
+            while where == "evaluate_results" and time.monotonic() < end:
+                pass
+        return real(*args)
+
+    monkeypatch.setattr(evaluation_module, where, called)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "last"),
+    [
+        ("detections_to_coco", 1, "model_0000001.pth"),
+        ("detections_to_coco", 5, "model_final.pth"),
+        ("evaluate_results", 1, "model_0000001.pth"),
+        ("evaluate_results", 4, "model_final.pth"),
+    ],
+)
+def test_signal_in_an_evaluation_ends_it_and_resuming_repeats_it(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int, last: str
+) -> None:
+    """After two iterations, where no checkpoint is due, and at the end."""
+    cfg = tiny_config.replace({"SOLVER.MAX_ITER": 4, "TEST.EVAL_PERIOD": 2, "SOLVER.LOG_PERIOD": 3})
+    folders = [Path(cfg.output_dir), tmp_path / "whole"]
+    done = stop_at(monkeypatch, where, number)
+    begin = time.monotonic()
+    with pytest.raises(SystemExit) as left:
+        train(cfg)
+    assert left.value.code == 143
+    assert len(done) == number, "the rest of the images is left out"
+    assert time.monotonic() - begin < 50
+    monkeypatch.undo()
+    assert (folders[0] / "last_checkpoint").read_text() == last
+    assert not list(folders[0].rglob("*.tmp"))
+    train(cfg, resume=True)
+    train(cfg.replace({"OUTPUT_DIR": str(folders[1])}))
+    finals = [torch.load(folder / "model_final.pth", weights_only=True) for folder in folders]
+    assert finals[0].pop("config") != finals[1].pop("config")  # names the folder
+    assert differences(*finals) == []
+    assert metrics_of(folders[0].parent) == [
+        {key: value for key, value in row.items() if key not in TIMINGS}
+        for row in map(json.loads, (folders[1] / "metrics.jsonl").read_text().splitlines())
+    ]
+
+
+def _told_in_an_evaluation(cfg: Config, rank: int) -> None:
+    """Runs in each of two processes; one of them alone gets the signal."""
+    if get_rank() == rank:
+        stop_at(pytest.MonkeyPatch(), "detections_to_coco", 2)
+    train(cfg)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_processes_leave_an_evaluation_together(tiny_config: Config, rank: int) -> None:
+    """Also the one that had fewer images, and waits."""
+    cfg = tiny_config.replace({"SOLVER.MAX_ITER": 1, "DATASETS.TEST": ["tiny_train"]})
+    with pytest.raises(SystemExit) as left:
+        launch(_told_in_an_evaluation, (cfg, rank), device="cpu", num_gpus=2)
+    assert left.value.code == 143
+    folder = Path(cfg.output_dir)
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert not (folder / "results.json").exists()
+    assert "SIGTERM: during an evaluation; --resume repeats it" in (folder / "log.txt").read_text()

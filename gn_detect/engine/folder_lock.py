@@ -1,0 +1,182 @@
+"""One training at a time writes into a run's folder: the kernel's lock on a file in it decides."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import UserError
+
+LOCK = ".lock"
+"""The file in a run's folder. It stays when the run ends: only the kernel's lock on it means anything."""
+
+PATIENCE_SECONDS = 6.0
+"""The processes of a run that was killed, data-loader workers too, are gone after so long."""
+
+_RETRY_SECONDS = 0.1
+
+logger = logging.getLogger(__name__)
+
+_held: set[int] = set()
+"""Descriptors of this process, which a fork copies, and with them the lock."""
+
+
+def _close_in_child() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    # A data-loader worker that outlives its killed parent must not hold the folder.
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+class FolderLock:
+    """Held by the first process of a training from before anything is written until the end.
+
+    The kernel releases it when the process ends in whatever way, so a file that a killed run left behind
+    locks nothing, and no lock is ever broken by its age. filelock is not used: its older versions take every
+    error for a lock of somebody else, and its newer ones fall back to the mere existence of the file.
+
+    Args:
+        folder: ``OUTPUT_DIR``.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder, self._path = Path(folder), Path(folder) / LOCK
+        self._descriptor, self._links = -1, 0
+        self.is_held = False
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def take(self, patience: float = PATIENCE_SECONDS) -> None:
+        """Lock the folder, which must exist; a second call changes nothing.
+
+        A file system that cannot lock is warned of, and the run goes on.
+
+        Args:
+            patience: seconds that another process has to leave.
+
+        Raises:
+            UserError: another training holds the lock.
+        """
+        if self._descriptor >= 0:
+            return
+        end, told = time.monotonic() + patience, False
+        while True:
+            try:
+                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+                _held.add(self._descriptor)
+                self.is_held = _try_lock(self._descriptor)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                logger.warning("cannot lock %s (%s): see to it that no other run uses it", self._path, reason)
+                break
+            if self.is_held and self.is_there():
+                break
+            refused = not self.is_held  # else the file was deleted between the two calls
+            self.release()
+            if refused and time.monotonic() >= end:
+                raise UserError(
+                    f"OUTPUT_DIR {self.folder} is in use by another training ({_holder(self._path)}); wait "
+                    "for its end or stop it, or give this run another OUTPUT_DIR"
+                )
+            if refused and not told:
+                logger.info("%s is in use by another training; waiting a moment for its end", self.folder)
+                told = True
+            time.sleep(_RETRY_SECONDS)
+        if self._descriptor < 0:
+            return
+        self._links = os.fstat(self._descriptor).st_nlink
+        if self.is_held:
+            _sign(self._descriptor)
+
+    def is_there(self) -> bool:
+        """Return whether the file that was locked is still in the folder; False once somebody deleted it."""
+        if self._descriptor < 0:
+            return self.folder.is_dir()
+        was_deleted = self._links > 0 and os.fstat(self._descriptor).st_nlink == 0
+        return self._path.exists() and not was_deleted
+
+    def release(self) -> None:
+        """Give the folder free."""
+        if self._descriptor >= 0:
+            _held.discard(self._descriptor)
+            os.close(self._descriptor)
+        self._descriptor, self._links, self.is_held = -1, 0, False
+
+
+def is_in_use(folder: str | Path) -> bool:
+    """Return whether a training holds the lock of ``folder``; False where that cannot be told."""
+    try:
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _try_lock(descriptor)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed.
+
+    Returns:
+        False where another process has it.
+
+    Raises:
+        OSError: this file system cannot lock.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # behind the text, which others read
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    except NotImplementedError as error:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
+    return True
+
+
+def _sign(descriptor: int) -> None:
+    """Write who holds the lock, for the message of whoever is refused."""
+    text = f"process {os.getpid()} on {socket.gethostname()}\n"
+    try:
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, text.encode())
+    except OSError:  # the disk is full, which what is written next will say
+        pass
+
+
+def _holder(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            text = file.read(300).decode("ascii", "replace").strip()
+    except OSError:
+        text = ""
+    return text if re.fullmatch(r"process \d+ on [\w.-]+", text) else "of an unknown process"
