@@ -90,7 +90,7 @@ def training_loop(run: Run, writer: MetricsWriter | None) -> None:
     meter = Meter(run.device, run.start, solver.max_iter, run.losses)
     logger.info("training on %s, processes: %d, seed: %d", run.device, world_size(), cfg.seed)
 
-    with closing(meter), Interruption() as interruption:
+    with Interruption() as interruption:
         for iteration in range(run.start, solver.max_iter):
             done = iteration + 1
             last = done == solver.max_iter
