@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..data.datasets import resolve_dataset
 from ..engine import evaluate, train
 from ..engine.checkpoint import BEST, FINAL
 from ..errors import UserError
-from ..progress import fitted
+from ..progress import WIDTH, fitted
 from ..report.run_folder import read_run
 from .inputs import find_images
 from .options import (
@@ -92,12 +93,16 @@ def print_end(cfg: Config, results: dict[str, Any]) -> None:
 
 
 def command(*words: str) -> str:
-    """Return a command line with the program as it can be called from here."""
+    """Return a command line, continued on the next where long, with the program as it is called here."""
     program = "gn-detect"
     if shutil.which(program) is None:  # its environment is not activated
         beside = Path(sys.executable).with_name(program)
         program = os.path.relpath(beside) if beside.is_file() else f"{sys.executable} -m gn_detect"
-    return f"{program} {shlex.join(words)}"
+    line = f"{program} {shlex.join(words)}"
+    if any(shlex.quote(word) != word for word in words):
+        return line
+    parts = textwrap.wrap(line, WIDTH - len("next:  \\"), break_long_words=False, break_on_hyphens=False)
+    return " \\\n          ".join(parts)
 
 
 def _image_of(cfg: Config) -> str:
