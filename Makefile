@@ -11,6 +11,15 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	if $$p -c '$(VERSION_FITS)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 BIN := $(VENV)/bin
 
+# pip tells what it downloads, and is silent for minutes while it unpacks: a line every few seconds says that it works.
+define install
+@trap 'kill $$ticks 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
+	(seconds=0; while sleep 4; do seconds=$$((seconds + 4)); echo "  installing, $$seconds s"; done) & ticks=$$!; \
+	echo "pip install --editable $(1)"; \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt \
+		--editable $(1)
+endef
+
 .PHONY: help demo test test-slow lint bench clean
 .DELETE_ON_ERROR:
 
@@ -29,18 +38,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(call install,.)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(call install,'.[dev]')
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/gn-detect train --config-file configs/quick/demo.yaml OUTPUT_DIR $(DEMO_OUTPUT)
-	@$(BIN)/python -c "import json; r = json.load(open('$(DEMO_OUTPUT)/results.json')); \
-		print('box AP %.1f, mask AP %.1f' % (r['bbox']['AP'], r['segm']['AP']))"
-	@echo "pictures of predictions: $(DEMO_OUTPUT)/pictures"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow" $(TESTS)

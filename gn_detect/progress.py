@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TextIO, TypeVar
+from weakref import WeakSet
 
 from tqdm import tqdm
 
@@ -25,6 +26,8 @@ SECONDS = 4.0
 
 HIDDEN = "TQDM_DISABLE"
 """This environment variable hides all bars, as it does tqdm's own; processes that are started inherit it."""
+
+_bars: WeakSet[Any] = WeakSet()
 
 
 def fitted(text: str, stream: TextIO) -> str:
@@ -51,7 +54,15 @@ def progress_bar(items: Iterable[T] | None = None, *, shown: bool = True, **opti
     # Both sizes are given: tqdm draws nothing in a terminal that does not tell its size.
     size = shutil.get_terminal_size()
     options = {"leave": False, "ncols": min(size.columns, WIDTH), "nrows": size.lines, **options}
-    return tqdm(items, file=stream, disable=disable, **options)
+    bar = tqdm(items, file=stream, disable=disable, **options)
+    _bars.add(bar)
+    return bar
+
+
+def close_bars() -> None:
+    """Remove the bars that are left, as after an error, so that what is printed next begins a line."""
+    for bar in list(_bars):
+        bar.close()
 
 
 def announced(items: Sequence[T], what: str, unit: str, logger: logging.Logger) -> Iterator[T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..engine.distributed import check_launch
 from ..engine.machine import find_machine
 from ..engine.recipe import make_recipe
 from ..errors import UserError
+from ..progress import fitted
 from ..weights import implied_keys, read_architecture, read_checkpoint
 
 OUTPUT = "output/finetune"
@@ -50,7 +52,7 @@ def choose_config(args: argparse.Namespace) -> Config:
             recipe.choose("input", "what the weights were trained with", implied)
     if os.environ.get("RANK", "0") == "0":
         print(f"chosen for {len(data.images)} images, {len(data.boxes)} objects and {machine}:")
-        print(recipe)
+        print(fitted(str(recipe), sys.stdout))
         print("  KEY VALUE behind the command wins over these; config.yaml in OUTPUT_DIR", cfg.output_dir)
         print("  holds them all, and --config-file reads it", flush=True)
     return cfg

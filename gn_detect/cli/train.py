@@ -5,20 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import shutil
 import sys
 import tempfile
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from ..data.datasets import resolve_dataset
 from ..engine import evaluate, train
 from ..engine.checkpoint import BEST, FINAL
 from ..engine.distributed import is_main
 from ..engine.evaluator import write_results
 from ..errors import UserError
-from ..progress import fitted
+from ..progress import WIDTH, fitted
 from ..report.run_folder import read_run
+from .inputs import find_images
 from .options import (
     add_config_arguments,
     add_data_arguments,
@@ -85,9 +90,7 @@ def run(args: argparse.Namespace) -> Result:
     best = read_run(folder).best
     if best and not best.is_last:
         print(fitted(str(best), sys.stdout))
-    if not args.config_file:
-        weights = found["best"] or found["weights"]
-        print(f"next: gn-detect predict --config-file {found['config']} --weights {weights} IMAGES")
+    print_end(cfg, results)
     return Result({"output_dir": str(folder), **found, "results": results})
 
 
@@ -99,6 +102,46 @@ def _check_flags(args: argparse.Namespace) -> None:
             "--other-classes is for evaluation and --resume; from --weights of other classes, the layers for "
             "them start afresh without it"
         )
+
+
+def print_end(cfg: Config, results: dict[str, Any]) -> None:
+    """Print AP, where the pictures are, and what to try next."""
+    folder = Path(cfg.output_dir)
+    if isinstance(results.get("bbox"), dict):
+        kinds = {"bbox": "box", "segm": "mask"}
+        values = {name: results.get(kind, {}).get("AP") for kind, name in kinds.items()}
+        print(", ".join(f"{name} AP {value:.1f}" for name, value in values.items() if value is not None))
+    if (folder / "pictures").is_dir():
+        print(f"pictures of predictions, and the curves: {folder / 'pictures'}")
+    best = next((folder / name for name in (BEST, FINAL) if (folder / name).is_file()), folder / FINAL)
+    used = ["--config-file", str(folder / "config.yaml"), "--weights", str(best)]
+    print("next: " + command("predict", *used, _image_of(cfg)))
+    print("      " + command("report", str(folder)))
+    if "demo_train" in cfg.datasets.train:
+        own = "--train-json train.json --train-images images --val-json val.json --val-images images"
+        print("      " + command("train", *own.split()) + "   # your own data: docs/your-data.md")
+
+
+def command(*words: str) -> str:
+    """Return a command line, continued on the next where long, with the program as it is called here."""
+    program = "gn-detect"
+    if shutil.which(program) is None:  # its environment is not activated
+        beside = Path(sys.executable).with_name(program)
+        program = os.path.relpath(beside) if beside.is_file() else f"{sys.executable} -m gn_detect"
+    line = f"{program} {shlex.join(words)}"
+    if any(shlex.quote(word) != word for word in words):
+        return line
+    parts = textwrap.wrap(line, WIDTH - len("next:  \\"), break_long_words=False, break_on_hyphens=False)
+    return " \\\n          ".join(parts)
+
+
+def _image_of(cfg: Config) -> str:
+    """An image of the first test set, or a word for images."""
+    try:
+        folder = resolve_dataset(cfg, cfg.datasets.test[0]).images
+        return str(find_images([str(folder)])[0])
+    except (IndexError, UserError):
+        return "IMAGES"
 
 
 def _train(cfg: Config, args: argparse.Namespace) -> None:

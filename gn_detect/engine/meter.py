@@ -56,10 +56,6 @@ class Meter:
         self._begin = time.perf_counter()
         self._bar = progress_bar(total=end, initial=start, desc="training", unit="iter", shown=is_main())
 
-    def close(self) -> None:
-        """Remove the bar from the terminal."""
-        self._bar.close()
-
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Time inside is data time."""
@@ -121,6 +117,8 @@ class Meter:
         }
         self._log(scalars, list(means))
         self._bar.set_postfix_str(f"loss {scalars['total_loss']:.4g}, lr {learning_rate:.3g}", refresh=False)
+        if self._iteration >= self.end:
+            self._bar.close()
         self._history, self._images, self._count = {}, 0, 0
         self._waiting, self._begin = 0.0, now
         return scalars

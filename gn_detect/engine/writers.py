@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ..files import atomic_write_text, cannot_write
-from ..progress import fitted
+from ..progress import close_bars, fitted
 from ..text import LogFormatter, printable
 from .distributed import is_main
 
@@ -104,6 +104,7 @@ def run_log() -> Iterator[RunLog]:
     try:
         yield log
     finally:
+        close_bars()
         logger.setLevel(level)
         for handler in handlers:
             logger.removeHandler(handler)

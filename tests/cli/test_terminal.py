@@ -68,10 +68,22 @@ def test_lines_in_a_terminal_are_short_and_not_torn(trained: tuple[str, Path]) -
     text, _ = trained
     lines = final_lines(text)
     long = [line for line in lines if len(line) >= 100]
-    assert all(len(line.split()) == 1 for line in long), long  # a path is left whole
+    assert all(max(map(len, line.split())) > 50 for line in long), long  # a path is left whole
     iterations = [line for line in lines if "eta" in line]
     shape = r"\d\d:\d\d:\d\d iter [246]/6  eta [\d:]+  total_loss [\d.]+  lr [\d.e-]+  [\d.]+ s/iter"
     assert len(iterations) == 3 and all(re.fullmatch(shape, line) for line in iterations), iterations
+
+
+def test_a_training_ends_with_what_to_try_next(trained: tuple[str, Path]) -> None:
+    text, run = trained
+    end = text.replace("\r\n", "\n").replace("\\\n", " ").splitlines()[-4:]
+    assert re.fullmatch(r"box AP [\d.]+, mask AP [\d.]+", end[0])
+    assert end[1] == f"pictures of predictions, and the curves: {run / 'pictures'}"
+    assert end[2].startswith("next: ")
+    predict = end[2].split()
+    assert predict[2:5:2] == ["predict", str(run / "config.yaml")] and Path(predict[-1]).suffix == ".png"
+    assert all(Path(path).is_file() for path in (predict[4], predict[6], predict[7]))
+    assert end[3].split()[1:] == ["report", str(run)]
 
 
 def test_the_log_file_has_whole_lines(trained: tuple[str, Path]) -> None:
