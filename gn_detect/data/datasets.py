@@ -89,7 +89,7 @@ def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
         raise UserError(_unknown(name, [*registered, *BUILT_IN]))
     if source.annotations.is_dir():
         told = describe_foreign(source.annotations)
-        raise UserError(f"dataset {name}: {source.annotations} is no COCO annotation file: {told}")
+        raise UserError(f"dataset {name}: {source.annotations} is no COCO file: {told}")
     if not source.annotations.is_file():
         raise UserError(f"dataset {name}: annotation file {source.annotations} is missing; {remedy}")
     if not source.images.is_dir():

@@ -130,6 +130,10 @@ _HELD: list[FolderLock] = []
 """The locks of other trainings, which the end of the tests releases."""
 
 
+def _make_fractions(annotation: dict[str, Any]) -> None:
+    annotation["bbox"] = [number / 1000 for number in annotation["bbox"]]
+
+
 def _rename_category(case: Case) -> None:
     content = json.loads(case.val.read_text())
     content["categories"][0]["name"] = "circle"
@@ -195,7 +199,28 @@ MISTAKES = {
     ),
     "not JSON": Mistake(OWN, "annotations.json", "give a COCO annotation file", _text("hello")),
     "not COCO": Mistake(OWN, "annotations.json", "images", _text('{"a": 1}')),
-    "result file": Mistake(OWN, "annotations.json", "give a COCO annotation file", _text("[1, 2]")),
+    "a list": Mistake(OWN, "annotations.json", "give a COCO annotation file", _text("[1, 2]")),
+    "result file": Mistake(
+        OWN,
+        "a file of results",
+        "give the annotations",
+        _text('[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]'),
+    ),
+    "annotations of another tool": Mistake(
+        "train --train-json {folder}/data.yaml --train-images {images}",
+        "YOLO labels",
+        "FiftyOne or Datumaro",
+        _file("data.yaml", "nc: 1\nnames: [cat]\n"),
+    ),
+    "folder for a file": Mistake(
+        "doctor --json {images} --images {images}", "it is a folder", "give the COCO annotation file"
+    ),
+    "boxes that are fractions": Mistake(
+        OWN,
+        "boxes are fractions",
+        "--fix OUT.json",
+        _edit(lambda c: [_make_fractions(a) for a in c["annotations"]]),
+    ),
     "no categories": Mistake(
         OWN, "annotations.json", "add the classes", _edit(lambda c: c["categories"].clear())
     ),
@@ -217,6 +242,12 @@ MISTAKES = {
     ),
     "images folder missing": Mistake(
         "train --train-json {train} --train-images nowhere", "nowhere", "correct --train-images"
+    ),
+    "image under another name": Mistake(
+        OWN,
+        "001.png is there",
+        "doctor --fix",
+        _edit(lambda c: c["images"][0].update(file_name="C:\\a\\001.png")),
     ),
     "image missing": Mistake(OWN, "001.png", "restore it", _first_image(Path.unlink)),
     "image that is no image": Mistake(
@@ -374,6 +405,12 @@ MISTAKES = {
     "doctor without images": Mistake("doctor --json {train}", "--images", "--no-images"),
     "repair with another folder": Mistake(
         "doctor --json {train} --images {folder} --fix {output}", "none of the 4 images", "is their folder"
+    ),
+    "repair that removes much": Mistake(
+        "doctor --json {train} --images {images} --fix {output}",
+        "2 of 8 annotations (id 1, 2)",
+        "add --drop",
+        _edit(lambda c: [a.update(category_id=55) for a in c["annotations"][:2]]),
     ),
     "report of another kind": Mistake("report {folder} --output page.pdf", "page.pdf", "in .html"),
     "convert without a format": Mistake("convert {folder}/w.pth gn", "gn", "--format", _weights(BN)),

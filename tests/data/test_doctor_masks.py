@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from fractions import Fraction
 from itertools import combinations
 
@@ -44,3 +45,16 @@ def test_touching_and_repeated_points_are_no_crossing() -> None:
     assert not crosses_itself([0, 0, 4, 0, 4, 4, 4, 4, 0, 4, 0, 0])
     assert not crosses_itself([0, 0, 2, 2, 4, 0, 4, 4, 2, 2, 0, 4])  # two triangles that share a corner
     assert crosses_itself([0, 0, 4, 4, 4, 0, 0, 4])
+
+
+def test_long_outlines_take_seconds() -> None:
+    """Edges are compared only with those at their x; a million points on one line are not compared at all."""
+    angles = np.linspace(0, 2 * np.pi, 200_000, endpoint=False)
+    circle = np.column_stack([50 + 40 * np.cos(angles), 50 + 40 * np.sin(angles)])
+    begin = time.perf_counter()
+    assert not crosses_itself(circle.ravel().tolist())
+    circle[1000], circle[90_000] = circle[90_000].copy(), circle[1000].copy()
+    assert crosses_itself(circle.ravel().tolist())
+    comb = [number for i in range(300_000) for number in (5, i % 50)]
+    assert not crosses_itself(comb)
+    assert time.perf_counter() - begin < 20
