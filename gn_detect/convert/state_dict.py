@@ -98,8 +98,8 @@ def _refuse_quantized(tensors: Mapping[str, Tensor], norms: set[str]) -> None:
         if parent in layers:
             layer = f"'{parent.removesuffix('.')}'" if parent else "the model"
             raise UserError(
-                f"{layer} is a quantization-aware layer (ConvBn or LinearBn), which reads the statistics of its "
-                f"BatchNorm '{norm}', and a GroupNorm has none; convert weights from before it was prepared"
+                f"{layer} is a quantization-aware layer (ConvBn or LinearBn), which reads the statistics of "
+                f"its BatchNorm '{norm}', and a GroupNorm has none; convert weights from before it was prepared"
             )
 
 
