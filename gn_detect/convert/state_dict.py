@@ -99,7 +99,7 @@ def _refuse_quantized(tensors: Mapping[str, Tensor], norms: set[str]) -> None:
             layer = f"'{parent.removesuffix('.')}'" if parent else "the model"
             raise UserError(
                 f"{layer} is a quantization-aware layer (ConvBn or LinearBn), which reads the statistics of "
-                f"its BatchNorm '{norm}', and a GroupNorm has none; convert weights from before it was prepared"
+                f"its BatchNorm '{norm}', and a GroupNorm has none; convert weights of before"
             )
 
 
