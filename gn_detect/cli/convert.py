@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eps",
         type=float,
-        help="of the BatchNorms in a checkpoint; 1e-5, 0 for torchvision's published detectors of version 1",
+        help="of the BatchNorms in a checkpoint; by default that of the library with its names, else 1e-5",
     )
     parser.add_argument(
         "--relative-eps",

@@ -38,8 +38,8 @@ def convert_state_dict(
             detectors of version 1.
 
     Raises:
-        UserError: there is no BatchNorm in it, its channels cannot be split, it has numbers that no BatchNorm
-            can have, or eps is no such number.
+        UserError: there is no BatchNorm in it, or one of a quantization-aware layer, its channels cannot be
+            split, it has numbers that no BatchNorm can have, or eps is no such number.
     """
     owners = [name.removesuffix(".running_var") for name in tensors if name.endswith(".running_var")]
     norms = {owner for owner in owners if _is_batch_norm(tensors, owner)}
@@ -48,6 +48,7 @@ def convert_state_dict(
             "there is no BatchNorm with running statistics among the tensors; it has another norm, or its "
             "statistics were folded into the scale: then convert the model itself, with images"
         )
+    _refuse_quantized(tensors, norms)
     known = library_eps(tensors, norms) if eps is None else dict.fromkeys(norms, eps)
     report = ConversionReport()
     converted: dict[str, Tensor] = {}
@@ -87,6 +88,19 @@ def convert_state_dict(
             "are as they were"
         )
     return converted, report
+
+
+def _refuse_quantized(tensors: Mapping[str, Tensor], norms: set[str]) -> None:
+    """A quantization-aware convolution reads the statistics of the BatchNorm inside it."""
+    layers = {name.rpartition("weight_fake_quant.")[0] for name in tensors if "weight_fake_quant." in name}
+    for norm in sorted(norms):
+        parent = norm.removesuffix(norm.rpartition(".")[2])
+        if parent in layers:
+            layer = f"'{parent.removesuffix('.')}'" if parent else "the model"
+            raise UserError(
+                f"{layer} is a quantization-aware layer (ConvBn or LinearBn), which reads the statistics of "
+                f"its BatchNorm '{norm}', and a GroupNorm has none; convert weights of before"
+            )
 
 
 def _is_batch_norm(tensors: Mapping[str, Tensor], owner: str) -> bool:

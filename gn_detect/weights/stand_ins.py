@@ -94,7 +94,18 @@ _DTYPES = (
     *("Float16DType", "Float32DType", "Float64DType", "BoolDType", "StrDType", "BytesDType"),
 )
 _NODES = ("AnyNode", "BooleanNode", "BytesNode", "FloatNode", "IntegerNode", "StringNode", "UnionNode")
-_TYPES = ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")
+_TYPES = (
+    "bool",
+    "bytes",
+    "dict",
+    "float",
+    "int",
+    "list",
+    "long",
+    "str",
+    "tuple",
+    "unicode",
+)  # two of Python 2
 
 _KINDS: dict[tuple[str, str], type] = {
     # mmengine: the log of a run.

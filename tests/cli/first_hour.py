@@ -5,6 +5,7 @@ tests/cli/test_first_hour.py provokes them; docs/troubleshooting.md is checked a
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -73,6 +74,12 @@ def _weights(keys: list[str], damage: Callable[[Path], Any] = lambda path: None)
         damage(path)
 
     return prepare
+
+
+def _mix_options(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    content["model"]["args"] = argparse.Namespace(lr=0.1)
+    torch.save(content, path)
 
 
 def _cut(path: Path) -> None:
@@ -419,6 +426,12 @@ MISTAKES = {
         "--config-file",
         "trained with",
         _weights(BN),
+    ),
+    "options among the weights": Mistake(
+        "convert {folder}/w.pth {folder}/gn.pth",
+        "w.pth",
+        "save its state dict alone",
+        _weights(BN, _mix_options),
     ),
     "model without weights": Mistake("convert resnet18 gn.pth", "resnet18", "--weights DEFAULT"),
     "plot of no run": Mistake("plot {folder}/nowhere", "nowhere", "run"),

@@ -75,6 +75,102 @@ def folder(tmp_path):
     return folder
 
 
+class OwnModel(torch.nn.Module):
+    """A model of anybody's, with norms of its own and a counter that is no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32))
+        self.plain = torch.nn.BatchNorm2d(32, affine=False)
+        self.register_buffer("seen", torch.tensor(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.plain(self.stem(x))
+
+
+class Within(torch.nn.Module):
+    """Holds a model under a name, as wrappers do: ``module.``, ``model._orig_mod.``, ..."""
+
+    def __init__(self, prefix: str, inner: torch.nn.Module) -> None:
+        super().__init__()
+        name, _, rest = prefix.partition(".")
+        self.add_module(name, Within(rest, inner) if rest else inner)
+
+
+PREFIXES = ["", "module.", "model.", "_orig_mod.", "module._orig_mod.", "model.model.", "backbone.", "net."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("make", [OwnModel, torchvision.models.resnet18])
+def test_anothers_state_dict_loads_into_its_own_model(make, prefix, tmp_path, capsys) -> None:
+    torch.manual_seed(0)
+    model = Within(prefix, make()) if prefix else make()
+    source, target = tmp_path / "bn.pth", tmp_path / "gn.pth"
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, source)
+    assert main(["convert", str(source), str(target), "--eps", "0.002"]) == 0
+    told = capsys.readouterr().out
+    assert "gn_detect.convert_norm(model, init='reset'" in told
+    assert ("MODEL.WEIGHTS" in told) == (make is not OwnModel and prefix != "net.")
+    content = torch.load(target, weights_only=True)
+    model.eval()
+    expected, _ = gn_detect.convert_norm(model, eps=0.002)
+    own, _ = gn_detect.convert_norm(model, init="reset", eps=content["group_norm_eps"])
+    assert list(content["model"]) == list(own.state_dict())
+    own.load_state_dict(content["model"], strict=True)
+    again, _ = gn_detect.convert_norm(model, init="reset", eps=1.0)
+    gn_detect.load_weights(again, target)
+    eps = {name: m.eps for name, m in again.named_modules() if isinstance(m, torch.nn.GroupNorm)}
+    assert eps == content["group_norm_eps"] and set(eps.values()) == {0.002}
+    for name, tensor in expected.state_dict().items():  # the statistics are 0 and 1: of BatchNorm's own eps
+        assert torch.allclose(own.state_dict()[name], tensor, rtol=2e-3)
+        assert torch.equal(again.state_dict()[name], own.state_dict()[name])
+
+
+def test_an_averaged_model_takes_its_file_back(tmp_path) -> None:
+    """Its counter is neither a weight nor under the wrapper's name."""
+    model = torch.optim.swa_utils.AveragedModel(OwnModel())
+    torch.save(model.state_dict(), tmp_path / "bn.pth")
+    assert main(["convert", str(tmp_path / "bn.pth"), str(tmp_path / "gn.pth")]) == 0
+    own, _ = gn_detect.convert_norm(model, init="reset")
+    own.load_state_dict(torch.load(tmp_path / "gn.pth", weights_only=True)["model"], strict=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.module."])
+def test_a_detectors_names_lose_their_wrapper(prefix, checkpoint, tmp_path, capsys) -> None:
+    tensors = {prefix + name: tensor for name, tensor in read_checkpoint(checkpoint).tensors.items()}
+    torch.save(tensors, checkpoint)
+    assert main(["convert", str(checkpoint), str(tmp_path / "gn.pth")]) == 0
+    told = capsys.readouterr().out
+    assert "MODEL.WEIGHTS" in told and "convert_norm" not in told and "--eps" not in told
+    content = torch.load(tmp_path / "gn.pth", weights_only=True)
+    assert all(name.startswith(("backbone.", "proposal", "roi_heads.")) for name in content["model"])
+    assert loads(tmp_path / "gn.pth")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_another_format_alone_keeps_anothers_names(prefix, tmp_path, capsys) -> None:
+    state = {prefix + name: tensor for name, tensor in OwnModel().state_dict().items()}
+    torch.save(state, tmp_path / "bn.pth")
+    assert main(["convert", "--keep-norm", str(tmp_path / "bn.pth"), str(tmp_path / "bn.pt")]) == 0
+    assert "names as they were" in capsys.readouterr().out
+    found = torch.load(tmp_path / "bn.pt", weights_only=True)["model"]
+    assert list(found) == list(state)
+
+
+def test_the_eps_of_a_library_is_taken_and_another_is_asked_for(tmp_path, capsys) -> None:
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "known.pth")
+    torch.save(OwnModel().state_dict(), tmp_path / "own.pth")
+    assert main(["convert", str(tmp_path / "known.pth"), str(tmp_path / "gn.pth")]) == 0
+    assert "--eps" not in capsys.readouterr().out
+    assert set(read_checkpoint(tmp_path / "gn.pth").metadata["group_norm_eps"].values()) == {1e-3}
+    assert main(["convert", str(tmp_path / "own.pth"), str(tmp_path / "gn.pth")]) == 0
+    told = capsys.readouterr().out
+    assert "warning: the names do not tell the eps of 2 BatchNorms, such as 'stem.1': 1e-05" in told
+    assert "convert with --eps 0.001" in told
+    assert main(["convert", str(tmp_path / "own.pth"), str(tmp_path / "gn.pth"), "--eps", "1e-5"]) == 0
+    assert "--eps" not in capsys.readouterr().out
+
+
 def test_with_images(checkpoint, folder, tmp_path) -> None:
     target, report = tmp_path / "gn.safetensors", tmp_path / "report.json"
     words = ["convert", str(checkpoint), str(target), "--images", str(folder), "--steps", "2"]

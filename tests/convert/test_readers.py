@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gn_detect import UserError
-from gn_detect.convert import convert_norm
+from gn_detect.convert import convert_norm, convert_state_dict
 from gn_detect.layers import GroupNorm
 
 with warnings.catch_warnings():
@@ -155,6 +155,13 @@ def test_a_model_prepared_for_quantization() -> None:
         prepared = quantization.prepare_qat(fused)
     with pytest.raises(UserError, match="'0' is a ConvBnReLU2d, which reads"):
         convert_norm(prepared)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.block."])
+def test_the_state_dict_of_a_quantization_aware_layer_is_refused(prefix: str) -> None:
+    state = {prefix + name: tensor for name, tensor in quantized(qat.ConvBnReLU2d).state_dict().items()}
+    with pytest.raises(UserError, match=f"is a quantization-aware layer .*BatchNorm '{prefix}bn'"):
+        convert_state_dict(state)
 
 
 class Reparameterised(Pair):

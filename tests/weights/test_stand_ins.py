@@ -76,7 +76,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def metadata(kind: type, key: Any, of: Any) -> Any:
         told = {"ref_type": typing.Any, "object_type": of, "optional": True, "key": key, "flags": {}}
-        types_told = {"key_type": typing.Any, "element_type": typing.Any} if kind is container else {}
+        types_told = {"key_type": str, "element_type": int} if kind is container else {}
         return made(
             kind, **told, **types_told, flags_root=False, resolver_cache=collections.defaultdict(dict)
         )
@@ -151,11 +151,13 @@ def test_both_names_of_numpys_core(core: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_arrays_with_options(protocol: int, tmp_path: Path) -> None:
-    options = argparse.Namespace(lr=0.1, best=np.float64(0.5), kind=np.float32)
+    options = argparse.Namespace(lr=0.1, best=np.float64(0.5), kind=np.float32, types=(int, str))
     content = {"model": {"w": np.ones(2)}, "args": options, "log": collections.defaultdict(list, a=[1])}
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     found = read_checkpoint(tmp_path / "m.pkl")
     assert found.tensors["w"].tolist() == [1, 1]
+    types = found.metadata["args"].pop("types")
+    assert types == ("builtins.int", "builtins.str") or types == ("builtins.long", "builtins.unicode")
     assert found.metadata == {"args": {"lr": 0.1, "best": 0.5, "kind": "numpy.float32"}, "log": {"a": [1]}}
 
 

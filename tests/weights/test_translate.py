@@ -293,3 +293,23 @@ def test_real_resnets_are_recognised(shared_dir: Path) -> None:
     assert {"backbone.bottom_up.res2.0.conv1.weight", "backbone.bottom_up.stem.conv1.weight"} <= set(
         found.tensors
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "expected"),
+    [
+        ("fasterrcnn_resnet50_fpn", 91, True),
+        ("fasterrcnn_resnet50_fpn", 3, False),
+        ("fasterrcnn_resnet50_fpn_v2", 91, False),
+        ("fasterrcnn_mobilenet_v3_large_fpn", 91, False),
+        ("maskrcnn_resnet50_fpn", 91, True),
+        ("retinanet_resnet50_fpn", 91, True),
+        ("retinanet_resnet50_fpn_v2", 91, False),
+        ("fcos_resnet50_fpn", 91, False),
+    ],
+)
+def test_published_detectors_with_a_resnet_alone_have_eps_0(name: str, classes: int, expected: bool) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
+    checkpoint = gn_detect.weights.Checkpoint(model.state_dict())
+    assert gn_detect.weights.computes_with_eps_0(checkpoint) == expected
