@@ -255,8 +255,8 @@ def test_vague_undocumented_and_unsafe_files_are_found(tmp_path: Path) -> None:
     files = {
         "ops/utils.py": '"""Doc."""\nx = 1\n',
         "ops/CamelCase.py": '"""D."""\nclass A:\n  """D."""\n  def method(self): ...\n  def _own(self): ...',
-        "ops/reads.py": "import torch\ndef f(p):\n"
-        "    return torch.load(p), eval(p), Image.open(p), yaml.safe_load(p)",
+        "ops/reads.py": "import torch\ndef f(p):\n    return torch.load(p), eval(p)\n"
+        "Image.open(1), yaml.load(1)",
     }
     package = write_tree(tmp_path, files)
     assert [Path(name).name for name in bad_names(package)] == ["CamelCase.py", "utils.py"]
@@ -265,5 +265,5 @@ def test_vague_undocumented_and_unsafe_files_are_found(tmp_path: Path) -> None:
         "ops/reads.py: no docstring",
         "ops/reads.py:2: f has no docstring",
     ]
-    calls = ["torch.load", "eval", "Image.open", "yaml.safe_load"]
-    assert unsafe_readers(package) == [f"ops/reads.py:3: {call}" for call in calls]
+    calls = ["3: torch.load", "3: eval", "4: Image.open", "4: yaml.load"]
+    assert sorted(unsafe_readers(package)) == sorted(f"ops/reads.py:{call}" for call in calls)

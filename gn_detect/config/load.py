@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError
 from ..files import read_text
+from ..text import shortened
 from .paths import find_again
 from .schema import Root
 from .supported import SUPPORTED, conflicts, is_unread, unread
@@ -147,7 +148,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        problem = shortened(" ".join(str(getattr(error, "problem", None) or error).split()), 200)
         remedy = "correct that line" if mark else "correct the file"
         raise UserError(f"{path}:{line} not YAML: {problem}; {remedy}") from None
     if values is None:
@@ -262,7 +263,7 @@ def _complaint(error: ValidationError, origins: Mapping[str, str]) -> str:
     if first["type"] == "extra_forbidden":
         near = nearest_key(key)
         hint = f"did you mean {near}?" if near else "gn-detect config reference lists all"
-        return f"{_origin(key, origins)}{key}: unknown key; {hint}"
+        return f"{_origin(key, origins)}{shortened(key, 200)}: unknown key; {hint}"
     known = [k for k in known_keys() if key == k or key.startswith(f"{k}.")]
     shown = max(known, key=len, default=key)
     remedy = f"; gn-detect config explain {shown} tells what fits" if shown in known_keys() else ""

@@ -19,12 +19,20 @@ _CHARACTERS = 16
 _DEEPEST = 32
 """Levels of lists and groups."""
 
+_TOO_DEEP = f"more than {_DEEPEST} levels of lists and groups"
+
 _LONGEST_NUMBER = 64
 """Characters; reading a number takes time by the square of its length."""
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML with ``!!python/tuple``, which detectron2 writes; a key that stands twice is an error."""
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        """A bracket. PyYAML looks 1024 characters ahead, in the square of the open brackets."""
+        if self.flow_level >= _DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, _TOO_DEEP, self.get_mark())
+        super().fetch_flow_collection_start(token_class)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -86,7 +94,7 @@ def parse_yaml(text: str) -> Any:
             raise RecursionError
         return loader.construct_document(node)
     except RecursionError:
-        raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels of lists and groups") from None
+        raise yaml.MarkedYAMLError(problem=_TOO_DEEP) from None
     except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
         # PyYAML's constructors trust the text behind a tag: "!!bool maybe" is a KeyError.
         raise yaml.MarkedYAMLError(problem=f"a value does not fit its type ({error})") from error

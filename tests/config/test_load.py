@@ -278,6 +278,9 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("a: &a {<<: *a}\n", "leads back to itself"),
         ("a: " + "[" * 5000, "levels"),
         ("a: " + "[" * 100 + "]" * 100, "levels"),
+        ("a: " + "{" * 5000, "levels"),
+        ("- " * 5000, "levels"),
+        ("a: \n" + "".join(" " * depth + "a:\n" for depth in range(1, 100)), "levels"),
         ("SEED: 1" + "0" * 400, "a number is too long"),
         ("SEED: 0x" + "f" * 100_000, "a number is too long"),
         ("SEED: 1" + ":1" * 50_000, "a number is too long"),
@@ -288,6 +291,8 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("SEED: !!bool maybe\n", "does not fit its type"),
         ("SEED: !!timestamp soon\n", "does not fit its type"),
         ("SEED: 2024-99-99\n", "does not fit its type"),
+        ("SEED: !" + "a" * 100_000 + " 1", "could not determine a constructor"),
+        ("a" * 100_000 + ": 1", "a: unknown key"),
         ("# " + "x" * 200_000, "too many for such a file"),
     ],
 )

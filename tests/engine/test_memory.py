@@ -17,7 +17,7 @@ from gn_detect.engine.drawing import Classes, draw_entries
 from gn_detect.evaluation import detections_to_coco
 from gn_detect.structures import Detections
 
-SIZE = 1200, 1600
+SIZE = 600, 800
 PIXELS = SIZE[0] * SIZE[1]
 
 
@@ -53,7 +53,8 @@ def test_drawing_takes_no_memory_for_each_mask(with_truth: bool) -> None:
         truth = [{**entry, "id": i, "area": 1, "iscrowd": 0} for i, entry in enumerate(entries)]
         return peak_of(lambda: draw_entries(picture, entries, classes, truth if with_truth else None))
 
-    assert peak(20) < peak(4) + 8 * PIXELS
+    peak(1)  # what is imported for drawing counts, too
+    assert peak(12) < peak(4) + 4 * PIXELS
 
 
 PREDICT = """
@@ -67,13 +68,13 @@ from tests.engine.test_memory import whole_image_detections
 class Predictor:
     class_names, category_ids = ["thing"], [1]
     def find(self, image):
-        return whole_image_detections(100, image.shape[:2])
+        return whole_image_detections(30, image.shape[:2])
 
 def run(width, height):
     path = Path(sys.argv[1]) / f"{width}.jpg"
     Image.fromarray(np.tile(np.arange(width, dtype=np.uint8)[None, :, None], (height, 1, 3))).save(path)
     outcome = predict_images(Predictor(), [Task(path, 1, path.with_suffix(".png"))], path.parent)
-    assert outcome.objects == 100
+    assert outcome.objects == 30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 before = run(60, 40)
@@ -88,4 +89,4 @@ def test_a_photo_of_24_megapixels_takes_less_than_a_gigabyte(tmp_path: Path, rep
         [sys.executable, "-c", PREDICT, str(tmp_path)], cwd=repository, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1000  # MiB; 5200 where all masks were bitmaps at the same time
+    assert float(done.stdout) < 1000  # MiB; far more where all masks were bitmaps at the same time
