@@ -11,8 +11,9 @@ import pycocotools.mask as coco_mask
 from .image_table import ImageRecord
 from .transforms import polygon_bounds
 
-_PAIRS = 1 << 18
-"""Pairs of edges that are compared at once."""
+_MOST_PAIRS = 1_000_000
+"""Of edges of a polygon that are compared. Traced outlines of many thousand points have less, as their edges
+are short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,6 @@ def measure_mask(polygons: Sequence[Sequence[float]], rle: bytes, image: ImageRe
     size = [image.height, image.width]
     if rle:
         encoded = {"size": size, "counts": rle}
-        coco_mask.decode(encoded)  # the only check of its runs that pycocotools has
         x, y, width, height = coco_mask.toBbox(encoded).tolist()
         box = [x, y, x + width, y + height]
     else:
@@ -50,18 +50,25 @@ def measure_mask(polygons: Sequence[Sequence[float]], rle: bytes, image: ImageRe
 
 
 def crosses_itself(polygon: Sequence[float]) -> bool:
-    """Whether two edges of a closed polygon ``x0, y0, x1, y1, ...`` cross; touching is not crossing."""
+    """Whether two edges of a closed polygon ``x0, y0, x1, y1, ...`` cross; touching is not crossing.
+
+    Polygons with too many edges above each other are not looked at: no.
+    """
     points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
     points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
-    count = len(points)
-    if count < 4:
+    if len(points) < 4:
         return False
     start, end = points, np.roll(points, -1, axis=0)
-    rows = max(1, _PAIRS // count)
-    return any(
-        _cross(start[i : i + rows, None], end[i : i + rows, None], start[None], end[None]).any()
-        for i in range(0, count, rows)
-    )
+    order = np.argsort(np.minimum(start[:, 0], end[:, 0]))
+    start, end = start[order], end[order]
+    left, right = np.minimum(start[:, 0], end[:, 0]), np.maximum(start[:, 0], end[:, 0])
+    # The edges behind each one that begin, from left to right, before it ends.
+    number = np.searchsorted(left, right, side="right") - np.arange(1, len(points) + 1)
+    if number.sum() > _MOST_PAIRS:
+        return False
+    first = np.repeat(np.arange(len(points)), number)
+    second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(number) - number, number)
+    return bool(_cross(start[first], end[first], start[second], end[second]).any())
 
 
 def _cross(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
