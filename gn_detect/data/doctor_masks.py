@@ -11,8 +11,9 @@ import pycocotools.mask as coco_mask
 from .image_table import ImageRecord
 from .transforms import polygon_bounds
 
-_PAIRS = 1 << 18
-"""Pairs of edges that are compared at once."""
+_MOST_PAIRS = 1_000_000
+"""Of edges of a polygon that are compared. Traced outlines of many thousand points have less, as their edges
+are short."""
 
 _MOST_PAIRS = 10_000_000
 """Pairs of edges of a polygon that are compared, in seconds; a traced outline has some 20 for each point."""
@@ -42,7 +43,6 @@ def measure_mask(polygons: Sequence[Sequence[float]], rle: bytes, image: ImageRe
     size = [image.height, image.width]
     if rle:
         encoded = {"size": size, "counts": rle}
-        coco_mask.decode(encoded)  # the only check of its runs that pycocotools has
         x, y, width, height = coco_mask.toBbox(encoded).tolist()
         box = [x, y, x + width, y + height]
     else:
@@ -59,8 +59,7 @@ def crosses_itself(polygon: Sequence[float]) -> bool:
     """
     points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
     points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
-    count = len(points)
-    if count < 4:
+    if len(points) < 4:
         return False
     start, end = points, np.roll(points, -1, axis=0)
     left, right = np.minimum(start[:, 0], end[:, 0]), np.maximum(start[:, 0], end[:, 0])
