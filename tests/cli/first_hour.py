@@ -78,6 +78,16 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def _halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
 def _tell(path: Path, **metadata: Any) -> None:
     torch.save({**torch.load(path, weights_only=True), **metadata}, path)
 
@@ -207,6 +217,21 @@ MISTAKES = {
     "image missing": Mistake(OWN, "001.png", "restore it", _first_image(Path.unlink)),
     "image that is no image": Mistake(
         f"{TRAIN} DATASETS.TEST []", "001.png", "replace", _first_image(lambda p: p.write_text("no picture"))
+    ),
+    "image that was cut off": Mistake(
+        f"{TRAIN} DATASETS.TEST []", "001.png", "replace or remove it", _first_image(_halve)
+    ),
+    "image outside of the folder": Mistake(
+        OWN,
+        "../images/001.png",
+        "set DATASETS.ALLOW_OUTSIDE True",
+        _edit(lambda c: c["images"][0].update(file_name="../images/001.png")),
+    ),
+    "annotations that have no end": Mistake(
+        "train --train-json /dev/zero --train-images {images}", "/dev/zero", "give a regular file"
+    ),
+    "config that grows": Mistake(
+        "train --config-file {folder}/bomb.yaml", "bomb.yaml", "correct that line", _file("bomb.yaml", BOMB)
     ),
     "image of another size": Mistake(
         f"{TRAIN} DATASETS.TEST []",
