@@ -18,6 +18,7 @@ from .canonical import CocoFile, Note, canonical, has_masks
 from .coco_rules import Rules, kind_of
 from .crowds import count_crowds
 from .faults import DataError
+from .file_names import missing_names
 from .foreign_formats import describe_foreign, describe_foreign_content
 from .image_table import ImageRecord, ImageTable
 from .object_table import ObjectTable, TableBuilder
@@ -211,7 +212,14 @@ def read_categories(entries: list[Any], rules: Rules) -> dict[int, str]:
 def _images(entries: list[Any], rules: Rules) -> list[ImageRecord]:
     records: dict[int, ImageRecord] = {}
     for i, entry in enumerate(entries):
-        record = rules.image(entry, i)
+        try:
+            record = rules.image(entry, i)
+        except DataError as error:
+            if error.kind != "image-outside":
+                raise
+            near = missing_names(rules.folder, [entry["file_name"]], outside=False)[entry["file_name"]]
+            there = f"; {near} is there: gn-detect doctor --fix OUT.json renames it" if near else ""
+            raise DataError(f"{error}{there}", error.kind) from error
         if record.id in records:
             raise rules.repeated("image", record.id)
         records[record.id] = record

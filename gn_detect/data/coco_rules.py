@@ -16,6 +16,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 
 from .faults import DataError
+from .file_names import leads_out
 from .image_table import ImageRecord
 from .rle import count_pixels
 
@@ -83,8 +84,7 @@ def image_file(folder: Path, name: str, allow_outside: bool) -> Path:
     Raises:
         DataError: the name is absolute or has a ``..`` in it, and there is such a file.
     """
-    relative = Path(name)
-    if not allow_outside and (relative.anchor or ".." in relative.parts) and os.path.lexists(folder / name):
+    if not allow_outside and leads_out(name) and os.path.lexists(folder / name):
         raise DataError(
             f"{shown(name)}, which leads out of the images folder {folder}; give names relative to that "
             "folder, or set DATASETS.ALLOW_OUTSIDE True (doctor: --allow-outside) if you trust the file",

@@ -257,7 +257,7 @@ def _table(part: Part) -> list[str]:
 
 def _fit(name: str) -> str:
     """A name on one line of bounded length."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    text = printable(name)
     return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."
 
 

@@ -75,7 +75,7 @@ def _rename(reading: Reading) -> None:
     images = reading.content["images"]
     names = [entry.get("file_name") for entry in images if isinstance(entry, dict)]
     usable = [name for name in names if isinstance(name, str) and name and "\0" not in name]
-    found = missing_names(reading.rules.folder, usable)
+    found = missing_names(reading.rules.folder, usable, reading.rules.allow_outside)
     renamed = []
     for entry in images:
         name = entry.get("file_name") if isinstance(entry, dict) else None

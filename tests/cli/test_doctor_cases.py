@@ -14,6 +14,7 @@ import pytest
 
 from gn_detect.cli import main
 from gn_detect.data import CocoDataset, DatasetSource
+from gn_detect.errors import UserError
 from gn_detect.evaluation import evaluate_results
 
 Spoil = Callable[[dict[str, Any]], Any]
@@ -149,6 +150,16 @@ def test_names_from_elsewhere_are_found_again(opened: Callable[[str], Folder], m
     case = opened("image_size_float")
     case.edit(rename(make))
     assert case.doctor("--strict") == 1 and "[misnamed-image]" in case.said and "but im1.png" in case.said
+    assert [image["file_name"] for image in case.fix()["images"]] == [f"im{i}.png" for i in range(1, 5)]
+
+
+def test_absolute_names_of_this_machine_become_relative(opened: Callable[[str], Folder]) -> None:
+    case = opened("category_name_number")
+    case.edit(rename(lambda name: str(case.images.absolute() / name)))
+    assert case.doctor("--strict") == 1 and "4 x images whose file is there under" in case.said
+    with pytest.raises(UserError, match=r"leads out .*; im1\.png is there: gn-detect doctor --fix"):
+        CocoDataset(DatasetSource("case", case.json, case.images))
+    assert case.doctor("--strict", "--allow-outside") == 0
     assert [image["file_name"] for image in case.fix()["images"]] == [f"im{i}.png" for i in range(1, 5)]
 
 
