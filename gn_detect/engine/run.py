@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ..config import dump_config, load_config
+from ..config.types import value_at
 from ..data import (
     CocoDataset,
     SampleLoader,
@@ -257,7 +258,9 @@ def _is_first_attempt(run: Run) -> bool:
         before = load_config(run.folder / CONFIG)
     except UserError:
         return False
-    return before.replace({"SEED": run.cfg.seed}) == run.cfg
+    # A file may name paths otherwise than the command did.
+    keys = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.REGISTER")
+    return before.replace({key: value_at(run.cfg, key) for key in keys}) == run.cfg
 
 
 def write_origin(run: Run) -> None:
