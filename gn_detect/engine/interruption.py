@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..evaluation import Interrupted
-from .distributed import is_distributed
+from .distributed import PATIENCE, is_distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -42,7 +42,7 @@ class Interruption:
         self._previous: dict[signal.Signals, Any] = {}
         self._at_once = False
         # Processes compare notes on the CPU, so that no step waits for the GPU.
-        self._group: Any = dist.new_group(backend="gloo") if is_distributed() else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if is_distributed() else None
         # A note for the others, who look at it when they like: a comparison needs all at one place.
         self._store = dist.distributed_c10d._get_default_store() if is_distributed() else None
         self._key, self._is_told = f"gn_detect/stop/{next(_numbers)}", False

@@ -398,3 +398,19 @@ def test_a_category_may_be_called_as_a_loss(tmp_path: Path) -> None:
     assert rows == [{"iteration": 3, **training}, {"iteration": 3, **evaluation}]
     assert [name for row in rows for name in row if is_average(name, "AP")] == ["bbox/AP"]
     assert [name for name in ("loss_a/bbox/AP", *training) if is_loss(name)] == ["total_loss", "loss_cls"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["[" * 5000, "10**9", '{"iteration": 1' + "0" * 400 + "}", '{"iteration": "1"}']
+)
+def test_damaged_lines_of_metrics_are_left_out_with_a_warning(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"iteration": i, "total_loss": 1.0}) for i in range(4)]
+    path.write_bytes(
+        "\n".join([good[0], damage, good[1], ""]).encode() + b"\xff\x80\n" + good[3].encode() + b"\n"
+    )
+    MetricsWriter(tmp_path, 3).close()
+    assert path.read_text().splitlines() == good[:2]
+    assert "metrics.jsonl: 2 lines are damaged, and left out" in caplog.text
