@@ -153,7 +153,9 @@ class ExportMetadata:
             lists = (found.class_names, found.category_ids)
             if {len(values) for values in lists} != {found.config.model.roi_heads.num_classes}:
                 raise ValueError("class names")
-        except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError, UserError) as error:
+        except (
+            KeyError, TypeError, ValueError, AttributeError, RecursionError, yaml.YAMLError, UserError
+        ) as error:  # fmt: skip
             raise UserError(
                 f"{path} is no detector that gn_detect exported; make one with gn-detect export"
             ) from error
