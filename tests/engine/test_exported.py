@@ -130,7 +130,8 @@ def test_outputs_that_are_no_detections_are_told_from_detections() -> None:
     assert _is_of(2, [boxes, scores, labels]) and _is_of(2, [boxes, scores, labels, torch.zeros(2, 28, 28)])
     assert _is_of(2, [boxes[:0], scores[:0], labels[:0]])
     for outputs in (
-        [boxes, scores], [boxes, scores, labels + 1], [boxes, scores, labels - 1], [boxes, scores[:1], labels],
+        [boxes, scores], [boxes, scores, labels + 1], [boxes, scores, labels - 1],
+        [boxes, scores[:1], labels],
         [boxes[:, :3], scores, labels], [boxes, scores, scores], [boxes, scores, labels, scores],
     ):  # fmt: skip
         assert not _is_of(2, outputs)
