@@ -146,8 +146,8 @@ class ExportMetadata:
                 int(strings["size_divisibility"]),
                 str(strings["gn_detect_version"]),
             )
-            named = all(type(name) is str for name in found.class_names)
-            if not named or not all(type(number) is int for number in found.category_ids):
+            given = (found.class_names, str), (found.category_ids, int)
+            if not all(isinstance(v, list) and all(type(one) is kind for one in v) for v, kind in given):
                 raise ValueError("class names or ids of other types")
             if not 1 <= found.size_divisibility <= _LARGEST_DIVISOR:
                 raise ValueError("size divisibility")

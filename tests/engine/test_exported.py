@@ -11,8 +11,9 @@ import torch
 
 from gn_detect.config import dump_config, load_config
 from gn_detect.engine.export import ExportMetadata
-from gn_detect.engine.exported import ExportedPredictor, _read_pt2_metadata
+from gn_detect.engine.exported import ExportedPredictor, _is_of, _read_pt2_metadata
 from gn_detect.errors import UserError
+from tests.engine.tiny import write_config
 
 CONFIG = "data/weights/model_weights_config.json"
 TOLD = {"version": "1"}
@@ -133,3 +134,35 @@ def test_small_metadata_do_not_become_large(changes: dict[str, str]) -> None:
     assert ExportMetadata.from_strings(strings, Path("m.onnx")).class_names == ["a"]
     with pytest.raises(UserError, match=r"m\.onnx is no detector that gn_detect exported"):
         ExportMetadata.from_strings({**strings, **changes}, Path("m.onnx"))
+
+
+@pytest.mark.parametrize(
+    "key, text",
+    [
+        ("size_divisibility", "0"), ("size_divisibility", "-32"), ("size_divisibility", "1" + "0" * 400),
+        ("size_divisibility", "x"), ("size_divisibility", "1e9"), ("class_names", "[1, 2]"),
+        ("class_names", "{}"), ("class_names", '"ab"'), ("class_names", "[" * 1000), ("class_names", '["a"]'),
+        ("category_ids", '["1", "2"]'), ("category_ids", "[true, false]"), ("category_ids", "null"),
+        ("config", "x"), ("config", "[]"), ("config", "MODEL: 5"),
+    ],
+)  # fmt: skip
+def test_metadata_of_other_types_are_refused(tmp_path: Path, key: str, text: str) -> None:
+    told = {
+        "config": (write_config(tmp_path)).read_text(), "class_names": '["a", "b"]', "category_ids": "[1, 2]",
+        "size_divisibility": "32", "gn_detect_version": "1",
+    }  # fmt: skip
+    assert ExportMetadata.from_strings(told, Path("m.onnx")).size_divisibility == 32
+    with pytest.raises(UserError, match=r"m\.onnx is no detector that gn_detect exported"):
+        ExportMetadata.from_strings(told | {key: text}, Path("m.onnx"))
+
+
+def test_outputs_that_are_no_detections_are_told_from_detections() -> None:
+    boxes, scores, labels = torch.zeros(2, 4), torch.zeros(2), torch.tensor([0, 1])
+    assert _is_of(2, [boxes, scores, labels]) and _is_of(2, [boxes, scores, labels, torch.zeros(2, 28, 28)])
+    assert _is_of(2, [boxes[:0], scores[:0], labels[:0]])
+    for outputs in (
+        [boxes, scores], [boxes, scores, labels + 1], [boxes, scores, labels - 1],
+        [boxes, scores[:1], labels],
+        [boxes[:, :3], scores, labels], [boxes, scores, scores], [boxes, scores, labels, scores],
+    ):  # fmt: skip
+        assert not _is_of(2, outputs)

@@ -338,7 +338,7 @@ def _many_categories(content: Content, chance: random.Random) -> None:
 def _many_entries(content: Content, chance: random.Random) -> None:
     part = chance.choice(["images", "annotations"])
     entries, first = content[part], 10_000
-    content[part] = entries + [{**entries[0], "id": first + i} for i in range(5000)]
+    content[part] = entries + [{**entries[0], "id": first + i} for i in range(200)]
 
 
 def _file_names(content: Content, chance: random.Random) -> None:
