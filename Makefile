@@ -1,4 +1,4 @@
-# make demo | test | lint | bench. Each builds .venv on its first call and is quick afterwards.
+# make demo | test | test-slow | lint | bench. Each builds .venv on its first call and is quick afterwards.
 #   make test PYTHON=python3.12         another interpreter
 #   make test TESTS="tests/ops -k mask" some of the tests
 
@@ -20,12 +20,13 @@ define install
 		--editable $(1)
 endef
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-slow lint bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install, train on generated pictures, print box and mask AP (a few minutes)"
-	@echo "make test    install with the development tools and run the tests"
+	@echo "make test    install with the development tools and run the quick tests"
+	@echo "make test-slow  run the others, which take most of the time"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   time a training step, part by part"
 	@echo "make clean   remove $(VENV) and what tools left behind"
@@ -48,7 +49,10 @@ demo: $(VENV)/.installed
 	$(BIN)/gn-detect train --config-file configs/quick/demo.yaml OUTPUT_DIR $(DEMO_OUTPUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow" $(TESTS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m slow $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
