@@ -158,7 +158,7 @@ def _pair(args: argparse.Namespace, part: str) -> tuple[str, str] | None:
 def _count_categories(path: Path) -> int:
     """Categories in a COCO JSON; 0 where it cannot be told: whoever reads the dataset says what is wrong."""
     try:
-        categories = json.loads(path.read_text(encoding="utf-8"))["categories"]
+        categories = json.loads(path.read_bytes())["categories"]  # finds out the encoding
         return len(categories) if isinstance(categories, list) else 0
     except (OSError, ValueError, KeyError, TypeError):
         return 0
