@@ -39,6 +39,9 @@ fills an image of 4000 x 3000 pixels, the longest outline of few points that som
 million pixels of the 1.8 that are allowed without counting its points; objects in COCO have less than
 10,000."""
 
+_SIDES_AWAY = 10
+"""How far from the image's corner a polygon may reach, in times the longer side, and 1000 pixels more."""
+
 _NUMBERS = frozenset((int, float))
 
 _FRACTION = 1.01
@@ -300,15 +303,16 @@ class Rules:
             raise self.error(
                 f"{what} has a segmentation that is no list of polygons and no RLE; correct it", "bad-polygon"
             )
-        reach = 0.0
+        reach, farthest = 0.0, _SIDES_AWAY * max(image.height, image.width) + 1000
         for polygon in given:
             extent = extent_of(polygon) if polygon else (0, 0)
-            if extent is None:
+            if extent is None or extent[0] < -farthest or extent[1] > farthest:
                 raise self.error(
                     f"{what} has a polygon that is not all finite numbers near the image; mend it",
                     "bad-polygon",
                 )
-            reach += len(polygon) * (extent[1] - extent[0])
+            if extent[1] - extent[0] > _OUTLINE_PER_POINT:
+                reach += len(polygon) * (extent[1] - extent[0])
         polygons = [polygon for polygon in given if is_polygon(polygon)]
         longest = min(_OUTLINE_PER_SIDE * (image.height + image.width), _LONGEST_OUTLINE)
         if reach / 2 > longest:  # if each edge were as long as its polygon reaches
