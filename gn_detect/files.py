@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,51 @@ def cannot_write(path: str | Path, error: OSError, then: str = "") -> UserError:
     return UserError(f"cannot write {path}: {error.strerror or error}; {remedy(error)}{then}")
 
 
+def open_file(path: str | Path) -> IO[bytes]:
+    """Open a user's file for reading. It must be a regular file, or a link to one, anywhere.
+
+    A device has no end, and a pipe or a socket may wait for ever: none of them is opened.
+
+    Raises:
+        OSError: as of :func:`open`.
+        UserError: it is no regular file.
+    """
+    _check_regular(path, os.stat(path))  # opening some devices is an action by itself
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check_regular(path, os.fstat(descriptor))  # the name may lead to something else by now
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_regular(path: str | Path, found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is a device, a pipe or a socket; give a regular file, or a link to one")
+
+
+def read_text(path: str | Path, largest: int | None = None) -> str:
+    """Return a user's UTF-8 text file whole, with or without a byte order mark.
+
+    Args:
+        path: a regular file.
+        largest: bytes; None for a file that may be as large as the memory.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+        UserError: it is no regular file, or too large.
+    """
+    with open_file(path) as file:
+        content = file.read(-1 if largest is None else largest + 1)
+    if largest is not None and len(content) > largest:
+        raise UserError(f"{path} has more than {largest} bytes, too many for such a file; check its name")
+    return content.decode("utf-8-sig")
+
+
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; it becomes ``path`` only when the block ends without an error.
@@ -56,7 +102,9 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except OSError as error:
         raise cannot_write(path, error) from error
     try:
-        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+        # A name may hold half a character, which is no UTF-8: its escape is written.
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+        with os.fdopen(descriptor, mode, encoding=encoding, errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -10,6 +10,7 @@ import numpy as np
 
 from .data.doctor_checks import LARGE, SMALL, Part
 from .files import atomic_write
+from .visualize.fonts import add_legend, drawable
 
 _MOST_CATEGORIES = 40
 """That get a bar each; of more, the rarest are counted together in the title."""
@@ -52,9 +53,12 @@ def _draw_categories(axes: Any, parts: Sequence[Part], categories: Sequence[tupl
     for number, part in enumerate(parts):
         counts = [part.category_counts[key] for key, _ in categories]
         offset = (number - (len(parts) - 1) / 2) * thickness
-        bars = axes.barh(rows + offset, counts, thickness, label=part.name)
+        bars = axes.barh(rows + offset, counts, thickness)
         axes.bar_label(bars, padding=2, fontsize=6 if len(parts) > 1 else 7)
-    axes.set_yticks(rows, [name for _, name in categories], fontsize=8, parse_math=False)
+    names = [drawable(name) for _, name in categories]
+    families = list(dict.fromkeys(family for _, fonts in names for family in fonts))
+    plain = {"parse_math": False, "usetex": False, "family": families or None}
+    axes.set_yticks(rows, [text for text, _ in names], fontsize=8, **plain)
     axes.set_ylim(max(len(categories), 6) - 0.4, -0.6)  # a few bars stay bars
     axes.set_xscale("symlog", linthresh=1)
     known = {key for part in parts for key in part.categories}
@@ -68,7 +72,7 @@ def _draw_sizes(axes: Any, parts: Sequence[Part]) -> None:
     largest = max((max(part.sizes, default=1) for part in parts), default=1)
     bins = np.geomspace(1, max(largest, 2), 40)
     for part in parts:
-        _steps(axes, np.clip(part.sizes, 1, None), bins, part.name)
+        _steps(axes, np.clip(part.sizes, 1, None), bins)
     for border in (SMALL, LARGE):
         axes.axvline(border, color="0.4", linestyle=":", linewidth=1)
     sides = np.concatenate([part.sizes for part in parts]) if parts else np.zeros(0)
@@ -83,8 +87,8 @@ def _draw_crowding(axes: Any, parts: Sequence[Part]) -> None:
     most = max((max(values, default=0) for values in counts), default=0)
     step = max(1, round(most / 40))
     bins = np.arange(-0.5, most + 0.5 + step, step)
-    for part, values in zip(parts, counts, strict=True):
-        _steps(axes, values, bins, part.name)
+    for values in counts:
+        _steps(axes, values, bins)
     axes.set(title=f"objects in an image: at most {most}", xlabel="objects")
     _tidy(axes, parts)
 
@@ -92,18 +96,21 @@ def _draw_crowding(axes: Any, parts: Sequence[Part]) -> None:
 def _draw_images(axes: Any, parts: Sequence[Part]) -> None:
     for part in parts:
         sizes = np.array([[r.width, r.height] for r in part.images.values()]).reshape(-1, 2)
-        axes.scatter(sizes[:, 0], sizes[:, 1], s=14, alpha=0.4, label=part.name, linewidths=0)
+        axes.scatter(sizes[:, 0], sizes[:, 1], s=14, alpha=0.4, linewidths=0)
     axes.set(title="size of images", xlabel="width (pixels)", ylabel="height")
     _tidy(axes, parts)
 
 
-def _steps(axes: Any, values: Any, bins: np.ndarray, label: str) -> None:
-    axes.hist(values, bins, histtype="stepfilled", alpha=0.45, label=label)
+def _steps(axes: Any, values: Any, bins: np.ndarray) -> None:
+    axes.hist(values, bins, histtype="stepfilled", alpha=0.45)
 
 
 def _tidy(axes: Any, parts: Sequence[Part]) -> None:
+    from matplotlib.patches import Patch
+
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if len(parts) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        patches = [Patch(color=f"C{number}", alpha=0.7) for number in range(len(parts))]
+        add_legend(axes, patches, [part.name for part in parts], fontsize=8, frameon=False)

@@ -51,7 +51,8 @@ class Detections:
         boxes: (N, 4) float32, ``xyxy``, absolute pixels, inside the image.
         scores: (N,) float32 in [0, 1], descending.
         labels: (N,) int64, contiguous classes in ``[0, num_classes)``.
-        masks: (N, H, W) bool of the image's size, or None for a model without masks.
+        masks: (N, H, W) bool of the image's size, or None for a model without masks; until they are pasted,
+            (N, S, S) float32 probabilities inside the boxes.
     """
 
     boxes: Tensor

@@ -72,7 +72,8 @@ def calibrate_detector(
     args: argparse.Namespace, cfg: Config, original: nn.Module, model: nn.Module, report: ConversionReport
 ) -> None:
     """Bring ``model`` closer to ``original``, a detector of ``cfg``, with ``--images``."""
-    images = [prepare_image(read_image(path, "RGB"), cfg) for path in _find_images(args)]
+    paths = _find_images(args, cfg.datasets.allow_outside)
+    images = [prepare_image(read_image(path, "RGB"), cfg) for path in paths]
     _calibrate(args, original, model, _batches(images, args.batch_size or 2), report, outputs=paired_outputs)
 
 
@@ -102,7 +103,7 @@ def _calibrate(
     )
 
 
-def _find_images(args: argparse.Namespace) -> list[Path]:
+def _find_images(args: argparse.Namespace, outside: bool = False) -> list[Path]:
     """At most ``--max-images``, spread evenly over the folder or the COCO JSON."""
     given = Path(args.images)
     if args.max_images < 2:
@@ -110,7 +111,7 @@ def _find_images(args: argparse.Namespace) -> list[Path]:
     if args.image_folder and given.suffix != ".json":
         raise UserError("--image-folder belongs to --images FILE.json")
     if given.suffix == ".json":
-        paths = read_image_list(given, Path(args.image_folder or given.parent))
+        paths = read_image_list(given, Path(args.image_folder or given.parent), outside)
     else:
         paths = find_images([args.images])
     count = min(args.max_images, len(paths))

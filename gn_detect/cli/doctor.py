@@ -12,6 +12,7 @@ from ..data.doctor_repair import Repair, output_is_input
 from ..errors import UserError
 from ..files import atomic_write_json, atomic_write_text
 from ..histograms import draw_histograms
+from ..text import printable
 from .output import Result
 
 HELP = "Find what is wrong with a dataset, before training does."
@@ -46,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-crowds", action="store_true", help="with --fix: each crowd is one object ('iscrowd' becomes 0)"
+    )
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="images may have absolute names, or .. in them (DATASETS.ALLOW_OUTSIDE)",
     )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if there are errors or warnings")
 
@@ -88,7 +94,8 @@ def _sources(args: argparse.Namespace) -> list[DatasetSource]:
         if not images.is_dir() and not args.no_images:
             raise UserError(f"images folder {images} is missing; correct --images, or add --no-images")
         known = any(other.name == file.name for other in sources)
-        sources.append(DatasetSource(str(file) if known else file.name, file, images))
+        name = str(file) if known else file.name
+        sources.append(DatasetSource(name, file, images, args.allow_outside))
     return sources
 
 
@@ -110,12 +117,12 @@ def _list(lines: list[str], output: Path, what: str) -> None:
     """The first lines; where there are more, all of them are in a file beside the output."""
     listed = output.with_name(f"{output.stem}_{what}.txt")
     if len(lines) > _LINES_SHOWN:
-        atomic_write_text(listed, "\n".join(lines) + "\n")
+        atomic_write_text(listed, "".join(f"{printable(line)}\n" for line in lines))
     _print_some(lines, f"see {listed}")
 
 
 def _print_some(lines: list[str], others: str) -> None:
     for line in lines[:_LINES_SHOWN]:
-        print(f"  {line}")
+        print(f"  {printable(line)}")
     if len(lines) > _LINES_SHOWN:
         print(f"  and {len(lines) - _LINES_SHOWN} more: {others}")

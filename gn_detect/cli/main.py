@@ -16,6 +16,7 @@ from .. import __version__
 from ..errors import UserError
 from ..evaluation.model import LESS_MEMORY
 from ..files import remedy
+from ..text import printable
 from . import (
     bench,
     calibrate,
@@ -32,7 +33,7 @@ from . import (
     train,
     zoo,
 )
-from .output import Result, add_output_arguments, directed, print_json
+from .output import Result, add_output_arguments, directed, print_json, printable_output
 from .parser import HelpFormatter, Parser, check_flags
 
 COMMANDS = {
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     try:
-        with directed(args.quiet, args.as_json), warnings.catch_warnings():
+        with printable_output(), directed(args.quiet, args.as_json), warnings.catch_warnings():
             # Of images that are half as large as those that Pillow refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             outcome = COMMANDS[args.command].run(args)
@@ -171,5 +172,5 @@ def _less_memory(args: argparse.Namespace) -> str:
 
 
 def _fail(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return BAD_INPUT

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import Config, load_config
 from ..engine import launch
 from ..errors import UserError
+from ..files import read_text
 from ..weights import Checkpoint, as_command_line, implied_keys
 from .own_data import choose_config
 
@@ -158,9 +159,9 @@ def _pair(args: argparse.Namespace, part: str) -> tuple[str, str] | None:
 def _count_categories(path: Path) -> int:
     """Categories in a COCO JSON; 0 where it cannot be told: whoever reads the dataset says what is wrong."""
     try:
-        categories = json.loads(path.read_bytes())["categories"]  # finds out the encoding
+        categories = json.loads(read_text(path))["categories"]
         return len(categories) if isinstance(categories, list) else 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return 0
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, TextIO, cast
+
+from ..text import LogFormatter, printable
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def directed(quiet: bool, as_json: bool) -> Iterator[None]:
         os.dup2(nowhere.fileno() if quiet else 2, 1)
         errors = cast(TextIO, _NoTerminal(sys.stderr)) if quiet else sys.stderr
         try:
-            with redirect_stdout(target), redirect_stderr(errors):
+            with redirect_stdout(cast(TextIO, PrintableStream(target))), redirect_stderr(errors):
                 yield
         finally:
             os.dup2(saved, 1)
@@ -76,6 +79,39 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+class PrintableStream:
+    """A stream that shows hidden characters, but for those of our own lines and tables, as their escapes.
+
+    Characters that its encoding lacks are shown so, too.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As a text stream's; a newline in a name is the business of whoever prints it."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        shown = printable(text, keep="\n\t\r")
+        return self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Escape hidden characters in what is printed, and in warnings that no log of ours takes."""
+    stream, handler = cast(TextIO, PrintableStream(sys.stdout)), logging.lastResort
+    assert handler is not None
+    before = handler.formatter
+    handler.setFormatter(LogFormatter())
+    try:
+        with redirect_stdout(stream):
+            yield
+    finally:
+        handler.setFormatter(before)
 
 
 class _NoTerminal:

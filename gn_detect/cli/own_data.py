@@ -28,7 +28,7 @@ def choose_config(args: argparse.Namespace) -> Config:
         UserError: the data, the weights or a given key are wrong.
     """
     given = read_overrides(args.overrides)
-    source = _source(args)
+    source = _source(args, bool(given.get("DATASETS.ALLOW_OUTSIDE", False)))
     data = survey(source, masks=given.get("MODEL.MASK_ON"))
     if not len(data.boxes):
         raise UserError(f"{source.annotations} has no objects to learn from; annotate some")
@@ -52,10 +52,11 @@ def choose_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def _source(args: argparse.Namespace) -> DatasetSource:
+def _source(args: argparse.Namespace, outside: bool) -> DatasetSource:
     if not args.train_images:
         raise UserError("--train-json and --train-images belong together; give both")
-    source = DatasetSource(Path(args.train_json).name, Path(args.train_json), Path(args.train_images))
+    file = Path(args.train_json)
+    source = DatasetSource(file.name, file, Path(args.train_images), outside)
     if not source.images.is_dir():
         raise UserError(f"images folder {source.images} is missing; correct --train-images")
     return source

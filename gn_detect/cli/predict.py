@@ -12,6 +12,7 @@ from ..engine.pipeline import default_workers
 from ..engine.prediction import AnyPredictor, Outcome, Task, predict_images, predict_video
 from ..errors import UserError
 from ..evaluation import Truth, read_truth
+from ..text import printable
 from .inputs import find_images, is_video, name_outputs, split_overrides
 from .options import (
     add_fix_argument,
@@ -230,7 +231,7 @@ def predict_one_video(
     try:
         outcome = predict_video(predictor, path, output, threshold=threshold, workers=workers)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return Outcome(failures=[str(error)])
-    print(f"{outcome.objects} objects in {outcome.images} frames of {path}: see {output}")
+    print(printable(f"{outcome.objects} objects in {outcome.images} frames of {path}: see {output}"))
     return outcome

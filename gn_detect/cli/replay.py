@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from ..engine import replay
+from ..text import printable
 from .output import Result
 
 HELP = "Repeat a training step whose loss or gradient was not finite, from its black box."
@@ -25,6 +26,6 @@ def run(args: argparse.Namespace) -> Result:
     findings = replay(args.folder)
     for rank, finding in findings.items():
         for name, value in finding.losses.items():
-            print(f"process {rank}: {name} {value:.6g}")
-        print(f"process {rank}: {finding}")
+            print(printable(f"process {rank}: {name} {value:.6g}"))
+        print(printable(f"process {rank}: {finding}"))
     return Result({str(rank): asdict(finding) for rank, finding in findings.items()})

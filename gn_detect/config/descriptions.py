@@ -149,6 +149,8 @@ DESCRIPTIONS = {
     "INPUT.LARGE_SCALE_JITTER.SIZE": "(height, width) of the canvas, pixels.",
     "DATASETS.TRAIN": "Names of the datasets to train on, joined.",
     "DATASETS.TEST": "Names of the datasets to evaluate on, each by itself.",
+    "DATASETS.ALLOW_OUTSIDE": "Read images that an annotation file names by an absolute path, or "
+    "with `..` in it: its author then chooses which files of this machine are opened.",
     "DATASETS.REGISTER": "Names of your own: {name: {annotations: COCO JSON, images: folder}}.",
     "DATALOADER.NUM_WORKERS": "Processes of the loader; 0: none.",
     "DATALOADER.ASPECT_RATIO_GROUPING": "Wide and tall images go into different batches.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError
+from ..files import read_text
 from .schema import Root
 from .supported import SUPPORTED, conflicts, is_unread, unread
 from .types import fields, to_plain, value_at
+from .yaml_text import LARGEST, parse_yaml
 
 COMMAND_LINE = "command line"
+
+MOST_FILES = 16
+"""That a config is made of."""
 
 
 class Config(Root):
@@ -110,42 +115,14 @@ def shipped_folders() -> list[Path]:
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with ``!!python/tuple``, which detectron2 writes; a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is not text", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_tuple(self, node: yaml.Node) -> tuple[Any, ...]:
-        """``!!python/tuple [...]``."""
-        if not isinstance(node, yaml.SequenceNode):
-            raise yaml.constructor.ConstructorError(None, None, "a tuple needs a list", node.start_mark)
-        return tuple(self.construct_sequence(node, deep=True))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.construct_tuple)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """One file as nested dictionaries, ``_BASE_`` included.
 
     Raises:
-        UserError: it cannot be read, or is not YAML with keys and values.
+        UserError: it cannot be read, is not YAML with keys and values, or is too large for a config.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = parse_yaml(read_text(path, LARGEST))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason})") from None
@@ -153,7 +130,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{path}:{line} not YAML: {problem}; correct that line") from None
+        remedy = "correct that line" if mark else "correct the file"
+        raise UserError(f"{path}:{line} not YAML: {problem}; {remedy}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -161,21 +139,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_chain(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files that ``path`` builds on, furthest first, then itself."""
+def read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The files that ``path`` builds on, furthest first, then itself.
+
+    Each stands once, in the last of its places: what is merged later wins, so the others have no effect.
+
+    Raises:
+        UserError: see :func:`read_yaml`; or ``_BASE_`` names no file, leads back, or to too many files.
+    """
+    found: dict[Path, tuple[Path, dict[str, Any]]] = {}
+    _follow(path, (), found)
+    return list(reversed(found.values()))
+
+
+def _follow(path: Path, above: tuple[Path, ...], found: dict[Path, tuple[Path, dict[str, Any]]]) -> None:
+    """Put ``path`` and then its bases, the last first, into ``found``, as far as they are not there."""
     resolved = path.resolve()
     if resolved in above:
         raise UserError(f"{path}: _BASE_ leads back to this file; remove it from one of the files")
+    if resolved in found:
+        return
+    if len(found) == MOST_FILES:
+        raise UserError(f"{path}: _BASE_ leads to more than {MOST_FILES} files; join some of them")
     values = read_yaml(path)
-    bases = values.pop("_BASE_", [])
-    for base in [bases] if isinstance(bases, str) else bases or []:
+    bases = values.pop("_BASE_", None) or []
+    found[resolved] = path, values
+    files = []
+    for base in [bases] if isinstance(bases, str) else bases if isinstance(bases, list | tuple) else [bases]:
         if not isinstance(base, str):
             raise UserError(f"{path}: _BASE_: {base!r} is not the name of a file")
-        file = Path(os.path.normpath(path.parent / Path(base).expanduser()))
-        if not file.is_file():
-            raise UserError(f"{path}: _BASE_: there is no file {file}")
-        yield from read_chain(file, (*above, resolved))
-    yield path, values
+        files.append(Path(os.path.normpath(path.parent / Path(base).expanduser())))
+        if not files[-1].is_file():
+            raise UserError(f"{path}: _BASE_: there is no file {files[-1]}")
+    for file in reversed(files):
+        _follow(file, (*above, resolved), found)
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class RegisteredDataset(Section):
 
 
 class Datasets(Section):
-    """``DATASETS``: names of datasets; ``REGISTER`` of ours adds names."""
+    """``DATASETS``: names of datasets; ``REGISTER`` of ours adds names, ``ALLOW_OUTSIDE`` is ours."""
 
     train: Names = ()
     proposal_files_train: Names = ()
@@ -99,6 +99,7 @@ class Datasets(Section):
     test: Names = ()
     proposal_files_test: Names = ()
     precomputed_proposal_topk_test: Int = 1000
+    allow_outside: Bool = False
     # Not "register", which every class has already.
     registered: Annotated[dict[str, RegisteredDataset], BeforeValidator(_from_text)] = Field(
         default={}, alias="REGISTER"

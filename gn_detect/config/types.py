@@ -7,22 +7,30 @@ configs rely on both being read as Python literals.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
+from .yaml_text import LARGEST, parse_yaml
+
+_LONG_NUMBER = re.compile(r"0[xob][0-9a-f_]{64}", re.IGNORECASE)
+"""Python reads decimal integers of bounded length alone, and others of any."""
+
 
 def parse_literal(text: str) -> Any:
     """The Python or YAML literal that ``text`` spells, or ``text`` itself."""
+    if len(text) > LARGEST or _LONG_NUMBER.search(text):
+        return text
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return parse_yaml(text)
+    except yaml.YAMLError:
         return text
 
 
@@ -52,8 +60,14 @@ def _increasing(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+def _of_64_bits(value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("must fit into 64 bits")
+    return value
+
+
 Bool = Annotated[bool, Strict(), BeforeValidator(_from_text)]
-Int = Annotated[int, Strict(), BeforeValidator(_from_text)]
+Int = Annotated[int, Strict(), AfterValidator(_of_64_bits), BeforeValidator(_from_text)]
 Float = Annotated[float, Strict(), Field(allow_inf_nan=False), BeforeValidator(_from_text)]
 Str = Annotated[str, Strict()]
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..files import atomic_write, atomic_write_json
+from ..text import printable
 
 CONVERTED, BALANCED, CALIBRATED = "converted", "balanced", "calibrated"
 """The stages at which errors and similarity are measured."""
@@ -134,7 +135,7 @@ class ConversionReport:
         sizes = f"{self.parameters_before} parameters before, {self.parameters_after} after"
         lines.append(f"{len(self.layers)} norms; {sizes}")
         lines += [f"outputs' cosine with the original, {s}: {c:.4f}" for s, c in self.similarity.items()]
-        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [f"warning: {printable(warning)}" for warning in self.warnings]
         return "\n".join(lines)
 
 
@@ -146,4 +147,5 @@ def count_parameters(model: nn.Module) -> int:
 def _row(layer: LayerReport, stages: list[str]) -> list[str]:
     errors = [f"{layer.errors[stage]:.3f}" if stage in layer.errors else "" for stage in stages]
     known = [layer.name or "(the model)", layer.kind, str(layer.channels), str(layer.groups)]
+    known = [printable(cell) for cell in known]
     return [*known, f"{layer.eps:g}", layer.init, "yes" if layer.trainable else "no", *errors]

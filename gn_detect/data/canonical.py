@@ -160,12 +160,12 @@ def has_masks(content: Mapping[str, Any]) -> bool:
 
     Crowds do not count: in datasets of boxes they may be RLE, too, and nothing is learned from them.
     """
-    return any(map(_is_object_with_mask, content["annotations"]))
+    entries = (entry for entry in content["annotations"] if isinstance(entry, dict))
+    return any(has_mask(entry) for entry in entries if not entry.get("iscrowd"))
 
 
-def _is_object_with_mask(entry: Any) -> bool:
-    if not isinstance(entry, dict) or entry.get("iscrowd"):
-        return False
+def has_mask(entry: Mapping[str, Any]) -> bool:
+    """Whether an annotation has a segmentation with something in it."""
     mask = entry.get("segmentation")
     return any(mask) if isinstance(mask, list) else bool(mask)  # [[]] is a polygon without a corner
 

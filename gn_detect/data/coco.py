@@ -49,7 +49,8 @@ class CocoDataset:
     """
 
     def __init__(self, source: DatasetSource, *, masks: bool | None = True, evaluation: bool = False) -> None:
-        content = read_coco_json(source.annotations, source.images, masks=masks, evaluation=evaluation)
+        outside, files = source.allow_outside, (source.annotations, source.images)
+        content = read_coco_json(*files, masks=masks, evaluation=evaluation, outside=outside)
         self.name = source.name
         self.annotations_path, self.images_folder = source.annotations, source.images
         self.class_names, self.category_ids = content.class_names, content.category_ids

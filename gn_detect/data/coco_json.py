@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import open_file
 from .canonical import CocoFile, Note, canonical, has_masks
 from .coco_rules import Rules, kind_of
 from .crowds import count_crowds
 from .faults import DataError
+from .file_names import missing_names
 from .foreign_formats import describe_foreign, describe_foreign_content
 from .image_table import ImageRecord, ImageTable
 from .object_table import ObjectTable, TableBuilder
@@ -49,7 +51,9 @@ class CocoContent:
     file: CocoFile
 
 
-def read_coco_json(path: Path, images: Path, *, masks: bool | None, evaluation: bool) -> CocoContent:
+def read_coco_json(
+    path: Path, images: Path, *, masks: bool | None, evaluation: bool, outside: bool = False
+) -> CocoContent:
     """Read and check an annotation file.
 
     Args:
@@ -58,6 +62,7 @@ def read_coco_json(path: Path, images: Path, *, masks: bool | None, evaluation: 
         masks: objects must have a segmentation; it is ignored otherwise. None: if some object has one.
         evaluation: check what only the evaluation reads, too: areas and, with ``masks``, the segmentations of
             crowds and of empty boxes.
+        outside: file names may lead out of ``images``.
 
     Raises:
         UserError: the file is not COCO, or something in it is wrong.
@@ -66,7 +71,7 @@ def read_coco_json(path: Path, images: Path, *, masks: bool | None, evaluation: 
     tell_notes(file)
     if not evaluation:
         _tell_crowds(file)
-    rules = Rules(path, images, evaluation)
+    rules = Rules(path, images, evaluation, outside)
     try:
         return _read(file, rules, has_masks(file.content) if masks is None else masks)
     except DataError as error:
@@ -107,21 +112,22 @@ def _read(file: CocoFile, rules: Rules, masks: bool) -> CocoContent:
     return CocoContent(list(names), list(names.values()), table, objects, reader.num_crowds, file)
 
 
-def read_image_list(path: Path, folder: Path) -> list[Path]:
+def read_image_list(path: Path, folder: Path, outside: bool = False) -> list[Path]:
     """The images that a COCO JSON names, in its order; annotations are not needed.
 
     Args:
         path: JSON with ``images``.
         folder: to which its file names are relative.
+        outside: they may lead out of it.
 
     Raises:
-        UserError: the file is not COCO, or lists no images.
+        UserError: the file is not COCO, lists no images, or a name leads out of the folder.
     """
     entries = load_coco(path, ("images",))["images"]
     if not entries:
         raise UserError(f"{path} lists no images; give a file with images")
-    rules = Rules(path)
-    return [folder / rules.field(entry, "file_name", str, f"image {i}") for i, entry in enumerate(entries)]
+    rules = Rules(path, folder, allow_outside=outside)
+    return [rules.image_path(entry, f"image {i}") for i, entry in enumerate(entries)]
 
 
 def load_coco(path: Path, lists: tuple[str, ...] = LISTS) -> dict[str, Any]:
@@ -157,7 +163,8 @@ def read_canonical(path: Path, lists: tuple[str, ...] = LISTS) -> CocoFile:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_file(path) as file:
+            return file.read()
     except FileNotFoundError as error:
         raise UserError(f"annotation file {path} is missing; correct its path") from error
     except IsADirectoryError as error:
@@ -205,7 +212,14 @@ def read_categories(entries: list[Any], rules: Rules) -> dict[int, str]:
 def _images(entries: list[Any], rules: Rules) -> list[ImageRecord]:
     records: dict[int, ImageRecord] = {}
     for i, entry in enumerate(entries):
-        record = rules.image(entry, i)
+        try:
+            record = rules.image(entry, i)
+        except DataError as error:
+            if error.kind != "image-outside":
+                raise
+            near = missing_names(rules.folder, [entry["file_name"]], outside=False)[entry["file_name"]]
+            there = f"; {near} is there: gn-detect doctor --fix OUT.json renames it" if near else ""
+            raise DataError(f"{error}{there}", error.kind) from error
         if record.id in records:
             raise rules.repeated("image", record.id)
         records[record.id] = record

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 
 from .faults import DataError
+from .file_names import leads_out
 from .image_table import ImageRecord
 from .rle import count_pixels
 
@@ -69,6 +71,28 @@ def extent_of(numbers: Sequence[Any]) -> tuple[float, float] | None:
     return (low, high) if near else None
 
 
+def image_file(folder: Path, name: str, allow_outside: bool) -> Path:
+    """Return the path of an annotation file's image.
+
+    A name that leads out of the folder to nothing is that of a missing image: nothing can be opened there.
+
+    Args:
+        folder: of the images.
+        name: ``file_name`` of the image.
+        allow_outside: ``DATASETS.ALLOW_OUTSIDE``.
+
+    Raises:
+        DataError: the name is absolute or has a ``..`` in it, and there is such a file.
+    """
+    if not allow_outside and leads_out(name) and os.path.lexists(folder / name):
+        raise DataError(
+            f"{shown(name)}, which leads out of the images folder {folder}; give names relative to that "
+            "folder, or set DATASETS.ALLOW_OUTSIDE True (doctor: --allow-outside) if you trust the file",
+            "image-outside",
+        )
+    return folder / name
+
+
 def kind_of(value: Any) -> str:
     """A JSON value in words, cut to some length."""
     return _KIND.get(type(value), shown(value))
@@ -88,11 +112,13 @@ class Rules:
         path: the file, for messages.
         folder: to which its file names are relative.
         evaluation: annotations must have what COCO's evaluation needs besides: ``area`` and ``iscrowd``.
+        allow_outside: file names may lead out of ``folder``.
     """
 
     path: Path
     folder: Path = Path()
     evaluation: bool = False
+    allow_outside: bool = False
 
     def error(self, message: str, kind: str) -> DataError:
         """An error that names the file."""
@@ -160,10 +186,17 @@ class Rules:
         image_id = self.image_id(entry, position)
         what = f"image {image_id}"
         height, width = self.size(entry, what)
+        return ImageRecord(image_id, str(self.image_path(entry, what)), height, width)
+
+    def image_path(self, entry: Any, what: str) -> Path:
+        """The file of an image. A name that leads out of the folder to nothing is a missing image's."""
         name = self.field(entry, "file_name", str, what)
         if not name or "\0" in name:
             raise self.error(f"{what} has 'file_name' {name!r}; give the name of a file", "malformed")
-        return ImageRecord(image_id, str(self.folder / name), height, width)
+        try:
+            return image_file(self.folder, name, self.allow_outside)
+        except DataError as error:
+            raise self.error(f"{what} has 'file_name' {error}", error.kind) from None
 
     def image_id(self, entry: Any, position: int) -> int:
         """The id of an image."""

@@ -33,11 +33,19 @@ _GENERATED = ("demo_train", "demo_val")
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Where a dataset is: its COCO JSON and the folder to which the JSON's file names are relative."""
+    """Where a dataset is.
+
+    Attributes:
+        name: of the dataset.
+        annotations: COCO JSON.
+        images: the folder to which the JSON's file names are relative.
+        allow_outside: names may lead out of that folder (``DATASETS.ALLOW_OUTSIDE``).
+    """
 
     name: str
     annotations: Path
     images: Path
+    allow_outside: bool = False
 
 
 def datasets_root() -> Path:
@@ -54,23 +62,24 @@ def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
     Raises:
         UserError: the name is unknown, or the annotation file or the images folder is missing.
     """
-    registered = cfg.datasets.registered
+    registered, outside = cfg.datasets.registered, cfg.datasets.allow_outside
     if name in registered:
         entry = registered[name]
-        source = DatasetSource(name, Path(entry.annotations).expanduser(), Path(entry.images).expanduser())
+        files = (Path(entry.annotations).expanduser(), Path(entry.images).expanduser())
+        source = DatasetSource(name, *files, outside)
         remedy = f"correct DATASETS.REGISTER.{name}"
     elif name in BUILT_IN:
         root = datasets_root()
         if name in _GENERATED:
             ensure_demo_dataset(root)
         annotations, images = BUILT_IN[name]
-        source = DatasetSource(name, root / annotations, root / images)
+        source = DatasetSource(name, root / annotations, root / images, outside)
         remedy = "put it there or set GN_DETECT_DATASETS to the folder that holds it"
     else:
         raise UserError(_unknown(name, [*registered, *BUILT_IN]))
     if source.annotations.is_dir():
         told = describe_foreign(source.annotations)
-        raise UserError(f"dataset {name}: {source.annotations} is no COCO annotation file: {told}")
+        raise UserError(f"dataset {name}: {source.annotations} is no COCO file: {told}")
     if not source.annotations.is_file():
         raise UserError(f"dataset {name}: annotation file {source.annotations} is missing; {remedy}")
     if not source.images.is_dir():

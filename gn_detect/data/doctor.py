@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..text import printable
+from .coco_rules import image_file
 from .datasets import DatasetSource
 from .doctor_checks import LARGE, SMALL, Part, check_part
 from .doctor_images import Probes, probe_images
 from .doctor_reading import Reading, read_as_meant
 from .doctor_repair import Repair, repair
-from .faults import ERROR, FAULTS, NOTE, SEVERITIES, WARNING, Finding
+from .faults import ERROR, FAULTS, NOTE, SEVERITIES, WARNING, DataError, Finding
 
 EXAMPLES = 5
 """Of each kind of fault, in the text."""
@@ -89,7 +92,9 @@ class Diagnosis:
                 lines += _section(kind, found, len(self.parts) > 1)
         count = Counter(finding.severity for finding in self.findings)
         total = f"{_number(count[ERROR], 'error')}, {_number(count[WARNING], 'warning')}"
-        return "\n".join([*lines, "", f"{total}, {_number(count[NOTE], 'note')}{self._hint()}"])
+        return "\n".join(
+            [*map(printable, lines), "", f"{total}, {_number(count[NOTE], 'note')}{self._hint()}"]
+        )
 
     def _hint(self) -> str:
         """What ``--fix`` would do."""
@@ -143,8 +148,12 @@ def _fix(
 def image_paths(reading: Reading) -> list[str]:
     """Paths of all images that have a usable file name."""
     names = [entry.get("file_name") for entry in reading.content["images"] if isinstance(entry, dict)]
-    folder = reading.rules.folder
-    return [str(folder / name) for name in names if isinstance(name, str) and name and "\0" not in name]
+    paths = []
+    for name in names:
+        if isinstance(name, str) and name and "\0" not in name:
+            with suppress(DataError):
+                paths.append(str(image_file(reading.rules.folder, name, reading.rules.allow_outside)))
+    return paths
 
 
 def compare_parts(parts: Sequence[Part]) -> list[Finding]:
@@ -244,7 +253,7 @@ def _table(part: Part) -> list[str]:
 
 def _fit(name: str) -> str:
     """A name on one line of bounded length."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    text = printable(name)
     return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."
 
 

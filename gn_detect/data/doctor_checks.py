@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .canonical import has_mask
 from .coco_json import ids_may_repeat
 from .coco_rules import Rules, is_area, is_integer, is_polygon
 from .crowds import count_crowds
@@ -234,7 +235,7 @@ class _AnnotationChecker:
         with part.collecting(**about):
             box = rules.box(entry, image, what)
             self._check_box(box, image, what, about)
-        if self.masks or entry.get("segmentation"):
+        if self.masks or has_mask(entry):
             with part.collecting(**about):
                 self._check_mask(entry, image, box, crowd, what, about)
         self._count(entry, image_id, category_id, crowd, box)

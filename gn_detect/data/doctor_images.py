@@ -7,14 +7,13 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import open_file
 from .faults import DataError
-from .images import is_deep, read_image
+from .images import is_deep, open_image, read_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +50,10 @@ def probe_image(path: str) -> Probe:
     """Read one file."""
     digest = ""
     try:
-        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+        with open_file(path) as file:
+            digest = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
         pixels = read_image(path, "RGB")
-        with Image.open(path) as stored:
+        with open_image(path) as stored:
             sizes = (pixels.shape[:2], (stored.height, stored.width))
             return Probe(sizes, digest, brightest=int(pixels.max()) if is_deep(stored) else None)
     except DataError as error:

@@ -11,9 +11,11 @@ import pycocotools.mask as coco_mask
 from .image_table import ImageRecord
 from .transforms import polygon_bounds
 
-_MOST_PAIRS = 1_000_000
-"""Of edges of a polygon that are compared. Traced outlines of many thousand points have less, as their edges
-are short."""
+_PAIRS = 1 << 18
+"""Pairs of edges that are compared at once."""
+
+_MOST_PAIRS = 10_000_000
+"""Pairs of edges of a polygon that are compared, in seconds; a traced outline has some 20 for each point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +54,28 @@ def measure_mask(polygons: Sequence[Sequence[float]], rle: bytes, image: ImageRe
 def crosses_itself(polygon: Sequence[float]) -> bool:
     """Whether two edges of a closed polygon ``x0, y0, x1, y1, ...`` cross; touching is not crossing.
 
-    Polygons with too many edges above each other are not looked at: no.
+    Edges are compared with those that they share an x with; where these are too many, the answer is no.
     """
     points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
     points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
-    if len(points) < 4:
+    count = len(points)
+    if count < 4:
         return False
     start, end = points, np.roll(points, -1, axis=0)
-    order = np.argsort(np.minimum(start[:, 0], end[:, 0]))
-    start, end = start[order], end[order]
     left, right = np.minimum(start[:, 0], end[:, 0]), np.maximum(start[:, 0], end[:, 0])
-    # The edges behind each one that begin, from left to right, before it ends.
-    number = np.searchsorted(left, right, side="right") - np.arange(1, len(points) + 1)
-    if number.sum() > _MOST_PAIRS:
+    order = np.argsort(left)
+    start, end, right = start[order], end[order], right[order]
+    others = np.searchsorted(left[order], right, side="right") - np.arange(count) - 1
+    firsts = np.concatenate([[0], np.cumsum(others)])
+    if firsts[-1] > _MOST_PAIRS:
         return False
-    first = np.repeat(np.arange(len(points)), number)
-    second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(number) - number, number)
-    return bool(_cross(start[first], end[first], start[second], end[second]).any())
+    for pair in range(0, int(firsts[-1]), _PAIRS):
+        pairs = np.arange(pair, min(pair + _PAIRS, firsts[-1]))
+        one = np.searchsorted(firsts, pairs, side="right") - 1
+        other = pairs - firsts[one] + one + 1
+        if _cross(start[one], end[one], start[other], end[other]).any():
+            return True
+    return False
 
 
 def _cross(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:

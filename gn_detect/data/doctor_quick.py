@@ -11,13 +11,12 @@ import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image
 
 from ..errors import UserError
 from .coco import CocoDataset
 from .doctor_checks import BORDER, box_tolerance
 from .faults import FAULTS, NOTE
-from .images import DARK, is_deep, read_image
+from .images import DARK, is_deep, open_image, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ def _dark(dataset: CocoDataset) -> tuple[int, str]:
     count = len(dataset.images)
     names = [dataset.images[row].file_name for row in range(0, count, -(-count // _LOOKED_AT))]
     try:
-        with Image.open(names[0]) as first:
+        with open_image(names[0]) as first:
             if not is_deep(first):
                 return 0, ""
         dark = all(read_image(name, "RGB").max() < DARK for name in names)

@@ -56,7 +56,7 @@ def read_as_meant(source: DatasetSource, *, names: bool, masks: bool) -> Reading
         UserError: the file is missing, not JSON or not COCO at all.
     """
     file = read_canonical(source.annotations)
-    rules = Rules(source.annotations, source.images, True)
+    rules = Rules(source.annotations, source.images, True, source.allow_outside)
     reading = Reading(rules, dict(file.content), masks and has_masks(file.content))
     for note in file.notes:
         reading.told.append(("other-form", str(note), {}))
@@ -75,7 +75,7 @@ def _rename(reading: Reading) -> None:
     images = reading.content["images"]
     names = [entry.get("file_name") for entry in images if isinstance(entry, dict)]
     usable = [name for name in names if isinstance(name, str) and name and "\0" not in name]
-    found = missing_names(reading.rules.folder, usable)
+    found = missing_names(reading.rules.folder, usable, reading.rules.allow_outside)
     renamed = []
     for entry in images:
         name = entry.get("file_name") if isinstance(entry, dict) else None

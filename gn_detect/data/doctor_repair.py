@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
+from .canonical import has_mask
 from .coco_json import ids_may_repeat
 from .coco_rules import Rules, is_area, is_coordinate, is_integer, is_polygon, shown
 from .doctor_checks import BORDER, area_disagrees, box_disagrees, overhang
@@ -317,7 +318,7 @@ class _Annotations:
     def _mend_mask(self, entry: dict[str, Any], image: ImageRecord, what: str) -> MaskMeasures | None:
         """Drops bad polygons, encodes those of crowds; None for an object without a mask, if that may be."""
         given = entry.get("segmentation")
-        if not self.masks and not (any(given) if isinstance(given, list) else given):
+        if not self.masks and not has_mask(entry):
             return None
         if isinstance(given, list):
             good = [p for p in given if isinstance(p, list) and all(map(is_coordinate, p)) and is_polygon(p)]

@@ -112,6 +112,12 @@ FAULTS: dict[str, Fault] = {
         "correct 'file_name'",
         "renames them in 'file_name'",
     ),
+    "image-outside": Fault(
+        ERROR,
+        "images outside of the images folder (absolute names, or with ..)",
+        "give names relative to the folder, or trust the file with DATASETS.ALLOW_OUTSIDE True",
+        removal=_IMAGES,
+    ),
     "unreadable-image": Fault(ERROR, "images that cannot be read", "replace the files", removal=_IMAGES),
     "size-differs": Fault(
         ERROR,

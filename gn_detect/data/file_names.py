@@ -17,7 +17,7 @@ _DEEPEST = 20
 """Components of a path that are looked for."""
 
 
-def missing_names(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
+def missing_names(folder: Path, names: Iterable[str], outside: bool = True) -> dict[str, str | None]:
     """Return the names that no file has, each with the name of the file that it obviously means.
 
     A name is read again without a query (``?d=path/x.jpg`` means ``path/x.jpg``), with ``%20`` decoded, with
@@ -28,12 +28,14 @@ def missing_names(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
         folder: to which names are relative.
         names: all names of the dataset: a file that has a name of its own in the dataset is no answer.
 
+        outside: names may lead out of the folder; a file there is missing otherwise, as it is not read.
+
     Returns:
         Names relative to ``folder`` with ``/``; None where nothing or more than one file would do.
     """
     unique = list(dict.fromkeys(names))
     folders = _Folders(folder)
-    missing = [name for name in unique if not folders.holds(name)]
+    missing = [name for name in unique if not folders.holds(name) or (leads_out(name) and not outside)]
     if not missing:
         return {}
     taken = set(map(os.path.normpath, set(unique) - set(missing)))
@@ -43,6 +45,12 @@ def missing_names(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
         name: other if other and uses[other] == 1 and os.path.normpath(other) not in taken else None
         for name, other in found.items()
     }
+
+
+def leads_out(name: str) -> bool:
+    """Return whether a name is absolute or has a ``..`` in it, and may so lead out of its folder."""
+    path = Path(name)
+    return bool(path.anchor) or ".." in path.parts
 
 
 def nearby_file(path: str | Path) -> Path | None:

@@ -15,7 +15,7 @@ _HEAD = 1 << 16
 _MOST_FILES = 200
 """Files of a folder that are looked at."""
 
-_CONVERTERS = "convert with FiftyOne or Datumaro"
+_CONVERTERS = "convert it to COCO with FiftyOne or Datumaro"
 _FORMATS = {
     "yolo": (
         "YOLO labels",
@@ -73,7 +73,7 @@ def describe_foreign(path: Path) -> str:
         return ""
     kind = next((kind for kind in _FORMATS if kind in kinds), "")
     if not kind:
-        return "it is a folder; give a file"
+        return "it is a folder; give the COCO annotation file"
     name, remedy = _FORMATS[kind]
     return f"it is a folder of {name}; {remedy}"
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import UserError
+from ..files import open_file
 from .faults import DataError
 from .file_names import nearby_file
 
@@ -22,9 +25,41 @@ _UPRIGHT = {
 }
 """What undoes each value of the EXIF tag ``Orientation``; 1 is upright."""
 
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
+"""That are read, by Pillow's names, whatever a file is called; AVIF where Pillow has it, from 11.3 on.
+
+Pillow itself reads many more, among them PostScript, for which it starts another program.
+"""
 
 DARK = 64
 """Of 256: the greys that 14 bits or less leave of a 16-bit greyscale image."""
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file: size and mode are known, pixels are not read. Every image of a user comes this way.
+
+    Raises:
+        DataError: it is no regular file, or of none of the :data:`FORMATS`.
+        OSError: and what else Pillow raises for a file that is missing or damaged.
+    """
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    try:
+        file = open_file(path)
+    except UserError as error:
+        raise DataError(f"cannot read image {error}", "unreadable-image") from error
+    with file:
+        try:
+            image = Image.open(file, formats=formats)
+        except UnidentifiedImageError as error:
+            raise DataError(
+                f"cannot read image {path}: it is none of {', '.join(formats)}, or damaged; convert it to "
+                "PNG or JPEG, replace or remove it",
+                "unreadable-image",
+            ) from error
+        with image:
+            yield image
 
 
 def read_image(
@@ -36,7 +71,7 @@ def read_image(
     of 16 is taken, whatever the picture holds: values up to 255 are black, 12-bit ones at most 15 of 255.
 
     Args:
-        path: any file that Pillow reads.
+        path: a regular file of one of the :data:`FORMATS`, or a link to one.
         channel_order: ``"BGR"`` or ``"RGB"``.
         expected_size: (height, width) that the annotations state. The EXIF orientation is applied unless only
             the picture as stored has this size: some annotation tools ignore the tag.
@@ -51,7 +86,7 @@ def read_image(
     if channel_order not in ("BGR", "RGB"):
         raise UserError(f"INPUT.FORMAT {channel_order!r} is not supported; choose 'BGR' or 'RGB'")
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             if expected_size is not None and sorted(file.size) != sorted(expected_size):
                 raise _other_size(path, file.size, expected_size)  # before the work, and the memory
             stored = _to_rgb(file, path)
@@ -85,6 +120,9 @@ def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
         raise DataError(f"image {path} has floating-point pixels; convert it to 8 bits", "unreadable-image")
     if is_deep(image):
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB":
+        image.load()  # and no copy: pixels of a photo are 100 MB
+        return image
     return image.convert("RGB")
 
 

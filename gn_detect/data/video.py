@@ -12,9 +12,16 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import open_file
 from .faults import DataError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv"}
+
+_OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,avi,matroska,webm,mpeg,mpegvideo,mpegts,asf",
+}
+"""Of FFmpeg, whatever a file is called: lists of other files and of addresses are videos to it, too."""
 
 _TICKS = 90_000
 """Of the written file, in a second: times of frames are kept, also where frames come unevenly."""
@@ -77,11 +84,11 @@ def read_frames(path: str | Path) -> Iterator[Frame]:
 def _open(path: str | Path) -> Iterator[tuple[Any, Any]]:
     av = _import_av(path)
     try:
-        with av.open(str(path)) as container:
+        with open_file(path), av.open(f"file:{path}", options=_OPTIONS) as container:
             if not container.streams.video:
                 raise DataError(f"{path} has no pictures, sound alone; leave it out", "unreadable-image")
             yield container, container.streams.video[0]
-    except (av.error.FFmpegError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
             f"cannot read video {path}: {reason}; replace or remove it", "unreadable-image"

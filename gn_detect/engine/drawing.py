@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..evaluation import match_objects
 from ..structures import Detections, Target
-from ..visualize import draw_comparison, draw_detections
+from ..visualize import Crop, crop_mask, draw_comparison, draw_detections
 
 Json = dict[str, Any]
 
@@ -50,23 +50,21 @@ def draw_entries(
     Returns:
         uint8 RGB.
     """
-    found = Detections(
-        _boxes(detections),
-        torch.tensor([entry["score"] for entry in detections]),
-        classes.labels(detections),
-        _masks(detections, pixels.shape[:2]),
-    )
+    boxes, labels = _boxes(detections), classes.labels(detections)
+    scores = torch.tensor([entry["score"] for entry in detections])
+    found = Detections(boxes, scores, labels)
+    masks = _Masks(detections)
     if objects is None:
-        return draw_detections(pixels, found, classes.names, 0.0, scale)
+        return draw_detections(pixels, found, classes.names, 0.0, scale, masks)
     with_masks = all("segmentation" in entry for entry in [*objects, *detections])
     matched, _ = match_objects(objects, detections, "segm" if with_masks else "bbox")
     shown = [i for i, entry in enumerate(objects) if not entry.get("iscrowd", 0)]
     place = {index: number for number, index in enumerate(shown)}
     kept = [objects[i] for i in shown]
-    masks = _masks(kept, pixels.shape[:2])
-    target = Target(_boxes(kept), classes.labels(kept), None if masks is None else list(masks))
+    target = Target(_boxes(kept), classes.labels(kept))
     partners = np.array([place.get(partner, partner) for partner in matched.tolist()], dtype=np.int64)
-    return draw_comparison(pixels, target, found, classes.names, partners, scale)
+    both = _Masks(kept), masks
+    return draw_comparison(pixels, target, found, classes.names, partners, scale, both)
 
 
 def _boxes(entries: Sequence[Json]) -> Tensor:
@@ -75,11 +73,20 @@ def _boxes(entries: Sequence[Json]) -> Tensor:
     return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
 
 
-def _masks(entries: Sequence[Json], size: Sequence[int]) -> Tensor | None:
-    """(N, H, W) bool; None unless each entry has one."""
-    if not all("segmentation" in entry for entry in entries):
-        return None
-    if not entries:
-        return torch.zeros(0, *size, dtype=torch.bool)
-    decoded = coco_mask.decode([entry["segmentation"] for entry in entries])
-    return torch.from_numpy(decoded.transpose(2, 0, 1).astype(bool))
+class _Masks(Sequence[Crop | None]):
+    """Masks of COCO entries, decoded when they are asked for; None for each unless every entry has one."""
+
+    def __init__(self, entries: Sequence[Json]) -> None:
+        self._rles = [entry.get("segmentation") for entry in entries]
+        self._known = all(rle is not None for rle in self._rles)
+
+    def __len__(self) -> int:
+        return len(self._rles)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not self._known:
+            return None
+        rle = self._rles[index]
+        left, top, width, height = map(int, coco_mask.toBbox(rle))
+        decoded = coco_mask.decode(rle)[top : top + height, left : left + width]
+        return crop_mask(np.ascontiguousarray(decoded).view(bool), top, left)

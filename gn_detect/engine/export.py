@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import dump_config
 from ..config.load import validate
+from ..config.yaml_text import parse_yaml
 from ..errors import UserError
 from ..files import atomic_write
 from ..modeling.mask_rcnn import MaskRCNN
@@ -136,7 +137,7 @@ class ExportMetadata:
         """
         try:
             found = cls(
-                validate(yaml.safe_load(strings["config"]), {}),
+                validate(parse_yaml(strings["config"]), {}),
                 json.loads(strings["class_names"]),
                 json.loads(strings["category_ids"]),
                 int(strings["size_divisibility"]),
@@ -145,7 +146,9 @@ class ExportMetadata:
             lists = (found.class_names, found.category_ids)
             if {len(values) for values in lists} != {found.config.model.roi_heads.num_classes}:
                 raise ValueError("class names")
-        except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError, UserError) as error:
+        except (
+            KeyError, TypeError, ValueError, AttributeError, RecursionError, yaml.YAMLError, UserError
+        ) as error:  # fmt: skip
             raise UserError(
                 f"{path} is no detector that gn_detect exported; make one with gn-detect export"
             ) from error

@@ -57,7 +57,11 @@ class ExportedPredictor:
         self.report = f"{path}: exported by gn_detect {told.version}, run by {runtime} on the CPU"
 
     def __call__(self, image: str | Path | np.ndarray) -> Detections:
-        """Objects in one image, as by :meth:`Predictor.__call__`.
+        """Objects in one image, as by :meth:`Predictor.__call__`; errors as of :meth:`find`."""
+        return self.find(image, paste=True)
+
+    def find(self, image: str | Path | np.ndarray, paste: bool = False) -> Detections:
+        """Objects in one image, as by :meth:`Predictor.find`.
 
         Raises:
             UserError: the file cannot be read, or the image is too small for the program.
@@ -76,7 +80,7 @@ class ExportedPredictor:
             )
         padded = prepared.new_zeros(1, 3, height, width)
         padded[0, :, : size[0], : size[1]] = prepared
-        return rescale(Detections(*self._program(padded, torch.tensor(size))), size, original)
+        return rescale(Detections(*self._program(padded, torch.tensor(size))), size, original, paste)
 
 
 def _load_onnx(path: Path) -> tuple[Program, ExportMetadata, str]:
@@ -164,7 +168,8 @@ def _read_pt2_metadata(path: Path) -> Any:
             raise UserError(f"{path} holds pickled sample inputs, which are not loaded; export it again")
         return json.loads(reader.get_record(f"extra/{METADATA_FILE}"))
     except (
-        OSError, zipfile.BadZipFile, RuntimeError, KeyError, TypeError, AttributeError, ValueError
+        OSError, zipfile.BadZipFile, RuntimeError, RecursionError, KeyError, TypeError, AttributeError,
+        ValueError,
     ) as error:  # fmt: skip
         raise UserError(
             f"{path} is no detector that gn_detect exported; make one with gn-detect export"

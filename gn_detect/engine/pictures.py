@@ -57,9 +57,9 @@ def draw_test_images(
             record = dataset.images[index]
             size = record.height, record.width
             pixels = read_image(record.file_name, "RGB", size)
-            found = model.detect([prepare_image(pixels, cfg)], [size])[0]
+            found = model.detect([prepare_image(pixels, cfg)], [size], paste=False)[0]
             shown = found[: int((found.scores >= THRESHOLD).sum())]  # the best come first
-            entries = detections_to_coco(shown, record.id, dataset.category_ids)
+            entries = detections_to_coco(shown, record.id, dataset.category_ids, size)
             picture = draw_entries(pixels, entries, classes, truth.objects[record.id])
             save_picture(folder / f"{dataset.name}_{record.id}.png", picture)
             if show is not None:

@@ -19,6 +19,7 @@ from ..evaluation import ResultsWriter, detections_to_coco
 from ..evaluation.model import detection_memory_help
 from ..files import atomic_write, atomic_write_json
 from ..structures import Detections
+from ..text import printable
 from ..visualize import picture_scale, save_picture
 from .drawing import Classes, draw_entries
 from .pipeline import drawing_processes, in_order, reading_threads
@@ -32,8 +33,8 @@ class AnyPredictor(Protocol):
     class_names: list[str]
     category_ids: list[int]
 
-    def __call__(self, image: np.ndarray) -> Detections:
-        """Objects in (H, W, 3) uint8 RGB pixels, in the image's pixels, on the CPU, best first."""
+    def find(self, image: np.ndarray) -> Detections:
+        """Objects in (H, W, 3) uint8 RGB pixels, in the image's pixels, best first, masks pasted or not."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def predict_images(
             except UserError as error:
                 message = str(error) if error is pixels else f"{task.path}: {error}"
                 outcome.failures.append(message)
-                tqdm.write(f"error: {message}", file=sys.stderr)
+                tqdm.write(f"error: {printable(message)}", file=sys.stderr)
                 progress.update()
                 continue
             yield _Drawing(task, pixels, entries, classes, pictures)
@@ -159,10 +160,10 @@ def _read(task: Task) -> tuple[Task, np.ndarray | UserError]:
 
 
 def _detect(predictor: AnyPredictor, pixels: np.ndarray, image_id: Any, threshold: float) -> list[Json]:
-    found = predictor(pixels)
+    found = predictor.find(pixels)
     count = int((found.scores >= threshold).sum())
-    # The best come first, and a slice copies no masks: those of a large image are several GB.
-    return detections_to_coco(found[:count], image_id, predictor.category_ids)
+    # The best come first, and a slice copies no masks.
+    return detections_to_coco(found[:count], image_id, predictor.category_ids, pixels.shape[:2])
 
 
 def _size_of(pixels: np.ndarray) -> str:

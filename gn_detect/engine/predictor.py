@@ -73,9 +73,19 @@ class Predictor:
             UserError: the file cannot be read.
             ValueError: it is something else, or an array of another shape or type.
         """
+        return self.find(image, paste=True).to("cpu")
+
+    def find(self, image: str | Path | np.ndarray, paste: bool = False) -> Detections:
+        """Objects in one image as by calling the predictor, on the model's device.
+
+        Args:
+            image: see :meth:`__call__`; errors, too.
+            paste: make bitmaps of the masks; otherwise they are probabilities inside the boxes, which take
+                as much for a large image as for a small one.
+        """
         pixels = read_pixels(image)
         height, width = pixels.shape[:2]
-        return self.model.detect([prepare_image(pixels, self.cfg)], [(height, width)])[0].to("cpu")
+        return self.model.detect([prepare_image(pixels, self.cfg)], [(height, width)], paste)[0]
 
 
 def read_pixels(image: str | Path | np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.survey import Survey, anchor_recall, best_anchor_iou, sizes_of
+from ..text import printable
 from ..weights import Architecture
 from .machine import Machine
 
@@ -74,7 +75,7 @@ class Recipe:
         for choice in self.choices:
             keys = ", ".join(f"{key} {_shown(self.keys[key])}" for key in choice.keys)
             lines.append(f"  {choice.topic}: {choice.reason}" + (f" [{keys}]" if keys else ""))
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def make_recipe(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from ..config import dump_config
+from ..config.yaml_text import parse_yaml
 from ..data import (
     CocoDataset,
     SampleLoader,
@@ -171,7 +171,7 @@ def _first_iteration(cfg: Config, known: dict[str, Any]) -> int:
     start = int(known.get("iteration", -1)) + 1
     if start == 0 or "config" not in known:
         return start
-    before = yaml.safe_load(known["config"])["SOLVER"]
+    before = parse_yaml(known["config"])["SOLVER"]
     reference = cfg.solver.reference_world_size
     if 0 in (reference, before["REFERENCE_WORLD_SIZE"]) or reference == before["REFERENCE_WORLD_SIZE"]:
         return start

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..files import atomic_write_text, cannot_write
+from ..text import LogFormatter, printable
 from .distributed import is_main
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class RunLog(logging.handlers.MemoryHandler):
     def open(self, path: Path) -> None:
         """Append to ``path`` from now on."""
         handler = _LogFile(path, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
         self.setTarget(handler)
         self.flush()
 
@@ -74,7 +75,7 @@ def run_log() -> Iterator[RunLog]:
         handlers.append(logging.NullHandler())
     elif not logger.hasHandlers():
         console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        console.setFormatter(LogFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
         handlers.append(console)
     level = logger.level
     logger.setLevel(logging.INFO)
@@ -188,7 +189,7 @@ class EventsWriter:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
+        values = [Summary.Value(tag=printable(key), simple_value=value) for key, value in scalars.items()]
         self._add(Event(wall_time=time.time(), step=iteration, summary=Summary(value=values)))
 
     def add_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
@@ -200,7 +201,7 @@ class EventsWriter:
         from tensorboard.compat.proto.event_pb2 import Event
         from torch.utils.tensorboard.summary import image
 
-        summary = image(name, picture, dataformats="HWC")
+        summary = image(printable(name), picture, dataformats="HWC")
         self._add(Event(wall_time=time.time(), step=iteration, summary=summary))
 
     def close(self) -> None:

@@ -21,7 +21,9 @@ from tqdm import tqdm
 from ..data import CocoDataset
 from ..errors import UserError
 from ..files import atomic_write
+from ..ops import paste_one_by_one
 from ..structures import Detections, Sample
+from ..text import Lines
 from .backends import choose_backend
 from .coco import IOU_TYPES, evaluate_results
 from .results_file import ResultsWriter, entry_text, gather_text
@@ -46,9 +48,12 @@ class Detector(Protocol):
     """What is needed of a model; :class:`gn_detect.modeling.MaskRCNN` has it."""
 
     def detect(
-        self, images: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        images: Sequence[Tensor],
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+        paste: bool = True,
     ) -> list[Detections]:
-        """Detections of each image in original pixels."""
+        """Detections of each image in original pixels; without ``paste``, masks may stay probabilities."""
 
     def train(self, mode: bool = True) -> Any:
         """As nn.Module's."""
@@ -58,7 +63,10 @@ class Detector(Protocol):
 
 
 def detections_to_coco(
-    detections: Detections, image_id: int, category_ids: Sequence[int]
+    detections: Detections,
+    image_id: int,
+    category_ids: Sequence[int],
+    size: tuple[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     """One image's detections as entries of a COCO result file.
 
@@ -66,6 +74,7 @@ def detections_to_coco(
         detections: boxes ``xyxy`` in the pixels of the image.
         image_id: of the annotation file.
         category_ids: contiguous label -> category id of the annotation file.
+        size: (height, width) of the image, for masks that are not pasted yet: that is done one by one.
 
     Returns:
         Entries with ``bbox`` (x, y, width, height), ``score`` and, for a model with masks, ``segmentation``
@@ -80,32 +89,47 @@ def detections_to_coco(
         )
     ]
     if detections.masks is not None and len(entries):
-        for entry, rle in zip(entries, _encode(detections.masks), strict=True):
+        for entry, rle in zip(entries, _encode(detections, size), strict=True):
             entry["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
     return entries
 
 
-def _encode(masks: Tensor) -> Iterator[dict[str, Any]]:
-    """COCO's RLE of (N, H, W) bool masks, one by one: all masks of a large image are several GB.
+def _encode(detections: Detections, size: tuple[int, int] | None) -> Iterator[dict[str, Any]]:
+    """COCO's RLE of the masks, one by one: all masks of a large image are several GB.
 
     pycocotools wants columns first. Turning a mask takes several times as long as coding it, so only the
     rows and columns of the object are turned.
     """
-    height, width = masks.shape[1:]
-    turned = np.zeros((height, width, 1), dtype=np.uint8, order="F")
-    for part in masks.split(max(1, _MOVED_BYTES // (height * width))):
-        for mask in part.cpu().numpy():
-            rows = _extent(mask.any(axis=1))
-            columns = _extent(mask[rows].any(axis=0))
-            turned[rows, columns, 0] = mask[rows, columns].view(np.uint8)  # much faster than from bool
-            yield coco_mask.encode(turned)[0]
-            turned[rows, columns] = 0
+    masks = detections.masks
+    assert masks is not None
+    pasted = size is None or masks.dtype == torch.bool
+    size = (masks.shape[1], masks.shape[2]) if size is None or pasted else size
+    parts = _moved(masks) if pasted else paste_one_by_one(masks, detections.boxes, size)
+    turned = np.zeros((*size, 1), dtype=np.uint8, order="F")
+    for top, left, part in parts:
+        mask: Any = part.numpy()
+        rows = _extent(mask.any(axis=1))
+        columns = _extent(mask[rows].any(axis=0))
+        taken = _shifted(rows, top), _shifted(columns, left)
+        turned[(*taken, 0)] = mask[rows, columns].view(np.uint8)  # much faster than from bool
+        yield coco_mask.encode(turned)[0]
+        turned[taken] = 0
+
+
+def _moved(masks: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Each of (N, H, W) masks on the CPU, moved there some at a time, as of :func:`paste_one_by_one`."""
+    for part in masks.split(max(1, _MOVED_BYTES // (masks.shape[1] * masks.shape[2]))):
+        yield from ((0, 0, mask) for mask in part.cpu())
+
+
+def _shifted(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
 
 
 def _extent(taken: np.ndarray) -> slice:
     """From the first to the last that is true, of (L,) bool; nothing where none is."""
     places = np.flatnonzero(taken)
-    return slice(places[0], places[-1] + 1) if len(places) else slice(0)
+    return slice(places[0], places[-1] + 1) if len(places) else slice(0, 0)
 
 
 @contextmanager
@@ -215,7 +239,7 @@ def _evaluate(path: Path, dataset: CocoDataset, backend: str, iou_types: Sequenc
         for iou_type in iou_types
     }
     logger.info("evaluated in %.1f s: %s", time.perf_counter() - begin, path)
-    logger.info("%s\n%s", dataset.name, format_results(metrics))
+    logger.info("%s\n%s", dataset.name, Lines(format_results(metrics)))
     return metrics
 
 
@@ -236,13 +260,12 @@ def _detect(
     for batch in tqdm(loader, desc="evaluating", disable=None if _rank() == 0 else True, leave=False):
         count("data")
         with detection_memory_help(_name_images(batch), len(batch)), torch.inference_mode():
-            found = [
-                d.to("cpu") for d in model.detect([s.image for s in batch], [s.original_size for s in batch])
-            ]
+            sizes = [sample.original_size for sample in batch]
+            found = model.detect([sample.image for sample in batch], sizes, paste=False)
         count("model")
         for sample in batch:
             # Popped, as the masks of a large image should be gone before the next is worked on.
-            yield detections_to_coco(found.pop(0), sample.image_id, category_ids)
+            yield detections_to_coco(found.pop(0), sample.image_id, category_ids, sample.original_size)
         images += len(batch)
         count("results")
     spent = ", ".join(f"{part} {value:.1f} s" for part, value in seconds.items())

@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..files import open_file
 
 _CHARACTERS = 1 << 22
 """Read, or sent between processes, at a time."""
@@ -81,7 +82,7 @@ def read_entries(path: str | Path) -> Iterator[Any]:
         UserError: it cannot be read, is not JSON or not a list.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             encoding = json.detect_encoding(file.read(4))  # a byte order mark tells it
             file.seek(0)
             yield from _entries(io.TextIOWrapper(file, encoding=encoding))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ..text import printable
 from .coco import METRICS
 
 _COLUMNS = 3
@@ -29,9 +30,10 @@ def format_results(metrics: Mapping[str, Mapping[str, float]]) -> str:
     ]
     if len(names) < 2:
         return "\n".join(lines)
-    width = max(len("category"), *map(len, names))
+    width = max(len("category"), *(len(printable(name)) for name in names))
     cells = [
-        f"{name:<{width}}" + "".join(f"{_number(row[f'AP-{name}']):>7}" for row in metrics.values())
+        f"{printable(name):<{width}}"
+        + "".join(f"{_number(row[f'AP-{name}']):>7}" for row in metrics.values())
         for name in names
     ]
     columns = min(_COLUMNS, len(cells))

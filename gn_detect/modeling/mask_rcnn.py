@@ -112,7 +112,10 @@ class MaskRCNN(nn.Module):
 
     @torch.no_grad()
     def detect(
-        self, images: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        images: Sequence[Tensor],
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+        paste: bool = True,
     ) -> list[Detections]:
         """Detections of each image, the best ``TEST.DETECTIONS_PER_IMAGE``.
 
@@ -122,6 +125,7 @@ class MaskRCNN(nn.Module):
         Args:
             images: as in :meth:`losses`.
             original_sizes: (height, width) to which detections are scaled; by default those of ``images``.
+            paste: see :func:`rescale`.
         """
         if original_sizes is None:
             original_sizes = [image_size(image) for image in images]
@@ -138,7 +142,7 @@ class MaskRCNN(nn.Module):
                 found = self.roi_heads.detect(features, proposals, sizes)
             with record_function("paste_masks"):
                 for i, size, detections in zip(members, sizes, found, strict=True):
-                    results[i] = rescale(detections, size, original_sizes[i])
+                    results[i] = rescale(detections, size, original_sizes[i], paste)
         return [results[i] for i in range(len(images))]
 
     def preprocess(self, images: Sequence[Tensor]) -> Tensor:
@@ -164,11 +168,16 @@ def image_size(image: Tensor) -> tuple[int, int]:
     return image.shape[-2], image.shape[-1]
 
 
-def rescale(detections: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
-    """Detections of an image of ``size`` (height, width) in the pixels of ``original``, masks pasted.
+def rescale(
+    detections: Detections, size: tuple[int, int], original: tuple[int, int], paste: bool = True
+) -> Detections:
+    """Detections of an image of ``size`` (height, width) in the pixels of ``original``.
 
     Args:
         detections: boxes in pixels of ``size``; masks (D, S, S) probabilities inside the boxes, or None.
+        size, original: of the network's input and of the file.
+        paste: masks become bool bitmaps of the image, a byte for each pixel and object; otherwise they stay
+            as they are, for :func:`gn_detect.ops.paste_one_by_one`.
 
     Returns:
         all on one device: that of ``detections``, or the CPU where its memory does not hold the masks.
@@ -177,7 +186,7 @@ def rescale(detections: Detections, size: tuple[int, int], original: tuple[int, 
     boxes = clip_boxes(boxes, original)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     kept = Detections(boxes, detections.scores, detections.labels, detections.masks)[keep]
-    if kept.masks is not None:
+    if kept.masks is not None and paste:
         kept.masks = paste_masks(kept.masks, kept.boxes, original)
         kept = kept.to(kept.masks.device)
     return kept

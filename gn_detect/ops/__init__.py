@@ -3,7 +3,7 @@
 from .batch_norm import frozen_batch_norm
 from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, nms_by_group, scale_boxes
 from .group_norm import group_norm
-from .masks import crop_bitmaps, paste_masks, rasterize_masks, rasterize_polygons
+from .masks import crop_bitmaps, paste_masks, paste_one_by_one, rasterize_masks, rasterize_polygons
 from .roi_align import roi_align, rows_by_value
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "group_norm",
     "nms_by_group",
     "paste_masks",
+    "paste_one_by_one",
     "rasterize_masks",
     "rasterize_polygons",
     "roi_align",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -15,6 +15,9 @@ from ..structures import PolygonMask
 
 _PASTE_BYTES = 1 << 30
 """Memory that one chunk of pasted float masks may take on an accelerator."""
+
+_GRID_PIXELS = 1 << 22
+"""Of a mask that are sampled at a time on the CPU."""
 
 
 def rasterize_polygons(polygons: PolygonMask, height: int, width: int) -> np.ndarray:
@@ -127,22 +130,50 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     """
     if masks.device.type != "cpu":
         try:
-            return _paste_in_chunks(masks.float(), boxes.float(), size, threshold)
+            chunks = _paste_in_chunks(masks.float(), boxes.float(), size, threshold)
+            return _joined(chunks, len(masks), size, masks.device)
         except torch.cuda.OutOfMemoryError:
             masks, boxes = masks.cpu(), boxes.cpu()
     pasted = torch.zeros(len(masks), *size, dtype=torch.bool)
-    _paste_each(pasted, masks.float(), boxes.float(), threshold)
+    for index, (top, left, part) in enumerate(_paste_each(masks.float(), boxes.float(), size, threshold)):
+        pasted[index, top : top + part.shape[0], left : left + part.shape[1]] = part
     return pasted
 
 
-def _paste_in_chunks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """On an accelerator whole images are computed, many at a time.
+def paste_one_by_one(
+    masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield what :func:`paste_masks` returns, mask by mask: all those of a large image are several GB.
+
+    Args:
+        masks, boxes, size, threshold: see there.
+
+    Yields:
+        The first row and column of a part of the image, and the pixels of that part, (height, width) bool
+        on the CPU; all other pixels are False.
+    """
+    masks, boxes, done = masks.float(), boxes.float(), 0
+    if masks.device.type != "cpu":
+        try:
+            for chunk in _paste_in_chunks(masks, boxes, size, threshold):
+                for mask in chunk.cpu():
+                    done += 1
+                    yield 0, 0, mask
+            return
+        except torch.cuda.OutOfMemoryError:
+            masks, boxes = masks[done:].cpu(), boxes[done:].cpu()
+    yield from _paste_each(masks, boxes, size, threshold)
+
+
+def _paste_in_chunks(
+    masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
+) -> Iterator[Tensor]:
+    """On an accelerator whole images are computed, many at a time: (chunk, height, width) bool each.
 
     Bilinear resizing is separable, so each mask is two small matrix products in place of a sampling grid.
     """
     height, width = size
     cells = masks.shape[-1]
-    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
     rows = torch.arange(height, dtype=torch.float32, device=masks.device)
     columns = torch.arange(width, dtype=torch.float32, device=masks.device)
     chunk = max(1, _PASTE_BYTES // (4 * height * width))
@@ -150,23 +181,37 @@ def _paste_in_chunks(masks: Tensor, boxes: Tensor, size: tuple[int, int], thresh
         part = slice(begin, begin + chunk)
         vertical = _interpolation_matrix(boxes[part, 1], boxes[part, 3], cells, rows)
         horizontal = _interpolation_matrix(boxes[part, 0], boxes[part, 2], cells, columns)
-        pasted[part] = vertical @ masks[part] @ horizontal.transpose(1, 2) >= threshold
+        yield vertical @ masks[part] @ horizontal.transpose(1, 2) >= threshold
+
+
+def _joined(chunks: Iterable[Tensor], count: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    pasted, begin = torch.zeros(count, *size, dtype=torch.bool, device=device), 0
+    for chunk in chunks:
+        pasted[begin : begin + len(chunk)] = chunk
+        begin += len(chunk)
     return pasted
 
 
-def _paste_each(pasted: Tensor, masks: Tensor, boxes: Tensor, threshold: float) -> None:
-    """On the CPU only the pixels around each box are computed."""
-    height, width = pasted.shape[1:]
+def _paste_each(
+    masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
+) -> Iterator[tuple[int, int, Tensor]]:
+    """On the CPU only the pixels around each box are computed; see :func:`paste_one_by_one`."""
+    height, width = size
     begin = (boxes[:, :2].floor() - 1).clamp(min=0).int().tolist()
     end = (boxes[:, 2:].ceil() + 1).int().tolist()
     for i, ((x0, y0), (x1, y1)) in enumerate(zip(begin, end, strict=True)):
-        x1, y1 = min(x1, width), min(y1, height)
-        if x0 < x1 and y0 < y1:
-            x = _sampling_positions(boxes[i, 0], boxes[i, 2], x0, x1)
-            y = _sampling_positions(boxes[i, 1], boxes[i, 3], y0, y1)
-            grid = torch.stack([x.expand(y1 - y0, -1), y[:, None].expand(-1, x1 - x0)], dim=2)
+        x1, y1 = max(min(x1, width), x0), max(min(y1, height), y0)
+        part = torch.zeros(y1 - y0, x1 - x0, dtype=torch.bool)
+        x = _sampling_positions(boxes[i, 0], boxes[i, 2], x0, x1)
+        y = _sampling_positions(boxes[i, 1], boxes[i, 3], y0, y1)
+        # Some rows at a time: the grid takes eight bytes for each pixel.
+        rows = max(1, _GRID_PIXELS // max(1, x1 - x0))
+        for first in range(0, y1 - y0 if x1 > x0 else 0, rows):
+            some = y[first : first + rows]
+            grid = torch.stack([x.expand(len(some), -1), some[:, None].expand(-1, x1 - x0)], dim=2)
             values = functional.grid_sample(masks[i, None, None], grid[None], align_corners=False)
-            pasted[i, y0:y1, x0:x1] = values[0, 0] >= threshold
+            part[first : first + rows] = values[0, 0] >= threshold
+        yield y0, x0, part
 
 
 def _sampling_positions(start: Tensor, stop: Tensor, first: int, last: int) -> Tensor:

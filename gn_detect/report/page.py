@@ -118,7 +118,7 @@ def _section(run: RunFolder, test: TestSet, number: int, threshold: float, pictu
         return section
     section.curves = [_precision_chart(section.analysis, kind) for kind in kinds]
     section.confusion = condense(section.analysis.confusion, truth.class_names)
-    section.pictures = draw_pictures(section.analysis, source.images, pictures)
+    section.pictures = draw_pictures(section.analysis, source, pictures)
     return section
 
 

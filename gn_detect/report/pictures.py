@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
 from ..data import read_image
+from ..data.coco_rules import image_file
+from ..data.datasets import DatasetSource
 from ..engine.drawing import Classes, draw_entries
 from ..errors import UserError
 from ..visualize import encode_picture
@@ -53,12 +54,12 @@ def _quality(image: ImageResult) -> float:
     return -1.0 if image.quality is None else image.quality
 
 
-def draw_pictures(analysis: Analysis, folder: Path, count: int) -> list[Picture]:
+def draw_pictures(analysis: Analysis, source: DatasetSource, count: int) -> list[Picture]:
     """Ground truth beside prediction for the worst and the best images.
 
     Args:
         analysis: of the dataset.
-        folder: of its images.
+        source: where its images are.
         count: of each kind; those that would make the page too large are left out.
     """
     classes = Classes(analysis.truth.class_names, analysis.truth.category_ids)
@@ -70,7 +71,8 @@ def draw_pictures(analysis: Analysis, folder: Path, count: int) -> list[Picture]
             continue
         try:
             size = analysis.truth.sizes.get(image.image_id)
-            pixels = read_image(folder / image.file_name, "RGB", size)
+            path = image_file(source.images, image.file_name, source.allow_outside)
+            pixels = read_image(path, "RGB", size)
         except UserError as error:
             pictures.append(Picture(image, rank, "", str(error)))
             continue

@@ -13,6 +13,7 @@ from ..config import Config, load_config
 from ..engine.checkpoint import BEST
 from ..engine.run import best_metric
 from ..errors import UserError
+from ..files import read_text
 from ..visualize import metric_points, read_metrics
 
 RESULTS_FILE = "coco_instances_results.json"
@@ -108,7 +109,7 @@ def read_run(folder: str | Path) -> RunFolder:
     return RunFolder(
         folder,
         load_config(folder / "config.yaml"),
-        (folder / "config.yaml").read_text(encoding="utf-8"),
+        read_text(folder / "config.yaml"),
         rows,
         [test for test in tests if test.metrics or test.results],
         _read_object(environment) if environment.is_file() else {},
@@ -124,7 +125,7 @@ def _test_set(folder: Path) -> TestSet:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); evaluate the run again") from error
     if not isinstance(content, dict):

@@ -4,13 +4,16 @@ Outlines, fills and labels are drawn by matplotlib's Agg on a transparent layer 
 picture: pixels that nothing is drawn on stay as they were.
 """
 
-from .canvas import picture_scale
+from .canvas import Crop, Masks, crop_mask, picture_scale
 from .comparison import draw_comparison
 from .curves import metric_points, plot_curves, read_metrics
 from .objects import draw_detections, draw_ground_truth
 from .pictures import encode_picture, save_picture, save_picture_grid, side_by_side
 
 __all__ = [
+    "Crop",
+    "Masks",
+    "crop_mask",
     "draw_comparison",
     "draw_detections",
     "draw_ground_truth",

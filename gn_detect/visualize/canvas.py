@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ _OBJECT_SIDE = 32
 """A picture with smaller objects is enlarged further, until three quarters of them have this side."""
 _LABEL_SHARE, _LABEL_AREA = 0.06, 1500
 """Or until labels, each of so many square pixels, cover no more than this part of the picture."""
+_OUTLINE_PIXELS = 1 << 22
+"""Of a mask around which an outline is looked for, some 60 bytes each; of a larger one some are left out."""
 _MOST = 4.0
 """Times that crowds and small objects enlarge a picture at most."""
 
@@ -144,23 +147,57 @@ def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(source.resize((width, height), Image.Resampling.LANCZOS))
 
 
-def mask_outline(mask: np.ndarray | None, scale: float) -> Outline | None:
-    """Smooth closed curves around a bool (H, W) mask and its holes, times ``scale``; None without any."""
+@dataclass(frozen=True)
+class Crop:
+    """The part of a mask that its object takes.
+
+    Attributes:
+        top, left: its first row and column in the image.
+        inside: (height, width) bool; all pixels of the image around it are False.
+    """
+
+    top: int
+    left: int
+    inside: np.ndarray
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """Rows and columns in the image."""
+        height, width = self.inside.shape
+        return slice(self.top, self.top + height), slice(self.left, self.left + width)
+
+
+Masks = Sequence[Crop | None]
+"""Of the objects of an image, None for one without pixels or without a mask. Each may be made when it is
+asked for: all those of a large image are several GB."""
+
+
+def crop_mask(mask: np.ndarray, top: int = 0, left: int = 0) -> Crop | None:
+    """The object in a bool mask, off which ``top`` rows and ``left`` columns were cut; None without one."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return None
+    inside = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return Crop(top + int(rows[0]), left + int(columns[0]), inside)
+
+
+def mask_outline(mask: Crop | None, scale: float) -> Outline | None:
+    """Smooth closed curves around a mask and its holes, times ``scale``; None without any."""
     from contourpy import contour_generator
     from matplotlib.path import Path as Outline
 
-    if mask is None or not mask.any():
+    if mask is None:
         return None
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    pad, top, left = 3, rows[0], columns[0]
-    inside = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], pad)
+    pad, step = 3, int(np.ceil((mask.inside.size / _OUTLINE_PIXELS) ** 0.5))
+    inside = np.pad(mask.inside[::step, ::step], pad)
     blurred = Image.fromarray(inside * np.uint8(255)).filter(ImageFilter.GaussianBlur(1.0))
     # Blur rounds off the stairs of the pixels; the limits keep each pixel on its own side of the curve.
     field = np.asarray(blurred) / 255
     field = np.where(inside, np.maximum(field, 0.51), np.minimum(field, 0.49))
     curves: Any = contour_generator(z=field).lines(0.5)
-    corner = np.array([left, top]) - pad + 0.5
-    return Outline.make_compound_path(*[Outline((curve + corner) * scale, closed=True) for curve in curves])
+    corner = np.array([mask.left, mask.top]) + 0.5
+    curves = [(curve - pad) * step + corner for curve in curves]
+    return Outline.make_compound_path(*[Outline(curve * scale, closed=True) for curve in curves])
 
 
 def box_area(boxes: np.ndarray) -> np.ndarray:

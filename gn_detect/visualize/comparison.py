@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ..structures import Detections, Target
-from .canvas import Canvas, base_scale, box_area, enlarged, mask_outline, picture_scale
+from .canvas import Canvas, Masks, base_scale, box_area, enlarged, mask_outline, picture_scale
 from .labels import draw_labels
 from .objects import CROWDED, bitmaps, names_of, target_bitmaps, thinned
 from .pictures import Legend, side_by_side
@@ -31,6 +31,7 @@ def draw_comparison(
     class_names: Sequence[str],
     matched: np.ndarray,
     scale: float | None = None,
+    masks: tuple[Masks, Masks] | None = None,
 ) -> np.ndarray:
     """Two pictures side by side: objects found or missed, and detections right or false.
 
@@ -45,6 +46,7 @@ def draw_comparison(
         matched: (M,) for each detection the object that it found, -1 for none, -2 where it lies in a crowd
             and does not count.
         scale: how much the image is enlarged; see :func:`draw_detections`.
+        masks: of the objects and of the detections, in place of those that they hold.
 
     Returns:
         uint8 RGB with a title and a legend over each half.
@@ -59,9 +61,10 @@ def draw_comparison(
     height, width = image.shape[:2]
     labels = max(sum(map(bool, _spoken(truth, truth_names))), sum(map(bool, _spoken(found, found_names))))
     scale = scale or picture_scale((height, width), boxes, labels)
+    truth_masks, found_masks = masks or (target_bitmaps(target, image), bitmaps(detections))
     halves = [
-        _half(image, scale, truth_boxes, target_bitmaps(target, image), truth, truth_names),
-        _half(image, scale, found_boxes, bitmaps(detections), found, found_names),
+        _half(image, scale, truth_boxes, truth_masks, truth, truth_names),
+        _half(image, scale, found_boxes, found_masks, found, found_names),
     ]
     titles = [f"ground truth: {_count(len(target), 'object')}", f"prediction: {len(detections)}"]
     return side_by_side(halves, titles, [_legend(truth), _legend(found)])
@@ -98,7 +101,7 @@ def _half(
     image: np.ndarray,
     scale: float,
     boxes: np.ndarray,
-    masks: Sequence[np.ndarray | None],
+    masks: Masks,
     outcomes: Sequence[str],
     names: Sequence[str],
 ) -> np.ndarray:
@@ -113,7 +116,7 @@ def _half(
     wrong = np.array([outcome in (OTHER_CLASS, MISSED, FALSE) for outcome in outcomes])
     colours = [_COLOURS[outcome] for outcome in outcomes]
     width_of_line, drawn = canvas.line_width, boxes.copy()
-    fills = thinned(masks, np.where(wrong, 0.3, 0.12).tolist())
+    fills = thinned(masks, (height, width), np.where(wrong, 0.3, 0.12).tolist())
     for index in np.lexsort((-box_area(boxes), wrong)):
         outline, dashed = mask_outline(masks[index], scale), outcomes[index] == MISSED
         canvas.line_width = width_of_line * (1.5 if wrong[index] else 0.8)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, read_text
+from ..text import shortened
+from .fonts import add_legend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +74,7 @@ def read_metrics(path: str | Path) -> Rows:
         UserError: it cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}; give the metrics.jsonl of a run's folder") from error
     rows = []
@@ -114,11 +116,9 @@ def _draw_one(rows: Rows, smooth: int) -> Figure:
     for (title, shown), axes in zip(panels.items(), all_axes, strict=True):
         for name in shown:
             colour, width = ("0.15", 1.8) if name == "total_loss" else (None, 1.3)
-            _line(
-                axes, metric_points(rows, name, smooth if title == "loss" else 1), title, name, colour, width
-            )
+            _line(axes, metric_points(rows, name, smooth if title == "loss" else 1), title, colour, width)
         if len(shown) > 1:
-            axes.legend(fontsize=8, frameon=False)
+            add_legend(axes, axes.get_lines(), shown, fontsize=8, frameon=False)
     return figure
 
 
@@ -138,28 +138,19 @@ def _draw_several(runs: Mapping[str, Rows], smooth: int) -> Figure:
         for title, axes in zip(titles, all_axes, strict=True):
             for name in panel[title]:
                 line = metric_points(runs[run], name, smooth if title == "loss" else 1)
-                _line(axes, line, title, run, colour, 1.5, *styles.get(name, ()))
-    handles = [
-        Line2D([], [], color=colour, linewidth=2, label=name)
-        for name, colour in zip(runs, colours, strict=True)
-    ]
-    longest = max(map(len, runs))
+                _line(axes, line, title, colour, 1.5, *styles.get(name, ()))
+    handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours]
+    longest = max(len(shortened(name)) for name in runs)
     columns = max(1, min(len(runs), round(60 * len(titles) / (longest + 8))))
-    legend = figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    place = "outside lower center"
+    add_legend(figure, handles, list(runs), loc=place, ncols=columns, frameon=False, fontsize=9)
     if len(kinds) > 1 and "AP (%)" in titles:
         axes = all_axes[titles.index("AP (%)")]
-        axes.legend(
-            handles=[
-                Line2D([], [], color="0.3", ls=style, marker=marker, markersize=4, label=kind)
-                for kind, (style, marker) in styles.items()
-            ],
-            frameon=False,
-            fontsize=8,
-        )
+        lines = [
+            Line2D([], [], color="0.3", ls=style, marker=marker, markersize=4)
+            for style, marker in styles.values()
+        ]
+        add_legend(axes, lines, list(styles), frameon=False, fontsize=8)
     return figure
 
 
@@ -179,7 +170,6 @@ def _line(
     axes: Any,
     line: np.ndarray,
     title: str,
-    label: str,
     colour: Any,
     width: float,
     style: str = "-",
@@ -187,7 +177,7 @@ def _line(
 ) -> None:
     marker = marker if title == "AP (%)" or len(line) == 1 else ""
     x, y = line.T
-    axes.plot(x, y, label=label, marker=marker, markersize=4, color=colour, linewidth=width, linestyle=style)
+    axes.plot(x, y, marker=marker, markersize=4, color=colour, linewidth=width, linestyle=style)
 
 
 def _colours(count: int) -> list[Any]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
+
+from ..text import printable, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +28,35 @@ WEIGHT = "bold"
 """Of labels; a font may lack in bold what it has otherwise."""
 
 
+def add_legend(owner: Any, handles: Sequence[Any], names: Sequence[str], **settings: Any) -> None:
+    """Add a legend to axes or a figure, in which names are drawn as they are: all text of files goes here.
+
+    matplotlib would take ``$`` for mathematics, and leave out names that begin with ``_``.
+
+    Args:
+        owner: the axes or the figure.
+        handles: lines or patches.
+        names: of the handles.
+        settings: see matplotlib's ``legend``.
+    """
+    legend = owner.legend(handles, [f"{number}" for number in range(len(names))], **settings)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        set_text(text, name)
+
+
+def set_text(text: Any, name: str) -> None:
+    """Let a text of matplotlib's show a name as it is: neither mathematics nor TeX, in fonts that have it."""
+    shown, families = drawable(name)
+    text.set(text=shown, family=families, parse_math=False, usetex=False)
+
+
 def drawable(text: str) -> tuple[str, list[str]]:
-    """What can be drawn of a text, and the font families for it.
+    """What can be drawn of a text, and the font families for it: one line, without its middle if it is long.
 
     A character that no font has would be an empty box, the same for all: its escape stands there instead, as
     in ``\\u4eba``. The first time that is said in the log.
     """
+    text = shortened(printable(text))
     families = {character: _family_of(character) for character in text}
     missing = "".join(character for character, family in families.items() if family is None)
     if missing:

@@ -27,9 +27,9 @@ def draw_labels(canvas: Canvas, boxes: np.ndarray, labels: Sequence[str], colour
     for index in np.argsort(-box_area(boxes), kind="stable"):
         if not labels[index]:
             continue
-        shown, families = drawable(" ".join(labels[index].split()))
+        shown, families = drawable(labels[index])
         text = figure.text(0, 0, shown, size=font_size, weight=WEIGHT)
-        text.set(family=families, ha="center", va="center", parse_math=False, transform=None)
+        text.set(family=families, ha="center", va="center", parse_math=False, usetex=False, transform=None)
         extent = text.get_window_extent(renderer)
         size = np.array([extent.width, extent.height]) + 2 * _PAD * font_size
         plate = _free_place(boxes[index], size, picture_size, boxes, taken)

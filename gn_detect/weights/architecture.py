@@ -11,6 +11,7 @@ import yaml
 
 from ..config import Config, load_config
 from ..config.types import value_at
+from ..config.yaml_text import parse_yaml
 from ..errors import UserError
 from .checkpoint import Checkpoint
 from .convention import plain_text
@@ -262,7 +263,7 @@ def _told_config(checkpoint: Checkpoint) -> Config | None:
     if entry is not None:
         return load_config(entry.config, entry.overrides)
     try:
-        content = yaml.safe_load(plain_text(checkpoint.metadata, "config"))
+        content = parse_yaml(plain_text(checkpoint.metadata, "config"))
         return Config.model_validate(content) if isinstance(content, dict) else None
     except (yaml.YAMLError, ValueError):  # another program's
         return None

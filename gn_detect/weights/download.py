@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import atomic_write_text, cannot_write
+from ..text import printable
 
 ATTEMPTS = 5
 """Connections that may fail one after the other without a byte more."""
@@ -161,7 +162,7 @@ def _locked(target: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"waiting for another process that downloads {target.name}", file=sys.stderr)
+        print(f"waiting for another process that downloads {printable(target.name)}", file=sys.stderr)
         lock.acquire()
     try:
         yield
@@ -224,7 +225,7 @@ def _retrying(attempt: Any, progress: Any = lambda: 0) -> Any:
             if failures >= ATTEMPTS:
                 raise _Retry(f"{error} ({ATTEMPTS} attempts)") from error
             pause = min(max(wait, error.wait), LONGEST_WAIT)
-            print(f"{error}; trying again in {pause:g} seconds", file=sys.stderr)
+            print(f"{printable(error)}; trying again in {pause:g} seconds", file=sys.stderr)
             time.sleep(pause)
 
 
@@ -293,7 +294,9 @@ def _receive(
 ) -> None:
     limit = size if size is not None else total
     # disable=None: no bar where standard error is not a terminal
-    with tqdm(total=total, initial=start, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(
+        total=total, initial=start, desc=printable(name), unit="B", unit_scale=True, disable=None
+    ) as bar:
         received = start
         while True:
             try:

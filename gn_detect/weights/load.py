@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..text import printable
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
 from .norm_settings import (
@@ -104,7 +105,7 @@ class LoadReport:
             lines.append(f"  {len(self.unexpected)} in the file only, not used: {_some(self.unexpected)}")
         if self.left_out:
             lines.append(f"  {len(self.left_out)} are of no use to a detector: {_some(self.left_out)}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..config.yaml_text import parse_yaml
 from ..errors import UserError
 from .download import download, verify
 
@@ -66,7 +66,7 @@ def read_catalog() -> dict[str, ZooEntry]:
     path = next((folder / "catalog.yaml" for folder in folders if (folder / "catalog.yaml").is_file()), None)
     if path is None:
         raise UserError("the model zoo's catalog.yaml is missing: install gn_detect again")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = parse_yaml(path.read_text(encoding="utf-8"))
     return {name: ZooEntry(name=name, **fields) for name, fields in content.items()}
 
 

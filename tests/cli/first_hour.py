@@ -78,6 +78,16 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def _halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
 def _tell(path: Path, **metadata: Any) -> None:
     torch.save({**torch.load(path, weights_only=True), **metadata}, path)
 
@@ -94,6 +104,10 @@ def _hostile(path: Path) -> None:
 def _last_checkpoint(case: Case) -> None:
     case.output.mkdir()
     (case.output / "last_checkpoint").write_text("model_0000009.pth")
+
+
+def _make_fractions(annotation: dict[str, Any]) -> None:
+    annotation["bbox"] = [number / 1000 for number in annotation["bbox"]]
 
 
 def _rename_category(case: Case) -> None:
@@ -150,7 +164,28 @@ MISTAKES = {
     ),
     "not JSON": Mistake(OWN, "annotations.json", "give a COCO annotation file", _text("hello")),
     "not COCO": Mistake(OWN, "annotations.json", "images", _text('{"a": 1}')),
-    "result file": Mistake(OWN, "annotations.json", "give a COCO annotation file", _text("[1, 2]")),
+    "a list": Mistake(OWN, "annotations.json", "give a COCO annotation file", _text("[1, 2]")),
+    "result file": Mistake(
+        OWN,
+        "a file of results",
+        "give the annotations",
+        _text('[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]'),
+    ),
+    "annotations of another tool": Mistake(
+        "train --train-json {folder}/data.yaml --train-images {images}",
+        "YOLO labels",
+        "FiftyOne or Datumaro",
+        _file("data.yaml", "nc: 1\nnames: [cat]\n"),
+    ),
+    "folder for a file": Mistake(
+        "doctor --json {images} --images {images}", "it is a folder", "give the COCO annotation file"
+    ),
+    "boxes that are fractions": Mistake(
+        OWN,
+        "boxes are fractions",
+        "--fix OUT.json",
+        _edit(lambda c: [_make_fractions(a) for a in c["annotations"]]),
+    ),
     "no categories": Mistake(
         OWN, "annotations.json", "add the classes", _edit(lambda c: c["categories"].clear())
     ),
@@ -173,9 +208,30 @@ MISTAKES = {
     "images folder missing": Mistake(
         "train --train-json {train} --train-images nowhere", "nowhere", "correct --train-images"
     ),
+    "image under another name": Mistake(
+        OWN,
+        "001.png is there",
+        "doctor --fix",
+        _edit(lambda c: c["images"][0].update(file_name="C:\\a\\001.png")),
+    ),
     "image missing": Mistake(OWN, "001.png", "restore it", _first_image(Path.unlink)),
     "image that is no image": Mistake(
         f"{TRAIN} DATASETS.TEST []", "001.png", "replace", _first_image(lambda p: p.write_text("no picture"))
+    ),
+    "image that was cut off": Mistake(
+        f"{TRAIN} DATASETS.TEST []", "001.png", "replace or remove it", _first_image(_halve)
+    ),
+    "image outside of the folder": Mistake(
+        OWN,
+        "../images/001.png",
+        "set DATASETS.ALLOW_OUTSIDE True",
+        _edit(lambda c: c["images"][0].update(file_name="../images/001.png")),
+    ),
+    "annotations that have no end": Mistake(
+        "train --train-json /dev/zero --train-images {images}", "/dev/zero", "give a regular file"
+    ),
+    "config that grows": Mistake(
+        "train --config-file {folder}/bomb.yaml", "bomb.yaml", "correct that line", _file("bomb.yaml", BOMB)
     ),
     "image of another size": Mistake(
         f"{TRAIN} DATASETS.TEST []",
@@ -282,6 +338,12 @@ MISTAKES = {
     "doctor without images": Mistake("doctor --json {train}", "--images", "--no-images"),
     "repair with another folder": Mistake(
         "doctor --json {train} --images {folder} --fix {output}", "none of the 4 images", "is their folder"
+    ),
+    "repair that removes much": Mistake(
+        "doctor --json {train} --images {images} --fix {output}",
+        "2 of 8 annotations (id 1, 2)",
+        "add --drop",
+        _edit(lambda c: [a.update(category_id=55) for a in c["annotations"][:2]]),
     ),
     "report of another kind": Mistake("report {folder} --output page.pdf", "page.pdf", "in .html"),
     "convert without a format": Mistake("convert {folder}/w.pth gn", "gn", "--format", _weights(BN)),

@@ -118,6 +118,7 @@ def test_a_few_objects_may_go_without_being_asked(case: Case, capsys: pytest.Cap
         content["annotations"] = [
             {
                 **first,
+                "category_id": content["categories"][0]["id"],
                 "id": i,
                 "bbox": [0, 0, i, 9],
                 "area": 9 * i,

@@ -34,6 +34,9 @@ class Stub:
     def __init__(self, _: Any = None) -> None:
         pass
 
+    def find(self, image: np.ndarray) -> Detections:
+        return self(image)
+
     def __call__(self, image: np.ndarray) -> Detections:
         mask = torch.from_numpy(image.max(axis=2) > 150)
         if not mask.any():
@@ -395,3 +398,17 @@ def test_without_pyav_the_remedy_is_named(
     error = capsys.readouterr().err
     assert "clip.mov" in error and "pip install av" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_list_of_other_files_is_no_video(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    write_video(tmp_path / "secret.mp4", 2)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n"
+    (tmp_path / "play.mp4").write_text(playlist)
+    for name in ("list.mp4", "play.mp4"):
+        assert predict(case, tmp_path / "out", "--workers", 0, tmp_path / name) == 1
+        assert f"cannot read video {tmp_path / name}" in capsys.readouterr().err

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from gn_detect.config import Config, dump_config, load_config
+from gn_detect.config import Config, dump_config, load, load_config
 from gn_detect.config.load import leaves
 from gn_detect.config.supported import NORMS, SUPPORTED
-from gn_detect.config.types import to_plain
+from gn_detect.config.types import parse_literal, to_plain
 from gn_detect.errors import UserError
 from gn_detect.layers import NORM_NAMES
 
@@ -255,3 +257,82 @@ def test_an_existing_file_wins_over_a_shipped_one(tmp_path: Path, monkeypatch: p
     (tmp_path / "quick").mkdir()
     write(tmp_path / "quick", "demo.yaml", "SEED: 77\n")
     assert load_config("quick/demo.yaml").seed == 77
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 10)}]}}\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (BOMB, "aliases"),
+        (MERGES, "aliases"),
+        ("a: &a [*a]\n", "leads back to itself"),
+        ("a: &a {<<: *a}\n", "leads back to itself"),
+        ("a: " + "[" * 5000, "levels"),
+        ("a: " + "[" * 100 + "]" * 100, "levels"),
+        ("SEED: 1" + "0" * 400, "a number is too long"),
+        ("SEED: 0x" + "f" * 100_000, "a number is too long"),
+        ("SEED: 1" + ":1" * 50_000, "a number is too long"),
+        ("SOLVER: {BASE_LR: 1." + "0" * 400 + "}", "a number is too long"),
+        ("SEED: " + "9" * 30, "SEED"),
+        ("SEED: '0x" + "f" * 100_000 + "'", "SEED"),
+        ("SEED: !!int ''\n", "does not fit its type"),
+        ("SEED: !!bool maybe\n", "does not fit its type"),
+        ("SEED: !!timestamp soon\n", "does not fit its type"),
+        ("SEED: 2024-99-99\n", "does not fit its type"),
+        ("# " + "x" * 200_000, "too many for such a file"),
+    ],
+)
+def test_a_small_file_does_not_become_large_or_slow(text: str, part: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "c.yaml", text)
+    message = error_of(path)
+    assert message.startswith(str(path)) and part in message and len(message) < 1000 and "\n" not in message
+
+
+def test_a_text_that_looks_like_a_bomb_stays_a_text() -> None:
+    assert parse_literal(BOMB) == BOMB
+    assert parse_literal("[" * 100_000) == "[" * 100_000
+    assert parse_literal("0x" + "f" * 100_000).startswith("0xfff")
+
+
+def test_bases_that_share_bases_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{letter}.yaml" for letter in "abcdefghijklm"]
+    write(tmp_path, names[0], "SEED: 1\nVIS: {NUM_IMAGES: 7}\n")
+    for before, name in itertools.pairwise(names):
+        write(tmp_path, name, f"_BASE_: [{before}, {before}]\nSEED: {len(name)}\n")
+    reads = []
+    original = load.read_yaml
+    monkeypatch.setattr(load, "read_yaml", lambda path: reads.append(path) or original(path))
+    assert load_config(tmp_path / names[-1]).vis.num_images == 7
+    assert len(reads) == len(names)
+
+
+def test_a_base_of_two_bases_counts_in_its_last_place(tmp_path: Path) -> None:
+    write(tmp_path, "root.yaml", "SEED: 1\nVIS: {NUM_IMAGES: 1}\n")
+    write(tmp_path, "left.yaml", "_BASE_: root.yaml\nSEED: 2\n")
+    write(tmp_path, "right.yaml", "_BASE_: root.yaml\nVIS: {NUM_IMAGES: 3}\n")
+    cfg = load_config(write(tmp_path, "top.yaml", "_BASE_: [left.yaml, right.yaml]\n"))
+    assert (cfg.seed, cfg.vis.num_images) == (1, 3)  # right's root comes after left
+
+
+def test_too_many_bases_are_refused(tmp_path: Path) -> None:
+    for number in range(30):
+        write(tmp_path, f"{number}.yaml", f"_BASE_: {number + 1}.yaml\n" if number < 29 else "SEED: 1\n")
+    assert "_BASE_ leads to more than 16 files" in error_of(tmp_path / "0.yaml")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_what_is_no_regular_file_is_no_config(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "no such config file" in error_of(tmp_path / "pipe.yaml")
+    assert "_BASE_: there is no file" in error_of(write(tmp_path, "c.yaml", "_BASE_: pipe.yaml\n"))
+    with pytest.raises(UserError, match="is a device, a pipe or a socket"):
+        load.read_yaml(tmp_path / "pipe.yaml")

@@ -88,7 +88,7 @@ def _make_cfg(*sources: DatasetSource, **changes: Any) -> Any:
     cfg = SimpleNamespace(
         seed=1,
         model=SimpleNamespace(mask_on=True),
-        datasets=SimpleNamespace(train=names, test=names, registered=register),
+        datasets=SimpleNamespace(train=names, test=names, registered=register, allow_outside=False),
         solver=SimpleNamespace(ims_per_batch=2),
         test=SimpleNamespace(ims_per_batch=1),
         dataloader=SimpleNamespace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
     "unlisted category": ("dangling-category", of_annotation(0, category_id=5), {"category_id": 5}),
     "no height": ("image-size", of_image(0, height=0), {"image_id": 7}),
     "impossible size": ("image-size", of_image(0, height=10**7), {"image_id": 7}),
+    "outside": (
+        "image-outside",
+        of_image(0, file_name=os.path.abspath(__file__)),
+        {"image_id": 7, "file_name": os.path.abspath(__file__)},
+    ),
     "missing": ("missing-image", of_image(0, file_name="gone.png"), {"image_id": 7, "file_name": "gone.png"}),
     "other name": ("misnamed-image", of_image(0, file_name="C:\\me\\7.PNG"), {"image_id": 7}),
     "other size": ("size-differs", of_image(0, height=61), {"image_id": 7}),

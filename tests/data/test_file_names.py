@@ -62,6 +62,13 @@ def test_names_that_are_there_are_right(folder: Path) -> None:
     )
 
 
+def test_names_that_lead_out_may_be_refused(folder: Path) -> None:
+    """What is not read counts as missing, also where there is such a file."""
+    names = [str(folder / "im1.png"), f"../{folder.name}/a+b.png", "IMG_7.JPG"]
+    assert missing_names(folder, names) == {}
+    assert missing_names(folder, names, outside=False) == {names[0]: "im1.png", names[1]: "a+b.png"}
+
+
 def test_two_candidates_are_no_obvious_reading(folder: Path) -> None:
     (folder / "Im2.png").touch()
     (folder / "iM2.png").touch()

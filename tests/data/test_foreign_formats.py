@@ -121,4 +121,4 @@ def test_a_folder_that_holds_coco_names_the_file(tmp_path: Path, small_coco: dic
     file.write_text(json.dumps(small_coco))
     assert f"give the COCO file in it, {file}" in describe_foreign(tmp_path)
     file.write_text("{}")
-    assert describe_foreign(tmp_path) == "it is a folder; give a file"
+    assert describe_foreign(tmp_path) == "it is a folder; give the COCO annotation file"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 from gn_detect.data import read_image
 from gn_detect.errors import UserError
@@ -134,3 +137,39 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(UserError, match="floating-point pixels; convert it"):
         read_image(tmp_path / "float.tiff")
+
+
+def test_formats_that_pillow_reads_and_we_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("another program was started")
+
+    monkeypatch.setattr(subprocess, "check_call", started)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a.png").write_bytes(postscript)
+    for name, kind in (("b.png", "TGA"), ("c.png", "PCX"), ("d.jpg", "ICO"), ("e.tif", "SGI")):
+        Image.fromarray(picture()).save(tmp_path / name, format=kind)
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(UserError, match=r"it is none of JPEG, PNG, .*; convert it to PNG or JPEG"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000"])
+def test_every_format_is_read_whatever_the_file_is_called(tmp_path: Path, kind: str) -> None:
+    Image.fromarray(picture()).save(tmp_path / "a.dat", format=kind)
+    found = read_image(tmp_path / "a.dat", "RGB").astype(int)
+    assert found.shape == (20, 30, 3) and np.abs(found - picture()).mean() < 8
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes and devices here")
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s.png"))
+        for name in ("pipe.png", "zero.png", "s.png"):
+            with pytest.raises(UserError, match=f"{name} is a device, a pipe or a socket"):
+                read_image(tmp_path / name)
+    Image.fromarray(picture()).save(tmp_path / "real.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "link.png", "RGB"), picture())

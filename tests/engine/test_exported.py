@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gn_detect.config import dump_config, load_config
+from gn_detect.engine.export import ExportMetadata
 from gn_detect.engine.exported import ExportedPredictor, _read_pt2_metadata
 from gn_detect.errors import UserError
 
@@ -101,3 +103,33 @@ def test_what_is_no_archive(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.pt2").write_bytes(content)
     with pytest.raises(UserError, match="is no detector that gn_detect exported"):
         ExportedPredictor(tmp_path / "bad.pt2", trust=True)
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": BOMB},
+        {"config": "a: " + "[" * 100_000},
+        {"config": "# " + "x" * 10_000_000},
+        {"config": "SEED: !!bool maybe"},
+        {"class_names": "[" * 100_000},
+        {"category_ids": "[1" + "0" * 5000 + "]"},
+    ],
+)
+def test_small_metadata_do_not_become_large(changes: dict[str, str]) -> None:
+    strings = {
+        "config": dump_config(load_config(overrides=["MODEL.ROI_HEADS.NUM_CLASSES", "1"])),
+        "class_names": '["a"]',
+        "category_ids": "[1]",
+        "size_divisibility": "32",
+        "gn_detect_version": "1",
+    }
+    assert ExportMetadata.from_strings(strings, Path("m.onnx")).class_names == ["a"]
+    with pytest.raises(UserError, match=r"m\.onnx is no detector that gn_detect exported"):
+        ExportMetadata.from_strings({**strings, **changes}, Path("m.onnx"))

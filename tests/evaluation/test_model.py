@@ -33,7 +33,7 @@ def make_detections() -> Detections:
 class PerfectModel(torch.nn.Module):
     """Finds in every image what is there."""
 
-    def detect(self, images: list, original_sizes: list) -> list[Detections]:
+    def detect(self, images: list, original_sizes: list, paste: bool = True) -> list[Detections]:
         assert (
             not self.training and torch.is_inference_mode_enabled() and original_sizes == [SIZE] * len(images)
         )
@@ -115,7 +115,7 @@ def test_masks_of_an_image_are_gone_before_the_next(dataset: SimpleNamespace, tm
     class Watched(PerfectModel):
         seen: list[weakref.ref] = []
 
-        def detect(self, images: list, original_sizes: list) -> list[Detections]:
+        def detect(self, images: list, original_sizes: list, paste: bool = True) -> list[Detections]:
             assert not any(seen() is not None for seen in self.seen)
             found = super().detect(images, original_sizes)
             self.seen += [weakref.ref(detections.masks) for detections in found]
@@ -132,7 +132,7 @@ def test_too_little_gpu_memory_names_the_images_and_the_keys(
     held: list[weakref.ref] = []
 
     class Hungry(PerfectModel):
-        def detect(self, images: list, original_sizes: list) -> list[Detections]:
+        def detect(self, images: list, original_sizes: list, paste: bool = True) -> list[Detections]:
             features = torch.zeros(3)
             held.append(weakref.ref(features))
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -236,7 +236,7 @@ def test_boxes_alone(dataset: SimpleNamespace, tmp_path: Path) -> None:
 
 def test_a_failing_model_keeps_its_mode_and_leaves_no_file(dataset: SimpleNamespace, tmp_path: Path) -> None:
     class Broken(PerfectModel):
-        def detect(self, images: list, original_sizes: list) -> list[Detections]:
+        def detect(self, images: list, original_sizes: list, paste: bool = True) -> list[Detections]:
             raise RuntimeError("no")
 
     model = Broken()

@@ -15,10 +15,7 @@ import torch
 
 from gn_detect.config import Config
 from gn_detect.data import CocoDataset, DatasetSource, build_train_loader
-from gn_detect.data.coco_json import load_coco
-from gn_detect.data.coco_rules import Rules
 from gn_detect.data.doctor import Diagnosis, examine
-from gn_detect.data.doctor_repair import repair
 from gn_detect.data.faults import ERROR, NOTE
 from gn_detect.errors import UserError
 from gn_detect.evaluation import evaluate_results
@@ -160,19 +157,20 @@ class AnnotationTrial:
         return False
 
     def repair(self, label: str, diagnosis: Diagnosis) -> None:
-        """The repaired copy must be read, unless nothing is left of it."""
-        rules = Rules(self.file, self.folder / "images", True)
-        mended = self.tally.attempt(label, repair, load_coco(self.file), rules, diagnosis.probes)
-        if mended is None or isinstance(mended, UserError):
-            self.tally.failures.append(f"{label}: no repair: {mended}")
-            return
-        if mended.content["categories"] and any(not a["iscrowd"] for a in mended.content["annotations"]):
-            atomic_write_json(self.file, mended.content)
+        """The repaired copy must be read, unless nothing is left of it, and what is gone must be listed."""
+        fix = diagnosis.fix
+        for key, count in fix.before.items():
+            if len(fix.content[key]) + len(fix.removed[key]) != count:
+                self.tally.failures.append(f"{label}: {key} are gone that no removal names")
+        if self.tally.attempt(label, fix.check, diagnosis.parts[0].rules, True) is None:
+            atomic_write_json(self.file, fix.content)
+            if not any(not a["iscrowd"] for a in fix.content["annotations"]):
+                return  # nothing to train on, before and after
             outcome = self.tally.attempt(label, self.use)
             if outcome == []:
                 self.tally.repaired += 1
             else:
-                self.tally.failures.append(f"{label}: repaired, but {outcome}; {mended.changes}")
+                self.tally.failures.append(f"{label}: repaired, but {outcome}; {fix.changes}")
 
 
 def _wrong_with(sample: Sample, classes: int) -> list[str]:

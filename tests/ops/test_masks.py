@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gn_detect.ops.masks as masks_module
-from gn_detect.ops import crop_bitmaps, paste_masks, rasterize_masks, rasterize_polygons
+from gn_detect.ops import (
+    crop_bitmaps,
+    paste_masks,
+    paste_one_by_one,
+    rasterize_masks,
+    rasterize_polygons,
+)
 
 
 def paste_by_grid_sample(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -95,7 +103,8 @@ def test_whole_images_equal_the_surroundings_of_the_boxes(
     monkeypatch.setattr(masks_module, "_PASTE_BYTES", 2 * 4 * 90 * 120)
     generator = torch.Generator().manual_seed(0)
     masks, boxes = torch.rand(count, 28, 28, generator=generator), random_boxes(count, generator)
-    whole = masks_module._paste_in_chunks(masks, boxes, (90, 120), 0.5)
+    chunks = masks_module._paste_in_chunks(masks, boxes, (90, 120), 0.5)
+    whole = masks_module._joined(chunks, count, (90, 120), masks.device)
     assert (whole != paste_masks(masks, boxes, (90, 120))).sum() <= 2
 
 
@@ -138,3 +147,37 @@ def test_crop_of_a_shared_bitmap() -> None:
 
 def test_no_rois() -> None:
     assert rasterize_masks([], torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 28).shape == (0, 28, 28)
+
+
+@pytest.mark.parametrize("pixels", [1, 500, 1 << 22])
+def test_masks_pasted_one_by_one_are_those_pasted_together(
+    monkeypatch: pytest.MonkeyPatch, pixels: int
+) -> None:
+    """To the last bit, also of boxes that leave the image, however many rows are sampled at a time."""
+    generator = torch.Generator().manual_seed(3)
+    masks = torch.rand(60, 28, 28, generator=generator)
+    corners = torch.rand(60, 2, generator=generator) * torch.tensor([150.0, 120.0]) - 15
+    boxes = torch.cat([corners, corners + torch.rand(60, 2, generator=generator) * 90 + 0.01], dim=1)
+    together = paste_masks(masks, boxes, (90, 120))
+    monkeypatch.setattr(masks_module, "_GRID_PIXELS", pixels)
+    assert torch.equal(paste_masks(masks, boxes, (90, 120)), together)
+    parts = list(paste_one_by_one(masks, boxes, (90, 120)))
+    assert len(parts) == len(masks)
+    for (top, left, part), whole in zip(parts, together, strict=True):
+        found = torch.zeros(90, 120, dtype=torch.bool)
+        found[top : top + part.shape[0], left : left + part.shape[1]] = part
+        assert torch.equal(found, whole)
+
+
+def test_the_cpu_goes_on_where_the_memory_of_a_gpu_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks, boxes = torch.rand(5, 28, 28, generator=generator), random_boxes(5, generator)
+    together = paste_masks(masks, boxes, (90, 120))
+
+    def two_and_no_more(*_: object) -> Iterator[Tensor]:
+        yield together[:2]
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(masks_module, "_paste_in_chunks", two_and_no_more)
+    parts = list(paste_one_by_one(masks.as_subclass(OnGpu), boxes.as_subclass(OnGpu), (90, 120)))
+    assert [int(part.sum()) for _, _, part in parts] == together.sum(dim=(1, 2)).tolist()

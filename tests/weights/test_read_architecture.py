@@ -10,7 +10,15 @@ import torch
 from gn_detect.config import Config, dump_config, load_config
 from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
-from gn_detect.weights import load_weights, norm_settings, read_architecture, read_checkpoint, save_weights
+from gn_detect.weights import (
+    Checkpoint,
+    architecture,
+    load_weights,
+    norm_settings,
+    read_architecture,
+    read_checkpoint,
+    save_weights,
+)
 from tests.weights import schemes
 
 NARROW = ["MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"]
@@ -109,3 +117,11 @@ def test_the_groups_of_a_converted_file(tmp_path: Path) -> None:
     cfg, again = rebuilt(tmp_path / "gn.pth")
     assert cfg.model.gn.min_channels_per_group == 4
     load_weights(again, tmp_path / "gn.pth")
+
+
+BOMBS = ["a: &a [1]\nb: [" + "*a, " * 25_000 + "]", "a: " + "[" * 100_000, "x" * 10**7]
+
+
+@pytest.mark.parametrize("config", BOMBS)
+def test_a_config_in_a_checkpoint_that_grows_is_none_of_ours(config: str) -> None:
+    assert architecture._told_config(Checkpoint({}, {"config": config})) is None

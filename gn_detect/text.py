@@ -1,0 +1,59 @@
+"""Text from files as it is shown: a name is no command to a terminal, and no line of its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+from typing import Any
+
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # control characters, the line feed and the tabulator among them
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # the direction of what follows
+    "\u2028\u2029\ufeff\ufff9-\ufffb"  # separators of lines, and marks that have no shape
+    "\ud800-\udfff]"  # halves of characters, which no file and no terminal takes
+)
+
+
+def printable(text: object, keep: str = "") -> str:
+    r"""Return ``str(text)`` with an escape such as ``\n``, ``\x1b`` or ``\u202e`` for each hidden character.
+
+    Args:
+        text: anything.
+        keep: hidden characters that stay, such as the line feeds between lines of our own.
+    """
+    return _HIDDEN.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """Return a text of at most so many characters, whose middle is left out where it is longer."""
+    return text if len(text) <= most else f"{text[: most - 9]}…{text[-8:]}"
+
+
+class Lines(str):
+    """Several lines, made of printable parts: a log writes them as they are."""
+
+
+class LogFormatter(logging.Formatter):
+    """Lines of a log in which no name makes a line of its own.
+
+    In arguments that are text, a path or an exception, all hidden characters are escaped. The message, an
+    argument of :class:`Lines`, and an object that makes its own text may have several lines.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        shown = copy.copy(record)
+        if isinstance(record.args, tuple):
+            shown.args = tuple(map(_shown, record.args))
+        return printable(super().format(shown), keep="\n\t")
+
+
+def _shown(argument: Any) -> Any:
+    is_name = isinstance(argument, str | os.PathLike | BaseException) and not isinstance(argument, Lines)
+    return printable(argument) if is_name else argument
