@@ -24,7 +24,7 @@ _LARGEST_BLOB = 0.25
 """Share of the image. COCO's crowds are as large as that, or of several pieces."""
 
 _MOST_RUNS = 20_000
-"""Of an RLE that is looked at."""
+"""Of an RLE that is looked at; and columns that they go on into."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,9 @@ def _is_blob(entry: dict[str, Any]) -> bool:
 def _is_connected(runs: np.ndarray, height: int) -> bool:
     """Whether the pixels of runs, down the columns, are one region, neighbours at corners included."""
     ends = np.cumsum(runs)
+    starts = ends - runs
+    if ((ends[1::2] - 1) // height - starts[1::2] // height).sum() > _MOST_RUNS:
+        return False
     pieces = [
         piece
         for start, end in zip(ends[:-1:2].tolist(), ends[1::2].tolist(), strict=True)

@@ -419,3 +419,28 @@ class TestFractions:
         for entry in small_coco["images"]:
             entry["height"] = entry["width"] = 2
         assert len(CocoDataset(write_dataset(small_coco), masks=False).objects.labels) == 4
+
+
+@pytest.mark.parametrize(
+    "polygon, refused",
+    [
+        ([0, 0, 80, 50] * 4, False),
+        ([0, 0, 80, 50] * 2000, True),  # a small file, and much memory
+        ([0, 0, 1900, 0, 0, 1900], False),
+        ([0, 0, 1e6, 0, 0, 1e6], True),
+        ([v for i in range(20_000) for v in (i % 90, i % 60)], False),  # short edges
+    ],
+)
+def test_outlines_are_bounded(
+    write_dataset: Write, small_coco: dict, polygon: list[float], refused: bool
+) -> None:
+    """By what an image of that size can need; the entry is named."""
+    small_coco["annotations"][0]["segmentation"] = [polygon]
+    source = write_dataset(small_coco)
+    if not refused:
+        assert len(CocoDataset(source, evaluation=True).objects.labels) == 4
+        return
+    for read in (CocoDataset, survey, lambda s: prepare_ground_truth(s.annotations, "segm")):
+        with pytest.raises(DataError, match="annotation 1 of image 7 has") as caught:
+            read(source)
+        assert caught.value.kind == "bad-polygon"

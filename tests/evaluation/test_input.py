@@ -12,7 +12,7 @@ import pycocotools.mask as coco_mask
 import pytest
 
 from gn_detect.errors import UserError
-from gn_detect.evaluation import evaluate_results
+from gn_detect.evaluation import coco, evaluate_results
 from tests.evaluation.synthetic import HEIGHT, WIDTH, random_data
 
 
@@ -144,7 +144,7 @@ BAD_MASKS = [
     ([[1, 2, float("nan"), 4, 5, 6]], "not all finite numbers near the image"),
     ([[1, 2, 1e300, 4, 5, 6]], "not all finite numbers near the image"),  # would take all memory
     ([[1, 2, 10**400, 4, 5, 6]], "not all finite numbers near the image"),
-    ([[0, 0, 1e5, 1e5] * 400], "an outline of 80000000 pixels, which no object in an image of 160x120"),
+    ([[0, 0, 2000, 2000] * 400], "an outline of 1600000 pixels, which no object in an image of 160x120"),
 ]
 
 
@@ -212,3 +212,18 @@ def test_any_name_of_a_category(backend: str) -> None:
         category["name"] = name
     numbers = evaluate_results(truth, detections, "segm", backend)
     assert numbers["AP"] == pytest.approx(expected["AP"]) and "AP-\ud800" in numbers
+
+
+def test_very_many_categories(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Those without objects cost nothing, the others are evaluated some at a time; there may be too many."""
+    truth, detections = random_data(3)
+    expected = {kind: evaluate_results(truth, detections, kind, backend) for kind in ("bbox", "segm")}
+    truth["categories"] += [{"id": i, "name": f"other {i}"} for i in range(100, 20_100)]
+    monkeypatch.setattr(coco, "_CATEGORIES", 3)
+    for kind, numbers in expected.items():
+        found = evaluate_results(truth, detections, kind, backend)
+        assert {name: found[name] for name in numbers} == pytest.approx(numbers, abs=1e-9, nan_ok=True)
+        assert np.isnan(found["AP-other 100"])
+    truth["categories"] += [{"id": i, "name": "more"} for i in range(30_000, 40_000)]
+    with pytest.raises(UserError, match="it lists 30004 categories, more than the 25000"):
+        evaluate_results(truth, detections, "bbox", backend)
