@@ -94,6 +94,7 @@ def _rename(reading: Reading) -> None:
 def _multiply_fractions(reading: Reading) -> None:
     try:
         reading.rules.whole(reading.content)
+        _tell_of_some(reading)
         return
     except DataError as error:
         if error.kind != "fractions":
@@ -113,6 +114,17 @@ def _multiply_fractions(reading: Reading) -> None:
             reading.change(f"{what}: fractions multiplied by {size}, width and height")
         scaled.append(multiplied or entry)
     reading.content["annotations"] = scaled
+
+
+def _tell_of_some(reading: Reading) -> None:
+    """Boxes that look like fractions in a file of pixels; only a person can decide."""
+    for entry in reading.content["annotations"]:
+        box = entry.get("bbox") if isinstance(entry, dict) else None
+        if _is_numbers(box) and len(box) == 4 and min(box[2:]) > 0 and is_fraction_box(box):
+            detail = f"annotation {entry.get('id')} of image {entry.get('image_id')} has 'bbox' {box}"
+            annotation_id = entry.get("id")
+            about = {"annotation_id": annotation_id if is_integer(annotation_id) else None}
+            reading.told.append(("some-fractions", detail, about))
 
 
 def _multiplied(entry: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:

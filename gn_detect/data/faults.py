@@ -177,6 +177,11 @@ FAULTS: dict[str, Fault] = {
         "if each is one object (CVAT's brush, BlenderProc and pycococreator write 1 for every RLE), set "
         "'iscrowd' 0: gn-detect doctor --fix OUT.json --no-crowds does that",
     ),
+    "some-fractions": Fault(
+        WARNING,
+        "boxes within the first pixel of the image, as if they were fractions of it, among boxes in pixels",
+        "multiply them by the image's width and height, or remove them",
+    ),
     "box-empty": Fault(
         WARNING,
         "boxes of no width or no height; training leaves them out",

@@ -72,6 +72,11 @@ FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
         lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]],
         {},
     ),
+    "one fraction": (
+        "some-fractions",
+        of_annotation(0, bbox=[0.1, 0.1, 0.5, 0.5], segmentation=[[0.1, 0.1, 0.6, 0.1, 0.6, 0.6]], area=0.2),
+        {"annotation_id": 1},
+    ),
     "nan area": ("bad-area", of_annotation(0, area=float("nan")), {"annotation_id": 1}),
     "no mask": ("no-mask", of_annotation(0, segmentation=[]), {"annotation_id": 1}),
     "far polygon": (
