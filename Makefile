@@ -1,4 +1,4 @@
-# make demo | test | lint | bench. Each builds .venv on its first call and is quick afterwards.
+# make demo | test | test-slow | lint | bench. Each builds .venv on its first call and is quick afterwards.
 #   make test PYTHON=python3.12         another interpreter
 #   make test TESTS="tests/ops -k mask" some of the tests
 
@@ -11,12 +11,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	if $$p -c '$(VERSION_FITS)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-slow lint bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install, train on generated pictures, print box and mask AP (a few minutes)"
-	@echo "make test    install with the development tools and run the tests"
+	@echo "make test    install with the development tools and run the quick tests"
+	@echo "make test-slow  run the others, which take most of the time"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   time a training step, part by part"
 	@echo "make clean   remove $(VENV) and what tools left behind"
@@ -42,7 +43,10 @@ demo: $(VENV)/.installed
 	@echo "pictures of predictions: $(DEMO_OUTPUT)/pictures"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow" $(TESTS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m slow $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -50,11 +49,6 @@ def decided_weights(cfg: Config, path: Path, head: float = 0.5) -> None:
                     value.mul_(0.2)
     metadata = {"class_names": ["square", "bar"], "category_ids": [3, 7]}
     save_weights(path, model.state_dict(), metadata)
-
-
-full_size = pytest.mark.skipif(
-    not os.environ.get("GN_DETECT_FULL_SIZE"), reason="takes minutes: set GN_DETECT_FULL_SIZE=1"
-)
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +276,7 @@ def test_a_failing_exporter_is_reported_in_one_line(
     assert "cannot take this detector: Error when translating node %le (KeyError: 'u7');" in error
 
 
-@full_size
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize(
     "config",
@@ -328,7 +322,7 @@ def test_detectors_of_full_width_on_real_images(
     assert parity.mask >= 0.999 or parity.flipped <= max(1, 4 * other.flipped)
 
 
-@full_size
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_a_trained_detector_on_real_images(shared_dir: Path, tmp_path: Path, suffix: str) -> None:
     """The nuclei detector of the oracle, R-18-FPN with GN, on twelve photos of different sizes."""

@@ -23,26 +23,27 @@ def with_one_class(annotations: Path) -> Path:
     return target
 
 
-@pytest.mark.slow
 def test_a_detector_of_other_classes_is_worth_much(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """``MODEL.WEIGHTS`` is all that it takes; the class layers start afresh, and the log says so."""
-    train, val = make_dataset(tmp_path / "train", 16, seed=1), make_dataset(tmp_path / "val", 8, seed=2)
-    config = write_config(tmp_path, train, val)
-    common = ["train", "--config-file", str(config), "SOLVER.BASE_LR", "0.04", "SOLVER.LOG_PERIOD", "50"]
-    whole = ["SOLVER.MAX_ITER", "120", "SOLVER.STEPS", "[90]", "DATASETS.TEST", "[]"]
-    assert main([*common, *whole, "OUTPUT_DIR", str(tmp_path / "whole")]) == 0
+    """``MODEL.WEIGHTS`` is all that it takes; the class layers start afresh, and the log says so.
 
-    data: list[str] = []
-    for part, file in (("train", train), ("val", val)):
-        data += [f"--{part}-json", str(with_one_class(file))]
-        data += [f"--{part}-images", str(file.parent / "images")]
-    accuracy = {}
+    The RPN, which knows no classes, keeps what it learned: over the first 10 iterations its classification
+    loss was 0.03 to 0.12 of that from random weights for ten seeds of data and training, with one and two
+    threads. AP after so short a training says little: 10 to 65 against 7 to 17, for one seed the smaller.
+    """
+    train = make_dataset(tmp_path / "train", 16, seed=1)
+    config = write_config(tmp_path, train)
+    common = ["train", "--config-file", str(config), "SOLVER.BASE_LR", "0.04", "SOLVER.LOG_PERIOD", "10"]
+    whole = ["SOLVER.MAX_ITER", "120", "SOLVER.STEPS", "[90]", "OUTPUT_DIR", str(tmp_path / "whole")]
+    assert main([*common, *whole]) == 0
+
+    data = ["--train-json", str(with_one_class(train)), "--train-images", str(train.parent / "images")]
+    losses = {}
     for weights in ("", str(tmp_path / "whole" / "model_final.pth")):
         output = tmp_path / ("scratch", "fine_tuned")[bool(weights)]
         with caplog.at_level(logging.INFO, logger="gn_detect"):
-            keys = ["MODEL.WEIGHTS", weights, "SOLVER.MAX_ITER", "40", "OUTPUT_DIR", str(output)]
+            keys = ["MODEL.WEIGHTS", weights, "SOLVER.MAX_ITER", "10", "OUTPUT_DIR", str(output)]
             assert main([*common[:3], *data, *common[3:], *keys]) == 0
-        accuracy[output.name] = json.loads((output / "results.json").read_text())
+        (row,) = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        losses[output.name] = row["loss_rpn_cls"]
     assert "6 start afresh, made for other classes" in caplog.text
-    for kind in ("bbox", "segm"):
-        assert accuracy["fine_tuned"][kind]["AP"] > accuracy["scratch"][kind]["AP"] + 20, accuracy
+    assert losses["fine_tuned"] < losses["scratch"] / 3, losses

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "compile": {"MODEL.COMPILE": True},
     "checkpointing": {"MODEL.BACKBONE.ACTIVATION_CHECKPOINTING": True},
 }
-ALL_CHOICES = [
+CHOICES = [
     (amp, *others)
     for amp in AMP
     for count in range(len(OTHERS) + 1)
     for others in itertools.combinations(OTHERS, count)
 ]
-CHOICES = [
-    choice
-    for choice in ALL_CHOICES
-    if os.environ.get("GN_DETECT_ALL_COMBINATIONS") or choice[1:] == ("compile",) or len(choice) == 5
-]
-"""All 48 take minutes; by default compilation alone and everything together, in each precision."""
 
 
 def final(cfg: Config) -> dict[str, Any]:

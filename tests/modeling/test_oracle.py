@@ -128,13 +128,21 @@ def load_training_sample(folder: Path, name: str, config: Config) -> tuple[Tenso
 
 
 def test_losses_and_gradients(model: MaskRCNN, oracle: Path, shared_dir: Path, config: Config) -> None:
-    """Every anchor and proposal is sampled, so that nothing is random."""
+    """Every anchor and proposal is sampled, so that nothing is random.
+
+    A pixel of a mask target that lies at the threshold falls to either side by the order of a sum, and the
+    CPU's vector instructions decide that order. Each such pixel moves the gradient of the mask predictor's
+    bias, a mean over the pixels, by 1 / pixels. With the instructions of older CPUs
+    (``ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41``) one of 84,672 pixels moves; three may.
+    """
     stored = json.loads((oracle / "training_losses.json").read_text())
     samples = [load_training_sample(shared_dir / "data/dsb2018", name, config) for name in stored["images"]]
     rpn, heads = model.proposal_generator, model.roi_heads
     settings, sampling = rpn.settings, heads.sampling
     rpn.settings = dataclasses.replace(settings, batch_size_per_image=10**6, positive_fraction=1.0)
     heads.sampling = dataclasses.replace(sampling, batch_size_per_image=10**6, positive_fraction=1.0)
+    shapes: list[torch.Size] = []
+    hook = heads.mask_head.predictor.register_forward_hook(lambda *call: shapes.append(call[-1].shape))
     try:
         model.train()
         model.zero_grad()
@@ -142,9 +150,12 @@ def test_losses_and_gradients(model: MaskRCNN, oracle: Path, shared_dir: Path, c
         sum(losses.values()).backward()
     finally:
         rpn.settings, heads.sampling = settings, sampling
+        hook.remove()
     for name, value in stored["losses"].items():
         assert losses[name].item() == pytest.approx(value, rel=1e-4), name
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert set(stored["grad_norm_and_sum"]) == set(gradients)
+    pixels = shapes[0].numel()
     for name, (norm, _) in stored["grad_norm_and_sum"].items():
-        assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-3), name
+        flipped = 3 / pixels if name == "roi_heads.mask_head.predictor.bias" else None
+        assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-3, abs=flipped), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,9 +102,6 @@ def test_from_the_name_to_a_model(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "GN_DETECT_FULL_SIZE" not in os.environ, reason="writes 26 files of 100 to 430 MB: GN_DETECT_FULL_SIZE=1"
-)
 @pytest.mark.parametrize("name", NAMES)
 def test_from_the_name_to_a_model_of_full_size(name: str) -> None:
     entry = find_entry(name)
