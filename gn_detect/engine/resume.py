@@ -60,6 +60,9 @@ PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.ROOT", "DATASETS.REGISTER")
 COUNTED_IN_ITERATIONS = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
 """Keys that :func:`scale_config` rounds, so that scaling twice may move them by one."""
 
+LISTED = 20
+"""Changes that an error names; another base config changes some hundred keys."""
+
 DATA = "data"
 """In a checkpoint's metadata: :func:`describe_data`."""
 
@@ -121,9 +124,11 @@ def check_changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str], 
         logger.info("resuming with other settings: %s", "; ".join(map(str, free)))
     others = [change for change in changes if not change.is_free]
     if others and not allow:
+        named = "; ".join(map(str, others[:LISTED]))
+        more = f"; and {len(others) - LISTED} more" if len(others) > LISTED else ""
         raise UserError(
-            f"{checkpoint.path} is of another run: {'; '.join(map(str, others))}; set what the run began "
-            f"with, or add --allow-changes to go on with the new values"
+            f"{checkpoint.path} is of another run: {named}{more}; set what the run began with, or add "
+            f"--allow-changes to go on with the new values"
         )
     if others:
         logger.warning("resuming a changed run: %s", "; ".join(map(str, others)))
