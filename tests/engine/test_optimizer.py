@@ -157,3 +157,18 @@ def test_state_of_another_kind_of_optimizer_is_refused() -> None:
         restore_optimizer(
             build_optimizer(config("SOLVER.OPTIMIZER", "AdamW"), model), optimizer.state_dict(), "file.pth"
         )
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_state_that_is_no_optimizers_is_refused(optimizer: str) -> None:
+    model = nn.Linear(3, 2)
+    states: list[object] = [
+        5, [1], {"0": {}}, {0: 5}, {0: None}, {-1: {}}, {99: {}}, {True: {}}, {0: {"x": torch.zeros(2, 3)}},
+        {0: {"momentum_buffer": torch.zeros(2)}}, {0: {"exp_avg": torch.zeros(2, 3)}},
+        {0: {"momentum_buffer": torch.zeros(2, 3).to_sparse()}},
+        {0: {"momentum_buffer": torch.zeros(2, 3, dtype=torch.complex64)}},
+    ]  # fmt: skip
+    for state in states:
+        mine = build_optimizer(config("SOLVER.OPTIMIZER", optimizer), model)
+        with pytest.raises(UserError, match="the optimiser state in file.pth belongs to other settings"):
+            restore_optimizer(mine, {"state": state}, "file.pth")
