@@ -15,6 +15,7 @@ from ..convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
 from ..engine.model import make_model
 from ..errors import UserError
 from ..files import check_writable
+from ..text import printable
 from ..weights import (
     CONFIG_KEYS,
     NORM_EPS,
@@ -219,9 +220,10 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     save_weights(target, translation.tensors, kept | _input_of(checkpoint))
     print(f"wrote {len(translation.tensors)} tensors to {target}; names of {translation.scheme}")
     for change in translation.changes:
-        print(f"  {change}")
+        print(f"  {printable(change)}")
     if translation.left_out:
-        print(f"  left out, as detectron2 has no name for them: {', '.join(translation.left_out)}")
+        names = printable(", ".join(translation.left_out))
+        print(f"  left out, as detectron2 has no name for them: {names}")
     told = {
         "tensors": len(translation.tensors),
         "names": translation.scheme,

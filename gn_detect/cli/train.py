@@ -11,6 +11,7 @@ from ..config import Config
 from ..engine import evaluate, train
 from ..engine.checkpoint import BEST, FINAL
 from ..report.run_folder import read_run
+from ..text import printable
 from .options import (
     add_config_arguments,
     add_data_arguments,
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> Result:
     found = {name: str(path) if path.is_file() else None for name, path in files.items()}
     best = read_run(folder).best
     if best and not best.is_last:
-        print(best)
+        print(printable(best))
     if not args.config_file:
         weights = found["best"] or found["weights"]
         print(f"next: gn-detect predict --config-file {found['config']} --weights {weights} IMAGES")
