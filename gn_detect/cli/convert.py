@@ -17,6 +17,7 @@ from ..convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
 from ..engine.model import make_model
 from ..errors import UserError
 from ..files import check_writable
+from ..text import printable
 from ..weights import (
     CONFIG_KEYS,
     NORM_EPS,
@@ -229,9 +230,10 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     names = f"names of {translation.scheme}" if known else "names as they were"
     print(f"wrote {len(tensors)} tensors to {target}; {names}")
     for change in translation.changes:
-        print(f"  {change}")
+        print(f"  {printable(change)}")
     if translation.left_out:
-        print(f"  left out, as detectron2 has no name for them: {', '.join(translation.left_out)}")
+        names = printable(", ".join(translation.left_out))
+        print(f"  left out, as detectron2 has no name for them: {names}")
     told = {
         "tensors": len(tensors),
         "names": translation.scheme,

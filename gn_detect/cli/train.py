@@ -23,6 +23,7 @@ from ..engine.evaluator import write_results
 from ..errors import UserError
 from ..progress import WIDTH, fitted
 from ..report.run_folder import read_run
+from ..text import printable
 from .inputs import find_images
 from .options import (
     add_config_arguments,
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> Result:
     found = {name: str(path) if path.is_file() else None for name, path in files.items()}
     best = read_run(folder).best
     if best and not best.is_last:
-        print(fitted(str(best), sys.stdout))
+        print(fitted(printable(best), sys.stdout))
     print_end(cfg, results)
     return Result({"output_dir": str(folder), **found, "results": results})
 

@@ -17,6 +17,7 @@ from ..data import prepare_image
 from ..errors import UserError
 from ..modeling.mask_rcnn import image_size, rescale
 from ..structures import Detections
+from ..text import printable
 from .export import INPUTS, METADATA_FILE, MIN_SIDE, SUFFIXES, ExportMetadata, require
 from .predictor import read_pixels
 
@@ -55,7 +56,7 @@ class ExportedPredictor:
         self.cfg = told.config
         self.class_names = told.class_names
         self.category_ids = told.category_ids
-        self.report = f"{path}: exported by gn_detect {told.version}, run by {runtime} on the CPU"
+        self.report = printable(f"{path}: exported by gn_detect {told.version}, run by {runtime} on the CPU")
 
     def __call__(self, image: str | Path | np.ndarray) -> Detections:
         """Objects in one image, as by :meth:`Predictor.__call__`; errors as of :meth:`find`."""
