@@ -47,6 +47,9 @@ _NUMBERS = frozenset((int, float))
 _FRACTION = 1.01
 """The largest number that can be a fraction: those of boxes at the border may be rounded up."""
 
+_FEW = 0.05
+"""Share of the boxes of a file that may look like fractions and be pixels of the image's corner."""
+
 MOST_PIXELS = 2 * 89_478_485
 """Of an image: Pillow refuses to read larger ones."""
 
@@ -145,8 +148,8 @@ class Rules:
         """What the entries say only together: that there are not too many categories, and the unit of length.
 
         Raises:
-            DataError: boxes or polygons are fractions of the image: at least half of them, as a few may be as
-                small as that, and in the image's corner.
+            DataError: boxes or polygons are fractions of the image. A few may be as small as that, and in the
+                image's corner.
         """
         if len(content["categories"]) > MOST_CATEGORIES:
             raise self.error(
@@ -167,7 +170,7 @@ class Rules:
             number += answer is not None
             if answer:
                 wrong.append(entry)
-        if wrong and 2 * len(wrong) >= number:
+        if len(wrong) > _FEW * number:
             folder = self.folder if self.folder.name else "FOLDER"
             raise self.error(
                 f"{len(wrong)} of {number} {noun} are fractions of the image, such as that of annotation "

@@ -37,6 +37,18 @@ def again(part: str, **fields: Any) -> Spoil:
 
 
 BOW = [[10, 10, 40, 30, 40, 10, 10, 30]]
+
+
+def one_fraction(content: dict[str, Any]) -> None:
+    """An object of half a pixel beside thirty larger ones."""
+    small = {"bbox": [0.1, 0.1, 0.5, 0.5], "segmentation": [[0.1, 0.1, 0.6, 0.1, 0.6, 0.6]], "area": 0.2}
+    content["annotations"][0].update(small)
+    for x in range(5, 35):
+        outline = [[x, 4, x + 20, 4, x + 20, 24, x, 24]]
+        other = {"id": 100 + x, "bbox": [x, 4, 20, 20], "segmentation": outline}
+        content["annotations"].append({**content["annotations"][-1], **other})
+
+
 RLE = {"size": [60, 90], "counts": [0, 5400]}
 FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
     "no file name": ("malformed", lambda c: c["images"][0].pop("file_name"), {"image_id": 7}),
@@ -72,11 +84,7 @@ FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
         lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]],
         {},
     ),
-    "one fraction": (
-        "some-fractions",
-        of_annotation(0, bbox=[0.1, 0.1, 0.5, 0.5], segmentation=[[0.1, 0.1, 0.6, 0.1, 0.6, 0.6]], area=0.2),
-        {"annotation_id": 1},
-    ),
+    "one fraction": ("some-fractions", lambda c: one_fraction(c), {"annotation_id": 1}),
     "nan area": ("bad-area", of_annotation(0, area=float("nan")), {"annotation_id": 1}),
     "no mask": ("no-mask", of_annotation(0, segmentation=[]), {"annotation_id": 1}),
     "far polygon": (
