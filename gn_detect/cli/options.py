@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, load_config
+from ..data.coco_json import load_coco
 from ..engine import launch
 from ..engine.checkpoint import read_last_checkpoint
 from ..errors import UserError
-from ..files import read_text
 from ..weights import Checkpoint, as_command_line, implied_keys, read_checkpoint
 from .own_data import choose_config
 
@@ -186,9 +185,8 @@ def _pair(args: argparse.Namespace, part: str) -> tuple[str, str] | None:
 def _count_categories(path: Path) -> int:
     """Categories in a COCO JSON; 0 where it cannot be told: whoever reads the dataset says what is wrong."""
     try:
-        categories = json.loads(read_text(path))["categories"]
-        return len(categories) if isinstance(categories, list) else 0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
+        return len(load_coco(path, ("categories",))["categories"])
+    except UserError:
         return 0
 
 

@@ -105,7 +105,7 @@ def parse_config(text: str) -> Config:
         UserError: it is none.
     """
     try:
-        tree = yaml.safe_load(text)
+        tree = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
+from ..files import read_text
 from .types import to_plain
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 
 FOLDER = "folder"
 """In ``environment.json``: the folder in which the run wrote both."""
+
+_LARGEST = 1 << 20
+"""Bytes of an ``environment.json``."""
 
 
 def with_absolute_paths(cfg: Config) -> Config:
@@ -98,10 +103,10 @@ def find_again(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
 def _is_own(before: str, folder: Path) -> bool:
     """Whether ``OUTPUT_DIR`` stands as the run wrote it; another one was put there by hand, and is meant."""
     try:
-        told = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        told = json.loads(read_text(folder / ENVIRONMENT, _LARGEST))
         # Runs of earlier versions did not write it.
         return bool(before == told[FOLDER] if FOLDER in told else Path(before).name == folder.name)
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, RecursionError, UserError):
         return False
 
 

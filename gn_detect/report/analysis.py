@@ -16,8 +16,8 @@ from ..evaluation import (
     Truth,
     choose_backend,
     confusion_matrix,
+    evaluate_categories,
     match_objects,
-    precision_and_recall,
     prepare_detections,
     prepare_ground_truth,
 )
@@ -141,10 +141,13 @@ def _curves(
             yield detection
 
     detections = look_at(prepare_detections(results, prepared, iou_type))
-    precision, _ = precision_and_recall(prepared.coco, detections, iou_type, choose_backend(None))
-    chosen = precision[..., _ALL_AREAS, _MOST_DETECTIONS]  # (10, 101, K)
-    chosen = np.where(chosen > -1, chosen, np.nan)
-    return {name: chosen[rows].mean(axis=0).T for name, rows in IOU_AVERAGES.items()}
+    curves = {name: np.full((len(category_ids), len(RECALLS)), np.nan) for name in IOU_AVERAGES}
+    for places, precision, _ in evaluate_categories(prepared, detections, iou_type, choose_backend(None)):
+        chosen = precision[..., _ALL_AREAS, _MOST_DETECTIONS]  # (10, 101, K)
+        chosen = np.where(chosen > -1, chosen, np.nan)
+        for name, rows in IOU_AVERAGES.items():
+            curves[name][places] = chosen[rows].mean(axis=0).T
+    return curves
 
 
 def _image(truth: Truth, image_id: Any, found: list[Json], iou_type: str) -> ImageResult:
