@@ -27,6 +27,9 @@ _SEAL_LENGTH = len(_SEAL) + 2 * _DIGEST_BYTES
 _LENGTH_BYTES = 2
 """Of the length of a zip archive's comment, which stands before it."""
 
+_END, _END_LENGTH = b"PK\x05\x06", 22
+"""The signature of a zip archive's last record, and its bytes without the comment."""
+
 
 class SealedFile:
     """Write a zip archive through this, and :meth:`seal` puts a digest of all bytes into its comment.
@@ -75,12 +78,17 @@ def _check_seal(path: Path) -> bool:
         False for a file that has none.
 
     Raises:
-        UserError: they differ.
+        UserError: they differ, or the file was cut off within its comment, which zipfile does not mind.
     """
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END) - _SEAL_LENGTH - _LENGTH_BYTES
         if size < 0:
             return False
+        file.seek(max(0, size - _END_LENGTH))
+        _, end, rest = file.read().rpartition(_END)
+        told = int.from_bytes(rest[_END_LENGTH - len(_END) - _LENGTH_BYTES :][:_LENGTH_BYTES], "little")
+        if end and len(rest) - (_END_LENGTH - len(_END)) < told:
+            raise UserError(f"cannot read {path}: its end is missing; copy or download it again")
         file.seek(size)
         length, seal = file.read(_LENGTH_BYTES), file.read()
         if not seal.startswith(_SEAL):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gn_detect.config import Config, dump_config
+from gn_detect.config import Config, dump_config, load_config
 from gn_detect.data import build_train_loader
 from gn_detect.engine import train
 from gn_detect.engine import trainer as trainer_module
@@ -27,6 +27,7 @@ from gn_detect.errors import UserError
 from gn_detect.visualize import is_average, is_loss, read_metrics
 from gn_detect.weights import read_checkpoint
 from tests.engine.chaos import differences
+from tests.engine.tiny import write_config
 
 
 @pytest.fixture
@@ -36,6 +37,22 @@ def trained(tiny_config: Config) -> Config:
     cfg = tiny_config.replace(keys)
     train(cfg)
     return cfg
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: tuple[Path, Path]) -> Config:
+    """Such a run, for :func:`finished`."""
+    cfg = load_config(write_config(tmp_path_factory.mktemp("finished"), *tiny_data))
+    keys = {"DATASETS.TEST": [], "SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 1, "CHECKPOINT.KEEP": 3}
+    train(cfg := cfg.replace(keys))
+    return cfg
+
+
+@pytest.fixture
+def finished(finished_run: Config, tmp_path: Path) -> Config:
+    """A copy of a finished run, which a test may spoil; its checkpoints name the folder of the first."""
+    shutil.copytree(finished_run.output_dir, tmp_path / "run")
+    return finished_run.replace({"OUTPUT_DIR": str(tmp_path / "run")})
 
 
 def truncate(path: Path) -> None:
@@ -240,9 +257,9 @@ OUTSIDE = ["../../victim.pth", "{tmp}/victim.pth", "..", "sub/model_0000001.pth"
 @pytest.mark.parametrize("name", [*OUTSIDE, "model_final.pth\n../../victim.pth", ""])
 @pytest.mark.parametrize("listing", ["last_checkpoint", "checkpoints.txt"])
 def test_lists_of_checkpoints_name_files_of_the_folder_alone(
-    trained: Config, tmp_path: Path, name: str, listing: str, caplog: pytest.LogCaptureFixture
+    finished: Config, tmp_path: Path, name: str, listing: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = Path(trained.output_dir)
+    folder = Path(finished.output_dir)
     victim = tmp_path / "victim.pth"
     victim.write_bytes(b"of somebody else")
     (folder / listing).write_text(name.format(tmp=tmp_path), encoding="latin1")
@@ -255,8 +272,8 @@ def test_lists_of_checkpoints_name_files_of_the_folder_alone(
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
 
 
-def test_a_checkpoint_of_another_program_has_any_plain_name(trained: Config) -> None:
-    folder = Path(trained.output_dir)
+def test_a_checkpoint_of_another_program_has_any_plain_name(finished: Config) -> None:
+    folder = Path(finished.output_dir)
     torch.save(torch.load(folder / "model_final.pth", weights_only=True), folder / "epoch-3.pth")
     (folder / "checkpoints.txt").unlink()
     (folder / "last_checkpoint").write_text("epoch-3.pth\n")
@@ -264,8 +281,8 @@ def test_a_checkpoint_of_another_program_has_any_plain_name(trained: Config) -> 
     assert checkpoint is not None and checkpoint.path.name == "epoch-3.pth"
 
 
-def test_without_its_lists_a_folder_has_the_newest_of_its_checkpoints(trained: Config) -> None:
-    folder = Path(trained.output_dir)
+def test_without_its_lists_a_folder_has_the_newest_of_its_checkpoints(finished: Config) -> None:
+    folder = Path(finished.output_dir)
     for damage in ("", "/"):
         for listing in ("last_checkpoint", "checkpoints.txt"):
             (folder / listing).write_text(damage)
@@ -276,30 +293,30 @@ def test_without_its_lists_a_folder_has_the_newest_of_its_checkpoints(trained: C
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_checkpoints_that_a_kill_left_are_dropped_later(trained: Config, keep: int) -> None:
-    folder = Path(trained.output_dir)
+def test_checkpoints_that_a_kill_left_are_dropped_later(finished: Config, keep: int) -> None:
+    folder = Path(finished.output_dir)
     shutil.copy(folder / "model_0000002.pth", folder / "model_0000001.pth")
     others = [folder / "model_0000009.pth", folder / "own.pth"]  # in no list
     for other in others:
         other.write_bytes(b"of the user")
     names = ["model_0000001.pth", "model_0000002.pth", "model_0000003.pth", "model_final.pth"]
     (folder / "checkpoints.txt").write_text("".join(f"{name}\n" for name in names))
-    train(trained.replace({"CHECKPOINT.KEEP": keep}), resume=True)
+    train(finished.replace({"CHECKPOINT.KEEP": keep}), resume=True)
     found = sorted(path.name for path in folder.glob("*.pth"))
     assert found == sorted([*names[-keep:], *(other.name for other in others)])
     assert (folder / "checkpoints.txt").read_text().split() == names[-keep:]
 
 
 def test_a_damaged_bit_never_loads_something_else(
-    trained: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    finished: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it is: in content, in headers, in the directory, in the lists."""
     monkeypatch.setattr("gn_detect.files.os.fsync", lambda _: None)
-    folder, choose = Path(trained.output_dir), random.Random(1)
+    folder, choose = Path(finished.output_dir), random.Random(1)
     files = ["model_final.pth"] * 3 + ["last_checkpoint", "checkpoints.txt", "metrics.jsonl"]
     content = {name: (folder / name).read_bytes() for name in files}
     whole = {path.name: read_checkpoint(path) for path in folder.glob("model_*.pth")}
-    for number in range(300):
+    for number in range(240):
         name = files[number % len(files)]
         damaged = bytearray(content[name])
         near_an_end = choose.choice([choose.randrange(2000), -1 - choose.randrange(20000)])
