@@ -4,6 +4,7 @@
 
 VENV ?= .venv
 TESTS ?= tests
+SLOW ?= slow
 TEST_WORKERS ?= 2
 DEMO_OUTPUT ?= output/demo
 VERSION_FITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
@@ -52,7 +53,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow" $(TESTS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m slow $(TESTS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "$(SLOW)" $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

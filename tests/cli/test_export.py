@@ -277,6 +277,7 @@ def test_a_failing_exporter_is_reported_in_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize(
     "config",
@@ -323,6 +324,7 @@ def test_detectors_of_full_width_on_real_images(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_a_trained_detector_on_real_images(shared_dir: Path, tmp_path: Path, suffix: str) -> None:
     """The nuclei detector of the oracle, R-18-FPN with GN, on twelve photos of different sizes."""

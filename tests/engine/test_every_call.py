@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -43,7 +42,7 @@ def check() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("GN_DETECT_EVERY_CALL" not in os.environ, reason="GN_DETECT_EVERY_CALL=1: 15 minutes")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_place(repository: Path, processes: int) -> None:
     command = [sys.executable, "-m", "tests.engine.chaos", "--every-call", "--processes", str(processes)]

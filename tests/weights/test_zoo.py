@@ -102,6 +102,7 @@ def test_from_the_name_to_a_model(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_from_the_name_to_a_model_of_full_size(name: str) -> None:
     entry = find_entry(name)
