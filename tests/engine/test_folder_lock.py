@@ -133,6 +133,15 @@ def test_eval_beside_a_training_leaves_its_results(
     assert written == {LOCK, *(f"inference/tiny_test/eval/{name}" for name in names)}
 
 
+def test_those_who_ask_at_once_are_not_taken_for_a_training(tmp_path: Path) -> None:
+    with (tmp_path / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as in another process that asks
+        assert not is_in_use(tmp_path)
+        assert not is_in_use(tmp_path), "asking leaves nothing"
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert is_in_use(tmp_path)
+
+
 def _train(cfg: Config) -> None:
     train(cfg)
 
