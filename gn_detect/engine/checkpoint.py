@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config.paths import CONFIG, ENVIRONMENT
 from ..errors import Diverged, UserError
 from ..files import atomic_write_text
 from ..weights import Checkpoint, read_checkpoint, save_weights
@@ -30,7 +31,6 @@ FINAL = "model_final.pth"
 BEST = "model_best.pth"
 METRICS = "metrics.jsonl"
 INFERENCE, RESULTS, PICTURES = "inference", "results.json", "pictures"
-CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 EARLIER = ".earlier"
 """Ending of what an earlier run left under a name that this one uses."""
 
