@@ -82,7 +82,7 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
         elif is_main():
             log.open(Path(cfg.output_dir) / "log.txt")
         results = evaluate_test_sets(cfg, model, tests, below=BESIDE if in_use else "")
-        if is_main() and not in_use:
+        if is_main() and not in_use and not is_in_use(cfg.output_dir):  # one may have begun meanwhile
             write_results(Path(cfg.output_dir) / RESULTS, results)
             if not (Path(cfg.output_dir) / CONFIG).exists():
                 write_run_config(cfg, device)

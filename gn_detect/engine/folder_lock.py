@@ -79,7 +79,7 @@ class FolderLock:
         end, told = time.monotonic() + patience, False
         while True:
             try:
-                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._descriptor = _open(self._path)
                 _held.add(self._descriptor)
                 self.is_held = _try_lock(self._descriptor)
             except OSError as error:
@@ -135,6 +135,14 @@ def is_in_use(folder: str | Path) -> bool:
         return False
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """Open the file to lock; one of another user may only be readable, which is enough for the kernel."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)
 
 
 def _try_lock(descriptor: int, shared: bool = False) -> bool:
