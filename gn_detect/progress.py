@@ -15,6 +15,8 @@ from weakref import WeakSet
 
 from tqdm import tqdm
 
+from .text import printable
+
 T = TypeVar("T")
 
 WIDTH = 99
@@ -50,10 +52,12 @@ def progress_bar(items: Iterable[T] | None = None, *, shown: bool = True, **opti
         options: tqdm's.
     """
     stream = sys.stdout if sys.stdout.isatty() else sys.stderr
+    stream = getattr(stream, "bare", stream)  # one that escapes control characters would escape the bar's
     disable = None if shown and HIDDEN not in os.environ else True
     # Both sizes are given: tqdm draws nothing in a terminal that does not tell its size.
     size = shutil.get_terminal_size()
     options = {"leave": False, "ncols": min(size.columns, WIDTH), "nrows": size.lines, **options}
+    options["desc"] = printable(options.get("desc") or "")
     bar = tqdm(items, file=stream, disable=disable, **options)
     _bars.add(bar)
     return bar

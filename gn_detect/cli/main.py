@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.cuda.OutOfMemoryError:
         return _fail(f"out of GPU memory; {_less_memory(args)}")
     except KeyboardInterrupt:
-        hint = "; --resume continues from the last checkpoint" if args.command == "train" else ""
+        hint = "; --resume continues from the last checkpoint" if _trains(args) else ""
         print(f"interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
@@ -162,11 +162,15 @@ def _epilog(module: ModuleType) -> str:
     return f"examples:\n{examples}\n{EXIT_STATUS}" if examples else EXIT_STATUS
 
 
+def _trains(args: argparse.Namespace) -> bool:
+    return args.command == "train" and not args.eval_only
+
+
 def _less_memory(args: argparse.Namespace) -> str:
     """What to do where the memory of the GPU is too small for the command."""
     if args.command == "bench":
         return "lower --images, --size or --objects"
-    if args.command == "train" and not args.eval_only:
+    if _trains(args):
         return (
             "lower INPUT.MAX_SIZE_TRAIN and INPUT.MIN_SIZE_TRAIN, or set SOLVER.ACCUMULATE to each GPU's "
             "images: they go through the model one by one then"

@@ -89,19 +89,29 @@ class PrintableStream:
     """A stream that shows hidden characters, but for those of our own lines and tables, as their escapes.
 
     Characters that its encoding lacks are shown so, too.
+
+    Attributes:
+        bare: the stream itself, for progress bars, which move the cursor. tqdm compares the two, as lines and
+            bars on one terminal must make room for each other: they are equal.
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self.bare = stream
 
     def write(self, text: str) -> int:
         """As a text stream's; a newline in a name is the business of whoever prints it."""
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        encoding = getattr(self.bare, "encoding", None) or "utf-8"
         shown = printable(text, keep="\n\t\r")
-        return self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return self.bare.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.bare == getattr(other, "bare", other))
+
+    def __hash__(self) -> int:
+        return hash(self.bare)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.bare, name)
 
 
 @contextmanager

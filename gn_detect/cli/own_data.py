@@ -53,7 +53,7 @@ def choose_config(args: argparse.Namespace) -> Config:
     if os.environ.get("RANK", "0") == "0":
         print(f"chosen for {len(data.images)} images, {len(data.boxes)} objects and {machine}:")
         print(fitted(str(recipe), sys.stdout))
-        print("  KEY VALUE behind the command wins over these; config.yaml in OUTPUT_DIR", cfg.output_dir)
+        print("  KEY VALUE after the command wins over these; config.yaml in OUTPUT_DIR", cfg.output_dir)
         print("  holds them all, and --config-file reads it", flush=True)
     return cfg
 

@@ -112,7 +112,7 @@ def check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
     Args:
         parser: of all commands.
-        words: of the command line; behind ``--`` none is a flag.
+        words: of the command line; after ``--`` none is a flag.
 
     Raises:
         UserError: an unknown flag, or one in front of the command.
@@ -148,11 +148,11 @@ def _meant(scope: argparse.ArgumentParser, flag: str) -> str:
     keys = [habit] if habit and habit != _NO_FLAG else _keys_called(flag)
     if keys and takes_keys and (habit or not near):
         keys = [key if " " in key else f"{key} VALUE" for key in keys[:3]]
-        return f"it is a config key, given behind the command: {' or '.join(keys)}"
+        return f"it is a config key, given after the command: {' or '.join(keys)}"
     if near:
         return f"did you mean {' or '.join(near[:3])}?"
     if any(isinstance(action, argparse._SubParsersAction) for action in scope._actions):
-        return f"a command's own flags stand behind its name; {scope.prog} --help shows how"
+        return f"a command's own flags stand after its name; {scope.prog} --help shows how"
     return f"{scope.prog} --help lists them"
 
 

@@ -148,7 +148,7 @@ def nothing_found(predictor: AnyPredictor, best: Outcome, threshold: float) -> s
     # One digit, rounded down; a score must be above SCORE_THRESH_TEST and not equal to it.
     unit = 10.0 ** math.floor(math.log10(max(best.best_score, 1e-6)))
     lower = f"{max(math.floor(best.best_score / unit * 0.999), 1) * unit:.6g}"
-    key = f" and, behind the images, MODEL.ROI_HEADS.SCORE_THRESH_TEST {lower}"
+    key = f" and, after the images, MODEL.ROI_HEADS.SCORE_THRESH_TEST {lower}"
     return (
         f"no object scores {threshold:g} (--threshold) or more: the best score is {best.best_score:.3g}, in "
         f"{best.best_input}; try --threshold {lower}{key if best.best_score <= least else ''}"

@@ -106,7 +106,7 @@ def parse_config(text: str) -> Config:
     """
     try:
         tree = parse_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError("not a config; it needs KEY: value lines")
@@ -184,7 +184,7 @@ def _follow(path: Path, above: tuple[Path, ...], found: dict[Path, tuple[Path, d
     bases = values.pop("_BASE_", None) or []
     found[resolved] = path, values
     files = []
-    for base in [bases] if isinstance(bases, str) else bases if isinstance(bases, list | tuple) else [bases]:
+    for base in bases if isinstance(bases, list | tuple) else [bases]:
         if not isinstance(base, str):
             raise UserError(f"{path}: _BASE_: {base!r} is not the name of a file")
         files.append(Path(os.path.normpath(path.parent / Path(base).expanduser())))

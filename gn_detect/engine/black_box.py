@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import dump_config, load_config
+from ..config import dump_config, load_config, without_paths
 from ..errors import UserError
 from ..files import atomic_write_json, atomic_write_text
 from ..structures import Sample, Target
@@ -162,7 +162,7 @@ def write_black_box(
     scale: float,
     eps: dict[str, float],
 ) -> None:
-    """Everything that a replay needs.
+    """Write everything that a replay needs, on any machine: of local paths the last part stays.
 
     Args:
         folder: is made.
@@ -180,7 +180,7 @@ def write_black_box(
             {
                 "rank": rank,
                 "image_id": sample.image_id,
-                "file_name": sample.file_name,
+                "file_name": Path(sample.file_name).name,
                 "size": list(sample.image.shape[-2:]),
                 "boxes": sample.target.boxes.tolist() if sample.target is not None else [],
                 "labels": sample.target.labels.tolist() if sample.target is not None else [],
@@ -189,12 +189,12 @@ def write_black_box(
             for sample in batch
         ],
         "loss_scale": scale,
-        "replay": replay_command(folder),
+        "replay": replay_command(Path(folder.name)),
     }
     packed = {rank: [_pack(sample) for sample in batch] for rank, batch in batches.items()}
     state = {"iteration": iteration, "batches": packed, "scale": scale, NORM_EPS: eps}
     save_weights(folder / STATE, weights, state)
-    atomic_write_text(folder / CONFIG, dump_config(cfg))
+    atomic_write_text(folder / CONFIG, dump_config(without_paths(cfg)))
     atomic_write_json(folder / REPORT, _plain(content), indent=1)
     logger.info("%s holds the step, of images %s", folder, names)
 
@@ -272,7 +272,7 @@ def _pack(sample: Sample) -> dict[str, Any]:
     return {
         "image": sample.image,
         "image_id": sample.image_id,
-        "file_name": sample.file_name,
+        "file_name": Path(sample.file_name).name,
         "original_size": list(sample.original_size),
         "boxes": None if target is None else target.boxes,
         "labels": None if target is None else target.labels,

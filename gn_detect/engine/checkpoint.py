@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config.paths import CONFIG, ENVIRONMENT
 from ..errors import Diverged, UserError
 from ..files import atomic_write_text
 from ..weights import Checkpoint, read_checkpoint, save_weights
+from .distributed import by_main
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,6 @@ FINAL = "model_final.pth"
 BEST = "model_best.pth"
 METRICS = "metrics.jsonl"
 INFERENCE, RESULTS, PICTURES = "inference", "results.json", "pictures"
-CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 EARLIER = ".earlier"
 """Ending of what an earlier run left under a name that this one uses."""
 
@@ -138,6 +139,22 @@ def read_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Chec
                 atomic_write_text(Path(folder) / LAST, path.name)
             return checkpoint
     raise UserError(f"no checkpoint in {folder} can be read ({complaint}); start anew without --resume")
+
+
+def share_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Checkpoint | None:
+    """Return what :func:`read_last_checkpoint` finds in the first process, in all processes.
+
+    Each by itself could find another one, while a training goes on in the folder.
+    """
+    own: Checkpoint | None = None
+
+    def choose() -> Path | None:
+        nonlocal own
+        own = read_last_checkpoint(folder, set_aside=set_aside)
+        return None if own is None else own.path
+
+    chosen = by_main(choose)
+    return read_checkpoint(chosen) if own is None and chosen is not None else own
 
 
 def _candidates(folder: Path, set_aside: bool) -> list[Path]:

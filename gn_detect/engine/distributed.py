@@ -160,7 +160,7 @@ def check_launch(
     """
     if num_gpus < 1:
         raise UserError(
-            f"--num-gpus {num_gpus}: it must be at least 1; MODEL.DEVICE cpu behind the command uses the CPU"
+            f"--num-gpus {num_gpus}: it must be at least 1; MODEL.DEVICE cpu after the command uses the CPU"
         )
     if num_machines < 1:
         raise UserError(f"--num-machines {num_machines}: it must be at least 1")

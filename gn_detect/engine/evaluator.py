@@ -15,8 +15,8 @@ from ..files import atomic_write_json, remedy
 from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, load_weights, read_checkpoint
-from .checkpoint import CONFIG, INFERENCE, RESULTS, read_last_checkpoint
-from .distributed import from_main, get_rank, is_main, resolve_device, share_buffers, world_size
+from .checkpoint import CONFIG, INFERENCE, RESULTS, share_last_checkpoint
+from .distributed import by_main, get_rank, is_main, resolve_device, share_buffers, world_size
 from .folder_lock import is_in_use
 from .model import make_model
 from .run_config import write_run_config
@@ -60,7 +60,7 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
     """
     with run_log() as log:
         device = resolve_device(cfg)
-        weights = read_last_checkpoint(cfg.output_dir) if resume else cfg.model.weights
+        weights = share_last_checkpoint(cfg.output_dir) if resume else cfg.model.weights
         if not weights:
             missing = f"{cfg.output_dir} has no checkpoint" if resume else "MODEL.WEIGHTS is empty"
             instead = ", in place of --resume" if resume else ", or the key"
@@ -74,7 +74,7 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
         _refuse_other_data(cfg)
         logger.info("%s", load_weights(model, checkpoint, config=cfg))
         model.to(device)
-        in_use = from_main(is_in_use(cfg.output_dir))
+        in_use = by_main(partial(is_in_use, cfg.output_dir))
         if is_main():
             make_folder(cfg.output_dir)
         if in_use:
@@ -82,7 +82,7 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
         elif is_main():
             log.open(Path(cfg.output_dir) / "log.txt")
         results = evaluate_test_sets(cfg, model, tests, below=BESIDE if in_use else "")
-        if is_main() and not in_use:
+        if is_main() and not in_use and not is_in_use(cfg.output_dir):  # one may have begun meanwhile
             write_results(Path(cfg.output_dir) / RESULTS, results)
             if not (Path(cfg.output_dir) / CONFIG).exists():
                 write_run_config(cfg, device)

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from ..config import dump_config, without_paths
-from ..config.load import validate
-from ..config.yaml_text import parse_yaml
+from ..config.load import parse_config
 from ..errors import UserError
 from ..files import atomic_write
 from ..modeling.mask_rcnn import MaskRCNN
@@ -140,7 +138,7 @@ class ExportMetadata:
         """
         try:
             found = cls(
-                validate(parse_yaml(strings["config"]), {}),
+                parse_config(strings["config"]),
                 json.loads(strings["class_names"]),
                 json.loads(strings["category_ids"]),
                 int(strings["size_divisibility"]),
@@ -154,9 +152,7 @@ class ExportMetadata:
             lists = (found.class_names, found.category_ids)
             if {len(values) for values in lists} != {found.config.model.roi_heads.num_classes}:
                 raise ValueError("class names")
-        except (
-            KeyError, TypeError, ValueError, AttributeError, RecursionError, yaml.YAMLError, UserError
-        ) as error:  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UserError) as error:
             raise UserError(
                 f"{path} is no detector that gn_detect exported; make one with gn-detect export"
             ) from error

@@ -79,7 +79,7 @@ class FolderLock:
         end, told = time.monotonic() + patience, False
         while True:
             try:
-                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._descriptor = _open(self._path)
                 _held.add(self._descriptor)
                 self.is_held = _try_lock(self._descriptor)
             except OSError as error:
@@ -121,21 +121,36 @@ class FolderLock:
 
 
 def is_in_use(folder: str | Path) -> bool:
-    """Return whether a training holds the lock of ``folder``; False where that cannot be told."""
+    """Return whether a training holds the lock of ``folder``; False where nobody can know.
+
+    The lock that is tried is a shared one, so that two who ask at once do not take each other for a training.
+    """
     try:
-        descriptor = os.open(Path(folder) / LOCK, os.O_RDWR)
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDONLY)
     except OSError:
         return False
     try:
-        return not _try_lock(descriptor)
+        return not _try_lock(descriptor, shared=True)
     except OSError:
         return False
     finally:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _open(path: Path) -> int:
+    """Open the file to lock; one of another user may only be readable, which is enough for the kernel."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)
+
+
+def _try_lock(descriptor: int, shared: bool = False) -> bool:
     """Lock an open file until it is closed.
+
+    Args:
+        descriptor: of the file.
+        shared: others may have a shared lock at the same time; Windows has none.
 
     Returns:
         False where another process has it.
@@ -152,7 +167,7 @@ def _try_lock(descriptor: int) -> bool:
         else:
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False

@@ -38,6 +38,7 @@ FREE = (
     "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING",
     "DATASETS.ROOT",
     "DATASETS.REGISTER",  # where the data are; their content is compared
+    "DATASETS.ALLOW_OUTSIDE",
     "DATALOADER.NUM_WORKERS",
     "SOLVER.MAX_ITER",
     "SOLVER.CHECKPOINT_PERIOD",
@@ -144,9 +145,9 @@ def _changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str]) -> It
     yield from _path_changes(cfg, beside)
     before = told.get(DATA)
     if isinstance(before, dict):
-        for key in before.keys() & data.keys():
-            if before[key] != data[key]:
-                yield Change(f"the content of {key}", before[key], data[key])
+        for key, now in data.items():
+            if before.get(key, now) != now:
+                yield Change(f"the content of {key}", before[key], now)
     for key, is_used in (("optimizer", True), ("trained", cfg.solver.ema.enabled)):
         if is_used and not told.get(key):
             yield Change(f"the state '{key}' of the checkpoint", "saved with it", "missing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ from ..errors import UserError
 from ..evaluation import METRICS
 from ..files import check_writable
 from ..modeling.mask_rcnn import MaskRCNN
-from ..weights import Checkpoint, InputConvention, load_weights, norm_settings, read_checkpoint
-from .checkpoint import CONFIG, drop_old_checkpoints, read_last_checkpoint, remove_leftovers, start_anew
+from ..weights import Checkpoint, InputConvention, load_weights, norm_settings
+from .checkpoint import CONFIG, drop_old_checkpoints, remove_leftovers, share_last_checkpoint, start_anew
 from .distributed import (
     by_main,
     check_synchronised_norms,
@@ -125,7 +126,9 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     device = resolve_device(cfg)
     given = cfg
     cfg = scale_config(cfg, world_size())
-    checkpoint = _read_last_checkpoint(cfg) if resume else None
+    checkpoint = share_last_checkpoint(cfg.output_dir, set_aside=True) if resume else None
+    if resume and checkpoint is None:
+        by_main(partial(refuse_no_run, cfg.output_dir))
     known = {} if checkpoint is None else checkpoint.metadata
     cfg = _decide_seed(cfg, known)
     start = _first_iteration(cfg, checkpoint)
@@ -167,24 +170,6 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
         run.losses = known.get("losses", {})
         run.evaluate_first = bool(known.get("evaluate_first", False))
     return run
-
-
-def _read_last_checkpoint(cfg: Config) -> Checkpoint | None:
-    """The first process chooses among the files, and renames those that are damaged; all read the same."""
-    found: list[Checkpoint] = []
-
-    def choose() -> str | None:
-        checkpoint = read_last_checkpoint(cfg.output_dir, set_aside=True)
-        if checkpoint is None:
-            refuse_no_run(cfg.output_dir)
-            return None
-        found.append(checkpoint)
-        return str(checkpoint.path)
-
-    chosen = by_main(choose)
-    if chosen is None:
-        return None
-    return found[0] if found else read_checkpoint(chosen)
 
 
 def _first_iteration(cfg: Config, checkpoint: Checkpoint | None) -> int:

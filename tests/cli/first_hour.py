@@ -159,7 +159,7 @@ MISTAKES = {
     "flag of another tool": Mistake(
         f"{PREDICT} --confidence-threshold 0.5", "--confidence-threshold", "did you mean --threshold?"
     ),
-    "key given as a flag": Mistake(f"{TRAIN} --lr 0.01", "--lr", "behind the command: SOLVER.BASE_LR"),
+    "key given as a flag": Mistake(f"{TRAIN} --lr 0.01", "--lr", "after the command: SOLVER.BASE_LR"),
     "epochs as a flag": Mistake(
         f"{TRAIN} --epochs 12", "--epochs", "SOLVER.MAX_ITER, in iterations: epochs x"
     ),
@@ -171,7 +171,7 @@ MISTAKES = {
         "predict --config-file {config} --source {images}", "--source", "given without a flag"
     ),
     "flag that there is not": Mistake(f"{TRAIN} --colour red", "--colour", "gn-detect train --help"),
-    "flag before the command": Mistake("--config-file {config} train", "--config-file", "behind its name"),
+    "flag before the command": Mistake("--config-file {config} train", "--config-file", "after its name"),
     "flag without its value": Mistake("train --config-file", "--config-file", "gn-detect train --help"),
     "word for a number": Mistake(f"{TRAIN} --num-gpus two", "--num-gpus", "gn-detect train --help"),
     "nothing to work on": Mistake("predict --config-file {config}", "INPUT", "gn-detect predict --help"),

@@ -64,6 +64,10 @@ def test_training_has_a_live_bar(trained: tuple[str, Path]) -> None:
     assert all(len(part) < 100 for part in re.split(r"[\r\n]", text) if "it/s" in part or "iter/s" in part)
 
 
+def test_a_bar_below_another_moves_the_cursor(trained: tuple[str, Path]) -> None:
+    assert "\x1b[A" in trained[0] and "\\x1b" not in trained[0]
+
+
 def test_lines_in_a_terminal_are_short_and_not_torn(trained: tuple[str, Path]) -> None:
     text, _ = trained
     lines = final_lines(text)

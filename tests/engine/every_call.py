@@ -134,8 +134,6 @@ def compare_folders(one: Path, other: Path) -> list[str]:
         paths = one / "run" / name, other / "run" / name
         if name.endswith(".pth"):
             contents = [torch.load(path, weights_only=True) for path in paths]
-            for content in contents:
-                content.pop("config")  # names the folder
             found += [f"{name}{place}" for place in differences(*contents)]
         elif name == "metrics.jsonl":
             found += [] if metrics_of(one) == metrics_of(other) else [name]

@@ -63,6 +63,8 @@ def test_training_stops_and_the_black_box_repeats_the_step(
     assert main(["replay", "--json", str(folder)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["0"]["losses"]["loss_mask"] is None and told["0"]["output"] == findings[0].output
+    here = str(Path(spoiled_config.output_dir).parent).encode()
+    assert [path for path in folder.iterdir() if here in path.read_bytes()] == [], "it is passed on"
     # What was saved before is untouched, and finite.
     last = (Path(spoiled_config.output_dir) / "last_checkpoint").read_text()
     saved = torch.load(Path(spoiled_config.output_dir) / last, weights_only=True)

@@ -397,7 +397,6 @@ def test_an_evaluation_that_was_killed_changes_no_checkpoint(
         break
     for name in ("model_0000001.pth", "model_final.pth"):
         one, other = (torch.load(f / name, weights_only=True) for f in (whole, Path(cfg.output_dir)))
-        assert one.pop("config") != other.pop("config")  # names the folder
         assert differences(one, other) == []
 
 

@@ -133,6 +133,31 @@ def test_eval_beside_a_training_leaves_its_results(
     assert written == {LOCK, *(f"inference/tiny_test/eval/{name}" for name in names)}
 
 
+def test_a_lock_of_another_user_that_can_only_be_read_counts(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refuse(path: str | Path, flags: int, *rest: int) -> int:
+        if Path(path).name == LOCK and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, flags, *rest)
+
+    with another_training(Path(tiny_config.output_dir)) as process:
+        monkeypatch.setattr(os, "open", refuse)
+        with pytest.raises(UserError, match=rf"is in use by another training \(process {process} on "):
+            train(tiny_config.replace(SHORT))
+
+
+def test_those_who_ask_at_once_are_not_taken_for_a_training(tmp_path: Path) -> None:
+    with (tmp_path / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as in another process that asks
+        assert not is_in_use(tmp_path)
+        assert not is_in_use(tmp_path), "asking leaves nothing"
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert is_in_use(tmp_path)
+
+
 def _train(cfg: Config) -> None:
     train(cfg)
 

@@ -117,7 +117,6 @@ def test_signal_in_an_evaluation_ends_it_and_resuming_repeats_it(
     train(cfg, resume=True)
     train(cfg.replace({"OUTPUT_DIR": str(folders[1])}))
     finals = [torch.load(folder / "model_final.pth", weights_only=True) for folder in folders]
-    assert finals[0].pop("config") != finals[1].pop("config")  # names the folder
     assert differences(*finals) == []
     assert metrics_of(folders[0].parent) == [
         {key: value for key, value in row.items() if key not in TIMINGS}

@@ -100,6 +100,7 @@ def test_length_periods_device_workers_and_paths_may_change(
         "VIS.NUM_IMAGES": 3,
         "DATALOADER.NUM_WORKERS": 2,
         "MODEL.DEVICE": "auto",
+        "DATASETS.ALLOW_OUTSIDE": True,
         "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING": True,
     }
     with caplog.at_level(logging.INFO, logger="gn_detect"):
