@@ -85,7 +85,7 @@ FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
         {},
     ),
     "one fraction": ("some-fractions", lambda c: one_fraction(c), {"annotation_id": 1}),
-    "nan area": ("bad-area", of_annotation(0, area=float("nan")), {"annotation_id": 1}),
+    "infinite area": ("bad-area", of_annotation(0, area=float("inf")), {"annotation_id": 1}),
     "no mask": ("no-mask", of_annotation(0, segmentation=[]), {"annotation_id": 1}),
     "far polygon": (
         "bad-polygon",
@@ -385,7 +385,7 @@ def test_what_is_no_coco_file_is_refused(write_dataset: Write) -> None:
 
 
 def test_the_report_for_machines(write_dataset: Write, small_coco: dict) -> None:
-    small_coco["annotations"][0]["area"] = float("nan")
+    small_coco["annotations"][0]["area"] = float("inf")
     report = json.loads(json.dumps(examine([write_dataset(small_coco)]).as_json()))
     assert report["parts"][0]["images"] == 4
     assert report["summary"]["bad-area"]["count"] == 1 and report["summary"]["bad-area"]["severity"] == ERROR
