@@ -7,6 +7,7 @@ Whatever has none stays as it is, and the rules refuse it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,9 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.
 _SEPARATOR = re.compile(r"[\s,;]+")
 _LONGEST_NUMBER = 100
 """Characters."""
+
+_OPTIONAL = ("iscrowd", "ignore", "area", "segmentation", "bbox")
+"""Keys of an annotation that may be missing."""
 
 _DEEPEST = 4
 """Lists within lists of a segmentation."""
@@ -122,8 +126,8 @@ def as_mask(given: Any) -> tuple[Any, set[str]]:
         kinds.add("mask-form")
     if isinstance(found, dict):
         return _as_rle(found, kinds), kinds
-    if isinstance(found, _LISTS) and len(found):
-        polygons = _outlines(found, kinds, 0)
+    if isinstance(found, _LISTS):
+        polygons = _outlines(found, kinds, 0) if len(found) else []
         if polygons is not None:
             return polygons, kinds
     return given, set()
@@ -232,6 +236,9 @@ class _Reader:
     def _annotation(self, entry: dict[str, Any], kinds: set[str]) -> None:
         self._id(entry, "image_id", "images", kinds)
         self._id(entry, "category_id", "categories", kinds)
+        for key in _OPTIONAL:
+            if _is_blank(entry.get(key)):
+                entry[key] = None
         for key in ("iscrowd", "ignore"):
             _flag(entry, key, kinds)
         area = entry.get("area")
@@ -244,11 +251,11 @@ class _Reader:
         if "segmentation" in entry:
             entry["segmentation"], found = as_mask(entry["segmentation"])
             kinds |= found
-        box = entry.get("bbox")
+        box, found = as_box(entry.get("bbox"))
         if box is None or (isinstance(box, list) and not box):
             self._box_of_mask(entry, kinds)
         else:
-            entry["bbox"], found = as_box(box)
+            entry["bbox"] = box
             kinds |= found
 
     def _box_of_mask(self, entry: dict[str, Any], kinds: set[str]) -> None:
@@ -341,7 +348,8 @@ def _is_plain(entry: Any) -> bool:
         and type(get("image_id")) is int
         and type(get("category_id")) is int
         and type(get("iscrowd")) is int
-        and type(get("area")) in _NUMBERS
+        and type(area := get("area")) in _NUMBERS
+        and area == area  # no nan
         and "ignore" not in entry
         and type(box) is list
         and len(box) == 4
@@ -359,7 +367,7 @@ def _is_plain_mask(given: Any) -> bool:
             type(size) is list
             and {int}.issuperset(map(type, size))
             and (
-                (type(counts) is str and "," not in counts)
+                (type(counts) is str and not _lists_numbers(counts))
                 or (type(counts) is list and {int}.issuperset(map(type, counts)))
             )
         )
@@ -369,6 +377,16 @@ def _is_plain_mask(given: Any) -> bool:
         if type(polygon) is not list or len(polygon) == 2 or not _NUMBERS.issuperset(map(type, polygon)):
             return False
     return True
+
+
+def _lists_numbers(counts: str) -> bool:
+    """Whether counts can be numbers in text; compressed ones have neither character."""
+    return "," in counts or " " in counts
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a value is what tables write for an empty cell: nan, or text without a character."""
+    return (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
 
 
 def _integer(entry: dict[str, Any], key: str, kinds: set[str]) -> None:
@@ -401,8 +419,11 @@ def _as_rle(given: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
     size, counts = given.get("size"), given.get("counts")
     if isinstance(counts, bytes):  # pycocotools' own, of one form only: no note
         rle["counts"] = counts.decode("latin-1")
-    if isinstance(counts, str) and "," in counts and (parsed := _parsed(counts)):
+    if isinstance(counts, str) and _lists_numbers(counts) and (parsed := _parsed(counts)):
         counts = parsed
+        kinds.add("text-list")
+    if isinstance(size, str) and (parsed := _parsed(size)):
+        size = parsed
         kinds.add("text-list")
     for key, value in (("size", size), ("counts", counts)):
         integers = _integers(value, kinds) if isinstance(value, _LISTS) else None
@@ -462,8 +483,13 @@ def _outlines(given: Any, kinds: set[str], depth: int) -> list[list[float]] | No
 
 
 def _parsed(text: str) -> Any:
-    """The list or object that a text holds as JSON, or the numbers that it lists; None for other text."""
+    """The list or object that a text holds as JSON, or the numbers that it lists; None for other text.
+
+    Python's tuples are lists, too.
+    """
     text = text.strip()
+    if text[:1] in ("[", "("):
+        text = text.replace("(", "[").replace(")", "]")
     if text[:1] in ("[", "{"):
         try:
             found = json.loads(text)

@@ -160,8 +160,8 @@ class Rules:
         if not any(map(_is_larger, content["images"])):
             return
         entries = [entry for entry in content["annotations"] if isinstance(entry, dict)]
-        self._unit("boxes", entries, map(_has_fraction_box, entries))
-        self._unit("segmentations", entries, map(_has_fraction_mask, entries))
+        self._unit("boxes", entries, map(has_fraction_box, entries))
+        self._unit("segmentations", entries, map(has_fraction_mask, entries))
 
     def _unit(self, noun: str, entries: list[dict[str, Any]], fractions: Iterable[bool | None]) -> None:
         """``fractions`` says it for each entry, None where there is nothing to tell it by."""
@@ -376,17 +376,31 @@ def is_area(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= FARTHEST**2
 
 
-def is_fraction_box(box: Sequence[float]) -> bool:
-    """Whether a box of numbers looks like fractions of the image: all between 0 and 1, and not all whole."""
-    return max(box) <= _FRACTION and min(box) >= 0 and any(number % 1 for number in box)
+def are_fractions(lists: Sequence[Sequence[float]], whole: bool = False) -> bool:
+    """Return whether boxes or polygons look like fractions of the image: all numbers are between 0 and 1.
 
-
-def is_fraction_mask(polygons: Sequence[Sequence[float]]) -> bool:
-    """Whether polygons of numbers look like fractions of the image, as :func:`is_fraction_box`."""
+    Args:
+        lists: of numbers, none empty.
+        whole: all of them may be 0 or 1, as those of a whole image are.
+    """
     return (
-        polygons[0][0] <= _FRACTION
-        and all(max(polygon) <= _FRACTION and min(polygon) >= 0 for polygon in polygons)
-        and any(number % 1 for polygon in polygons for number in polygon)
+        lists[0][0] <= _FRACTION
+        and all(max(numbers) <= _FRACTION and min(numbers) >= 0 for numbers in lists)
+        and (whole or any(number % 1 for numbers in lists for number in numbers))
+    )
+
+
+def is_box(value: Any) -> TypeGuard[list[float]]:
+    """Return whether a value is a list of four numbers."""
+    return type(value) is list and len(value) == 4 and _NUMBERS.issuperset(map(type, value))
+
+
+def is_polygons(value: Any) -> TypeGuard[list[list[float]]]:
+    """Return whether a value is a list of lists of numbers, none empty."""
+    return (
+        type(value) is list
+        and bool(value)
+        and all(type(part) is list and part and _NUMBERS.issuperset(map(type, part)) for part in value)
     )
 
 
@@ -396,21 +410,26 @@ def _is_larger(image: Any) -> bool:
     return any(is_integer(side) and side > 4 for side in sides)
 
 
-def _has_fraction_box(entry: dict[str, Any]) -> bool | None:
-    """None for no proper box, an empty one, and the one that may be all of an image or its first pixel."""
+def has_fraction_box(entry: Mapping[str, Any]) -> bool | None:
+    """Return whether the box of an annotation is fractions of the image.
+
+    None for no proper box, an empty one, and the one that may be all of an image or its first pixel.
+    """
     box = entry.get("bbox")
-    if type(box) is not list or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
+    if not is_box(box) or box[2] <= 0 or box[3] <= 0 or box == [0, 0, 1, 1]:
         return None
-    return None if box[2] <= 0 or box[3] <= 0 or box == [0, 0, 1, 1] else is_fraction_box(box)
+    return are_fractions([box])
 
 
-def _has_fraction_mask(entry: dict[str, Any]) -> bool | None:
-    """None for what is no polygons."""
+def has_fraction_mask(entry: Mapping[str, Any]) -> bool | None:
+    """Return whether the polygons of an annotation are fractions of the image.
+
+    None for what is no polygons, and for those that may be all of an image or its first pixel.
+    """
     mask = entry.get("segmentation")
-    if type(mask) is not list or not mask:
+    if not is_polygons(mask):
         return None
-    proper = all(type(part) is list and part and _NUMBERS.issuperset(map(type, part)) for part in mask)
-    return is_fraction_mask(mask) if proper else None
+    return are_fractions(mask) or (None if are_fractions(mask, whole=True) else False)
 
 
 def _outline_length(polygon: list[float]) -> float:

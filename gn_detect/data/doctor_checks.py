@@ -235,10 +235,11 @@ class _AnnotationChecker:
         with part.collecting(**about):
             box = rules.box(entry, image, what)
             self._check_box(box, image, what, about)
+        learned = True
         if self.masks or has_mask(entry):
             with part.collecting(**about):
-                self._check_mask(entry, image, box, crowd, what, about)
-        self._count(entry, image_id, category_id, crowd, box)
+                learned = self._check_mask(entry, image, box, crowd, what, about) or not self.masks
+        self._count(entry, image_id, category_id, crowd, box if learned else None)
 
     def _count(
         self, entry: dict[str, Any], image_id: int, category_id: int | None, crowd: bool, box: Any
@@ -273,7 +274,8 @@ class _AnnotationChecker:
         crowd: bool,
         what: str,
         about: dict[str, Any],
-    ) -> None:
+    ) -> bool:
+        """False for polygons that are all too short: training leaves out their object."""
         part, given = self.part, entry.get("segmentation")
         polygons, rle = part.rules.segmentation(given, image, what)
         if crowd and isinstance(given, list):
@@ -282,7 +284,7 @@ class _AnnotationChecker:
             count = sum(not is_polygon(polygon) for polygon in given)
             part.add("short-polygon", f"{what} has {count} of {len(given)} polygons", **about)
         if not polygons and not rle:
-            return
+            return False
         extents = ([min(p[::2]), min(p[1::2]), max(p[::2]), max(p[1::2])] for p in polygons)
         reach = max((overhang(extent, image) for extent in extents), default=0.0)
         if reach > BORDER:
@@ -296,7 +298,7 @@ class _AnnotationChecker:
             raise part.rules.error(f"{what} has a damaged RLE ({error})", "bad-rle") from error
         if measures.area == 0:
             part.add("empty-mask", f"{what} has a mask without a pixel", **about)
-            return
+            return True
         if box is not None and box_disagrees(box, measures, image):
             given_box, mask_box = ([round(number, 1) for number in b] for b in (box, measures.box))
             detail = f"{what} has the box {given_box} but its mask {mask_box} (x0, y0, x1, y1)"
@@ -304,6 +306,7 @@ class _AnnotationChecker:
         if not crowd and area_disagrees(entry.get("area"), measures):  # COCO's own crowds are far off
             detail = f"{what} has 'area' {entry['area']:.6g} but its mask {measures.area:.0f} pixels"
             part.add("area-mask", detail, **about)
+        return True
 
 
 def overhang(box: list[float], image: ImageRecord) -> float:

@@ -5,14 +5,22 @@ What was put right is found once, here: the doctor reports it, and the repaired 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from .canonical import has_masks
 from .coco_json import read_canonical
-from .coco_rules import Rules, is_fraction_box, is_fraction_mask, is_integer
+from .coco_rules import (
+    Rules,
+    are_fractions,
+    has_fraction_box,
+    has_fraction_mask,
+    is_box,
+    is_integer,
+    is_polygons,
+)
 from .datasets import DatasetSource
 from .faults import DataError
 from .file_names import missing_names
@@ -100,6 +108,9 @@ def _multiply_fractions(reading: Reading) -> None:
         if error.kind != "fractions":
             return  # the checks say so again
         reading.told.append((error.kind, str(error).removeprefix(f"{reading.rules.path}: "), {}))
+    entries = [entry for entry in reading.content["annotations"] if isinstance(entry, dict)]
+    whole_boxes = _are_all_fractions(map(has_fraction_box, entries))
+    whole_masks = _are_all_fractions(map(has_fraction_mask, entries))
     sizes: dict[Any, tuple[int, int]] = {}
     for position, entry in enumerate(reading.content["images"]):
         with suppress(DataError):
@@ -108,7 +119,7 @@ def _multiply_fractions(reading: Reading) -> None:
     scaled = []
     for entry in reading.content["annotations"]:
         size = sizes.get(entry.get("image_id")) if isinstance(entry, dict) else None
-        multiplied = None if size is None else _multiplied(entry, size)
+        multiplied = None if size is None else _multiplied(entry, size, whole_boxes, whole_masks)
         if multiplied is not None:
             what = f"annotation {entry.get('id')} of image {entry.get('image_id')}"
             reading.change(f"{what}: fractions multiplied by {size}, width and height")
@@ -120,29 +131,39 @@ def _tell_of_some(reading: Reading) -> None:
     """Boxes that look like fractions in a file of pixels; only a person can decide."""
     for entry in reading.content["annotations"]:
         box = entry.get("bbox") if isinstance(entry, dict) else None
-        if _is_numbers(box) and len(box) == 4 and min(box[2:]) > 0 and is_fraction_box(box):
+        if isinstance(entry, dict) and is_box(box) and min(box[2:]) > 0 and are_fractions([box]):
             detail = f"annotation {entry.get('id')} of image {entry.get('image_id')} has 'bbox' {box}"
             annotation_id = entry.get("id")
             about = {"annotation_id": annotation_id if is_integer(annotation_id) else None}
             reading.told.append(("some-fractions", detail, about))
 
 
-def _multiplied(entry: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
-    """An annotation in pixels: box and polygons, each if it looks like fractions; the area follows anew.
+def _are_all_fractions(answers: Iterable[bool | None]) -> bool:
+    """Return whether no box or no mask of a file is in pixels."""
+    found = set(answers)
+    return True in found and False not in found
 
-    None where neither does.
+
+def _multiplied(
+    entry: Mapping[str, Any], size: tuple[int, int], whole_boxes: bool, whole_masks: bool
+) -> dict[str, Any] | None:
+    """Return an annotation in pixels: box and polygons, each if it looks like fractions.
+
+    Args:
+        entry: in canonical form. Its area is left out, and follows anew.
+        size: width and height of its image.
+        whole_boxes, whole_masks: those of 0 and 1 alone cover the image, and not its first pixel.
+
+    Returns:
+        None where neither looks like fractions.
     """
     box, mask = entry.get("bbox"), entry.get("segmentation")
     new: dict[str, Any] = {}
-    if _is_numbers(box) and len(box) == 4 and is_fraction_box(box):
+    if is_box(box) and are_fractions([box], whole_boxes):
         new["bbox"] = _times(box, size)
-    if isinstance(mask, list) and mask and all(p and _is_numbers(p) for p in mask) and is_fraction_mask(mask):
+    if is_polygons(mask) and are_fractions(mask, whole_masks):
         new["segmentation"] = [_times(polygon, size) for polygon in mask]
     return {key: value for key, value in entry.items() if key != "area"} | new if new else None
-
-
-def _is_numbers(value: Any) -> TypeGuard[list[float]]:
-    return isinstance(value, list) and all(type(number) in (int, float) for number in value)
 
 
 def _times(numbers: list[float], size: tuple[int, int]) -> list[float]:

@@ -20,14 +20,13 @@ _DEEPEST = 20
 def missing_names(folder: Path, names: Iterable[str], outside: bool = True) -> dict[str, str | None]:
     """Return the names that no file has, each with the name of the file that it obviously means.
 
-    A name is read again without a query (``?d=path/x.jpg`` means ``path/x.jpg``), with ``%20`` decoded, with
-    ``/`` for ``\\``, without leading folders that are not here, and in another case or Unicode form. Folders
-    are listed once, and only those that a name leads to; no file is opened.
+    A name is read again without a query (``?d=path/x.jpg`` means ``path/x.jpg``), with ``%20`` and ``+``
+    decoded, with ``/`` for ``\\``, without leading folders that are not here, and in another case or Unicode
+    form. Folders are listed once, and only those that a name leads to; no file is opened.
 
     Args:
         folder: to which names are relative.
         names: all names of the dataset: a file that has a name of its own in the dataset is no answer.
-
         outside: names may lead out of the folder; a file there is missing otherwise, as it is not read.
 
     Returns:
@@ -119,7 +118,7 @@ class _Folders:
 
 def _readings(name: str) -> Iterator[list[str]]:
     """Components of the paths that a name may mean."""
-    texts = [name]
+    texts = [name, unquote_plus(name)]
     for query in re.findall(r"[?&]d=([^&]+)", name):
         texts += [query, unquote_plus(query)]
     if "?" in name:

@@ -173,7 +173,7 @@ def _kind_of_file(path: Path) -> str:
     return ""
 
 
-_YOLO_LINE = re.compile(r"\d+(\s+-?\d+(\.\d*)?(e-?\d+)?){4,}", re.IGNORECASE)
+_YOLO_LINE = re.compile(r"\d+(\s+-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?){4,}", re.IGNORECASE)
 
 
 def _kind_of_xml(text: str) -> str:

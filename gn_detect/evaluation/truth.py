@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..data.canonical import CocoFile
+from ..data.canonical import CocoFile, has_mask
 from ..data.coco_json import read_canonical, tell_notes
 from ..errors import UserError
 from .coco_data import Json, prepare_ground_truth
@@ -98,5 +98,5 @@ def read_truth(path: str | Path, iou_type: str | None = None) -> Truth:
 
 
 def _best_iou_type(content: Json) -> str:
-    has_masks = all(isinstance(entry, dict) and entry.get("segmentation") for entry in content["annotations"])
-    return "segm" if has_masks else "bbox"
+    complete = all(isinstance(entry, dict) and has_mask(entry) for entry in content["annotations"])
+    return "segm" if complete else "bbox"

@@ -202,6 +202,27 @@ def test_polygons_that_are_fractions_too(opened: Callable[[str], Folder], some: 
     assert content["annotations"][0]["segmentation"] == [[8, 10, 32, 10, 32, 30, 8, 30]]
 
 
+def test_fractions_of_0_and_1_cover_the_image(opened: Callable[[str], Folder]) -> None:
+    """In a file without a box in pixels; elsewhere nobody knows."""
+    case = opened("category_name_number")
+    whole = {"bbox": [0, 0, 1, 1], "segmentation": [[0, 0, 1, 0, 1, 1, 0, 1]]}
+
+    def cover(content: dict[str, Any]) -> None:
+        fractions(content)
+        content["annotations"][0].update(whole)
+
+    case.edit(cover)
+    before = case.json.read_bytes()
+    first = case.fix()["annotations"][0]
+    assert first["bbox"] == [0, 0, 96, 64] and first["area"] == 96 * 64
+    assert first["segmentation"] == [[0, 0, 96, 0, 96, 64, 0, 64]]
+    case.json.write_bytes(before)
+    pixels = {"bbox": [50, 21, 30, 25], "segmentation": [[50, 21, 80, 21, 80, 46, 50, 46]]}
+    case.edit(lambda content: content["annotations"][1].update(pixels))
+    first = case.fix()["annotations"][0]
+    assert first["bbox"] == [0, 0, 1, 1] and first["segmentation"] == whole["segmentation"]
+
+
 def test_good_and_bad_entries_together(opened: Callable[[str], Folder]) -> None:
     """Each in its own form; the one that is lost is named by its id."""
     case = opened("via_string_image_id")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ FORMS |= {
     "bbox as numbers in text": all_of("annotations", "bbox", deep(str)),
     "bbox as text": all_of("annotations", "bbox", json.dumps),
     "bbox as plain text": all_of("annotations", "bbox", lambda box: ",".join(map(str, box))),
+    "bbox as a tuple in text": all_of("annotations", "bbox", lambda box: str(tuple(box))),
+    "bbox as an empty list in text": all_of("annotations", "bbox", lambda box: "[]"),
     "bbox missing": lambda c: [a.pop("bbox") for a in c["annotations"]],
     "bbox null": all_of("annotations", "bbox", lambda box: None),
     "bbox empty": all_of("annotations", "bbox", lambda box: []),
@@ -95,6 +98,10 @@ FORMS |= {
     "ignore as iscrowd": lambda c: [a.update(ignore=a["iscrowd"]) for a in c["annotations"]],
     "area missing": lambda c: [a.pop("area") for a in c["annotations"]],
     "area null": all_of("annotations", "area", lambda v: None),
+    "blank cells": lambda c: [
+        a.update(area=blank, bbox=blank, ignore=blank, iscrowd=a["iscrowd"] or blank)
+        for a, blank in zip(c["annotations"], (math.nan, "", " ", math.nan, ""), strict=True)
+    ],
     "optional null": lambda c: [
         e.update(license=None, supercategory=None, attributes=None, keypoints=None)
         for e in sum((c[key] for key in c), [])
@@ -110,12 +117,15 @@ FORMS |= {
     "pairs": masks(lambda mask: pairs(mask[0]) if len(mask) == 1 else [pairs(p) for p in mask], list),
     "lists of pairs": masks(lambda mask: [pairs(p) for p in mask], list),
     "lists of pairs of text": masks(lambda mask: deep(str)([pairs(p) for p in mask]), list),
+    "tuples in text": masks(lambda mask: str([tuple(map(tuple, pairs(p))) for p in mask]), list),
     "one list too many": masks(lambda mask: [mask], list),
     "RLE size as text": masks(lambda mask: mask | {"size": deep(str)(mask["size"])}, dict),
     "RLE size as float": masks(lambda mask: mask | {"size": deep(float)(mask["size"])}, dict),
     "RLE counts as text": masks(lambda mask: mask | {"counts": deep(str)(mask["counts"])}, dict),
     "RLE counts as float": masks(lambda mask: mask | {"counts": deep(float)(mask["counts"])}, dict),
     "RLE counts as one text": masks(lambda mask: mask | {"counts": json.dumps(mask["counts"])}, dict),
+    "RLE counts as words": masks(lambda mask: mask | {"counts": " ".join(map(str, mask["counts"]))}, dict),
+    "RLE size as one text": masks(lambda mask: mask | {"size": str(tuple(mask["size"]))}, dict),
     "RLE compressed": masks(compressed, dict),
     "RLE as text": masks(json.dumps, dict),
     "RLE in a list": masks(lambda mask: [mask], dict),
@@ -271,7 +281,7 @@ def test_byte_order_marks(write_dataset: Write, small_coco: dict, encoding: str,
     assert numbers["AP-châtaigne"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("value", [[], None, [[]], {}, "missing"])
+@pytest.mark.parametrize("value", [[], None, [[]], [None], {}, "", "[]", "[[]]", math.nan, "missing"])
 def test_files_without_masks_are_boxes_alone(write_dataset: Write, small_coco: dict, value: Any) -> None:
     for entry in small_coco["annotations"]:
         entry["segmentation"] = value
@@ -286,6 +296,7 @@ def test_files_without_masks_are_boxes_alone(write_dataset: Write, small_coco: d
     found = examine([source], open_images=False).findings
     assert [finding for finding in found if finding.severity == ERROR] == []
     prepare_ground_truth(source.annotations, "bbox")
+    assert sum(map(len, read_truth(source.annotations).objects.values())) == 5
 
 
 UNREADABLE = [

@@ -85,7 +85,7 @@ FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
         {},
     ),
     "one fraction": ("some-fractions", lambda c: one_fraction(c), {"annotation_id": 1}),
-    "nan area": ("bad-area", of_annotation(0, area=float("nan")), {"annotation_id": 1}),
+    "infinite area": ("bad-area", of_annotation(0, area=float("inf")), {"annotation_id": 1}),
     "no mask": ("no-mask", of_annotation(0, segmentation=[]), {"annotation_id": 1}),
     "far polygon": (
         "bad-polygon",
@@ -378,6 +378,21 @@ def test_annotations_that_were_made_on_the_larger_file_are_kept(
     assert len(changes) == 2 and len(content["annotations"]) == 5
 
 
+@pytest.mark.parametrize("polygon", [[1, 1, 5, 5], [1, 1, 0, 5, 1, 0, 5, 5, 0]], ids=["two points", "odd"])
+def test_objects_without_a_polygon_do_not_count(
+    write_dataset: Write, small_coco: dict, polygon: list[int]
+) -> None:
+    """Training with masks leaves them out, and has nothing to learn from."""
+    for entry in small_coco["annotations"]:
+        entry["segmentation"] = [polygon]
+    source = write_dataset(small_coco)
+    assert len(CocoDataset(source).objects.labels) == 0
+    diagnosis = examine([source])
+    assert {"nothing", "short-polygon"} <= diagnosis.kinds().keys()
+    assert not diagnosis.parts[0].sizes and diagnosis.parts[0].crowds == 1
+    assert len(examine([source], masks=False).parts[0].sizes) == 4
+
+
 def test_what_is_no_coco_file_is_refused(write_dataset: Write) -> None:
     for text in ("", "[]", '{"images": 1}', "1" * 5000):
         with pytest.raises(UserError, match="annotations.json"):
@@ -385,7 +400,7 @@ def test_what_is_no_coco_file_is_refused(write_dataset: Write) -> None:
 
 
 def test_the_report_for_machines(write_dataset: Write, small_coco: dict) -> None:
-    small_coco["annotations"][0]["area"] = float("nan")
+    small_coco["annotations"][0]["area"] = float("inf")
     report = json.loads(json.dumps(examine([write_dataset(small_coco)]).as_json()))
     assert report["parts"][0]["images"] == 4
     assert report["summary"]["bad-area"]["count"] == 1 and report["summary"]["bad-area"]["severity"] == ERROR

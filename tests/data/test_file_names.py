@@ -42,6 +42,8 @@ def folder(tmp_path: Path) -> Path:
         ("TRAIN/0 1.JPG", "train/0 1.jpg"),
         ("im1.png\n", "im1.png"),
         ("a%2Bb.png", "a+b.png"),
+        ("Capture+d%C3%A9cran+1.png", "Capture décran 1.png"),
+        ("train/0+1.jpg", "train/0 1.jpg"),
     ],
 )
 def test_names_that_are_nearly_there(folder: Path, name: str, found: str) -> None:

@@ -83,6 +83,7 @@ FILES = {
     "data.yaml": ("train: images/train\nnc: 1\nnames: [cat]\n", "YOLO"),
     "a.txt": ("0 0.5 0.5 0.25 0.125\n1 0.25 0.5 0.1 0.1\n", "YOLO"),
     "b.txt": ("0 0.5 0.5 0.25 0.5 0.3 0.1 0.2 0.7\n", "YOLO"),
+    "c.txt": ("0 .5 .5 .25 1.\n1 2.5e-01 1e+0 .1 .1\n", "YOLO"),
     "a.xml": ("<annotation>\n<folder>x</folder><object><name>cat</name></object></annotation>", "VOC"),
     "b.xml": ('<?xml version="1.0"?>\n<annotations><version>1.1</version></annotations>', "CVAT"),
     "lines.json": ('{"data_row": {"id": 1}}\n{"data_row": {"id": 2}}\n', "Labelbox"),
