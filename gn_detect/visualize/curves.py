@@ -7,6 +7,8 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +37,17 @@ Rows = list[dict[str, float]]
 _LARGEST = 3.5e38
 """Of a value; training computes in float32, where anything above is infinite."""
 
+_KINDS = frozenset((int, float, type(None)))
+"""Of values, before null becomes nan."""
+
+_AT_ONCE = 1000
+"""Lines that are read together."""
+
 _LAST = 10**12
 """Iteration, far beyond any training."""
+
+_MOST_POINTS = 8000
+"""Of a curve, ten for each column of pixels; no training of usual length has as many."""
 
 
 def plot_curves(
@@ -88,12 +99,15 @@ def read_metrics(path: str | Path) -> Rows:
     damaged: list[int] = []
     try:
         with open_file(path) as file:
-            for number, line in enumerate(file, start=1):
-                row = _row(line)
-                if row is not None:
-                    rows.append(row)
-                elif line.strip():
-                    damaged.append(number)
+            number = 0
+            while lines := [*islice(file, _AT_ONCE)]:
+                for line, value in zip(lines, _parsed(lines), strict=True):
+                    number += 1
+                    row = _row(value)
+                    if row is not None:
+                        rows.append(row)
+                    elif line.strip():
+                        damaged.append(number)
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; give the metrics.jsonl of a run's folder"
@@ -113,20 +127,33 @@ def read_metrics(path: str | Path) -> Rows:
     return rows
 
 
-def _row(line: bytes) -> dict[str, float] | None:
-    """Numbers by name; None where the line holds anything else, or no iteration."""
+def _parsed(lines: list[bytes]) -> list[Any]:
+    """The JSON value of each line, None where there is none.
+
+    Together they are read several times as quickly, and share the names, which take more memory than numbers.
+    """
+    text = b",".join(lines)
+    if text.count(b"{") == text.count(b"}") == len(lines) and all(line[:1] == b"{" for line in lines):
+        with suppress(ValueError, RecursionError):
+            values: list[Any] = json.loads(b"[" + text + b"]")
+            if len(values) == len(lines):  # no text goes on from line to line
+                return values
+    return [_value(line) for line in lines]
+
+
+def _value(line: bytes) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):  # also of text that is not UTF-8, and of very long integers
         return None
-    if not isinstance(row, dict):
+
+
+def _row(row: Any) -> dict[str, float] | None:
+    """Numbers by name; None where the value of a line is anything else, or has no iteration."""
+    if not isinstance(row, dict) or not _KINDS.issuperset(map(type, row.values())):
         return None
     for key, value in row.items():
-        if value is None:
-            row[key] = math.nan
-        elif type(value) is not float and type(value) is not int:
-            return None
-        elif not abs(value) <= _LARGEST:
+        if value is None or not abs(value) <= _LARGEST:
             row[key] = math.nan
     iteration = row.get("iteration", math.nan)
     return row if 0 <= iteration <= _LAST and iteration == int(iteration) else None
@@ -144,16 +171,48 @@ def is_average(name: str, *metrics: str) -> bool:
 
 def metric_points(rows: Rows, name: str, smooth: int = 1) -> np.ndarray:
     """(N, 2) float64 of iteration and value; each value is the mean of the last ``smooth`` ones."""
-    found = np.array([(row["iteration"], row[name]) for row in rows if name in row], dtype=float)
-    found = found.reshape(-1, 2)
-    if smooth > 1 and len(found):
-        found[:, 1] = [_mean(found[max(0, i - smooth + 1) : i + 1, 1]) for i in range(len(found))]
-    return found
+    with_value = [row for row in rows if name in row]
+    columns = [np.fromiter((row[key] for row in with_value), float) for key in ("iteration", name)]
+    if smooth > 1:
+        columns[1] = _trailing_means(columns[1], smooth)
+    return np.stack(columns, axis=1)
 
 
-def _mean(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else math.nan
+def _trailing_means(values: np.ndarray, count: int) -> np.ndarray:
+    """The mean of each value and those before it, ``count`` at most; of the finite ones."""
+    known = np.isfinite(values)
+    sums = _trailing_sums(np.where(known, values, 0), count)
+    numbers = _trailing_sums(known.astype(float), count)
+    return np.divide(sums, numbers, out=np.full(len(values), math.nan), where=numbers > 0)
+
+
+def _trailing_sums(values: np.ndarray, count: int) -> np.ndarray:
+    """The sum of each value and those before it, ``count`` at most; put together from sums of 1, 2, 4, ..."""
+    total, taken, size = np.zeros(len(values)), 0, 1
+    while taken < min(count, len(values)):
+        if count & size:
+            total[taken:] += values[: len(values) - taken]
+            taken += size
+        values = values + np.concatenate(
+            [np.zeros(min(size, len(values))), values[: max(len(values) - size, 0)]]
+        )
+        size *= 2
+    return total
+
+
+def _thinned(line: np.ndarray) -> np.ndarray:
+    """The points that a picture can show: of each stretch of a long curve the least and the greatest."""
+    stretch = math.ceil(2 * len(line) / _MOST_POINTS)
+    if stretch <= 2:
+        return line
+    whole = len(line) // stretch * stretch
+    heights = line[:whole, 1].reshape(-1, stretch)
+    known = np.isfinite(heights)
+    ends = [np.where(known, heights, np.inf).argmin(axis=1), np.where(known, heights, -np.inf).argmax(axis=1)]
+    first = np.arange(0, whole, stretch)
+    return line[
+        np.unique([0, *(first + ends[0]), *(first + ends[1]), *range(whole, len(line)), len(line) - 1])
+    ]
 
 
 def _panels(rows: Rows, several: bool) -> dict[str, list[str]]:
@@ -232,7 +291,7 @@ def _line(
     marker: str = "o",
 ) -> None:
     marker = marker if title == "AP (%)" or len(line) == 1 else ""
-    x, y = line.T
+    x, y = _thinned(line).T
     axes.plot(x, y, marker=marker, markersize=4, color=colour, linewidth=width, linestyle=style)
 
 

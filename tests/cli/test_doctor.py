@@ -146,6 +146,32 @@ def test_nothing_is_emptied(case: Case, capsys: pytest.CaptureFixture[str]) -> N
     assert "--fix would leave none of the 8 annotations" in capsys.readouterr().err
 
 
+def test_categories_without_an_object_go_where_there_are_too_many(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the doctor's error says; where all of them have objects, nothing is written that training refuses."""
+    fixed = case.train.with_name("fixed.json")
+
+    def many(content: dict) -> None:
+        content["categories"] += [{"id": i, "name": f"class {i}"} for i in range(100, 26_000)]
+
+    case.edit(many)
+    assert doctor(case, "--fix", fixed) == 0
+    assert "categories, more than the 25000" in capsys.readouterr().out
+    assert len(json.loads(fixed.read_text())["categories"]) < 10
+
+    def all_used(content: dict) -> None:
+        first = content["annotations"][0]
+        content["annotations"] += [
+            {**first, "id": i, "category_id": i, "bbox": [i / 10_000, 1, 5, 5]} for i in range(100, 26_000)
+        ]
+
+    fixed.unlink()
+    case.edit(all_used)
+    assert doctor(case, "--no-masks", "--fix", fixed) == 2 and not fixed.exists()
+    assert "categories, more than the 25000" in capsys.readouterr().err
+
+
 def test_what_is_refused(case: Case, refused: Refused, tmp_path: Path) -> None:
     images = case.train.parent / "images"
     pair = ("doctor", "--json", case.train, "--images", images)
