@@ -14,7 +14,7 @@ from PIL import Image
 
 from gn_detect.errors import UserError
 from gn_detect.visualize import metric_points, plot_curves, read_metrics
-from gn_detect.visualize.curves import _thinned
+from gn_detect.visualize.curves import Metrics, _thinned
 
 
 def write_metrics(path: Path) -> None:
@@ -129,11 +129,13 @@ def test_a_long_run_is_read_and_drawn_in_seconds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("smooth", [2, 3, 8, 100])
 def test_means_leave_out_what_is_not_finite(smooth: int) -> None:
     values = [1.0, math.nan, 4.0, math.nan, math.nan, math.nan, 7.0, 1e38, -2.0, 3.0]
-    rows: list[dict[str, float]] = [{"iteration": i, "x": value} for i, value in enumerate(values)]
+    metrics = Metrics()
+    for i, value in enumerate(values):
+        metrics.add({"iteration": i, "x": value})
     windows = [values[max(0, i - smooth + 1) : i + 1] for i in range(len(values))]
     finite = [[value for value in window if math.isfinite(value)] for window in windows]
     expected = [sum(window) / len(window) if window else math.nan for window in finite]
-    assert metric_points(rows, "x", smooth)[:, 1].tolist() == pytest.approx(expected, nan_ok=True)
+    assert metric_points(metrics, "x", smooth)[:, 1].tolist() == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_highest_point_of_a_long_curve_is_drawn() -> None:
@@ -154,4 +156,4 @@ def test_lines_that_are_whole_only_together_are_damaged(tmp_path: Path) -> None:
         b'{b": 1}',
     ]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"", b"\xff", b'{"iteration": 7}']))
-    assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 7]
+    assert read_metrics(tmp_path / "metrics.jsonl").points("iteration")[:, 1].tolist() == [0, 7]
