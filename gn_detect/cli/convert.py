@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -172,11 +173,11 @@ def check_outputs(args: argparse.Namespace, target: Path, *inputs: str) -> None:
     written = [("DST", target), ("--report", args.report), ("--report's picture", picture)]
     written.append(("--checkpoint", args.checkpoint))
     read = [*inputs, args.weights, args.images, args.config_file]
-    places = {Path(path).resolve(): path for path in read if path}
+    places = {os.path.realpath(path): path for path in read if path}
     for name, path in written:
         if path is None:
             continue
-        place = Path(path).resolve()
+        place = os.path.realpath(path)
         if place in places:
             raise UserError(f"{name} {path} would replace {places[place]}; choose another name")
         places[place] = path

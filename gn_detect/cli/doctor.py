@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ..data.coco_rules import Rules
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> Result:
     sources = _sources(args)
     written = [Path(path) for path in (args.fix, args.report) if path]
     pictures = [Path(args.report).with_suffix(".png")] if args.report else []
-    if len({path.resolve() for path in written + pictures}) < len(written + pictures):
+    if len(set(map(os.path.realpath, written + pictures))) < len(written + pictures):
         raise UserError("--fix, --report and the picture beside --report (.png) need different names")
     if any(output_is_input(path, [source.annotations for source in sources]) for path in written):
         raise UserError("--fix and --report must not name an input: the doctor never changes it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ..errors import UserError
@@ -48,7 +49,7 @@ def name_runs(metrics: list[Path]) -> list[str]:
     Raises:
         UserError: the same run is given twice.
     """
-    folders = [path.resolve().parent.parts for path in metrics]
+    folders = [Path(os.path.realpath(path)).parent.parts for path in metrics]
     if len(set(folders)) < len(folders):
         raise UserError("the same run is given twice; name each once")
     for length in range(1, max(map(len, folders)) + 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -263,12 +264,12 @@ def check_replaces_nothing(
         UserError: an output is one of the inputs.
     """
     others = [args.annotations, args.config_file, args.model]
-    read = {Path(path).resolve() for path in [*found, *filter(None, others)]}
+    read = set(map(os.path.realpath, [*found, *filter(None, others)]))
     videos = [output / name for path, name in named if is_video(path)]
     pictures = [output / name for path, name in named if not (is_video(path) or args.no_pictures)]
     lists = [output / "predictions.json", output / "images.json", *(v.with_suffix(".jsonl") for v in videos)]
     for written in [*pictures, *videos, *lists]:
-        if written.resolve() in read:
+        if os.path.realpath(written) in read:
             raise UserError(f"{written} is an input and would be replaced; choose another --output folder")
 
 

@@ -173,7 +173,7 @@ def read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def _follow(path: Path, above: tuple[Path, ...], found: dict[Path, tuple[Path, dict[str, Any]]]) -> None:
     """Put ``path`` and then its bases, the last first, into ``found``, as far as they are not there."""
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))
     if resolved in above:
         raise UserError(f"{path}: _BASE_ leads back to this file; remove it from one of the files")
     if resolved in found:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -38,6 +39,11 @@ take gigabytes. A traced outline has an edge for each one to three pixels. A net
 fills an image of 4000 x 3000 pixels, the longest outline of few points that somebody might draw, has 1.6
 million pixels of the 1.8 that are allowed without counting its points; objects in COCO have less than
 10,000."""
+
+_LONG_OUTLINE, _LONG_IN_ALL = 20_000, 4e7
+"""Pixels. An object's outline that is longer than the first counts with what it has more than twice
+height + width of its image, as no convex object has, and a few for each of its points. All objects of a file
+may have so many in all, which takes seconds to draw."""
 
 _SIDES_AWAY = 10
 """How far from the image's corner a polygon may reach, in times the longer side, and 1000 pixels more."""
@@ -116,12 +122,15 @@ class Rules:
         folder: to which its file names are relative.
         evaluation: annotations must have what COCO's evaluation needs besides: ``area`` and ``iscrowd``.
         allow_outside: file names may lead out of ``folder``.
+
+    It counts the long outlines that it was asked about: each reading of the file needs rules of its own.
     """
 
     path: Path
     folder: Path = Path()
     evaluation: bool = False
     allow_outside: bool = False
+    _long: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
 
     def error(self, message: str, kind: str) -> DataError:
         """An error that names the file."""
@@ -318,7 +327,7 @@ class Rules:
                 reach += len(polygon) * (extent[1] - extent[0])
         polygons = [polygon for polygon in given if is_polygon(polygon)]
         longest = min(_OUTLINE_PER_SIDE * (image.height + image.width), _LONGEST_OUTLINE)
-        if reach / 2 > longest:  # if each edge were as long as its polygon reaches
+        if reach / 2 > min(longest, _LONG_OUTLINE):  # if each edge were as long as its polygon reaches
             self._check_outline(polygons, longest, image, what)
         return polygons, b""
 
@@ -326,7 +335,16 @@ class Rules:
         self, polygons: list[list[float]], longest: float, image: ImageRecord, what: str
     ) -> None:
         length = sum(map(_outline_length, polygons))
-        if length > longest + _OUTLINE_PER_POINT * sum(map(len, polygons)) / 2:
+        usual = _OUTLINE_PER_POINT * sum(map(len, polygons)) / 2
+        if length > max(_LONG_OUTLINE, usual + 2 * (image.height + image.width)):
+            self._long["pixels"] += int(length - usual) - 2 * (image.height + image.width)
+        if self._long["pixels"] > _LONG_IN_ALL:
+            raise self.error(
+                f"{what} has polygons with an outline of {length:.0f} pixels, and the objects before it have "
+                "others as long: too much to draw in all; draw them again, or encode them as RLE",
+                "bad-polygon",
+            )
+        if length > longest + usual:
             raise self.error(
                 f"{what} has polygons with an outline of {length:.0f} pixels, which no object in an image of "
                 f"{image.width}x{image.height} pixels has; draw it again, or encode it as RLE",

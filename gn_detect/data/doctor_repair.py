@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
 from .canonical import has_mask
 from .coco_json import ids_may_repeat
-from .coco_rules import Rules, is_area, is_coordinate, is_integer, is_polygon, shown
+from .coco_rules import MOST_CATEGORIES, Rules, is_area, is_coordinate, is_integer, is_polygon, shown
 from .doctor_checks import BORDER, area_disagrees, box_disagrees, overhang
 from .doctor_images import Probes
 from .doctor_masks import MaskMeasures, measure_mask
@@ -75,7 +76,8 @@ class Repair:
             dropping: what cannot be mended may be removed, however much that is.
 
         Raises:
-            UserError: nothing of a list would be left, or too much would be removed.
+            UserError: nothing of a list would be left, too much would be removed, or the file as a whole is
+                still refused.
         """
         for key in _NOUNS:
             if self.before[key] and self.before[key] == len(self.removed[key]):
@@ -84,6 +86,7 @@ class Repair:
                     f"--fix would leave none of the {self.before[key]} {key} of {rules.path}, so it wrote "
                     f"nothing; {folder}correct what is listed"
                 )
+        rules.whole(self.content)
         shares = [len(self.removed[key]) / max(self.before[key], 1) for key in ("annotations", "images")]
         if not dropping and max(shares) > MOST_REMOVED:
             lost = " and ".join(self._lost(key) for key in _NOUNS if self.removed[key])
@@ -116,8 +119,8 @@ def repair(
         masks: objects without a usable mask are removed.
         crowds: crowds stay crowds; each becomes an object otherwise.
     """
-    done = Repair.of(content)
-    done.content["categories"], names = _categories(content["categories"], rules, done)
+    done, rules = Repair.of(content), replace(rules)
+    done.content["categories"], names = _categories(content, rules, done)
     images = _Images(rules, probes, leaked, _uses(content["annotations"]), done)
     done.content["images"] = images.mend(content["images"])
     annotations = _Annotations(rules, names, images.records, masks, crowds, done)
@@ -125,15 +128,24 @@ def repair(
     return done
 
 
-def _categories(entries: list[Any], rules: Rules, done: Repair) -> tuple[list[Any], set[int]]:
+def _categories(content: Mapping[str, Any], rules: Rules, done: Repair) -> tuple[list[Any], set[int]]:
     kept: list[Any] = []
     ids: set[int] = set()
+    entries = content["categories"]
+    used: set[int] | None = None
+    if len(entries) > MOST_CATEGORIES:
+        objects = [entry.get("category_id") for entry in content["annotations"] if isinstance(entry, dict)]
+        used = set(filter(is_integer, objects))
     for position, entry in enumerate(entries):
         category_id = entry.get("id") if isinstance(entry, dict) else None
         if category_id is None or not is_integer(category_id) or category_id in ids:
             done.drop(
                 "categories", entry, position, ids, f"entry {position} (counted from 0) has no id of its own"
             )
+            continue
+        if used is not None and category_id not in used:
+            reason = f"category {category_id} has no object, and more than {MOST_CATEGORIES} are too many"
+            done.drop("categories", entry, position, ids, reason)
             continue
         if not isinstance(entry.get("name"), str):
             entry = {**entry, "name": f"category {category_id}"}
@@ -380,4 +392,4 @@ def _unless_refused(read: Callable[[], T]) -> T | None:
 
 def output_is_input(output: Path, inputs: Collection[Path]) -> bool:
     """Whether a repaired copy would overwrite what it was made from."""
-    return any(output.resolve() == path.resolve() for path in inputs)
+    return any(os.path.realpath(output) == os.path.realpath(path) for path in inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def _refuse_other_data(cfg: Config) -> None:
         before, now = registered.get(name), cfg.datasets.registered.get(name)
         if before is None or now is None:
             continue
-        if Path(before.annotations).resolve() != Path(now.annotations).resolve():
+        if os.path.realpath(before.annotations) != os.path.realpath(now.annotations):
             raise UserError(
                 f"{cfg.output_dir} holds a run whose '{name}' is {before.annotations}, and its results would "
                 f"be replaced by those on {now.annotations}; add another OUTPUT_DIR, such as "

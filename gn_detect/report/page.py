@@ -17,7 +17,7 @@ from ..data import resolve_dataset
 from ..errors import UserError
 from ..evaluation import METRICS, read_truth
 from ..files import atomic_write_text
-from ..visualize import is_average, is_loss, metric_points
+from ..visualize import Metrics, is_average, is_loss, metric_points
 from .analysis import IOU_AVERAGES, RECALLS, Analysis, analyse, condense
 from .charts import Chart, line_chart
 from .pictures import Picture, draw_pictures
@@ -141,11 +141,11 @@ def _precision_chart(analysis: Analysis, kind: str) -> Chart:
     return line_chart(f"{KINDS[kind]} precision", "recall", series, x_range=(0, 1), y_max=1)
 
 
-def training_charts(rows: list[dict[str, float]]) -> list[Chart]:
+def training_charts(logged: Metrics) -> list[Chart]:
     """Losses, AP, learning rate and throughput by iteration, those that there are."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = logged.names
     losses = [name for name in names if is_loss(name)]
-    end = max((row["iteration"] + 1 for row in rows), default=1)
+    end = max(logged.last + 1, 1)
     chosen = {
         "loss": sorted(losses, key=lambda name: name != "total_loss"),
         "AP (%)": [name for name in names if is_average(name, "AP", "AP50")],
@@ -156,7 +156,7 @@ def training_charts(rows: list[dict[str, float]]) -> list[Chart]:
         line_chart(
             title,
             "iteration",
-            {name.replace("_", " "): metric_points(rows, name) for name in shown},
+            {name.replace("_", " "): metric_points(logged, name) for name in shown},
             x_range=(0, end),
             dots=title == "AP (%)",
         )
@@ -185,8 +185,8 @@ def render(run: RunFolder, sections: list[Section], threshold: float) -> str:
         },
         title=run.path.resolve().name,
         sections=sections,
-        charts=training_charts(run.rows),
-        last_iteration=max((int(row["iteration"]) + 1 for row in run.rows), default=0),
+        charts=training_charts(run.logged),
+        last_iteration=run.logged.last + 1,
         metrics=METRICS,
         kinds=KINDS,
         threshold=threshold,

@@ -16,7 +16,7 @@ from ..engine.checkpoint import BEST
 from ..engine.run import best_metric
 from ..errors import UserError
 from ..files import read_text
-from ..visualize import metric_points, read_metrics
+from ..visualize import Metrics, metric_points, read_metrics
 
 RESULTS_FILE = "coco_instances_results.json"
 
@@ -71,7 +71,7 @@ class RunFolder:
         path: of the folder.
         cfg: of ``config.yaml``.
         config_text: the same as YAML, without folders, as the page is passed on.
-        rows: of ``metrics.jsonl``; empty where there are none yet.
+        logged: lines of ``metrics.jsonl``; empty where there are none yet.
         tests: by dataset.
         environment: of ``environment.json``; empty for a run that did not write it.
     """
@@ -79,7 +79,7 @@ class RunFolder:
     path: Path
     cfg: Config
     config_text: str
-    rows: list[dict[str, float]]
+    logged: Metrics
     tests: list[TestSet]
     environment: dict[str, Any]
 
@@ -100,7 +100,7 @@ class RunFolder:
     def best(self) -> BestEvaluation | None:
         """The best evaluation so far; None where there was none, or none gave a number."""
         metric = best_metric(self.cfg)
-        points = metric_points(self.rows, metric)
+        points = metric_points(self.logged, metric)
         points = points[np.isfinite(points[:, 1])]
         if not len(points):
             return None
@@ -118,7 +118,7 @@ def read_run(folder: str | Path) -> RunFolder:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run's folder: it has no config.yaml; give the run's OUTPUT_DIR")
     metrics = folder / "metrics.jsonl"
-    rows = read_metrics(metrics) if metrics.is_file() else []
+    logged = read_metrics(metrics) if metrics.is_file() else Metrics()
     inference = folder / "inference"
     tests = [_test_set(path) for path in sorted(inference.iterdir())] if inference.is_dir() else []
     environment = folder / "environment.json"
@@ -127,7 +127,7 @@ def read_run(folder: str | Path) -> RunFolder:
         folder,
         cfg,
         dump_config(without_paths(cfg)),
-        rows,
+        logged,
         [test for test in tests if test.metrics or test.results],
         _read_object(environment) if environment.is_file() else {},
     )

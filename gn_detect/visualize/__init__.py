@@ -6,13 +6,14 @@ picture: pixels that nothing is drawn on stay as they were.
 
 from .canvas import Crop, Masks, crop_mask, picture_scale
 from .comparison import draw_comparison
-from .curves import is_average, is_loss, metric_points, plot_curves, read_metrics
+from .curves import Metrics, is_average, is_loss, metric_points, plot_curves, read_metrics
 from .objects import draw_detections, draw_ground_truth
 from .pictures import encode_picture, save_picture, save_picture_grid, side_by_side
 
 __all__ = [
     "Crop",
     "Masks",
+    "Metrics",
     "crop_mask",
     "draw_comparison",
     "draw_detections",

@@ -6,7 +6,10 @@ import json
 import logging
 import math
 import re
+from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +32,55 @@ _STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]
 
 _TITLES = ("loss", "AP (%)", "learning rate")
 
-Rows = list[dict[str, float]]
-"""Lines of a ``metrics.jsonl``."""
-
 _LARGEST = 3.5e38
 """Of a value; training computes in float32, where anything above is infinite."""
 
+_KINDS = frozenset((int, float, type(None)))
+"""Of values, before null becomes nan."""
+
+_AT_ONCE = 1000
+"""Lines that are read together."""
+
 _LAST = 10**12
 """Iteration, far beyond any training."""
+
+_MOST_POINTS = 8000
+"""Of a curve, ten for each column of pixels; no training of usual length has as many."""
+
+
+class Metrics:
+    """Lines of a ``metrics.jsonl`` by name: a dictionary for each of a million lines would take gigabytes.
+
+    Attributes:
+        last: the greatest iteration; -1 where there is no line.
+    """
+
+    def __init__(self) -> None:
+        self._columns: dict[str, tuple[array[float], array[float]]] = {}
+        self.last = -1
+
+    def __bool__(self) -> bool:
+        return self.last >= 0
+
+    @property
+    def names(self) -> list[str]:
+        """Of values, in the order of their appearance."""
+        return list(self._columns)
+
+    def add(self, line: Mapping[str, float]) -> None:
+        """One line, with its iteration."""
+        iteration = line["iteration"]
+        self.last = max(self.last, int(iteration))
+        for name, value in line.items():
+            column = self._columns.get(name)
+            if column is None:
+                column = self._columns[name] = array("d"), array("d")
+            column[0].append(iteration)
+            column[1].append(value)
+
+    def points(self, name: str) -> np.ndarray:
+        """(N, 2) float64 of iteration and value, of the lines that have one."""
+        return np.array(self._columns.get(name, ([], [])), dtype=float).T
 
 
 def plot_curves(
@@ -61,8 +105,8 @@ def plot_curves(
     if suffix not in _FORMATS:
         raise UserError(f"cannot write the picture {path}: its name must end in {', '.join(_FORMATS)}")
     read = {name: read_metrics(source) for name, source in runs.items()}
-    for name, rows in read.items():
-        if not any(_panels(rows, len(runs) > 1).values()):
+    for name, metrics in read.items():
+        if not any(_panels(metrics, len(runs) > 1).values()):
             raise UserError(f"{runs[name]} has neither losses nor AP; wait for the first log line of the run")
     figure = _draw_one(next(iter(read.values())), smooth) if len(read) == 1 else _draw_several(read, smooth)
     for axes in figure.axes:
@@ -76,7 +120,7 @@ def plot_curves(
         )
 
 
-def read_metrics(path: str | Path) -> Rows:
+def read_metrics(path: str | Path) -> Metrics:
     """Return the lines of a ``metrics.jsonl``, with nan where a value is null or not finite.
 
     A line that is no such line, as one that a stopped run left unfinished, is left out with a warning.
@@ -84,21 +128,23 @@ def read_metrics(path: str | Path) -> Rows:
     Raises:
         UserError: the file cannot be read, or none of its lines is one of a run.
     """
-    rows: Rows = []
+    metrics, number = Metrics(), 0
     damaged: list[int] = []
     try:
         with open_file(path) as file:
-            for number, line in enumerate(file, start=1):
-                row = _row(line)
-                if row is not None:
-                    rows.append(row)
-                elif line.strip():
-                    damaged.append(number)
+            while lines := [*islice(file, _AT_ONCE)]:
+                for line, value in zip(lines, _parsed(lines), strict=True):
+                    number += 1
+                    row = _row(value)
+                    if row is not None:
+                        metrics.add(row)
+                    elif line.strip():
+                        damaged.append(number)
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; give the metrics.jsonl of a run's folder"
         ) from error
-    if damaged and not rows:
+    if damaged and not metrics:
         raise UserError(
             f"{path} has no line with an iteration and its numbers; give the metrics.jsonl of a run's folder"
         )
@@ -107,26 +153,39 @@ def read_metrics(path: str | Path) -> Rows:
             "%s: %d of %d lines are damaged and left out, the first of them line %d",
             path,
             len(damaged),
-            len(rows) + len(damaged),
+            number,
             damaged[0],
         )
-    return rows
+    return metrics
 
 
-def _row(line: bytes) -> dict[str, float] | None:
-    """Numbers by name; None where the line holds anything else, or no iteration."""
+def _parsed(lines: list[bytes]) -> list[Any]:
+    """The JSON value of each line, None where there is none.
+
+    Together they are read several times as quickly.
+    """
+    text = b",".join(lines)
+    if text.count(b"{") == text.count(b"}") == len(lines) and all(line[:1] == b"{" for line in lines):
+        with suppress(ValueError, RecursionError):
+            values: list[Any] = json.loads(b"[" + text + b"]")
+            if len(values) == len(lines):  # no text goes on from line to line
+                return values
+    return [_value(line) for line in lines]
+
+
+def _value(line: bytes) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):  # also of text that is not UTF-8, and of very long integers
         return None
-    if not isinstance(row, dict):
+
+
+def _row(row: Any) -> dict[str, float] | None:
+    """Numbers by name; None where the value of a line is anything else, or has no iteration."""
+    if not isinstance(row, dict) or not _KINDS.issuperset(map(type, row.values())):
         return None
     for key, value in row.items():
-        if value is None:
-            row[key] = math.nan
-        elif type(value) is not float and type(value) is not int:
-            return None
-        elif not abs(value) <= _LARGEST:
+        if value is None or not abs(value) <= _LARGEST:
             row[key] = math.nan
     iteration = row.get("iteration", math.nan)
     return row if 0 <= iteration <= _LAST and iteration == int(iteration) else None
@@ -142,23 +201,54 @@ def is_average(name: str, *metrics: str) -> bool:
     return re.fullmatch(rf"([^/]+/)?(bbox|segm)/({'|'.join(metrics)})", name) is not None
 
 
-def metric_points(rows: Rows, name: str, smooth: int = 1) -> np.ndarray:
+def metric_points(metrics: Metrics, name: str, smooth: int = 1) -> np.ndarray:
     """(N, 2) float64 of iteration and value; each value is the mean of the last ``smooth`` ones."""
-    found = np.array([(row["iteration"], row[name]) for row in rows if name in row], dtype=float)
-    found = found.reshape(-1, 2)
-    if smooth > 1 and len(found):
-        found[:, 1] = [_mean(found[max(0, i - smooth + 1) : i + 1, 1]) for i in range(len(found))]
+    found = metrics.points(name)
+    if smooth > 1:
+        found[:, 1] = _trailing_means(found[:, 1], smooth)
     return found
 
 
-def _mean(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else math.nan
+def _trailing_means(values: np.ndarray, count: int) -> np.ndarray:
+    """The mean of each value and those before it, ``count`` at most; of the finite ones."""
+    known = np.isfinite(values)
+    sums = _trailing_sums(np.where(known, values, 0), count)
+    numbers = _trailing_sums(known.astype(float), count)
+    return np.divide(sums, numbers, out=np.full(len(values), math.nan), where=numbers > 0)
 
 
-def _panels(rows: Rows, several: bool) -> dict[str, list[str]]:
+def _trailing_sums(values: np.ndarray, count: int) -> np.ndarray:
+    """The sum of each value and those before it, ``count`` at most; put together from sums of 1, 2, 4, ..."""
+    total, taken, size = np.zeros(len(values)), 0, 1
+    while taken < min(count, len(values)):
+        if count & size:
+            total[taken:] += values[: len(values) - taken]
+            taken += size
+        values = values + np.concatenate(
+            [np.zeros(min(size, len(values))), values[: max(len(values) - size, 0)]]
+        )
+        size *= 2
+    return total
+
+
+def _thinned(line: np.ndarray) -> np.ndarray:
+    """The points that a picture can show: of each stretch of a long curve the least and the greatest."""
+    stretch = math.ceil(2 * len(line) / _MOST_POINTS)
+    if stretch <= 2:
+        return line
+    whole = len(line) // stretch * stretch
+    heights = line[:whole, 1].reshape(-1, stretch)
+    known = np.isfinite(heights)
+    ends = [np.where(known, heights, np.inf).argmin(axis=1), np.where(known, heights, -np.inf).argmax(axis=1)]
+    first = np.arange(0, whole, stretch)
+    return line[
+        np.unique([0, *(first + ends[0]), *(first + ends[1]), *range(whole, len(line)), len(line) - 1])
+    ]
+
+
+def _panels(metrics: Metrics, several: bool) -> dict[str, list[str]]:
     """The curves of each panel."""
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = metrics.names
     losses = [name for name in names if name == "total_loss" or (is_loss(name) and not several)]
     precision = [name for name in names if is_average(name, "AP")]
     rate = [name for name in names if name == "lr"]
@@ -166,23 +256,23 @@ def _panels(rows: Rows, several: bool) -> dict[str, list[str]]:
     return dict(zip(_TITLES, curves, strict=True))
 
 
-def _draw_one(rows: Rows, smooth: int) -> Figure:
-    panels = {title: shown for title, shown in _panels(rows, False).items() if shown}
+def _draw_one(metrics: Metrics, smooth: int) -> Figure:
+    panels = {title: shown for title, shown in _panels(metrics, False).items() if shown}
     figure, all_axes = _axes(list(panels))
     for (title, shown), axes in zip(panels.items(), all_axes, strict=True):
         for name in shown:
             colour, width = ("0.15", 1.8) if name == "total_loss" else (None, 1.3)
-            _line(axes, metric_points(rows, name, smooth if title == "loss" else 1), title, colour, width)
+            _line(axes, metric_points(metrics, name, smooth if title == "loss" else 1), title, colour, width)
         if len(shown) > 1:
             add_legend(axes, axes.get_lines(), shown, fontsize=8, frameon=False)
     return figure
 
 
-def _draw_several(runs: Mapping[str, Rows], smooth: int) -> Figure:
+def _draw_several(runs: Mapping[str, Metrics], smooth: int) -> Figure:
     """A colour for each run and a line style for each kind of AP; one legend for all panels below them."""
     from matplotlib.lines import Line2D
 
-    panels = {name: _panels(rows, True) for name, rows in runs.items()}
+    panels = {name: _panels(metrics, True) for name, metrics in runs.items()}
     titles = [
         title for title in next(iter(panels.values())) if any(panel[title] for panel in panels.values())
     ]
@@ -232,7 +322,7 @@ def _line(
     marker: str = "o",
 ) -> None:
     marker = marker if title == "AP (%)" or len(line) == 1 else ""
-    x, y = line.T
+    x, y = _thinned(line).T
     axes.plot(x, y, marker=marker, markersize=4, color=colour, linewidth=width, linestyle=style)
 
 

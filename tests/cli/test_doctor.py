@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from gn_detect.cli import main
+from gn_detect.data import coco_rules, doctor_repair
 from tests.cli.conftest import Case
 
 Refused = Callable[..., str]
@@ -144,6 +145,34 @@ def test_nothing_is_emptied(case: Case, capsys: pytest.CaptureFixture[str]) -> N
     case.edit(lambda content: [entry.update(category_id=99) for entry in content["annotations"]])
     assert doctor(case, "--fix", fixed, "--drop") == 2 and not fixed.exists()
     assert "--fix would leave none of the 8 annotations" in capsys.readouterr().err
+
+
+def test_categories_without_an_object_go_where_there_are_too_many(
+    case: Case, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the doctor's error says; where all of them have objects, nothing is written."""
+    for module in (coco_rules, doctor_repair):
+        monkeypatch.setattr(module, "MOST_CATEGORIES", 20)
+    fixed = case.train.with_name("fixed.json")
+
+    def many(content: dict) -> None:
+        content["categories"] += [{"id": i, "name": f"class {i}"} for i in range(100, 130)]
+
+    case.edit(many)
+    assert doctor(case, "--fix", fixed) == 0
+    assert "categories, more than the 20" in capsys.readouterr().out
+    assert len(json.loads(fixed.read_text())["categories"]) < 10
+
+    def all_used(content: dict) -> None:
+        first = content["annotations"][0]
+        content["annotations"] += [
+            {**first, "id": i, "category_id": i, "bbox": [i / 100, 1, 5, 5]} for i in range(100, 130)
+        ]
+
+    fixed.unlink()
+    case.edit(all_used)
+    assert doctor(case, "--no-masks", "--fix", fixed) == 2 and not fixed.exists()
+    assert "categories, more than the 20" in capsys.readouterr().err
 
 
 def test_what_is_refused(case: Case, refused: Refused, tmp_path: Path) -> None:

@@ -458,3 +458,17 @@ def test_outlines_are_bounded(
         with pytest.raises(DataError, match="annotation 1 of image 7 has") as caught:
             read(source)
         assert caught.value.kind == "bad-polygon"
+
+
+def test_long_outlines_are_bounded_all_together(write_dataset: Write, small_coco: dict) -> None:
+    """Each alone may be; thousands of them in a small file would be drawn for minutes."""
+    small_coco["images"][0] |= {"height": 13_000, "width": 13_000}
+    stroke = [v for i in range(60) for v in (13_000 * (i % 2), 200 * i)]
+    first = small_coco["annotations"][0] | {"bbox": [0, 0, 12_999, 12_000], "segmentation": [stroke]}
+    small_coco["annotations"] = [{**first, "id": number} for number in range(70)]
+    source = write_dataset(small_coco)
+    for read in (CocoDataset, lambda s: prepare_ground_truth(s.annotations, "segm")):
+        with pytest.raises(DataError, match="annotation 5[0-9] of image 7 has .* too much to draw in all"):
+            read(source)
+    small_coco["annotations"] = small_coco["annotations"][:40]
+    assert len(CocoDataset(write_dataset(small_coco)).objects.labels) == 40

@@ -410,9 +410,11 @@ def test_a_category_may_be_called_as_a_loss(tmp_path: Path) -> None:
             if attempt == 0:
                 writer.write(3, training)
             writer.write(3, evaluation)
-    rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert rows == [{"iteration": 3, **training}, {"iteration": 3, **evaluation}]
-    assert [name for row in rows for name in row if is_average(name, "AP")] == ["bbox/AP"]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [*map(json.loads, lines)] == [{"iteration": 3, **training}, {"iteration": 3, **evaluation}]
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert metrics.names == ["iteration", *training, *evaluation]
+    assert [name for name in metrics.names if is_average(name, "AP")] == ["bbox/AP"]
     assert [name for name in ("loss_a/bbox/AP", *training) if is_loss(name)] == ["total_loss", "loss_cls"]
 
 

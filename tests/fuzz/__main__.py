@@ -1,6 +1,7 @@
 """``python -m tests.fuzz``: thousands of damaged files of all kinds, with limits of time and memory.
 
-Every case is a function of its number, so that ``--only folders --first N --folders 1`` repeats case N.
+Seconds are those of the processor, so that a busy machine makes no case slow. Every case is a function of its
+number, so that ``--only folders --first N --folders 1`` repeats case N.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs cases in a process of their own, whose time and memory are watched: none takes the others along."""
+"""Runs cases in a process of their own, whose processor time and memory are watched: none ends the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import resource
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests.fuzz.trial import SECONDS, Tally
+from tests.fuzz.trial import PATIENCE, SECONDS, Tally
 
 Case = Callable[[int, Tally], None]
 """Tries the case of a number."""
@@ -30,12 +29,14 @@ MOST_MEMORY = 2 << 30
 _ROOM = 3 * MOST_MEMORY
 """Address space, far above the limit: whoever asks for more gets a MemoryError, and the machine survives."""
 
-_PATIENCE = 3 * SECONDS
-"""Seconds without an answer, in code that no alarm interrupts, after which the process is ended."""
-
 
 def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int], seconds: int = SECONDS) -> Tally:
-    """Try cases one after the other, and begin again behind one that ends the process."""
+    """Try cases one after the other, and begin again behind one that ends the process.
+
+    Args:
+        seconds: of the processor, for each thing that a case attempts, and for the case as a whole.
+    """
+    patience = (PATIENCE + 1) * seconds  # for code that no alarm interrupts
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([prepare.__module__])
     total, left = Tally(), list(seeds)
@@ -46,7 +47,7 @@ def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int], seconds: in
         theirs.close()
         try:
             while left:
-                if not ours.poll(_PATIENCE * (10 if len(left) == len(seeds) else 1)):
+                if not ours.poll(patience * (3 if len(left) == len(seeds) else 1)):
                     raise TimeoutError
                 total.add(ours.recv())
                 del left[0]
@@ -55,7 +56,7 @@ def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int], seconds: in
             process.join()
             label = f"{kind} {left[0]}"
             hangs = isinstance(error, TimeoutError)
-            reason = f"no end after {_PATIENCE} s" if hangs else f"the process died: {process.exitcode}"
+            reason = f"no end after {patience} s" if hangs else f"the process died: {process.exitcode}"
             total.add(Tally(1, failures=[f"{label}: {reason}"], slow=[label] * hangs))
             del left[0]
         process.join()
@@ -76,14 +77,20 @@ def _work(
         for seed in seeds:
             tally = Tally(seconds=seconds)
             _forget_peak()
-            begin = time.perf_counter()
+            begin = _processor_time()
             case(seed, tally)
             label = f"{kind} {seed}"
-            if (spent := time.perf_counter() - begin) > seconds and not tally.slow:
+            if (spent := _processor_time() - begin) > seconds and not tally.slow:
                 tally.slow.append(f"{label} ({spent:.0f} s)")
             if (peak := _peak()) > MOST_MEMORY:
                 tally.large.append(f"{label} ({peak / 2**30:.1f} GB)")
             connection.send(tally)
+
+
+def _processor_time() -> float:
+    """Seconds of this process and of those that it started and awaited."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def _limit_memory() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 from PIL import Image
 
 from gn_detect.errors import UserError
-from gn_detect.visualize import plot_curves
+from gn_detect.visualize import metric_points, plot_curves, read_metrics
+from gn_detect.visualize.curves import Metrics, _thinned
 
 
 def write_metrics(path: Path) -> None:
@@ -104,3 +107,53 @@ def test_a_run_without_numbers_among_others_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must end in \.png, \.svg"):
         plot_curves(full, tmp_path / "curves.gif")
     assert [p.name for p in tmp_path.glob("curves*")] == []
+
+
+def test_a_long_run_is_read_and_drawn_in_seconds(tmp_path: Path) -> None:
+    """Numbers stay exact; only the picture leaves points out."""
+    count = 100_000
+    loss = np.random.default_rng(0).random(count).tolist()
+    line = '{"iteration": %d, "total_loss": %r, "loss_cls": 0.5, "lr": 0.01}\n'
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(line % (i, value) for i, value in enumerate(loss)))
+    begin = time.process_time()
+    plot_curves(path, tmp_path / "curves.png", smooth=50_000)
+    assert time.process_time() - begin < 8  # 2; it was 200
+    rows = read_metrics(path)
+    assert metric_points(rows, "total_loss")[:, 1].tolist() == loss
+    assert metric_points(rows, "total_loss", 50_000)[-1, 1] == pytest.approx(
+        np.mean(loss[50_000:]), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("smooth", [2, 3, 8, 100])
+def test_means_leave_out_what_is_not_finite(smooth: int) -> None:
+    values = [1.0, math.nan, 4.0, math.nan, math.nan, math.nan, 7.0, 1e38, -2.0, 3.0]
+    metrics = Metrics()
+    for i, value in enumerate(values):
+        metrics.add({"iteration": i, "x": value})
+    windows = [values[max(0, i - smooth + 1) : i + 1] for i in range(len(values))]
+    finite = [[value for value in window if math.isfinite(value)] for window in windows]
+    expected = [sum(window) / len(window) if window else math.nan for window in finite]
+    assert metric_points(metrics, "x", smooth)[:, 1].tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_highest_point_of_a_long_curve_is_drawn() -> None:
+    line = np.stack([np.arange(100_001.0), np.zeros(100_001)], axis=1)
+    line[77_777, 1], line[88_888, 1], line[90_000:95_000, 1] = 5, -3, math.nan
+    thinned = _thinned(line)
+    assert len(thinned) < 9000 and thinned[0, 0] == 0 and thinned[-1, 0] == 100_000
+    assert np.nanmax(thinned[:, 1]) == 5 and np.nanmin(thinned[:, 1]) == -3
+    assert np.isnan(thinned[:, 1]).any()
+
+
+def test_lines_that_are_whole_only_together_are_damaged(tmp_path: Path) -> None:
+    lines = [
+        b'{"iteration": 0, "lr": 1}',
+        b'{"iteration": 1}, [{}',
+        b"{}]",
+        b'{"iteration": 2, "a}',
+        b'{b": 1}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"", b"\xff", b'{"iteration": 7}']))
+    assert read_metrics(tmp_path / "metrics.jsonl").points("iteration")[:, 1].tolist() == [0, 7]
