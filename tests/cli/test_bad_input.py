@@ -132,9 +132,16 @@ def test_output_folder_that_cannot_be_made(case: Case, refused: Refused, tmp_pat
     assert "file" in refused("train", "--config-file", case.config, "OUTPUT_DIR", tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("command", [("eval",), ("train", "--eval-only"), ("eval", "--resume")])
-def test_nothing_to_evaluate(case: Case, refused: Refused, command: tuple[str, ...]) -> None:
-    assert "MODEL.WEIGHTS" in refused(*command, "--config-file", case.config)
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (("eval",), "MODEL.WEIGHTS is empty"),
+        (("train", "--eval-only"), "MODEL.WEIGHTS is empty"),
+        (("eval", "--resume"), "has no checkpoint"),
+    ],
+)
+def test_nothing_to_evaluate(case: Case, refused: Refused, command: tuple[str, ...], missing: str) -> None:
+    assert missing in refused(*command, "--config-file", case.config)
     assert not case.output.exists()
 
 
