@@ -114,8 +114,8 @@ class FolderLock:
 
     def release(self) -> None:
         """Give the folder free."""
-        if self._descriptor >= 0:
-            _held.discard(self._descriptor)
+        if self._descriptor in _held:  # not in a process that was forked, which has closed it
+            _held.remove(self._descriptor)
             os.close(self._descriptor)
         self._descriptor, self._links, self.is_held = -1, 0, False
 
