@@ -20,10 +20,10 @@ from .text import printable
 T = TypeVar("T")
 
 WIDTH = 99
-"""Most characters of a line or bar in a terminal."""
+"""Most characters in a line or bar of a terminal."""
 
 SECONDS = 4.0
-"""So long :func:`announced` says nothing where there is no terminal."""
+"""Time between two log lines of :func:`announced` where there is no terminal."""
 
 
 HIDDEN = "TQDM_DISABLE"
@@ -76,7 +76,7 @@ def announced(items: Sequence[T], what: str, unit: str, logger: logging.Logger) 
         items: a sequence of known length.
         what: the work, such as "drawing pictures".
         unit: one item, such as "picture".
-        logger: is told the work and its length at the beginning, too.
+        logger: gets these lines, and one at the beginning.
     """
     logger.info("%s: %d", what, len(items))
     last = time.monotonic()

@@ -1,4 +1,4 @@
-"""Text from files as it is shown: a name is no command to a terminal, and no line of its own."""
+"""Show text from files: a name must not control the terminal, nor begin a line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _escape(character: str) -> str:
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """Return a text of at most so many characters, whose middle is left out where it is longer."""
+    """Return ``text`` with at most ``most`` characters; of a longer one the middle is left out."""
     return text if len(text) <= most else f"{text[: most - 9]}…{text[-8:]}"
 
 
@@ -40,7 +40,7 @@ class Lines(str):
 
 
 class LogFormatter(logging.Formatter):
-    """Lines of a log in which no name makes a line of its own.
+    """Format log records so that no name begins a line.
 
     In arguments that are text, a path or an exception, all hidden characters are escaped. The message, an
     argument of :class:`Lines`, and an object that makes its own text may have several lines.

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text": set(),
     "errors": {"text"},
     "files": {"errors"},
-    "progress": set(),
+    "progress": {"text"},
     "structures": {"errors"},
     "ops": BASE,
     "layers": BASE | {"ops"},

@@ -115,7 +115,7 @@ def _fix(output: Path, mended: Repair, rules: Rules, dropping: bool) -> None:
 
 
 def _list(lines: list[str], output: Path, what: str) -> None:
-    """The first lines; where there are more, all of them are in a file beside the output."""
+    """Print the first lines; if there are more, write all of them into a file next to the output."""
     listed = output.with_name(f"{output.stem}_{what}.txt")
     if len(lines) > _LINES_SHOWN:
         atomic_write_text(listed, "".join(f"{printable(line)}\n" for line in lines))

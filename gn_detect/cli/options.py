@@ -169,7 +169,7 @@ def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
 
 
 def _evaluated(cfg: Config, resume: bool) -> Checkpoint | None:
-    """What will be evaluated; whoever evaluates says what is missing."""
+    """Return the checkpoint to evaluate, or None without any; the evaluation itself reports that."""
     if resume:
         return read_last_checkpoint(cfg.output_dir)
     return read_checkpoint(cfg.model.weights) if cfg.model.weights else None
@@ -191,7 +191,7 @@ def _count_categories(path: Path) -> int:
 
 
 def launch_from(args: argparse.Namespace, cfg: Config, function: Callable[..., Any]) -> None:
-    """``function(cfg, args)`` in the processes that the flags ask for."""
+    """Call ``function(cfg, args)`` in the processes that the flags ask for."""
     launch(
         function,
         (cfg, args),

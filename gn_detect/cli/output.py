@@ -99,7 +99,7 @@ class PrintableStream:
         self.bare = stream
 
     def write(self, text: str) -> int:
-        """As a text stream's; a newline in a name is the business of whoever prints it."""
+        """Write ``text`` escaped, but for line feeds: who prints a name escapes those in it."""
         encoding = getattr(self.bare, "encoding", None) or "utf-8"
         shown = printable(text, keep="\n\t\r")
         return self.bare.write(shown.encode(encoding, "backslashreplace").decode(encoding))

@@ -135,7 +135,7 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
 
 
 def _meant(scope: argparse.ArgumentParser, flag: str) -> str:
-    """What to write instead: the flag or key of the same meaning, a flag that looks alike, where to look."""
+    """Return the remedy: a flag or key of the same meaning, a flag of a similar name, or where to look."""
     flags = [name for name in scope._option_string_actions if name.startswith("--") and name != "--help"]
     takes_keys = any(a.dest in ("overrides", "inputs") for a in scope._actions)
     near = [name for name in flags if name.startswith(flag) or flag.endswith(name[1:])]
@@ -181,7 +181,7 @@ def key_of_habit(name: str) -> str:
 
 
 def _habit(flag: str, flags: Sequence[str]) -> str:
-    """What another tool's flag is here: one of ``flags``, a config key with words about it, or ""."""
+    """Return the equivalent of another tool's flag: one of ``flags``, a config key with words, or ""."""
     name = re.sub("[_ ]", "-", flag.strip("-")).lower()
     answers = next((answers for names, answers in _HABITS.items() if name in names.split()), ())
     known = (answer for answer in answers if answer in flags or not answer.startswith("--"))

@@ -134,12 +134,12 @@ def run(args: argparse.Namespace) -> Result:
     if counts["images"] and not counts["objects"]:
         print(fitted(nothing_found(predictor, best, args.threshold), sys.stdout))
     scores = {"best_score": best.best_score, "best_input": best.best_input}
-    told = {**counts, **scores, "output": str(output), "failures": failures}
-    return Result(told, UNREADABLE if failures else 0)
+    value = {**counts, **scores, "output": str(output), "failures": failures}
+    return Result(value, UNREADABLE if failures else 0)
 
 
 def nothing_found(predictor: AnyPredictor, best: Outcome, threshold: float) -> str:
-    """Return what to say where no object reaches the threshold: the best score, its image, what to try."""
+    """Return the message for no object above the threshold: the best score, its image, a remedy."""
     least = predictor.cfg.model.roi_heads.score_thresh_test
     if best.best_score is None:
         return (
@@ -215,7 +215,7 @@ def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None)
 
 
 def match_categories(predictor: AnyPredictor, truth: Truth, other_classes: bool) -> list[int | None]:
-    """The category id that the ground truth gives to each of the model's classes, None where it lists none.
+    """Return the ground truth's category id for each class of the model, None for a class without one.
 
     Args:
         predictor: classes are matched by name if it knows their names.

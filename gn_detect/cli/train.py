@@ -75,24 +75,24 @@ def run(args: argparse.Namespace) -> Result:
     _check_flags(args)
     cfg = read_config(args)
     folder = Path(cfg.output_dir)
-    is_first = not args.machine_rank and os.environ.get("RANK", "0") == "0"  # which has the results
+    is_first = not args.machine_rank and os.environ.get("RANK", "0") == "0"  # it has the results
     if args.eval_only:
         with tempfile.TemporaryDirectory(prefix="gn_detect-") as place:  # the run may keep its own results
             file = Path(place) / "results.json"
             launch_from(args, cfg, partial(_evaluate, file))
-            told = {"results": _read(file)} if is_first else {}
-        return Result({"output_dir": str(folder), **told})
+            found = {"results": _read(file)} if is_first else {}
+        return Result({"output_dir": str(folder), **found})
     launch_from(args, cfg, _train)
     if not is_first:
         return Result({"output_dir": str(folder)})
     results = _read(folder / "results.json")
     files = {"config": folder / "config.yaml", "weights": folder / FINAL, "best": folder / BEST}
-    found = {name: str(path) if path.is_file() else None for name, path in files.items()}
+    written = {name: str(path) if path.is_file() else None for name, path in files.items()}
     best = read_run(folder).best
     if best and not best.is_last:
         print(fitted(printable(best), sys.stdout))
     print_end(cfg, results)
-    return Result({"output_dir": str(folder), **found, "results": results})
+    return Result({"output_dir": str(folder), **written, "results": results})
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -124,11 +124,11 @@ def print_end(cfg: Config, results: dict[str, Any]) -> None:
 
 
 def command(*words: str) -> str:
-    """Return a command line, continued on the next where long, with the program as it is called here."""
+    """Return a command for a terminal: wrapped where it is long, with the program's path where needed."""
     program = "gn-detect"
     if shutil.which(program) is None:  # its environment is not activated
-        beside = Path(sys.executable).with_name(program)
-        program = os.path.relpath(beside) if beside.is_file() else f"{sys.executable} -m gn_detect"
+        path = Path(sys.executable).with_name(program)
+        program = os.path.relpath(path) if path.is_file() else f"{sys.executable} -m gn_detect"
     line = f"{program} {shlex.join(words)}"
     if any(shlex.quote(word) != word for word in words):
         return line
@@ -137,7 +137,7 @@ def command(*words: str) -> str:
 
 
 def _image_of(cfg: Config) -> str:
-    """An image of the first test set, or a word for images."""
+    """Return the path of an image of the first test set, or ``IMAGES`` without any."""
     try:
         folder = resolve_dataset(cfg, cfg.datasets.test[0]).images
         return str(find_images([str(folder)])[0])

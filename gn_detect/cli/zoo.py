@@ -86,7 +86,7 @@ def _info(entries: Iterable[ZooEntry]) -> None:
 
 
 def _facts(entry: ZooEntry) -> Iterator[tuple[str, str]]:
-    """Labels and values with their units; an empty value is not known."""
+    """Yield labels and values with their units; a value that is not known is empty."""
     is_here = entry.file.is_file()
     size = entry.file.stat().st_size if is_here else entry.bytes
     top1 = f"{entry.top1_error}% of ImageNet's val images" if entry.top1_error is not None else ""

@@ -24,7 +24,7 @@ from .yaml_text import LARGEST, parse_yaml
 COMMAND_LINE = "command line"
 
 MOST_FILES = 16
-"""That a config is made of."""
+"""Most files that make one config."""
 
 
 class Config(Root):

@@ -22,10 +22,10 @@ CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 """Two files of a run's folder."""
 
 FOLDER = "folder"
-"""In ``environment.json``: the folder in which the run wrote both."""
+"""Key in ``environment.json`` for the folder in which the run wrote both."""
 
 _LARGEST = 1 << 20
-"""Bytes of an ``environment.json``."""
+"""Most bytes of an ``environment.json``."""
 
 
 def with_absolute_paths(cfg: Config) -> Config:
@@ -52,7 +52,7 @@ def _with_paths(cfg: Config, change: Callable[[str], str], output: str, root: st
 
 
 def is_local(path: str) -> bool:
-    """Whether ``MODEL.WEIGHTS`` and the like name a file of this machine: neither empty nor a URL."""
+    """Return whether ``MODEL.WEIGHTS`` or another path names a local file: it is not empty and no URL."""
     return bool(path) and (path.startswith("file:") or not re.match(r"[\w.+-]{2,}://", path))
 
 
@@ -101,21 +101,21 @@ def find_again(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _is_own(before: str, folder: Path) -> bool:
-    """Whether ``OUTPUT_DIR`` stands as the run wrote it; another one was put there by hand, and is meant."""
+    """Return whether ``OUTPUT_DIR`` is as the run wrote it; a user may have changed it on purpose."""
     try:
-        told = json.loads(read_text(folder / ENVIRONMENT, _LARGEST))
+        written = json.loads(read_text(folder / ENVIRONMENT, _LARGEST))
         # Runs of earlier versions did not write it.
-        return bool(before == told[FOLDER] if FOLDER in told else Path(before).name == folder.name)
+        return bool(before == written[FOLDER] if FOLDER in written else Path(before).name == folder.name)
     except (OSError, ValueError, TypeError, RecursionError, UserError):
         return False
 
 
 def _candidates(path: str, before: str, folder: Path) -> Iterator[Path]:
-    """Where a path of the run that was in ``before`` may be, now that the run is in ``folder``."""
+    """Yield places where a path may be, once its run was moved from ``before`` to ``folder``."""
     path, before = os.path.expanduser(path), os.path.expanduser(before)
     if os.path.isabs(path) != os.path.isabs(before):
         return
-    # Relative ones were relative to one folder, whichever that was.
+    # Relative paths were all relative to the same, unknown folder.
     path, before = (os.path.normpath(os.path.join(os.sep, each)) for each in (path, before))
     yield Path(os.path.normpath(folder / os.path.relpath(path, before)))
     below = os.path.relpath(path, os.path.commonpath([path, before]))

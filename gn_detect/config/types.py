@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from .yaml_text import LARGEST, parse_yaml
 
 _LONG_NUMBER = re.compile(r"0[xob][0-9a-f_]{64}", re.IGNORECASE)
-"""Python reads decimal integers of bounded length alone, and others of any."""
+"""A long integer that is not decimal: Python bounds the length of decimal ones alone."""
 
 
 def parse_literal(text: str) -> Any:
@@ -73,7 +73,7 @@ Str = Annotated[str, Strict()]
 
 Count = Annotated[Int, Field(ge=0)]
 PositiveInt = Annotated[Int, Field(gt=0)]
-# What decides how large a tensor is, is bounded: no file of a few lines makes something huge.
+# Sizes of tensors are bounded: a file of a few lines must not make something huge.
 Channels = Annotated[Int, Field(gt=0, le=2**14)]
 Layers = Annotated[Int, Field(ge=0, le=64)]
 Bins = Annotated[Int, Field(gt=0, le=64)]  # of a pooled feature, in each direction

@@ -8,28 +8,28 @@ from typing import Any
 import yaml
 
 LARGEST = 1 << 17
-"""Characters. A whole config takes 6,000; PyYAML reads some 30,000 in a second."""
+"""Most characters. A whole config takes 6,000; PyYAML reads some 30,000 in a second."""
 
 _MOST_NODES = 20_000
-"""Keys and values once every alias is written out, longer texts counting several times."""
+"""Most keys and values, with aliases written out; a long text counts as several values."""
 
 _CHARACTERS = 16
-"""Of a text that count as much as one value."""
+"""Number of characters of a text that count as one value."""
 
 _DEEPEST = 32
-"""Levels of lists and groups."""
+"""Most levels of lists and groups."""
 
 _TOO_DEEP = f"more than {_DEEPEST} levels of lists and groups"
 
 _LONGEST_NUMBER = 64
-"""Characters; reading a number takes time by the square of its length."""
+"""Most characters of a number; the time to read one grows with the square of its length."""
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML with ``!!python/tuple``, which detectron2 writes; a key that stands twice is an error."""
 
     def fetch_flow_collection_start(self, token_class: Any) -> None:
-        """A bracket. PyYAML looks 1024 characters ahead, in the square of the open brackets."""
+        """Read a bracket. PyYAML looks ahead 1024 characters, for a time that grows with their square."""
         if self.flow_level >= _DEEPEST:
             raise yaml.scanner.ScannerError(None, None, _TOO_DEEP, self.get_mark())
         super().fetch_flow_collection_start(token_class)
@@ -50,13 +50,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_tuple(self, node: yaml.Node) -> tuple[Any, ...]:
-        """``!!python/tuple [...]``."""
+        """Return the tuple of ``!!python/tuple [...]``."""
         if not isinstance(node, yaml.SequenceNode):
             raise yaml.constructor.ConstructorError(None, None, "a tuple needs a list", node.start_mark)
         return tuple(self.construct_sequence(node, deep=True))
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """An integer or a float of usual length."""
+        """Return an integer or a float of usual length."""
         if len(node.value) > _LONGEST_NUMBER:
             raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
         if node.tag.endswith(":int"):
@@ -96,14 +96,14 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise yaml.MarkedYAMLError(problem=_TOO_DEEP) from None
     except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
-        # PyYAML's constructors trust the text behind a tag: "!!bool maybe" is a KeyError.
+        # PyYAML's constructors trust the text after a tag: "!!bool maybe" is a KeyError.
         raise yaml.MarkedYAMLError(problem=f"a value does not fit its type ({error})") from error
     finally:
         loader.dispose()
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """Values and levels below a node and with it, each alias written out; a shared node is visited once."""
+    """Return the numbers of values and levels of a node, with aliases written out."""
     if id(node) in known:
         found = known[id(node)]
         if found is None:

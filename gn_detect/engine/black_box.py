@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 STATE, CONFIG, REPORT = "state.pth", "config.yaml", "report.json"
 
 _FARTHEST = 100
-"""Sides of the image, that a polygon may stick out of a crop of it."""
+"""Most distance of a polygon from its crop, in sides of the image."""
 
 THE_MODEL = "the losses, which no module computes"
 

@@ -41,10 +41,10 @@ _OWN = r"model_([0-9]{1,18}|final)\.pth"
 """The names in ``checkpoints.txt``."""
 
 _ANY = r"[^./\\\x00-\x1f\x7f\ufffd][^/\\\x00-\x1f\x7f\ufffd]{0,250}\.pth"
-"""The name in ``last_checkpoint``, which another program may have written: a file in the folder itself."""
+"""The name in ``last_checkpoint``: a file in the folder. Another program may have written it."""
 
 _LONGEST_LIST = 1 << 22
-"""Bytes."""
+"""Most bytes of a list of checkpoints."""
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -179,7 +179,7 @@ def _candidates(folder: Path, set_aside: bool) -> list[Path]:
 
 
 def _read_names(path: Path, pattern: str) -> tuple[list[str], bool]:
-    """Names in a list of checkpoints that can be names of files in its folder, and whether all can.
+    """Return the valid names in a list of checkpoints, and whether all are valid.
 
     Args:
         path: one name in each line; may be missing.

@@ -29,7 +29,7 @@ Results = dict[str, Any]
 """``{"bbox": {"AP": ...}, "segm": {...}}`` in percent; for several test sets one such dict for each name."""
 
 BESIDE = "eval"
-"""Folder in that of a dataset, for an evaluation while a training uses the run's folder."""
+"""Subfolder of ``inference/<dataset>`` for an evaluation while a training uses the run's folder."""
 
 TestSets = dict[str, tuple[SampleLoader, CocoDataset]]
 """Loader and dataset by name."""
@@ -148,8 +148,8 @@ def evaluate_test_sets(
         cfg: whole config.
         model: on its device.
         tests: loaders and datasets.
-        stop: is asked now and then.
-        below: folder for what is written, in that of each dataset.
+        stop: is asked after each batch.
+        below: subfolder of each dataset's folder for the files.
 
     Raises:
         Interrupted: ``stop`` says so.

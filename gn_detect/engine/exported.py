@@ -89,7 +89,7 @@ class ExportedPredictor:
 
 
 def _is_of(classes: int, outputs: list[Tensor]) -> bool:
-    """Whether a program gave boxes, scores, labels and perhaps masks of the same objects."""
+    """Return whether the outputs of a program are boxes, scores, labels and perhaps masks of equal length."""
     if len(outputs) not in (3, 4) or [tensor.dim() for tensor in outputs] != [2, 1, 1, 3][: len(outputs)]:
         return False
     boxes, _, labels = outputs[:3]

@@ -18,14 +18,14 @@ LOCK = ".lock"
 """The file in a run's folder. It stays when the run ends: only the kernel's lock on it means anything."""
 
 PATIENCE_SECONDS = 6.0
-"""The processes of a run that was killed, data-loader workers too, are gone after so long."""
+"""Time after which all processes of a killed run have ended, data-loader workers too."""
 
 _RETRY_SECONDS = 0.1
 
 logger = logging.getLogger(__name__)
 
 _held: set[int] = set()
-"""Descriptors of this process, which a fork copies, and with them the lock."""
+"""Descriptors of locks. A fork copies them, and the lock with them."""
 
 
 def _close_in_child() -> None:
@@ -76,7 +76,7 @@ class FolderLock:
         """
         if self._descriptor >= 0:
             return
-        end, told = time.monotonic() + patience, False
+        end, announced = time.monotonic() + patience, False
         while True:
             try:
                 self._descriptor = _open(self._path)
@@ -95,9 +95,9 @@ class FolderLock:
                     f"OUTPUT_DIR {self.folder} is in use by another training ({_holder(self._path)}); wait "
                     "for its end or stop it, or give this run another OUTPUT_DIR"
                 )
-            if refused and not told:
+            if refused and not announced:
                 logger.info("%s is in use by another training; waiting a moment for its end", self.folder)
-                told = True
+                announced = True
             time.sleep(_RETRY_SECONDS)
         if self._descriptor < 0:
             return
@@ -113,9 +113,9 @@ class FolderLock:
         return self._path.exists() and not was_deleted
 
     def release(self) -> None:
-        """Give the folder free."""
-        if self._descriptor >= 0:
-            _held.discard(self._descriptor)
+        """Unlock the folder."""
+        if self._descriptor in _held:  # not in a process that was forked, which has closed it
+            _held.remove(self._descriptor)
             os.close(self._descriptor)
         self._descriptor, self._links, self.is_held = -1, 0, False
 
@@ -162,7 +162,7 @@ def _try_lock(descriptor: int, shared: bool = False) -> bool:
         if sys.platform == "win32":
             import msvcrt
 
-            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # behind the text, which others read
+            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # after the text, which others read
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -178,13 +178,13 @@ def _try_lock(descriptor: int, shared: bool = False) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Write who holds the lock, for the message of whoever is refused."""
+    """Write the holder's process and host, for the message to others."""
     text = f"process {os.getpid()} on {socket.gethostname()}\n"
     try:
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, text.encode())
-    except OSError:  # the disk is full, which what is written next will say
+    except OSError:  # the disk is full: the next write says so
         pass
 
 

@@ -25,7 +25,7 @@ ECHO_SECONDS = 1.0
 
 
 _numbers = itertools.count()
-"""Of this process's Interruptions; the same in all processes of a group, which make theirs together."""
+"""Numbers of the Interruptions: equal in all processes of a group, which create theirs together."""
 
 
 class Interruption:
@@ -43,7 +43,7 @@ class Interruption:
         self._at_once = False
         # Processes compare notes on the CPU, so that no step waits for the GPU.
         self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if is_distributed() else None
-        # A note for the others, who look at it when they like: a comparison needs all at one place.
+        # A note that the others may read at any time; a comparison has to wait for all processes.
         self._store = dist.distributed_c10d._get_default_store() if is_distributed() else None
         self._key, self._is_told = f"gn_detect/stop/{next(_numbers)}", False
 
@@ -73,7 +73,7 @@ class Interruption:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise where the process is, in a long computation that asks nobody and can be left anywhere.
+        """Let a signal end the block at once: a long computation that may end anywhere.
 
         Raises:
             Interrupted: a signal came, before or within.
@@ -85,11 +85,11 @@ class Interruption:
             yield
         finally:
             self._at_once = False
-        if self._signal:  # where Python drops what a handler raises
+        if self._signal:  # Python may have dropped what the handler raised
             raise Interrupted
 
     def seen(self) -> bool:
-        """Whether some process has received a signal, as far as this one knows; waits for nobody."""
+        """Return whether this process knows of a signal to any process; it does not wait for the others."""
         if self._store is None:
             return bool(self._signal)
         if self._signal and not self._is_told:

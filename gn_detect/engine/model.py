@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 MOST_PARAMETERS = 2**29
-"""2 GB; the largest Mask R-CNN that were published have 2e8."""
+"""2 GB in float32; the largest published Mask R-CNN has 2e8."""
 
 
 def make_model(cfg: Config) -> MaskRCNN:

@@ -136,6 +136,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], o
 
 
 def _fits(value: Tensor, parameter: Tensor) -> bool:
-    """Whether a momentum, or a number of steps, can be that of a parameter."""
+    """Return whether ``value`` can be a momentum of ``parameter``, or its number of steps."""
     plain = value.layout == torch.strided and not value.is_quantized and value.is_floating_point()
     return plain and (value.dim() == 0 or value.shape == parameter.shape)

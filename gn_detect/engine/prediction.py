@@ -88,7 +88,7 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
     def compare(self, score: float | None, name: str) -> None:
-        """Take in the highest score of one image or frame, if it has any."""
+        """Keep the highest score of one image or frame if it is the best so far."""
         if score is not None and (self.best_score is None or score > self.best_score):
             self.best_score, self.best_input = score, name
 
@@ -185,7 +185,7 @@ def _read(task: Task) -> tuple[Task, np.ndarray | UserError]:
 
 @contextmanager
 def highest_scores(predictor: AnyPredictor) -> Iterator[Scores]:
-    """The list in which the box head notes the highest score of each batch of RoIs, however low it is.
+    """Yield a list to which the box head appends the highest score of each batch of RoIs.
 
     Detections are only what scores more than ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``. For an exported model the
     list stays empty.

@@ -89,7 +89,7 @@ class Predictor:
 
 
 def unnamed_classes(count: int) -> list[str]:
-    """Return what the classes are called where nothing tells their names."""
+    """Return names for classes whose own names are not known."""
     return [f"class {label}" for label in range(count)]
 
 

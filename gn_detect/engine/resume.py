@@ -1,4 +1,4 @@
-"""Whether a run that is resumed goes on as it began: its config and data compared with the checkpoint's."""
+"""Checks of a run that is resumed: its config and data are compared with those of its checkpoint."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ is changed by accident, as by a config that was chosen anew, looks like one that
 """
 
 PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.ROOT", "DATASETS.REGISTER")
-"""Keys that a checkpoint does not hold as they were."""
+"""Keys that name files and folders of a machine, which a checkpoint does not hold."""
 
 COUNTED_IN_ITERATIONS = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
 """Keys that :func:`scale_config` rounds, so that scaling twice may move them by one."""
 
 LISTED = 20
-"""Changes that an error names; another base config changes some hundred keys."""
+"""Most changes that an error names; another base config changes some hundred keys."""
 
 DATA = "data"
-"""In a checkpoint's metadata: :func:`describe_data`."""
+"""Key in a checkpoint's metadata; its value is that of :func:`describe_data`."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is another one than when the checkpoint was saved."""
+    """A setting whose value differs from that of the checkpoint."""
 
     key: str
     before: Any
@@ -78,7 +78,7 @@ class Change:
 
     @property
     def is_free(self) -> bool:
-        """Whether it may change."""
+        """Return whether a resumed run may have it."""
         return any(self.key == key or self.key.startswith(f"{key}.") for key in FREE)
 
     def __str__(self) -> str:
@@ -137,24 +137,24 @@ def check_changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str], 
 
 
 def _changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str]) -> Iterator[Change]:
-    told = checkpoint.metadata
-    beside = Path(cfg.output_dir) / CONFIG
-    saved = saved_config(checkpoint, beside)
+    metadata = checkpoint.metadata
+    file = Path(cfg.output_dir) / CONFIG
+    saved = saved_config(checkpoint, file)
     if saved is not None:
         yield from _config_changes(cfg, saved)
-    yield from _path_changes(cfg, beside)
-    before = told.get(DATA)
+    yield from _path_changes(cfg, file)
+    before = metadata.get(DATA)
     if isinstance(before, dict):
         for key, now in data.items():
             if before.get(key, now) != now:
                 yield Change(f"the content of {key}", before[key], now)
     for key, is_used in (("optimizer", True), ("trained", cfg.solver.ema.enabled)):
-        if is_used and not told.get(key):
+        if is_used and not metadata.get(key):
             yield Change(f"the state '{key}' of the checkpoint", "saved with it", "missing")
 
 
 def _config_changes(cfg: Config, saved: Config) -> Iterator[Change]:
-    """Both for as many processes, as the learning rate, the batch and the schedule are scaled to them."""
+    """Compare both configs, scaled to the same number of processes: it decides learning rate and schedule."""
     before, now = saved.solver.reference_world_size, cfg.solver.reference_world_size
     rescaled = now not in (0, before)
     scaled = scale_config(cfg, before or world_size()) if rescaled else cfg
@@ -166,10 +166,10 @@ def _config_changes(cfg: Config, saved: Config) -> Iterator[Change]:
             yield Change(key, old[key], value)
 
 
-def _path_changes(cfg: Config, beside: Path) -> Iterator[Change]:
-    """Of data and first weights, which the run's ``config.yaml`` alone tells."""
+def _path_changes(cfg: Config, file: Path) -> Iterator[Change]:
+    """Compare the paths of data and first weights, which only the run's ``config.yaml`` holds."""
     try:
-        saved = with_absolute_paths(load_config(beside))
+        saved = with_absolute_paths(load_config(file))
     except UserError:  # it is gone or damaged
         return
     cfg = with_absolute_paths(cfg)
@@ -198,7 +198,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything that is no group; registered datasets are one value."""
+    """Yield dotted keys and values; all registered datasets together are one value."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name != "DATASETS.REGISTER":
@@ -207,12 +207,12 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield name, value
 
 
-def saved_config(checkpoint: Checkpoint, beside: Path | None = None) -> Config | None:
+def saved_config(checkpoint: Checkpoint, file: Path | None = None) -> Config | None:
     """Return the config that a checkpoint was saved with; keys that it lacks have their defaults.
 
     Args:
         checkpoint: of a run.
-        beside: the run's ``config.yaml``, for a checkpoint that holds none.
+        file: the run's ``config.yaml``, for a checkpoint that holds none.
 
     Returns:
         None where neither can be read, as with files of other programs.
@@ -221,7 +221,7 @@ def saved_config(checkpoint: Checkpoint, beside: Path | None = None) -> Config |
     try:
         if isinstance(text, str):
             return parse_config(text)
-        return load_config(beside) if beside is not None and beside.is_file() else None
+        return load_config(file) if file is not None and file.is_file() else None
     except UserError as error:
         logger.warning("the config of %s is not compared, as it cannot be read: %s", checkpoint.path, error)
         return None

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEST_IS_OF = ("DATASETS.TEST", "SOLVER.BEST_CHECKPOINT_METRIC")
-"""Keys that decide what was best so far: where one has changed, no evaluation has counted yet."""
+"""Keys that the best value so far depends on; when one has changed, that value does not count."""
 
 
 @dataclass
@@ -163,7 +163,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     run = Run(cfg, device, model, make_state(cfg, model), loader, dataset, tests, data, start)
     if checkpoint is not None:
         run.state.restore(known, str(checkpoint.path))
-        # That of the last iteration: if nothing is left to train, it is saved once more.
+        # The rate of the last iteration: without anything left to train, it is saved again.
         set_learning_rate(run.state.optimizer, learning_rate_factor(cfg, max(start - 1, 0)))
         if not any(change.key.removeprefix("the content of ").startswith(BEST_IS_OF) for change in changes):
             run.best = float(known.get("best", -1.0))
@@ -173,7 +173,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
 
 
 def _first_iteration(cfg: Config, checkpoint: Checkpoint | None) -> int:
-    """The iteration after a checkpoint's.
+    """Return the iteration after that of a checkpoint.
 
     With ``SOLVER.REFERENCE_WORLD_SIZE`` and other processes than before, iterations are of another batch: it
     is the one before which as many images were seen, rounded down.
@@ -250,7 +250,7 @@ def open_run_folder(run: Run, resume: bool = False) -> None:
 
 
 def _is_first_attempt(run: Run) -> bool:
-    """Whether the folder holds this run as it was killed before its first checkpoint, with whatever seed."""
+    """Return whether the folder holds this run, killed before its first checkpoint; any seed counts."""
     if restart_count() > 0:
         return True
     try:

@@ -1,4 +1,4 @@
-"""The files of a run's folder that say what it is: they hold from every folder, and when it was moved."""
+"""Write ``config.yaml`` and ``environment.json`` of a run: their paths are valid from every folder."""
 
 from __future__ import annotations
 

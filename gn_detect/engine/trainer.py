@@ -81,7 +81,7 @@ def train(
                 training_loop(run, writer, interruption)
                 results = finish(run, writer, interruption)
             except Interrupted:
-                # Whatever was trained is saved before it is evaluated.
+                # Weights are saved before they are evaluated.
                 leave(interruption.requested(), "during an evaluation; --resume repeats it")
         return results
 
@@ -136,7 +136,7 @@ def training_loop(run: Run, writer: MetricsWriter | None, interruption: Interrup
         stop = interruption.requested()
         report_now = is_due(done, solver.log_period) or save_now or evaluate_now
         check_finite(run, meter, now=report_now or bool(stop))
-        # Saved before the evaluation, which may fail or be killed, and with its outcome after it.
+        # The checkpoint is saved before the evaluation, which may fail or be killed, and again after it.
         run.evaluate_first = evaluate_now or (last and bool(run.tests))
         if report_now:
             check_folder(run, writer, iteration, meter.state())
@@ -342,7 +342,7 @@ def finish(run: Run, writer: MetricsWriter | None, interruption: Interruption) -
                 model = cast(MaskRCNN, run.state.evaluated)
                 show = None if writer is None else partial(writer.add_picture, iteration=last)
                 draw_test_images(run.cfg, model, test_set, Path(run.folder) / "pictures", show)
-    if interruption.requested():  # the others wait here for the first
+    if interruption.requested():  # the other processes wait here for the first
         raise Interrupted
     check_folder(run, writer, last)
     logger.info("finished: see %s", run.folder)

@@ -251,7 +251,7 @@ def _events_in(folder: Path, start: int) -> EventsWriter | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """Split at line feeds alone: a damaged byte may be another of the characters that end lines."""
+    """Return the lines, split at line feeds only: a damaged byte may be another separator of lines."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return text.removesuffix("\n").split("\n") if text else []
 
@@ -266,7 +266,7 @@ def _iteration(line: str) -> float:
 
 
 def _is_evaluation(line: str) -> bool:
-    """Tell the lines of evaluations, whose keys all have a ``/``, from those of training."""
+    """Return whether an evaluation wrote the line, not training."""
     return "total_loss" not in json.loads(line)
 
 

@@ -45,20 +45,20 @@ Metrics = dict[str, dict[str, float]]
 
 
 class Interrupted(Exception):
-    """An evaluation was told to stop."""
+    """A signal ended an evaluation."""
 
 
 class Stop(Protocol):
-    """Tells an evaluation to stop; :class:`gn_detect.engine.interruption.Interruption` does."""
+    """A request to stop, such as :class:`gn_detect.engine.interruption.Interruption`."""
 
     def seen(self) -> bool:
-        """Whether some process was told to, as far as this one knows."""
+        """Return whether this process knows of a request to any process."""
 
     def requested(self) -> int:
-        """Whether any process was told to: all of a group ask this together, and get one answer."""
+        """Return whether there was a request to any process; all processes call this together."""
 
     def at_once(self) -> AbstractContextManager[None]:
-        """Raise Interrupted in the midst of what is done within."""
+        """Let a request end the block with Interrupted."""
 
 
 class Detector(Protocol):
@@ -138,7 +138,7 @@ def _encode(detections: Detections, size: tuple[int, int] | None) -> Iterator[di
 
 
 def _moved(masks: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Each of (N, H, W) masks on the CPU, moved there some at a time, as of :func:`paste_one_by_one`."""
+    """Yield (N, H, W) masks one by one as :func:`paste_one_by_one` does, moved to the CPU some at a time."""
     for part in masks.split(max(1, _MOVED_BYTES // (masks.shape[1] * masks.shape[2]))):
         yield from ((0, 0, mask) for mask in part.cpu())
 
@@ -254,7 +254,7 @@ def _send_results(
 
 
 def _agree(stop: Stop | None) -> None:
-    """Processes that have detected everything, or were told to stop, leave together or go on together."""
+    """Raise Interrupted in all processes together, or in none."""
     if stop is not None and stop.requested():
         raise Interrupted
 
@@ -288,7 +288,7 @@ def _detect(
 ) -> Iterator[list[dict[str, Any]]]:
     """This process's detections, image by image. Masks become RLE at once: bitmaps would fill the memory.
 
-    They end early where one process was told to stop.
+    They end early when a process is asked to stop.
     """
     seconds = {"data": 0.0, "model": 0.0, "results": 0.0}
     images = 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from gn_detect.config import Config, load_config
-from gn_detect.engine import launch, scale_config, train
+from gn_detect.engine import evaluate, launch, scale_config, train
 from gn_detect.engine.distributed import (
     check_launch,
     check_synchronised_norms,
@@ -153,6 +154,10 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
         results = json.loads((folder / "run" / "inference" / "tiny_test" / RESULTS).read_text())
         evaluated.append(sorted({result["image_id"] for result in results}))
     assert evaluated == [[1, 2, 3], [1, 2, 3]]
+    results = (folder / "run" / "results.json").read_bytes()
+    (folder / "run" / "results.json").unlink()
+    launch(partial(evaluate, resume=True), (cfg,), device="cpu", num_gpus=2)
+    assert (folder / "run" / "results.json").read_bytes() == results
     start = build_model_like(cfg)
     moved = max(float((weights[0][k] - start[k]).abs().max()) for k in start)
     difference = max(float((weights[0][k] - weights[1][k]).abs().max()) for k in start)
