@@ -91,7 +91,7 @@ def convert_state_dict(
 
 
 def _refuse_quantized(tensors: Mapping[str, Tensor], norms: set[str]) -> None:
-    """A quantization-aware convolution reads the statistics of the BatchNorm inside it."""
+    """Refuse quantization-aware layers, which read the statistics of the BatchNorm inside them."""
     layers = {name.rpartition("weight_fake_quant.")[0] for name in tensors if "weight_fake_quant." in name}
     for norm in sorted(norms):
         parent = norm.removesuffix(norm.rpartition(".")[2])

@@ -1,7 +1,7 @@
 """COCO files as tools write them, brought into the one form that :mod:`.coco_rules` asks for.
 
-What has one obvious reading is read and counted: ``"12"`` and ``12.0`` for 12, a flat list for a polygon.
-Whatever has none stays as it is, and the rules refuse it.
+A value with one obvious reading is read and counted: ``"12"`` and ``12.0`` for 12, a flat list for a polygon.
+A value without one stays as it is, and the rules refuse it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class CocoFile:
 
 
 def as_number(value: Any) -> int | float | None:
-    """The number that a JSON value is, or that its text spells; None for anything else, also for a bool."""
+    """Return the number that a JSON value is, or that its text spells; None for all else, also for a bool."""
     if type(value) in _NUMBERS:
         return value
     if isinstance(value, str) and len(value) <= _LONGEST_NUMBER and _NUMBER.fullmatch(value):
@@ -101,7 +101,7 @@ def as_number(value: Any) -> int | float | None:
 
 
 def as_integer(value: Any) -> int | None:
-    """The integer that a JSON value is (1, 1.0, ``"1"``); None for anything else."""
+    """Return the integer that a JSON value is (1, 1.0, ``"1"``); None for anything else."""
     number = as_number(value)
     if isinstance(number, float):
         return int(number) if number.is_integer() else None
@@ -109,7 +109,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def as_mask(given: Any) -> tuple[Any, set[str]]:
-    """A ``segmentation`` as a list of flat polygons or as an RLE.
+    """Return a ``segmentation`` as a list of flat polygons or as an RLE.
 
     Returns:
         itself where it is one, or has no obvious reading; and the kinds of :data:`NOTES`.
@@ -134,7 +134,7 @@ def as_mask(given: Any) -> tuple[Any, set[str]]:
 
 
 def as_box(given: Any) -> tuple[Any, set[str]]:
-    """A ``bbox`` as a list of numbers, as :func:`as_mask`."""
+    """Return a ``bbox`` as a list of numbers, as :func:`as_mask` does."""
     if type(given) is list and _NUMBERS.issuperset(map(type, given)):
         return given, set()
     kinds: set[str] = set()
@@ -150,7 +150,7 @@ def as_box(given: Any) -> tuple[Any, set[str]]:
 
 
 def canonical(source: Mapping[str, Any], path: Path) -> CocoFile:
-    """A COCO file's content in canonical form.
+    """Bring a COCO file's content into canonical form.
 
     Args:
         source: the JSON's content, which is left as it is.
@@ -160,16 +160,16 @@ def canonical(source: Mapping[str, Any], path: Path) -> CocoFile:
 
 
 def has_masks(content: Mapping[str, Any]) -> bool:
-    """Whether some object of a file in canonical form has a mask; boxes are all there is otherwise.
+    """Return whether some object of a file in canonical form has a mask; there are boxes alone otherwise.
 
-    Crowds do not count: in datasets of boxes they may be RLE, too, and nothing is learned from them.
+    Crowds do not count: a dataset of boxes may have RLE crowds, and training learns nothing from them.
     """
     entries = (entry for entry in content["annotations"] if isinstance(entry, dict))
     return any(has_mask(entry) for entry in entries if not entry.get("iscrowd"))
 
 
 def has_mask(entry: Mapping[str, Any]) -> bool:
-    """Whether an annotation has a segmentation with something in it."""
+    """Return whether an annotation has a segmentation with something in it."""
     mask = entry.get("segmentation")
     return any(mask) if isinstance(mask, list) else bool(mask)  # [[]] is a polygon without a corner
 
@@ -203,7 +203,7 @@ class _Reader:
         )
 
     def _read_all(self, key: str, entries: list[Any], read: Any) -> list[Any]:
-        """The same list where there is nothing to change."""
+        """Read all entries; return the same list where there is nothing to change."""
         noun = {"images": "image", "categories": "category", "annotations": "annotation"}[key]
         quick = key == "annotations" and not any(self.numbered.values())
         changed: dict[int, Any] = {}
@@ -273,7 +273,7 @@ class _Reader:
             kinds.add("no-bbox")
 
     def _id(self, entry: dict[str, Any], key: str, owner: str, kinds: set[str]) -> None:
-        """The integer for an id: the number that it is, or the one that it was given."""
+        """Put the integer in the place of an id: the number that it is, or the one that it was given."""
         given = entry.get(key)
         number = as_integer(given)
         if is_integer(number):
@@ -289,8 +289,12 @@ class _Reader:
 
 
 def box_of_mask(polygons: list[list[float]], rle: bytes, image: ImageRecord) -> list[float] | None:
-    """``xywh`` around the part of a mask in the image, as :meth:`.Rules.segmentation` reads masks; None where
-    there is no such part."""
+    """Return ``xywh`` around the part of a mask in the image; None where there is no such part.
+
+    Args:
+        polygons, rle: as :meth:`.Rules.segmentation` returns them.
+        image: of the mask.
+    """
     if rle:
         box = coco_mask.toBbox({"size": [image.height, image.width], "counts": rle}).tolist()
     elif polygons:
@@ -307,12 +311,12 @@ def _has_id(entry: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """What can be an id, and is no integer of 64 bits."""
+    """Return whether a value can be an id that gets a number: text, or an integer of any length."""
     return isinstance(value, str) or type(value) is int
 
 
 def _number_ids(entries: list[Any]) -> dict[Any, int]:
-    """Numbers for ids that are no integers, in order of appearance, from the first that is free."""
+    """Number the ids that are no integers, in order of appearance, from the first free number on."""
     ids: list[Any] = [entry.get("id") for entry in entries if isinstance(entry, dict)]
     if {int}.issuperset(map(type, ids)) and all(map(is_integer, [min(ids, default=0), max(ids, default=0)])):
         return {}
@@ -338,7 +342,7 @@ def _spelt_otherwise(given: Any, read: Any) -> dict[int, Any]:
 
 
 def _is_plain(entry: Any) -> bool:
-    """Whether an annotation has nothing to convert; quick, as COCO's own files have a million of them."""
+    """Return whether an annotation has nothing to convert; COCO's own files have a million of them."""
     if type(entry) is not dict:
         return False
     get = entry.get
@@ -380,12 +384,12 @@ def _is_plain_mask(given: Any) -> bool:
 
 
 def _lists_numbers(counts: str) -> bool:
-    """Whether counts can be numbers in text; compressed ones have neither character."""
+    """Return whether counts may be numbers in text; compressed counts have neither character."""
     return "," in counts or " " in counts
 
 
 def _is_blank(value: Any) -> bool:
-    """Whether a value is what tables write for an empty cell: nan, or text without a character."""
+    """Return whether a value is what tables write for an empty cell: nan, or blank text."""
     return (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
 
 
@@ -433,7 +437,7 @@ def _as_rle(given: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
 
 
 def _integers(given: Iterable[Any], kinds: set[str]) -> list[int] | None:
-    """None where one of them is no integer."""
+    """Return integers; None where a value is none."""
     numbers = [as_integer(value) for value in given]
     if any(number is None for number in numbers):
         return None
@@ -444,7 +448,7 @@ def _integers(given: Iterable[Any], kinds: set[str]) -> list[int] | None:
 
 
 def _numbers(given: Iterable[Any], kinds: set[str]) -> list[float] | None:
-    """None where one of them is no number."""
+    """Return numbers; None where a value is none."""
     numbers = [as_number(value) for value in given]
     if any(number is None for number in numbers):
         return None
@@ -454,7 +458,7 @@ def _numbers(given: Iterable[Any], kinds: set[str]) -> list[float] | None:
 
 
 def _outlines(given: Any, kinds: set[str], depth: int) -> list[list[float]] | None:
-    """The polygons of a list of numbers, of pairs, of polygons or of such lists; None where it is none."""
+    """Return the polygons of a list of numbers, of pairs, of polygons or of such lists; None for others."""
     if isinstance(given, str):
         given = _parsed(given)
         kinds.add("mask-form")
@@ -483,7 +487,7 @@ def _outlines(given: Any, kinds: set[str], depth: int) -> list[list[float]] | No
 
 
 def _parsed(text: str) -> Any:
-    """The list or object that a text holds as JSON, or the numbers that it lists; None for other text.
+    """Return the list or object that a text holds as JSON, or the numbers that it lists; None for others.
 
     Python's tuples are lists, too.
     """

@@ -134,7 +134,7 @@ class CocoDataset:
 
 
 def _missing(folder: Path, missing: Mapping[str, str | None]) -> str:
-    """One message for all missing images: those that are there under another name first."""
+    """Return one message for all missing images: those that are there under another name first."""
     renamed = [name for name, other in missing.items() if other]
     first, others = (renamed or [*missing])[0], len(renamed or missing) - 1
     what = f"image {folder / first}" + (f" and {others} more" if others else "")

@@ -131,12 +131,12 @@ def read_image_list(path: Path, folder: Path, outside: bool = False) -> list[Pat
 
 
 def load_coco(path: Path, lists: tuple[str, ...] = LISTS) -> dict[str, Any]:
-    """The content of :func:`read_canonical`."""
+    """Return the content that :func:`read_canonical` reads."""
     return read_canonical(path, lists).content
 
 
 def read_canonical(path: Path, lists: tuple[str, ...] = LISTS) -> CocoFile:
-    """A COCO file in canonical form; of its entries nothing has been checked.
+    """Read a COCO file into canonical form; the entries are not checked.
 
     Every reader of annotations begins here.
 
@@ -174,7 +174,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def check_lists(content: Any, lists: tuple[str, ...], path: str | Path) -> None:
-    """Whether a JSON's content can be COCO at all.
+    """Refuse content of a JSON file that cannot be COCO at all.
 
     Raises:
         UserError: it is no object with the lists.

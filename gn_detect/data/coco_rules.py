@@ -71,7 +71,7 @@ def is_coordinate(value: Any) -> bool:
 
 
 def extent_of(numbers: Sequence[Any]) -> tuple[float, float] | None:
-    """The least and the greatest of coordinates; None where one is none, as :func:`is_coordinate` says."""
+    """Return the least and the greatest coordinate; None where a value is none (:func:`is_coordinate`)."""
     if not _NUMBERS.issuperset(map(type, numbers)):
         return None
     low, high = min(numbers), max(numbers)
@@ -154,7 +154,7 @@ class Rules:
         return value
 
     def whole(self, content: Mapping[str, Any]) -> None:
-        """What the entries say only together: that there are not too many categories, and the unit of length.
+        """Check the entries together: the number of categories, and the unit of length.
 
         Raises:
             DataError: boxes or polygons are fractions of the image. A few may be as small as that, and in the
@@ -173,7 +173,7 @@ class Rules:
         self._unit("segmentations", entries, map(has_fraction_mask, entries))
 
     def _unit(self, noun: str, entries: list[dict[str, Any]], fractions: Iterable[bool | None]) -> None:
-        """``fractions`` says it for each entry, None where there is nothing to tell it by."""
+        """Refuse fractions; ``fractions`` has True or False for each entry, None where it cannot be told."""
         number, wrong = 0, []
         for entry, answer in zip(entries, fractions, strict=True):
             number += answer is not None
@@ -423,7 +423,7 @@ def is_polygons(value: Any) -> TypeGuard[list[list[float]]]:
 
 
 def _is_larger(image: Any) -> bool:
-    """Whether boxes as small as fractions would be a small part of an image."""
+    """Return whether boxes as small as fractions would be a small part of an image."""
     sides = (image.get("height"), image.get("width")) if isinstance(image, dict) else ()
     return any(is_integer(side) and side > 4 for side in sides)
 

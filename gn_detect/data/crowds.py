@@ -15,7 +15,7 @@ from .faults import FAULTS
 from .rle import read_runs
 
 MANY = 0.05
-"""Share of crowds among objects from which nearly nobody means them."""
+"""Share of crowds among objects above which nearly nobody means them."""
 
 _LOOKED_AT = 200
 """Crowds, spread over the file."""
@@ -46,22 +46,22 @@ class Crowds:
 
     @property
     def many(self) -> bool:
-        """Whether they are too many to be meant."""
+        """Return whether there are too many crowds for all to be meant."""
         return self.crowds > MANY * self.objects
 
     @property
     def single(self) -> bool:
-        """Whether most of them look like single objects."""
+        """Return whether most crowds look like single objects."""
         return self.blobs * 2 > self.looked_at
 
     @property
     def dubious(self) -> bool:
-        """Whether a user should look at them."""
+        """Return whether a user should look at the crowds."""
         return self.many or self.single
 
     @property
     def found(self) -> str:
-        """Counts in words."""
+        """Return the counts in words."""
         text = f"{self.crowds} of {self.objects} objects are crowds ('iscrowd' 1) and left out of training"
         if not self.single:
             return text
@@ -75,7 +75,7 @@ class Crowds:
 
 
 def count_crowds(content: Mapping[str, Any]) -> Crowds:
-    """Crowds of a file in canonical form, whose entries may still be wrong."""
+    """Count the crowds of a file in canonical form, whose entries may still be wrong."""
     entries = [entry for entry in content["annotations"] if isinstance(entry, dict)]
     crowds = [entry for entry in entries if entry.get("iscrowd") == 1]
     some = crowds[:: -(-len(crowds) // _LOOKED_AT)] if crowds else []
@@ -85,7 +85,7 @@ def count_crowds(content: Mapping[str, Any]) -> Crowds:
 
 
 def _is_blob(entry: dict[str, Any]) -> bool:
-    """Whether a mask is one small connected region; no for a mask that is none."""
+    """Return whether a mask is one small connected region; False for a damaged mask."""
     mask = entry.get("segmentation")
     if not isinstance(mask, dict):
         return False
@@ -101,7 +101,7 @@ def _is_blob(entry: dict[str, Any]) -> bool:
 
 
 def _is_connected(runs: np.ndarray, height: int) -> bool:
-    """Whether the pixels of runs, down the columns, are one region, neighbours at corners included."""
+    """Return whether the pixels of runs, down the columns, are one region, joined at corners, too."""
     ends = np.cumsum(runs)
     starts = ends - runs
     if ((ends[1::2] - 1) // height - starts[1::2] // height).sum() > _MOST_RUNS:
@@ -132,7 +132,7 @@ def _is_connected(runs: np.ndarray, height: int) -> bool:
 
 
 def _by_column(start: int, end: int, height: int) -> list[tuple[int, int, int]]:
-    """Column, first and last row of the parts of a run of pixels."""
+    """Return column, first and last row of the parts of a run of pixels."""
     return [
         (column, max(start - column * height, 0), min(end - column * height, height) - 1)
         for column in range(start // height, (end - 1) // height + 1)

@@ -171,7 +171,7 @@ def _place(scene: Scene, new: SceneObject) -> bool:
 
 
 def _reach(points: np.ndarray, box: tuple[int, int, int, int]) -> float:
-    """Pixels by which (K, 2) points reach beyond an ``x, y, width, height`` box."""
+    """Return the pixels by which (K, 2) points reach beyond an ``x, y, width, height`` box."""
     low, high = np.array(box[:2]), np.array(box[:2]) + box[2:]
     return float(max((low - points).max(), (points - high).max()))
 

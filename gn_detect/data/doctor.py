@@ -97,7 +97,7 @@ class Diagnosis:
         return "\n".join([*map(printable, lines), "", f"{total}, {notes}{self._hint()}"])
 
     def _hint(self) -> str:
-        """What ``--fix`` would do."""
+        """Say what ``--fix`` would do."""
         done = [
             f"{verb} {count}"
             for verb, count in (("repairs", self.fix.num_changes), ("removes", len(self.fix.removals)))
@@ -136,7 +136,7 @@ def examine(
 def _fix(
     reading: Reading, parts: Sequence[Part], findings: Sequence[Finding], probes: Probes | None, crowds: bool
 ) -> Repair:
-    """The repaired copy of the first part; without a look at its entries where nothing is to be mended."""
+    """Return the repaired copy of the first part; entries are looked at where there is something to mend."""
     mended = Repair.of(reading.content)
     if any(FAULTS[finding.kind].fix for finding in findings) or not crowds:
         mended = repair(reading.content, reading.rules, probes, leaked_paths(parts), reading.masks, crowds)
@@ -206,7 +206,7 @@ def _heading(part: Part) -> str:
 
 
 def _classes(part: Part) -> list[dict[str, Any]]:
-    """Number and sizes of the objects of each class, crowds left out; the most frequent first."""
+    """Return number and sizes of the objects of each class without crowds, the most frequent first."""
     order = sorted(part.categories, key=lambda key: (-part.category_counts[key], key))
     return [{"id": key, "name": part.categories[key], **_sizes([key], part)} for key in order]
 
@@ -224,7 +224,7 @@ def _sizes(keys: Sequence[int], part: Part) -> dict[str, Any]:
 
 
 def _per_image(part: Part) -> dict[str, float] | None:
-    """Objects in an image, crowds left out; None without an image."""
+    """Return how many objects images have, crowds left out; None without an image."""
     counts = [part.image_counts[key] for key in part.images]
     if not counts:
         return None
@@ -232,7 +232,7 @@ def _per_image(part: Part) -> dict[str, float] | None:
 
 
 def _table(part: Part) -> list[str]:
-    """A row for each class, and objects in an image."""
+    """Return a row for each class, and how many objects images have."""
     classes = _classes(part)
     shown = classes[:_MOST_CLASSES]
     rows = [(_fit(row["name"]), row) for row in shown]
@@ -256,7 +256,7 @@ def _table(part: Part) -> list[str]:
 
 
 def _fit(name: str) -> str:
-    """A name on one line of bounded length."""
+    """Return a name on one line of bounded length."""
     text = printable(name)
     return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."
 

@@ -65,7 +65,7 @@ class Part:
 
     @property
     def sizes(self) -> list[float]:
-        """``sides`` of all categories."""
+        """Return the ``sides`` of all categories."""
         return [side for sides in self.sides.values() for side in sides]
 
     def add(self, kind: str, detail: str, **about: Any) -> None:
@@ -275,7 +275,7 @@ class _AnnotationChecker:
         what: str,
         about: dict[str, Any],
     ) -> bool:
-        """False for polygons that are all too short: training leaves out their object."""
+        """Check a mask; False for polygons that are all too short: training leaves out their object."""
         part, given = self.part, entry.get("segmentation")
         polygons, rle = part.rules.segmentation(given, image, what)
         if crowd and isinstance(given, list):

@@ -128,7 +128,7 @@ def _multiply_fractions(reading: Reading) -> None:
 
 
 def _tell_of_some(reading: Reading) -> None:
-    """Boxes that look like fractions in a file of pixels; only a person can decide."""
+    """Report boxes that look like fractions in a file of pixels; only a person can decide."""
     for entry in reading.content["annotations"]:
         box = entry.get("bbox") if isinstance(entry, dict) else None
         if isinstance(entry, dict) and is_box(box) and min(box[2:]) > 0 and are_fractions([box]):
@@ -167,6 +167,6 @@ def _multiplied(
 
 
 def _times(numbers: list[float], size: tuple[int, int]) -> list[float]:
-    """Numbers ``x, y, ...`` times width and height; 8.000000000000002 becomes 8."""
+    """Multiply numbers ``x, y, ...`` by width and height; 8.000000000000002 becomes 8."""
     products = (round(float(number) * size[place % 2], 6) for place, number in enumerate(numbers))
     return [int(product) if product.is_integer() else product for product in products]

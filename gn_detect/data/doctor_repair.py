@@ -53,7 +53,7 @@ class Repair:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Repair:
-        """A copy in which nothing is changed yet."""
+        """Return a copy in which nothing is changed yet."""
         return cls(dict(content), {key: len(content[key]) for key in _NOUNS})
 
     def mend(self, what: str, change: str) -> None:

@@ -50,7 +50,7 @@ class Fault:
 
     @property
     def fix(self) -> str:
-        """What ``--fix`` does about it, in words; empty if only a person can decide."""
+        """Say what ``--fix`` does about it; empty if only a person can decide."""
         if self.repair and self.removal:
             return f"{self.repair}; where it cannot, it removes {self.removal}"
         return self.repair or (f"removes {self.removal}" if self.removal else "")

@@ -72,7 +72,7 @@ class _Folders:
         self.folded: dict[str, dict[str, list[str]]] = {}
 
     def names(self, folder: str) -> frozenset[str]:
-        """Names of files and folders in a folder; none where it cannot be listed."""
+        """Return the names of files and folders in a folder; none where it cannot be listed."""
         if folder not in self.listed:
             try:
                 self.listed[folder] = frozenset(os.listdir(self.root / folder))
@@ -81,17 +81,17 @@ class _Folders:
         return self.listed[folder]
 
     def holds(self, name: str) -> bool:
-        """Whether there is an entry of exactly this name."""
+        """Return whether there is an entry of exactly this name."""
         folder, last = os.path.split(name)
         return last in self.names(folder)
 
     def reading(self, name: str) -> str | None:
-        """The one entry that the readings of a name lead to."""
+        """Return the one entry that the readings of a name lead to; None for several."""
         found = {hit for parts in _readings(name) if (hit := self._longest(parts))}
         return found.pop() if len(found) == 1 else None
 
     def _longest(self, parts: list[str]) -> str | None:
-        """The entry at the end of a path, of which as few leading folders as possible are taken off."""
+        """Return the entry at the end of a path; as few leading folders as possible are taken off."""
         for first in range(len(parts)):
             hits = self._below("", parts[first:])
             if hits:
@@ -107,7 +107,7 @@ class _Folders:
         return [hit for path in paths for hit in self._below(path, parts[1:])]
 
     def _alike(self, folder: str, name: str) -> list[str]:
-        """Entries whose names differ in case or Unicode form alone."""
+        """Return the entries whose names differ in case or Unicode form alone."""
         if folder not in self.folded:
             folded: defaultdict[str, list[str]] = defaultdict(list)
             for entry in self.names(folder):
@@ -117,8 +117,8 @@ class _Folders:
 
 
 def _readings(name: str) -> Iterator[list[str]]:
-    """Components of the paths that a name may mean."""
-    texts = [name, unquote_plus(name)]
+    """Yield the components of each path that a name may mean."""
+    texts = [name, unquote_plus(name)] if "+" in name else [name]
     for query in re.findall(r"[?&]d=([^&]+)", name):
         texts += [query, unquote_plus(query)]
     if "?" in name:

@@ -177,7 +177,7 @@ _YOLO_LINE = re.compile(r"\d+(\s+-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?){4,}", re.IGNOR
 
 
 def _kind_of_xml(text: str) -> str:
-    """Of the first tag alone: nothing that the file defines is expanded."""
+    """Tell the kind by the first tag alone: nothing that the file defines is expanded."""
     tag = re.search(r"<([A-Za-z_][\w.-]*)", text)
     return {"annotation": "voc", "annotations": "cvat"}.get(tag[1].lower() if tag else "", "")
 
@@ -200,7 +200,7 @@ def _kind_of_json_text(text: str) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Some files of a folder and of those in it; of text files alone, as folders may hold many images."""
+    """Yield some text files of a folder and of the folders in it, which may hold many images."""
     folders = [folder]
     for _ in range(3):
         below: list[Path] = []

@@ -70,8 +70,9 @@ def evaluate_results(
 def evaluate_categories(
     truth: GroundTruth, detections: Iterable[dict[str, Any]], iou_type: str, backend: str
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """:func:`precision_and_recall` of the categories that have annotations, some at a time: evaluators take
-    100 KB for each category, and more for each category and image.
+    """Evaluate the categories that have annotations, some at a time, with :func:`precision_and_recall`.
+
+    Evaluators take 100 KB for each category, and more for each category and image.
 
     Args:
         truth, detections: as :mod:`.coco_data` prepares them.
@@ -99,7 +100,7 @@ def evaluate_categories(
 
 
 def _select(precision: np.ndarray, recall: np.ndarray) -> dict[str, np.ndarray]:
-    """What each of :data:`METRICS` is the mean of."""
+    """Return the values whose mean each of :data:`METRICS` is."""
     return {
         "AP": precision[..., _ALL, _MAX_100],
         "AP50": precision[_IOU_50, ..., _ALL, _MAX_100],

@@ -201,7 +201,7 @@ def to_rle(segmentation: Any, size: Size) -> Json | None:
 
 
 def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
-    """:func:`to_rle` of a canonical segmentation; where the image's size is unknown, an RLE says it."""
+    """Encode a canonical segmentation as :func:`to_rle`; an RLE says an image's size that is unknown."""
     if size is None and isinstance(given, dict):
         found = given.get("size")
         if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int and n > 0 for n in found):
@@ -257,7 +257,7 @@ class _DetectionReader:
         self.spelt = [{spelt: i for i, spelt in ids.items()} for ids in (file.image_ids, file.category_ids)]
 
     def read(self, entries: list[tuple[int, Any]]) -> list[Json]:
-        """Detections with their numbers, at most as many as pycocotools can measure."""
+        """Read detections with their numbers, at most as many as pycocotools can measure."""
         detections = [self._read_one(given, number) for number, given in entries]
         if self.iou_type == "segm":
             masks = [detection["segmentation"] for detection in detections]

@@ -52,7 +52,7 @@ class MaskRCNN(nn.Module):
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The memory format of weights and images. A bool is stored: ``torch.save`` cannot pickle formats."""
+        """Return the format of weights and images. A bool is stored: ``torch.save`` cannot pickle formats."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
@@ -175,7 +175,7 @@ def image_size(image: Tensor) -> tuple[int, int]:
 def rescale(
     detections: Detections, size: tuple[int, int], original: tuple[int, int], paste: bool = True
 ) -> Detections:
-    """Detections of an image of ``size`` (height, width) in the pixels of ``original``.
+    """Scale detections of an image of ``size`` (height, width) to the pixels of ``original``.
 
     Args:
         detections: boxes in pixels of ``size``; masks (D, S, S) probabilities inside the boxes, or None.

@@ -168,7 +168,7 @@ def paste_one_by_one(
 def _paste_in_chunks(
     masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
 ) -> Iterator[Tensor]:
-    """On an accelerator whole images are computed, many at a time: (chunk, height, width) bool each.
+    """Compute whole images, many at a time, on an accelerator: (chunk, height, width) bool each.
 
     Bilinear resizing is separable, so each mask is two small matrix products in place of a sampling grid.
     """
@@ -195,7 +195,7 @@ def _joined(chunks: Iterable[Tensor], count: int, size: tuple[int, int], device:
 def _paste_each(
     masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """On the CPU only the pixels around each box are computed; see :func:`paste_one_by_one`."""
+    """Compute the pixels around each box alone, on the CPU; see :func:`paste_one_by_one`."""
     height, width = size
     begin = (boxes[:, :2].floor() - 1).clamp(min=0).int().tolist()
     end = (boxes[:, 2:].ceil() + 1).int().tolist()

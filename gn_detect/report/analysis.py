@@ -125,7 +125,7 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
 def _curves(
     truth: Truth, results: Path, iou_type: str, threshold: float, shown: dict[int, Json]
 ) -> dict[str, np.ndarray]:
-    """Precision by recall; detections from the threshold on go into ``shown``, by number, on their way."""
+    """Return precision by recall; put detections from the threshold on into ``shown``, by number."""
     prepared = prepare_ground_truth(truth.content, iou_type)
     image_ids, category_ids = list(prepared.images), list(prepared.categories)
 

@@ -155,7 +155,7 @@ def read_results(path: Path) -> dict[str, dict[str, float | None]]:
 
 
 def _percent(value: Any, label: str) -> float | None:
-    """None for null and nan: COCO defines no value there."""
+    """Return a percentage; None for null and nan, where COCO defines no value."""
     if value is None or value != value:
         return None
     if type(value) not in (int, float) or not -1 <= value <= 100.001:

@@ -162,7 +162,7 @@ class Crop:
 
     @property
     def place(self) -> tuple[slice, slice]:
-        """Rows and columns in the image."""
+        """Return rows and columns in the image."""
         height, width = self.inside.shape
         return slice(self.top, self.top + height), slice(self.left, self.left + width)
 
@@ -173,7 +173,7 @@ asked for: all those of a large image are several GB."""
 
 
 def crop_mask(mask: np.ndarray, top: int = 0, left: int = 0) -> Crop | None:
-    """The object in a bool mask, off which ``top`` rows and ``left`` columns were cut; None without one."""
+    """Return the object in a bool mask that begins at row ``top`` and column ``left``; None without one."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return None
@@ -182,7 +182,7 @@ def crop_mask(mask: np.ndarray, top: int = 0, left: int = 0) -> Crop | None:
 
 
 def mask_outline(mask: Crop | None, scale: float) -> Outline | None:
-    """Smooth closed curves around a mask and its holes, times ``scale``; None without any."""
+    """Return smooth closed curves around a mask and its holes, times ``scale``; None without any."""
     from contourpy import contour_generator
     from matplotlib.path import Path as Outline
 

@@ -51,7 +51,7 @@ def set_text(text: Any, name: str) -> None:
 
 
 def drawable(text: str) -> tuple[str, list[str]]:
-    """What can be drawn of a text, and the font families for it: one line, without its middle if it is long.
+    """Return what can be drawn of a text, on one line of bounded length, and the font families for it.
 
     A character that no font has would be an empty box, the same for all: its escape stands there instead, as
     in ``\\u4eba``. The first time that is said in the log.

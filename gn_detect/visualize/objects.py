@@ -85,14 +85,14 @@ def above(detections: Detections, score_threshold: float) -> Detections:
 
 
 def bitmaps(detections: Detections) -> Masks:
-    """The mask of each detection, or None for each."""
+    """Return the mask of each detection, or None for each."""
     if detections.masks is None:
         return [None] * len(detections)
     return [crop_mask(mask) for mask in detections.masks.numpy()]
 
 
 def target_bitmaps(target: Target, image: np.ndarray) -> Masks:
-    """The mask of each object of the image, or None for each."""
+    """Return the mask of each object of the image, or None for each."""
     masks = [
         crop_mask(mask.numpy() if isinstance(mask, Tensor) else rasterize_polygons(mask, *image.shape[:2]))
         for mask in target.masks or []
@@ -122,7 +122,7 @@ def thinned(masks: Masks, size: tuple[int, int], fills: Sequence[float]) -> list
 
 
 def _mean(values: np.ndarray, where: np.ndarray) -> float:
-    """Of integers; exact, row by row: as many 64-bit numbers as there are pixels would be 200 MB."""
+    """Return the mean of integers, exact, row by row: 64-bit numbers for all pixels would be 200 MB."""
     total = sum(int(row[inside].sum(dtype=np.int64)) for row, inside in zip(values, where, strict=True))
     return total / int(np.count_nonzero(where))
 
@@ -139,7 +139,7 @@ def names_of(labels: Tensor, class_names: Sequence[str]) -> list[str]:
 def _draw(
     image: np.ndarray, boxes: np.ndarray, masks: Masks, labels: Sequence[str], scale: float | None = None
 ) -> np.ndarray:
-    """The image with large objects below small ones, then all labels on top.
+    """Draw large objects below small ones, then all labels on top.
 
     Args:
         image, scale: see :func:`draw_detections`.

@@ -87,7 +87,7 @@ class Checkpoint:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes by label; empty where the file does not tell them."""
+        """Return the names of the classes by label; empty where the file does not tell them."""
         names = self.metadata.get("class_names")
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return list(names)

@@ -23,7 +23,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_list_of(kind: type) -> Callable[[Any], bool]:
-    """Of exactly this type: True is no id."""
+    """Return a check for lists of exactly this type: True is no id."""
     return lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
 
 

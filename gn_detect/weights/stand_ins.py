@@ -154,7 +154,7 @@ _OF_TORCH: list[Any] = [
 
 @contextlib.contextmanager
 def known_to_torch() -> Iterator[None]:
-    """Inside, ``torch.load(weights_only=True)`` makes stand-ins of these names, and knows no others."""
+    """Within, let ``torch.load(weights_only=True)`` make stand-ins of these names, and know no others."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(_OF_TORCH)
@@ -166,7 +166,7 @@ def known_to_torch() -> Iterator[None]:
 
 
 def is_stand_in(value: Any) -> bool:
-    """Whether something is no plain value, array or tensor, but stands for another library's."""
+    """Return whether something is no plain value, array or tensor, but stands for another library's."""
     kinds = (StandIn, ArrayStandIn, DtypeStandIn)
     return isinstance(value, kinds) or (isinstance(value, type) and issubclass(value, kinds))
 
@@ -183,7 +183,7 @@ def without_stand_ins(value: Any) -> Any:
 
 
 def _plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    """As :func:`without_stand_ins`; ``done`` holds what was seen, by id, and keeps it alive."""
+    """Do as :func:`without_stand_ins`; ``done`` holds what was seen, by id, and keeps it alive."""
     if id(value) in done:
         return done[id(value)][1]
     if isinstance(value, type):

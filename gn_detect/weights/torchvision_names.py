@@ -83,7 +83,7 @@ def _of_coco(tensor: Tensor) -> str:
 
 
 def computes_with_eps_0(checkpoint: Checkpoint) -> bool:
-    """Whether these are torchvision's published detectors of version 1, whose BatchNorms have eps 0.
+    """Return whether these are torchvision's published detectors of version 1, whose BatchNorms have eps 0.
 
     Those with MobileNetV3, and the trained BatchNorms of version 2, have another.
     """

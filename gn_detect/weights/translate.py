@@ -41,12 +41,12 @@ class Translation:
 
     @property
     def is_detector(self) -> bool:
-        """Whether it has an RPN or heads, so is more than a backbone or another library's model."""
+        """Return whether it has an RPN or heads, so is more than a backbone or another library's model."""
         return any(name.startswith(("proposal_generator.", "roi_heads.")) for name in self.tensors)
 
     @property
     def is_backbone(self) -> bool:
-        """Whether it has a detector's backbone, with heads or alone."""
+        """Return whether it has a detector's backbone, with heads or alone."""
         return any(name.startswith(BACKBONE) for name in self.tensors)
 
 

@@ -99,6 +99,6 @@ def test_many_names_take_seconds(folder: Path) -> None:
     for number in range(500):
         (folder / f"{number}.png").touch()
     names = [f"C:\\a\\b\\{number}%20.PNG" for number in range(100_000)]
-    begin = time.perf_counter()
+    begin = time.process_time()
     missing_names(folder, names)
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
