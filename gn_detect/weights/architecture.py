@@ -134,8 +134,8 @@ def _check_shapes(checkpoint: Checkpoint, shapes: Shapes) -> None:
     for name, shape in shapes.items():
         if _MATRICES.fullmatch(name) and (len(shape) < 2 or 0 in shape):
             raise UserError(
-                f"{checkpoint.path}: {name} has the shape {list(shape)}, as in no detector; {_REMEDY}, or other "
-                "weights"
+                f"{checkpoint.path}: {name} has the shape {list(shape)}, as in no detector; {_REMEDY}, "
+                "or other weights"
             )
 
 
