@@ -31,6 +31,9 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF
 Pillow itself reads many more, among them PostScript, for which it starts another program.
 """
 
+_PIXELS_AT_ONCE = 1 << 20
+"""That are converted, or copied."""
+
 DARK = 64
 """Of 256: the greys that 14 bits or less leave of a 16-bit greyscale image."""
 
@@ -89,7 +92,7 @@ def read_image(
         with open_image(path) as file:
             if expected_size is not None and sorted(file.size) != sorted(expected_size):
                 raise _other_size(path, file.size, expected_size)  # before the work, and the memory
-            stored = _to_rgb(file, path)
+            stored = _loaded(file, path)
             orientation = _orientation(file)
     except FileNotFoundError as error:
         near = nearby_file(path)
@@ -101,7 +104,7 @@ def read_image(
         raise DataError(
             f"cannot read image {path}: {_one_line(error)}; replace or remove it", "unreadable-image"
         ) from error
-    pixels = np.array(_upright(stored, orientation, expected_size))
+    pixels = _rgb_pixels(_upright(stored, orientation, expected_size))
     if expected_size is not None and pixels.shape[:2] != tuple(expected_size):
         raise _other_size(path, (pixels.shape[1], pixels.shape[0]), expected_size)
     return pixels if channel_order == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
@@ -115,15 +118,25 @@ def _other_size(path: str | Path, found: tuple[int, int], expected: tuple[int, i
     )
 
 
-def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def _loaded(image: Image.Image, path: str | Path) -> Image.Image:
+    """With its pixels in memory, of a mode that :func:`_rgb_pixels` converts."""
     if image.mode == "F":
         raise DataError(f"image {path} has floating-point pixels; convert it to 8 bits", "unreadable-image")
     if is_deep(image):
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "RGB":
-        image.load()  # and no copy: pixels of a photo are 100 MB
-        return image
-    return image.convert("RGB")
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    image.load()
+    return image
+
+
+def _rgb_pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8; some rows at a time, as Pillow's copies take several bytes for each pixel."""
+    width, height = image.size
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    rows = max(1, _PIXELS_AT_ONCE // width)
+    for top in range(0, height, rows):
+        part = image.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = np.asarray(part if part.mode == "RGB" else part.convert("RGB"))
+    return pixels
 
 
 def is_deep(image: Image.Image) -> bool:

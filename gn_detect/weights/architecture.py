@@ -81,6 +81,12 @@ class Architecture:
         return f"{'Mask' if self.has_masks else 'Faster'} R-CNN R-{depth}-{neck} with {norm}"
 
 
+_MATRICES = re.compile(
+    r"(backbone\.fpn_lateral\d|backbone\.bottom_up\.(stem|res2\.0)\.conv\d|roi_heads\.box_head\.(conv|fc)\d+"
+    r"|roi_heads\.box_predictor\.(cls_score|bbox_pred)|roi_heads\.mask_head\.(predictor|deconv))\.weight"
+)
+
+
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
     """The architecture of a checkpoint of any library whose names are known.
 
@@ -95,6 +101,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     has_pyramid = any(name.startswith("backbone.fpn_lateral") for name in shapes)
     if is_detector and not has_pyramid:
         shapes = _with_stages_together(shapes)
+    _check_shapes(checkpoint, shapes)
     keys = _backbone_keys(checkpoint, shapes)
     if is_detector and has_pyramid:
         keys |= _pyramid_keys(checkpoint, shapes)
@@ -122,6 +129,16 @@ def _with_stages_together(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return moved
 
 
+def _check_shapes(checkpoint: Checkpoint, shapes: Shapes) -> None:
+    """What the keys are read from must be matrices, or kernels, with something in them."""
+    for name, shape in shapes.items():
+        if _MATRICES.fullmatch(name) and (len(shape) < 2 or 0 in shape):
+            raise UserError(
+                f"{checkpoint.path}: {name} has the shape {list(shape)}, as in no detector; {_REMEDY}, "
+                "or other weights"
+            )
+
+
 def _backbone_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
     def is_there(name: str) -> bool:
         return f"{BACKBONE}{name}.weight" in shapes
@@ -142,7 +159,7 @@ def _backbone_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
             f"{checkpoint.path}: no ResNet of 18 to 152 layers can be recognised in it (blocks in a stage: "
             f"{', '.join(map(str, stages))}; its first tensor is {first}); {_REMEDY}, or other weights"
         )
-    groups = middle[0] // max(1, middle[1]) if bottleneck else 1
+    groups = max(1, middle[0] // max(1, middle[1])) if bottleneck else 1
     return {
         "MODEL.RESNETS.DEPTH": depth,
         "MODEL.RESNETS.NORM": _norm(shapes, f"{BACKBONE}res2.0.conv1"),
@@ -246,7 +263,7 @@ def untold_group_norms(checkpoint: Checkpoint) -> list[str]:
 def _told_groups(checkpoint: Checkpoint) -> dict[str, Any]:
     """Of a converted file, which holds no config."""
     layers = {
-        (len(checkpoint.tensors[f"{name}.weight"]), groups)
+        (checkpoint.tensors[f"{name}.weight"].numel(), groups)
         for name, groups in norm_groups_of(checkpoint).items()
         if f"{name}.weight" in checkpoint.tensors
     }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, ExifTags, Image
 
-from gn_detect.data import read_image
+from gn_detect.data import images, read_image
 from gn_detect.errors import UserError
 
 
@@ -39,6 +39,22 @@ def test_greyscale_palette_alpha_and_16_bits(tmp_path: Path) -> None:
     Image.fromarray(grey.astype(np.uint16) << 8 | 99).save(tmp_path / "deep.png")
     for path in tmp_path.iterdir():
         np.testing.assert_array_equal(read_image(path, "RGB"), expected, err_msg=path.name)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_some_rows_at_a_time_are_what_all_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, orientation: int
+) -> None:
+    monkeypatch.setattr(images, "_PIXELS_AT_ONCE", 70)  # two or three rows
+    stored = Image.fromarray(picture()).convert(mode)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored.save(tmp_path / "a.tif", exif=exif)
+    expected = np.asarray(stored.convert("RGB"))
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "a.tif", "RGB"), expected if orientation == 1 else np.rot90(expected, -1)
+    )
 
 
 @pytest.mark.parametrize("largest", [255, 256, 4095, 65535])

@@ -110,6 +110,23 @@ def test_what_is_no_resnet_is_refused_by_name(tmp_path: Path) -> None:
         read_architecture(read_checkpoint(tmp_path / "vgg.pth"))
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (0, 8), (1, 8, 3, 3)])
+@pytest.mark.parametrize("name", ["ResNeXt", "C4", "ResNet-18"])
+def test_weights_of_odd_shapes_are_one_line_at_most(name: str, shape: tuple[int, ...]) -> None:
+    model = build_model(narrow(*MODELS[name]))
+    tensors = dict(model.state_dict())
+    groups = norm_settings(model)
+    refused = 0
+    for key in [key for key in tensors if key.endswith(".weight") and ".res3" not in key]:
+        damaged = Checkpoint({**tensors, key: torch.zeros(shape)}, groups, path=Path("a.pth"))
+        try:
+            read_architecture(damaged)
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith("a.pth: ") and "\n" not in str(error)
+    assert refused > 3 or len(shape) == 4
+
+
 def test_the_groups_of_a_converted_file(tmp_path: Path) -> None:
     """It holds no config, and tells the groups of each norm."""
     model = build_model(narrow("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", ["MODEL.GN.MIN_CHANNELS_PER_GROUP", "4"]))
