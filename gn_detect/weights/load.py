@@ -340,6 +340,8 @@ def _belongs_to_absent_head(name: str, own: dict[str, Tensor]) -> bool:
 def _refuse_not_finite(report: LoadReport, checkpoint: Checkpoint) -> None:
     for name in report.matched:
         tensor = checkpoint.tensors[name]
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            tensor = tensor.float()  # PyTorch does not compute with 8 bits
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(
                 f"{report.path}: '{name}' has values that are not finite, so training diverged; "

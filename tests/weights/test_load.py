@@ -204,6 +204,18 @@ def test_as_many_other_classes_start_afresh(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()["backbone.conv.weight"], state["backbone.conv.weight"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_8_bits_are_numbers_or_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = randomised(Detector())
+    state["backbone.conv2.bias"] = state["backbone.conv2.bias"].to(dtype)
+    model = Detector()
+    load_weights(model, write(tmp_path / "m.pth", state))
+    assert torch.equal(model.state_dict()["backbone.conv2.bias"], state["backbone.conv2.bias"].float())
+    state["backbone.conv2.bias"] = torch.full_like(state["backbone.conv2.bias"].float(), torch.nan).to(dtype)
+    with pytest.raises(UserError, match="'backbone.conv2.bias' has values that are not finite"):
+        load_weights(Detector(), write(tmp_path / "m.pth", state))
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     state = randomised(Detector())
     state["backbone.conv2.bias"][3] = float("nan")
