@@ -56,6 +56,7 @@ def test_a_few(kind: str, count: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_many(kind: str) -> None:
     """As many as ``python -m tests.fuzz`` tries, of other numbers."""
