@@ -34,8 +34,7 @@ def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int], seconds: in
     """Try cases one after the other, and begin again behind one that ends the process.
 
     Args:
-        seconds: of the processor, for each thing that a case attempts; the case as a whole, with up to three
-            commands, may take three times as many.
+        seconds: of the processor, for a case; of several commands, each may take as many.
     """
     patience = (PATIENCE + 1) * seconds  # for code that no alarm interrupts
     context = multiprocessing.get_context("forkserver")
@@ -81,7 +80,8 @@ def _work(
             begin = _processor_time()
             case(seed, tally)
             label = f"{kind} {seed}"
-            if (spent := _processor_time() - begin) > 3 * seconds and not tally.slow:
+            limit = seconds * max(1, tally.commands)
+            if (spent := _processor_time() - begin) > limit and not tally.slow:
                 tally.slow.append(f"{label} ({spent:.0f} s)")
             if (peak := _peak()) > MOST_MEMORY:
                 tally.large.append(f"{label} ({peak / 2**30:.1f} GB)")

@@ -75,6 +75,7 @@ class Tally:
         places: by exception and place of a traceback, the labels of its cases.
         slow, large: labels of cases over the limit of time, or of memory, which :mod:`.limits` measures.
         unnamed: refused, but the doctor does not say what was damaged.
+        commands: command lines that were run.
         seconds: the limit of the processor's time for whatever is attempted.
     """
 
@@ -88,6 +89,7 @@ class Tally:
     slow: list[str] = field(default_factory=list)
     large: list[str] = field(default_factory=list)
     unnamed: list[str] = field(default_factory=list)
+    commands: int = 0
     seconds: int = SECONDS
 
     @property
@@ -97,7 +99,7 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """The cases of another process."""
-        for name in ("cases", "refused", "named", "passed", "repaired"):
+        for name in ("cases", "refused", "named", "passed", "repaired", "commands"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("failures", "slow", "large", "unnamed"):
             getattr(self, name).extend(getattr(other, name))
@@ -126,6 +128,7 @@ class Tally:
         A refusal is one line on standard error, and nothing that is printed can steer a terminal.
         """
         printed = io.StringIO()
+        self.commands += 1
         logging.disable(logging.NOTSET)
         with redirect_stdout(printed), redirect_stderr(printed):
             status = self.attempt(f"{label}: gn-detect {' '.join(words)}", main, words)
