@@ -32,8 +32,12 @@ class Block(nn.Module):
 
 @pytest.fixture
 def images() -> Tensor:
-    """(48, 3, 16, 16), of very different contrast and brightness, as photos are."""
-    generator = torch.Generator().manual_seed(0)
+    return pictures(0)
+
+
+def pictures(seed: int) -> Tensor:
+    """Make (48, 3, 16, 16) images whose contrast and brightness differ as much as those of photos."""
+    generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(48, 3, 16, 16, generator=generator)
     contrast = torch.rand(48, 1, 1, 1, generator=generator) * 2 + 0.2
     return F.avg_pool2d(noise, 3, 1, 1) * contrast * 3 + torch.randn(48, 3, 1, 1, generator=generator)
@@ -70,7 +74,11 @@ def test_each_stage_comes_closer(original: nn.Module, images: Tensor) -> None:
     same = calibrate(original, model, images, 100, report=report, **QUIET)
     assert same is report
     found = report.similarity
-    assert found["converted"] < found["balanced"] < found["calibrated"]
+    distances = [1 - found[stage] for stage in ("converted", "balanced", "calibrated")]
+    # 0.70 of the distance is left, then 0.37 of that, with one thread and with two. Ten other seeds: 0.48 to 1.39
+    # where rescaling is chosen at all (it goes by the outputs' difference), then 0.35 to 1.41; from the first to
+    # the last 0.25 to 0.75.
+    assert distances[1] < 0.85 * distances[0] and distances[2] < 0.6 * distances[1]
     errors = [sum(layer.errors[stage] for layer in report.layers) for stage in found]
     assert errors[0] > errors[1]  # of each norm alone; what follows is about the outputs
     for name, tensor in original.state_dict().items():
@@ -212,7 +220,8 @@ def test_the_weight_of_blocks_brings_them_closer(original: nn.Module, images: Te
         return errors
 
     ignored, alike, counted = map(errors_of_blocks, (0.0, 1.0, 30.0))
-    assert sum(ignored) > sum(alike) > sum(counted)
+    # 1.70, 0.93 and 0.79, with one thread and with two; nine of ten other seeds are in this order, too.
+    assert sum(ignored) > 1.3 * sum(alike) and sum(alike) > 1.05 * sum(counted)
 
 
 class ReadsTheConvolution(nn.Module):
@@ -264,7 +273,7 @@ def test_batches_of_any_kind_and_outputs_of_any_kind(images: Tensor) -> None:
 
     before = difference()
     calibrate(original, model, batches, 60, learning_rate=3e-3, progress=False)
-    assert difference() < before
+    assert difference() < 0.95 * before, "0.89 of it, with one thread and with two; ten other seeds: 0.33 to 1"
 
 
 def test_clear_errors(original: nn.Module, images: Tensor) -> None:
@@ -289,10 +298,13 @@ def test_every_convolution_before_a_norm_is_found(original: nn.Module, images: T
     assert feeds == {norm: norm.replace("bn", "conv") if "." in norm else "0" for norm in norms}
 
 
-@pytest.mark.parametrize(("blocks", "better"), [(2, "varying least"), (6, "equal")])
-def test_scales_are_those_that_do_better_on_images_held_out(blocks: int, better: str, images: Tensor) -> None:
-    """What is best for each norm alone need not be so in a deep network, and is in this shallow one."""
-    original = network(images, seed=1, blocks=blocks)
+@pytest.mark.parametrize(
+    ("blocks", "seed", "best"), [(2, 0, "varying least"), (6, 0, "equal"), (2, 3027, "neither")]
+)
+def test_scales_are_those_that_do_best_on_images_held_out(blocks: int, seed: int, best: str) -> None:
+    """Each of the three is chosen where it is the best; the other two are worse by 10% and more."""
+    images = pictures(seed)
+    original = network(images, seed=seed + 1, blocks=blocks)
     names = [name for name, module in original.named_modules() if isinstance(module, nn.BatchNorm2d)]
     sources = {name: read_norm(name, original.get_submodule(name)) for name in names}
     measured = measure(original, names, lambda model, batch: model(batch), list(images[:-8].split(8)))
@@ -301,15 +313,15 @@ def test_scales_are_those_that_do_better_on_images_held_out(blocks: int, better:
         with torch.no_grad():
             return F.mse_loss(model(images[-8:]), original(images[-8:])).item()
 
-    errors = {}
+    errors = {"neither": error(converted(original))}
     for name, equal in (("varying least", False), ("equal", True)):
         model = converted(original)
         balance(original, model, sources, measured, equal=equal)
         errors[name] = error(model)
-    assert min(errors, key=errors.__getitem__) == better
+    assert all(found > 1.05 * errors[best] for name, found in errors.items() if name != best), errors
     model = converted(original)
     calibrate(original, model, images, 0, **QUIET)
-    assert error(model) == pytest.approx(errors[better], rel=1e-4)
+    assert error(model) == pytest.approx(errors[best], rel=1e-4)
 
 
 def test_blocks_are_residual_blocks(original: nn.Module) -> None:
