@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | bench. Each builds .venv on its first call and is quick afterwards.
+# make demo | test | test-slow | lint | docs | bench. Each builds .venv on its first call and is quick afterwards.
 #   make test PYTHON=python3.12         another interpreter
 #   make test TESTS="tests/ops -k mask" some of the tests
 
@@ -21,7 +21,7 @@ define install
 		--editable $(1)
 endef
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint docs bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make test    install with the development tools and run the quick tests"
 	@echo "make test-slow  run the others, which take most of the time"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    build the documentation with the API reference into site/"
 	@echo "make bench   time a training step, part by part"
 	@echo "make clean   remove $(VENV) and what tools left behind"
 
@@ -60,8 +61,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/.installed
 	$(BIN)/python tools/benchmark.py train
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis
