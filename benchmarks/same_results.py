@@ -90,9 +90,8 @@ def probe(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     results = {"demo": training(folder / "demo", ["--config-file", "quick/demo.yaml"])}
     if NUCLEI.is_dir():
-        root = ["DATASETS.ROOT", str(NUCLEI.parent)]
         nuclei = folder / "nuclei"
-        results["nuclei"] = training(nuclei, ["--config-file", "quick/nuclei_r18_gn.yaml"], root)
+        results["nuclei"] = training(nuclei, ["--config-file", "quick/nuclei_r18_gn.yaml"])
         own = []
         for part in ("train", "val"):
             own += [f"--{part}-json", str(NUCLEI / "annotations" / f"instances_{part}.json")]
@@ -108,12 +107,13 @@ def probe(folder: Path) -> dict[str, Any]:
 
 def command(*words: str) -> None:
     """Run a command of the package; its output goes to standard error."""
-    subprocess.run([sys.executable, "-m", "gn_detect", *words], check=True, stdout=sys.stderr)
+    # The built-in datasets are looked for relative to the repository.
+    subprocess.run([sys.executable, "-m", "gn_detect", *words], check=True, stdout=sys.stderr, cwd=REPOSITORY)
 
 
-def training(folder: Path, words: list[str], keys: list[str] | None = None) -> dict[str, Any]:
+def training(folder: Path, words: list[str]) -> dict[str, Any]:
     """Train and evaluate; return losses and AP with all digits, and a digest of the weights."""
-    command("train", *words, "OUTPUT_DIR", str(folder), *SHORT, *(keys or []))
+    command("train", *words, "OUTPUT_DIR", str(folder), *SHORT)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [{k: v for k, v in line.items() if not any(t in k for t in TIMES)} for line in lines]
     state = torch.load(folder / "model_final.pth", weights_only=True)["model"]
