@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from gn_detect.config import Config, load_config
-from gn_detect.engine import launch
-from gn_detect.engine.distributed import barrier, get_rank, parallelize
+from gn_detect.distributed import launch
+from gn_detect.distributed.group import barrier, get_rank, parallelize
 from gn_detect.modeling import build_model
 
 CONFIG = "GN/mask_rcnn_R_50_FPN_3x_gn.yaml"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-BASE = {"text", "errors", "files", "progress", "structures"}
+BASE = {"text", "errors", "files", "progress", "structures", "distributed"}
 MIDDLE = BASE | {"ops", "layers", "config"}
 LOWER = MIDDLE | {"convert", "weights", "modeling"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "progress": {"text"},
     "structures": {"errors"},
+    "distributed": {"text", "errors", "files", "config"},
     "ops": BASE,
     "layers": BASE | {"ops"},
     "config": {"text", "errors", "files"},
@@ -33,16 +34,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "modeling": MIDDLE,
     "data": LOWER,
     "visualize": LOWER | {"data"},
-    "histograms": LOWER | {"data", "visualize"},
     "evaluation": LOWER | {"data"},
     "interop": LOWER | {"data", "evaluation"},
     "engine": LOWER | {"data", "evaluation", "visualize"},
-    "predictor": LOWER | {"data", "visualize"},
+    "export": LOWER | {"data", "evaluation", "visualize", "engine"},
+    "bench": LOWER | {"data", "engine"},
     "report": LOWER | {"data", "evaluation", "visualize", "engine", "__init__"},
     "cli": LOWER
-    | {"data", "evaluation", "visualize", "histograms", "engine", "predictor", "report", "__init__"},
+    | {"data", "evaluation", "visualize", "engine", "export", "bench", "interop", "report", "__init__"},
     "__main__": {"cli"},
-    "__init__": LOWER | {"data", "evaluation", "visualize", "engine", "predictor"},
+    "__init__": LOWER | {"data", "evaluation", "visualize", "engine", "export"},
 }
 """For each file or folder of the package, what else of the package it may import (itself always)."""
 

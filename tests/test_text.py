@@ -17,8 +17,8 @@ from PIL import Image
 from gn_detect.cli import main
 from gn_detect.cli.output import PrintableStream
 from gn_detect.convert.report import ConversionReport, LayerReport
-from gn_detect.data.faults import DataError
-from gn_detect.engine.writers import EventsWriter, run_log
+from gn_detect.data.coco.faults import DataError
+from gn_detect.engine.metrics import EventsWriter, run_log
 from gn_detect.errors import UserError
 from gn_detect.evaluation.table import format_results
 from gn_detect.files import atomic_write_text

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from ..bench import norms as benchmark_norm
+from ..bench.compare import Step, compare_steps
+from ..bench.step import Workload, benchmark, describe_machine, write_report
 from ..config import load_config
-from ..engine import benchmark_norm
-from ..engine.benchmark import Workload, benchmark, describe_machine, write_report
-from ..engine.benchmark_step import Step, compare_steps
-from ..engine.distributed import resolve_device
+from ..distributed.group import resolve_device
 from ..errors import UserError
 from ..files import atomic_write_json
 from .options import add_config_arguments

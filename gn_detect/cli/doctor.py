@@ -6,14 +6,14 @@ import argparse
 import os
 from pathlib import Path
 
-from ..data.coco_rules import Rules
+from ..data.coco.rules import Rules
 from ..data.datasets import DatasetSource
-from ..data.doctor import examine
-from ..data.doctor_repair import Repair, output_is_input
+from ..data.doctor.repair import Repair, output_is_input
+from ..data.doctor.report import examine
 from ..errors import UserError
 from ..files import atomic_write_json, atomic_write_text
-from ..histograms import draw_histograms
 from ..text import printable
+from ..visualize.histograms import draw_histograms
 from .output import Result
 
 HELP = "Find what is wrong with a dataset, before training does."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from ..engine import ExportedPredictor, Predictor
-from ..engine.export import check_target, export_detector
-from ..engine.export_check import compare
+from ..engine import Predictor
+from ..export import ExportedPredictor
+from ..export.parity import compare
+from ..export.write import check_target, export_detector
 from .inputs import find_images, split_overrides
 from .options import (
     add_config_arguments,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, load_config
-from ..data.coco_json import load_coco
-from ..engine import launch
+from ..data.coco.reader import load_coco
+from ..distributed import launch
 from ..engine.checkpoint import read_last_checkpoint
 from ..errors import UserError
 from ..weights import Checkpoint, as_command_line, implied_keys, read_checkpoint

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..config import Config, load_config, read_overrides
 from ..data.datasets import DatasetSource
-from ..data.survey import survey
-from ..engine.distributed import check_launch
+from ..distributed.group import check_launch
+from ..engine.autoconfig import make_recipe
 from ..engine.machine import find_machine
-from ..engine.recipe import make_recipe
+from ..engine.survey import survey
 from ..errors import UserError
 from ..progress import fitted
 from ..weights import implied_keys, read_architecture, read_checkpoint

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ..data import list_names, match_names
-from ..engine import ExportedPredictor, Predictor
+from ..engine import Predictor
 from ..engine.evaluator import OTHER_CLASSES
 from ..engine.pipeline import default_workers
-from ..engine.prediction import AnyPredictor, Outcome, Task, predict_images, predict_video
+from ..engine.predict_files import AnyPredictor, Outcome, Task, predict_images, predict_video
 from ..engine.predictor import unnamed_classes
 from ..errors import UserError
 from ..evaluation import Truth, read_truth
+from ..export import ExportedPredictor
 from ..progress import fitted
 from ..text import printable
 from .inputs import find_images, is_video, name_outputs, split_overrides

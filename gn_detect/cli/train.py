@@ -16,9 +16,9 @@ from typing import Any
 
 from ..config import Config
 from ..data.datasets import resolve_dataset
+from ..distributed.group import is_main
 from ..engine import evaluate, train
 from ..engine.checkpoint import BEST, FINAL
-from ..engine.distributed import is_main
 from ..engine.evaluator import write_results
 from ..errors import UserError
 from ..progress import WIDTH, fitted

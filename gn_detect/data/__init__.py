@@ -1,11 +1,11 @@
 """COCO datasets, augmentation, samplers and loaders."""
 
 from .augmentation import build_augmentations, prepare_image, shortest_edge_size
-from .classes import list_names, match_names
-from .coco import CocoDataset, check_classes, check_same_classes, join_datasets, match_classes
-from .coco_json import read_image_list
+from .coco.classes import list_names, match_names
+from .coco.dataset import CocoDataset, check_classes, check_same_classes, join_datasets, match_classes
+from .coco.reader import read_image_list
 from .datasets import DatasetSource, datasets_root, resolve_dataset
-from .doctor_quick import warn_of_faults
+from .doctor.quick import warn_of_faults
 from .images import read_image
 from .loader import SampleLoader, build_test_loader, build_train_loader
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .demo import ensure_demo_dataset
-from .foreign_formats import describe_foreign
+from .demo.dataset import ensure_demo_dataset
+from .formats.recognise import describe_foreign
 
 if TYPE_CHECKING:
     from ..config import Config

@@ -11,8 +11,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import UserError
 from ..files import open_file
-from .faults import DataError
-from .file_names import nearby_file
+from .coco.faults import DataError
+from .coco.file_names import nearby_file
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

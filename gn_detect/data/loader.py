@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import UserError
 from ..structures import PolygonMask, Sample
 from .augmentation import Augmentation, build_augmentations, crops, prepare_image
-from .coco import CocoDataset, join_datasets
+from .coco.dataset import CocoDataset, join_datasets
 from .datasets import resolve_dataset
 from .images import read_image
 from .samplers import (

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..ops.masks import rasterize_polygons
 from ..structures import PolygonMask, Target
-from .rle import RleMask
+from .coco.rle import RleMask
 
 MIN_BOX_SIDE = 1e-5
 """Boxes that are not longer than this on both sides (pixels) are empty, as in detectron2."""

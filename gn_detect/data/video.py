@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import open_file
-from .faults import DataError
+from .coco.faults import DataError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv"}
 

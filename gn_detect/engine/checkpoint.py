@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..config.paths import CONFIG, ENVIRONMENT
+from ..distributed.group import by_main
 from ..errors import Diverged, UserError
 from ..files import atomic_write_text
 from ..weights import Checkpoint, read_checkpoint, save_weights
-from .distributed import by_main
 
 logger = logging.getLogger(__name__)
 

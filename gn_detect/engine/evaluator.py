@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import Config, load_config
 from ..data import CocoDataset, SampleLoader, build_test_loader, check_classes, match_classes
+from ..distributed.group import by_main, get_rank, is_main, resolve_device, share_buffers, world_size
 from ..errors import UserError
 from ..evaluation import Stop, evaluate_model
 from ..files import atomic_write_json, remedy
@@ -17,11 +18,10 @@ from ..modeling import detection_format
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, load_weights, read_checkpoint
 from .checkpoint import CONFIG, INFERENCE, RESULTS, share_last_checkpoint
-from .distributed import by_main, get_rank, is_main, resolve_device, share_buffers, world_size
 from .folder_lock import is_in_use
+from .metrics import run_log
 from .model import make_model
 from .run_config import write_run_config
-from .writers import run_log
 
 logger = logging.getLogger(__name__)
 

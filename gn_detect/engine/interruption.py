@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..distributed.group import PATIENCE, is_distributed
 from ..evaluation import Interrupted
-from .distributed import PATIENCE, is_distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

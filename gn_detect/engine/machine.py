@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .distributed import uses_cuda
+from ..distributed.group import uses_cuda
 
 
 @dataclass(frozen=True)

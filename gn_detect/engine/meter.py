@@ -11,10 +11,10 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from ..distributed.group import is_main, mean_over_processes, world_size
 from ..progress import progress_bar
 from ..structures import Sample
-from .distributed import is_main, mean_over_processes, world_size
-from .writers import memory_in_use
+from .metrics import memory_in_use
 
 logger = logging.getLogger(__name__)
 

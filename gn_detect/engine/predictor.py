@@ -10,11 +10,11 @@ import numpy as np
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from ..data import prepare_image, read_image
+from ..distributed.group import resolve_device
 from ..errors import UserError
 from ..modeling import detection_format
 from ..structures import Detections
 from ..weights import COCO_IDS, load_weights, read_checkpoint
-from .distributed import resolve_device
 from .model import make_model
 
 if TYPE_CHECKING:

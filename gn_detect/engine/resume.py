@@ -13,10 +13,10 @@ from ..config import load_config, with_absolute_paths
 from ..config.load import parse_config
 from ..config.types import to_plain
 from ..data import CocoDataset, list_names
+from ..distributed.group import restart_count, scale_config, world_size
 from ..errors import UserError
 from ..weights import Checkpoint
 from .checkpoint import CONFIG
-from .distributed import restart_count, scale_config, world_size
 
 if TYPE_CHECKING:
     from ..config import Config

@@ -20,13 +20,7 @@ from ..data import (
     match_classes,
     warn_of_faults,
 )
-from ..errors import UserError
-from ..evaluation import METRICS
-from ..files import check_writable
-from ..modeling.mask_rcnn import MaskRCNN
-from ..weights import Checkpoint, InputConvention, load_weights, norm_settings
-from .checkpoint import CONFIG, drop_old_checkpoints, remove_leftovers, share_last_checkpoint, start_anew
-from .distributed import (
+from ..distributed.group import (
     by_main,
     check_synchronised_norms,
     from_main,
@@ -36,6 +30,12 @@ from .distributed import (
     scale_config,
     world_size,
 )
+from ..errors import UserError
+from ..evaluation import METRICS
+from ..files import check_writable
+from ..modeling.mask_rcnn import MaskRCNN
+from ..weights import Checkpoint, InputConvention, load_weights, norm_settings
+from .checkpoint import CONFIG, drop_old_checkpoints, remove_leftovers, share_last_checkpoint, start_anew
 from .evaluator import OTHER_CLASSES, TestSets, load_test_sets, make_folder
 from .folder_lock import FolderLock
 from .model import make_model

@@ -10,9 +10,9 @@ import torch
 from ..config import dump_config, with_absolute_paths
 from ..config.paths import FOLDER
 from ..data import datasets_root
+from ..distributed.group import world_size
 from ..files import atomic_write_json, atomic_write_text
 from .checkpoint import CONFIG, ENVIRONMENT
-from .distributed import world_size
 from .environment import describe_environment
 
 if TYPE_CHECKING:

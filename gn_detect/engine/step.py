@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.profiler import record_function
 
+from ..distributed.group import is_distributed
 from ..errors import UserError
 from ..structures import Sample
 from ..weights import Checkpoint, load_weights
-from .distributed import is_distributed
 from .faults import compile_help, memory_help
 from .optimizer import build_optimizer, clip_gradients, restore_optimizer, step_unless
 

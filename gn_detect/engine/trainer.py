@@ -11,25 +11,34 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
+from ..distributed.group import (
+    barrier,
+    by_main,
+    gather,
+    get_rank,
+    is_main,
+    parallelize,
+    restart_count,
+    world_size,
+)
 from ..errors import Diverged, UserError
 from ..evaluation import Interrupted
 from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
 from ..weights import NORM_EPS, NORM_GROUPS, USUAL_EPS, norm_settings
-from .black_box import examine, replay_command, seed_iteration, write_black_box
 from .checkpoint import BEST, FINAL, RESULTS, checkpoint_name, save_checkpoint
-from .distributed import barrier, by_main, gather, get_rank, is_main, parallelize, restart_count, world_size
+from .divergence import examine, replay_command, seed_iteration, write_black_box
 from .evaluator import Results, evaluate_test_sets, make_folder, scalars_of, write_results
 from .folder_lock import FolderLock
 from .interruption import Interruption
 from .meter import Meter, NotFinite
+from .metrics import MetricsWriter, run_log
 from .pictures import draw_curves, draw_test_images
 from .run import Run, best_metric, lock_folder, open_run_folder, prepare
 from .run_config import write_run_config
 from .schedule import learning_rate_factor, set_learning_rate
 from .step import train_step
-from .writers import MetricsWriter, run_log
 
 if TYPE_CHECKING:
     from ..config import Config

@@ -1,9 +1,9 @@
 """Ground truth and detections brought into one exact form, so that every evaluator reads the same thing.
 
 COCO evaluators differ in what they make of ids that are negative, text or 0, of missing areas and crowd
-flags, uncompressed RLE and bytes. :mod:`gn_detect.data.canonical` and :mod:`gn_detect.data.coco_rules` read
-ground truth here as they do for training; what pycocotools fails on, or counts as a miss without a word, is
-refused with a reason. Two things are on purpose not pycocotools':
+flags, uncompressed RLE and bytes. :mod:`gn_detect.data.coco.canonical` and
+:mod:`gn_detect.data.coco.rules` read ground truth here as they do for training; what pycocotools fails on, or
+counts as a miss without a word, is refused with a reason. Two things are on purpose not pycocotools':
 
 - it takes an annotation whose id is 0 for "not matched", a false alarm; here annotations are numbered from 1;
 - an object whose polygons all have less than 3 points is left out of the mask AP with a warning, as it is
@@ -22,11 +22,11 @@ from typing import Any
 
 import pycocotools.mask as coco_mask
 
-from ..data.canonical import CocoFile, as_box, as_integer, as_mask, as_number, canonical
-from ..data.coco_json import LISTS, check_lists, ids_may_repeat, read_canonical, read_categories, tell_notes
-from ..data.coco_rules import MOST_PIXELS, Rules, shown
-from ..data.faults import DataError
-from ..data.image_table import ImageRecord
+from ..data.coco.canonical import CocoFile, as_box, as_integer, as_mask, as_number, canonical
+from ..data.coco.faults import DataError
+from ..data.coco.image_table import ImageRecord
+from ..data.coco.reader import LISTS, check_lists, ids_may_repeat, read_canonical, read_categories, tell_notes
+from ..data.coco.rules import MOST_PIXELS, Rules, shown
 from ..errors import UserError
 from .results_file import read_entries
 

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..data.canonical import CocoFile, has_mask
-from ..data.coco_json import read_canonical, tell_notes
+from ..data.coco.canonical import CocoFile, has_mask
+from ..data.coco.reader import read_canonical, tell_notes
 from ..errors import UserError
 from .coco_data import Json, prepare_ground_truth
 

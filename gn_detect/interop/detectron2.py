@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..convert import ConversionReport, calibrate, convert_norm
-from ..data.coco_json import load_coco
+from ..data.coco.reader import load_coco
 from ..errors import UserError
 from ..evaluation import detections_to_coco, evaluate_results
 from ..layers import GroupNorm

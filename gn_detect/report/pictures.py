@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data import read_image
-from ..data.coco_rules import image_file
+from ..data.coco.rules import image_file
 from ..data.datasets import DatasetSource
 from ..engine.drawing import Classes, draw_entries
 from ..errors import UserError

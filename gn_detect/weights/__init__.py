@@ -9,10 +9,11 @@ from .architecture import (
     untold_keys_of,
 )
 from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint, save_weights
-from .classes import COCO_IDS
 from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
 from .mmdetection_config import standardised_convs
+from .names.classes import COCO_IDS
+from .names.torchvision import computes_with_eps_0
 from .norm_settings import (
     NORM_EPS,
     NORM_GROUPS,
@@ -24,7 +25,6 @@ from .norm_settings import (
     norm_settings,
     set_norm_eps,
 )
-from .torchvision_names import computes_with_eps_0
 from .translate import Translation, translate
 
 __all__ = [

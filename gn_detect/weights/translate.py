@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from . import caffe2_names, mmdetection_names, torchvision_names
 from .checkpoint import Checkpoint
 from .convention import TORCHVISION, InputConvention
+from .names import caffe2 as caffe2_names
+from .names import mmdetection as mmdetection_names
+from .names import torchvision as torchvision_names
 
 BACKBONE = "backbone.bottom_up."
 """Before the names of a backbone's layers, as in a model with an FPN."""

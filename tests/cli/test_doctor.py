@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from gn_detect.cli import main
-from gn_detect.data import coco_rules, doctor_repair
+from gn_detect.data.coco import rules as coco_rules
+from gn_detect.data.doctor import repair as doctor_repair
 from tests.cli.conftest import Case
 
 Refused = Callable[..., str]

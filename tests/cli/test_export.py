@@ -17,9 +17,12 @@ from gn_detect import load_config
 from gn_detect.cli import export as command
 from gn_detect.cli import main
 from gn_detect.config import Config
-from gn_detect.engine import ExportedPredictor, Predictor, export, exported
-from gn_detect.engine.export_check import compare
+from gn_detect.engine import Predictor
 from gn_detect.errors import UserError
+from gn_detect.export import ExportedPredictor
+from gn_detect.export import run as exported
+from gn_detect.export import write as export
+from gn_detect.export.parity import compare
 from gn_detect.modeling import build_model
 from gn_detect.weights import save_weights
 from tests.engine.tiny import write_config

@@ -15,11 +15,11 @@ import pycocotools.mask as coco_mask
 import pytest
 
 from gn_detect.data import CocoDataset, DatasetSource, read_image_list
-from gn_detect.data.canonical import as_mask, as_number, canonical, has_masks
-from gn_detect.data.coco_json import load_coco, read_canonical
-from gn_detect.data.doctor import examine
-from gn_detect.data.faults import ERROR, DataError
-from gn_detect.data.survey import survey
+from gn_detect.data.coco.canonical import as_mask, as_number, canonical, has_masks
+from gn_detect.data.coco.faults import ERROR, DataError
+from gn_detect.data.coco.reader import load_coco, read_canonical
+from gn_detect.data.doctor.report import examine
+from gn_detect.engine.survey import survey
 from gn_detect.errors import UserError
 from gn_detect.evaluation import evaluate_results, prepare_ground_truth, read_truth
 

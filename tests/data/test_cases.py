@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from gn_detect.data import CocoDataset, DatasetSource
-from gn_detect.data.faults import DataError
-from gn_detect.data.survey import survey
+from gn_detect.data.coco.faults import DataError
+from gn_detect.engine.survey import survey
 from gn_detect.evaluation import evaluate_results, prepare_ground_truth
 
 BOXES = [

@@ -26,8 +26,8 @@ from gn_detect.data import (
     match_classes,
     read_image,
 )
-from gn_detect.data.doctor import examine
-from gn_detect.data.faults import ERROR, DataError
+from gn_detect.data.coco.faults import ERROR, DataError
+from gn_detect.data.doctor.report import examine
 from gn_detect.errors import UserError
 from gn_detect.evaluation.coco_data import prepare_ground_truth
 

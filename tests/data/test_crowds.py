@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gn_detect.data import CocoDataset, DatasetSource
-from gn_detect.data.coco_json import _tell
+from gn_detect.data.coco.reader import _tell
 
 Write = Callable[[Any], DatasetSource]
 

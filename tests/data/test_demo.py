@@ -20,11 +20,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from gn_detect import progress
-from gn_detect.data import demo
 from gn_detect.data.datasets import DatasetSource
-from gn_detect.data.demo import TRAIN_SEED, VAL_SEED, ensure_demo_dataset, make_image
-from gn_detect.data.demo_shapes import CATEGORIES
-from gn_detect.data.doctor import examine
+from gn_detect.data.demo import dataset as demo
+from gn_detect.data.demo.dataset import TRAIN_SEED, VAL_SEED, ensure_demo_dataset, make_image
+from gn_detect.data.demo.shapes import CATEGORIES
+from gn_detect.data.doctor.report import examine
 from gn_detect.errors import UserError
 
 Picture = tuple[np.ndarray, list[dict[str, Any]]]
@@ -194,7 +194,7 @@ def test_annotations_are_the_same_on_every_machine() -> None:
 
 def test_pictures_are_the_same_in_another_process(repository: Path, pictures: list[Picture]) -> None:
     code = (
-        "import hashlib; from gn_detect.data.demo import make_image;"
+        "import hashlib; from gn_detect.data.demo.dataset import make_image;"
         "print(hashlib.sha256(make_image(1, 3)[0].tobytes()).hexdigest())"
     )
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(repository)}

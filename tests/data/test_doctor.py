@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from gn_detect.data import CocoDataset, DatasetSource
-from gn_detect.data.doctor import Diagnosis, examine, leaked_paths
-from gn_detect.data.faults import ERROR, FAULTS, NOTE, Finding
+from gn_detect.data.coco.faults import ERROR, FAULTS, NOTE, Finding
+from gn_detect.data.doctor.report import Diagnosis, examine, leaked_paths
 from gn_detect.errors import UserError
 
 Write = Callable[[Any], DatasetSource]

@@ -9,8 +9,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from gn_detect.data import doctor_masks
-from gn_detect.data.doctor_masks import crosses_itself
+from gn_detect.data.doctor import masks as doctor_masks
+from gn_detect.data.doctor.masks import crosses_itself
 
 
 def slowly(points: list[tuple[int, int]]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from gn_detect.data import CocoDataset, DatasetSource, warn_of_faults
-from gn_detect.data.doctor_quick import quick_faults
+from gn_detect.data.doctor.quick import quick_faults
 
 Write = Callable[[Any], DatasetSource]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gn_detect.data.file_names import missing_names, nearby_file
+from gn_detect.data.coco.file_names import missing_names, nearby_file
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gn_detect.data.foreign_formats import describe_foreign, describe_foreign_content
+from gn_detect.data.formats.recognise import describe_foreign, describe_foreign_content
 
 SHAPE = {"name": "polygon", "all_points_x": [1, 2, 3], "all_points_y": [1, 2, 1]}
 VIA_IMAGE = {"filename": "a.jpg", "size": 9, "regions": [{"shape_attributes": SHAPE}], "file_attributes": {}}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gn_detect.data import CocoDataset, DatasetSource
-from gn_detect.data.image_table import ImageRecord, ImageTable, join_images
+from gn_detect.data.coco.image_table import ImageRecord, ImageTable, join_images
 
 RECORDS = [ImageRecord(7, "a/ä b.png", 3, 4), ImageRecord(2, "", 1, 2), ImageRecord(9, "c\ud800", 2**40, 6)]
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from gn_detect.data import CocoDataset, DatasetSource, read_image_list
-from gn_detect.data.coco_json import load_coco
-from gn_detect.data.doctor import examine
+from gn_detect.data.coco.reader import load_coco
+from gn_detect.data.doctor.report import examine
 from gn_detect.errors import UserError
 
 Write = Callable[[Any], DatasetSource]

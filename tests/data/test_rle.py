@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 
 from gn_detect.data import CocoDataset, DatasetSource
-from gn_detect.data.rle import RleMask, count_pixels
+from gn_detect.data.coco.rle import RleMask, count_pixels
 from gn_detect.data.transforms import crop, flip_horizontal, flip_vertical, pad, resize, to_target
 
 Write = Callable[[Any], DatasetSource]

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from gn_detect.engine import pictures
-from gn_detect.engine.writers import MetricsWriter
+from gn_detect.engine.metrics import MetricsWriter
 from gn_detect.evaluation import model as evaluation
 from gn_detect.files import atomic_write_text
 from tests.engine.chaos import differences, metrics_of, start, wait_for

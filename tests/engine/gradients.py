@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gn_detect.config import Config, load_config
 from gn_detect.data import build_train_loader
-from gn_detect.engine import launch
-from gn_detect.engine.distributed import get_rank, parallelize, world_size
+from gn_detect.distributed import launch
+from gn_detect.distributed.group import get_rank, parallelize, world_size
 from gn_detect.engine.step import make_state, split, train_step
 from gn_detect.modeling import build_model
 from gn_detect.structures import Sample

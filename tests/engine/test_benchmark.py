@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gn_detect.bench.compare import VARIANTS, compare_steps
+from gn_detect.bench.norms import LAYERS, Timing, benchmark_norms, fewest_passes, implementations
+from gn_detect.bench.step import Workload, write_workload
 from gn_detect.cli import main
-from gn_detect.engine.benchmark import Workload, write_workload
-from gn_detect.engine.benchmark_norm import LAYERS, Timing, benchmark_norms, fewest_passes, implementations
-from gn_detect.engine.benchmark_step import VARIANTS, compare_steps
 from gn_detect.errors import UserError
 
 SMALL = [
@@ -101,7 +101,7 @@ def test_figures_of_a_run_that_is_cut_off_are_kept(tmp_path: Path, monkeypatch: 
         yield next(timings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gn_detect.engine.benchmark_norm.benchmark_norms", cut_off)
+    monkeypatch.setattr("gn_detect.bench.norms.benchmark_norms", cut_off)
     path = tmp_path / "norms.json"
     assert main(["bench", "norm", "--device", "cpu", "--json", str(path)]) == 130
     assert [norm["layer"] for norm in json.loads(path.read_text())["norms"]] == ["p5"]

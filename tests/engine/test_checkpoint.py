@@ -17,12 +17,12 @@ import torch
 
 from gn_detect.config import Config, dump_config, load_config
 from gn_detect.data import build_train_loader
+from gn_detect.distributed.group import scale_config
 from gn_detect.engine import train
 from gn_detect.engine import trainer as trainer_module
 from gn_detect.engine.checkpoint import read_last_checkpoint
-from gn_detect.engine.distributed import scale_config
+from gn_detect.engine.metrics import MetricsWriter
 from gn_detect.engine.run import prepare
-from gn_detect.engine.writers import MetricsWriter
 from gn_detect.errors import UserError
 from gn_detect.visualize import is_average, is_loss, read_metrics
 from gn_detect.weights import read_checkpoint

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gn_detect.config import dump_config, load_config
-from gn_detect.engine.export import ExportMetadata
-from gn_detect.engine.exported import ExportedPredictor, _is_of, _read_pt2_metadata
 from gn_detect.errors import UserError
+from gn_detect.export.run import ExportedPredictor, _is_of, _read_pt2_metadata
+from gn_detect.export.write import ExportMetadata
 from tests.engine.tiny import write_config
 
 CONFIG = "data/weights/model_weights_config.json"

@@ -20,7 +20,8 @@ import pytest
 
 from gn_detect.cli import main
 from gn_detect.config import Config, dump_config
-from gn_detect.engine import launch, train
+from gn_detect.distributed import launch
+from gn_detect.engine import train
 from gn_detect.engine.folder_lock import LOCK, FolderLock, is_in_use
 from gn_detect.errors import UserError
 

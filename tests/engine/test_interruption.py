@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from gn_detect.config import Config
-from gn_detect.engine import interruption, launch, train
+from gn_detect.distributed import launch
+from gn_detect.distributed.group import get_rank
+from gn_detect.engine import interruption, train
 from gn_detect.engine import trainer as trainer_module
-from gn_detect.engine.distributed import get_rank
 from gn_detect.evaluation import model as evaluation_module
 from tests.engine.chaos import TIMINGS, differences, metrics_of
 

@@ -62,7 +62,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from gn_detect.engine.prediction import Task, predict_images
+from gn_detect.engine.predict_files import Task, predict_images
 from tests.engine.test_memory import whole_image_detections
 
 class Predictor:

@@ -14,8 +14,8 @@ import yaml
 
 from gn_detect.config import Config, dump_config, load_config
 from gn_detect.config.load import known_keys
+from gn_detect.distributed.group import scale_config
 from gn_detect.engine import train
-from gn_detect.engine.distributed import scale_config
 from gn_detect.engine.resume import COUNTED_IN_ITERATIONS, FREE
 from gn_detect.engine.run import BEST_IS_OF, prepare
 from gn_detect.errors import UserError

@@ -13,7 +13,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 from PIL import Image
 
-from gn_detect.data.coco_json import LISTS
+from gn_detect.data.coco.reader import LISTS
 
 Content = dict[str, Any]
 

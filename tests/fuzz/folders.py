@@ -13,7 +13,7 @@ import yaml
 
 from gn_detect.config import load_config
 from gn_detect.engine import train
-from gn_detect.engine.black_box import Finding, write_black_box
+from gn_detect.engine.divergence import Finding, write_black_box
 from gn_detect.engine.model import make_model
 from gn_detect.engine.run import prepare
 from tests.engine.tiny import make_dataset, write_config

@@ -19,8 +19,8 @@ import torch
 from gn_detect.cli.main import main
 from gn_detect.config import Config
 from gn_detect.data import CocoDataset, DatasetSource, build_train_loader
-from gn_detect.data.doctor import Diagnosis, examine
-from gn_detect.data.faults import ERROR, NOTE
+from gn_detect.data.coco.faults import ERROR, NOTE
+from gn_detect.data.doctor.report import Diagnosis, examine
 from gn_detect.errors import UserError
 from gn_detect.evaluation import evaluate_results
 from gn_detect.files import atomic_write_json

@@ -15,7 +15,7 @@ from torch import Tensor
 from gn_detect import load_config
 from gn_detect.config import Config
 from gn_detect.engine import Predictor
-from gn_detect.engine.export_check import compare
+from gn_detect.export.parity import compare
 from gn_detect.interop import detectron2 as partner
 from gn_detect.structures import Detections
 from gn_detect.weights import read_checkpoint, save_weights

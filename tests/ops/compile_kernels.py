@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gn_detect.engine.benchmark_norm import LAYERS, Layer  # noqa: E402
+from gn_detect.bench.norms import LAYERS, Layer  # noqa: E402
 from gn_detect.ops.group_norm_triton import backward, forward, launch  # noqa: E402
 
 KERNELS = {

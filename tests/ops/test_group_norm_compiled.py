@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which PyTorch brings along on Linux")
 
-from gn_detect.engine.benchmark_norm import LAYERS
+from gn_detect.bench.norms import LAYERS
 
 WRITERS = {"forward_groups", "normalize", "backward_groups", "input_gradient"}
 """Kernels that write a tensor of x's size."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gn_detect.engine.benchmark_norm import LAYERS
+from gn_detect.bench.norms import LAYERS
 from gn_detect.layers import Conv2d, GroupNorm
 from gn_detect.ops import group_norm
 

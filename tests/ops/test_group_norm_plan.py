@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from gn_detect.engine.benchmark_norm import LAYERS
+from gn_detect.bench.norms import LAYERS
 from gn_detect.ops.group_norm_triton.plan import Plan, alignment, make_plan, power_of_two
 
 CASES = list(itertools.product(LAYERS.values(), (1, 2), (2, 4), (False, True), ("forward", "backward")))

@@ -15,7 +15,7 @@ import torch
 
 from gn_detect.cli import main
 from gn_detect.config import load_config
-from gn_detect.engine.black_box import CONFIG, STATE, Finding, write_black_box
+from gn_detect.engine.divergence import CONFIG, STATE, Finding, write_black_box
 from gn_detect.engine.model import make_model
 from gn_detect.structures import Sample, Target
 from gn_detect.visualize import metric_points, read_metrics

@@ -1,0 +1,1 @@
+"""COCO annotation files: one reader, one set of rules, the dataset."""

@@ -1,0 +1,270 @@
+"""Everything that can be wrong with a dataset: how bad it is, what it means and what to do about it.
+
+Reading a dataset stops at the first error with a :class:`DataError`; the doctor (:mod:`.doctor`) collects
+them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import UserError
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+"""Training or evaluation stops or its numbers mean nothing; it goes on with less or other data than meant;
+it is as it should be in many datasets, and good to know."""
+
+SEVERITIES = (ERROR, WARNING, NOTE)
+
+
+class DataError(UserError):
+    """Something wrong in a dataset.
+
+    Args:
+        message: one line for the user.
+        kind: key of :data:`FAULTS`.
+    """
+
+    def __init__(self, message: str, kind: str = "malformed") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kind of fault.
+
+    Attributes:
+        severity: one of :data:`SEVERITIES`.
+        title: what it is, in the plural.
+        remedy: what a person does about it.
+        repair: what ``--fix`` does about it without a loss; empty if it does nothing of the kind.
+        removal: what ``--fix`` removes; with a ``repair`` only where that is not possible. Empty if nothing.
+    """
+
+    severity: str
+    title: str
+    remedy: str
+    repair: str = ""
+    removal: str = ""
+
+    @property
+    def fix(self) -> str:
+        """Say what ``--fix`` does about it; empty if only a person can decide."""
+        if self.repair and self.removal:
+            return f"{self.repair}; where it cannot, it removes {self.removal}"
+        return self.repair or (f"removes {self.removal}" if self.removal else "")
+
+
+_OBJECT = "the annotations"
+_IMAGES = "the images and their annotations"
+_FROM_MASK = "takes the mask's box, or cuts the box at the border where there is no mask"
+
+FAULTS: dict[str, Fault] = {
+    "malformed": Fault(
+        ERROR,
+        "entries without a field, or with a field of a wrong type",
+        "complete them",
+        "gives ids to annotations, names to categories and the files' sizes to images",
+        "the entries, and the annotations of images and categories that go",
+    ),
+    "nothing": Fault(ERROR, "empty lists", "add images, categories and annotations"),
+    "fractions": Fault(
+        ERROR,
+        "files whose boxes or polygons are fractions of the image",
+        "multiply them by the image's width and height",
+        "multiplies them by the image's width and height",
+    ),
+    "duplicate-category-id": Fault(
+        ERROR,
+        "category ids that are listed twice",
+        "give each category its own id",
+        removal="all but the first",
+    ),
+    "duplicate-image-id": Fault(
+        ERROR, "image ids that are listed twice", "give each image its own id", removal="all but the first"
+    ),
+    "duplicate-annotation-id": Fault(
+        ERROR, "annotation ids that occur twice", "give each annotation its own id", "gives new ids"
+    ),
+    "dangling-image": Fault(
+        ERROR, "annotations of images that are not listed", "add the images or remove them", removal=_OBJECT
+    ),
+    "dangling-category": Fault(
+        ERROR,
+        "annotations of categories that are not listed",
+        "add the categories or correct them",
+        removal=_OBJECT,
+    ),
+    "image-size": Fault(
+        ERROR,
+        "images of an impossible size in the JSON",
+        "correct width and height",
+        "takes the file's size if all annotations fit into it",
+        _IMAGES,
+    ),
+    "missing-image": Fault(
+        ERROR, "images whose file is missing", "restore the files or correct --images", removal=_IMAGES
+    ),
+    "misnamed-image": Fault(
+        ERROR,
+        "images whose file is there under a nearly equal name",
+        "correct 'file_name'",
+        "renames them in 'file_name'",
+    ),
+    "image-outside": Fault(
+        ERROR,
+        "images outside of the images folder (absolute names, or with ..)",
+        "give names relative to the folder, or trust the file with DATASETS.ALLOW_OUTSIDE True",
+        removal=_IMAGES,
+    ),
+    "unreadable-image": Fault(ERROR, "images that cannot be read", "replace the files", removal=_IMAGES),
+    "size-differs": Fault(
+        ERROR,
+        "images whose file has another size than the JSON says",
+        "correct the size, or find out whether images were resized after they were annotated",
+        "takes the file's size if all annotations fit into it and it is not that of the annotated picture "
+        "resized",
+        _IMAGES,
+    ),
+    "bad-box": Fault(ERROR, "boxes that are not x, y, width, height", "correct 'bbox'", _FROM_MASK, _OBJECT),
+    "box-outside": Fault(
+        ERROR,
+        "boxes outside the image",
+        "correct 'bbox' (x, y, width, height in pixels)",
+        "takes the mask's box",
+        _OBJECT,
+    ),
+    "bad-flag": Fault(
+        ERROR, "'iscrowd' or 'ignore' with a wrong value", "use 'iscrowd' 0 or 1", "sets 'iscrowd' 0 or 1"
+    ),
+    "bad-area": Fault(
+        ERROR, "areas that are no positive number", "correct them", "takes the mask's area, or else the box's"
+    ),
+    "no-mask": Fault(
+        ERROR,
+        "objects without a segmentation among others that have one",
+        "add one, or set MODEL.MASK_ON False (doctor: --no-masks)",
+        removal=_OBJECT,
+    ),
+    "bad-polygon": Fault(
+        ERROR,
+        "polygons that are no list of finite numbers near the image",
+        "correct them",
+        removal="the polygons, and objects that have no other",
+    ),
+    "rle-size": Fault(
+        ERROR,
+        "RLE masks of another size than their image",
+        "encode them at the image's size",
+        removal=_OBJECT,
+    ),
+    "bad-rle": Fault(ERROR, "RLE masks that are damaged", "encode them again", removal=_OBJECT),
+    "classes-differ": Fault(
+        ERROR,
+        "parts whose categories the first part does not know",
+        "give both files the same names, or leave out what is not trained",
+    ),
+    "leak": Fault(
+        ERROR,
+        "pictures that are in two parts: AP on them says nothing about new pictures",
+        "remove them from one part",
+        removal="them and their annotations from the first part",
+    ),
+    "crowds": Fault(
+        WARNING,
+        "crowds ('iscrowd' 1), which training leaves out",
+        "if each is one object (CVAT's brush, BlenderProc and pycococreator write 1 for every RLE), set "
+        "'iscrowd' 0: gn-detect doctor --fix OUT.json --no-crowds does that",
+    ),
+    "some-fractions": Fault(
+        WARNING,
+        "boxes within the first pixel of the image, as if they were fractions of it, among boxes in pixels",
+        "multiply them by the image's width and height, or remove them",
+    ),
+    "box-empty": Fault(
+        WARNING,
+        "boxes of no width or no height; training leaves them out",
+        "correct them",
+        "takes the mask's box",
+        _OBJECT,
+    ),
+    "box-overlaps-border": Fault(
+        WARNING, "boxes that reach out of the image by more than 1 pixel", "correct them", _FROM_MASK
+    ),
+    "box-mask": Fault(
+        WARNING, "boxes that disagree with their mask", "find out which is right", "takes the mask's box"
+    ),
+    "area-mask": Fault(
+        WARNING, "areas that disagree with their mask", "compute them again", "takes the mask's area"
+    ),
+    "short-polygon": Fault(
+        WARNING,
+        "polygons of less than 3 points or an odd count of numbers; training leaves them out",
+        "complete them",
+        removal="the polygons, and objects that have no other",
+    ),
+    "polygon-outside": Fault(
+        WARNING, "polygons that reach out of the image by more than 1 pixel", "correct them"
+    ),
+    "empty-mask": Fault(WARNING, "masks without a pixel", "draw them again", removal=_OBJECT),
+    "crowd-without-rle": Fault(
+        WARNING, "crowds whose mask is no RLE", "encode them, or set 'iscrowd' 0", "encodes the polygons"
+    ),
+    "duplicate-annotation": Fault(
+        WARNING, "annotations that repeat another one of their image", "remove them", removal=_OBJECT
+    ),
+    "duplicate-file": Fault(
+        WARNING, "files that several images of one part name", "list each file once, with all its objects"
+    ),
+    "duplicate-picture": Fault(WARNING, "pictures that are equal to another one of their part", "keep one"),
+    "dark-images": Fault(
+        WARNING,
+        "sets of 16-bit greyscale images that fill a small part of the 16 bits: their high byte is read",
+        "scale all of them by one factor, to the whole 16 bits or to 8-bit files",
+    ),
+    "duplicate-category-name": Fault(
+        WARNING, "category names that several ids share", "merge them, or give them different names"
+    ),
+    "other-form": Fault(
+        NOTE,
+        "fields in another form than COCO's, which is read all the same",
+        "other tools may not read it",
+        "writes COCO's form",
+    ),
+    "boxes-alone": Fault(
+        NOTE, "files in which no object has a mask", "training and evaluation take the boxes alone"
+    ),
+    "crossing-polygon": Fault(
+        NOTE, "polygons that cross themselves; masks are the even-odd fill", "look at some of them"
+    ),
+    "unused-category": Fault(
+        NOTE, "categories without an object", "they cost nothing; the model cannot learn them here"
+    ),
+    "empty-image": Fault(NOTE, "images without an object", "training leaves them out by default"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault of one entry.
+
+    Attributes:
+        kind: key of :data:`FAULTS`.
+        part: name of the dataset.
+        detail: what is wrong with what, in one line.
+        image_id, annotation_id, category_id, file_name: what it is about, as far as that can be told.
+    """
+
+    kind: str
+    part: str
+    detail: str
+    image_id: int | None = None
+    annotation_id: int | None = None
+    category_id: int | None = None
+    file_name: str | None = None
+
+    @property
+    def severity(self) -> str:
+        """How bad it is."""
+        return FAULTS[self.kind].severity

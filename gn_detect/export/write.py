@@ -1,0 +1,299 @@
+"""A whole detector as one file for other programs: ONNX, or PyTorch's exported program (``.pt2``)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import dump_config, without_paths
+from ..config.load import parse_config
+from ..errors import UserError
+from ..files import atomic_write
+from ..modeling.mask_rcnn import MaskRCNN
+from ..modeling.resnet import freeze
+from ..weights.checkpoint import program_version
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..engine.predictor import Predictor
+
+SUFFIXES = (".onnx", ".pt2")
+
+INPUTS = ("image", "size")
+OUTPUTS = ("boxes", "scores", "labels", "masks")
+"""Of :meth:`ExportableDetector.forward`; a model without masks has the first three."""
+
+MIN_SIDE = 64
+"""Pixels; a padded image has no smaller side. The exporter takes sizes of 1 for constants, and smaller images
+have maps of 1 x 1."""
+
+_LARGEST_DIVISOR = 1024
+"""Pixels; a ResNet with an FPN has 32 or 64, and an image is padded to a multiple."""
+
+METADATA_FILE = "gn_detect.json"
+"""In a ``.pt2``; an ONNX file has the same keys as ``metadata_props``."""
+
+
+class ExportableDetector(nn.Module):
+    """The detector as a function of tensors, for one image.
+
+    Args:
+        model: in evaluation mode, on the CPU; it is copied.
+    """
+
+    def __init__(self, model: MaskRCNN) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        freeze(self.model)  # F.batch_norm asks for the number of RoIs, which a program does not know
+        heads = self.model.roi_heads
+        for name in ("box_head", "mask_head", "res5"):
+            head = getattr(heads, name, None)
+            if head is not None:
+                setattr(heads, name, _NeverEmpty(head))
+
+    def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`MaskRCNN.detect` finds, before it is scaled to the original pixels and pasted.
+
+        Args:
+            image: (1, 3, H, W) uint8 in ``INPUT.FORMAT`` order; H and W are multiples of the model's
+                ``size_divisibility``, at least :data:`MIN_SIDE`.
+            size: (2,) int64, height and width of the image without its padding, which is at the right and the
+                bottom and may hold anything.
+
+        Returns:
+            boxes (D, 4) float32 ``xyxy`` in pixels of ``image``, scores (D,) float32, best first, labels (D,)
+            int64, and of a model with masks (D, S, S) float32 probabilities inside the boxes.
+        """
+        model = self.model
+        pixels = (image - model.pixel_mean) / model.pixel_std
+        row = torch.arange(image.shape[2], device=image.device) < size[0]
+        column = torch.arange(image.shape[3], device=image.device) < size[1]
+        pixels = torch.where(row[:, None] & column, pixels, 0.0)
+        features = model.backbone(pixels.contiguous(memory_format=model.memory_format))
+        sizes: Any = [size]  # boxes are clipped by numbers or by a tensor
+        proposals = model.proposal_generator.propose(features, sizes)
+        found = model.roi_heads.detect(features, proposals, sizes)[0]
+        outputs = (found.boxes, found.scores, found.labels)
+        return outputs if found.masks is None else (*outputs, found.masks)
+
+
+class _NeverEmpty(nn.Module):
+    """A head that is given one more RoI, of zeros: onnxruntime cannot normalise the groups of none."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        count = inputs[0].shape[0]
+        more = [torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in inputs]
+        found: Tensor = self.head(*more)
+        return found.narrow(0, 0, count)
+
+
+@dataclass(frozen=True)
+class ExportMetadata:
+    """What a file tells of its detector.
+
+    Attributes:
+        config: of the exported model; its ``INPUT`` keys tell how images are prepared.
+        class_names, category_ids: by label.
+        size_divisibility: H and W are multiples of it.
+        version: of gn_detect, which wrote the file.
+    """
+
+    config: Config
+    class_names: list[str]
+    category_ids: list[int]
+    size_divisibility: int
+    version: str
+
+    def to_strings(self) -> dict[str, str]:
+        """For ONNX, whose metadata are strings: JSON, and the config as YAML."""
+        return {
+            "gn_detect_version": self.version,
+            "class_names": json.dumps(self.class_names),
+            "category_ids": json.dumps(self.category_ids),
+            "size_divisibility": str(self.size_divisibility),
+            "input_format": self.config.input.format,
+            "pixel_mean": json.dumps(self.config.model.pixel_mean),
+            "pixel_std": json.dumps(self.config.model.pixel_std),
+            "config": dump_config(without_paths(self.config)),
+        }
+
+    @classmethod
+    def from_strings(cls, strings: Any, path: Path) -> ExportMetadata:
+        """Undo :meth:`to_strings`.
+
+        Raises:
+            UserError: ``path`` is no file of ours.
+        """
+        try:
+            found = cls(
+                parse_config(strings["config"]),
+                json.loads(strings["class_names"]),
+                json.loads(strings["category_ids"]),
+                int(strings["size_divisibility"]),
+                str(strings["gn_detect_version"]),
+            )
+            given = (found.class_names, str), (found.category_ids, int)
+            if not all(isinstance(v, list) and all(type(one) is kind for one in v) for v, kind in given):
+                raise ValueError("class names or ids of other types")
+            if not 1 <= found.size_divisibility <= _LARGEST_DIVISOR:
+                raise ValueError("size divisibility")
+            lists = (found.class_names, found.category_ids)
+            if {len(values) for values in lists} != {found.config.model.roi_heads.num_classes}:
+                raise ValueError("class names")
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UserError) as error:
+            raise UserError(
+                f"{path} is no detector that gn_detect exported; make one with gn-detect export"
+            ) from error
+        return found
+
+
+def export_detector(predictor: Predictor, path: str | Path) -> None:
+    """Write the detector to ``path``, ``.onnx`` or ``.pt2``.
+
+    The file takes images of any size, see :meth:`ExportableDetector.forward`, and holds
+    :class:`ExportMetadata`. It needs nothing of gn_detect to run: fused norms are PyTorch's group norm in it,
+    or ONNX's.
+
+    Args:
+        predictor: on the CPU.
+
+    Raises:
+        UserError: another ending, packages are missing, or PyTorch's exporter fails.
+    """
+    path = check_target(path)
+    metadata = _metadata_of(predictor).to_strings()
+    program = export_program(predictor.model)
+    if path.suffix == ".onnx":
+        content = _to_onnx(program, metadata)
+        with atomic_write(path, "wb") as file:
+            file.write(content)
+    else:
+        # A pickle otherwise, which readers should not have to trust.
+        program.example_inputs = None
+        with atomic_write(path, "wb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
+
+
+def check_target(path: str | Path) -> Path:
+    """The path of a file that can be exported here.
+
+    Raises:
+        UserError: another ending, or packages are missing.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"--output {path} must end in {' or '.join(SUFFIXES)}")
+    if path.suffix == ".onnx":
+        require("onnx", "onnxscript")
+    return path
+
+
+def require(*modules: str) -> None:
+    """Say how to install what is missing.
+
+    Raises:
+        UserError: one of ``modules`` is not there.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"ONNX needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}"
+        )
+
+
+def export_program(model: MaskRCNN) -> torch.export.ExportedProgram:
+    """The program of ``model``, of dynamic height and width.
+
+    Raises:
+        UserError: PyTorch's exporter fails.
+    """
+    unit = model.size_divisibility
+    least = -(-MIN_SIDE // unit)
+    sides = {2: torch.export.Dim("rows", min=least), 3: torch.export.Dim("columns", min=least)}
+    if unit > 1:
+        sides = {dim: unit * side for dim, side in sides.items()}
+    # Any size but a special one: two different sides, more than the least.
+    height, width = 5 * MIN_SIDE, 7 * MIN_SIDE
+    example = (torch.zeros(1, 3, height, width, dtype=torch.uint8), torch.tensor([height, width]))
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                ExportableDetector(model).eval(),
+                example,
+                dynamic_shapes={"image": sides, "size": None},
+                strict=False,
+            )
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # names the files of this machine
+        return program
+    except Exception as error:  # of many kinds, none of which is documented
+        raise _failure("torch.export", error) from error
+
+
+def _to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:
+    count = len(program.graph_signature.user_outputs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=list(INPUTS),
+                output_names=list(OUTPUTS[:count]),
+                verbose=False,
+            )
+        assert converted is not None
+        model = converted.model_proto
+        for key, value in metadata.items():
+            model.metadata_props.add(key=key, value=value)
+        return bytes(model.SerializeToString())
+    except Exception as error:  # of many kinds, none of which is documented
+        raise _failure("torch.onnx.export", error) from error
+
+
+def _failure(exporter: str, error: Exception) -> UserError:
+    return UserError(
+        f"{exporter} of PyTorch {torch.__version__} cannot take this detector: {_reason(error)}; "
+        "exports are tested with the PyTorch of constraints.txt"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What cannot be exported, and the first cause; ONNX's exporter says what to do next around them."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    first = chain[-1]
+    if len(chain) < 3:
+        return _first_line(first) or type(first).__name__
+    return f"{_first_line(chain[1])} ({type(first).__name__}: {_first_line(first)})"
+
+
+def _first_line(error: BaseException) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return line if len(line) < 200 else f"{line[:200]} ..."
+
+
+def _metadata_of(predictor: Predictor) -> ExportMetadata:
+    return ExportMetadata(
+        predictor.cfg,
+        predictor.class_names,
+        predictor.category_ids,
+        predictor.model.size_divisibility,
+        program_version(),
+    )

@@ -1,0 +1,1 @@
+"""Names of tensors in the checkpoints of other libraries."""
