@@ -1,4 +1,4 @@
-"""The model that a checkpoint is of: the config keys that its tensors, names and metadata tell."""
+"""The config keys of a checkpoint's model, from its tensors, their names and its metadata."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
-from ..config import Config, load_config
+from ..config import Config, dump_config, load_config, without_paths
+from ..config.load import parse_config
 from ..config.types import value_at
-from ..config.yaml_text import parse_yaml
 from ..errors import UserError
 from .checkpoint import Checkpoint
-from .convention import plain_text
 from .norm_settings import group_keys, norm_groups_of
 from .translate import BACKBONE, translate
 from .zoo import entry_of
@@ -28,7 +25,8 @@ BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
 }
 """``RESNETS.DEPTH`` by (whether blocks are bottlenecks, blocks in each stage)."""
 
-UNTOLD = (
+# Keys that no tensor implies: from the config in the file, or from the model zoo's.
+UNSPECIFIED = (
     "MODEL.GN.NUM_GROUPS",
     "MODEL.GN.MIN_CHANNELS_PER_GROUP",
     "MODEL.GN.EPS",
@@ -44,10 +42,6 @@ UNTOLD = (
     "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
     "MODEL.FPN.FUSE_TYPE",
 )
-"""What no tensor tells: taken from the config inside the file, or from the model zoo's."""
-
-CONFIG_KEYS = "config_keys"
-"""The key in a checkpoint's metadata of such values, in files that :func:`untold_keys` were written to."""
 
 _RPN = "proposal_generator."
 
@@ -63,7 +57,7 @@ class Architecture:
         is_detector: whether heads are there, and not the backbone alone.
         has_masks: whether a mask head is there.
         norm: of the backbone: ``"GN"``, ``"FrozenBN"`` or ``""``.
-        class_names: as the file tells them; empty where it does not.
+        class_names: by label; empty where the file has none.
     """
 
     keys: dict[str, Any]
@@ -107,13 +101,13 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         keys |= _pyramid_keys(checkpoint, shapes)
     if is_detector:
         keys |= _head_keys(shapes)
-    keys |= untold_keys(checkpoint)
+    keys |= unspecified_keys(checkpoint)
     return Architecture(
         keys,
         is_detector,
         any(".mask_head.predictor." in name for name in shapes),
         keys["MODEL.RESNETS.NORM"],
-        checkpoint.class_names,
+        checkpoint.metadata.class_names,
     )
 
 
@@ -223,63 +217,80 @@ def _count(shapes: Shapes, layer: str) -> int:
     return sum(re.fullmatch(rf"{layer}\.weight", name) is not None for name in shapes)
 
 
-def untold_keys_of(cfg: Config) -> dict[str, Any]:
-    """Values of :data:`UNTOLD` keys."""
-    return {key: value_at(cfg, key) for key in UNTOLD}
+def unspecified_keys_of(cfg: Config) -> dict[str, Any]:
+    """Return the values of :data:`UNSPECIFIED` keys in a config."""
+    return {key: value_at(cfg, key) for key in UNSPECIFIED}
 
 
-def untold_keys(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Values of :data:`UNTOLD` keys, as far as anything beside the tensors tells them.
+def unspecified_keys(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the values of :data:`UNSPECIFIED` keys, as far as anything but the tensors implies them.
 
-    That is the config that our checkpoints hold, the zoo's entry, what :data:`CONFIG_KEYS` in the metadata
-    says, and torchvision's names, whose detectors have its RoIAlign. A new file with the same tensors under
-    other names, or without the config, keeps them under :data:`CONFIG_KEYS`.
+    The sources are the config of the file or of its entry in the zoo; otherwise the file's ``config_keys``,
+    the settings of its norms, and torchvision's names, whose detectors have torchvision's RoIAlign.
     """
-    cfg = _told_config(checkpoint)
+    cfg = config_of(checkpoint)
     if cfg is not None:
-        return untold_keys_of(cfg)
+        return unspecified_keys_of(cfg)
     keys: dict[str, Any] = {}
     translation = translate(checkpoint)
     if translation.scheme == "torchvision" and any(name.startswith(_RPN) for name in translation.tensors):
         for head in ("BOX", "MASK"):
             keys[f"MODEL.ROI_{head}_HEAD.POOLER_TYPE"] = "ROIAlign"
             keys[f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO"] = 2
-    told = checkpoint.metadata.get(CONFIG_KEYS)
-    if isinstance(told, dict):
-        keys |= {key: told[key] for key in UNTOLD if key in told}
-    return keys | _told_groups(checkpoint)
+    known = checkpoint.metadata.config_keys
+    return keys | {key: known[key] for key in UNSPECIFIED if key in known} | _group_keys(checkpoint)
 
 
-def untold_group_norms(checkpoint: Checkpoint) -> list[str]:
-    """GroupNorms of a detector whose groups the file does not tell, by their names here; else empty."""
+def norms_of_unspecified_groups(checkpoint: Checkpoint) -> list[str]:
+    """Return the GroupNorms of a detector whose groups the file does not specify, by their names here."""
     tensors = translate(checkpoint).tensors
     if not any(name.startswith(_RPN) for name in tensors):
         return []
-    told = norm_groups_of(checkpoint, tensors)
+    known = norm_groups_of(checkpoint, tensors)
     norms = [name.removesuffix(".weight") for name in tensors if name.endswith(".norm.weight")]
-    return [norm for norm in norms if norm not in told and f"{norm}.running_mean" not in tensors]
+    return [norm for norm in norms if norm not in known and f"{norm}.running_mean" not in tensors]
 
 
-def _told_groups(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of a converted file, which holds no config."""
+def _group_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     layers = {
         (checkpoint.tensors[f"{name}.weight"].numel(), groups)
         for name, groups in norm_groups_of(checkpoint).items()
         if f"{name}.weight" in checkpoint.tensors
     }
     keys = group_keys(layers) if layers else None
-    # Norms that it does not tell of have detectron2's groups, equal numbers, unless a config tells others.
-    if keys is None or (keys[1] > 1 and untold_group_norms(checkpoint)):
+    # Other norms have detectron2's groups, equal numbers, unless a config says otherwise.
+    if keys is None or (keys[1] > 1 and norms_of_unspecified_groups(checkpoint)):
         return {}
     return {"MODEL.GN.NUM_GROUPS": keys[0], "MODEL.GN.MIN_CHANNELS_PER_GROUP": keys[1]}
 
 
-def _told_config(checkpoint: Checkpoint) -> Config | None:
+def config_of(checkpoint: Checkpoint) -> Config | None:
+    """Return the config of the checkpoint's entry in the zoo, or the one in the file; None without any."""
     entry = entry_of(checkpoint.path)
     if entry is not None:
         return load_config(entry.config, entry.overrides)
     try:
-        content = parse_yaml(plain_text(checkpoint.metadata, "config"))
-        return Config.model_validate(content) if isinstance(content, dict) else None
-    except (yaml.YAMLError, ValueError):  # another program's
+        return parse_config(checkpoint.metadata.config or "")
+    except UserError:  # another program's
         return None
+
+
+def config_of_converted(cfg: Config, converted: Checkpoint) -> str | None:
+    """Return the config of a converted detector as YAML without local paths, for its metadata.
+
+    Args:
+        cfg: the config of the original.
+        converted: weights, and metadata with the groups of the norms.
+
+    Returns:
+        None where no config gives all norms their groups.
+    """
+    changes = _group_keys(converted)
+    differs = any(value_at(cfg, key) != value for key, value in changes.items())
+    if not changes or (differs and norms_of_unspecified_groups(converted)):
+        return None
+    for section in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        key = f"MODEL.{section}.NORM"
+        if value_at(cfg, key) in ("BN", "SyncBN", "FrozenBN"):
+            changes[key] = "GN"
+    return dump_config(without_paths(cfg.replace(changes)))

@@ -6,8 +6,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +20,8 @@ from ..config import load_config
 from ..errors import UserError
 from ..files import atomic_write, cannot_write
 from .convention import InputConvention
-from .metadata import check_metadata
+from .metadata import CheckpointMetadata, read_metadata, signature
+from .mmdetection_config import norm_entries
 from .numpy_pickle import RefusedGlobal, load_numpy_pickle
 from .pickle_check import RefusedPickle, check_pickle
 from .stand_ins import STAND_INS, is_stand_in, known_to_torch, without_stand_ins
@@ -36,12 +36,6 @@ MODEL_KEYS = (
     "model", "model_state", "model_state_dict", "blobs",
 )  # fmt: skip
 """Where checkpoints of training programs keep the weights; the first that is a dict is read."""
-
-FORMAT_VERSION = 1
-"""Of the files that :func:`save_weights` writes."""
-
-_VERSION_KEY, _AUTHOR_KEY, _PROGRAM_KEY = "format_version", "__author__", "gn_detect_version"
-_OURS = "gn_detect"
 
 SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
 """Of files that can be written."""
@@ -73,25 +67,17 @@ class Checkpoint:
 
     Attributes:
         tensors: weights by name, on the CPU, in the file's data types, wrapper prefixes removed.
-        metadata: everything beside the weights: iteration, optimiser state, ...
+        metadata: everything besides the weights.
         format: ``"pytorch"``, ``"safetensors"``, ``"pickle"`` or ``"npz"``.
         path: the file, for messages.
         stored: the same weights by the file's own names, with wrapper prefixes and counters of averaging.
     """
 
     tensors: dict[str, Tensor]
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: CheckpointMetadata = field(default_factory=CheckpointMetadata)
     format: str = "pytorch"
     path: Path = Path("checkpoint")
     stored: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Return the names of the classes by label; empty where the file does not tell them."""
-        names = self.metadata.get("class_names")
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            return list(names)
-        return []
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -107,21 +93,23 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     entry = entry_of(path)
     path = _existing_file(path)
     content, kind = _read(path)
-    tensors, metadata = _split(content, path, nested=kind != "safetensors")
+    stored, others = _split(content, path, nested=kind != "safetensors")
     try:
-        metadata = without_stand_ins(metadata)
+        others = without_stand_ins(others)
     except RecursionError:
         raise _refusal(path, "it holds containers nested by the thousand") from None
-    check_metadata(metadata, path, ours=_is_ours(metadata))
-    _check_version(metadata, path)
+    tensors = strip_wrappers(stored)
+    metadata = read_metadata(norm_entries(others, tensors) | others, path)
     if entry is not None:  # the catalogue knows better than the names what the weights were trained with
         convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
-        metadata["input"] = convention.as_metadata()
-    return Checkpoint(strip_wrappers(tensors), metadata, kind, path, tensors)
+        metadata = replace(metadata, input=convention)
+    return Checkpoint(tensors, metadata, kind, path, stored)
 
 
 def save_weights(
-    path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+    path: str | Path,
+    state_dict: Mapping[str, Tensor],
+    metadata: CheckpointMetadata | Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that :func:`read_checkpoint` and detectron2 read; the file is whole or absent.
 
@@ -129,21 +117,21 @@ def save_weights(
         path: ends in ``.pth`` or ``.pt`` (a dict ``{"model": state_dict, **metadata}``), ``.pkl`` (the same
             with NumPy arrays, as detectron2's model zoo has it) or ``.safetensors`` (metadata as JSON).
         state_dict: tensors by name, on any device.
-        metadata: more to store; for ``.pth``, anything that ``torch.load(weights_only=True)`` reads, such as
-            optimiser states; otherwise JSON values.
+        metadata: a record, or entries by key: for ``.pth``, anything that ``torch.load(weights_only=True)``
+            reads, such as optimiser states; otherwise JSON values.
 
     Raises:
         UserError: another ending, metadata or a type that the format cannot hold, or the disk is full or
             read-only.
     """
-    path, content = Path(path), dict(metadata or {})
+    path = Path(path)
+    content = metadata.to_dict() if isinstance(metadata, CheckpointMetadata) else dict(metadata or {})
     if path.suffix not in SUFFIXES:
         raise UserError(f"cannot save weights as {path}: end the name in {', '.join(SUFFIXES)}")
     for key in MODEL_KEYS:  # read_checkpoint would take a dict there for the weights
         if key in content and (key == "model" or isinstance(content[key], dict)):
             raise UserError(f"cannot save {path}: the metadata key '{key}' is taken by weights; rename it")
-    content = {key: _without_numpy(value) for key, value in content.items()}
-    content |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS, _PROGRAM_KEY: program_version()}
+    content = {key: _without_numpy(value) for key, value in content.items()} | signature()
     tensors = {name: _whole(tensor.detach().cpu()) for name, tensor in state_dict.items()}
     if path.suffix == ".safetensors":
         _write(path, _as_safetensors(path, tensors, content))
@@ -178,14 +166,6 @@ def _without_numpy(value: Any) -> Any:
     return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
 
 
-def program_version() -> str:
-    """Of gn_detect, as files of ours tell it."""
-    try:
-        return version("gn_detect")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "unknown"
-
-
 def _write(path: Path, content: bytes) -> None:
     with atomic_write(path, "wb") as file:
         file.write(content)
@@ -212,25 +192,6 @@ def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
     shapes = {name: tensor.shape for name, tensor in tensors.items()}  # 0-dimensional ones became (1,)
     arrays = {name: array.reshape(shapes[name]) for name, array in arrays.items()}
     return pickle.dumps({"model": arrays, **metadata}, protocol=2)
-
-
-def _is_ours(metadata: dict[str, Any]) -> bool:
-    author = metadata.get(_AUTHOR_KEY)
-    return isinstance(author, str) and author == _OURS
-
-
-def _check_version(metadata: dict[str, Any], path: Path) -> None:
-    """Only of our own files; their own keys do not stay in the metadata."""
-    if not _is_ours(metadata):
-        return
-    del metadata[_AUTHOR_KEY]
-    metadata.pop(_PROGRAM_KEY, None)
-    found = metadata.pop(_VERSION_KEY, FORMAT_VERSION)
-    if not isinstance(found, int) or found > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {found!r}, and this gn_detect reads up to {FORMAT_VERSION}; "
-            "install a newer one"
-        )
 
 
 def _read(path: Path) -> tuple[Any, str]:

@@ -15,8 +15,8 @@ from ..errors import UserError
 from ..text import printable
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
+from .metadata import USUAL_EPS
 from .norm_settings import (
-    USUAL_EPS,
     norm_eps_of,
     norm_groups_of,
     refuse_lost_norms,
@@ -189,10 +189,9 @@ def _translated(checkpoint: Checkpoint, own: dict[str, Tensor]) -> Translation:
         checkpoint = replace(checkpoint, tensors=checkpoint.stored)
         fitting = sum(name in own for name in checkpoint.tensors)
     if fitting > len(checkpoint.tensors) / 2:
-        convention = InputConvention.from_metadata(checkpoint.metadata.get("input"))
         left_out = [name for name in checkpoint.tensors if CLASSIFIER.fullmatch(name) and name not in own]
         tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left_out}
-        return Translation(tensors, convention=convention, left_out=left_out)
+        return Translation(tensors, convention=checkpoint.metadata.input, left_out=left_out)
     translation = translate(checkpoint)
     if not any(name.startswith("backbone.") for name in own):  # a backbone alone
         bare = {name.removeprefix(BACKBONE): tensor for name, tensor in translation.tensors.items()}
@@ -238,8 +237,8 @@ def _without_ones(tensor: Tensor) -> list[int]:
 
 def _drop_other_classes(report: LoadReport, checkpoint: Checkpoint, class_names: list[str]) -> None:
     """The same number of classes, but others, or in another order: the file's predictors mean nothing."""
-    told = checkpoint.class_names
-    if len(told) != len(class_names) or told == class_names:
+    found = checkpoint.metadata.class_names
+    if len(found) != len(class_names) or found == class_names:
         return
     for name in [name for name in report.matched if PREDICTORS.search(name)]:
         report.matched.remove(name)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ..errors import UserError
-from .checkpoint import Checkpoint
 from .convention import plain_text
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
 
 Sections = dict[str, dict[str, str]]
 """The assignments in each ``dict(...)``, as they are written, by its place such as ``model.backbone``."""
@@ -41,7 +46,7 @@ def standardised_convs(checkpoint: Checkpoint) -> dict[str, float]:
     Raises:
         UserError: the config has convolutions of another kind, or does not tell which these are.
     """
-    sections = _sections_of(checkpoint)
+    sections = read_sections(checkpoint.metadata.mmdetection_config)
     used = {place for place, section in sections.items() if _type(section) in _STANDARDISED}
     kinds = {part: _of_part(sections, part, "conv_cfg") for part in _PARTS}
     for part, section in kinds.items():
@@ -68,23 +73,33 @@ def standardised_convs(checkpoint: Checkpoint) -> dict[str, float]:
     return found
 
 
-def told_norms(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
-    """``num_groups`` or ``eps`` of each group norm, by its name in the file; what is not told is absent."""
-    sections = _sections_of(checkpoint)
+def norm_entries(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the eps and the numbers of groups of GroupNorms that a config of mmdetection sets.
+
+    Args:
+        content: the entries of a file.
+        tensors: its weights.
+
+    Returns:
+        Entries for :func:`gn_detect.weights.metadata.read_metadata`, which checks the values.
+    """
+    sections = read_sections(plain_text(content.get("meta"), "config", "cfg"))
     if not sections:
         return {}
-    told: dict[str, Any] = {}
-    for name, tensor in checkpoint.tensors.items():
+    eps: dict[str, float] = {}
+    groups: dict[str, int] = {}
+    for name, tensor in tensors.items():
         norm = _NORM.fullmatch(name)
-        if norm is None or tensor.dim() != 1 or f"{norm[1]}.running_mean" in checkpoint.tensors:
+        if norm is None or tensor.dim() != 1 or f"{norm[1]}.running_mean" in tensors:
             continue
         section = _of_part(sections, _part(name), "norm_cfg")
-        value = section.get(key, "") if _type(section) in ("GN", "GroupNorm") else ""
-        if value and key == "eps":
-            told[norm[1]] = _number(value, _USUAL_EPS)
-        elif re.fullmatch(r"[0-9]{1,6}", value):
-            told[norm[1]] = int(value)
-    return told
+        if _type(section) not in ("GN", "GroupNorm"):
+            continue
+        if section.get("eps"):
+            eps[norm[1]] = _number(section["eps"], _USUAL_EPS)
+        if re.fullmatch(r"[0-9]{1,6}", section.get("num_groups", "")):
+            groups[norm[1]] = int(section["num_groups"])
+    return {"group_norm_eps": eps, "group_norm_groups": groups}
 
 
 def read_sections(text: str) -> Sections:
@@ -123,10 +138,6 @@ def _assign(sections: Sections, place: str, key: str, value: str) -> None:
     elif place and value in sections:
         whole = sections.get(inner, {}) | sections[value]
         sections[inner] = whole if len(whole) <= _MOST else sections[value]
-
-
-def _sections_of(checkpoint: Checkpoint) -> Sections:
-    return read_sections(plain_text(checkpoint.metadata.get("meta"), "config", "cfg"))
 
 
 def _plain(name: str) -> str:

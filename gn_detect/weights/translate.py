@@ -77,7 +77,7 @@ def translate(checkpoint: Checkpoint) -> Translation:
     else:
         return _of_detectron2(checkpoint)
     result.changes = list(dict.fromkeys(found))
-    result.convention = InputConvention.from_metadata(checkpoint.metadata.get("input")) or result.convention
+    result.convention = checkpoint.metadata.input or result.convention
     return result
 
 
@@ -89,8 +89,8 @@ def _of_detectron2(checkpoint: Checkpoint) -> Translation:
     if all(re.match(r"(stem|res\d|fc|linear)\.", name) for name in names):
         prefix = BACKBONE
         left_out = [name for name in names if CLASSIFIER.fullmatch(name)]
-    convention = InputConvention.from_metadata(checkpoint.metadata.get("input"))
-    if convention is None and checkpoint.metadata.get("__author__") == "torchvision":
+    convention = checkpoint.metadata.input
+    if convention is None and checkpoint.metadata.author == "torchvision":
         convention = TORCHVISION
     tensors = {prefix + name: checkpoint.tensors[name] for name in names if name not in left_out}
     return Translation(tensors, convention=convention, left_out=left_out)

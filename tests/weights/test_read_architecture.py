@@ -12,7 +12,8 @@ from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
 from gn_detect.weights import (
     Checkpoint,
-    architecture,
+    CheckpointMetadata,
+    config_of,
     load_weights,
     norm_settings,
     read_architecture,
@@ -141,4 +142,4 @@ BOMBS = ["a: &a [1]\nb: [" + "*a, " * 25_000 + "]", "a: " + "[" * 100_000, "x" *
 
 @pytest.mark.parametrize("config", BOMBS)
 def test_a_config_in_a_checkpoint_that_grows_is_none_of_ours(config: str) -> None:
-    assert architecture._told_config(Checkpoint({}, {"config": config})) is None
+    assert config_of(Checkpoint({}, CheckpointMetadata(config=config))) is None

@@ -264,7 +264,7 @@ def test_formats_hold_the_same_and_a_version(tmp_path: Path) -> None:
         path = tmp_path / f"m.{ending}"
         save_weights(path, state, {"class_names": ["a"]})
         found = read_checkpoint(path)
-        assert found.metadata == {"class_names": ["a"]}
+        assert found.metadata.to_dict() == {"class_names": ["a"]}
         assert set(found.tensors) == set(state)
         for name, tensor in state.items():
             assert torch.equal(found.tensors[name], tensor) and found.tensors[name].shape == tensor.shape

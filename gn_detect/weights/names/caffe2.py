@@ -66,7 +66,8 @@ def convention(checkpoint: Checkpoint) -> InputConvention:
         if groups > 1:
             whole = any(name.endswith(("_bn_running_mean", "_bn_rm")) for name in names)
             found = DETECTRON_RESNEXT if whole else replace(found, stride_in_1x1=False)
-    stated = re.search(r"STRIDE_1X1:\s*(true|false)", plain_text(checkpoint.metadata, "cfg"), re.IGNORECASE)
+    text = plain_text(checkpoint.metadata.others, "cfg")
+    stated = re.search(r"STRIDE_1X1:\s*(true|false)", text, re.IGNORECASE)
     return found if stated is None else replace(found, stride_in_1x1=stated[1].lower() == "true")
 
 

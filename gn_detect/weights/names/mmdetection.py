@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..convention import DETECTRON_GN, TORCHVISION, InputConvention, plain_text
+from ..convention import DETECTRON_GN, TORCHVISION, InputConvention
 from ..mmdetection_config import standardised_convs
 from .classes import background_last, boxes_without_background, masks_without_background
 from .resnet import from_torchvision
@@ -77,7 +77,7 @@ def convention(checkpoint: Checkpoint) -> InputConvention:
     """What the file's config says; otherwise GN models stem from Detectron, others from torchvision."""
     grouped = any(re.match(r"backbone\.(gn1|layer1\.0\.gn1)\.", name) for name in checkpoint.tensors)
     found = DETECTRON_GN if grouped else TORCHVISION
-    text = plain_text(checkpoint.metadata.get("meta"), "config", "cfg")
+    text = checkpoint.metadata.mmdetection_config
     mean, std = (_numbers(text, key) for key in ("mean", "std"))
     order = re.search(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)", text)
     if mean and std and order:
