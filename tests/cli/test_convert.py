@@ -58,6 +58,22 @@ def test_without_data(checkpoint, tmp_path, capsys) -> None:
     assert len(json.loads(report.read_text())["layers"]) == 37
 
 
+@pytest.mark.parametrize("words", [["--config-file", CONFIG, *BATCH_NORM], []])
+def test_a_converted_file_holds_the_config_of_its_model(words, checkpoint, tmp_path) -> None:
+    target = tmp_path / "gn.pth"
+    if not words:  # the source holds its config
+        cfg = gn_detect.load_config(CONFIG, [*BATCH_NORM, "MODEL.WEIGHTS", str(tmp_path / "first.pth")])
+        save_weights(checkpoint, read_checkpoint(checkpoint).tensors, {"config": dump_config(cfg)})
+    assert main(["convert", str(checkpoint), str(target), *words]) == 0
+    text = read_checkpoint(target).metadata.config
+    assert text is not None and str(tmp_path) not in text
+    (tmp_path / "config.yaml").write_text(text)
+    cfg = gn_detect.load_config(tmp_path / "config.yaml")
+    assert cfg.model.resnets.norm == cfg.model.roi_mask_head.norm == "GN"
+    assert cfg.model.gn.min_channels_per_group == 16
+    gn_detect.load_weights(gn_detect.build_model(cfg), target, config=cfg)
+
+
 def test_the_eps_that_a_checkpoint_was_trained_with_is_told(checkpoint, tmp_path) -> None:
     target = tmp_path / "gn.pth"
     assert main(["convert", str(checkpoint), str(target), "--eps", "0.001"]) == 0
