@@ -28,10 +28,9 @@ from ..weights import (
     config_of_converted,
     group_keys,
     load_weights,
-    norm_eps_of,
-    norm_groups_of,
     norm_metadata,
     norm_settings,
+    norms_of,
     norms_of_unspecified_groups,
     read_checkpoint,
     save_weights,
@@ -143,9 +142,10 @@ def run(args: argparse.Namespace) -> Result:
             eps = 0.0 if args.eps is None and computes_with_eps_0(checkpoint) else args.eps
             tensors, report = convert_state_dict(named, eps=eps, **group_rule(args))
             _refuse_unspecified_groups(args, checkpoint)
+            known = norms_of(checkpoint, named)
             norms = norm_metadata(
-                norm_eps_of(checkpoint, named) | {layer.name: layer.eps for layer in report.layers},
-                norm_groups_of(checkpoint, named) | {layer.name: layer.groups for layer in report.layers},
+                known.group_norm_eps | {layer.name: layer.eps for layer in report.layers},
+                known.group_norm_groups | {layer.name: layer.groups for layer in report.layers},
             )
             metadata = metadata_of_converted(norms, tensors, checkpoint)
     save_calibrated(args, target, tensors, metadata)
@@ -216,8 +216,9 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     cfg = config_of(checkpoint) if translation.is_detector else None
     # The config of another program stays as it is.
     config = checkpoint.metadata.config if cfg is None else dump_config(without_paths(cfg))
+    norms = norms_of(checkpoint, tensors)
     metadata = replace(
-        norm_metadata(norm_eps_of(checkpoint, tensors), norm_groups_of(checkpoint, tensors)),
+        norm_metadata(norms.group_norm_eps, norms.group_norm_groups),
         class_names=checkpoint.metadata.class_names,
         category_ids=checkpoint.metadata.category_ids,
         input=translation.convention,

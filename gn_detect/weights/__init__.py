@@ -14,14 +14,13 @@ from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
 from .metadata import USUAL_EPS, CheckpointMetadata
 from .mmdetection_config import standardised_convs
-from .names.classes import COCO_IDS
+from .names.resnet import COCO_IDS
 from .names.torchvision import computes_with_eps_0
 from .norm_settings import (
     group_keys,
-    norm_eps_of,
-    norm_groups_of,
     norm_metadata,
     norm_settings,
+    norms_of,
     set_norm_eps,
 )
 from .translate import Translation, translate
@@ -44,10 +43,9 @@ __all__ = [
     "group_keys",
     "implied_keys",
     "load_weights",
-    "norm_eps_of",
-    "norm_groups_of",
     "norm_metadata",
     "norm_settings",
+    "norms_of",
     "norms_of_unspecified_groups",
     "read_architecture",
     "read_checkpoint",

@@ -12,7 +12,7 @@ from ..config.load import parse_config
 from ..config.types import value_at
 from ..errors import UserError
 from .checkpoint import Checkpoint
-from .norm_settings import group_keys, norm_groups_of
+from .norm_settings import group_keys, norms_of
 from .translate import BACKBONE, translate
 from .zoo import entry_of
 
@@ -246,7 +246,7 @@ def norms_of_unspecified_groups(checkpoint: Checkpoint) -> list[str]:
     tensors = translate(checkpoint).tensors
     if not any(name.startswith(_RPN) for name in tensors):
         return []
-    known = norm_groups_of(checkpoint, tensors)
+    known = norms_of(checkpoint, tensors).group_norm_groups
     norms = [name.removesuffix(".weight") for name in tensors if name.endswith(".norm.weight")]
     return [norm for norm in norms if norm not in known and f"{norm}.running_mean" not in tensors]
 
@@ -254,7 +254,7 @@ def norms_of_unspecified_groups(checkpoint: Checkpoint) -> list[str]:
 def _group_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     layers = {
         (checkpoint.tensors[f"{name}.weight"].numel(), groups)
-        for name, groups in norm_groups_of(checkpoint).items()
+        for name, groups in norms_of(checkpoint, checkpoint.tensors).group_norm_groups.items()
         if f"{name}.weight" in checkpoint.tensors
     }
     keys = group_keys(layers) if layers else None

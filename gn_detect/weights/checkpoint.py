@@ -22,8 +22,7 @@ from ..files import atomic_write, cannot_write
 from .convention import InputConvention
 from .metadata import CheckpointMetadata, read_metadata, signature
 from .mmdetection_config import norm_entries
-from .numpy_pickle import RefusedGlobal, load_numpy_pickle
-from .pickle_check import RefusedPickle, check_pickle
+from .numpy_pickle import RefusedPickle, check_pickle, load_numpy_pickle
 from .stand_ins import STAND_INS, is_stand_in, known_to_torch, without_stand_ins
 from .zip_archive import SealedFile, is_npz, read_npz
 from .zoo import entry_of, resolve
@@ -280,8 +279,6 @@ def _read_pickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return load_numpy_pickle(file, STAND_INS)
-    except RefusedGlobal as error:
-        raise _refusal(path, f"it names {error.name!r}") from error
     except RefusedPickle as error:
         raise _refusal(path, str(error)) from error
     except (pickle.UnpicklingError, OSError) as error:

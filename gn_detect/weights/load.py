@@ -15,14 +15,7 @@ from ..errors import UserError
 from ..text import printable
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
-from .metadata import USUAL_EPS
-from .norm_settings import (
-    norm_eps_of,
-    norm_groups_of,
-    refuse_lost_norms,
-    refuse_other_groups,
-    set_norm_eps,
-)
+from .norm_settings import norms_of, refuse_lost_norms, refuse_other_groups, set_norm_eps
 from .translate import BACKBONE, CLASSIFIER, Translation, translate
 
 if TYPE_CHECKING:
@@ -143,9 +136,8 @@ def load_weights(
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     own = model.state_dict()
     translation = _translated(checkpoint, own)
-    groups = norm_groups_of(checkpoint, translation.tensors)
-    # What tells the groups leaves out an eps that is the usual one; the model's may be another.
-    eps = dict.fromkeys(groups, USUAL_EPS) | norm_eps_of(checkpoint, translation.tensors)
+    norms = norms_of(checkpoint, translation.tensors)
+    groups, eps = norms.group_norm_groups, norms.norm_eps
     checkpoint = replace(checkpoint, tensors=dict(translation.tensors))
     report = _compare(own, checkpoint)
     if for_training and class_names is not None:

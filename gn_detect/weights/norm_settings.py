@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -12,11 +11,9 @@ from ..layers import choose_groups
 from .checkpoint import Checkpoint, strip_wrappers
 from .metadata import USUAL_EPS, CheckpointMetadata
 
-Value = TypeVar("Value", int, float)
-
 
 def norm_settings(model: nn.Module) -> CheckpointMetadata:
-    """Return what a checkpoint with ``model.state_dict()`` must say of the model's norms.
+    """Return the record of a model's norms, for a checkpoint with ``model.state_dict()``.
 
     Names are those that :func:`read_checkpoint` gives the tensors: without what wraps the whole model.
     """
@@ -25,8 +22,7 @@ def norm_settings(model: nn.Module) -> CheckpointMetadata:
     wrapper = outer.removesuffix(inner)
     norms = {
         f"{name}.".removeprefix(wrapper).removesuffix("."): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.GroupNorm)
+        for name, module in _norms_in(model).items()
     }
     return norm_metadata(
         {name: norm.eps for name, norm in norms.items()},
@@ -35,7 +31,7 @@ def norm_settings(model: nn.Module) -> CheckpointMetadata:
 
 
 def norm_metadata(eps: Mapping[str, float], groups: Mapping[str, int]) -> CheckpointMetadata:
-    """Return a record of these norms; it has the eps of all if one is not ``USUAL_EPS``."""
+    """Return a record of norms by name; it has the eps of all if one is not ``USUAL_EPS``."""
     usual = all(value == USUAL_EPS for value in eps.values())
     return CheckpointMetadata(
         group_norm_eps={} if usual else {name: float(value) for name, value in eps.items()},
@@ -43,33 +39,24 @@ def norm_metadata(eps: Mapping[str, float], groups: Mapping[str, int]) -> Checkp
     )
 
 
-def norm_eps_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """Return the eps of each norm by name; empty where the file gives none.
+def norms_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> CheckpointMetadata:
+    """Return the record of a checkpoint's norms under other names.
 
     Args:
-        tensors: the checkpoint's tensors under other names, which the result then has, too.
+        tensors: the checkpoint's tensors by these names.
     """
-    eps = {name: float(value) for name, value in checkpoint.metadata.group_norm_eps.items()}
-    return _renamed(eps, checkpoint, tensors)
-
-
-def norm_groups_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> dict[str, int]:
-    """Return the number of groups of each norm; see :func:`norm_eps_of`."""
-    return _renamed(checkpoint.metadata.group_norm_groups, checkpoint, tensors)
-
-
-def _renamed(
-    values: dict[str, Value], checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None
-) -> dict[str, Value]:
-    names = {id(tensor): name for name, tensor in (tensors or checkpoint.tensors).items()}
+    names = {id(tensor): name for name, tensor in tensors.items()}
 
     def renamed(norm: str) -> str:
         key = _weight_of(norm)
-        weight = checkpoint.tensors.get(key, checkpoint.stored.get(key))
-        name = names.get(id(weight))
+        name = names.get(id(checkpoint.tensors.get(key, checkpoint.stored.get(key))))
         return norm if name is None else name.removesuffix("weight").removesuffix(".")
 
-    return {renamed(norm): value for norm, value in values.items()}
+    metadata = checkpoint.metadata
+    return CheckpointMetadata(
+        group_norm_eps={renamed(norm): float(eps) for norm, eps in metadata.group_norm_eps.items()},
+        group_norm_groups={renamed(norm): groups for norm, groups in metadata.group_norm_groups.items()},
+    )
 
 
 def refuse_other_groups(model: nn.Module, checkpoint: Checkpoint, groups: Mapping[str, int]) -> None:
@@ -81,13 +68,22 @@ def refuse_other_groups(model: nn.Module, checkpoint: Checkpoint, groups: Mappin
     Raises:
         UserError: a norm of the model has another number of groups.
     """
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm) and n in groups}
-    for name, norm in norms.items():
-        if norm.num_groups != groups[name]:
-            raise UserError(
-                f"{checkpoint.path} has {groups[name]} groups in '{name}', and the model {norm.num_groups}; "
-                + _remedy({(norm.num_channels, groups[name]) for name, norm in norms.items()})
-            )
+    norms = {name: norm for name, norm in _norms_in(model).items() if name in groups}
+    other = next((name for name, norm in norms.items() if norm.num_groups != groups[name]), None)
+    if other is None:
+        return
+    layers = {(norm.num_channels, groups[name]) for name, norm in norms.items()}
+    if all(channels == count for channels, count in layers):
+        remedy = "set the NORM keys to IN"
+    elif (keys := group_keys(layers)) is None:
+        remedy = "build it with the groups that it had when the file was made"
+    else:
+        remedy = (
+            f"set MODEL.GN.NUM_GROUPS {keys[0]} MODEL.GN.MIN_CHANNELS_PER_GROUP {keys[1]} (gn-detect "
+            f"calibrate: --num-groups {keys[0]} --min-channels-per-group {keys[1]})"
+        )
+    found, wanted = groups[other], norms[other].num_groups
+    raise UserError(f"{checkpoint.path} has {found} groups in '{other}', and the model {wanted}; {remedy}")
 
 
 def refuse_lost_norms(model: nn.Module, checkpoint: Checkpoint, named: Collection[str]) -> None:
@@ -102,10 +98,9 @@ def refuse_lost_norms(model: nn.Module, checkpoint: Checkpoint, named: Collectio
     Raises:
         UserError: one of them is in neither, and the file has no settings for a norm that is in both.
     """
-    norms = {name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
-    present = {name for name in norms | set(named) if _weight_of(name) in checkpoint.tensors}
-    lost = sorted(set(named) - norms - present)
-    unspecified = sorted((norms & present) - set(named))
+    norms, named = set(_norms_in(model)), set(named)
+    present = {name for name in norms | named if _weight_of(name) in checkpoint.tensors}
+    lost, unspecified = sorted(named - norms - present), sorted((norms & present) - named)
     if lost and unspecified:
         raise UserError(
             f"{checkpoint.path}: its 'group_norm_groups' or 'group_norm_eps' names '{lost[0]}', which is "
@@ -131,25 +126,16 @@ def group_keys(layers: set[tuple[int, int]]) -> tuple[int, int] | None:
     return (most, least) if fits else None
 
 
-def _remedy(layers: set[tuple[int, int]]) -> str:
-    if all(channels == groups for channels, groups in layers):
-        return "set the NORM keys to IN"
-    if (keys := group_keys(layers)) is None:
-        return "build it with the groups that it had when the file was made"
-    return (
-        f"set MODEL.GN.NUM_GROUPS {keys[0]} MODEL.GN.MIN_CHANNELS_PER_GROUP {keys[1]} (gn-detect calibrate: "
-        f"--num-groups {keys[0]} --min-channels-per-group {keys[1]})"
-    )
-
-
 def set_norm_eps(model: nn.Module, eps: Mapping[str, float]) -> list[str]:
     """Set the eps of GroupNorms by name, and return the names of those whose eps changed."""
-    changed = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.GroupNorm) and name in eps and module.eps != eps[name]:
-            module.eps = eps[name]
-            changed.append(name)
-    return changed
+    changed = {n: norm for n, norm in _norms_in(model).items() if n in eps and norm.eps != eps[n]}
+    for name, norm in changed.items():
+        norm.eps = eps[name]
+    return list(changed)
+
+
+def _norms_in(model: nn.Module) -> dict[str, nn.GroupNorm]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
 
 
 def _weight_of(norm: str) -> str:

@@ -12,7 +12,7 @@ import torchvision
 import gn_detect
 from gn_detect import UserError
 from gn_detect.weights import implied_keys, load_weights, read_checkpoint, save_weights, translate
-from gn_detect.weights.names.classes import COCO_IDS
+from gn_detect.weights.names.resnet import COCO_IDS
 
 from . import schemes
 
