@@ -16,6 +16,7 @@ from .norm_settings import group_keys, norms_of
 from .translate import BACKBONE, translate
 from .zoo import entry_of
 
+# ``RESNETS.DEPTH`` by (blocks are bottlenecks, number of blocks in each stage).
 BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
@@ -23,7 +24,6 @@ BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
     (True, (3, 4, 23, 3)): 101,
     (True, (3, 8, 36, 3)): 152,
 }
-"""``RESNETS.DEPTH`` by (whether blocks are bottlenecks, blocks in each stage)."""
 
 # Keys that no tensor implies: from the config in the file, or from the model zoo's.
 UNSPECIFIED = (
@@ -50,12 +50,12 @@ _REMEDY = "give --config-file, the config that it was trained with"
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a checkpoint's model is.
+    """The architecture of a checkpoint's model.
 
     Attributes:
         keys: config keys, such as ``MODEL.RESNETS.DEPTH``.
-        is_detector: whether heads are there, and not the backbone alone.
-        has_masks: whether a mask head is there.
+        is_detector: it has heads; otherwise it is a backbone.
+        has_masks: it has a mask head.
         norm: of the backbone: ``"GN"``, ``"FrozenBN"`` or ``""``.
         class_names: by label; empty where the file has none.
     """
@@ -75,6 +75,8 @@ class Architecture:
         return f"{'Mask' if self.has_masks else 'Faster'} R-CNN R-{depth}-{neck} with {norm}"
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 _MATRICES = re.compile(
     r"(backbone\.fpn_lateral\d|backbone\.bottom_up\.(stem|res2\.0)\.conv\d|roi_heads\.box_head\.(conv|fc)\d+"
     r"|roi_heads\.box_predictor\.(cls_score|bbox_pred)|roi_heads\.mask_head\.(predictor|deconv))\.weight"
@@ -82,12 +84,12 @@ _MATRICES = re.compile(
 
 
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
-    """The architecture of a checkpoint of any library whose names are known.
+    """Deduce the architecture of a checkpoint of any library whose names are known.
 
     BatchNorm with its statistics becomes ``FrozenBN``: one or two images are too few to train it.
 
     Raises:
-        UserError: it is no ResNet detector or backbone that this package builds.
+        UserError: this package builds no such detector or backbone.
     """
     tensors = translate(checkpoint).tensors
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -95,7 +97,12 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     has_pyramid = any(name.startswith("backbone.fpn_lateral") for name in shapes)
     if is_detector and not has_pyramid:
         shapes = _with_stages_together(shapes)
-    _check_shapes(checkpoint, shapes)
+    for name, shape in shapes.items():  # the keys are read from matrices and kernels, which are not empty
+        if _MATRICES.fullmatch(name) and (len(shape) < 2 or 0 in shape):
+            raise UserError(
+                f"{checkpoint.path}: {name} has the shape {list(shape)}, as in no detector; {_REMEDY}, "
+                "or other weights"
+            )
     keys = _backbone_keys(checkpoint, shapes)
     if is_detector and has_pyramid:
         keys |= _pyramid_keys(checkpoint, shapes)
@@ -111,26 +118,13 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     )
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
 def _with_stages_together(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """A C4 detector: its last stage is in the heads, and the others have no ``bottom_up``."""
+    # The last stage of a C4 detector is in the heads, and the others have no ``bottom_up``.
     moved = {}
     for name, shape in shapes.items():
         name = re.sub(r"^roi_heads\.res5\.", f"{BACKBONE}res5.", name)
         moved[re.sub(r"^backbone\.(?=stem|res\d)", BACKBONE, name)] = shape
     return moved
-
-
-def _check_shapes(checkpoint: Checkpoint, shapes: Shapes) -> None:
-    """What the keys are read from must be matrices, or kernels, with something in them."""
-    for name, shape in shapes.items():
-        if _MATRICES.fullmatch(name) and (len(shape) < 2 or 0 in shape):
-            raise UserError(
-                f"{checkpoint.path}: {name} has the shape {list(shape)}, as in no detector; {_REMEDY}, "
-                "or other weights"
-            )
 
 
 def _backbone_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
@@ -193,7 +187,6 @@ def _pyramid_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
 
 
 def _head_keys(shapes: Shapes) -> dict[str, Any]:
-    """Of the RPN, the class-agnostic outputs and the mask head."""
     keys: dict[str, Any] = {}
     rpn = _count(shapes, r"proposal_generator\.rpn_head\.conv(\.conv\d+)?")
     if rpn > 1:

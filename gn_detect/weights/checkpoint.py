@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,25 +30,21 @@ from .zoo import entry_of, resolve
 
 T = TypeVar("T")
 
+# The keys of the weights in files of training programs; the first one that holds a dict is read.
 MODEL_KEYS = (
     "state_dict_ema", "model_ema",  # averaged weights are those meant for use
-    "state_dict", "ema_state_dict",  # MMEngine swaps them: beside each other, the first are the averaged
+    "state_dict", "ema_state_dict",  # MMEngine swaps them: where both are there, the first is the average
     "model", "model_state", "model_state_dict", "blobs",
 )  # fmt: skip
-"""Where checkpoints of training programs keep the weights; the first that is a dict is read."""
-
-SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
-"""Of files that can be written."""
-
+SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")  # of files that can be written
+# Added by DistributedDataParallel, torch.compile and Lightning; removed where all names have it.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
-"""Added by DistributedDataParallel, torch.compile and Lightning; removed where all names have it."""
-
-_COUNTERS = {"steps", "n_averaged"}
-"""Beside averaged weights: mmdetection's and PyTorch's number of updates."""
+_COUNTERS = {"steps", "n_averaged"}  # mmdetection's and PyTorch's number of updates of averaged weights
 
 _ZIP = b"PK\x03\x04"
 _TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch's magic number, pickled
 _LEGACY_PICKLES = 5  # magic number, version, platform, content, keys of the storages that follow
+# Files that are taken for a checkpoint by mistake, by their first bytes.
 _OTHERS = {
     b"\x89HDF": "an HDF5 file; export its weights to .pth, .safetensors or .pkl",
     b"\x1f\x8b": "compressed with gzip; unpack it with gunzip",
@@ -55,14 +52,13 @@ _OTHERS = {
     b"<": "a web page or XML, perhaps a server's message instead of the file; download it again",
     b"{": "JSON, and holds no weights; give a checkpoint",
 }
-"""What is taken for a checkpoint by mistake, by its first bytes."""
 
 _FETCH_AGAIN = "the file may be truncated: copy or download it again"
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Attributes:
         tensors: weights by name, on the CPU, in the file's data types, wrapper prefixes removed.
@@ -80,17 +76,23 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors``, ``.pkl`` or ``.npz`` by what is in the file.
+    """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors``, ``.pkl`` or ``.npz``, recognised by content.
 
-    ``{"model": ...}``, ``{"state_dict": ...}``, ``{"model_state": ...}``, ``{"blobs": ...}`` and a plain dict
-    of tensors are recognised; what is not a tensor or a NumPy array goes to ``metadata``.
+    The weights are a plain dict of tensors, or stand under one of :data:`MODEL_KEYS`; the rest is metadata.
 
     Raises:
         UserError: no such file, a failed download, truncated or of another format, without tensors, or naming
             classes or functions other than tensors, arrays and containers; none of them is called.
     """
     entry = entry_of(path)
-    path = _existing_file(path)
+    path = resolve(path)
+    if path.is_dir():
+        raise UserError(f"cannot load weights from {path}: it is a folder; give a file inside it")
+    if not path.is_file():
+        raise UserError(
+            f"cannot load weights from {path}: no such file; check MODEL.WEIGHTS, or give zoo://NAME of "
+            "gn-detect zoo list"
+        )
     content, kind = _read(path)
     stored, others = _split(content, path, nested=kind != "safetensors")
     try:
@@ -132,10 +134,11 @@ def save_weights(
             raise UserError(f"cannot save {path}: the metadata key '{key}' is taken by weights; rename it")
     content = {key: _without_numpy(value) for key, value in content.items()} | signature()
     tensors = {name: _whole(tensor.detach().cpu()) for name, tensor in state_dict.items()}
-    if path.suffix == ".safetensors":
-        _write(path, _as_safetensors(path, tensors, content))
-    elif path.suffix == ".pkl":
-        _write(path, _as_pickle(path, tensors, content))
+    if path.suffix in (".safetensors", ".pkl"):
+        convert = _as_pickle if path.suffix == ".pkl" else _as_safetensors
+        data = convert(path, tensors, content)
+        with atomic_write(path, "wb") as file:
+            file.write(data)
     else:
         try:
             with atomic_write(path, "wb") as file:
@@ -149,7 +152,7 @@ def save_weights(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A view of a part is stored alone, and an expanded tensor, which would be refused, in full."""
+    # A view of a part is stored alone, and an expanded tensor, which would be refused, in full.
     is_view = tensor.layout == torch.strided and (
         tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
     )
@@ -157,17 +160,12 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _without_numpy(value: Any) -> Any:
-    """NumPy's scalars as Python's: what names NumPy's functions is refused when it is read."""
+    # NumPy's scalars become Python's: a file that names NumPy's functions is refused when it is read.
     if isinstance(value, np.generic):
         return value.item()
     if type(value) is dict:
         return {_without_numpy(key): _without_numpy(item) for key, item in value.items()}
     return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path, "wb") as file:
-        file.write(content)
 
 
 def _as_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
@@ -182,7 +180,7 @@ def _as_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
 
 
 def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
-    """Without ``matching_heuristics``, detectron2 takes the names as they are."""
+    # Without ``matching_heuristics``, detectron2 takes the names as they are.
     try:
         json.dumps(metadata)  # the reader's restrictions, nearly
         arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
@@ -194,7 +192,7 @@ def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
 
 
 def _read(path: Path) -> tuple[Any, str]:
-    """What a file holds, and its format."""
+    """Return the content of a file, and its format."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -202,11 +200,19 @@ def _read(path: Path) -> tuple[Any, str]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if head.startswith((_ZIP, _TORCH_LEGACY)):
-        return _read_torch_or_npz(path, head)
+        with _reading(path):
+            if head.startswith(_TORCH_LEGACY):
+                with path.open("rb") as file:
+                    for _ in range(_LEGACY_PICKLES):
+                        check_pickle(file)
+            elif is_npz(path):
+                return read_npz(path), "npz"
+        return _read_torch(path), "pytorch"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return _read_safetensors(path), "safetensors"
     if head.startswith((b"\x80", b"(", b"}", b"]")) or path.suffix == ".pkl":  # b"\x80": protocol 2 and on
-        return _read_pickle(path), "pickle"
+        with _reading(path, " as a pickle"), path.open("rb") as file:
+            return load_numpy_pickle(file, STAND_INS), "pickle"
     for start, remedy in _OTHERS.items():
         if head.lstrip().startswith(start):
             raise UserError(f"{path} is {remedy}")
@@ -215,74 +221,44 @@ def _read(path: Path) -> tuple[Any, str]:
     raise UserError(f"{path} is not a .pth, .safetensors, .pkl or .npz checkpoint; {_FETCH_AGAIN}")
 
 
-def _read_torch_or_npz(path: Path, head: bytes) -> tuple[Any, str]:
+@contextmanager
+def _reading(path: Path, how: str = "") -> Iterator[None]:
+    """Turn all errors into a UserError: damaged files fail in many ways."""
     try:
-        if head.startswith(_TORCH_LEGACY):
-            with path.open("rb") as file:
-                for _ in range(_LEGACY_PICKLES):
-                    check_pickle(file)
-        elif is_npz(path):
-            return read_npz(path), "npz"
+        yield
+    except UserError:
+        raise
     except RefusedPickle as error:
         raise _refusal(path, str(error)) from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}; {_FETCH_AGAIN}") from error
-    return _read_torch(path), "pytorch"
-
-
-def _existing_file(path: str | Path) -> Path:
-    path = resolve(path)
-    if path.is_dir():
-        raise UserError(f"cannot load weights from {path}: it is a folder; give a file inside it")
-    if not path.is_file():
-        raise UserError(
-            f"cannot load weights from {path}: no such file; check MODEL.WEIGHTS, or give zoo://NAME of "
-            "gn-detect zoo list"
-        )
-    return path
+    except Exception as error:
+        raise UserError(f"cannot read {path}{how}: {_first_line(error)}; {_FETCH_AGAIN}") from error
 
 
 def _read_torch(path: Path) -> Any:
-    try:
-        with known_to_torch():
+    with _reading(path, " with PyTorch"), known_to_torch():
+        try:
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is None:
+        except pickle.UnpicklingError as error:
+            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if refused is not None:
+                raise _refusal(path, f"it names {refused[1].rstrip('.')!r}") from error
             reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # after much advice
             text = _first_line(error) if reason is None else reason[1].rstrip(". ")
             raise UserError(f"cannot read {path}: {text}; {_FETCH_AGAIN}") from error
-        raise _refusal(path, f"it names {refused[1].rstrip('.')!r}") from error
-    except Exception as error:  # truncated or damaged archives fail in many ways
-        raise UserError(f"cannot read {path} with PyTorch: {_first_line(error)}; {_FETCH_AGAIN}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
-            header = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} as safetensors: {_first_line(error)}; {_FETCH_AGAIN}") from error
-    return {**{key: _from_json(text) for key, text in header.items() if key not in content}, **content}
+    with _reading(path, " as safetensors"), safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
+        header = file.metadata() or {}
+    return {key: _from_json(text) for key, text in header.items()} | tensors
 
 
 def _from_json(text: str) -> Any:
-    """Our own metadata are JSON; other programs write plain strings."""
-    try:
+    try:  # our own metadata are JSON; other programs write plain strings
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            return load_numpy_pickle(file, STAND_INS)
-    except RefusedPickle as error:
-        raise _refusal(path, str(error)) from error
-    except (pickle.UnpicklingError, OSError) as error:
-        raise UserError(f"cannot read {path} as a pickle: {_first_line(error)}; {_FETCH_AGAIN}") from error
 
 
 def _refusal(path: Path, reason: str) -> UserError:
@@ -298,7 +274,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _split(content: Any, path: Path, nested: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, which may be ``nested`` in a dict, and the rest; UserError when there are no weights."""
+    """Return the weights, which may be ``nested`` in a dict, and the rest."""
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors; save a state dict")
     # A weight may itself be called "model": only a dict is a container of weights.
@@ -326,7 +302,7 @@ def _split(content: Any, path: Path, nested: bool) -> tuple[dict[str, Tensor], d
 
 
 def _checked(tensor: Tensor, key: Any, path: Path) -> Tensor:
-    """A file can describe a tensor of terabytes that all lie on one stored number."""
+    # A file can describe a tensor of terabytes that all lie on one stored number.
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise UserError(f"{path}: {key!r} is not a dense tensor; store dense weights")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -346,7 +322,7 @@ def _as_tensor(array: np.ndarray, key: Any, path: Path) -> Tensor:
 
 
 def strip_wrappers(tensors: dict[str, T]) -> dict[str, T]:
-    """Without prefixes that every name has, repeatedly: wrappers nest. Counters of averaging have none."""
+    """Remove the prefixes that every name has, repeatedly: wrappers nest. Counters of averaging go."""
     if any(name.startswith(WRAPPER_PREFIXES) for name in tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if name not in _COUNTERS}
     for prefix in WRAPPER_PREFIXES * 2:

@@ -25,8 +25,8 @@ _MAX_FLOAT32 = 3.4e38  # GroupNorm adds eps in float32
 IsValid = Callable[[Any], bool]
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is_a(kind: type) -> IsValid:
+    return lambda value: isinstance(value, kind)
 
 
 def _is_count(value: Any) -> bool:
@@ -45,16 +45,12 @@ def _is_group_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _is_list_of(kind: type) -> IsValid:
-    """Return a check for lists of exactly this type: True is no id."""
-    return lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
+def _is_list_of(is_valid: IsValid) -> IsValid:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
 
 
 def _is_dict_of(is_valid: IsValid) -> IsValid:
+    """Return a check for dicts with these values by name."""
     return lambda value: (
         isinstance(value, dict)
         and all(isinstance(key, str) for key in value)
@@ -62,32 +58,30 @@ def _is_dict_of(is_valid: IsValid) -> IsValid:
     )
 
 
-def _anything(value: Any) -> bool:
-    return True
+_IS_DICT = _is_dict_of(_is_a(object))
+_CONVERT = "write it again with gn-detect convert"
 
 
-def _is_list_of_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
-
-
-def _kind(words: str, is_valid: IsValid, *, refuse: str = "ours", remedy: str = "copy it again") -> Any:
-    """Describe the values of an entry.
+def _entry(
+    words: str,
+    is_valid: IsValid,
+    default: Callable[[], Any] = lambda: None,
+    *,
+    refuse: str = "ours",
+    remedy: str = "copy it again",
+) -> Any:
+    """Return a field for an entry of the file with the name of the field.
 
     Args:
-        words: for the error message.
+        words: the kind of its values, for the error message.
         is_valid: the check of a value from a file.
+        default: makes the value of files without this entry.
         refuse: the files in which another value is an error: ``"ours"``, ``"training"`` (ours, from a
             training; elsewhere the names are free) or ``"any"``.
         remedy: for the error message.
     """
-    return {"words": words, "is_valid": is_valid, "refuse": refuse, "remedy": remedy}
-
-
-_CONVERT = "write it again with gn-detect convert"
-
-
-def _training(words: str, is_valid: IsValid) -> Any:
-    return field(default=None, metadata=_kind(words, is_valid, refuse="training"))
+    kind = {"words": words, "is_valid": is_valid, "refuse": refuse, "remedy": remedy}
+    return field(default_factory=default, metadata=kind)
 
 
 @dataclass(frozen=True)
@@ -114,37 +108,33 @@ class CheckpointMetadata:
         others: all other values of the file.
     """
 
-    class_names: list[str] = field(default_factory=list, metadata=_kind("a list of names", _is_list_of(str)))
-    category_ids: list[int] = field(
-        default_factory=list, metadata=_kind("a list of whole numbers", _is_list_of(int))
+    class_names: list[str] = _entry("a list of names", _is_list_of(_is_a(str)), list)
+    category_ids: list[int] = _entry(
+        "a list of whole numbers", _is_list_of(lambda value: type(value) is int), list
     )
-    config: str | None = field(default=None, metadata=_kind("text", _is_text))
-    input: InputConvention | None = field(
-        default=None, metadata=_kind("values by name", _is_dict_of(_anything))
+    input: InputConvention | None = _entry("values by name", _IS_DICT)
+    config: str | None = _entry("text", _is_a(str))
+    config_keys: dict[str, Any] = _entry("values by key", _IS_DICT, dict)
+    group_norm_eps: dict[str, float] = _entry(
+        "the eps of each norm", _is_dict_of(_is_eps), dict, refuse="any", remedy=_CONVERT
     )
-    config_keys: dict[str, Any] = field(
-        default_factory=dict, metadata=_kind("values by key", _is_dict_of(_anything))
+    group_norm_groups: dict[str, int] = _entry(
+        "the number of groups of each norm", _is_dict_of(_is_group_count), dict, refuse="any", remedy=_CONVERT
     )
-    group_norm_eps: dict[str, float] = field(
-        default_factory=dict,
-        metadata=_kind("the eps of each norm", _is_dict_of(_is_eps), refuse="any", remedy=_CONVERT),
+    iteration: int | None = _entry("a whole number", _is_count, refuse="training")
+    seed: int | None = _entry("a whole number", _is_count, refuse="training")
+    best: float | None = _entry("a number", _is_number, refuse="training")
+    losses: dict[str, list[float]] | None = _entry(
+        "numbers by name", _is_dict_of(_is_list_of(_is_number)), refuse="training"
     )
-    group_norm_groups: dict[str, int] = field(
-        default_factory=dict,
-        metadata=_kind(
-            "the number of groups of each norm", _is_dict_of(_is_group_count), refuse="any", remedy=_CONVERT
-        ),
+    evaluate_first: bool | None = _entry("True or False", _is_a(bool), refuse="training")
+    data: dict[str, Any] | None = _entry("values by name", _IS_DICT, refuse="training")
+    optimizer: dict[str, Any] | None = _entry("an optimiser's state", _IS_DICT, refuse="training")
+    scaler: dict[str, Any] | None = _entry("numbers by name", _is_dict_of(_is_number), refuse="training")
+    trained: dict[str, Tensor] | None = _entry(
+        "tensors by name", _is_dict_of(_is_a(Tensor)), refuse="training"
     )
-    iteration: int | None = _training("a whole number", _is_count)
-    seed: int | None = _training("a whole number", _is_count)
-    best: float | None = _training("a number", _is_number)
-    losses: dict[str, list[float]] | None = _training("numbers by name", _is_dict_of(_is_list_of_numbers))
-    evaluate_first: bool | None = _training("True or False", lambda value: isinstance(value, bool))
-    data: dict[str, Any] | None = _training("values by name", _is_dict_of(_anything))
-    optimizer: dict[str, Any] | None = _training("an optimiser's state", _is_dict_of(_anything))
-    scaler: dict[str, Any] | None = _training("numbers by name", _is_dict_of(_is_number))
-    trained: dict[str, Tensor] | None = _training("tensors by name", _is_dict_of(_is_tensor))
-    averaged_steps: int | None = _training("a whole number", _is_count)
+    averaged_steps: int | None = _entry("a whole number", _is_count, refuse="training")
     author: str = ""
     others: dict[str, Any] = field(default_factory=dict)
 
@@ -163,8 +153,7 @@ class CheckpointMetadata:
         content = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-            if entry.metadata and value != default:
+            if entry.metadata and entry.default_factory is not MISSING and value != entry.default_factory():
                 content[entry.name] = value.as_metadata() if entry.name == "input" else value
         return content | self.others
 

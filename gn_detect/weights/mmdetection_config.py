@@ -69,7 +69,7 @@ def standardised_convs(checkpoint: Checkpoint) -> dict[str, float]:
     if used and (strange or not found):
         place = strange[0] if strange else "conv_cfg"
         raise UserError(
-            f"{checkpoint.path}: its config names {_type(sections[min(used)])}, and it cannot be told which "
+            f"{checkpoint.path}: its config names {_type(sections[min(used)])}, and it is not clear which "
             f"convolutions standardise their weights (see {place} in it); give "
             "one whose meta.config is the whole config, with ConvWS in the backbone, neck, bbox or mask head"
         )

@@ -1,4 +1,4 @@
-"""Metadata of other types than ours: damage in our files, and nothing told in those of others."""
+"""Metadata of other types than ours: damage in our files, and no entry in those of other programs."""
 
 from __future__ import annotations
 

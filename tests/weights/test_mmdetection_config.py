@@ -1,4 +1,4 @@
-"""mmdetection's detectors with weight standardisation, and the groups that their config tells."""
+"""mmdetection's detectors with weight standardisation, and the groups in their config."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def test_only_the_parts_that_have_it(tmp_path: Path) -> None:
 
 WS = "conv_cfg=dict(type='ConvWS')"
 UNKNOWN = {
-    "conv_cfg = dict(type='ConvWS')": "cannot be told which convolutions .* conv_cfg in it",
-    "_base_ = 'x.py'\nconv_cfg = dict(type='ConvWS')\nmodel = dict(backbone=dict())": "cannot be told",
+    "conv_cfg = dict(type='ConvWS')": "is not clear which convolutions .* conv_cfg in it",
+    "_base_ = 'x.py'\nconv_cfg = dict(type='ConvWS')\nmodel = dict(backbone=dict())": "is not clear which",
     f"model = dict(backbone=dict({WS}), rpn_head=dict({WS}))": "see model.rpn_head.conv_cfg in it",
     f"model = dict(backbone=dict({WS}), neck=dict(conv_cfg=other))": "see model.neck.conv_cfg in it",
     "model = dict(backbone=dict(conv_cfg=dict(type='ConvAWS')))": "type ConvAWS in its backbone",

@@ -102,7 +102,7 @@ def test_a_wrapped_norm_alone() -> None:
 
 @pytest.mark.parametrize("key", ["group_norm_eps", "group_norm_groups"])
 def test_names_that_nothing_has_are_refused(tmp_path, key: str) -> None:
-    """As files have them whose names were written by hand, or by an older version for such a net."""
+    """Names that were written by hand, or by an older version for such a net."""
     source, target, path = Classifier(), Classifier(), tmp_path / "gn.pth"
     save_weights(path, source.state_dict(), {key: {"1": 2, "3": 2}})
     with pytest.raises(UserError, match="names '1', which is not in the file, and not 'model.1'"):
@@ -162,13 +162,13 @@ def test_norms_of_layers_that_start_afresh_keep_theirs(tmp_path) -> None:
     assert (target[1].eps, target[3].eps) == (0.3, 1e-5)
 
 
-@pytest.mark.parametrize("told", [{"1": -0.1}, {"1": float("inf")}, {"1": True}, {"1": "0.3"}, [0.3], 0.3])
-def test_what_is_no_eps_is_refused_and_changes_nothing(tmp_path, told: object) -> None:
+@pytest.mark.parametrize("eps", [{"1": -0.1}, {"1": float("inf")}, {"1": True}, {"1": "0.3"}, [0.3], 0.3])
+def test_what_is_no_eps_is_refused_and_changes_nothing(tmp_path, eps: object) -> None:
     source, target, path = model(), model(), tmp_path / "gn.pth"
     with torch.no_grad():
         source[0].weight.add_(1)
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    save_weights(path, source.state_dict(), {"group_norm_eps": told})
+    save_weights(path, source.state_dict(), {"group_norm_eps": eps})
     with pytest.raises(UserError, match="'group_norm_eps' is not the eps of each norm"):
         load_weights(target, path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())

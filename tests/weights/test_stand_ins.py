@@ -1,4 +1,4 @@
-"""Harmless objects beside the weights: they are read as plain values, nothing is imported, nothing is run."""
+"""Harmless objects in checkpoints: they are read as plain values, nothing is imported, nothing is run."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Any:
     plain = library(monkeypatch, "omegaconf.base.Metadata")
 
     def metadata(kind: type, key: Any, of: Any) -> Any:
-        told = {"ref_type": typing.Any, "object_type": of, "optional": True, "key": key, "flags": {}}
-        types_told = {"key_type": str, "element_type": int} if kind is container else {}
+        known = {"ref_type": typing.Any, "object_type": of, "optional": True, "key": key, "flags": {}}
+        types_known = {"key_type": str, "element_type": int} if kind is container else {}
         return made(
-            kind, **told, **types_told, flags_root=False, resolver_cache=collections.defaultdict(dict)
+            kind, **known, **types_known, flags_root=False, resolver_cache=collections.defaultdict(dict)
         )
 
     root = made(dictionary, _metadata=metadata(container, None, dict), _parent=None)

@@ -176,7 +176,7 @@ TWINS = [
 def test_no_two_urls_share_a_file(
     first: str, second: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also not the part that is left of a broken download, which lies beside it."""
+    """Nor the part that is left of a broken download."""
 
     def write_url(url: str, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
