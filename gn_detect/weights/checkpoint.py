@@ -206,7 +206,8 @@ def _read(path: Path) -> tuple[Any, str]:
                     for _ in range(_LEGACY_PICKLES):
                         check_pickle(file)
             elif is_npz(path):
-                return read_npz(path), "npz"
+                with _reading(path, " as .npz"):
+                    return read_npz(path), "npz"
         return _read_torch(path), "pytorch"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return _read_safetensors(path), "safetensors"

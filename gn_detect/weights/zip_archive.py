@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import pickle
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -99,24 +98,18 @@ def is_npz(path: Path) -> bool:
     Raises:
         UserError: neither, damaged, or made to unpack to more than it holds.
         pickle.UnpicklingError: a pickle of PyTorch's that would make Python fail.
+        Exception: damaged archives fail in many ways.
     """
-    try:
-        sealed = _check_seal(path)
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if entries and all(entry.filename.endswith(".npy") for entry in entries):
-                return True  # reading compares the sums
-            _check_torch(path, archive, entries)
-            # The records' own sums, which torch.load does not read.
-            if not sealed and (damaged := archive.testzip()) is not None:
-                raise UserError(f"{path} is damaged at {damaged}; copy or download it again")
-            return False
-    except (UserError, pickle.UnpicklingError):
-        raise
-    except Exception as error:  # damaged archives fail in many ways
-        raise UserError(
-            f"cannot read {path}: {error}; the file may be truncated: copy or download it again"
-        ) from error
+    sealed = _check_seal(path)
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if entries and all(entry.filename.endswith(".npy") for entry in entries):
+            return True  # reading compares the sums
+        _check_torch(path, archive, entries)
+        # The records' own sums, which torch.load does not read.
+        if not sealed and (damaged := archive.testzip()) is not None:
+            raise UserError(f"{path} is damaged at {damaged}; copy or download it again")
+        return False
 
 
 def _check_torch(path: Path, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
@@ -137,22 +130,15 @@ def read_npz(path: Path) -> dict[str, Any]:
     """Read arrays by name (of tensorpack or BiT, for example); nothing is unpickled.
 
     Raises:
-        UserError: damaged, arrays of other things than numbers, or made to unpack to more than it holds.
+        UserError: made to unpack to more than it holds.
+        Exception: arrays of other things than numbers; damaged archives fail in many ways.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            total = sum(entry.file_size for entry in entries)
-            if total > max(_SMALL, MAX_RATIO * path.stat().st_size):
-                raise UserError(f"refused to read {path}: it unpacks to {total} bytes")
-            return {
-                entry.filename.removesuffix(".npy"): _read_array(archive.read(entry)) for entry in entries
-            }
-    except UserError:
-        raise
-    except Exception as error:  # damaged archives fail in many ways
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read {path} as .npz: {line}; copy or download it again") from error
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        total = sum(entry.file_size for entry in entries)
+        if total > max(_SMALL, MAX_RATIO * path.stat().st_size):
+            raise UserError(f"refused to read {path}: it unpacks to {total} bytes")
+        return {entry.filename.removesuffix(".npy"): _read_array(archive.read(entry)) for entry in entries}
 
 
 def _read_array(data: bytes) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..convention import DETECTRON_GN, TORCHVISION, InputConvention
 from ..mmdetection_config import standardised_convs
-from .resnet import from_torchvision, move_background
+from .resnet import from_rules, from_torchvision, move_background
 
 _LAYERS: list[tuple[str, str]] = [
     (r"neck\.lateral_convs\.(\d)\.conv\.(\w+)", "backbone.fpn_lateral{level}.{1}"),
@@ -89,9 +89,4 @@ def _translated(name: str) -> str | None:
         if plain.startswith(part):
             ours = from_torchvision(plain.removeprefix(part))
             return None if ours is None else f"backbone.bottom_up.{ours}"
-    for pattern, layer in _LAYERS:
-        if found := re.fullmatch(pattern, plain):
-            groups = found.groups()
-            number = int(groups[0]) if groups[0].isdigit() else 0
-            return layer.format(*groups, level=number + 2, next=number + 1)
-    return None
+    return from_rules(_LAYERS, plain)

@@ -75,6 +75,21 @@ def from_torchvision(name: str) -> str | None:
     return None
 
 
+def from_rules(rules: list[tuple[str, str]], name: str) -> str | None:
+    """Translate a name by the first rule that matches it; None without one.
+
+    Args:
+        rules: patterns, and our names as format strings: ``{0}`` and so on are the groups, and ``{level}``,
+            ``{next}`` and ``{fc}`` follow from a number in the first group.
+    """
+    for pattern, ours in rules:
+        if found := re.fullmatch(pattern, name):
+            groups = found.groups()
+            number = int(groups[0]) if groups[0].isdigit() else 0
+            return ours.format(*groups, level=number + 2, next=number + 1, fc=number - 5)
+    return None
+
+
 def move_background(name: str, tensor: Tensor, *, coco_ids: bool = False) -> tuple[Tensor, list[str]]:
     """Convert a class layer whose first class is the background: logits get it last, the others lose it.
 

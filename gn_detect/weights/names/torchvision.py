@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..convention import DETECTRON_GN, TORCHVISION, InputConvention
-from .resnet import from_torchvision, move_background
+from .resnet import from_rules, from_torchvision, move_background
 
 _HEADS: list[tuple[str, str]] = [
     (r"backbone\.fpn\.inner_blocks\.(\d)\.(?:0\.)?(weight|bias)", "backbone.fpn_lateral{level}.{1}"),
@@ -17,7 +17,7 @@ _HEADS: list[tuple[str, str]] = [
     (r"backbone\.fpn\.inner_blocks\.(\d)\.1\.(\w+)", "backbone.fpn_lateral{level}.norm.{1}"),
     (r"backbone\.fpn\.layer_blocks\.(\d)\.1\.(\w+)", "backbone.fpn_output{level}.norm.{1}"),
     (r"rpn\.head\.conv\.(weight|bias)", "proposal_generator.rpn_head.conv.{0}"),
-    (r"rpn\.head\.conv\.(\d)\.0\.(weight|bias)", "proposal_generator.rpn_head.conv{index}.{1}"),
+    (r"rpn\.head\.conv\.(\d)\.0\.(weight|bias)", "proposal_generator.rpn_head.conv.conv{0}.{1}"),
     (r"rpn\.head\.cls_logits\.(\w+)", "proposal_generator.rpn_head.objectness_logits.{0}"),
     (r"rpn\.head\.bbox_pred\.(\w+)", "proposal_generator.rpn_head.anchor_deltas.{0}"),
     (r"roi_heads\.box_head\.fc([67])\.(\w+)", "roi_heads.box_head.fc{fc}.{1}"),
@@ -45,7 +45,9 @@ def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list
         elif ours := from_torchvision(name.removeprefix("backbone.body.")):
             tensors[f"backbone.bottom_up.{ours}"] = tensor
         else:
-            ours = _head(name, deep_rpn) or name
+            ours = from_rules(_HEADS, name) or name
+            if not deep_rpn:
+                ours = ours.replace(".rpn_head.conv.conv0.", ".rpn_head.conv.")
             tensors[ours], change = move_background(ours, tensor, coco_ids=True)
             yield from change
     yield from _fold_eps(checkpoint, tensors)
@@ -57,16 +59,6 @@ def convention(checkpoint: Checkpoint) -> InputConvention:
     if any(re.match(r"gn1\.|layer1\.0\.gn1\.", name) for name in checkpoint.tensors):
         return DETECTRON_GN
     return TORCHVISION
-
-
-def _head(name: str, deep_rpn: bool) -> str | None:
-    for pattern, ours in _HEADS:
-        if found := re.fullmatch(pattern, name):
-            groups = found.groups()
-            number = int(groups[0]) if groups[0].isdigit() else 0
-            index = f".conv{number}" if deep_rpn else ""
-            return ours.format(*groups, level=number + 2, next=number + 1, fc=number - 5, index=index)
-    return None
 
 
 def computes_with_eps_0(checkpoint: Checkpoint) -> bool:
