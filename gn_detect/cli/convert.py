@@ -24,9 +24,9 @@ from ..weights import (
     CheckpointMetadata,
     InputConvention,
     computes_with_eps_0,
-    config_of,
     config_of_converted,
     group_keys,
+    known_config,
     load_weights,
     norm_metadata,
     norm_settings,
@@ -213,7 +213,7 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     translation = translate(checkpoint)
     known = translation.is_detector or translation.is_backbone
     tensors = translation.tensors if known else checkpoint.stored  # its own model takes the file
-    cfg = config_of(checkpoint) if translation.is_detector else None
+    cfg = known_config(checkpoint) if translation.is_detector else None
     # The config of another program stays as it is.
     config = checkpoint.metadata.config if cfg is None else dump_config(without_paths(cfg))
     norms = norms_of(checkpoint, tensors)
@@ -258,7 +258,7 @@ def metadata_of_converted(
     if cfg is None:
         translation = translate(original)
         keys, convention = unspecified_keys(original), translation.convention
-        cfg = config_of(original) if translation.is_detector else None
+        cfg = known_config(original) if translation.is_detector else None
     else:
         keys, convention = unspecified_keys_of(cfg), InputConvention.of_config(cfg)
     return replace(

@@ -2,8 +2,8 @@
 
 from .architecture import (
     Architecture,
-    config_of,
     config_of_converted,
+    known_config,
     norms_of_unspecified_groups,
     read_architecture,
     unspecified_keys,
@@ -38,7 +38,7 @@ __all__ = [
     "Translation",
     "as_command_line",
     "computes_with_eps_0",
-    "config_of",
+    "known_config",
     "config_of_converted",
     "group_keys",
     "implied_keys",

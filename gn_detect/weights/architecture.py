@@ -221,7 +221,7 @@ def unspecified_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     The sources are the config of the file or of its entry in the zoo; otherwise the file's ``config_keys``,
     the settings of its norms, and torchvision's names, whose detectors have torchvision's RoIAlign.
     """
-    cfg = config_of(checkpoint)
+    cfg = known_config(checkpoint)
     if cfg is not None:
         return unspecified_keys_of(cfg)
     keys: dict[str, Any] = {}
@@ -257,7 +257,7 @@ def _group_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"MODEL.GN.NUM_GROUPS": keys[0], "MODEL.GN.MIN_CHANNELS_PER_GROUP": keys[1]}
 
 
-def config_of(checkpoint: Checkpoint) -> Config | None:
+def known_config(checkpoint: Checkpoint) -> Config | None:
     """Return the config of the checkpoint's entry in the zoo, or the one in the file; None without any."""
     entry = entry_of(checkpoint.path)
     if entry is not None:

@@ -13,7 +13,7 @@ from gn_detect.modeling import build_model
 from gn_detect.weights import (
     Checkpoint,
     CheckpointMetadata,
-    config_of,
+    known_config,
     load_weights,
     norm_settings,
     read_architecture,
@@ -142,4 +142,4 @@ BOMBS = ["a: &a [1]\nb: [" + "*a, " * 25_000 + "]", "a: " + "[" * 100_000, "x" *
 
 @pytest.mark.parametrize("config", BOMBS)
 def test_a_config_in_a_checkpoint_that_grows_is_none_of_ours(config: str) -> None:
-    assert config_of(Checkpoint({}, CheckpointMetadata(config=config))) is None
+    assert known_config(Checkpoint({}, CheckpointMetadata(config=config))) is None
