@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
@@ -13,23 +13,19 @@ from ..convert import ConversionReport, convert_norm
 from ..engine.model import make_model
 from ..errors import UserError
 from ..weights import (
-    NORM_EPS,
     SUFFIXES,
     Checkpoint,
-    InputConvention,
     load_weights,
     norm_settings,
     read_checkpoint,
-    untold_keys_of,
 )
 from .calibration import add_calibration_arguments, calibrate_detector, calibrate_library_model
 from .convert import (
-    KEPT,
     add_group_arguments,
     check_outputs,
     group_rule,
     how_to_load,
-    keys_to_tell,
+    metadata_of_converted,
     save_calibrated,
     show_report,
 )
@@ -74,12 +70,12 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError(f"{target} must end in {', '.join(SUFFIXES)}")
     args.source = args.original
     check_outputs(args, target, args.original, args.converted)
-    metadata: dict[str, Any] = {}
     names_model = not Path(args.original).exists() and is_library_model(args.original)
     if names_model:
         found = load_library_model(args.original, args.weights)
         model, report = _converted(args, found.model, read_checkpoint(args.converted))
         calibrate_library_model(args, found, model, report)
+        metadata = norm_settings(model)
     elif not args.config_file:
         raise UserError("--images needs the detector's --config-file, the one that ORIGINAL was trained with")
     else:
@@ -92,13 +88,10 @@ def run(args: argparse.Namespace) -> Result:
         converted = read_checkpoint(args.converted)
         model, report = _converted(args, original, converted)
         calibrate_detector(args, cfg, original, model, report)
-        metadata = {key: converted.metadata[key] for key in KEPT if key in converted.metadata}
-        metadata["input"] = InputConvention.of_config(cfg).as_metadata()
-        metadata |= keys_to_tell(untold_keys_of(cfg))
-    metadata |= norm_settings(model)
+        metadata = metadata_of_converted(norm_settings(model), dict(model.state_dict()), converted, cfg)
     save_calibrated(args, target, dict(model.state_dict()), metadata)
     show_report(report, args.report)
-    print(f"wrote {target}; {how_to_load(args, target, not names_model, names_model, NORM_EPS in metadata)}")
+    print(f"wrote {target}; {how_to_load(args, target, not names_model, names_model, metadata)}")
     return Result({"weights": str(target), **report.to_dict()})
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import Config, dump_config, load_config, without_paths
-from ..config.load import parse_config
 from ..config.types import to_plain
 from ..convert import ConversionReport, convert_norm, convert_state_dict
 from ..convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
@@ -20,25 +19,25 @@ from ..errors import UserError
 from ..files import check_writable
 from ..text import printable
 from ..weights import (
-    CONFIG_KEYS,
-    NORM_EPS,
     SUFFIXES,
     Checkpoint,
+    CheckpointMetadata,
     InputConvention,
-    as_metadata,
     computes_with_eps_0,
+    config_of_converted,
     group_keys,
+    known_config,
     load_weights,
-    norm_eps_of,
-    norm_groups_of,
+    norm_metadata,
     norm_settings,
+    norms_of,
+    norms_of_unspecified_groups,
     read_checkpoint,
     save_weights,
     standardised_convs,
     translate,
-    untold_group_norms,
-    untold_keys,
-    untold_keys_of,
+    unspecified_keys,
+    unspecified_keys_of,
 )
 from .calibration import add_calibration_arguments, calibrate_detector, calibrate_library_model
 from .library_models import DEFAULT, is_library_model, load_library_model
@@ -53,9 +52,6 @@ gn-detect convert bn.pth gn.pth --config-file bn.yaml --images photos --report r
 gn-detect convert resnet50 resnet50_gn.pth --weights DEFAULT --images photos --checkpoint calibration.pt
 gn-detect convert --keep-norm zoo://R-50-GN R-50-GN.safetensors   # other names or another format alone
 """
-
-KEPT = ("class_names", "category_ids")
-"""Of the metadata; a schedule or an optimizer's state would not fit the converted model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,43 +117,40 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError(f"--weights is for the name of a model, and {args.source} is none")
     if args.images and not args.config_file and not names_model:
         raise UserError("--images needs the detector's --config-file, the one that SRC was trained with")
-    metadata: dict[str, Any] = {}
     for_config, for_module = not names_model, names_model
     if names_model:
         tensors, metadata, report = _convert_library_model(args)
     else:
         checkpoint = read_checkpoint(args.source)
-        metadata = {key: checkpoint.metadata[key] for key in KEPT if key in checkpoint.metadata}
         if args.config_file:
             cfg = load_config(args.config_file, args.overrides)
             cfg = fix_config(cfg, checkpoint) if args.fix_config else cfg
-            tensors, told, report = _convert_detector(args, cfg, checkpoint)
-            metadata |= told
-            metadata["input"] = InputConvention.of_config(cfg).as_metadata()
-            metadata |= keys_to_tell(untold_keys_of(cfg))
+            tensors, norms, report = _convert_detector(args, cfg, checkpoint)
+            metadata = metadata_of_converted(norms, tensors, checkpoint, cfg)
         else:
             if args.relative_eps:
                 raise UserError("--relative-eps needs the detector's --config-file, or the name of a model")
-            if standardised_convs(checkpoint):  # what tells of them, its config, does not stay in DST
+            if standardised_convs(checkpoint):  # mmdetection's config, which names them, does not stay
                 raise UserError(
                     f"{args.source} standardises weights (ConvWS); fold that first with gn-detect convert "
                     "--keep-norm, and convert what it writes"
                 )
-            metadata |= _input_of(checkpoint) | keys_to_tell(untold_keys(checkpoint))
             translation = translate(checkpoint)
             for_module = not translation.is_detector  # its names stay, so that its own model takes the file
             for_config = translation.is_detector or translation.is_backbone
             named = checkpoint.stored if for_module else checkpoint.tensors
             eps = 0.0 if args.eps is None and computes_with_eps_0(checkpoint) else args.eps
             tensors, report = convert_state_dict(named, eps=eps, **group_rule(args))
-            _refuse_untold_groups(args, checkpoint)
-            metadata |= as_metadata(
-                norm_eps_of(checkpoint, named) | {layer.name: layer.eps for layer in report.layers},
-                norm_groups_of(checkpoint, named) | {layer.name: layer.groups for layer in report.layers},
+            _refuse_unspecified_groups(args, checkpoint)
+            known = norms_of(checkpoint, named)
+            norms = norm_metadata(
+                known.group_norm_eps | {layer.name: layer.eps for layer in report.layers},
+                known.group_norm_groups | {layer.name: layer.groups for layer in report.layers},
             )
+            metadata = metadata_of_converted(norms, tensors, checkpoint)
     save_calibrated(args, target, tensors, metadata)
     show_report(report, args.report)
-    print(f"wrote {target}; {how_to_load(args, target, for_config, for_module, NORM_EPS in metadata)}")
+    print(f"wrote {target}; {how_to_load(args, target, for_config, for_module, metadata)}")
     return Result({"weights": str(target), **report.to_dict()})
 
 
@@ -185,7 +178,7 @@ def check_outputs(args: argparse.Namespace, target: Path, *inputs: str) -> None:
 
 
 def save_calibrated(
-    args: argparse.Namespace, target: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]
+    args: argparse.Namespace, target: Path, tensors: dict[str, Tensor], metadata: CheckpointMetadata
 ) -> None:
     """Write DST; only then the calibration's checkpoint has served its purpose."""
     save_weights(target, tensors, metadata)
@@ -218,16 +211,21 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     """The same weights with detectron2's names in another format."""
     checkpoint = read_checkpoint(args.source)
     translation = translate(checkpoint)
-    kept = {key: checkpoint.metadata[key] for key in (*KEPT, "config") if key in checkpoint.metadata}
     known = translation.is_detector or translation.is_backbone
     tensors = translation.tensors if known else checkpoint.stored  # its own model takes the file
-    if isinstance(kept.get("config"), str):
-        with suppress(UserError):  # the config of another program
-            kept["config"] = dump_config(without_paths(parse_config(kept["config"])))
-    kept |= as_metadata(norm_eps_of(checkpoint, tensors), norm_groups_of(checkpoint, tensors))
-    if "config" not in kept and (keys := untold_keys(checkpoint)):
-        kept[CONFIG_KEYS] = to_plain(keys)
-    save_weights(target, tensors, kept | _input_of(checkpoint))
+    cfg = known_config(checkpoint) if translation.is_detector else None
+    # The config of another program stays as it is.
+    config = checkpoint.metadata.config if cfg is None else dump_config(without_paths(cfg))
+    norms = norms_of(checkpoint, tensors)
+    metadata = replace(
+        norm_metadata(norms.group_norm_eps, norms.group_norm_groups),
+        class_names=checkpoint.metadata.class_names,
+        category_ids=checkpoint.metadata.category_ids,
+        input=translation.convention,
+        config=config,
+        config_keys={} if config is not None else to_plain(unspecified_keys(checkpoint)),
+    )
+    save_weights(target, tensors, metadata)
     names = f"names of {translation.scheme}" if known else "names as they were"
     print(f"wrote {len(tensors)} tensors to {target}; {names}")
     for change in translation.changes:
@@ -243,31 +241,51 @@ def _rewrite(args: argparse.Namespace, target: Path) -> Result:
     return Result({"weights": str(target), **told})
 
 
-def keys_to_tell(keys: dict[str, Any]) -> dict[str, Any]:
-    """What to add to a converted file's metadata. It tells the groups and the eps of each norm elsewhere."""
-    kept = {key: value for key, value in keys.items() if not key.startswith("MODEL.GN.")}
-    return {CONFIG_KEYS: to_plain(kept)} if kept else {}
+def metadata_of_converted(
+    norms: CheckpointMetadata,
+    tensors: dict[str, Tensor],
+    original: Checkpoint,
+    cfg: Config | None = None,
+) -> CheckpointMetadata:
+    """Return the metadata of a converted checkpoint.
 
-
-def _input_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    convention = translate(checkpoint).convention
-    return {} if convention is None else {"input": convention.as_metadata()}
+    Args:
+        norms: eps and groups of the norms.
+        tensors: converted weights.
+        original: its schedule and optimiser state would not fit the converted model, and are left out.
+        cfg: the original's config, if it was given.
+    """
+    if cfg is None:
+        translation = translate(original)
+        keys, convention = unspecified_keys(original), translation.convention
+        cfg = known_config(original) if translation.is_detector else None
+    else:
+        keys, convention = unspecified_keys_of(cfg), InputConvention.of_config(cfg)
+    return replace(
+        norms,
+        class_names=original.metadata.class_names,
+        category_ids=original.metadata.category_ids,
+        input=convention,
+        config=None if cfg is None else config_of_converted(cfg, Checkpoint(tensors, norms)),
+        # The file has the groups and the eps of each norm elsewhere.
+        config_keys=to_plain({key: value for key, value in keys.items() if not key.startswith("MODEL.GN.")}),
+    )
 
 
 def how_to_load(
-    args: argparse.Namespace, target: Path, for_config: bool, for_module: bool, tells_eps: bool
+    args: argparse.Namespace, target: Path, for_config: bool, for_module: bool, metadata: CheckpointMetadata
 ) -> str:
     """Return what to do with DST, in words.
 
     Args:
         for_config: it is a detector or the backbone of one, which a config of ours can build.
         for_module: it has the names of another library's model.
-        tells_eps: it holds the eps of each norm.
+        metadata: of the file.
     """
     ways = []
     if for_module:
         rule = ", ".join(f"{key}={value}" for key, value in group_rule(args).items())
-        rule += f", eps=its '{NORM_EPS}'" if tells_eps else ""
+        rule += ", eps=its 'group_norm_eps'" if metadata.group_norm_eps else ""
         ways.append(f"load its 'model' into gn_detect.convert_norm(model, init='reset', {rule})[0]")
     if for_config:
         smallest = f"MODEL.GN.MIN_CHANNELS_PER_GROUP {args.min_channels_per_group}"
@@ -294,16 +312,16 @@ def _refuse_mixed_groups(model: nn.Module) -> None:
         )
 
 
-def _refuse_untold_groups(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+def _refuse_unspecified_groups(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """As :func:`_refuse_mixed_groups`, of a file without a config, whose GroupNorms may have any groups.
 
     Raises:
         UserError: it has such, and the converted ones would have other groups than detectron2's.
     """
-    untold = untold_group_norms(checkpoint)
-    if untold and args.min_channels_per_group > 1:
+    norms = norms_of_unspecified_groups(checkpoint)
+    if norms and args.min_channels_per_group > 1:
         raise UserError(
-            f"{len(untold)} norms of {args.source} are GroupNorms already, such as '{untold[0]}', and keep "
+            f"{len(norms)} norms of {args.source} are GroupNorms already, such as '{norms[0]}', and keep "
             "their groups, which the file does not tell; give its --config-file, or "
             "--min-channels-per-group 1 if they are detectron2's 32 groups"
         )
@@ -322,8 +340,8 @@ def group_rule(args: argparse.Namespace) -> dict[str, Any]:
 
 def _convert_library_model(
     args: argparse.Namespace,
-) -> tuple[dict[str, Tensor], dict[str, Any], ConversionReport]:
-    """State dict, metadata, report."""
+) -> tuple[dict[str, Tensor], CheckpointMetadata, ConversionReport]:
+    """Return the state dict, the settings of the norms, and the report."""
     found = load_library_model(args.source, args.weights)
     model, report = convert_norm(found.model, relative_eps=args.relative_eps, **group_rule(args))
     if args.images:
@@ -333,8 +351,8 @@ def _convert_library_model(
 
 def _convert_detector(
     args: argparse.Namespace, cfg: Config, checkpoint: Checkpoint
-) -> tuple[dict[str, Tensor], dict[str, Any], ConversionReport]:
-    """State dict, metadata, report."""
+) -> tuple[dict[str, Tensor], CheckpointMetadata, ConversionReport]:
+    """Return the state dict, the settings of the norms, and the report."""
     original = make_model(cfg)
     load_weights(original, checkpoint, config=cfg)
     original.eval()

@@ -160,8 +160,8 @@ def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
         found, origin = _count_categories(Path(decides[0])), f"categories in {decides[0]}"
         if args.eval_only and found != cfg.model.roi_heads.num_classes:
             checkpoint = _evaluated(cfg, args.resume)
-            if checkpoint is not None and checkpoint.class_names:
-                found, origin = len(checkpoint.class_names), f"classes of {checkpoint.path}"
+            if checkpoint is not None and checkpoint.metadata.class_names:
+                found, origin = len(checkpoint.metadata.class_names), f"classes of {checkpoint.path}"
         if found and found != cfg.model.roi_heads.num_classes:
             changes[NUM_CLASSES] = found
             print(f"{NUM_CLASSES} set to {found}, the number of {origin}")

@@ -8,7 +8,6 @@ import re
 import shutil
 from bisect import bisect_right
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from ..config.paths import CONFIG, ENVIRONMENT
 from ..distributed.group import by_main
 from ..errors import Diverged, UserError
 from ..files import atomic_write_text
-from ..weights import Checkpoint, read_checkpoint, save_weights
+from ..weights import Checkpoint, CheckpointMetadata, read_checkpoint, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +55,18 @@ def save_checkpoint(
     folder: Path,
     name: str,
     model: nn.Module,
-    metadata: dict[str, Any],
+    metadata: CheckpointMetadata,
     *,
     is_last: bool = True,
     keep: int = 0,
 ) -> Path:
-    """Write ``{"model": state dict, **metadata}``; the file is whole or absent.
+    """Write a model's weights and metadata; the file is whole or absent.
 
     Args:
         folder: ``OUTPUT_DIR``.
         name: file name.
         model: the plain model, not wrapped.
-        metadata: ``iteration``, ``optimizer`` and more.
+        metadata: of the checkpoint.
         is_last: note the name in ``last_checkpoint``.
         keep: delete the run's checkpoints but the last so many (``CHECKPOINT.KEEP``); 0 deletes nothing.
 
@@ -204,10 +203,10 @@ def _checkpoints_in(folder: Path) -> list[str]:
     if FINAL in names and len(names) > 1:  # it need not be the newest: a longer run may have followed
         names.remove(FINAL)
         try:
-            iteration = read_checkpoint(folder / FINAL).metadata["iteration"]
-        except (UserError, KeyError):
-            iteration = -1
-        names.insert(bisect_right(names, checkpoint_name(iteration)), FINAL)
+            iteration = read_checkpoint(folder / FINAL).metadata.iteration
+        except UserError:
+            iteration = None
+        names.insert(bisect_right(names, checkpoint_name(-1 if iteration is None else iteration)), FINAL)
     return names
 
 

@@ -19,7 +19,7 @@ from ..distributed.group import resolve_device
 from ..errors import UserError
 from ..files import atomic_write_json, atomic_write_text
 from ..structures import Sample, Target
-from ..weights import NORM_EPS, load_weights, norm_eps_of, read_checkpoint, save_weights, set_norm_eps
+from ..weights import CheckpointMetadata, load_weights, read_checkpoint, save_weights, set_norm_eps
 from .model import make_model
 from .step import autocast, split
 
@@ -192,8 +192,9 @@ def write_black_box(
         "replay": replay_command(Path(folder.name)),
     }
     packed = {rank: [_pack(sample) for sample in batch] for rank, batch in batches.items()}
-    state = {"iteration": iteration, "batches": packed, "scale": scale, NORM_EPS: eps}
-    save_weights(folder / STATE, weights, state)
+    others = {"batches": packed, "scale": scale}
+    metadata = CheckpointMetadata(iteration=iteration, group_norm_eps=eps, others=others)
+    save_weights(folder / STATE, weights, metadata)
     atomic_write_text(folder / CONFIG, dump_config(without_paths(cfg)))
     atomic_write_json(folder / REPORT, _plain(content), indent=1)
     logger.info("%s holds the step, of images %s", folder, names)
@@ -222,7 +223,6 @@ def replay(folder: str | Path) -> dict[int, Finding]:
     checkpoint = read_checkpoint(folder / STATE)
     model = make_model(cfg)
     load_weights(model, checkpoint)
-    eps = norm_eps_of(checkpoint)
     try:
         iteration, scale, batches = _read_state(checkpoint.metadata, cfg)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
@@ -231,20 +231,20 @@ def replay(folder: str | Path) -> dict[int, Finding]:
             f"{folder / STATE} is not what a diverged training writes: {reason}; copy the whole folder again"
         ) from error
     return {
-        rank: examine(cfg, model.state_dict(), batch, iteration, rank, scale, eps)
+        rank: examine(cfg, model.state_dict(), batch, iteration, rank, scale, checkpoint.metadata.norm_eps)
         for rank, batch in batches.items()
     }
 
 
-def _read_state(known: dict[str, Any], cfg: Config) -> tuple[int, float, dict[int, list[Sample]]]:
+def _read_state(known: CheckpointMetadata, cfg: Config) -> tuple[int, float, dict[int, list[Sample]]]:
     """Return iteration, scale and batches by rank, as :func:`write_black_box` packed them.
 
     Raises:
         TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError: one of them is something
             else, such as a sparse tensor, or does not fit ``cfg``.
     """
-    iteration, scale, packed = known["iteration"], known["scale"], known["batches"]
-    if type(iteration) is not int or not 0 <= iteration < 2**40:
+    iteration, scale, packed = known.iteration, known.others["scale"], known.others["batches"]
+    if iteration is None:
         raise ValueError("its iteration is not a number")
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise ValueError("its scale is not a number above 0")

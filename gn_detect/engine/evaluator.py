@@ -131,10 +131,10 @@ def match_test_sets(cfg: Config, tests: TestSets, checkpoint: Checkpoint, other_
         UserError: a test set has a class that the checkpoint does not know, or by position another number.
     """
     count = cfg.model.roi_heads.num_classes
-    by_name = len(checkpoint.class_names) == count and not other_classes
+    by_name = len(checkpoint.metadata.class_names) == count and not other_classes
     for _, dataset in tests.values():
         if by_name:
-            match_classes(dataset, checkpoint.class_names, str(checkpoint.path), OTHER_CLASSES)
+            match_classes(dataset, checkpoint.metadata.class_names, str(checkpoint.path), OTHER_CLASSES)
         else:
             check_classes(dataset, count)
 

@@ -51,13 +51,12 @@ class Predictor:
         self.report = load_weights(self.model, checkpoint, config=cfg)
         self.model.to(device).eval()
         count = self.model.num_classes
-        told = checkpoint.metadata
         names, ids = _of_coco() if _is_of_coco(cfg) else ([], [])
         self.class_names: list[str] = (
-            _of_length(count, checkpoint.class_names) or names or unnamed_classes(count)
+            _of_length(count, checkpoint.metadata.class_names) or names or unnamed_classes(count)
         )
         self.category_ids: list[int] = (
-            _of_length(count, told.get("category_ids")) or ids or list(range(1, count + 1))
+            _of_length(count, checkpoint.metadata.category_ids) or ids or list(range(1, count + 1))
         )
 
     def __call__(self, image: str | Path | np.ndarray) -> Detections:
@@ -119,5 +118,5 @@ def _of_coco() -> tuple[list[str], list[int]]:
     return [names[i] for i in COCO_IDS], list(COCO_IDS)
 
 
-def _of_length(count: int, values: Any) -> list[Any] | None:
-    return values if isinstance(values, list) and len(values) == count else None
+def _of_length(count: int, values: list[Any]) -> list[Any] | None:
+    return values if len(values) == count else None

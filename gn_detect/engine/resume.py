@@ -64,9 +64,6 @@ COUNTED_IN_ITERATIONS = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
 LISTED = 20
 """Most changes that an error names; another base config changes some hundred keys."""
 
-DATA = "data"
-"""Key in a checkpoint's metadata; its value is that of :func:`describe_data`."""
-
 
 @dataclass(frozen=True)
 class Change:
@@ -97,9 +94,10 @@ def check_classes_of_run(dataset: CocoDataset, checkpoint: Checkpoint, remedy: s
     Raises:
         UserError: the checkpoint knows its classes, and they are not the dataset's.
     """
-    if checkpoint.class_names not in ([], dataset.class_names):
+    trained = checkpoint.metadata.class_names
+    if trained not in ([], dataset.class_names):
         raise UserError(
-            f"{checkpoint.path} was trained on the classes {list_names(checkpoint.class_names)}, and dataset "
+            f"{checkpoint.path} was trained on the classes {list_names(trained)}, and dataset "
             f"{dataset.name} ({dataset.annotations_path}) has {list_names(dataset.class_names)}; {remedy}"
         )
 
@@ -143,13 +141,15 @@ def _changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str]) -> It
     if saved is not None:
         yield from _config_changes(cfg, saved)
     yield from _path_changes(cfg, file)
-    before = metadata.get(DATA)
-    if isinstance(before, dict):
-        for key, now in data.items():
-            if before.get(key, now) != now:
-                yield Change(f"the content of {key}", before[key], now)
-    for key, is_used in (("optimizer", True), ("trained", cfg.solver.ema.enabled)):
-        if is_used and not metadata.get(key):
+    before = metadata.data or {}
+    for key, now in data.items():
+        if before.get(key, now) != now:
+            yield Change(f"the content of {key}", before[key], now)
+    states = {"optimizer": metadata.optimizer}
+    if cfg.solver.ema.enabled:
+        states["trained"] = metadata.trained
+    for key, state in states.items():
+        if not state:
             yield Change(f"the state '{key}' of the checkpoint", "saved with it", "missing")
 
 
@@ -217,10 +217,9 @@ def saved_config(checkpoint: Checkpoint, file: Path | None = None) -> Config | N
     Returns:
         None where neither can be read, as with files of other programs.
     """
-    text = checkpoint.metadata.get("config")
     try:
-        if isinstance(text, str):
-            return parse_config(text)
+        if checkpoint.metadata.config is not None:
+            return parse_config(checkpoint.metadata.config)
         return load_config(file) if file is not None and file.is_file() else None
     except UserError as error:
         logger.warning("the config of %s is not compared, as it cannot be read: %s", checkpoint.path, error)

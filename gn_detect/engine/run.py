@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -34,12 +34,12 @@ from ..errors import UserError
 from ..evaluation import METRICS
 from ..files import check_writable
 from ..modeling.mask_rcnn import MaskRCNN
-from ..weights import Checkpoint, InputConvention, load_weights, norm_settings
+from ..weights import Checkpoint, CheckpointMetadata, InputConvention, load_weights, norm_settings
 from .checkpoint import CONFIG, drop_old_checkpoints, remove_leftovers, share_last_checkpoint, start_anew
 from .evaluator import OTHER_CLASSES, TestSets, load_test_sets, make_folder
 from .folder_lock import FolderLock
 from .model import make_model
-from .resume import DATA, check_changes, check_classes_of_run, describe_data, refuse_no_run, saved_config
+from .resume import check_changes, check_classes_of_run, describe_data, refuse_no_run, saved_config
 from .run_config import write_run_config
 from .schedule import learning_rate_factor, set_learning_rate
 from .step import TrainingState, make_state
@@ -92,28 +92,28 @@ class Run:
         self.folder = Path(self.cfg.output_dir)
         self.lock = FolderLock(self.folder)
 
-    def metadata(self, iteration: int, losses: dict[str, list[float]]) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights; ``iteration`` is the last that was done, from 0."""
-        return {
+    def metadata(self, iteration: int, losses: dict[str, list[float]]) -> CheckpointMetadata:
+        """Return the metadata of a checkpoint to resume from; ``iteration`` is the last one, from 0."""
+        return replace(
+            self.origin(),
+            iteration=iteration,
+            seed=self.cfg.seed,
+            best=self.best,
+            losses=losses,
+            evaluate_first=self.evaluate_first,
+            data=self.data,
             **self.state.metadata(),
-            "iteration": iteration,
-            "seed": self.cfg.seed,
-            "best": self.best,
-            "losses": losses,
-            "evaluate_first": self.evaluate_first,
-            DATA: self.data,
-            **self.origin(),
-        }
+        )
 
-    def origin(self) -> dict[str, Any]:
-        """Config, input, classes and norms' eps, so that a checkpoint can be used without them."""
-        return {
-            "config": dump_config(without_paths(self.cfg)),
-            "input": InputConvention.of_config(self.cfg).as_metadata(),
-            "class_names": list(self.dataset.class_names),
-            "category_ids": list(self.dataset.category_ids),
-            **norm_settings(self.model),
-        }
+    def origin(self) -> CheckpointMetadata:
+        """Return the metadata with which a checkpoint can be used without the run's config and data."""
+        return replace(
+            norm_settings(self.model),
+            config=dump_config(without_paths(self.cfg)),
+            input=InputConvention.of_config(self.cfg),
+            class_names=list(self.dataset.class_names),
+            category_ids=cast(list[int], list(self.dataset.category_ids)),
+        )
 
 
 def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_classes: bool = False) -> Run:
@@ -129,7 +129,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     checkpoint = share_last_checkpoint(cfg.output_dir, set_aside=True) if resume else None
     if resume and checkpoint is None:
         by_main(partial(refuse_no_run, cfg.output_dir))
-    known = {} if checkpoint is None else checkpoint.metadata
+    known = CheckpointMetadata() if checkpoint is None else checkpoint.metadata
     cfg = _decide_seed(cfg, known)
     start = _first_iteration(cfg, checkpoint)
 
@@ -166,9 +166,9 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
         # The rate of the last iteration: without anything left to train, it is saved again.
         set_learning_rate(run.state.optimizer, learning_rate_factor(cfg, max(start - 1, 0)))
         if not any(change.key.removeprefix("the content of ").startswith(BEST_IS_OF) for change in changes):
-            run.best = float(known.get("best", -1.0))
-        run.losses = known.get("losses", {})
-        run.evaluate_first = bool(known.get("evaluate_first", False))
+            run.best = -1.0 if known.best is None else float(known.best)
+        run.losses = known.losses or {}
+        run.evaluate_first = bool(known.evaluate_first)
     return run
 
 
@@ -178,9 +178,9 @@ def _first_iteration(cfg: Config, checkpoint: Checkpoint | None) -> int:
     With ``SOLVER.REFERENCE_WORLD_SIZE`` and other processes than before, iterations are of another batch: it
     is the one before which as many images were seen, rounded down.
     """
-    if checkpoint is None:
+    if checkpoint is None or checkpoint.metadata.iteration is None:
         return 0
-    start = int(checkpoint.metadata.get("iteration", -1)) + 1
+    start = checkpoint.metadata.iteration + 1
     saved = saved_config(checkpoint)
     if saved is None:
         return start
@@ -198,12 +198,12 @@ def _first_iteration(cfg: Config, checkpoint: Checkpoint | None) -> int:
     return same
 
 
-def _decide_seed(cfg: Config, known: dict[str, Any]) -> Config:
+def _decide_seed(cfg: Config, known: CheckpointMetadata) -> Config:
     """A negative ``SEED`` becomes a random one, equal in all processes; a resumed run keeps its own."""
     if cfg.seed >= 0:
         return cfg
     seed = from_main(secrets.randbelow(2**31))
-    return cfg.replace({"SEED": int(known.get("seed", seed))})
+    return cfg.replace({"SEED": seed if known.seed is None else known.seed})
 
 
 def check_parts(cfg: Config) -> None:

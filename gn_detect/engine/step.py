@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from ..distributed.group import is_distributed
 from ..errors import UserError
 from ..structures import Sample
-from ..weights import Checkpoint, load_weights
+from ..weights import Checkpoint, CheckpointMetadata, load_weights
 from .faults import compile_help, memory_help
 from .optimizer import build_optimizer, clip_gradients, restore_optimizer, step_unless
 
@@ -63,7 +63,7 @@ class TrainingState:
         return self.model if self.average is None else self.average.module
 
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint of :attr:`evaluated` needs beside its weights, to go on from there."""
+        """Return the fields of :class:`CheckpointMetadata` that :meth:`restore` reads."""
         saved: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
         if self.scaler.is_enabled():
             saved["scaler"] = self.scaler.state_dict()
@@ -72,22 +72,22 @@ class TrainingState:
             saved["averaged_steps"] = int(self.average.n_averaged)
         return saved
 
-    def restore(self, metadata: dict[str, Any], origin: str) -> None:
+    def restore(self, metadata: CheckpointMetadata, origin: str) -> None:
         """Undo :meth:`metadata`; the model already holds the checkpoint's weights.
 
         Raises:
             UserError: the optimiser's state, or the trained weights, belong to other parameters.
         """
-        restore_optimizer(self.optimizer, metadata.get("optimizer", {}), origin)
-        if self.scaler.is_enabled() and "scaler" in metadata:
-            if metadata["scaler"].keys() != self.scaler.state_dict().keys():
+        restore_optimizer(self.optimizer, metadata.optimizer or {}, origin)
+        if self.scaler.is_enabled() and metadata.scaler is not None:
+            if metadata.scaler.keys() != self.scaler.state_dict().keys():
                 raise UserError(f"{origin}: its 'scaler' is not that of a GradScaler; resume from another")
-            self.scaler.load_state_dict(metadata["scaler"])
+            self.scaler.load_state_dict(metadata.scaler)
         if self.average is not None:
             self.average.module.load_state_dict(self.model.state_dict())
-            self.average.n_averaged.fill_(metadata.get("averaged_steps", 0))
-        if "trained" in metadata:
-            load_weights(self.model, Checkpoint(metadata["trained"], path=Path(origin)))
+            self.average.n_averaged.fill_(metadata.averaged_steps or 0)
+        if metadata.trained is not None:
+            load_weights(self.model, Checkpoint(metadata.trained, path=Path(origin)))
 
 
 def make_state(cfg: Config, model: nn.Module) -> TrainingState:

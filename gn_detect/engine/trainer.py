@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..evaluation import Interrupted
 from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample
-from ..weights import NORM_EPS, NORM_GROUPS, USUAL_EPS, norm_settings
+from ..weights import norm_settings
 from .checkpoint import BEST, FINAL, RESULTS, checkpoint_name, save_checkpoint
 from .divergence import examine, replay_command, seed_iteration, write_black_box
 from .evaluator import Results, evaluate_test_sets, make_folder, scalars_of, write_results
@@ -275,8 +276,7 @@ def keep_black_box(run: Run, error: NotFinite) -> str:
     items = next(islice(run.loader.batches(), error.iteration - run.start, None))
     batch: list[Sample] = [run.loader.samples[item] for item in items]
     weights, scale = run.model.state_dict(), run.state.scaler.get_scale()
-    told = norm_settings(run.model)
-    eps = dict.fromkeys(told.get(NORM_GROUPS, {}), USUAL_EPS) | told.get(NORM_EPS, {})
+    eps = norm_settings(run.model).norm_eps
     finding = examine(run.cfg, weights, batch, error.iteration, get_rank(), scale, eps)
     findings = dict(enumerate(gather(finding)))
     guilty = [rank for rank, found in findings.items() if not found.is_finite] or list(findings)
@@ -324,7 +324,7 @@ def evaluate_and_keep_best(
     if value > run.best:
         run.best = value
         if is_main():
-            metadata = {"iteration": iteration, metric: value, **run.origin()}
+            metadata = replace(run.origin(), iteration=iteration, others={metric: value})
             save_checkpoint(run.folder, BEST, model, metadata, is_last=False)
             logger.info("best %s so far: %.2f, saved as %s", metric, value, BEST)
     return results

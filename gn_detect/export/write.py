@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..modeling.mask_rcnn import MaskRCNN
 from ..modeling.resnet import freeze
-from ..weights.checkpoint import program_version
+from ..weights.metadata import program_version
 
 if TYPE_CHECKING:
     from ..config import Config

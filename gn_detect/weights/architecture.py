@@ -1,4 +1,4 @@
-"""The model that a checkpoint is of: the config keys that its tensors, names and metadata tell."""
+"""The config keys of a checkpoint's model, from its tensors, their names and its metadata."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
-from ..config import Config, load_config
+from ..config import Config, dump_config, load_config, without_paths
+from ..config.load import parse_config
 from ..config.types import value_at
-from ..config.yaml_text import parse_yaml
 from ..errors import UserError
 from .checkpoint import Checkpoint
-from .convention import plain_text
-from .norm_settings import group_keys, norm_groups_of
+from .norm_settings import group_keys, norms_of
 from .translate import BACKBONE, translate
 from .zoo import entry_of
 
+# ``RESNETS.DEPTH`` by (blocks are bottlenecks, number of blocks in each stage).
 BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
@@ -26,9 +24,9 @@ BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
     (True, (3, 4, 23, 3)): 101,
     (True, (3, 8, 36, 3)): 152,
 }
-"""``RESNETS.DEPTH`` by (whether blocks are bottlenecks, blocks in each stage)."""
 
-UNTOLD = (
+# Keys that no tensor implies: from the config in the file, or from the model zoo's.
+UNSPECIFIED = (
     "MODEL.GN.NUM_GROUPS",
     "MODEL.GN.MIN_CHANNELS_PER_GROUP",
     "MODEL.GN.EPS",
@@ -44,10 +42,6 @@ UNTOLD = (
     "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
     "MODEL.FPN.FUSE_TYPE",
 )
-"""What no tensor tells: taken from the config inside the file, or from the model zoo's."""
-
-CONFIG_KEYS = "config_keys"
-"""The key in a checkpoint's metadata of such values, in files that :func:`untold_keys` were written to."""
 
 _RPN = "proposal_generator."
 
@@ -56,14 +50,14 @@ _REMEDY = "give --config-file, the config that it was trained with"
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a checkpoint's model is.
+    """The architecture of a checkpoint's model.
 
     Attributes:
         keys: config keys, such as ``MODEL.RESNETS.DEPTH``.
-        is_detector: whether heads are there, and not the backbone alone.
-        has_masks: whether a mask head is there.
+        is_detector: it has heads; otherwise it is a backbone.
+        has_masks: it has a mask head.
         norm: of the backbone: ``"GN"``, ``"FrozenBN"`` or ``""``.
-        class_names: as the file tells them; empty where it does not.
+        class_names: by label; empty where the file has none.
     """
 
     keys: dict[str, Any]
@@ -81,6 +75,8 @@ class Architecture:
         return f"{'Mask' if self.has_masks else 'Faster'} R-CNN R-{depth}-{neck} with {norm}"
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 _MATRICES = re.compile(
     r"(backbone\.fpn_lateral\d|backbone\.bottom_up\.(stem|res2\.0)\.conv\d|roi_heads\.box_head\.(conv|fc)\d+"
     r"|roi_heads\.box_predictor\.(cls_score|bbox_pred)|roi_heads\.mask_head\.(predictor|deconv))\.weight"
@@ -88,12 +84,12 @@ _MATRICES = re.compile(
 
 
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
-    """The architecture of a checkpoint of any library whose names are known.
+    """Deduce the architecture of a checkpoint of any library whose names are known.
 
     BatchNorm with its statistics becomes ``FrozenBN``: one or two images are too few to train it.
 
     Raises:
-        UserError: it is no ResNet detector or backbone that this package builds.
+        UserError: this package builds no such detector or backbone.
     """
     tensors = translate(checkpoint).tensors
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -101,42 +97,34 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     has_pyramid = any(name.startswith("backbone.fpn_lateral") for name in shapes)
     if is_detector and not has_pyramid:
         shapes = _with_stages_together(shapes)
-    _check_shapes(checkpoint, shapes)
-    keys = _backbone_keys(checkpoint, shapes)
-    if is_detector and has_pyramid:
-        keys |= _pyramid_keys(checkpoint, shapes)
-    if is_detector:
-        keys |= _head_keys(shapes)
-    keys |= untold_keys(checkpoint)
-    return Architecture(
-        keys,
-        is_detector,
-        any(".mask_head.predictor." in name for name in shapes),
-        keys["MODEL.RESNETS.NORM"],
-        checkpoint.class_names,
-    )
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def _with_stages_together(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """A C4 detector: its last stage is in the heads, and the others have no ``bottom_up``."""
-    moved = {}
-    for name, shape in shapes.items():
-        name = re.sub(r"^roi_heads\.res5\.", f"{BACKBONE}res5.", name)
-        moved[re.sub(r"^backbone\.(?=stem|res\d)", BACKBONE, name)] = shape
-    return moved
-
-
-def _check_shapes(checkpoint: Checkpoint, shapes: Shapes) -> None:
-    """What the keys are read from must be matrices, or kernels, with something in them."""
-    for name, shape in shapes.items():
+    for name, shape in shapes.items():  # the keys are read from matrices and kernels, which are not empty
         if _MATRICES.fullmatch(name) and (len(shape) < 2 or 0 in shape):
             raise UserError(
                 f"{checkpoint.path}: {name} has the shape {list(shape)}, as in no detector; {_REMEDY}, "
                 "or other weights"
             )
+    keys = _backbone_keys(checkpoint, shapes)
+    if is_detector and has_pyramid:
+        keys |= _pyramid_keys(checkpoint, shapes)
+    if is_detector:
+        keys |= _head_keys(shapes)
+    keys |= unspecified_keys(checkpoint)
+    return Architecture(
+        keys,
+        is_detector,
+        any(".mask_head.predictor." in name for name in shapes),
+        keys["MODEL.RESNETS.NORM"],
+        checkpoint.metadata.class_names,
+    )
+
+
+def _with_stages_together(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    # The last stage of a C4 detector is in the heads, and the others have no ``bottom_up``.
+    moved = {}
+    for name, shape in shapes.items():
+        name = re.sub(r"^roi_heads\.res5\.", f"{BACKBONE}res5.", name)
+        moved[re.sub(r"^backbone\.(?=stem|res\d)", BACKBONE, name)] = shape
+    return moved
 
 
 def _backbone_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
@@ -199,7 +187,6 @@ def _pyramid_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
 
 
 def _head_keys(shapes: Shapes) -> dict[str, Any]:
-    """Of the RPN, the class-agnostic outputs and the mask head."""
     keys: dict[str, Any] = {}
     rpn = _count(shapes, r"proposal_generator\.rpn_head\.conv(\.conv\d+)?")
     if rpn > 1:
@@ -223,63 +210,80 @@ def _count(shapes: Shapes, layer: str) -> int:
     return sum(re.fullmatch(rf"{layer}\.weight", name) is not None for name in shapes)
 
 
-def untold_keys_of(cfg: Config) -> dict[str, Any]:
-    """Values of :data:`UNTOLD` keys."""
-    return {key: value_at(cfg, key) for key in UNTOLD}
+def unspecified_keys_of(cfg: Config) -> dict[str, Any]:
+    """Return the values of :data:`UNSPECIFIED` keys in a config."""
+    return {key: value_at(cfg, key) for key in UNSPECIFIED}
 
 
-def untold_keys(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Values of :data:`UNTOLD` keys, as far as anything beside the tensors tells them.
+def unspecified_keys(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the values of :data:`UNSPECIFIED` keys, as far as anything but the tensors implies them.
 
-    That is the config that our checkpoints hold, the zoo's entry, what :data:`CONFIG_KEYS` in the metadata
-    says, and torchvision's names, whose detectors have its RoIAlign. A new file with the same tensors under
-    other names, or without the config, keeps them under :data:`CONFIG_KEYS`.
+    The sources are the config of the file or of its entry in the zoo; otherwise the file's ``config_keys``,
+    the settings of its norms, and torchvision's names, whose detectors have torchvision's RoIAlign.
     """
-    cfg = _told_config(checkpoint)
+    cfg = known_config(checkpoint)
     if cfg is not None:
-        return untold_keys_of(cfg)
+        return unspecified_keys_of(cfg)
     keys: dict[str, Any] = {}
     translation = translate(checkpoint)
     if translation.scheme == "torchvision" and any(name.startswith(_RPN) for name in translation.tensors):
         for head in ("BOX", "MASK"):
             keys[f"MODEL.ROI_{head}_HEAD.POOLER_TYPE"] = "ROIAlign"
             keys[f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO"] = 2
-    told = checkpoint.metadata.get(CONFIG_KEYS)
-    if isinstance(told, dict):
-        keys |= {key: told[key] for key in UNTOLD if key in told}
-    return keys | _told_groups(checkpoint)
+    known = checkpoint.metadata.config_keys
+    return keys | {key: known[key] for key in UNSPECIFIED if key in known} | _group_keys(checkpoint)
 
 
-def untold_group_norms(checkpoint: Checkpoint) -> list[str]:
-    """GroupNorms of a detector whose groups the file does not tell, by their names here; else empty."""
+def norms_of_unspecified_groups(checkpoint: Checkpoint) -> list[str]:
+    """Return the GroupNorms of a detector whose groups the file does not specify, by their names here."""
     tensors = translate(checkpoint).tensors
     if not any(name.startswith(_RPN) for name in tensors):
         return []
-    told = norm_groups_of(checkpoint, tensors)
+    known = norms_of(checkpoint, tensors).group_norm_groups
     norms = [name.removesuffix(".weight") for name in tensors if name.endswith(".norm.weight")]
-    return [norm for norm in norms if norm not in told and f"{norm}.running_mean" not in tensors]
+    return [norm for norm in norms if norm not in known and f"{norm}.running_mean" not in tensors]
 
 
-def _told_groups(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of a converted file, which holds no config."""
+def _group_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     layers = {
         (checkpoint.tensors[f"{name}.weight"].numel(), groups)
-        for name, groups in norm_groups_of(checkpoint).items()
+        for name, groups in norms_of(checkpoint, checkpoint.tensors).group_norm_groups.items()
         if f"{name}.weight" in checkpoint.tensors
     }
     keys = group_keys(layers) if layers else None
-    # Norms that it does not tell of have detectron2's groups, equal numbers, unless a config tells others.
-    if keys is None or (keys[1] > 1 and untold_group_norms(checkpoint)):
+    # Other norms have detectron2's groups, equal numbers, unless a config says otherwise.
+    if keys is None or (keys[1] > 1 and norms_of_unspecified_groups(checkpoint)):
         return {}
     return {"MODEL.GN.NUM_GROUPS": keys[0], "MODEL.GN.MIN_CHANNELS_PER_GROUP": keys[1]}
 
 
-def _told_config(checkpoint: Checkpoint) -> Config | None:
+def known_config(checkpoint: Checkpoint) -> Config | None:
+    """Return the config of the checkpoint's entry in the zoo, or the one in the file; None without any."""
     entry = entry_of(checkpoint.path)
     if entry is not None:
         return load_config(entry.config, entry.overrides)
     try:
-        content = parse_yaml(plain_text(checkpoint.metadata, "config"))
-        return Config.model_validate(content) if isinstance(content, dict) else None
-    except (yaml.YAMLError, ValueError):  # another program's
+        return parse_config(checkpoint.metadata.config or "")
+    except UserError:  # another program's
         return None
+
+
+def config_of_converted(cfg: Config, converted: Checkpoint) -> str | None:
+    """Return the config of a converted detector as YAML without local paths, for its metadata.
+
+    Args:
+        cfg: the config of the original.
+        converted: weights, and metadata with the groups of the norms.
+
+    Returns:
+        None where no config gives all norms their groups.
+    """
+    changes = _group_keys(converted)
+    differs = any(value_at(cfg, key) != value for key, value in changes.items())
+    if not changes or (differs and norms_of_unspecified_groups(converted)):
+        return None
+    for section in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        key = f"MODEL.{section}.NORM"
+        if value_at(cfg, key) in ("BN", "SyncBN", "FrozenBN"):
+            changes[key] = "GN"
+    return dump_config(without_paths(cfg.replace(changes)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,40 +21,30 @@ from ..config import load_config
 from ..errors import UserError
 from ..files import atomic_write, cannot_write
 from .convention import InputConvention
-from .metadata import check_metadata
-from .numpy_pickle import RefusedGlobal, load_numpy_pickle
-from .pickle_check import RefusedPickle, check_pickle
+from .metadata import CheckpointMetadata, read_metadata, signature
+from .mmdetection_config import norm_entries
+from .numpy_pickle import RefusedPickle, check_pickle, load_numpy_pickle
 from .stand_ins import STAND_INS, is_stand_in, known_to_torch, without_stand_ins
 from .zip_archive import SealedFile, is_npz, read_npz
 from .zoo import entry_of, resolve
 
 T = TypeVar("T")
 
+# The keys of the weights in files of training programs; the first one that holds a dict is read.
 MODEL_KEYS = (
     "state_dict_ema", "model_ema",  # averaged weights are those meant for use
-    "state_dict", "ema_state_dict",  # MMEngine swaps them: beside each other, the first are the averaged
+    "state_dict", "ema_state_dict",  # MMEngine swaps them: where both are there, the first is the average
     "model", "model_state", "model_state_dict", "blobs",
 )  # fmt: skip
-"""Where checkpoints of training programs keep the weights; the first that is a dict is read."""
-
-FORMAT_VERSION = 1
-"""Of the files that :func:`save_weights` writes."""
-
-_VERSION_KEY, _AUTHOR_KEY, _PROGRAM_KEY = "format_version", "__author__", "gn_detect_version"
-_OURS = "gn_detect"
-
-SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
-"""Of files that can be written."""
-
+SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")  # of files that can be written
+# Added by DistributedDataParallel, torch.compile and Lightning; removed where all names have it.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
-"""Added by DistributedDataParallel, torch.compile and Lightning; removed where all names have it."""
-
-_COUNTERS = {"steps", "n_averaged"}
-"""Beside averaged weights: mmdetection's and PyTorch's number of updates."""
+_COUNTERS = {"steps", "n_averaged"}  # mmdetection's and PyTorch's number of updates of averaged weights
 
 _ZIP = b"PK\x03\x04"
 _TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch's magic number, pickled
 _LEGACY_PICKLES = 5  # magic number, version, platform, content, keys of the storages that follow
+# Files that are taken for a checkpoint by mistake, by their first bytes.
 _OTHERS = {
     b"\x89HDF": "an HDF5 file; export its weights to .pth, .safetensors or .pkl",
     b"\x1f\x8b": "compressed with gzip; unpack it with gunzip",
@@ -62,66 +52,65 @@ _OTHERS = {
     b"<": "a web page or XML, perhaps a server's message instead of the file; download it again",
     b"{": "JSON, and holds no weights; give a checkpoint",
 }
-"""What is taken for a checkpoint by mistake, by its first bytes."""
 
 _FETCH_AGAIN = "the file may be truncated: copy or download it again"
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Attributes:
         tensors: weights by name, on the CPU, in the file's data types, wrapper prefixes removed.
-        metadata: everything beside the weights: iteration, optimiser state, ...
+        metadata: everything besides the weights.
         format: ``"pytorch"``, ``"safetensors"``, ``"pickle"`` or ``"npz"``.
         path: the file, for messages.
         stored: the same weights by the file's own names, with wrapper prefixes and counters of averaging.
     """
 
     tensors: dict[str, Tensor]
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: CheckpointMetadata = field(default_factory=CheckpointMetadata)
     format: str = "pytorch"
     path: Path = Path("checkpoint")
     stored: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def class_names(self) -> list[str]:
-        """Return the names of the classes by label; empty where the file does not tell them."""
-        names = self.metadata.get("class_names")
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            return list(names)
-        return []
-
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors``, ``.pkl`` or ``.npz`` by what is in the file.
+    """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors``, ``.pkl`` or ``.npz``, recognised by content.
 
-    ``{"model": ...}``, ``{"state_dict": ...}``, ``{"model_state": ...}``, ``{"blobs": ...}`` and a plain dict
-    of tensors are recognised; what is not a tensor or a NumPy array goes to ``metadata``.
+    The weights are a plain dict of tensors, or stand under one of :data:`MODEL_KEYS`; the rest is metadata.
 
     Raises:
         UserError: no such file, a failed download, truncated or of another format, without tensors, or naming
             classes or functions other than tensors, arrays and containers; none of them is called.
     """
     entry = entry_of(path)
-    path = _existing_file(path)
+    path = resolve(path)
+    if path.is_dir():
+        raise UserError(f"cannot load weights from {path}: it is a folder; give a file inside it")
+    if not path.is_file():
+        raise UserError(
+            f"cannot load weights from {path}: no such file; check MODEL.WEIGHTS, or give zoo://NAME of "
+            "gn-detect zoo list"
+        )
     content, kind = _read(path)
-    tensors, metadata = _split(content, path, nested=kind != "safetensors")
+    stored, others = _split(content, path, nested=kind != "safetensors")
     try:
-        metadata = without_stand_ins(metadata)
+        others = without_stand_ins(others)
     except RecursionError:
         raise _refusal(path, "it holds containers nested by the thousand") from None
-    check_metadata(metadata, path, ours=_is_ours(metadata))
-    _check_version(metadata, path)
+    tensors = strip_wrappers(stored)
+    metadata = read_metadata(norm_entries(others, tensors) | others, path)
     if entry is not None:  # the catalogue knows better than the names what the weights were trained with
         convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
-        metadata["input"] = convention.as_metadata()
-    return Checkpoint(strip_wrappers(tensors), metadata, kind, path, tensors)
+        metadata = replace(metadata, input=convention)
+    return Checkpoint(tensors, metadata, kind, path, stored)
 
 
 def save_weights(
-    path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+    path: str | Path,
+    state_dict: Mapping[str, Tensor],
+    metadata: CheckpointMetadata | Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that :func:`read_checkpoint` and detectron2 read; the file is whole or absent.
 
@@ -129,26 +118,27 @@ def save_weights(
         path: ends in ``.pth`` or ``.pt`` (a dict ``{"model": state_dict, **metadata}``), ``.pkl`` (the same
             with NumPy arrays, as detectron2's model zoo has it) or ``.safetensors`` (metadata as JSON).
         state_dict: tensors by name, on any device.
-        metadata: more to store; for ``.pth``, anything that ``torch.load(weights_only=True)`` reads, such as
-            optimiser states; otherwise JSON values.
+        metadata: a record, or entries by key: for ``.pth``, anything that ``torch.load(weights_only=True)``
+            reads, such as optimiser states; otherwise JSON values.
 
     Raises:
         UserError: another ending, metadata or a type that the format cannot hold, or the disk is full or
             read-only.
     """
-    path, content = Path(path), dict(metadata or {})
+    path = Path(path)
+    content = metadata.to_dict() if isinstance(metadata, CheckpointMetadata) else dict(metadata or {})
     if path.suffix not in SUFFIXES:
         raise UserError(f"cannot save weights as {path}: end the name in {', '.join(SUFFIXES)}")
     for key in MODEL_KEYS:  # read_checkpoint would take a dict there for the weights
         if key in content and (key == "model" or isinstance(content[key], dict)):
             raise UserError(f"cannot save {path}: the metadata key '{key}' is taken by weights; rename it")
-    content = {key: _without_numpy(value) for key, value in content.items()}
-    content |= {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS, _PROGRAM_KEY: program_version()}
+    content = {key: _without_numpy(value) for key, value in content.items()} | signature()
     tensors = {name: _whole(tensor.detach().cpu()) for name, tensor in state_dict.items()}
-    if path.suffix == ".safetensors":
-        _write(path, _as_safetensors(path, tensors, content))
-    elif path.suffix == ".pkl":
-        _write(path, _as_pickle(path, tensors, content))
+    if path.suffix in (".safetensors", ".pkl"):
+        convert = _as_pickle if path.suffix == ".pkl" else _as_safetensors
+        data = convert(path, tensors, content)
+        with atomic_write(path, "wb") as file:
+            file.write(data)
     else:
         try:
             with atomic_write(path, "wb") as file:
@@ -162,7 +152,7 @@ def save_weights(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A view of a part is stored alone, and an expanded tensor, which would be refused, in full."""
+    # A view of a part is stored alone, and an expanded tensor, which would be refused, in full.
     is_view = tensor.layout == torch.strided and (
         tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
     )
@@ -170,25 +160,12 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _without_numpy(value: Any) -> Any:
-    """NumPy's scalars as Python's: what names NumPy's functions is refused when it is read."""
+    # NumPy's scalars become Python's: a file that names NumPy's functions is refused when it is read.
     if isinstance(value, np.generic):
         return value.item()
     if type(value) is dict:
         return {_without_numpy(key): _without_numpy(item) for key, item in value.items()}
     return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
-
-
-def program_version() -> str:
-    """Of gn_detect, as files of ours tell it."""
-    try:
-        return version("gn_detect")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "unknown"
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path, "wb") as file:
-        file.write(content)
 
 
 def _as_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
@@ -203,7 +180,7 @@ def _as_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
 
 
 def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
-    """Without ``matching_heuristics``, detectron2 takes the names as they are."""
+    # Without ``matching_heuristics``, detectron2 takes the names as they are.
     try:
         json.dumps(metadata)  # the reader's restrictions, nearly
         arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
@@ -214,27 +191,8 @@ def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
     return pickle.dumps({"model": arrays, **metadata}, protocol=2)
 
 
-def _is_ours(metadata: dict[str, Any]) -> bool:
-    author = metadata.get(_AUTHOR_KEY)
-    return isinstance(author, str) and author == _OURS
-
-
-def _check_version(metadata: dict[str, Any], path: Path) -> None:
-    """Only of our own files; their own keys do not stay in the metadata."""
-    if not _is_ours(metadata):
-        return
-    del metadata[_AUTHOR_KEY]
-    metadata.pop(_PROGRAM_KEY, None)
-    found = metadata.pop(_VERSION_KEY, FORMAT_VERSION)
-    if not isinstance(found, int) or found > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {found!r}, and this gn_detect reads up to {FORMAT_VERSION}; "
-            "install a newer one"
-        )
-
-
 def _read(path: Path) -> tuple[Any, str]:
-    """What a file holds, and its format."""
+    """Return the content of a file, and its format."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -242,11 +200,20 @@ def _read(path: Path) -> tuple[Any, str]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if head.startswith((_ZIP, _TORCH_LEGACY)):
-        return _read_torch_or_npz(path, head)
+        with _reading(path):
+            if head.startswith(_TORCH_LEGACY):
+                with path.open("rb") as file:
+                    for _ in range(_LEGACY_PICKLES):
+                        check_pickle(file)
+            elif is_npz(path):
+                with _reading(path, " as .npz"):
+                    return read_npz(path), "npz"
+        return _read_torch(path), "pytorch"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return _read_safetensors(path), "safetensors"
     if head.startswith((b"\x80", b"(", b"}", b"]")) or path.suffix == ".pkl":  # b"\x80": protocol 2 and on
-        return _read_pickle(path), "pickle"
+        with _reading(path, " as a pickle"), path.open("rb") as file:
+            return load_numpy_pickle(file, STAND_INS), "pickle"
     for start, remedy in _OTHERS.items():
         if head.lstrip().startswith(start):
             raise UserError(f"{path} is {remedy}")
@@ -255,76 +222,44 @@ def _read(path: Path) -> tuple[Any, str]:
     raise UserError(f"{path} is not a .pth, .safetensors, .pkl or .npz checkpoint; {_FETCH_AGAIN}")
 
 
-def _read_torch_or_npz(path: Path, head: bytes) -> tuple[Any, str]:
+@contextmanager
+def _reading(path: Path, how: str = "") -> Iterator[None]:
+    """Turn all errors into a UserError: damaged files fail in many ways."""
     try:
-        if head.startswith(_TORCH_LEGACY):
-            with path.open("rb") as file:
-                for _ in range(_LEGACY_PICKLES):
-                    check_pickle(file)
-        elif is_npz(path):
-            return read_npz(path), "npz"
+        yield
+    except UserError:
+        raise
     except RefusedPickle as error:
         raise _refusal(path, str(error)) from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}; {_FETCH_AGAIN}") from error
-    return _read_torch(path), "pytorch"
-
-
-def _existing_file(path: str | Path) -> Path:
-    path = resolve(path)
-    if path.is_dir():
-        raise UserError(f"cannot load weights from {path}: it is a folder; give a file inside it")
-    if not path.is_file():
-        raise UserError(
-            f"cannot load weights from {path}: no such file; check MODEL.WEIGHTS, or give zoo://NAME of "
-            "gn-detect zoo list"
-        )
-    return path
+    except Exception as error:
+        raise UserError(f"cannot read {path}{how}: {_first_line(error)}; {_FETCH_AGAIN}") from error
 
 
 def _read_torch(path: Path) -> Any:
-    try:
-        with known_to_torch():
+    with _reading(path, " with PyTorch"), known_to_torch():
+        try:
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is None:
+        except pickle.UnpicklingError as error:
+            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if refused is not None:
+                raise _refusal(path, f"it names {refused[1].rstrip('.')!r}") from error
             reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # after much advice
             text = _first_line(error) if reason is None else reason[1].rstrip(". ")
             raise UserError(f"cannot read {path}: {text}; {_FETCH_AGAIN}") from error
-        raise _refusal(path, f"it names {refused[1].rstrip('.')!r}") from error
-    except Exception as error:  # truncated or damaged archives fail in many ways
-        raise UserError(f"cannot read {path} with PyTorch: {_first_line(error)}; {_FETCH_AGAIN}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
-            header = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} as safetensors: {_first_line(error)}; {_FETCH_AGAIN}") from error
-    return {**{key: _from_json(text) for key, text in header.items() if key not in content}, **content}
+    with _reading(path, " as safetensors"), safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
+        header = file.metadata() or {}
+    return {key: _from_json(text) for key, text in header.items()} | tensors
 
 
 def _from_json(text: str) -> Any:
-    """Our own metadata are JSON; other programs write plain strings."""
-    try:
+    try:  # our own metadata are JSON; other programs write plain strings
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            return load_numpy_pickle(file, STAND_INS)
-    except RefusedGlobal as error:
-        raise _refusal(path, f"it names {error.name!r}") from error
-    except RefusedPickle as error:
-        raise _refusal(path, str(error)) from error
-    except (pickle.UnpicklingError, OSError) as error:
-        raise UserError(f"cannot read {path} as a pickle: {_first_line(error)}; {_FETCH_AGAIN}") from error
 
 
 def _refusal(path: Path, reason: str) -> UserError:
@@ -340,7 +275,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _split(content: Any, path: Path, nested: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, which may be ``nested`` in a dict, and the rest; UserError when there are no weights."""
+    """Return the weights, which may be ``nested`` in a dict, and the rest."""
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors; save a state dict")
     # A weight may itself be called "model": only a dict is a container of weights.
@@ -368,7 +303,7 @@ def _split(content: Any, path: Path, nested: bool) -> tuple[dict[str, Tensor], d
 
 
 def _checked(tensor: Tensor, key: Any, path: Path) -> Tensor:
-    """A file can describe a tensor of terabytes that all lie on one stored number."""
+    # A file can describe a tensor of terabytes that all lie on one stored number.
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise UserError(f"{path}: {key!r} is not a dense tensor; store dense weights")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -388,7 +323,7 @@ def _as_tensor(array: np.ndarray, key: Any, path: Path) -> Tensor:
 
 
 def strip_wrappers(tensors: dict[str, T]) -> dict[str, T]:
-    """Without prefixes that every name has, repeatedly: wrappers nest. Counters of averaging have none."""
+    """Remove the prefixes that every name has, repeatedly: wrappers nest. Counters of averaging go."""
     if any(name.startswith(WRAPPER_PREFIXES) for name in tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if name not in _COUNTERS}
     for prefix in WRAPPER_PREFIXES * 2:

@@ -1,4 +1,4 @@
-"""How the images must come to a network: what a checkpoint implies, and what a config says."""
+"""The input that a network was trained with, as a checkpoint implies it and as a config sets it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..config import Config
 
+# Grey levels: Detectron's means and detectron2's differ by one, and detectron2 takes either for both.
 MEAN_TOLERANCE = 2.0
-"""Grey levels: Detectron's means and detectron2's differ by one, and detectron2 takes either for both."""
-
-STD_TOLERANCE = 0.05
-"""As a fraction."""
+STD_TOLERANCE = 0.05  # as a fraction
 
 
 @dataclass(frozen=True)
 class InputConvention:
-    """What weights were trained with. None: not known.
+    """The input that weights were trained with. None: not known.
 
     Attributes:
         format: ``"BGR"`` or ``"RGB"``.
         pixel_mean, pixel_std: in that order of channels, of pixels 0 to 255.
-        stride_in_1x1: whether the stride of a bottleneck is on its first 1x1 convolution.
+        stride_in_1x1: the stride of a bottleneck is on its first 1x1 convolution.
     """
 
     format: str | None = None
@@ -32,7 +30,7 @@ class InputConvention:
     stride_in_1x1: bool | None = None
 
     def differing_keys(self, cfg: Config) -> dict[str, Any]:
-        """The config keys to set for these weights, by name; empty if the config agrees."""
+        """Return the config keys to set for these weights, by name; empty if the config agrees."""
         keys: dict[str, Any] = {}
         if self.format is not None and cfg.input.format != self.format:
             keys["INPUT.FORMAT"] = self.format
@@ -43,55 +41,43 @@ class InputConvention:
             if not _near(cfg.model.pixel_std, self.pixel_std, tolerance):
                 keys["MODEL.PIXEL_STD"] = list(self.pixel_std)
         resnets = cfg.model.resnets
-        if self.stride_in_1x1 is not None and resnets.depth >= 50:
-            if resnets.stride_in_1x1 != self.stride_in_1x1:
-                keys["MODEL.RESNETS.STRIDE_IN_1X1"] = self.stride_in_1x1
+        if self.stride_in_1x1 not in (None, resnets.stride_in_1x1) and resnets.depth >= 50:
+            keys["MODEL.RESNETS.STRIDE_IN_1X1"] = self.stride_in_1x1
         return keys
 
     @classmethod
     def of_config(cls, cfg: Config) -> InputConvention:
-        """What models of this config are trained with."""
-        return cls(
-            cfg.input.format,
-            tuple(cfg.model.pixel_mean),
-            tuple(cfg.model.pixel_std),
-            cfg.model.resnets.stride_in_1x1,
-        )
+        """Return the convention of models of this config."""
+        mean, std = tuple(cfg.model.pixel_mean), tuple(cfg.model.pixel_std)
+        return cls(cfg.input.format, mean, std, cfg.model.resnets.stride_in_1x1)
 
     @classmethod
-    def from_metadata(cls, value: Any) -> InputConvention | None:
-        """What :meth:`as_metadata` gave, read from a file; None for anything else."""
-        if not isinstance(value, dict):
-            return None
+    def from_metadata(cls, value: dict[str, Any]) -> InputConvention:
+        """Read the values of :meth:`as_metadata` from a file; values of other types are not known."""
         order, stride = value.get("format"), value.get("stride_in_1x1")
         return cls(
-            order if order in ("BGR", "RGB") else None,
+            order if isinstance(order, str) and order in ("BGR", "RGB") else None,
             _three_numbers(value.get("pixel_mean")),
             _three_numbers(value.get("pixel_std")),
             stride if isinstance(stride, bool) else None,
         )
 
     def as_metadata(self) -> dict[str, Any]:
-        """Plain values to be stored in a checkpoint."""
-        return {
-            "format": self.format,
-            "pixel_mean": None if self.pixel_mean is None else list(self.pixel_mean),
-            "pixel_std": None if self.pixel_std is None else list(self.pixel_std),
-            "stride_in_1x1": self.stride_in_1x1,
-        }
+        """Return plain values to be stored in a checkpoint."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
 
 
 def as_command_line(keys: dict[str, Any]) -> str:
-    """``KEY VALUE ...`` as they are typed behind a command."""
+    """Return ``KEY VALUE ...`` as they are typed after a command."""
     return " ".join(
         f"{key} '{value}'" if isinstance(value, list) else f"{key} {value}" for key, value in keys.items()
     )
 
 
-def plain_text(metadata: Any, *keys: str) -> str:
-    """The first of the keys that holds text, or ""; nothing else that a file has there is made text."""
-    values = [metadata.get(key) for key in keys] if isinstance(metadata, dict) else []
-    return next((value for value in values if isinstance(value, str)), "")
+def plain_text(values: Any, *keys: str) -> str:
+    """Return the first text under these keys of a dict from a file, or ""; nothing else is made text."""
+    found = [values.get(key) for key in keys] if isinstance(values, dict) else []
+    return next((value for value in found if isinstance(value, str)), "")
 
 
 def _near(found: Sequence[float], wanted: Sequence[float], tolerance: float) -> bool:
@@ -106,17 +92,14 @@ def _three_numbers(value: Any) -> tuple[float, ...] | None:
     return tuple(map(float, value)) if plain else None
 
 
-_IMAGENET_RGB = (123.675, 116.28, 103.53)
-_IMAGENET_RGB_STD = (58.395, 57.12, 57.375)
+_IMAGENET_RGB, _IMAGENET_RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+_DETECTRON_BGR, _NO_STD = (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0)
 
+# torchvision's and timm's ResNets and detectors: 0 to 1 with ImageNet's mean and deviation, times 255.
 TORCHVISION = InputConvention("RGB", _IMAGENET_RGB, _IMAGENET_RGB_STD, False)
-"""torchvision's and timm's ResNets and detectors: 0 to 1 with ImageNet's mean and deviation, times 255."""
-
-DETECTRON_GN = InputConvention("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0), False)
-"""Detectron's GN models, and mmdetection's that were made from them."""
-
-DETECTRON_MSRA = InputConvention("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0), True)
-"""The ResNets of He et al. in Caffe2's format."""
-
-DETECTRON_RESNEXT = InputConvention("BGR", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395), False)
-"""FAIR's X-101-32x8d as detectron2 publishes it."""
+# Detectron's GN models, and mmdetection's that were made from them.
+DETECTRON_GN = InputConvention("BGR", _DETECTRON_BGR, _NO_STD, False)
+# The ResNets of He et al. in Caffe2's format.
+DETECTRON_MSRA = InputConvention("BGR", _DETECTRON_BGR, _NO_STD, True)
+# FAIR's X-101-32x8d as detectron2 publishes it.
+DETECTRON_RESNEXT = InputConvention("BGR", _IMAGENET_RGB[::-1], _IMAGENET_RGB_STD[::-1], False)

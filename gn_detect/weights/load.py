@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a model: all is compared first, and the model changes only when it fits."""
+"""Load a checkpoint into a model: all is compared first, and the model changes only when it fits."""
 
 from __future__ import annotations
 
@@ -15,35 +15,23 @@ from ..errors import UserError
 from ..text import printable
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
-from .norm_settings import (
-    USUAL_EPS,
-    norm_eps_of,
-    norm_groups_of,
-    refuse_lost_norms,
-    refuse_other_groups,
-    set_norm_eps,
-)
+from .norm_settings import norms_of, refuse_lost_norms, refuse_other_groups, set_norm_eps
 from .translate import BACKBONE, CLASSIFIER, Translation, translate
 
 if TYPE_CHECKING:
     from ..config import Config
 
+# Layers with output channels for each class; fine-tuning on other classes starts them afresh.
 PREDICTORS = re.compile(r"^roi_heads\.(box_predictor\.(cls_score|bbox_pred)|mask_head\.predictor)\.")
-"""Layers with output channels for each class; fine-tuning on other classes starts them afresh."""
-
+# Buffers that follow from the configuration, or count batches: absent or extra, they change no result.
 BOOKKEEPING = re.compile(r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std|cell_anchors\.\d+)$")
-"""Buffers that follow from the configuration, or count batches: absent or extra, they change no result."""
-
-BACKBONE_SHARE = 0.9
-"""Of a backbone's tensors; with fewer, what the file is said to be pretrained on is mostly lost."""
-
-MATCHED_SHARE = 0.5
-"""Fine-tuning wants at least this share of the model's tensors, or of the file's, to match."""
+BACKBONE_SHARE = 0.9  # of a backbone's tensors; with fewer, most of the pretraining is lost
+MATCHED_SHARE = 0.5  # of the model's tensors, or of the file's, must match for fine-tuning
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor whose shapes disagree, or that is of no use for another ``reason``."""
+    """A tensor whose shapes disagree, or that does not fit for another ``reason``."""
 
     name: str
     file_shape: tuple[int, ...]
@@ -58,7 +46,7 @@ class Mismatch:
 
 @dataclass
 class LoadReport:
-    """What :func:`load_weights` did; ``str(report)`` is a summary of a few lines.
+    """The result of :func:`load_weights`; ``str(report)`` is a summary of a few lines.
 
     Attributes:
         path: the checkpoint.
@@ -69,11 +57,8 @@ class LoadReport:
         reshaped: names of tensors whose shapes differ by ones at the end, such as those of a linear layer in
             the model and of a 1x1 convolution in the file; they were loaded and are in ``matched``, too.
         ignored: buffers that change no result and were on one side only.
-        scheme: whose names the file has: ``"detectron2"``, ``"Detectron"``, ``"torchvision"`` (and timm) or
-            ``"mmdetection"``.
-        converted: what was done to values on the way, such as moving the background's class.
-        left_out: names of the file that mean nothing to a detector, such as ImageNet's classifier.
-        convention: what the file says or implies about input; None where it does neither.
+        converted: changes of values, such as moving the background's class, in words.
+        scheme, left_out, convention: see :class:`Translation`.
     """
 
     path: Path
@@ -120,20 +105,20 @@ def load_weights(
     """Copy a checkpoint's tensors into the parameters and buffers that they belong to.
 
     Names of Detectron, torchvision, timm and mmdetection are translated. Values are cast to the model's types
-    and devices. Where the file tells the eps of group norms (see ``gn-detect convert --relative-eps``), the
-    model's get it, whatever MODEL.GN.EPS is; where it tells their groups, the model must have them, and their
-    eps is 1e-5 unless it says otherwise. When an error is raised the model is as it was.
+    and devices. If the file has the eps of GroupNorms (see ``gn-detect convert --relative-eps``), the model
+    gets it, whatever MODEL.GN.EPS is. If it has their numbers of groups, the model must have the same, and
+    their eps is 1e-5 unless the file has another. When an error is raised the model is as it was.
 
     Args:
         model: names as in detectron2's state dicts.
-        source: a file that :func:`read_checkpoint` reads, or what it returned.
+        source: a file that :func:`read_checkpoint` reads, or its result.
         for_training: True for a starting point: tensors that are absent on one side are reported, and
             predictor layers of another number of classes start afresh; of a backbone 90% must be there. False
             for evaluation or resuming: every tensor of the model must be in the file, and the other way
             round, except for heads that the model lacks as a whole (a mask head when masks are switched off).
-        config: of the model, to be compared with what the file implies about input.
-        class_names: of the model by label. With ``for_training``, predictor layers of a file that names as
-            many other classes start afresh.
+        config: of the model; its input must be that of the file.
+        class_names: of the model by label. With ``for_training``, predictor layers of a file with as many
+            other classes start afresh.
 
     Raises:
         UserError: the file cannot be read, belongs to another architecture, number of classes, kind of
@@ -143,9 +128,8 @@ def load_weights(
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     own = model.state_dict()
     translation = _translated(checkpoint, own)
-    groups = norm_groups_of(checkpoint, translation.tensors)
-    # What tells the groups leaves out an eps that is the usual one; the model's may be another.
-    eps = dict.fromkeys(groups, USUAL_EPS) | norm_eps_of(checkpoint, translation.tensors)
+    norms = norms_of(checkpoint, translation.tensors)
+    groups, eps = norms.group_norm_groups, norms.norm_eps
     checkpoint = replace(checkpoint, tensors=dict(translation.tensors))
     report = _compare(own, checkpoint)
     if for_training and class_names is not None:
@@ -161,8 +145,12 @@ def load_weights(
         _refuse_poor_backbone(report, own)
     else:
         _refuse_incomplete(report, own)
-    if config is not None:
-        _refuse_other_input(report, config)
+    if config is not None and report.convention is not None:
+        if keys := report.convention.differing_keys(config):
+            raise UserError(
+                f"{report.path} was trained with other input than the config has, and would load and then "
+                f"find little; add --fix-config, or set {as_command_line(keys)}"
+            )
     _refuse_not_finite(report, checkpoint)
     for name in report.matched:
         own[name].copy_(checkpoint.tensors[name])
@@ -172,7 +160,9 @@ def load_weights(
 
 
 def implied_keys(cfg: Config, source: str | Path | Checkpoint) -> dict[str, Any]:
-    """The config keys that a checkpoint needs and ``cfg`` has otherwise: format, mean, deviation, stride.
+    """Return the config keys of input that a checkpoint needs and ``cfg`` has otherwise.
+
+    These are format, mean, deviation and stride.
 
     Raises:
         UserError: the file cannot be read.
@@ -183,16 +173,13 @@ def implied_keys(cfg: Config, source: str | Path | Checkpoint) -> dict[str, Any]
 
 
 def _translated(checkpoint: Checkpoint, own: dict[str, Tensor]) -> Translation:
-    """In the model's names. Where most names fit as they are, they stay: any module may be loaded."""
-    fitting = sum(name in own for name in checkpoint.tensors)
-    if sum(name in own for name in checkpoint.stored) > fitting:  # the model has the file's wrapper, too
-        checkpoint = replace(checkpoint, tensors=checkpoint.stored)
-        fitting = sum(name in own for name in checkpoint.tensors)
-    if fitting > len(checkpoint.tensors) / 2:
-        convention = InputConvention.from_metadata(checkpoint.metadata.get("input"))
+    """Give tensors the model's names. If most names fit as they are, they stay: any module may be loaded."""
+    if len(own.keys() & checkpoint.stored) > len(own.keys() & checkpoint.tensors):
+        checkpoint = replace(checkpoint, tensors=checkpoint.stored)  # the model has the file's wrapper, too
+    if len(own.keys() & checkpoint.tensors) > len(checkpoint.tensors) / 2:
         left_out = [name for name in checkpoint.tensors if CLASSIFIER.fullmatch(name) and name not in own]
         tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left_out}
-        return Translation(tensors, convention=convention, left_out=left_out)
+        return Translation(tensors, convention=checkpoint.metadata.input, left_out=left_out)
     translation = translate(checkpoint)
     if not any(name.startswith("backbone.") for name in own):  # a backbone alone
         bare = {name.removeprefix(BACKBONE): tensor for name, tensor in translation.tensors.items()}
@@ -229,7 +216,7 @@ def _compare(own: dict[str, Tensor], checkpoint: Checkpoint) -> LoadReport:
 
 
 def _without_ones(tensor: Tensor) -> list[int]:
-    """The shape without the ones at its end."""
+    # The shape without the ones at its end.
     shape = list(tensor.shape)
     while shape and shape[-1] == 1:
         shape.pop()
@@ -237,9 +224,9 @@ def _without_ones(tensor: Tensor) -> list[int]:
 
 
 def _drop_other_classes(report: LoadReport, checkpoint: Checkpoint, class_names: list[str]) -> None:
-    """The same number of classes, but others, or in another order: the file's predictors mean nothing."""
-    told = checkpoint.class_names
-    if len(told) != len(class_names) or told == class_names:
+    # With other classes of the same number, or in another order, the file's predictors mean nothing.
+    found = checkpoint.metadata.class_names
+    if len(found) != len(class_names) or found == class_names:
         return
     for name in [name for name in report.matched if PREDICTORS.search(name)]:
         report.matched.remove(name)
@@ -248,7 +235,11 @@ def _drop_other_classes(report: LoadReport, checkpoint: Checkpoint, class_names:
 
 
 def _refuse_other_architecture(report: LoadReport, checkpoint: Checkpoint, own: dict[str, Tensor]) -> None:
-    others = [m for m in report.mismatched if not _differs_in_classes_alone(m)]
+    def is_of_classes(mismatch: Mismatch) -> bool:
+        same_inputs = mismatch.file_shape[1:] == mismatch.model_shape[1:]
+        return same_inputs and PREDICTORS.search(mismatch.name) is not None
+
+    others = [mismatch for mismatch in report.mismatched if not is_of_classes(mismatch)]
     if others:
         raise UserError(
             f"{report.path} does not fit the model: {others[0]}"
@@ -277,21 +268,8 @@ def _refuse_poor_backbone(report: LoadReport, own: dict[str, Tensor]) -> None:
         )
 
 
-def _refuse_other_input(report: LoadReport, config: Config) -> None:
-    keys = {} if report.convention is None else report.convention.differing_keys(config)
-    if keys:
-        raise UserError(
-            f"{report.path} was trained with other input than the config has, and would load and then find "
-            f"little; add --fix-config, or set {as_command_line(keys)}"
-        )
-
-
-def _differs_in_classes_alone(mismatch: Mismatch) -> bool:
-    return bool(PREDICTORS.search(mismatch.name)) and mismatch.file_shape[1:] == mismatch.model_shape[1:]
-
-
 def _refuse_other_norm(report: LoadReport, own: dict[str, Tensor]) -> None:
-    """GroupNorm and BatchNorm have scales of one name and shape, which mean nothing for each other."""
+    # GroupNorm and BatchNorm have scales of the same name and shape, but of another meaning.
     matched = set(report.matched)
     for name in report.missing + report.unexpected:
         owner, _, leaf = name.rpartition(".")
@@ -330,7 +308,7 @@ def _refuse_incomplete(report: LoadReport, own: dict[str, Tensor]) -> None:
 
 
 def _belongs_to_absent_head(name: str, own: dict[str, Tensor]) -> bool:
-    """``roi_heads.mask_head.*`` in the file, and no ``roi_heads.mask_head`` in the model."""
+    # Such as ``roi_heads.mask_head.*`` in the file, and no ``roi_heads.mask_head`` in the model.
     parts = name.split(".")
     if parts[0] != "roi_heads" or len(parts) < 3 or not parts[1].endswith("_head"):
         return False
@@ -350,6 +328,6 @@ def _refuse_not_finite(report: LoadReport, checkpoint: Checkpoint) -> None:
 
 
 def _some(names: list[str], count: int = 2) -> str:
-    """The first names, quoted, for a message of one line."""
+    """Return the first names, quoted, for a message of one line."""
     shown = ", ".join(f"'{name}'" for name in names[:count]) or "none"
     return shown + (", ..." if len(names) > count else "")

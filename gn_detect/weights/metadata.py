@@ -1,86 +1,212 @@
-"""The types of what a checkpoint holds beside the weights, checked once, where the file is read."""
+"""The record of everything that a checkpoint file says besides its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UserError
+from .convention import InputConvention, plain_text
 
-_MOST = 2**40
-"""Iterations and updates, far beyond any training."""
+FORMAT_VERSION = 1  # of the files that we write
+USUAL_EPS = 1e-5  # the default eps of GroupNorm in PyTorch, detectron2 and the config
+
+_VERSION_KEY, _AUTHOR_KEY, _PROGRAM_KEY = "format_version", "__author__", "gn_detect_version"
+_OURS = "gn_detect"
+_TRAINING_STATE = {"optimizer", "losses", "evaluate_first"}  # a file with one of these is from a training
+_MAX_COUNT = 2**40  # iterations and updates, far beyond any training
+_MAX_FLOAT32 = 3.4e38  # GroupNorm adds eps in float32
+
+IsValid = Callable[[Any], bool]
+
+
+def _is_a(kind: type) -> IsValid:
+    return lambda value: isinstance(value, kind)
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _MOST
+    return type(value) is int and 0 <= value < _MAX_COUNT
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) < _MOST)
+    return type(value) is float or (type(value) is int and abs(value) < _MAX_COUNT)
 
 
-def _is_list_of(kind: type) -> Callable[[Any], bool]:
-    """Return a check for lists of exactly this type: True is no id."""
-    return lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
+def _is_eps(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= _MAX_FLOAT32
 
 
-def _is_losses(value: Any) -> bool:
-    return _is_dict(value) and all(isinstance(v, list) and all(map(_is_number, v)) for v in value.values())
+def _is_group_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
-def _is_state_dict(value: Any) -> bool:
-    return _is_dict(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+def _is_list_of(is_valid: IsValid) -> IsValid:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
 
 
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+def _is_dict_of(is_valid: IsValid) -> IsValid:
+    """Return a check for dicts with these values by name."""
+    return lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(key, str) for key in value)
+        and all(map(is_valid, value.values()))
+    )
 
 
-Types = dict[str, tuple[str, Callable[[Any], bool]]]
-"""By key: what belongs there, in words, and whether a value is that."""
-
-SHARED: Types = {
-    "config": ("text", lambda value: isinstance(value, str)),
-    "input": ("values by name", _is_dict),
-    "config_keys": ("values by key", _is_dict),
-    "class_names": ("a list of names", _is_list_of(str)),
-    "category_ids": ("a list of whole numbers", _is_list_of(int)),
-}
-"""Read from any file. What reads the keys of norms checks them."""
-
-TRAINING: Types = {
-    "iteration": ("a whole number", _is_count),
-    "seed": ("a whole number", _is_count),
-    "averaged_steps": ("a whole number", _is_count),
-    "best": ("a number", _is_number),
-    "evaluate_first": ("True or False", lambda value: isinstance(value, bool)),
-    "losses": ("numbers by name", _is_losses),
-    "optimizer": ("an optimiser's state", _is_dict),
-    "scaler": ("numbers by name", lambda v: _is_dict(v) and all(map(_is_number, v.values()))),
-    "trained": ("tensors by name", _is_state_dict),
-}
-"""Read by ``--resume``, from a file with one of :data:`_STATE`: elsewhere the names are free."""
-
-_STATE = {"optimizer", "losses", "evaluate_first"}
+_IS_DICT = _is_dict_of(_is_a(object))
+_CONVERT = "write it again with gn-detect convert"
 
 
-def check_metadata(metadata: dict[str, Any], path: Path, *, ours: bool) -> None:
-    """Check the values of :data:`SHARED` keys, and in a training's checkpoint of :data:`TRAINING` keys.
+def _entry(
+    words: str,
+    is_valid: IsValid,
+    default: Callable[[], Any] = lambda: None,
+    *,
+    refuse: str = "ours",
+    remedy: str = "copy it again",
+) -> Any:
+    """Return a field for an entry of the file with the name of the field.
 
     Args:
-        metadata: other programs' values of other types under these names are removed.
+        words: the kind of its values, for the error message.
+        is_valid: the check of a value from a file.
+        default: makes the value of files without this entry.
+        refuse: the files in which another value is an error: ``"ours"``, ``"training"`` (ours, from a
+            training; elsewhere the names are free) or ``"any"``.
+        remedy: for the error message.
+    """
+    kind = {"words": words, "is_valid": is_valid, "refuse": refuse, "remedy": remedy}
+    return field(default_factory=default, metadata=kind)
+
+
+@dataclass(frozen=True)
+class CheckpointMetadata:
+    """Everything that a checkpoint says besides its weights. Entries with their default are not in the file.
+
+    Attributes:
+        class_names, category_ids: by label; the ids are those of the training JSON.
+        input: format, mean and deviation of the images, and the place of the stride.
+        config: the model's whole config as YAML, without local paths.
+        config_keys: in a file without a config, the config keys that no tensor implies.
+        group_norm_eps: by name of the norm; empty if all norms have :data:`USUAL_EPS`.
+        group_norm_groups: number of groups by name of the norm.
+        iteration: the last one that was done, from 0.
+        seed: of the run.
+        best: value of ``SOLVER.BEST_CHECKPOINT_METRIC`` so far.
+        losses: losses since the last report.
+        evaluate_first: an evaluation was due when the run was interrupted.
+        data: fingerprints of the datasets, by config key and name.
+        optimizer, scaler: state dicts.
+        trained: the trained weights, where those of the checkpoint are their average.
+        averaged_steps: number of updates of the average.
+        author: another program's name, such as ``"torchvision"``.
+        others: all other values of the file.
+    """
+
+    class_names: list[str] = _entry("a list of names", _is_list_of(_is_a(str)), list)
+    category_ids: list[int] = _entry(
+        "a list of whole numbers", _is_list_of(lambda value: type(value) is int), list
+    )
+    input: InputConvention | None = _entry("values by name", _IS_DICT)
+    config: str | None = _entry("text", _is_a(str))
+    config_keys: dict[str, Any] = _entry("values by key", _IS_DICT, dict)
+    group_norm_eps: dict[str, float] = _entry(
+        "the eps of each norm", _is_dict_of(_is_eps), dict, refuse="any", remedy=_CONVERT
+    )
+    group_norm_groups: dict[str, int] = _entry(
+        "the number of groups of each norm", _is_dict_of(_is_group_count), dict, refuse="any", remedy=_CONVERT
+    )
+    iteration: int | None = _entry("a whole number", _is_count, refuse="training")
+    seed: int | None = _entry("a whole number", _is_count, refuse="training")
+    best: float | None = _entry("a number", _is_number, refuse="training")
+    losses: dict[str, list[float]] | None = _entry(
+        "numbers by name", _is_dict_of(_is_list_of(_is_number)), refuse="training"
+    )
+    evaluate_first: bool | None = _entry("True or False", _is_a(bool), refuse="training")
+    data: dict[str, Any] | None = _entry("values by name", _IS_DICT, refuse="training")
+    optimizer: dict[str, Any] | None = _entry("an optimiser's state", _IS_DICT, refuse="training")
+    scaler: dict[str, Any] | None = _entry("numbers by name", _is_dict_of(_is_number), refuse="training")
+    trained: dict[str, Tensor] | None = _entry(
+        "tensors by name", _is_dict_of(_is_a(Tensor)), refuse="training"
+    )
+    averaged_steps: int | None = _entry("a whole number", _is_count, refuse="training")
+    author: str = ""
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def norm_eps(self) -> dict[str, float]:
+        """Return the eps of each GroupNorm that the file names."""
+        return dict.fromkeys(self.group_norm_groups, USUAL_EPS) | self.group_norm_eps
+
+    @property
+    def mmdetection_config(self) -> str:
+        """Return the Python text of the config in a file of mmdetection, or ``""``."""
+        return plain_text(self.others.get("meta"), "config", "cfg")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries for a file; :func:`read_metadata` reads them."""
+        content = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.metadata and entry.default_factory is not MISSING and value != entry.default_factory():
+                content[entry.name] = value.as_metadata() if entry.name == "input" else value
+        return content | self.others
+
+
+def read_metadata(content: Mapping[str, Any], path: Path) -> CheckpointMetadata:
+    """Read the entries of a file that are no weights.
+
+    Another program's value of another type is left in ``others``.
+
+    Args:
+        content: keys and values, whatever the file has.
         path: of the file, for messages.
-        ours: gn_detect wrote the file, so that another type is damage.
 
     Raises:
-        UserError: the file is ours, and a value is of another type.
+        UserError: a newer gn_detect wrote the file, or one of our entries has a value of another type.
     """
-    known = SHARED if _STATE.isdisjoint(metadata) else SHARED | TRAINING
-    for key, (what, is_valid) in known.items():
-        if key in metadata and not is_valid(metadata[key]):
-            if ours:
-                raise UserError(f"{path}: its '{key}' is not {what}, so the file is damaged; copy it again")
-            del metadata[key]
+    others = dict(content)
+    author = others.pop(_AUTHOR_KEY, "")
+    author = author if isinstance(author, str) else ""
+    allowed = {"any"}
+    if author == _OURS:
+        others.pop(_PROGRAM_KEY, None)
+        found = others.pop(_VERSION_KEY, FORMAT_VERSION)
+        if not isinstance(found, int) or found > FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {found!r}, and this gn_detect reads up to {FORMAT_VERSION}; "
+                "install a newer one"
+            )
+        allowed |= {"ours"} if _TRAINING_STATE.isdisjoint(others) else {"ours", "training"}
+    values: dict[str, Any] = {}
+    for entry in fields(CheckpointMetadata):
+        if not entry.metadata or entry.name not in others:
+            continue
+        if entry.metadata["is_valid"](others[entry.name]):
+            values[entry.name] = others.pop(entry.name)
+        elif entry.metadata["refuse"] in allowed:
+            raise UserError(
+                f"{path}: its '{entry.name}' is not {entry.metadata['words']}, so the file is damaged; "
+                f"{entry.metadata['remedy']}"
+            )
+    if "input" in values:
+        values["input"] = InputConvention.from_metadata(values["input"])
+    return CheckpointMetadata(**values, author=author, others=others)
+
+
+def signature() -> dict[str, Any]:
+    """Return the entries that mark a file as ours."""
+    return {_VERSION_KEY: FORMAT_VERSION, _AUTHOR_KEY: _OURS, _PROGRAM_KEY: program_version()}
+
+
+def program_version() -> str:
+    """Return the version of gn_detect."""
+    try:
+        return version("gn_detect")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"

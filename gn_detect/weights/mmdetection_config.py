@@ -1,16 +1,25 @@
-"""What the config inside an mmdetection checkpoint tells of its layers, and no tensor does."""
+"""The settings of layers in the config inside an mmdetection checkpoint, which no tensor implies.
+
+The text is Python and is not run. It is split by hand: Python's own parser may crash on a hostile text, and
+refuses one that was cut off or follows a file name, as old versions store it.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ..errors import UserError
-from .checkpoint import Checkpoint
 from .convention import plain_text
 
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+# The assignments in each ``dict(...)``, as they are written, by its place such as ``model.backbone``.
 Sections = dict[str, dict[str, str]]
-"""The assignments in each ``dict(...)``, as they are written, by its place such as ``model.backbone``."""
 
 # Each character is looked at once, whatever a hostile text holds: an open string ends with its line.
 _TOKEN = re.compile(
@@ -18,80 +27,89 @@ _TOKEN = re.compile(
     r"|'(?:\\.|[^'\\\n])*'?|\"(?:\\.|[^\"\\\n])*\"?|[\w.+-]+|\S"
 )
 _OPENING, _CLOSING = ("(", "[", "{"), (")", "]", "}")
-_DEEPEST, _MOST = 8, 32
-"""Brackets in each other, and assignments of a section, that are read; the sections wanted have few."""
+_DEEPEST = 8  # brackets in each other that are read
+_MOST = 32  # assignments of a section that are read; the sections wanted have few
 
 _PLAIN, _STANDARDISED = {"", "Conv", "Conv2d"}, {"ConvWS", "ConvWS2d"}
-_USUAL_EPS = 1e-5
-"""Of mmcv's ConvWS and of its norms."""
+_USUAL_EPS = 1e-5  # of mmcv's ConvWS and of its norms
 
 _PARTS = ("backbone", "neck", "bbox_head", "mask_head")
+# The layers that mmdetection builds with ``conv_cfg``: not the RPN, linear, upsampling or predicting layers.
 _CONV = re.compile(
-    r"backbone\..+|neck\.(lateral|fpn)_convs\.\d+\.conv\.weight|bbox_head\.shared_convs\.\d+\.conv\.weight"
-    r"|mask_head\.convs\.\d+\.conv\.weight"
+    r"(roi_head\.)?(backbone\..+|neck\.(lateral|fpn)_convs\.\d+\.conv\.weight"
+    r"|bbox_head\.shared_convs\.\d+\.conv\.weight|mask_head\.convs\.\d+\.conv\.weight)"
 )
-"""What mmdetection builds with ``conv_cfg``: not the RPN, nor what is linear, upsamples or predicts."""
-
 _NORM = re.compile(r"((?:.+\.)?(?:(?:bn|gn)\d?|downsample\.1))\.weight")
 
 
 def standardised_convs(checkpoint: Checkpoint) -> dict[str, float]:
-    """The weights that mmcv's ConvWS standardises in each forward pass, by name, with its eps.
+    """Return the eps of mmcv's ConvWS by name of the weights that it standardises in each forward pass.
 
     Raises:
-        UserError: the config has convolutions of another kind, or does not tell which these are.
+        UserError: the config has convolutions of another kind, or does not say which ones are of this kind.
     """
-    sections = _sections_of(checkpoint)
+    sections = read_sections(checkpoint.metadata.mmdetection_config)
     used = {place for place, section in sections.items() if _type(section) in _STANDARDISED}
-    kinds = {part: _of_part(sections, part, "conv_cfg") for part in _PARTS}
+    kinds = {part: _section_of(sections, part, "conv_cfg") for part in _PARTS}
     for part, section in kinds.items():
         if _type(section) not in _PLAIN | _STANDARDISED:
             raise UserError(
                 f"{checkpoint.path}: its config has convolutions of the type {_type(section)} in its {part}, "
                 "which gn_detect does not compute; give a checkpoint with plain ones or ConvWS"
             )
-    found = {
-        name: _number(kinds[_part(name)].get("eps", ""), _USUAL_EPS)
-        for name, tensor in checkpoint.tensors.items()
-        if tensor.dim() == 4 and _CONV.fullmatch(_plain(name)) and _type(kinds[_part(name)]) in _STANDARDISED
-    }
+    found = {}
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dim() == 4 and _CONV.fullmatch(name):
+            section = kinds[_part(name)]
+            if _type(section) in _STANDARDISED:
+                found[name] = _number(section.get("eps", ""))
     known = {f"{place}.conv_cfg" for part in _PARTS for place in _places(part)}
     strange = sorted(place for place in used - known if place.startswith("model."))
     strange += sorted(place for place in known - set(sections) if _is_open(sections, place))
     if used and (strange or not found):
         place = strange[0] if strange else "conv_cfg"
         raise UserError(
-            f"{checkpoint.path}: its config names {_type(sections[min(used)])}, and it cannot be told which "
+            f"{checkpoint.path}: its config names {_type(sections[min(used)])}, and it is not clear which "
             f"convolutions standardise their weights (see {place} in it); give "
             "one whose meta.config is the whole config, with ConvWS in the backbone, neck, bbox or mask head"
         )
     return found
 
 
-def told_norms(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
-    """``num_groups`` or ``eps`` of each group norm, by its name in the file; what is not told is absent."""
-    sections = _sections_of(checkpoint)
+def norm_entries(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the eps and the numbers of groups of GroupNorms that a config of mmdetection sets.
+
+    Args:
+        content: the entries of a file.
+        tensors: its weights.
+
+    Returns:
+        Entries for :func:`gn_detect.weights.metadata.read_metadata`, which checks the values.
+    """
+    sections = read_sections(plain_text(content.get("meta"), "config", "cfg"))
     if not sections:
         return {}
-    told: dict[str, Any] = {}
-    for name, tensor in checkpoint.tensors.items():
+    eps: dict[str, float] = {}
+    groups: dict[str, int] = {}
+    for name, tensor in tensors.items():
         norm = _NORM.fullmatch(name)
-        if norm is None or tensor.dim() != 1 or f"{norm[1]}.running_mean" in checkpoint.tensors:
+        if norm is None or tensor.dim() != 1 or f"{norm[1]}.running_mean" in tensors:
             continue
-        section = _of_part(sections, _part(name), "norm_cfg")
-        value = section.get(key, "") if _type(section) in ("GN", "GroupNorm") else ""
-        if value and key == "eps":
-            told[norm[1]] = _number(value, _USUAL_EPS)
-        elif re.fullmatch(r"[0-9]{1,6}", value):
-            told[norm[1]] = int(value)
-    return told
+        section = _section_of(sections, _part(name), "norm_cfg")
+        if _type(section) not in ("GN", "GroupNorm"):
+            continue
+        if section.get("eps"):
+            eps[norm[1]] = _number(section["eps"])
+        if re.fullmatch(r"[0-9]{1,6}", section.get("num_groups", "")):
+            groups[norm[1]] = int(section["num_groups"])
+    return {"group_norm_eps": eps, "group_norm_groups": groups}
 
 
 def read_sections(text: str) -> Sections:
-    """The ``key=value`` of each ``dict(...)`` in a config of mmdetection's; nothing is run.
+    """Return the ``key=value`` of each ``dict(...)`` in a config of mmdetection; nothing is run.
 
-    Of several configs one behind the other, as old versions store them, later values replace former ones. A
-    name that stands for a section, such as ``norm_cfg=norm_cfg``, brings what that section holds there.
+    Of several configs in a row, as old versions store them, later values replace former ones. A name that
+    stands for a section, such as ``norm_cfg=norm_cfg``, brings the values of that section so far.
     """
     sections: Sections = {}
     places: list[str] = []
@@ -125,41 +143,33 @@ def _assign(sections: Sections, place: str, key: str, value: str) -> None:
         sections[inner] = whole if len(whole) <= _MOST else sections[value]
 
 
-def _sections_of(checkpoint: Checkpoint) -> Sections:
-    return read_sections(plain_text(checkpoint.metadata.get("meta"), "config", "cfg"))
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("roi_head.")
-
-
 def _part(name: str) -> str:
-    return _plain(name).partition(".")[0]
+    return name.removeprefix("roi_head.").partition(".")[0]
 
 
 def _places(part: str) -> tuple[str, str]:
-    """Of a part's config, since version 2 and before."""
+    """Return the places of a part's config, since version 2 and before."""
     return f"model.roi_head.{part}", f"model.{part}"
 
 
-def _of_part(sections: Sections, part: str, key: str) -> dict[str, str]:
+def _section_of(sections: Sections, part: str, key: str) -> dict[str, str]:
     found = (sections.get(f"{place}.{key}") for place in _places(part))
     return next((section for section in found if section), {})
 
 
 def _is_open(sections: Sections, place: str) -> bool:
-    """Whether a name stands there that the text does not explain."""
+    """Return whether a name stands there that the text does not explain."""
     section, _, key = place.rpartition(".")
     return sections.get(section, {}).get(key, "None") not in ("None", "dict")
 
 
 def _type(section: dict[str, str]) -> str:
-    """Without the module's name, which new configs write before it."""
+    # New configs write the module's name before it.
     return section.get("type", "").strip("'\"").rpartition(".")[2]
 
 
-def _number(text: str, otherwise: float) -> float:
+def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        return otherwise
+        return _USUAL_EPS

@@ -1,29 +1,19 @@
-"""What a state dict does not tell of GroupNorms: eps and number of groups, in a converted model by layer."""
+"""The eps and the number of groups of each GroupNorm, which no tensor of a state dict implies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers import choose_groups
 from .checkpoint import Checkpoint, strip_wrappers
-from .mmdetection_config import told_norms
-
-NORM_EPS, NORM_GROUPS = "group_norm_eps", "group_norm_groups"
-"""The keys in a checkpoint's metadata: eps and number of groups by name of the norm."""
-
-_LARGEST_EPS = 3.4e38
-"""The largest number in float32, in which the norm adds it."""
-
-USUAL_EPS = 1e-5
-"""PyTorch's, detectron2's and the config's default eps."""
+from .metadata import USUAL_EPS, CheckpointMetadata
 
 
-def norm_settings(model: nn.Module) -> dict[str, Any]:
-    """What to add to the metadata of a checkpoint with ``model.state_dict()``; see :func:`as_metadata`.
+def norm_settings(model: nn.Module) -> CheckpointMetadata:
+    """Return the record of a model's norms, for a checkpoint with ``model.state_dict()``.
 
     Names are those that :func:`read_checkpoint` gives the tensors: without what wraps the whole model.
     """
@@ -32,118 +22,101 @@ def norm_settings(model: nn.Module) -> dict[str, Any]:
     wrapper = outer.removesuffix(inner)
     norms = {
         f"{name}.".removeprefix(wrapper).removesuffix("."): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.GroupNorm)
+        for name, module in _norms_in(model).items()
     }
-    return as_metadata(
+    return norm_metadata(
         {name: norm.eps for name, norm in norms.items()},
         {name: norm.num_groups for name, norm in norms.items()},
     )
 
 
-def as_metadata(eps: Mapping[str, float], groups: Mapping[str, int]) -> dict[str, Any]:
-    """By name: the groups of all norms, and the eps of all if one is not ``USUAL_EPS``."""
-    found: dict[str, Any] = {}
-    if not all(value == USUAL_EPS for value in eps.values()):
-        found[NORM_EPS] = {name: float(value) for name, value in eps.items()}
-    if groups:
-        found[NORM_GROUPS] = dict(groups)
-    return found
+def norm_metadata(eps: Mapping[str, float], groups: Mapping[str, int]) -> CheckpointMetadata:
+    """Return a record of norms by name; it has the eps of all if one is not ``USUAL_EPS``."""
+    usual = all(value == USUAL_EPS for value in eps.values())
+    return CheckpointMetadata(
+        group_norm_eps={} if usual else {name: float(value) for name, value in eps.items()},
+        group_norm_groups=dict(groups),
+    )
 
 
-def norm_eps_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """By name of the norm; empty where the file tells none, nor the config in a file of mmdetection's.
+def norms_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> CheckpointMetadata:
+    """Return the record of a checkpoint's norms under other names.
 
     Args:
-        tensors: the checkpoint's under other names, which the result then has, too; by default its own.
-
-    Raises:
-        UserError: what it tells is no eps.
+        tensors: the checkpoint's tensors by these names.
     """
-    told = checkpoint.metadata.get(NORM_EPS, told_norms(checkpoint, "eps"))
-    _refuse_damaged(checkpoint, told, NORM_EPS, "eps", _is_eps)
-    return {name: float(value) for name, value in _renamed(told, checkpoint, tensors).items()}
+    names = {id(tensor): name for name, tensor in tensors.items()}
 
-
-def norm_groups_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> dict[str, int]:
-    """As :func:`norm_eps_of`, the numbers of groups."""
-    told = checkpoint.metadata.get(NORM_GROUPS, told_norms(checkpoint, "num_groups"))
-    _refuse_damaged(checkpoint, told, NORM_GROUPS, "number of groups", _is_number)
-    return _renamed(told, checkpoint, tensors)
-
-
-def _refuse_damaged(
-    checkpoint: Checkpoint, told: Any, key: str, what: str, is_valid: Callable[[Any], bool]
-) -> None:
-    is_dict = isinstance(told, dict) and all(isinstance(name, str) for name in told)
-    if not is_dict or not all(is_valid(value) for value in told.values()):
-        raise UserError(
-            f"{checkpoint.path}: its '{key}' is not the {what} of each norm, so the file is damaged; "
-            "write it again with gn-detect convert"
-        )
-
-
-def _renamed(
-    told: dict[str, Any], checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None
-) -> dict[str, Any]:
-    names = {id(tensor): name for name, tensor in (tensors or checkpoint.tensors).items()}
-
-    def renamed(norm: Any) -> str:
+    def renamed(norm: str) -> str:
         key = _weight_of(norm)
-        weight = checkpoint.tensors.get(key, checkpoint.stored.get(key))
-        name = names.get(id(weight))
-        return str(norm) if name is None else name.removesuffix("weight").removesuffix(".")
+        name = names.get(id(checkpoint.tensors.get(key, checkpoint.stored.get(key))))
+        return norm if name is None else name.removesuffix("weight").removesuffix(".")
 
-    return {renamed(norm): value for norm, value in told.items()}
+    metadata = checkpoint.metadata
+    return CheckpointMetadata(
+        group_norm_eps={renamed(norm): float(eps) for norm, eps in metadata.group_norm_eps.items()},
+        group_norm_groups={renamed(norm): groups for norm, groups in metadata.group_norm_groups.items()},
+    )
 
 
 def refuse_other_groups(model: nn.Module, checkpoint: Checkpoint, groups: Mapping[str, int]) -> None:
-    """Weights of other groups load, and compute another function.
+    """Refuse weights of other groups: they would load, and compute another function.
 
     Args:
-        groups: what the checkpoint tells, by the model's names.
+        groups: those of the checkpoint, by the model's names.
 
     Raises:
         UserError: a norm of the model has another number of groups.
     """
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm) and n in groups}
-    for name, norm in norms.items():
-        if norm.num_groups != groups[name]:
-            raise UserError(
-                f"{checkpoint.path} has {groups[name]} groups in '{name}', and the model {norm.num_groups}; "
-                + _remedy({(norm.num_channels, groups[name]) for name, norm in norms.items()})
-            )
+    norms = {name: norm for name, norm in _norms_in(model).items() if name in groups}
+    other = next((name for name, norm in norms.items() if norm.num_groups != groups[name]), None)
+    if other is None:
+        return
+    layers = {(norm.num_channels, groups[name]) for name, norm in norms.items()}
+    if all(channels == count for channels, count in layers):
+        remedy = "set the NORM keys to IN"
+    elif (keys := group_keys(layers)) is None:
+        remedy = "build it with the groups that it had when the file was made"
+    else:
+        remedy = (
+            f"set MODEL.GN.NUM_GROUPS {keys[0]} MODEL.GN.MIN_CHANNELS_PER_GROUP {keys[1]} (gn-detect "
+            f"calibrate: --num-groups {keys[0]} --min-channels-per-group {keys[1]})"
+        )
+    found, wanted = groups[other], norms[other].num_groups
+    raise UserError(f"{checkpoint.path} has {found} groups in '{other}', and the model {wanted}; {remedy}")
 
 
-def refuse_lost_norms(model: nn.Module, checkpoint: Checkpoint, told: Collection[str]) -> None:
-    """A file that tells of norms by names that nothing has would load, with another eps or other groups.
+def refuse_lost_norms(model: nn.Module, checkpoint: Checkpoint, named: Collection[str]) -> None:
+    """Refuse a file whose settings of norms have names that neither the model nor the file has.
+
+    It would load, with another eps or other groups.
 
     Args:
         checkpoint: with the model's names.
-        told: the names of the norms that it tells of, by the model's names.
+        named: norms whose settings the file has, by the model's names.
 
     Raises:
-        UserError: one of them is in neither, and a norm that is in both is not told of.
+        UserError: one of them is in neither, and the file has no settings for a norm that is in both.
     """
-    norms = {name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
-    lost = [name for name in sorted(told) if name not in norms and _weight_of(name) not in checkpoint.tensors]
-    untold = [name for name in sorted(norms) if name not in told and _weight_of(name) in checkpoint.tensors]
-    if lost and untold:
+    norms, named = set(_norms_in(model)), set(named)
+    present = {name for name in norms | named if _weight_of(name) in checkpoint.tensors}
+    lost, unspecified = sorted(named - norms - present), sorted((norms & present) - named)
+    if lost and unspecified:
         raise UserError(
-            f"{checkpoint.path}: its '{NORM_GROUPS}' or '{NORM_EPS}' names '{lost[0]}', which is not in the "
-            f"file, and not '{untold[0]}', so what that norm computes is not known; write it again with "
-            "norm_settings(model) of the model that the file was made of, or without these keys"
+            f"{checkpoint.path}: its 'group_norm_groups' or 'group_norm_eps' names '{lost[0]}', which is "
+            f"not in the file, and not '{unspecified[0]}', so what that norm computes is not known; write it "
+            "again with norm_settings(model) of the model that the file was made of, or without these keys"
         )
 
 
 def group_keys(layers: set[tuple[int, int]]) -> tuple[int, int] | None:
-    """``MODEL.GN.NUM_GROUPS`` and ``MIN_CHANNELS_PER_GROUP`` with which each layer has its groups.
+    """Find ``MODEL.GN.NUM_GROUPS`` and ``MIN_CHANNELS_PER_GROUP`` with which each layer has its groups.
 
     Args:
         layers: pairs of channels and groups.
 
     Returns:
-        None where no such numbers are.
+        None where there are no such numbers.
     """
     most = max(groups for _, groups in layers)
     if all(groups == most for _, groups in layers):
@@ -153,34 +126,17 @@ def group_keys(layers: set[tuple[int, int]]) -> tuple[int, int] | None:
     return (most, least) if fits else None
 
 
-def _remedy(layers: set[tuple[int, int]]) -> str:
-    if all(channels == groups for channels, groups in layers):
-        return "set the NORM keys to IN"
-    if (keys := group_keys(layers)) is None:
-        return "build it with the groups that it had when the file was made"
-    return (
-        f"set MODEL.GN.NUM_GROUPS {keys[0]} MODEL.GN.MIN_CHANNELS_PER_GROUP {keys[1]} (gn-detect calibrate: "
-        f"--num-groups {keys[0]} --min-channels-per-group {keys[1]})"
-    )
-
-
 def set_norm_eps(model: nn.Module, eps: Mapping[str, float]) -> list[str]:
-    """Give the GroupNorms of these names this eps; returns the names of those whose eps changed."""
-    changed = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.GroupNorm) and name in eps and module.eps != eps[name]:
-            module.eps = eps[name]
-            changed.append(name)
-    return changed
+    """Set the eps of GroupNorms by name, and return the names of those whose eps changed."""
+    changed = {n: norm for n, norm in _norms_in(model).items() if n in eps and norm.eps != eps[n]}
+    for name, norm in changed.items():
+        norm.eps = eps[name]
+    return list(changed)
+
+
+def _norms_in(model: nn.Module) -> dict[str, nn.GroupNorm]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
 
 
 def _weight_of(norm: str) -> str:
     return f"{norm}.weight" if norm else "weight"
-
-
-def _is_eps(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _LARGEST_EPS
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31

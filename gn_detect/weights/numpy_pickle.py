@@ -1,8 +1,13 @@
-"""Reads pickles of NumPy arrays (Detectron, Caffe2 and detectron2 model zoos) without running what they name.
+"""Read pickles of NumPy arrays (Detectron, Caffe2 and detectron2 model zoos) without running what they name.
 
-A pickle is a program: it names functions and calls them. Here every name it may use is replaced by a small
-stand-in of our own, so that NumPy's unpickling code is not reached either; any other name is refused.
+A pickle is a program: it names functions and calls them. Here every name that it may use is replaced by a
+small stand-in of our own, so that NumPy's unpickling code is not reached either; any other name is refused.
 Files of NumPy 1 (``numpy.core``), NumPy 2 (``numpy._core``) and Python 2 are read.
+
+Before that, :func:`check_pickle` follows the instructions of a pickle without carrying them out. Neither this
+unpickler nor PyTorch's with ``weights_only`` calls what a file names, but a hostile file could still make
+Python itself fail: a memo index of billions reserves as much memory; tuples nested a million deep overflow
+the stack when they are hashed, and tuples of the same tuples take for ever.
 """
 
 from __future__ import annotations
@@ -10,27 +15,37 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import numpy as np
 
-from .pickle_check import check_pickle
+MAX_INSTRUCTIONS = 1_000_000  # the largest published checkpoints have some ten thousand
+MAX_DEPTH = 64  # of containers in containers
+MAX_VALUES = 50_000_000  # in one value, with those that it holds several times counted as often
+_MAX_SIZE = 1 << 40  # of one dimension, which may be too large for NumPy where another one is 0
 
-_MAX_SIZE = 1 << 40
-"""Of one dimension, which may be too large for NumPy where another one is 0."""
+_REFUSED = {
+    "PERSID": "a persistent id",
+    "BINPERSID": "a persistent id",
+    "EXT1": "a code of the extension registry",
+    "EXT2": "a code of the extension registry",
+    "EXT4": "a code of the extension registry",
+    "NEXT_BUFFER": "a buffer outside the file",
+    "READONLY_BUFFER": "a buffer outside the file",
+}
+_GROWING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+_STORES = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_FETCHES = {"GET", "BINGET", "LONG_BINGET"}
 
 
-class RefusedGlobal(pickle.UnpicklingError):
-    """The pickle names something else than arrays and containers; ``name`` is ``module.attribute``."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"refused global {name}")
-        self.name = name
+class RefusedPickle(pickle.UnpicklingError):
+    """Well-formed, but it names other things than arrays and containers, or no honest program wrote it."""
 
 
-def load_numpy_pickle(file: IO[bytes], stand_ins: Mapping[tuple[str, str], type] | None = None) -> Any:
+def load_numpy_pickle(file: IO[bytes], stand_ins: Mapping[tuple[str, str], type]) -> Any:
     """Read one pickle of nested dicts, lists, tuples, numbers, strings and numeric NumPy arrays.
 
     Args:
@@ -41,19 +56,110 @@ def load_numpy_pickle(file: IO[bytes], stand_ins: Mapping[tuple[str, str], type]
         The object, with arrays as writable ``np.ndarray`` in native byte order.
 
     Raises:
-        RefusedGlobal: the pickle names a class or function outside the list; nothing was called.
+        RefusedPickle: the pickle names a class or function outside the list; nothing was called.
         pickle.UnpicklingError: the pickle is truncated, malformed, or holds arrays that are not numeric.
     """
     try:
         data = file.read()
         check_pickle(data, only_arrays=True)
         unpickler = _NumpyUnpickler(io.BytesIO(data), encoding="latin1")
-        unpickler.stand_ins = stand_ins or {}
+        unpickler.stand_ins = stand_ins
         return _plain(unpickler.load(), {})
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a malformed pickle can make any opcode fail in any way
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
+
+
+def check_pickle(data: bytes | IO[bytes], *, only_arrays: bool = False) -> None:
+    """Follow the instructions up to the first pickle's end, without carrying them out.
+
+    Args:
+        data: the pickle, or a file at its start, which is then read up to its end.
+        only_arrays: refuse instructions that arrays in plain containers do not need, too.
+
+    Raises:
+        RefusedPickle: more, deeper or other instructions than a checkpoint needs.
+        pickle.UnpicklingError: truncated or malformed.
+    """
+    follower = _Follower()
+    try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if number >= MAX_INSTRUCTIONS:
+                raise RefusedPickle(f"it has more than {MAX_INSTRUCTIONS} instructions")
+            if only_arrays and opcode.name in _REFUSED:
+                raise RefusedPickle(f"it holds {_REFUSED[opcode.name]}")
+            follower.follow(opcode, argument)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise pickle.UnpicklingError(f"a malformed pickle: {error}") from error
+
+
+class _Value:
+    """The depth of a value and the number of values in it; shared by all places that refer to it."""
+
+    def __init__(self, items: list[_Value]) -> None:
+        self.depth, self.count = 0, 1
+        self.add(items)
+
+    def add(self, items: list[_Value]) -> None:
+        self.depth = max(self.depth, 1 + max((item.depth for item in items), default=0))
+        self.count += sum(item.count for item in items)
+        if self.depth > MAX_DEPTH:
+            raise RefusedPickle(f"it has containers nested more than {MAX_DEPTH} deep")
+        if self.count > MAX_VALUES:
+            raise RefusedPickle(f"it repeats values more than {MAX_VALUES} times")
+
+
+class _Follower:
+    """The unpickler's stack and memo, with None for marks."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Value | None] = []
+        self.marks = 0
+        self.memo: dict[int, _Value] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
+        name = opcode.name
+        if name in _STORES:
+            index = len(self.memo) if name == "MEMOIZE" else argument
+            # Python numbers them one after the other, and reserves memory up to the largest.
+            if not isinstance(index, int) or index > 2 * len(self.memo) + 16:
+                raise RefusedPickle(f"it has a memo index of {index}")
+            self.memo[index] = _value(self.stack[-1])
+        elif name in _FETCHES:
+            assert isinstance(argument, int)
+            self.stack.append(self.memo[argument])
+        elif name == "DUP":
+            self.stack.append(_value(self.stack[-1]))
+        else:
+            self._apply(name, opcode)
+
+    def _apply(self, name: str, opcode: pickletools.OpcodeInfo) -> None:
+        popped: list[_Value] = []
+        before = list(opcode.stack_before)
+        if pickletools.markobject in before or (name == "POP" and self.stack and self.stack[-1] is None):
+            while (value := self.stack.pop()) is not None:
+                popped.append(value)
+            self.marks -= 1
+            before = [] if name == "POP" else before[: before.index(pickletools.markobject)]
+        for _ in before:
+            popped.append(_value(self.stack.pop()))
+        if name in _GROWING:
+            result = popped[-1]
+            result.add(popped[:-1])
+        else:
+            result = _Value(popped)
+        for kind in opcode.stack_after:
+            self.stack.append(None if kind is pickletools.markobject else result)
+        self.marks += pickletools.markobject in opcode.stack_after
+        if self.marks > MAX_DEPTH:  # containers whose ends are still to come
+            raise RefusedPickle(f"it has containers nested more than {MAX_DEPTH} deep")
+
+
+def _value(item: _Value | None) -> _Value:
+    if item is None:
+        raise ValueError("a mark where a value should be")
+    return item
 
 
 class _NumpyUnpickler(pickle.Unpickler):
@@ -65,7 +171,8 @@ class _NumpyUnpickler(pickle.Unpickler):
         module = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
         allowed = _ALLOWED.get((module, name), self.stand_ins.get((module, name)))
         if allowed is None:
-            raise RefusedGlobal(f"{module}.{name}")
+            full = f"{module}.{name}"
+            raise RefusedPickle(f"it names {full!r}")
         return allowed if isinstance(allowed, type | str) else _Function(allowed)
 
 
@@ -93,7 +200,7 @@ class DtypeStandIn:
 
     kinds = "biuf"
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, align: Any = False, copy: Any = False) -> None:
         if not isinstance(code, str):
             raise pickle.UnpicklingError("an array type that is not one of numbers")
         self.dtype = np.dtype(code)
@@ -116,36 +223,19 @@ class ArrayStandIn:
 
 
 def array_from_bytes(
-    data: bytes | bytearray | str, dtype: DtypeStandIn, shape: tuple[int, ...], order: str
+    data: bytes | bytearray | str, dtype: DtypeStandIn, shape: tuple[int, ...] = (), order: str = "C"
 ) -> np.ndarray:
     """Return a writable array in native byte order; ``data`` is text where Python 2 wrote it.
 
     Raises:
         pickle.UnpicklingError: shape and type want another number of bytes.
     """
-    raw = data.encode("latin1") if isinstance(data, str) else bytes(data)  # str: bytes written by Python 2
-    if any(not 0 <= size <= _MAX_SIZE for size in shape) or math.prod(shape) * dtype.dtype.itemsize != len(
-        raw
-    ):
+    raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
+    valid = all(0 <= size <= _MAX_SIZE for size in shape)
+    if not valid or math.prod(shape) * dtype.dtype.itemsize != len(raw):
         raise pickle.UnpicklingError(f"an array of shape {shape} has {len(raw)} bytes")
     array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
     return np.array(array, dtype=dtype.dtype.newbyteorder("="), order="C")
-
-
-def _make_dtype(code: str, align: bool = False, copy: bool = False) -> DtypeStandIn:
-    return DtypeStandIn(code)
-
-
-def _make_array(subtype: Any, shape: Any, code: Any) -> ArrayStandIn:
-    return ArrayStandIn()
-
-
-def _make_scalar(dtype: DtypeStandIn, data: bytes | str) -> np.ndarray:
-    return array_from_bytes(data, dtype, (), "C")
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1")  # how Python 3 writes bytes in protocols 0 to 2
 
 
 def _bytes(data: Any = b"", encoding: str | None = None) -> bytes:
@@ -158,7 +248,7 @@ def _bytes(data: Any = b"", encoding: str | None = None) -> bytes:
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Replace the stand-ins in nested containers by what they stand for; what is shared stays shared."""
+    """Replace the stand-ins of arrays and types in nested containers; shared values stay shared."""
     if id(value) in done:
         return done[id(value)]
     if isinstance(value, ArrayStandIn):
@@ -182,12 +272,13 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
 
 
 _ALLOWED: dict[tuple[str, str], type | str | Callable[..., Any]] = {
-    ("numpy.core.multiarray", "_reconstruct"): _make_array,
-    ("numpy.core.multiarray", "scalar"): _make_scalar,
+    ("numpy.core.multiarray", "_reconstruct"): lambda subtype, shape, code: ArrayStandIn(),
+    ("numpy.core.multiarray", "scalar"): lambda dtype, data: array_from_bytes(data, dtype),
     ("numpy.core.numeric", "_frombuffer"): array_from_bytes,
     ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
-    ("numpy", "dtype"): _make_dtype,
-    ("_codecs", "encode"): _encode,
+    ("numpy", "dtype"): lambda code, align=False, copy=False: DtypeStandIn(code),
+    # How Python 3 writes bytes in protocols 0 to 2.
+    ("_codecs", "encode"): lambda text, encoding="latin1": text.encode("latin1"),
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "bytes"): _bytes,
     ("builtins", "bytearray"): _bytes,

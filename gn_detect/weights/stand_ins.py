@@ -1,7 +1,7 @@
-"""Stand-ins for harmless objects beside the weights: a run's log, options, configs, NumPy's numbers.
+"""Stand-ins for harmless objects in checkpoints: a run's log, options, configs, NumPy's numbers.
 
-Training programs store them in their checkpoints. Nothing of theirs is imported: each exact name below means
-a class of our own, which keeps what a pickle gives it and does nothing. Any other name is refused.
+Training programs store them with the weights. Nothing of theirs is imported: each exact name below means
+a class of our own, which keeps the values that a pickle gives it and does nothing. Any other name is refused.
 """
 
 from __future__ import annotations
@@ -21,29 +21,27 @@ class StandIn:
 
     __slots__ = ("state",)
     state: Any
-    name: ClassVar[str]
-    """``module.class`` of what it stands for."""
+    name: ClassVar[str]  # ``module.class`` of the object
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> StandIn:
-        """Keep the state alone: what a constructor would have made of its arguments is not known."""
+        """Keep the state alone: the result of the real constructor is not known."""
         self = object.__new__(cls)
         self.state = None
         return self
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        """Do nothing with what the pickle gives to the constructor."""
+        """Ignore the arguments that the pickle gives to the constructor."""
 
     def __setstate__(self, state: Any) -> None:
-        """Keep what the object's attributes were."""
         self.state = state
 
     def content(self) -> Any:
-        """Return what is worth keeping of it: its attributes, which may hold further stand-ins."""
+        """Return the object's attributes, which may hold further stand-ins."""
         return dict(self.state) if isinstance(self.state, dict) else {}
 
 
 class _Node(StandIn):
-    """A value, a list or a dict of omegaconf's: its content is kept, and not its types and parents."""
+    """A value, a list or a dict of omegaconf: its content is kept, and not its types and parents."""
 
     __slots__ = ()
 
@@ -65,9 +63,6 @@ class _Dtype(DtypeStandIn):
     __slots__ = ()
     kinds = "biufcUS"
 
-    def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
-        super().__init__(code)
-
 
 class _Array:
     """``numpy.core.multiarray._reconstruct``: an empty array, whose content arrives as its state."""
@@ -77,12 +72,12 @@ class _Array:
 
 
 class _Scalar:
-    """``numpy.core.multiarray.scalar``: a number or text of Python's."""
+    """``numpy.core.multiarray.scalar``: a number or text of Python."""
 
     def __new__(cls, dtype: Any = None, data: Any = b"") -> Any:
         if not isinstance(dtype, DtypeStandIn):
             raise pickle.UnpicklingError("a number of NumPy's without a type")
-        return array_from_bytes(data, dtype, (), "C").item()
+        return array_from_bytes(data, dtype).item()
 
 
 _NUMBERS = (
@@ -94,18 +89,7 @@ _DTYPES = (
     *("Float16DType", "Float32DType", "Float64DType", "BoolDType", "StrDType", "BytesDType"),
 )
 _NODES = ("AnyNode", "BooleanNode", "BytesNode", "FloatNode", "IntegerNode", "StringNode", "UnionNode")
-_TYPES = (
-    "bool",
-    "bytes",
-    "dict",
-    "float",
-    "int",
-    "list",
-    "long",
-    "str",
-    "tuple",
-    "unicode",
-)  # two of Python 2
+_TYPES = ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple", "long", "unicode")  # 2 of Python 2
 
 _KINDS: dict[tuple[str, str], type] = {
     # mmengine: the log of a run.
@@ -122,7 +106,7 @@ _KINDS: dict[tuple[str, str], type] = {
     **{("typing", name): StandIn for name in ("Any", "Dict", "List", "Tuple")},
     **{("builtins", name): StandIn for name in _TYPES},
     ("collections", "defaultdict"): _PlainDict,
-    # NumPy: types. Its numbers and arrays are below: numpy_pickle has its own for them.
+    # NumPy's types. Its numbers and arrays are below: numpy_pickle has its own for them.
     **{("numpy", name): StandIn for name in _NUMBERS},
     **{("numpy.dtypes", name): StandIn for name in _DTYPES},
 }
@@ -134,13 +118,12 @@ _NUMPY_KINDS: dict[tuple[str, str], type] = {
 
 
 def _made(module: str, name: str, kind: type) -> type:
-    """Return a class under the name of what it stands for, by which PyTorch finds it."""
-    told = {"__module__": module, "__qualname__": name, "__slots__": (), "name": f"{module}.{name}"}
-    return type(name, (kind,), told)
+    """Return a class under the name of the original, by which PyTorch finds it."""
+    attributes = {"__module__": module, "__qualname__": name, "__slots__": (), "name": f"{module}.{name}"}
+    return type(name, (kind,), attributes)
 
 
 STAND_INS: dict[tuple[str, str], type] = {key: _made(*key, kind) for key, kind in _KINDS.items()}
-"""By module and name."""
 
 _NDARRAY = _made("numpy", "ndarray", ArrayStandIn)
 _OF_TORCH: list[Any] = [
@@ -154,7 +137,7 @@ _OF_TORCH: list[Any] = [
 
 @contextlib.contextmanager
 def known_to_torch() -> Iterator[None]:
-    """Within, let ``torch.load(weights_only=True)`` make stand-ins of these names, and know no others."""
+    """Let ``torch.load(weights_only=True)`` make stand-ins of these names, and know no others."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(_OF_TORCH)
@@ -166,15 +149,15 @@ def known_to_torch() -> Iterator[None]:
 
 
 def is_stand_in(value: Any) -> bool:
-    """Return whether something is no plain value, array or tensor, but stands for another library's."""
+    """Return whether a value, or a type, stands for an object of another library."""
     kinds = (StandIn, ArrayStandIn, DtypeStandIn)
     return isinstance(value, kinds) or (isinstance(value, type) and issubclass(value, kinds))
 
 
 def without_stand_ins(value: Any) -> Any:
-    """Return plain values for the stand-ins in nested containers; dicts and lists stay the same objects.
+    """Replace the stand-ins in nested containers by plain values; dicts and lists stay the same objects.
 
-    A namespace, a log and a config become dicts, lists and numbers of what they held; types become names.
+    A namespace, a log and a config become dicts, lists and numbers; types become names.
 
     Raises:
         RecursionError: containers in containers by the thousand.
@@ -183,7 +166,7 @@ def without_stand_ins(value: Any) -> Any:
 
 
 def _plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    """Do as :func:`without_stand_ins`; ``done`` holds what was seen, by id, and keeps it alive."""
+    # ``done`` keeps the values alive, so that no other gets their id.
     if id(value) in done:
         return done[id(value)][1]
     if isinstance(value, type):

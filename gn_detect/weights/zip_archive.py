@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import pickle
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -13,31 +12,22 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import UserError
-from .pickle_check import check_pickle
+from .numpy_pickle import check_pickle
 
-MAX_RATIO = 50
-"""Of unpacked arrays to packed ones; weights hardly shrink at all."""
-
-_SMALL = 1 << 24
-"""Bytes; what is no larger unpacked does no harm."""
+MAX_RATIO = 50  # of unpacked arrays to packed ones; weights hardly shrink at all
+_SMALL = 1 << 24  # bytes; an unpacked archive of that size does no harm
 
 _SEAL = b"gn_detect blake2b "
 _DIGEST_BYTES = 16
 _SEAL_LENGTH = len(_SEAL) + 2 * _DIGEST_BYTES
-_LENGTH_BYTES = 2
-"""Of the length of a zip archive's comment, which stands before it."""
-
-_END, _END_LENGTH = b"PK\x05\x06", 22
-"""The signature of a zip archive's last record, and its bytes without the comment."""
+_LENGTH_BYTES = 2  # a zip archive's comment is preceded by its length
+_END, _END_LENGTH = b"PK\x05\x06", 22  # signature and bytes of a zip archive's last record before the comment
 
 
 class SealedFile:
-    """Write a zip archive through this, and :meth:`seal` puts a digest of all bytes into its comment.
+    """Writes a zip archive without a comment to a file; :meth:`seal` adds a digest of all bytes as a comment.
 
     An archive's own sums cover the content of its records, not their names, sizes and padding.
-
-    Args:
-        file: open for bytes; gets an archive without a comment.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -45,7 +35,7 @@ class SealedFile:
         self._digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write all but the last bytes so far: they may be the comment's length, which changes."""
+        # The last bytes so far are held back: they may be the comment's length, which changes.
         size = len(data)
         if size < _LENGTH_BYTES:
             data = self._held + bytes(data)
@@ -57,7 +47,6 @@ class SealedFile:
         return size
 
     def flush(self) -> None:
-        """Do as files do."""
         self._file.flush()
 
     def seal(self) -> None:
@@ -72,10 +61,7 @@ class SealedFile:
 
 
 def _check_seal(path: Path) -> bool:
-    """Compare a file with its digest.
-
-    Returns:
-        False for a file that has none.
+    """Compare a file with its digest, and return whether it has one.
 
     Raises:
         UserError: they differ, or the file was cut off within its comment, which zipfile does not mind.
@@ -86,11 +72,11 @@ def _check_seal(path: Path) -> bool:
             return False
         file.seek(max(0, size - _END_LENGTH))
         _, end, rest = file.read().rpartition(_END)
-        told = int.from_bytes(rest[_END_LENGTH - len(_END) - _LENGTH_BYTES :][:_LENGTH_BYTES], "little")
-        if end and len(rest) - (_END_LENGTH - len(_END)) < told:
+        length = int.from_bytes(rest[_END_LENGTH - len(_END) - _LENGTH_BYTES :][:_LENGTH_BYTES], "little")
+        if end and len(rest) - (_END_LENGTH - len(_END)) < length:
             raise UserError(f"cannot read {path}: its end is missing; copy or download it again")
         file.seek(size)
-        length, seal = file.read(_LENGTH_BYTES), file.read()
+        sealed_length, seal = file.read(_LENGTH_BYTES), file.read()
         if not seal.startswith(_SEAL):
             return False
         file.seek(0)
@@ -100,36 +86,30 @@ def _check_seal(path: Path) -> bool:
             digest.update(chunk)
             size -= len(chunk)
     digest.update(bytes(_LENGTH_BYTES))
-    whole = int.from_bytes(length, "little") == _SEAL_LENGTH
+    whole = int.from_bytes(sealed_length, "little") == _SEAL_LENGTH
     if not whole or seal.removeprefix(_SEAL) != digest.hexdigest().encode():
         raise UserError(f"{path} is damaged: its content is not what was written; copy or download it again")
     return True
 
 
 def is_npz(path: Path) -> bool:
-    """Whether a zip archive holds NumPy arrays; otherwise it is PyTorch's, and has been checked.
+    """Check a zip archive, and return whether it holds NumPy arrays; otherwise it is PyTorch's.
 
     Raises:
         UserError: neither, damaged, or made to unpack to more than it holds.
         pickle.UnpicklingError: a pickle of PyTorch's that would make Python fail.
+        Exception: damaged archives fail in many ways.
     """
-    try:
-        sealed = _check_seal(path)
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if entries and all(entry.filename.endswith(".npy") for entry in entries):
-                return True  # reading compares the sums
-            _check_torch(path, archive, entries)
-            # The records' own sums, which torch.load does not read.
-            if not sealed and (damaged := archive.testzip()) is not None:
-                raise UserError(f"{path} is damaged at {damaged}; copy or download it again")
-            return False
-    except (UserError, pickle.UnpicklingError):
-        raise
-    except Exception as error:  # damaged archives fail in many ways
-        raise UserError(
-            f"cannot read {path}: {error}; the file may be truncated: copy or download it again"
-        ) from error
+    sealed = _check_seal(path)
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if entries and all(entry.filename.endswith(".npy") for entry in entries):
+            return True  # reading compares the sums
+        _check_torch(path, archive, entries)
+        # The records' own sums, which torch.load does not read.
+        if not sealed and (damaged := archive.testzip()) is not None:
+            raise UserError(f"{path} is damaged at {damaged}; copy or download it again")
+        return False
 
 
 def _check_torch(path: Path, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
@@ -147,34 +127,22 @@ def _check_torch(path: Path, archive: zipfile.ZipFile, entries: list[zipfile.Zip
 
 
 def read_npz(path: Path) -> dict[str, Any]:
-    """Arrays by name (of tensorpack or BiT, for example); nothing is unpickled.
+    """Read arrays by name (of tensorpack or BiT, for example); nothing is unpickled.
 
     Raises:
-        UserError: damaged, arrays of other things than numbers, or made to unpack to more than it holds.
+        UserError: made to unpack to more than it holds.
+        Exception: arrays of other things than numbers; damaged archives fail in many ways.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            total = sum(entry.file_size for entry in entries)
-            if total > max(_SMALL, MAX_RATIO * path.stat().st_size):
-                raise UserError(f"refused to read {path}: it unpacks to {total} bytes")
-            return {
-                entry.filename.removesuffix(".npy"): _read_array(archive.read(entry)) for entry in entries
-            }
-    except UserError:
-        raise
-    except Exception as error:  # damaged archives fail in many ways
-        raise UserError(
-            f"cannot read {path} as .npz: {_first_line(error)}; copy or download it again"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        total = sum(entry.file_size for entry in entries)
+        if total > max(_SMALL, MAX_RATIO * path.stat().st_size):
+            raise UserError(f"refused to read {path}: it unpacks to {total} bytes")
+        return {entry.filename.removesuffix(".npy"): _read_array(archive.read(entry)) for entry in entries}
 
 
 def _read_array(data: bytes) -> np.ndarray:
-    """Raises ValueError for objects, and for a header that promises more than there is."""
+    # ValueError for objects, and for a header that promises more than there is.
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version == (1, 0):

@@ -1,4 +1,4 @@
-"""The catalogue of published weights, and where a name's file is."""
+"""The catalogue of published weights, and the local files of its names."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ class ZooEntry(BaseModel):
 
     @property
     def file(self) -> Path:
-        """Where the file is kept: below the cache by host and path, which the catalogue's URLs differ in."""
+        """Return the file in the cache, by host and path of the URL: no two entries have the same."""
         return cache_folder() / _relative(self.url)
 
 
 def cache_folder() -> Path:
-    """``GN_DETECT_CACHE``, by default ``~/.cache/gn_detect``."""
+    """Return ``GN_DETECT_CACHE``, by default ``~/.cache/gn_detect``."""
     return Path(os.environ.get("GN_DETECT_CACHE") or "~/.cache/gn_detect").expanduser()
 
 
 @cache
 def read_catalog() -> dict[str, ZooEntry]:
-    """All entries by name."""
+    """Return all entries by name."""
     package = Path(str(resources.files("gn_detect")))
     folders = (package / "model_zoo", package.parent / "model_zoo")
     path = next((folder / "catalog.yaml" for folder in folders if (folder / "catalog.yaml").is_file()), None)
@@ -71,7 +71,7 @@ def read_catalog() -> dict[str, ZooEntry]:
 
 
 def find_entry(name: str) -> ZooEntry:
-    """By the name in the catalogue, with or without ``zoo://``.
+    """Return the entry of a name, with or without ``zoo://``.
 
     Raises:
         UserError: there is no such entry; similar names are given.
@@ -86,19 +86,19 @@ def find_entry(name: str) -> ZooEntry:
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether ``path`` has a scheme, such as ``zoo://``, and is no file."""
+    """Return whether ``path`` has a scheme, such as ``zoo://``, and is no file."""
     return re.match(r"[A-Za-z][\w+.-]*:/", str(path)) is not None and not Path(path).exists()
 
 
 def entry_of(path: str | Path) -> ZooEntry | None:
-    """The entry that ``path`` names in any way, or None."""
+    """Return the entry that ``path`` names in any way, or None."""
     if is_remote(path):
         return _look_up(_with_two_slashes(path))[0]
     return next((entry for entry in read_catalog().values() if entry.file == Path(path)), None)
 
 
 def resolve(path: str | Path) -> Path:
-    """The local file for a path, a name of the zoo or a URL, downloaded if it is not there yet.
+    """Return the local file for a path, a name of the zoo or a URL, downloaded if it is not there yet.
 
     Args:
         path: a file; ``zoo://NAME``; detectron2's ``detectron2://...`` and ``catalog://...``; or
@@ -117,17 +117,17 @@ def resolve(path: str | Path) -> Path:
 
 
 def fetch(entry: ZooEntry) -> Path:
-    """The file of an entry, downloaded and checked if it is not there yet."""
+    """Return the file of an entry, downloaded and checked if it is not there yet."""
     if not entry.file.is_file():
         download(entry.url, entry.file, size=entry.bytes, checksum=entry.checksum)
     return entry.file
 
 
 def check(entry: ZooEntry) -> str:
-    """What is known of a downloaded file, in words.
+    """Compare a downloaded file with its entry, and say in words which facts agree.
 
     Raises:
-        UserError: it is not there, or is not what was published.
+        UserError: it is not there, or is not the published one.
     """
     if not entry.file.is_file():
         raise UserError(f"{entry.name} is not downloaded: gn-detect zoo download {entry.name}")
@@ -135,12 +135,12 @@ def check(entry: ZooEntry) -> str:
 
 
 def _with_two_slashes(path: str | Path) -> str:
-    """pathlib makes one of them."""
+    # pathlib makes one of them.
     return re.sub(r"^([A-Za-z][\w+.-]*):/+", r"\1://", str(path))
 
 
 def _look_up(text: str) -> tuple[ZooEntry | None, str]:
-    """The entry, where the catalogue has one, and the URL."""
+    """Return the entry, if the catalogue has one, and the URL."""
     if text.startswith(ZOO):
         entry = find_entry(text)
         return entry, entry.url
@@ -158,7 +158,7 @@ def _look_up(text: str) -> tuple[ZooEntry | None, str]:
 
 
 def _relative_to_one(url: str) -> Path:
-    """As :func:`_relative`, with digits of the URL where another URL could have the same path."""
+    """Return :func:`_relative`, with digits of the URL where another URL could have the same path."""
     parts, plain = urlsplit(url), _relative(url)
     if not parts.query and plain.as_posix() == parts.netloc + parts.path:
         return plain
@@ -167,7 +167,7 @@ def _relative_to_one(url: str) -> Path:
 
 
 def _relative(url: str) -> Path:
-    """``host/path`` with nothing in it that leads out of the cache."""
+    """Return ``host/path`` with nothing in it that leads out of the cache."""
     parts = urlsplit(url)
     names = [parts.hostname or "unknown", *unquote(parts.path).split("/")]
     clean = [re.sub(r"[^\w.+@=-]", "_", name) for name in names if name not in ("", ".", "..")]

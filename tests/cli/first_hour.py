@@ -70,7 +70,7 @@ def _weights(keys: list[str], damage: Callable[[Path], Any] = lambda path: None)
     def prepare(case: Case) -> None:
         path = case.config.parent / "w.pth"
         model = build_model(load_config(case.config, keys))
-        torch.save({"model": model.state_dict(), **norm_settings(model)}, path)
+        torch.save({"model": model.state_dict(), **norm_settings(model).to_dict()}, path)
         damage(path)
 
     return prepare

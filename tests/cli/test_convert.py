@@ -15,7 +15,7 @@ from gn_detect.cli import main
 from gn_detect.cli.library_models import load_library_model
 from gn_detect.config import dump_config
 from gn_detect.convert import convert_state_dict
-from gn_detect.weights import as_metadata, read_architecture, read_checkpoint, save_weights
+from gn_detect.weights import norm_metadata, read_architecture, read_checkpoint, save_weights
 from tests.weights.schemes import mmdetection
 from tests.weights.test_mmdetection_config import FLAT, write
 
@@ -50,17 +50,34 @@ def test_without_data(checkpoint, tmp_path, capsys) -> None:
     assert main(["convert", str(checkpoint), str(target), "--report", str(report)]) == 0
     assert loads(target)
     metadata = read_checkpoint(target).metadata
-    groups = metadata.pop("group_norm_groups")
-    assert metadata == {"class_names": ["nucleus"], "category_ids": [1]}
+    groups = metadata.group_norm_groups
+    assert metadata.to_dict().keys() == {"class_names", "category_ids", "group_norm_groups"}
+    assert metadata.class_names == ["nucleus"] and metadata.category_ids == [1]
     assert len(groups) == 37 and groups["backbone.bottom_up.res5.1.conv2.norm"] == 16
     assert "MODEL.GN.MIN_CHANNELS_PER_GROUP 16" in capsys.readouterr().out
     assert len(json.loads(report.read_text())["layers"]) == 37
 
 
+@pytest.mark.parametrize("words", [["--config-file", CONFIG, *BATCH_NORM], []])
+def test_a_converted_file_holds_the_config_of_its_model(words, checkpoint, tmp_path) -> None:
+    target = tmp_path / "gn.pth"
+    if not words:  # the source holds its config
+        cfg = gn_detect.load_config(CONFIG, [*BATCH_NORM, "MODEL.WEIGHTS", str(tmp_path / "first.pth")])
+        save_weights(checkpoint, read_checkpoint(checkpoint).tensors, {"config": dump_config(cfg)})
+    assert main(["convert", str(checkpoint), str(target), *words]) == 0
+    text = read_checkpoint(target).metadata.config
+    assert text is not None and str(tmp_path) not in text
+    (tmp_path / "config.yaml").write_text(text)
+    cfg = gn_detect.load_config(tmp_path / "config.yaml")
+    assert cfg.model.resnets.norm == cfg.model.roi_mask_head.norm == "GN"
+    assert cfg.model.gn.min_channels_per_group == 16
+    gn_detect.load_weights(gn_detect.build_model(cfg), target, config=cfg)
+
+
 def test_the_eps_that_a_checkpoint_was_trained_with_is_told(checkpoint, tmp_path) -> None:
     target = tmp_path / "gn.pth"
     assert main(["convert", str(checkpoint), str(target), "--eps", "0.001"]) == 0
-    eps = read_checkpoint(target).metadata["group_norm_eps"]
+    eps = read_checkpoint(target).metadata.group_norm_eps
     assert len(eps) == 37 and set(eps.values()) == {1e-3}
     assert loads(target)
 
@@ -162,7 +179,7 @@ def test_the_eps_of_a_library_is_taken_and_another_is_asked_for(tmp_path, capsys
     torch.save(OwnModel().state_dict(), tmp_path / "own.pth")
     assert main(["convert", str(tmp_path / "known.pth"), str(tmp_path / "gn.pth")]) == 0
     assert "--eps" not in capsys.readouterr().out
-    assert set(read_checkpoint(tmp_path / "gn.pth").metadata["group_norm_eps"].values()) == {1e-3}
+    assert set(read_checkpoint(tmp_path / "gn.pth").metadata.group_norm_eps.values()) == {1e-3}
     assert main(["convert", str(tmp_path / "own.pth"), str(tmp_path / "gn.pth")]) == 0
     told = capsys.readouterr().out
     assert "warning: the names do not tell the eps of 2 BatchNorms, such as 'stem.1': 1e-05" in told
@@ -196,9 +213,9 @@ def test_relative_eps_of_a_detector(checkpoint, folder, tmp_path, capsys) -> Non
     images = ["--images", str(folder), "--steps", "1", "--report", str(report)]
     assert main(["calibrate", str(checkpoint), str(target), str(better), *images, *words]) == 0
     assert {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]} == told
-    assert read_checkpoint(better).metadata["group_norm_eps"] == told
+    assert read_checkpoint(better).metadata.group_norm_eps == told
     assert main(["convert", "--keep-norm", str(better), str(tmp_path / "gn.safetensors")]) == 0
-    assert read_checkpoint(tmp_path / "gn.safetensors").metadata["group_norm_eps"] == told
+    assert read_checkpoint(tmp_path / "gn.safetensors").metadata.group_norm_eps == told
     capsys.readouterr()
     assert main(["convert", str(checkpoint), str(tmp_path / "no.pth"), *part]) == 2
     assert "--relative-eps needs the detector's --config-file" in capsys.readouterr().err
@@ -287,7 +304,7 @@ def test_the_groups_of_a_converted_file_are_kept(checkpoint, folder, tmp_path, c
     assert "calibrate: --num-groups 1 --min-channels-per-group 1)" in capsys.readouterr().err
     assert main([*words, "--num-groups", "1", *keys]) == 0
     assert "MODEL.GN.NUM_GROUPS 1" in capsys.readouterr().out, "how to load it"
-    assert set(read_checkpoint(better).metadata["group_norm_groups"].values()) == {1}
+    assert set(read_checkpoint(better).metadata.group_norm_groups.values()) == {1}
 
 
 def test_groups_that_no_config_gives_are_refused(tmp_path, capsys) -> None:
@@ -383,7 +400,7 @@ def test_relative_eps_of_a_librarys_model(folder, tmp_path, capsys) -> None:
     assert main(words) == 0
     assert "eps=its 'group_norm_eps')[0]" in capsys.readouterr().out
     found = read_checkpoint(target)
-    loaded, _ = gn_detect.convert_norm(model, init="reset", eps=found.metadata["group_norm_eps"])
+    loaded, _ = gn_detect.convert_norm(model, init="reset", eps=found.metadata.group_norm_eps)
     loaded.load_state_dict(found.tensors)
     converted, _ = gn_detect.convert_norm(model, relative_eps=0.3)
     x = torch.randn(1, 3, 64, 64)
@@ -432,7 +449,7 @@ def test_standardised_weights_are_folded_before_they_are_converted(
     assert "standardises weights" in capsys.readouterr().err
     assert main(["convert", "--keep-norm", str(tmp_path / "ws.pth"), str(tmp_path / "kept.pth")]) == 0
     assert "folded into 69" in capsys.readouterr().out
-    assert set(read_checkpoint(tmp_path / "kept.pth").metadata["group_norm_groups"].values()) == {4}
+    assert set(read_checkpoint(tmp_path / "kept.pth").metadata.group_norm_groups.values()) == {4}
 
 
 def test_norms_of_unknown_groups_are_not_given_those_of_the_converted(tmp_path, capsys) -> None:
@@ -450,7 +467,7 @@ def test_norms_of_unknown_groups_are_not_given_those_of_the_converted(tmp_path, 
     assert (found["MODEL.GN.NUM_GROUPS"], found["MODEL.GN.MIN_CHANNELS_PER_GROUP"]) == (32, 1)
     # What an earlier version wrote is no rule for all norms, either.
     tensors, report = convert_state_dict(read_checkpoint(source).tensors)
-    save_weights(target, tensors, as_metadata({}, {layer.name: layer.groups for layer in report.layers}))
+    save_weights(target, tensors, norm_metadata({}, {layer.name: layer.groups for layer in report.layers}))
     assert "MODEL.GN.NUM_GROUPS" not in read_architecture(read_checkpoint(target)).keys
 
 
@@ -482,5 +499,5 @@ def test_calibrate_takes_the_eps_of_a_file_with_other_names(folder, tmp_path) ->
     words += ["INPUT.MIN_SIZE_TEST", "64", "--fix-config"]
     assert main(["calibrate", str(tmp_path / "bn.pth"), str(target), str(better), *words]) == 0
     told = read_checkpoint(better).metadata
-    assert set(told["group_norm_eps"].values()) == {1e-3}
-    assert told["config_keys"]["MODEL.ANCHOR_GENERATOR.SIZES"] and "MODEL.GN.EPS" not in told["config_keys"]
+    assert set(told.group_norm_eps.values()) == {1e-3}
+    assert told.config_keys["MODEL.ANCHOR_GENERATOR.SIZES"] and "MODEL.GN.EPS" not in told.config_keys

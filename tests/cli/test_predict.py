@@ -85,7 +85,7 @@ def test_what_to_try_where_nothing_reaches_the_threshold(
     torch.manual_seed(3)
     weights, images = tmp_path / "w.pth", case.train.parent / "images"
     model = build_model(load_config(case.config))
-    torch.save({"model": model.state_dict(), **norm_settings(model)}, weights)
+    torch.save({"model": model.state_dict(), **norm_settings(model).to_dict()}, weights)
     threshold, key = ("--threshold", "0.97"), "MODEL.ROI_HEADS.SCORE_THRESH_TEST"
     given = ["--weights", weights, "--no-pictures", *threshold, images]
     assert predict(case, tmp_path / "out", *given, key, least) == 0

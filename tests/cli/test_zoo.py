@@ -180,7 +180,7 @@ def test_commands_take_names(
     assert told.startswith("loaded 103 of 103 tensors from ")
     told = run(capsys, "convert", "--keep-norm", "zoo://tiny", tmp_path / "tiny.safetensors")
     assert "wrote 103 tensors" in told
-    assert read_checkpoint(tmp_path / "tiny.safetensors").metadata["input"]["format"] == "BGR"
+    assert read_checkpoint(tmp_path / "tiny.safetensors").metadata.input.format == "BGR"
     assert len(site.requests) == 1
 
 
@@ -207,7 +207,7 @@ def test_formats_of_convert(entry: ZooEntry, capsys: pytest.CaptureFixture[str],
         target = tmp_path / f"weights.v1.{ending}"
         run(capsys, "convert", "--keep-norm", "--format", ending, source, tmp_path / "weights.v1")
         found, expected = read_checkpoint(target), read_checkpoint("zoo://tiny")
-        assert found.metadata["input"] == expected.metadata["input"]
+        assert found.metadata.input == expected.metadata.input
         assert set(found.tensors) == set(expected.tensors)
         assert all(torch.equal(found.tensors[name], value) for name, value in expected.tensors.items())
         source = str(target)

@@ -16,6 +16,7 @@ from gn_detect.engine import evaluate, step, train
 from gn_detect.engine.step import make_state, train_step
 from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
+from gn_detect.weights import CheckpointMetadata
 from tests.engine.chaos import differences
 
 AMP = {
@@ -159,7 +160,7 @@ def test_a_run_in_float16_goes_on_on_a_cpu(tiny_config: Config) -> None:
     cfg = tiny_config.replace(AMP["fp16"])
     state = make_state(cfg, build_model(cfg))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    state.restore(state.metadata() | {"scaler": scaler.state_dict()}, "model.pth")
+    state.restore(CheckpointMetadata(**state.metadata(), scaler=scaler.state_dict()), "model.pth")
     assert not state.scaler.is_enabled() and "scaler" not in state.metadata()
 
 

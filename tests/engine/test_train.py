@@ -113,7 +113,7 @@ def test_norms_of_their_own_eps_stay_so(tiny_config: Config, tmp_path: Path) -> 
     cfg = tiny_config.replace({**keys, "DATASETS.TEST": []})
     train(cfg)
     folder, expected = Path(cfg.output_dir), weights_of(cfg)
-    assert set(read_checkpoint(folder / "model_final.pth").metadata["group_norm_eps"].values()) == {0.5}
+    assert set(read_checkpoint(folder / "model_final.pth").metadata.group_norm_eps.values()) == {0.5}
     (folder / "last_checkpoint").write_text("model_0000002.pth")
     (folder / "model_final.pth").unlink()
     train(cfg, resume=True)
@@ -166,7 +166,7 @@ def test_best_checkpoint_is_kept_and_told(
     assert main(["train", "--config-file", str(config), "TEST.EVAL_PERIOD", "2"]) == 0
     assert "segm/AP was best after 4 iterations: 30.00, kept as model_best.pth" in capsys.readouterr().out
     best = read_checkpoint(Path(tiny_config.output_dir) / "model_best.pth")
-    assert best.metadata["iteration"] == 3 and best.metadata["segm/AP"] == 30.0
+    assert best.metadata.iteration == 3 and best.metadata.others["segm/AP"] == 30.0
 
 
 def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detections(

@@ -73,5 +73,5 @@ def test_two_hosts_train_one_model(hosts: list[str], tmp_path: Path, repository:
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "training on cpu, processes: 2" in outputs[0]
-    assert read_checkpoint(tmp_path / hosts[0] / "run" / "model_final.pth").metadata["iteration"] == 1
+    assert read_checkpoint(tmp_path / hosts[0] / "run" / "model_final.pth").metadata.iteration == 1
     assert not (tmp_path / hosts[1] / "run").exists()

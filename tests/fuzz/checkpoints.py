@@ -51,7 +51,7 @@ def prepare_checkpoints(folder: Path) -> Case:
         if isinstance(module, torch.nn.GroupNorm):
             module.eps = 1e-3
     bases = {".pth": last.read_bytes()}
-    settings = norm_settings(model) | {"class_names": ["square", "bar"], "category_ids": [3, 7]}
+    settings = norm_settings(model).to_dict() | {"class_names": ["square", "bar"], "category_ids": [3, 7]}
     for suffix in (".pkl", ".safetensors", ".pt"):
         path = folder / f"base{suffix}"
         save_weights(path, model.state_dict(), settings)

@@ -20,7 +20,7 @@ MMDETECTIONS_CONFIG = (
 
 
 def values_for(entry: ZooEntry, model: torch.nn.Module) -> State:
-    """Of a whole model, in our names; norms are such as the entry's format can hold."""
+    """Return the tensors of a whole model, in our names; norms are such as the entry's format can hold."""
     state = schemes.randomised(model)
     # Detectron stores frozen BatchNorms as scale and shift, detectron2's copies of its backbones whole.
     folded = entry.scheme == "Detectron" and "/detectron2/" not in entry.url

@@ -192,7 +192,7 @@ def backbone_of(state: State) -> State:
 
 
 def write_pickle(path: Path, content: object, protocol: int = 2) -> None:
-    """As Python 2 or detectron2 wrote them."""
+    """Pickle them like Python 2 or detectron2."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(content, protocol=protocol))
 

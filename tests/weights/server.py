@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):
 
 @dataclass
 class Site:
-    """What a server was asked, and how it answers.
+    """The requests to a server, and its answers.
 
     Attributes:
         url: of the server, without a slash at the end.
@@ -68,7 +68,7 @@ class Site:
 
     @property
     def ranges(self) -> list[str | None]:
-        """Of the requests for the file."""
+        """Return the ranges of the requests for the file."""
         return [headers.get("Range") for path, headers in self.requests if not path.endswith(".md5")]
 
 

@@ -44,7 +44,7 @@ def test_saved_weights_are_read_back(tmp_path: Path, name: str) -> None:
     save_weights(tmp_path / name, state, {"iteration": 12, "note": "seed 3"})
     checkpoint = read_checkpoint(tmp_path / name)
     assert_same(checkpoint.tensors, state)
-    assert checkpoint.metadata == {"iteration": 12, "note": "seed 3"}
+    assert checkpoint.metadata.to_dict() == {"iteration": 12, "note": "seed 3"}
     assert checkpoint.format == ("safetensors" if name.endswith(".safetensors") else "pytorch")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -55,7 +55,7 @@ def test_optimizer_state_travels_in_the_metadata(tmp_path: Path) -> None:
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     save_weights(tmp_path / "m.pth", layer.state_dict(), {"optimizer": optimizer.state_dict()})
-    stored = read_checkpoint(tmp_path / "m.pth").metadata["optimizer"]
+    stored = read_checkpoint(tmp_path / "m.pth").metadata.optimizer
     momentum = optimizer.state_dict()["state"][0]["momentum_buffer"]
     assert torch.equal(stored["state"][0]["momentum_buffer"], momentum)
 
@@ -76,7 +76,7 @@ def test_wrappers_of_training_programs_are_removed(tmp_path: Path, wrapper: str 
     )
     checkpoint = read_checkpoint(tmp_path / "m.pth")
     assert_same(checkpoint.tensors, state)
-    assert checkpoint.metadata == {"epoch": 3}
+    assert checkpoint.metadata.others == {"epoch": 3}
 
 
 def test_a_prefix_that_only_some_names_have_is_part_of_the_name(tmp_path: Path) -> None:
@@ -146,7 +146,8 @@ def test_numpy_pickles_of_every_protocol_are_read(tmp_path: Path, protocol: int)
     path.write_bytes(pickle.dumps(content, protocol=protocol))
     checkpoint = read_checkpoint(path)
     assert checkpoint.format == "pickle"
-    assert checkpoint.metadata == {"__author__": "somebody", "sizes": [(1, 2), {3}], "lr": 0.25}
+    assert checkpoint.metadata.author == "somebody"
+    assert checkpoint.metadata.others == {"sizes": [(1, 2), {3}], "lr": 0.25}
     for name, array in arrays.items():
         assert np.array_equal(checkpoint.tensors[name].numpy(), array), name
     checkpoint.tensors["float"].add_(1)  # writable, and no warning about it
@@ -369,7 +370,7 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     found = read_checkpoint(tmp_path / "m.pth")
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
     assert found.tensors["part"].untyped_storage().nbytes() == 12
-    assert found.metadata == {"AP": 37.5, "best": {"iteration": 9}, "list": [0.5]}
+    assert found.metadata.others == {"AP": 37.5, "best": {"iteration": 9}, "list": [0.5]}
     with pytest.raises(UserError, match="'model_ema' is taken by weights"):
         save_weights(tmp_path / "no.pth", tensors, {"model_ema": {"decay": 0.9}})
     assert not (tmp_path / "no.pth").exists()

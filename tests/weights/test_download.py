@@ -38,9 +38,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     site.server.server_close()
 
 
-def fetch(site: Site, target: Path, *answers: Answer, **told: object) -> Path:
+def fetch(site: Site, target: Path, *answers: Answer, **known: object) -> Path:
     site.answers = list(answers)
-    return download(f"{site.url}/weights.pkl", target, **told)  # type: ignore[arg-type]
+    return download(f"{site.url}/weights.pkl", target, **known)  # type: ignore[arg-type]
 
 
 GOOD: dict[str, tuple[list[Answer], int]] = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gn_detect.errors import UserError
-from gn_detect.weights import pickle_check, read_checkpoint
+from gn_detect.weights import numpy_pickle, read_checkpoint
 
 from .hostile import CASES
 
@@ -67,7 +67,7 @@ def test_they_take_little_memory_and_time(outcomes: dict[str, dict[str, Any]]) -
 def test_a_pickle_of_too_many_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.pkl").write_bytes(pickle.dumps({"w": np.ones(2), "log": list(range(5000))}))
     assert read_checkpoint(tmp_path / "m.pkl").tensors["w"].tolist() == [1, 1]
-    monkeypatch.setattr(pickle_check, "MAX_INSTRUCTIONS", 4000)
+    monkeypatch.setattr(numpy_pickle, "MAX_INSTRUCTIONS", 4000)
     with pytest.raises(UserError, match="refused to read .*more than 4000 instructions"):
         read_checkpoint(tmp_path / "m.pkl")
 

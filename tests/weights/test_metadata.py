@@ -1,7 +1,8 @@
-"""Metadata of other types than ours: damage in our files, and nothing told in those of others."""
+"""Metadata of other types than ours: damage in our files, and no entry in those of other programs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from gn_detect.errors import UserError
-from gn_detect.weights import norm_eps_of, norm_groups_of, read_checkpoint, save_weights
+from gn_detect.weights import CheckpointMetadata, read_checkpoint, save_weights
 
 WRONG: list[tuple[str, Any]] = [
     ("config", 5), ("config", {"SOLVER": 1}), ("config", None), ("class_names", "dog"),
@@ -42,12 +43,14 @@ def test_another_programs_value_of_that_name_is_not_taken_for_ours(
     tmp_path: Path, key: str, value: Any
 ) -> None:
     torch.save({"model": {"weight": torch.ones(2)}, key: value, "epoch": 7}, tmp_path / "m.pth")
-    assert read_checkpoint(tmp_path / "m.pth").metadata == {"epoch": 7}
+    found = read_checkpoint(tmp_path / "m.pth").metadata
+    assert replace(found, others={}) == CheckpointMetadata() and found.others["epoch"] == 7
 
 
 def test_what_a_user_saves_under_the_names_of_a_training_is_his_own(tmp_path: Path) -> None:
     save_weights(tmp_path / "m.pth", {"weight": torch.ones(2)}, {"best": {"epoch": 3}, "seed": "any"})
-    assert read_checkpoint(tmp_path / "m.pth").metadata == {"best": {"epoch": 3}, "seed": "any"}
+    found = read_checkpoint(tmp_path / "m.pth").metadata
+    assert found.others == {"best": {"epoch": 3}, "seed": "any"}
 
 
 @pytest.mark.parametrize(
@@ -56,14 +59,14 @@ def test_what_a_user_saves_under_the_names_of_a_training_is_his_own(tmp_path: Pa
 def test_an_eps_that_is_none_is_one_line(tmp_path: Path, value: Any) -> None:
     torch.save({"model": {"n.weight": torch.ones(2)}, "group_norm_eps": value}, tmp_path / "m.pth")
     with pytest.raises(UserError, match="'group_norm_eps' is not the eps of each norm"):
-        norm_eps_of(read_checkpoint(tmp_path / "m.pth"))
+        read_checkpoint(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("value", [[[1]], {"n": [4]}, {"n": 0}, {"n": True}, {"n": 2**70}, {None: 4}, "n"])
 def test_groups_that_are_none_are_one_line(tmp_path: Path, value: Any) -> None:
     torch.save({"model": {"n.weight": torch.ones(2)}, "group_norm_groups": value}, tmp_path / "m.pth")
     with pytest.raises(UserError, match="'group_norm_groups' is not the number of groups"):
-        norm_groups_of(read_checkpoint(tmp_path / "m.pth"))
+        read_checkpoint(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "a\u2028b", "\u202eb"])

@@ -1,4 +1,4 @@
-"""mmdetection's detectors with weight standardisation, and the groups that their config tells."""
+"""mmdetection's detectors with weight standardisation, and the groups in their config."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import gn_detect
 from gn_detect import UserError
 from gn_detect.weights import (
     load_weights,
-    norm_eps_of,
-    norm_groups_of,
+    norms_of,
     read_architecture,
     read_checkpoint,
     save_weights,
@@ -119,8 +118,8 @@ def test_only_the_parts_that_have_it(tmp_path: Path) -> None:
 
 WS = "conv_cfg=dict(type='ConvWS')"
 UNKNOWN = {
-    "conv_cfg = dict(type='ConvWS')": "cannot be told which convolutions .* conv_cfg in it",
-    "_base_ = 'x.py'\nconv_cfg = dict(type='ConvWS')\nmodel = dict(backbone=dict())": "cannot be told",
+    "conv_cfg = dict(type='ConvWS')": "is not clear which convolutions .* conv_cfg in it",
+    "_base_ = 'x.py'\nconv_cfg = dict(type='ConvWS')\nmodel = dict(backbone=dict())": "is not clear which",
     f"model = dict(backbone=dict({WS}), rpn_head=dict({WS}))": "see model.rpn_head.conv_cfg in it",
     f"model = dict(backbone=dict({WS}), neck=dict(conv_cfg=other))": "see model.neck.conv_cfg in it",
     "model = dict(backbone=dict(conv_cfg=dict(type='ConvAWS')))": "type ConvAWS in its backbone",
@@ -139,7 +138,7 @@ def test_the_groups_of_the_config(version: int, text: str, tmp_path: Path) -> No
     path = tmp_path / "ws.pth"
     write(path, text, version)
     checkpoint = read_checkpoint(path)
-    groups = norm_groups_of(checkpoint, translate(checkpoint).tensors)
+    groups = norms_of(checkpoint, translate(checkpoint).tensors).group_norm_groups
     model = detector()
     assert groups == {n: 4 for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
     keys = read_architecture(checkpoint).keys
@@ -164,8 +163,8 @@ def test_batch_norms_have_no_groups(tmp_path: Path) -> None:
     text = f"model=dict(backbone=dict(norm_cfg=dict(type='BN')), neck=dict({group}))"
     tensors = {f"{name}.weight": torch.ones(4) for name in ("backbone.bn1", "neck.fpn_convs.0.gn")}
     torch.save({"meta": {"config": text}, "state_dict": tensors}, tmp_path / "m.pth")
-    assert norm_groups_of(read_checkpoint(tmp_path / "m.pth")) == {"neck.fpn_convs.0.gn": 2}
-    assert norm_eps_of(read_checkpoint(tmp_path / "m.pth")) == {}
+    found = read_checkpoint(tmp_path / "m.pth").metadata
+    assert found.group_norm_groups == {"neck.fpn_convs.0.gn": 2} and found.group_norm_eps == {}
 
 
 def test_our_own_file_of_it_is_not_folded_twice(tmp_path: Path) -> None:

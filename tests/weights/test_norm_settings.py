@@ -9,7 +9,14 @@ from torch import nn
 
 from gn_detect import UserError, build_model, convert_norm, load_config, load_weights
 from gn_detect.layers import make_norm
-from gn_detect.weights import NORM_EPS, NORM_GROUPS, group_keys, norm_settings, read_checkpoint, save_weights
+from gn_detect.weights import (
+    CheckpointMetadata,
+    group_keys,
+    norm_metadata,
+    norm_settings,
+    read_checkpoint,
+    save_weights,
+)
 
 
 def model() -> nn.Module:
@@ -78,7 +85,7 @@ def test_names_that_are_no_wrapper_stay(tmp_path, wrap) -> None:
     source.model[1].eps = 0.3
     wrapped = wrap(source)
     save_weights(path, wrapped.state_dict(), norm_settings(wrapped))
-    assert read_checkpoint(path).metadata[NORM_GROUPS] == {"model.1": 2, "model.3": 1}
+    assert read_checkpoint(path).metadata.group_norm_groups == {"model.1": 2, "model.3": 1}
     load_weights(target, path)
     assert target.model[1].eps == 0.3
     target.model[1].num_groups = 4
@@ -87,15 +94,15 @@ def test_names_that_are_no_wrapper_stay(tmp_path, wrap) -> None:
 
 
 def test_a_wrapped_norm_alone() -> None:
-    assert norm_settings(Outer(nn.GroupNorm(2, 4, eps=0.1))) == {NORM_EPS: {"": 0.1}, NORM_GROUPS: {"": 2}}
-    assert norm_settings(nn.GroupNorm(2, 4)) == {NORM_GROUPS: {"": 2}}
+    assert norm_settings(Outer(nn.GroupNorm(2, 4, eps=0.1))) == norm_metadata({"": 0.1}, {"": 2})
+    assert norm_settings(nn.GroupNorm(2, 4)) == CheckpointMetadata(group_norm_groups={"": 2})
     bare = Outer(nn.Sequential(nn.Linear(2, 2), nn.GroupNorm(2, 4, affine=False)))
-    assert norm_settings(bare) == {NORM_GROUPS: {"1": 2}}
+    assert norm_settings(bare).to_dict() == {"group_norm_groups": {"1": 2}}
 
 
-@pytest.mark.parametrize("key", [NORM_EPS, NORM_GROUPS])
+@pytest.mark.parametrize("key", ["group_norm_eps", "group_norm_groups"])
 def test_names_that_nothing_has_are_refused(tmp_path, key: str) -> None:
-    """As files have them whose names were written by hand, or by an older version for such a net."""
+    """Names that were written by hand, or by an older version for such a net."""
     source, target, path = Classifier(), Classifier(), tmp_path / "gn.pth"
     save_weights(path, source.state_dict(), {key: {"1": 2, "3": 2}})
     with pytest.raises(UserError, match="names '1', which is not in the file, and not 'model.1'"):
@@ -106,7 +113,7 @@ def test_names_of_a_head_that_was_taken_out_of_the_file(tmp_path) -> None:
     source, target, path = model(), model(), tmp_path / "gn.pth"
     source[1].eps = 0.3
     settings = norm_settings(source)
-    settings[NORM_GROUPS]["mask_head.norm"] = 32
+    settings.group_norm_groups["mask_head.norm"] = 32
     save_weights(path, source.state_dict(), settings)
     load_weights(target, path)
     assert target[1].eps == 0.3
@@ -143,7 +150,7 @@ def test_an_eps_of_the_config_is_written_and_comes_back(tmp_path) -> None:
 
 
 def test_the_usual_eps_is_not_written() -> None:
-    assert norm_settings(model()) == {NORM_GROUPS: {"1": 2, "3": 1}}
+    assert norm_settings(model()).to_dict() == {"group_norm_groups": {"1": 2, "3": 1}}
 
 
 def test_norms_of_layers_that_start_afresh_keep_theirs(tmp_path) -> None:
@@ -155,18 +162,17 @@ def test_norms_of_layers_that_start_afresh_keep_theirs(tmp_path) -> None:
     assert (target[1].eps, target[3].eps) == (0.3, 1e-5)
 
 
-@pytest.mark.parametrize("told", [{"1": -0.1}, {"1": float("inf")}, {"1": True}, {"1": "0.3"}, [0.3], 0.3])
-def test_what_is_no_eps_is_refused_and_changes_nothing(tmp_path, told: object) -> None:
+@pytest.mark.parametrize("eps", [{"1": -0.1}, {"1": float("inf")}, {"1": True}, {"1": "0.3"}, [0.3], 0.3])
+def test_what_is_no_eps_is_refused_and_changes_nothing(tmp_path, eps: object) -> None:
     source, target, path = model(), model(), tmp_path / "gn.pth"
     with torch.no_grad():
         source[0].weight.add_(1)
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    save_weights(path, source.state_dict(), {NORM_EPS: told})
+    save_weights(path, source.state_dict(), {"group_norm_eps": eps})
     with pytest.raises(UserError, match="'group_norm_eps' is not the eps of each norm"):
         load_weights(target, path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
     assert target[1].eps == 1e-5
-    assert read_checkpoint(path).metadata[NORM_EPS] == told
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pkl", ".safetensors"])
@@ -213,6 +219,6 @@ def test_groups_that_no_setting_gives(tmp_path) -> None:
     save_weights(path, source.state_dict(), norm_settings(source))
     with pytest.raises(UserError, match="has 2 groups in '1', and the model 4; build it with the groups"):
         load_weights(target, path)
-    save_weights(path, source.state_dict(), {NORM_GROUPS: {"1": 0}})
+    save_weights(path, source.state_dict(), {"group_norm_groups": {"1": 0}})
     with pytest.raises(UserError, match="'group_norm_groups' is not the number of groups of each norm"):
         load_weights(target, path)

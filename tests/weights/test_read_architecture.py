@@ -12,7 +12,8 @@ from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
 from gn_detect.weights import (
     Checkpoint,
-    architecture,
+    CheckpointMetadata,
+    known_config,
     load_weights,
     norm_settings,
     read_architecture,
@@ -63,7 +64,7 @@ def narrow(config: str, keys: list[str]) -> Config:
 
 
 def rebuilt(path: Path) -> tuple[Config, torch.nn.Module]:
-    """The model of what the file tells; 80 classes, as everywhere here."""
+    """Build the model of a file; 80 classes, as everywhere here."""
     found = read_architecture(read_checkpoint(path))
     base = "Base-RCNN-FPN.yaml" if "MODEL.FPN.OUT_CHANNELS" in found.keys else "Base-RCNN-C4.yaml"
     keys = {"MODEL.MASK_ON": found.has_masks, "MODEL.GN.NUM_GROUPS": 2, **found.keys}
@@ -128,7 +129,7 @@ def test_weights_of_odd_shapes_are_one_line_at_most(name: str, shape: tuple[int,
 
 
 def test_the_groups_of_a_converted_file(tmp_path: Path) -> None:
-    """It holds no config, and tells the groups of each norm."""
+    """It holds no config, but the groups of each norm."""
     model = build_model(narrow("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", ["MODEL.GN.MIN_CHANNELS_PER_GROUP", "4"]))
     save_weights(tmp_path / "gn.pth", model.state_dict(), norm_settings(model))
     cfg, again = rebuilt(tmp_path / "gn.pth")
@@ -141,4 +142,4 @@ BOMBS = ["a: &a [1]\nb: [" + "*a, " * 25_000 + "]", "a: " + "[" * 100_000, "x" *
 
 @pytest.mark.parametrize("config", BOMBS)
 def test_a_config_in_a_checkpoint_that_grows_is_none_of_ours(config: str) -> None:
-    assert architecture._told_config(Checkpoint({}, {"config": config})) is None
+    assert known_config(Checkpoint({}, CheckpointMetadata(config=config))) is None

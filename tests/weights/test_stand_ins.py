@@ -1,4 +1,4 @@
-"""Harmless objects beside the weights: they are read as plain values, nothing is imported, nothing is run."""
+"""Harmless objects in checkpoints: they are read as plain values, nothing is imported, nothing is run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read(content: Any, folder: Path, zipped: bool = True) -> Any:
     checkpoint = read_checkpoint(folder / "m.pth")
     assert list(checkpoint.tensors) == ["w"] and torch.equal(checkpoint.tensors["w"], WEIGHTS["w"])
     assert not any(name.split(".")[0] in ("mmengine", "omegaconf") for name in sys.modules)
-    return checkpoint.metadata
+    return checkpoint.metadata.to_dict()
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -75,10 +75,10 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Any:
     plain = library(monkeypatch, "omegaconf.base.Metadata")
 
     def metadata(kind: type, key: Any, of: Any) -> Any:
-        told = {"ref_type": typing.Any, "object_type": of, "optional": True, "key": key, "flags": {}}
-        types_told = {"key_type": str, "element_type": int} if kind is container else {}
+        known = {"ref_type": typing.Any, "object_type": of, "optional": True, "key": key, "flags": {}}
+        types_known = {"key_type": str, "element_type": int} if kind is container else {}
         return made(
-            kind, **told, **types_told, flags_root=False, resolver_cache=collections.defaultdict(dict)
+            kind, **known, **types_known, flags_root=False, resolver_cache=collections.defaultdict(dict)
         )
 
     root = made(dictionary, _metadata=metadata(container, None, dict), _parent=None)
@@ -146,7 +146,7 @@ def test_both_names_of_numpys_core(core: bytes, tmp_path: Path) -> None:
     data = b"c_codecs\nencode\n" + text("\x00" * 6 + "à?") + text("latin1") + b"\x86R"
     number = b"c" + core + b".multiarray\nscalar\n" + kind + data + b"\x86R"
     (tmp_path / "m.pth").write_bytes(beside_weights(number))
-    assert read_checkpoint(tmp_path / "m.pth").metadata == {"x": 0.5}
+    assert read_checkpoint(tmp_path / "m.pth").metadata.others == {"x": 0.5}
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -156,15 +156,16 @@ def test_pickles_of_arrays_with_options(protocol: int, tmp_path: Path) -> None:
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     found = read_checkpoint(tmp_path / "m.pkl")
     assert found.tensors["w"].tolist() == [1, 1]
-    types = found.metadata["args"].pop("types")
+    types = found.metadata.others["args"].pop("types")
     assert types == ("builtins.int", "builtins.str") or types == ("builtins.long", "builtins.unicode")
-    assert found.metadata == {"args": {"lr": 0.1, "best": 0.5, "kind": "numpy.float32"}, "log": {"a": [1]}}
+    args = {"lr": 0.1, "best": 0.5, "kind": "numpy.float32"}
+    assert found.metadata.others == {"args": args, "log": {"a": [1]}}
 
 
 def test_what_was_read_can_be_saved(tmp_path: Path) -> None:
     found = read({"model": WEIGHTS, "args": argparse.Namespace(lr=np.float64(0.1))}, tmp_path)
     save_weights(tmp_path / "again.pth", WEIGHTS, found)
-    assert read_checkpoint(tmp_path / "again.pth").metadata == {"args": {"lr": 0.1}}
+    assert read_checkpoint(tmp_path / "again.pth").metadata.others == {"args": {"lr": 0.1}}
 
 
 def test_a_constructors_arguments_do_nothing(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_a_constructors_arguments_do_nothing(tmp_path: Path) -> None:
     cycle = NAMESPACE + b")\x81q\x10}" + text("a") + b"h\x10sb"
     for opcodes, expected in ((called, {}), (cycle, {"a": "argparse.Namespace"})):
         (tmp_path / "m.pth").write_bytes(beside_weights(opcodes))
-        assert read_checkpoint(tmp_path / "m.pth").metadata == {"x": expected}
+        assert read_checkpoint(tmp_path / "m.pth").metadata.others == {"x": expected}
 
 
 def test_dicts_beside_the_weights_stay_what_they_are(tmp_path: Path) -> None:
@@ -206,6 +207,6 @@ def test_reading_options_does_not_import_their_module(tmp_path: Path) -> None:
     code = (
         "import sys; from gn_detect.weights import read_checkpoint\n"
         "sys.modules['argparse'] = None\n"  # so that importing it is an error
-        f"sys.exit(read_checkpoint({str(tmp_path / 'm.pth')!r}).metadata != {{'args': {{'a': 1}}}})"
+        f"sys.exit(read_checkpoint({str(tmp_path / 'm.pth')!r}).metadata.others != {{'args': {{'a': 1}}}})"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

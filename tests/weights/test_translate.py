@@ -12,7 +12,7 @@ import torchvision
 import gn_detect
 from gn_detect import UserError
 from gn_detect.weights import implied_keys, load_weights, read_checkpoint, save_weights, translate
-from gn_detect.weights.names.classes import COCO_IDS
+from gn_detect.weights.names.resnet import COCO_IDS
 
 from . import schemes
 
@@ -58,7 +58,7 @@ def test_detectron(name: str, tmp_path: Path) -> None:
 
 RGB = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]"]
 RGB += ["MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]", "MODEL.RESNETS.STRIDE_IN_1X1", "False"]
-"""What ResNets of torchvision want."""
+"""Keys for ResNets of torchvision."""
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -205,7 +205,7 @@ def test_90_categories_of_another_dataset(library: str, tmp_path: Path) -> None:
 
 
 def test_backbone_alone_in_detectron2s_names(tmp_path: Path) -> None:
-    """As detectron2 has torchvision's R-50: no prefix, and the author says that it takes RGB."""
+    """detectron2's copy of torchvision's R-50: no prefix, and the author says that it takes RGB."""
     cfg = config(FROZEN)
     model = model_of(cfg)
     state = schemes.backbone_of(schemes.randomised(model))
@@ -248,10 +248,10 @@ def test_a_backbone_that_matches_in_part_is_an_error(tmp_path: Path) -> None:
 def test_our_own_file_remembers_its_input(tmp_path: Path) -> None:
     cfg = config(GN, "MODEL.PIXEL_STD", "[57.375, 57.12, 58.395]")
     model = model_of(cfg)
-    told = {"input": gn_detect.weights.InputConvention.of_config(cfg).as_metadata()}
+    entries = {"input": gn_detect.weights.InputConvention.of_config(cfg).as_metadata()}
     for ending in ("pth", "pkl", "safetensors"):
         path = tmp_path / f"m.{ending}"
-        save_weights(path, model.state_dict(), told)
+        save_weights(path, model.state_dict(), entries)
         load_weights(model, path, config=cfg)
         with pytest.raises(UserError, match="PIXEL_STD"):
             load_weights(model, path, config=config(GN))
@@ -264,7 +264,7 @@ def test_formats_hold_the_same_and_a_version(tmp_path: Path) -> None:
         path = tmp_path / f"m.{ending}"
         save_weights(path, state, {"class_names": ["a"]})
         found = read_checkpoint(path)
-        assert found.metadata == {"class_names": ["a"]}
+        assert found.metadata.to_dict() == {"class_names": ["a"]}
         assert set(found.tensors) == set(state)
         for name, tensor in state.items():
             assert torch.equal(found.tensors[name], tensor) and found.tensors[name].shape == tensor.shape

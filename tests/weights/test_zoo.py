@@ -176,7 +176,7 @@ TWINS = [
 def test_no_two_urls_share_a_file(
     first: str, second: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also not the part that is left of a broken download, which lies beside it."""
+    """Nor the part that is left of a broken download."""
 
     def write_url(url: str, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -223,4 +223,4 @@ def test_a_file_of_the_zoo_brings_its_convention(no_downloads: list[str]) -> Non
         with pytest.raises(UserError, match=r"add --fix-config, or set MODEL.PIXEL_STD '\[57.375, 57.12"):
             load_weights(build(other), name, config=other)
         assert implied_keys(other, name) == {"MODEL.PIXEL_STD": [57.375, 57.12, 58.395]}
-    assert read_checkpoint(entry.file).metadata["input"]["format"] == "BGR"
+    assert read_checkpoint(entry.file).metadata.input.format == "BGR"

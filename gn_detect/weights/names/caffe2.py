@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..convention import DETECTRON_GN, DETECTRON_MSRA, DETECTRON_RESNEXT, InputConvention, plain_text
-from .classes import background_last, boxes_without_background, masks_without_background
-from .resnet import caffe2_leaf, from_caffe2
+from .resnet import caffe2_leaf, from_caffe2, move_background
 
 _LAYERS: list[tuple[str, str]] = [
     (r"conv_rpn(?:_fpn\d)?", "proposal_generator.rpn_head.conv"),
@@ -35,26 +34,26 @@ _CLASSIFIER = re.compile(r"(pred|fc1000|last_out_L\d+)_[wb]")
 
 
 def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list[str]) -> Iterator[str]:
-    """Fill ``tensors`` and ``left_out``; what is yielded are changes of values, in words."""
+    """Fill ``tensors`` and ``left_out``, and yield the changes of values in words."""
     for name, tensor in checkpoint.tensors.items():
         ours = _translated(name)
         if name.endswith("_momentum") or ours is None and _CLASSIFIER.fullmatch(name):
             left_out.append(name)
         elif ours == "stem.conv1.bias":
-            # Of a convolution before a norm that does away with it; Detectron never reads it.
+            # The norm after the convolution cancels it; Detectron never reads it.
             left_out.append(name)
         elif ours is None:
             tensors[name] = tensor
         else:
             if ours.startswith(("stem.", "res")):
                 ours = f"backbone.bottom_up.{ours}"
-            tensors[ours], change = _without_background(ours, tensor)
+            tensors[ours], change = move_background(ours, tensor)
             yield from change
     yield from _complete_affine_norms(checkpoint, tensors)
 
 
 def convention(checkpoint: Checkpoint) -> InputConvention:
-    """BGR; the rest follows from the norm and from the groups of the 3x3 convolutions.
+    """Return BGR; the rest follows from the norm and from the groups of the 3x3 convolutions.
 
     A ResNeXt with whole BatchNorms is detectron2's copy, which wants a deviation; Detectron's has it folded.
     """
@@ -66,7 +65,8 @@ def convention(checkpoint: Checkpoint) -> InputConvention:
         if groups > 1:
             whole = any(name.endswith(("_bn_running_mean", "_bn_rm")) for name in names)
             found = DETECTRON_RESNEXT if whole else replace(found, stride_in_1x1=False)
-    stated = re.search(r"STRIDE_1X1:\s*(true|false)", plain_text(checkpoint.metadata, "cfg"), re.IGNORECASE)
+    text = plain_text(checkpoint.metadata.others, "cfg")
+    stated = re.search(r"STRIDE_1X1:\s*(true|false)", text, re.IGNORECASE)
     return found if stated is None else replace(found, stride_in_1x1=stated[1].lower() == "true")
 
 
@@ -84,20 +84,10 @@ def _translated(name: str) -> str | None:
     return None
 
 
-def _without_background(name: str, tensor: Tensor) -> tuple[Tensor, list[str]]:
-    if ".cls_score." in name:
-        return background_last(tensor), ["background moved from the first class to the last"]
-    if ".bbox_pred." in name:
-        return boxes_without_background(tensor), ["boxes of the background dropped"]
-    if ".mask_head.predictor." in name and len(tensor) > 1:
-        return masks_without_background(tensor), ["mask of the background dropped"]
-    return tensor, []
-
-
 def _complete_affine_norms(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> list[str]:
-    """Scale and shift that stand for a whole frozen BatchNorm get mean 0 and variance 1, as in detectron2.
+    """Add mean 0 and variance 1 to scales and shifts that stand for a frozen BatchNorm, as detectron2 does.
 
-    The eps beside that variance makes scales smaller by 5e-6 of themselves than in Detectron.
+    The eps that is added to that variance makes scales smaller by 5e-6 of themselves than in Detectron.
     """
     owners = [
         ours.removesuffix(".weight")

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..convention import DETECTRON_GN, TORCHVISION, InputConvention, plain_text
+from ..convention import DETECTRON_GN, TORCHVISION, InputConvention
 from ..mmdetection_config import standardised_convs
-from .classes import background_last, boxes_without_background, masks_without_background
-from .resnet import from_torchvision
+from .resnet import from_rules, from_torchvision, move_background
 
 _LAYERS: list[tuple[str, str]] = [
     (r"neck\.lateral_convs\.(\d)\.conv\.(\w+)", "backbone.fpn_lateral{level}.{1}"),
@@ -36,10 +35,10 @@ _LAYERS: list[tuple[str, str]] = [
 
 
 def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list[str]) -> Iterator[str]:
-    """Fill ``tensors`` and ``left_out``; what is yielded are changes of values, in words.
+    """Fill ``tensors`` and ``left_out``, and yield the changes of values in words.
 
     Raises:
-        UserError: the file's config has convolutions that are not plain ones, and cannot be made such.
+        UserError: the file's config has convolutions that cannot be made plain ones.
     """
     standardised = standardised_convs(checkpoint)
     # Since version 2 the heads are in roi_head, and the background is the last class.
@@ -50,34 +49,26 @@ def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list
             left_out.append(name)
         elif ours is None:
             tensors[name] = tensor
-        elif background_first and ".cls_score." in ours:
-            tensors[ours] = background_last(tensor)
-            yield "background moved from the first class to the last"
-        elif background_first and ".bbox_pred." in ours and len(tensor) > 4:
-            tensors[ours] = boxes_without_background(tensor)
-            yield "boxes of the background dropped"
-        elif background_first and ".mask_head.predictor." in ours and len(tensor) > 1:
-            tensors[ours] = masks_without_background(tensor)
-            yield "mask of the background dropped"
         elif name in standardised:
             tensors[ours] = _standardised(tensor, standardised[name])
             yield f"weight standardisation (ConvWS) folded into {len(standardised)} convolutions"
         else:
-            tensors[ours] = tensor
+            tensors[ours], change = move_background(ours, tensor) if background_first else (tensor, [])
+            yield from change
 
 
 def _standardised(weight: Tensor, eps: float) -> Tensor:
-    """(C, ...) -> the same shape: what mmcv's ConvWS makes of its weight before it convolves."""
+    """Standardise a (C, ...) weight as mmcv's ConvWS does in each forward pass."""
     flat = weight.double().flatten(1)
     flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + eps)
     return flat.view(weight.shape).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def convention(checkpoint: Checkpoint) -> InputConvention:
-    """What the file's config says; otherwise GN models stem from Detectron, others from torchvision."""
+    """Return the convention in the file's config; otherwise Detectron's for GN models, or torchvision's."""
     grouped = any(re.match(r"backbone\.(gn1|layer1\.0\.gn1)\.", name) for name in checkpoint.tensors)
     found = DETECTRON_GN if grouped else TORCHVISION
-    text = plain_text(checkpoint.metadata.get("meta"), "config", "cfg")
+    text = checkpoint.metadata.mmdetection_config
     mean, std = (_numbers(text, key) for key in ("mean", "std"))
     order = re.search(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)", text)
     if mean and std and order:
@@ -98,9 +89,4 @@ def _translated(name: str) -> str | None:
         if plain.startswith(part):
             ours = from_torchvision(plain.removeprefix(part))
             return None if ours is None else f"backbone.bottom_up.{ours}"
-    for pattern, layer in _LAYERS:
-        if found := re.fullmatch(pattern, plain):
-            groups = found.groups()
-            number = int(groups[0]) if groups[0].isdigit() else 0
-            return layer.format(*groups, level=number + 2, next=number + 1)
-    return None
+    return from_rules(_LAYERS, plain)

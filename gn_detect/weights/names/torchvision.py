@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..convention import DETECTRON_GN, TORCHVISION, InputConvention
-from .classes import background_last, boxes_without_background, masks_without_background
-from .resnet import from_torchvision
+from .resnet import from_rules, from_torchvision, move_background
 
 _HEADS: list[tuple[str, str]] = [
     (r"backbone\.fpn\.inner_blocks\.(\d)\.(?:0\.)?(weight|bias)", "backbone.fpn_lateral{level}.{1}"),
@@ -18,7 +17,7 @@ _HEADS: list[tuple[str, str]] = [
     (r"backbone\.fpn\.inner_blocks\.(\d)\.1\.(\w+)", "backbone.fpn_lateral{level}.norm.{1}"),
     (r"backbone\.fpn\.layer_blocks\.(\d)\.1\.(\w+)", "backbone.fpn_output{level}.norm.{1}"),
     (r"rpn\.head\.conv\.(weight|bias)", "proposal_generator.rpn_head.conv.{0}"),
-    (r"rpn\.head\.conv\.(\d)\.0\.(weight|bias)", "proposal_generator.rpn_head.conv{index}.{1}"),
+    (r"rpn\.head\.conv\.(\d)\.0\.(weight|bias)", "proposal_generator.rpn_head.conv.conv{0}.{1}"),
     (r"rpn\.head\.cls_logits\.(\w+)", "proposal_generator.rpn_head.objectness_logits.{0}"),
     (r"rpn\.head\.bbox_pred\.(\w+)", "proposal_generator.rpn_head.anchor_deltas.{0}"),
     (r"roi_heads\.box_head\.fc([67])\.(\w+)", "roi_heads.box_head.fc{fc}.{1}"),
@@ -29,15 +28,15 @@ _HEADS: list[tuple[str, str]] = [
     (r"roi_heads\.mask_head\.(\d)\.0\.(weight|bias)", "roi_heads.mask_head.mask_fcn{next}.{1}"),
     (r"roi_heads\.mask_head\.(\d)\.1\.(\w+)", "roi_heads.mask_head.mask_fcn{next}.norm.{1}"),
     (r"roi_heads\.mask_predictor\.conv5_mask\.(\w+)", "roi_heads.mask_head.deconv.{0}"),
+    (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(\w+)", "roi_heads.mask_head.predictor.{0}"),
 ]
-FROZEN_EPS = 1e-5
-"""Of our frozen BatchNorm."""
+FROZEN_EPS = 1e-5  # of our frozen BatchNorm
 
 _CLASSIFIER = re.compile(r"(fc|head\.fc|classifier)\.(weight|bias)")
 
 
 def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list[str]) -> Iterator[str]:
-    """Fill ``tensors`` and ``left_out``; what is yielded are changes of values, in words."""
+    """Fill ``tensors`` and ``left_out``, and yield the changes of values in words."""
     names = checkpoint.tensors
     deep_rpn = "rpn.head.conv.1.0.weight" in names
     for name, tensor in names.items():
@@ -45,41 +44,21 @@ def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list
             left_out.append(name)
         elif ours := from_torchvision(name.removeprefix("backbone.body.")):
             tensors[f"backbone.bottom_up.{ours}"] = tensor
-        elif name.startswith("roi_heads.box_predictor.cls_score."):
-            tensors[name] = background_last(tensor, coco_ids=True)
-            yield "background moved from the first class to the last" + _of_coco(tensor)
-        elif name.startswith("roi_heads.box_predictor.bbox_pred."):
-            tensors[name] = boxes_without_background(tensor, coco_ids=True)
-            yield "boxes of the background dropped"
-        elif name.startswith("roi_heads.mask_predictor.mask_fcn_logits."):
-            ours = name.replace("mask_predictor.mask_fcn_logits", "mask_head.predictor")
-            tensors[ours] = masks_without_background(tensor, coco_ids=True)
-            yield "mask of the background dropped"
         else:
-            tensors[_head(name, deep_rpn) or name] = tensor
+            ours = from_rules(_HEADS, name) or name
+            if not deep_rpn:
+                ours = ours.replace(".rpn_head.conv.conv0.", ".rpn_head.conv.")
+            tensors[ours], change = move_background(ours, tensor, coco_ids=True)
+            yield from change
     yield from _fold_eps(checkpoint, tensors)
 
 
 def convention(checkpoint: Checkpoint) -> InputConvention:
-    """RGB with ImageNet's mean and deviation, the stride on the 3x3."""
+    """Return RGB with ImageNet's mean and deviation, the stride on the 3x3."""
     # mmdetection's copies of Detectron's GN backbones have torchvision's names, but for the norms.
     if any(re.match(r"gn1\.|layer1\.0\.gn1\.", name) for name in checkpoint.tensors):
         return DETECTRON_GN
     return TORCHVISION
-
-
-def _head(name: str, deep_rpn: bool) -> str | None:
-    for pattern, ours in _HEADS:
-        if found := re.fullmatch(pattern, name):
-            groups = found.groups()
-            number = int(groups[0]) if groups[0].isdigit() else 0
-            index = f".conv{number}" if deep_rpn else ""
-            return ours.format(*groups, level=number + 2, next=number + 1, fc=number - 5, index=index)
-    return None
-
-
-def _of_coco(tensor: Tensor) -> str:
-    return ", and of 91 ids COCO's 80 categories taken" if len(tensor) == 91 else ""
 
 
 def computes_with_eps_0(checkpoint: Checkpoint) -> bool:
@@ -96,14 +75,10 @@ def computes_with_eps_0(checkpoint: Checkpoint) -> bool:
 
 
 def _fold_eps(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> list[str]:
-    """With the eps of our frozen BatchNorm their function would differ."""
+    # With the eps of our frozen BatchNorm their function would differ.
     if not computes_with_eps_0(checkpoint):
         return []
-    names = [name for name in tensors if name.endswith(".running_var")]
+    names = [name for name in tensors if name.endswith(".running_var")]  # one at least
     for name in names:
         tensors[name] = tensors[name] - FROZEN_EPS
-    return (
-        [f"eps 0 of torchvision's published detectors folded into {len(names)} frozen BatchNorms"]
-        if names
-        else []
-    )
+    return [f"eps 0 of torchvision's published detectors folded into {len(names)} frozen BatchNorms"]
