@@ -19,6 +19,7 @@ from ..engine.predictor import unnamed_classes
 from ..errors import UserError
 from ..evaluation import Truth, read_truth
 from ..export import ExportedPredictor
+from ..export.write import SUFFIXES as EXPORTED
 from ..progress import fitted
 from ..text import printable
 from .inputs import find_images, is_video, name_outputs, split_overrides
@@ -28,6 +29,7 @@ from .options import (
     add_weights_argument,
     check_threshold,
     read_config_file,
+    take_checkpoint,
     take_weights,
 )
 from .output import Result
@@ -35,12 +37,11 @@ from .output import Result
 HELP = "Find objects in images and videos with a trained checkpoint."
 
 EXAMPLES = """
-gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth photo.jpg
-gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth --output found \\
-    --threshold 0.7 photos 'more/*.png' TEST.DETECTIONS_PER_IMAGE 300
+gn-detect predict runs/one/model_best.pth photo.jpg
+gn-detect predict runs/one --output found --threshold 0.7 photos 'more/*.png' TEST.DETECTIONS_PER_IMAGE 300
 gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth \\
     --annotations val.json images
-gn-detect predict --model model.onnx clip.mp4
+gn-detect predict model.onnx clip.mp4
 """
 
 UNREADABLE = 1
@@ -49,10 +50,10 @@ UNREADABLE = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("--config-file", metavar="FILE", help="the run's config.yaml")
+    parser.add_argument("--config-file", metavar="FILE", help="config.yaml of a run; weights hold their own")
     add_weights_argument(parser)
     parser.add_argument(
-        "--model", metavar="FILE", help="what gn-detect export wrote, in place of a config and weights"
+        "--model", metavar="FILE", help="a file of gn-detect export, in place of a checkpoint"
     )
     parser.add_argument(
         "--trust", action="store_true", help="run a --model of PyTorch (.pt2), which is a program"
@@ -82,21 +83,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_fix_argument(parser)
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="images, videos, folders or patterns, then KEY VALUE ..."
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a checkpoint, unless a flag names one; images, videos, folders or patterns; KEY VALUE ...",
     )
 
 
 def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image, results for all, and a video for each video."""
-    if not args.config_file and not args.model:
-        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     check_threshold(args.threshold)
     if args.other_classes and not args.annotations:
         raise UserError("--other-classes says how --annotations are read; give them, too")
     texts, overrides = split_overrides(args.inputs)
+    if not args.model and texts and texts[0].endswith(EXPORTED):
+        args.model, *texts = texts
+    elif not args.model and "MODEL.WEIGHTS" not in overrides[::2]:
+        texts = take_checkpoint(args, texts)
     if "OUTPUT_DIR" in overrides[::2]:
         raise UserError("predict writes into the folder of --output, and OUTPUT_DIR has no effect")
-    if args.weights and args.weights.endswith((".onnx", ".pt2")):
+    if args.weights and args.weights.endswith(EXPORTED):
         raise UserError(f"{args.weights} was exported: give it by --model, without --config-file")
     found = find_images(texts, videos=True)
     workers = default_workers() if args.workers is None else args.workers

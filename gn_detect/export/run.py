@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data import prepare_image
-from ..engine.predictor import read_pixels
+from ..engine.predictor import ImagePredictor
 from ..errors import UserError
 from ..modeling.mask_rcnn import image_size, rescale
 from ..structures import Detections
@@ -25,7 +25,7 @@ Program = Callable[[Tensor, Tensor], list[Tensor]]
 """``image, size -> [boxes, scores, labels, masks]``, see :meth:`ExportableDetector.forward`."""
 
 
-class ExportedPredictor:
+class ExportedPredictor(ImagePredictor):
     """A :class:`Predictor` whose model is an exported file: same preparation, same pasting of masks.
 
     Args:
@@ -58,26 +58,14 @@ class ExportedPredictor:
         self.category_ids = told.category_ids
         self.report = printable(f"{path}: exported by gn_detect {told.version}, run by {runtime} on the CPU")
 
-    def __call__(self, image: str | Path | np.ndarray) -> Detections:
-        """Objects in one image, as by :meth:`Predictor.__call__`; errors as of :meth:`find`."""
-        return self.find(image, paste=True)
-
-    def find(self, image: str | Path | np.ndarray, paste: bool = False) -> Detections:
-        """Objects in one image, as by :meth:`Predictor.find`.
-
-        Raises:
-            UserError: the file cannot be read, or the image is too small for the program.
-            ValueError: the array is of another shape or type.
-        """
-        pixels = read_pixels(image)
+    def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
         original = pixels.shape[:2]
         prepared = prepare_image(pixels, self.cfg)
         size = image_size(prepared)
         height, width = (-(-side // self._divisibility) * self._divisibility for side in size)
         if min(height, width) < MIN_SIDE:
-            name = "" if isinstance(image, np.ndarray) else f"{image}: "
             raise UserError(
-                f"{name}{original[1]} x {original[0]} pixels become {size[1]} x {size[0]}, and an exported "
+                f"{original[1]} x {original[0]} pixels become {size[1]} x {size[0]}, and an exported "
                 f"detector needs sides of {MIN_SIDE}; use --config-file and --weights for such images"
             )
         padded = prepared.new_zeros(1, 3, height, width)

@@ -1,0 +1,119 @@
+"""The config of trained weights, for commands and predictors that are given the weights alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, load_config, read_overrides, without_paths
+from ..config.load import parse_config
+from ..errors import UserError
+from ..weights import Checkpoint, implied_keys, read_architecture, read_checkpoint, translate
+from ..weights.zoo import ZOO, entry_of, read_catalog
+from .checkpoint import BEST, CONFIG, FINAL, read_last_checkpoint
+
+BASE_FPN, BASE_C4 = "Base-RCNN-FPN.yaml", "Base-RCNN-C4.yaml"
+
+
+def read_pretrained(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Checkpoint]:
+    """Return the config of trained weights, with ``MODEL.WEIGHTS`` set to them, and the weights.
+
+    The config is the one of the model zoo, the one inside the file, that of the run's folder around the file,
+    or what the tensors imply.
+
+    Args:
+        source: a run's folder, a checkpoint file, ``zoo://NAME`` or another URL, or a name of the model zoo.
+        overrides: ``KEY VALUE`` pairs; they win.
+
+    Raises:
+        UserError: the weights cannot be read, no config is known for them, or a key is wrong.
+    """
+    weights = _find_weights(source)
+    checkpoint = read_checkpoint(weights)
+    entry = entry_of(weights)
+    if entry is None:
+        cfg = config_of(checkpoint)
+    else:
+        cfg = load_config(entry.config, entry.overrides)
+    return cfg.replace({**read_overrides(overrides), "MODEL.WEIGHTS": weights}), checkpoint
+
+
+def config_of(checkpoint: Checkpoint) -> Config:
+    """Return the config that a checkpoint was trained with, or one that its tensors imply.
+
+    The config inside the file has no paths; if the run's folder around it holds the same one with paths, that
+    is returned.
+
+    Raises:
+        UserError: the tensors are no detector that this package builds.
+    """
+    inside = _config_inside(checkpoint)
+    file = checkpoint.path.parent / CONFIG
+    if file.is_file():
+        try:
+            around = load_config(file)
+        except UserError:
+            if inside is None:
+                raise
+        else:
+            if inside is None or without_paths(around) == inside:
+                return around
+    return _implied_config(checkpoint) if inside is None else inside
+
+
+def names_weights(text: str) -> bool:
+    """Return whether a word of a command line names a checkpoint, a run's folder or a model of the zoo."""
+    path = Path(text)
+    if path.is_dir():
+        return (path / CONFIG).is_file()
+    is_file = path.suffix in (".pth", ".pt", ".pkl", ".safetensors", ".npz")
+    return is_file or text.startswith(ZOO) or (not path.exists() and text in read_catalog())
+
+
+def as_pairs(keys: Mapping[str, Any]) -> list[str]:
+    """Return ``KEY VALUE`` texts, as a command line has them."""
+    return [text for key, value in keys.items() for text in (key, _as_text(value))]
+
+
+def _as_text(value: Any) -> str:
+    return os.fspath(value) if isinstance(value, str | os.PathLike) else repr(value)
+
+
+def _find_weights(source: str | Path) -> str:
+    path = Path(source)
+    if not path.is_dir():
+        is_zoo_name = not path.exists() and str(source) in read_catalog()
+        return f"{ZOO}{source}" if is_zoo_name else str(source)
+    for name in (BEST, FINAL):
+        if (path / name).is_file():
+            return str(path / name)
+    last = read_last_checkpoint(path)
+    if last is None:
+        raise UserError(f"{path} holds no checkpoint; give the folder of a run or a checkpoint file")
+    return str(last.path)
+
+
+def _config_inside(checkpoint: Checkpoint) -> Config | None:
+    text = checkpoint.metadata.get("config")
+    try:
+        return parse_config(text) if isinstance(text, str) else None
+    except UserError:  # another program's
+        return None
+
+
+def _implied_config(checkpoint: Checkpoint) -> Config:
+    architecture = read_architecture(checkpoint)
+    if not architecture.is_detector:
+        raise UserError(
+            f"{checkpoint.path} is a {architecture} and finds no objects; train a detector from it with "
+            f"gn-detect train --weights {checkpoint.path}"
+        )
+    keys = {**architecture.keys, "MODEL.MASK_ON": architecture.has_masks}
+    scores = translate(checkpoint).tensors.get("roi_heads.box_predictor.cls_score.weight")
+    if scores is not None:
+        keys["MODEL.ROI_HEADS.NUM_CLASSES"] = len(scores) - 1  # the background is the last
+    base = BASE_FPN if "MODEL.FPN.OUT_CHANNELS" in keys else BASE_C4
+    cfg = load_config(base).replace(keys)
+    return cfg.replace(implied_keys(cfg, checkpoint))
