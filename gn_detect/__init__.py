@@ -40,59 +40,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULE_OF = {
-    "Config": "config",
-    "Detections": "structures",
-    "FineTuned": "finetuning",
-    "GroupNorm": "layers",
-    "Predictor": "engine",
-    "UserError": "errors",
-    "build_model": "modeling",
-    "calibrate": "convert",
-    "convert_norm": "convert",
-    "evaluate": "engine",
-    "finetune": "finetuning",
-    "fuse": "layers",
-    "load_config": "config",
-    "load_weights": "weights",
-    "train": "engine",
-}
-
 __all__ = [
-    "Config",
-    "Detections",
-    "FineTuned",
-    "GroupNorm",
-    "Predictor",
-    "UserError",
-    "__version__",
-    "bench",
-    "build_model",
-    "calibrate",
-    "config",
-    "convert",
-    "convert_norm",
-    "data",
-    "distributed",
-    "engine",
-    "errors",
-    "evaluate",
-    "evaluation",
-    "export",
-    "finetune",
-    "fuse",
-    "interop",
-    "layers",
-    "load_config",
-    "load_weights",
-    "modeling",
-    "ops",
-    "report",
-    "structures",
-    "train",
-    "visualize",
-    "weights",
-]
+    "Config", "Detections", "FineTuned", "GroupNorm", "Predictor", "UserError", "__version__", "bench",
+    "build_model", "calibrate", "config", "convert", "convert_norm", "data", "distributed", "engine",
+    "errors", "evaluate", "evaluation", "export", "finetune", "fuse", "interop", "layers", "load_config",
+    "load_weights", "modeling", "ops", "report", "structures", "train", "visualize", "weights",
+]  # fmt: skip
+
+_NAMES = {
+    "config": "Config load_config",
+    "convert": "calibrate convert_norm",
+    "engine": "Predictor evaluate train",
+    "errors": "UserError",
+    "finetuning": "FineTuned finetune",
+    "layers": "GroupNorm fuse",
+    "modeling": "build_model",
+    "structures": "Detections",
+    "weights": "load_weights",
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

@@ -84,10 +84,10 @@ def finetune(
     keys = {**(overrides or {}), "OUTPUT_DIR": output_dir}
     if weights:
         keys["MODEL.WEIGHTS"] = weights
-    chosen = choose_config(train_json, train_images, as_pairs(keys), has_val=val_json is not None)
+    cfg, recipe = choose_config(train_json, train_images, as_pairs(keys), has_val=val_json is not None)
     if is_main():
-        print(fitted(str(chosen), sys.stdout), flush=True)
+        print(f"chosen for {recipe.facts}:\n{fitted(str(recipe), sys.stdout)}", flush=True)
     val = None if val_json is None else (str(val_json), str(val_images))
-    cfg = with_datasets(chosen.cfg, (str(train_json), str(train_images)), val)
+    cfg = with_datasets(cfg, (str(train_json), str(train_images)), val)
     results = train(cfg, resume=resume)
-    return FineTuned(Path(cfg.output_dir), cfg, chosen.reasons, cast(Results, results))
+    return FineTuned(Path(cfg.output_dir), cfg, recipe.reasons, cast(Results, results))

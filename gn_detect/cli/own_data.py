@@ -27,7 +27,7 @@ def choose_config(args: argparse.Namespace) -> Config:
         check_launch(device, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     if not args.train_images:
         raise UserError("--train-json and --train-images belong together; give both")
-    chosen = autoconfig.choose_config(
+    cfg, recipe = autoconfig.choose_config(
         args.train_json,
         args.train_images,
         args.overrides,
@@ -36,9 +36,8 @@ def choose_config(args: argparse.Namespace) -> Config:
         num_machines=args.num_machines,
     )
     if os.environ.get("RANK", "0") == "0":
-        print(fitted(str(chosen), sys.stdout))
-        print(
-            "  KEY VALUE after the command wins over these; config.yaml in OUTPUT_DIR", chosen.cfg.output_dir
-        )
+        print(f"chosen for {recipe.facts}:")
+        print(fitted(str(recipe), sys.stdout))
+        print("  KEY VALUE after the command wins over these; config.yaml in OUTPUT_DIR", cfg.output_dir)
         print("  holds them all, and --config-file reads it", flush=True)
-    return chosen.cfg
+    return cfg

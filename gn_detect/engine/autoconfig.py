@@ -183,12 +183,25 @@ class Choice:
 
 @dataclass
 class Recipe:
-    """Config keys and the reasons for them."""
+    """Config keys and the reasons for them; ``str`` gives one line for each choice."""
 
-    given: Mapping[str, Any]  # the user's own keys, typed: they win, and later choices depend on them
+    data: Survey
+    machine: Machine
+    architecture: Architecture | None = None  # of the weights; None from scratch
+    given: Mapping[str, Any] = field(default_factory=dict)  # the user's keys, typed: they win, others follow
     base: str = BASE_FPN  # config under the keys
     keys: dict[str, Any] = field(default_factory=dict)  # all, the given ones too
     choices: list[Choice] = field(default_factory=list)
+
+    @property
+    def facts(self) -> str:
+        """Return what the choices depend on: ``12 images, 40 objects and GPU, 24 GB``."""
+        return f"{len(self.data.images)} images, {len(self.data.boxes)} objects and {self.machine}"
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Return the reason of each choice by its topic, such as ``"anchors"``."""
+        return {choice.topic: choice.reason for choice in self.choices}
 
     def set(self, keys: Mapping[str, Any]) -> None:
         """Set keys that the user has not given."""
@@ -226,19 +239,20 @@ def make_recipe(
         has_val: evaluate during the run.
         given: the user's own keys, typed.
     """
-    recipe = Recipe(dict(given or {}))
-    _classes(recipe, data, architecture)
-    _model(recipe, machine, weights, architecture)
-    _batch(recipe, machine)
-    _image_size(recipe, data, machine)
-    _anchors(recipe, data, architecture)
-    _solver(recipe, data, machine, architecture)
-    _housekeeping(recipe, data, machine, has_val)
+    recipe = Recipe(data, machine, architecture, dict(given or {}))
+    _classes(recipe)
+    _model(recipe, weights)
+    _batch(recipe)
+    _image_size(recipe)
+    _anchors(recipe)
+    _solver(recipe)
+    _housekeeping(recipe, has_val)
     recipe.keys |= recipe.given
     return recipe
 
 
-def _classes(recipe: Recipe, data: Survey, architecture: Architecture | None) -> None:
+def _classes(recipe: Recipe) -> None:
+    data, architecture = recipe.data, recipe.architecture
     names = data.class_names
     listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     reason = f"{len(names)} in {data.name}: {listed}"
@@ -265,7 +279,8 @@ GN_EVERYWHERE = {
 }
 
 
-def _model(recipe: Recipe, machine: Machine, weights: str, architecture: Architecture | None) -> None:
+def _model(recipe: Recipe, weights: str) -> None:
+    machine, architecture = recipe.machine, recipe.architecture
     if architecture is not None:
         keys: dict[str, Any] = {"MODEL.WEIGHTS": weights}
         if not architecture.is_detector and architecture.norm == "GN":
@@ -297,14 +312,15 @@ def _model(recipe: Recipe, machine: Machine, weights: str, architecture: Archite
     recipe.choose("model", reason, {"MODEL.RESNETS.DEPTH": depth})
 
 
-def _batch(recipe: Recipe, machine: Machine) -> None:
-    keys = {"SOLVER.IMS_PER_BATCH": BATCH * machine.processes}
-    every = f"for each of {machine.processes} processes" if machine.processes > 1 else "at a time"
-    recipe.choose("batch", f"{BATCH} images {every}", keys)
+def _batch(recipe: Recipe) -> None:
+    count = recipe.machine.processes
+    every = f"for each of {count} processes" if count > 1 else "at a time"
+    recipe.choose("batch", f"{BATCH} images {every}", {"SOLVER.IMS_PER_BATCH": BATCH * count})
 
 
-def _image_size(recipe: Recipe, data: Survey, machine: Machine) -> None:
+def _image_size(recipe: Recipe) -> None:
     """Choose the shorter side for the objects and the time, within the memory."""
+    data, machine = recipe.data, recipe.machine
     natural, depth = data.short_edge, recipe.keys["MODEL.RESNETS.DEPTH"]
     elongation = min(max(data.elongation, 1.25), 2.0)
     if machine.on_gpu:
@@ -335,11 +351,12 @@ def _image_size(recipe: Recipe, data: Survey, machine: Machine) -> None:
     recipe.choose("image size", f"shorter side {natural} in the files; {reason}", keys)
 
 
-def _anchors(recipe: Recipe, data: Survey, architecture: Architecture | None) -> None:
+def _anchors(recipe: Recipe) -> None:
     """Choose sizes and aspect ratios by the share of objects with a near anchor.
 
     Their numbers stay, so that a trained RPN fits.
     """
+    architecture = recipe.architecture
     known = architecture.keys if architecture is not None else {}
     sizes_key, ratios_key = "MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"
     known_sizes, usual_ratios = known.get(sizes_key), tuple(known.get(ratios_key, [DEFAULT_RATIOS])[0])
@@ -347,8 +364,7 @@ def _anchors(recipe: Recipe, data: Survey, architecture: Architecture | None) ->
         keys = {key: recipe.given[key] for key in (sizes_key, ratios_key) if key in recipe.given}
         recipe.choose("anchors", "", keys)
         return
-    test = recipe.keys["INPUT.MIN_SIZE_TEST"], recipe.keys["INPUT.MAX_SIZE_TEST"]
-    boxes = data.resized_boxes(*test)
+    boxes = recipe.data.resized_boxes(recipe.keys["INPUT.MIN_SIZE_TEST"], recipe.keys["INPUT.MAX_SIZE_TEST"])
     pyramid = recipe.base == BASE_FPN
     strides = [4, 8, 16, 32, 64] if pyramid else [16]
 
@@ -392,51 +408,45 @@ def _ratios_of(boxes: np.ndarray) -> list[tuple[float, ...]]:
     return [(0.33, 1.0, 3.0), tuple(round(float(ratio), 2) for ratio in own)]
 
 
-def _solver(recipe: Recipe, data: Survey, machine: Machine, architecture: Architecture | None) -> None:
+def _solver(recipe: Recipe) -> None:
     """Choose the learning rate by the batch and the iterations by the data.
 
     Half a cosine ends well at any length.
     """
-    batch, images = recipe.keys["SOLVER.IMS_PER_BATCH"], len(data.images)
-    scratch = architecture is None
-    if not machine.on_gpu:
-        epochs, least, most = (6, 900, 4000) if scratch else (4, 400, 1000)
-    elif scratch:
+    batch, images = recipe.keys["SOLVER.IMS_PER_BATCH"], len(recipe.data.images)
+    on_gpu, architecture = recipe.machine.on_gpu, recipe.architecture
+    if not on_gpu:
+        epochs, least, most = (6, 900, 4000) if architecture is None else (4, 400, 1000)
+    elif architecture is None:
         epochs, least, most = 72, 20_000, 270_000 * 16
+    elif architecture.is_detector:
+        epochs, least, most = 12, 3000, 90_000 * 16
     else:
-        assert architecture is not None
-        epochs, least, most = (
-            (12, 3000, 90_000 * 16) if architecture.is_detector else (24, 8000, 180_000 * 16)
-        )
+        epochs, least, most = 24, 8000, 180_000 * 16
     seen = min(max(epochs * images, least), most)
-    iterations = max(1, round(seen / batch))
-    reason = f"{seen / images:.0f} passes over {images} images, {'CPU' if not machine.on_gpu else 'GPU'}"
-    recipe.choose("schedule", reason, {"SOLVER.MAX_ITER": iterations})
+    reason = f"{seen / images:.0f} passes over {images} images, {'GPU' if on_gpu else 'CPU'}"
+    recipe.choose("schedule", reason, {"SOLVER.MAX_ITER": max(1, round(seen / batch))})
     iterations = recipe.keys["SOLVER.MAX_ITER"]
-    keys = {"SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR", "SOLVER.STEPS": []}
-    keys["SOLVER.WARMUP_ITERS"] = min(1000, max(1, iterations // 10))
-    recipe.set(keys)
-    small = scratch and not machine.on_gpu
+    recipe.set({"SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR", "SOLVER.STEPS": []})
+    recipe.set({"SOLVER.WARMUP_ITERS": min(1000, max(1, iterations // 10))})
+    small = architecture is None and not on_gpu
     rate = 0.005 if small else 0.02 / 16
     reason = f"{rate:g} for each image of the batch, with warm-up and half a cosine"
     recipe.choose("learning rate", reason, {"SOLVER.BASE_LR": rate * batch})
     recipe.set({"SOLVER.CLIP_GRADIENTS.ENABLED": small})
 
 
-def _housekeeping(recipe: Recipe, data: Survey, machine: Machine, has_val: bool) -> None:
+def _housekeeping(recipe: Recipe, has_val: bool) -> None:
     iterations = recipe.keys["SOLVER.MAX_ITER"]
     third = max(1, -(-iterations // 3))
     keys = {"SOLVER.CHECKPOINT_PERIOD": third, "CHECKPOINT.KEEP": 2}
+    reason = "none: without --val-json nobody will know how good the model is"
     if has_val:
         keys["TEST.EVAL_PERIOD"] = third
-        recipe.choose(
-            "evaluation", f"{-(-iterations // third)} times; the best is kept as model_best.pth", keys
-        )
-    else:
-        reason = "none: without --val-json nobody will know how good the model is"
-        recipe.choose("evaluation", reason, keys)
-    workers = min(4, machine.cores - 1) if machine.on_gpu else 0
-    recipe.set({"DATALOADER.NUM_WORKERS": workers})
+        reason = f"{-(-iterations // third)} times; the best is kept as model_best.pth"
+    recipe.choose("evaluation", reason, keys)
+    data, machine = recipe.data, recipe.machine
+    recipe.set({"DATALOADER.NUM_WORKERS": min(4, machine.cores - 1) if machine.on_gpu else 0})
     if data.most_objects > 100:
         many = math.ceil(data.most_objects * 1.2 / 100) * 100
         reason = f"up to {data.most_objects} objects in an image (COCO's AP counts the best 100)"
@@ -448,25 +458,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-@dataclass(frozen=True)
-class ChosenConfig:
-    """A config for data that have none; ``str`` gives each choice with its reason, one a line."""
-
-    cfg: Config
-    recipe: Recipe
-    images: int
-    objects: int
-    machine: Machine
-
-    @property
-    def reasons(self) -> dict[str, str]:
-        """Return the reason of each choice by its topic, such as ``"anchors"``."""
-        return {choice.topic: choice.reason for choice in self.recipe.choices}
-
-    def __str__(self) -> str:
-        return f"chosen for {self.images} images, {self.objects} objects and {self.machine}:\n{self.recipe}"
-
-
 def choose_config(
     train_json: str | Path,
     train_images: str | Path,
@@ -475,10 +466,10 @@ def choose_config(
     has_val: bool = True,
     num_gpus: int = 1,
     num_machines: int = 1,
-) -> ChosenConfig:
+) -> tuple[Config, Recipe]:
     """Choose a config for a COCO dataset, this machine and the weights in ``overrides``.
 
-    The datasets are not in it yet, see :func:`with_datasets`.
+    The datasets are not in it yet, see :func:`with_datasets`; the recipe holds the reasons.
 
     Args:
         train_json: COCO annotations.
@@ -513,7 +504,7 @@ def choose_config(
         cfg = cfg.replace(implied)
         if implied:
             recipe.choose("input", "what the weights were trained with", implied)
-    return ChosenConfig(cfg, recipe, len(data.images), len(data.boxes), machine)
+    return cfg, recipe
 
 
 def with_datasets(cfg: Config, train: tuple[str, str] | None, val: tuple[str, str] | None) -> Config:
