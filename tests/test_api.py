@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -347,3 +348,18 @@ def test_public_folders_are_there_after_one_light_import() -> None:
         "assert callable(gn_detect.finetune) and callable(gn_detect.train)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_page_speaks_of_names_that_exist(repository: Path) -> None:
+    text = (repository / "docs" / "python.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        compile(block, "docs/python.md", "exec")
+    for name in re.findall(r"gn_detect\.([\w.]+\w)", text):
+        found: Any = gn_detect
+        for part in name.split("."):
+            found = getattr(found, part)
+    for name in re.findall(r"found\.(\w+)|sure\.(\w+)", text):
+        names = {*vars(ImageDetections), *ImageDetections.__dataclass_fields__}
+        assert set(filter(None, name)) <= names
