@@ -12,9 +12,10 @@ from ..data.coco.reader import load_coco
 from ..distributed import launch
 from ..engine.autoconfig import with_datasets
 from ..engine.checkpoint import read_last_checkpoint
-from ..engine.pretrained import names_weights, read_pretrained
+from ..engine.pretrained import read_pretrained
 from ..errors import UserError
 from ..weights import Checkpoint, as_command_line, implied_keys, read_checkpoint
+from .inputs import names_weights
 from .own_data import choose_config
 
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"

@@ -100,7 +100,8 @@ class Survey:
         """Return (A, 4) ``xyxy`` after the resize of ``INPUT.MIN_SIZE_*`` and ``MAX_SIZE_*``."""
         new = np.array([shortest_edge_size(h, w, length, max_size) for h, w in self.images.tolist()])
         scale = (new / self.images)[self.image_of]  # of height, of width
-        return self.boxes * scale[:, [1, 0, 1, 0]]
+        boxes: np.ndarray = self.boxes * scale[:, [1, 0, 1, 0]]
+        return boxes
 
 
 def survey(source: DatasetSource, masks: bool | None = None) -> Survey:
@@ -129,8 +130,8 @@ def survey(source: DatasetSource, masks: bool | None = None) -> Survey:
 
 def sizes_of(boxes: np.ndarray) -> np.ndarray:
     """Return (A,) square roots of the areas of (A, 4) ``xyxy`` boxes."""
-    sides: np.ndarray = boxes[:, 2:] - boxes[:, :2]
-    return np.sqrt(sides.prod(axis=1))
+    sizes: np.ndarray = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
+    return sizes
 
 
 def best_anchor_iou(

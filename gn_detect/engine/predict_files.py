@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -277,19 +277,13 @@ def default_workers() -> int:
     return max(1, min(8, cores - 1))
 
 
-@contextmanager
-def reading_threads(workers: int) -> Iterator[Executor | None]:
-    """Yield threads that read files, as decoders release the interpreter; None for no workers."""
-    if workers < 1:
-        yield None
-        return
-    with _closing(ThreadPoolExecutor(workers, "read")) as pool:
-        yield pool
+def reading_threads(workers: int) -> AbstractContextManager[Executor | None]:
+    """Return threads that read files, as decoders release the interpreter; None for no workers."""
+    return _closing(ThreadPoolExecutor(workers, "read") if workers > 0 else None)
 
 
-@contextmanager
-def drawing_processes(workers: int, pictures: int) -> Iterator[Executor | None]:
-    """Yield processes that draw, as threads of Python code would slow down the model; None for no workers.
+def drawing_processes(workers: int, pictures: int) -> AbstractContextManager[Executor | None]:
+    """Return processes that draw, as threads of Python code would slow down the model; None for no workers.
 
     Args:
         workers: the most processes.
@@ -297,22 +291,20 @@ def drawing_processes(workers: int, pictures: int) -> Iterator[Executor | None]:
     """
     count = min(workers, pictures // _IMAGES_PER_PROCESS)
     if workers < 1:
-        yield None
-        return
+        return _closing(None)
     # Not forked: the model's threads hold locks that would stay locked in a copy.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, spawn) if count else ThreadPoolExecutor(1, "draw")
-    with _closing(pool):
-        yield pool
+    return _closing(ProcessPoolExecutor(count, spawn) if count else ThreadPoolExecutor(1, "draw"))
 
 
 @contextmanager
-def _closing(pool: Executor) -> Iterator[Executor]:
+def _closing(pool: Executor | None) -> Iterator[Executor | None]:
     """Drop the waiting work when an error, or Ctrl-C, ends the block."""
     try:
         yield pool
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def in_order(

@@ -9,10 +9,11 @@ from typing import Any
 
 from ..config import Config, load_config, read_overrides, without_paths
 from ..config.load import parse_config
+from ..config.paths import CONFIG
 from ..errors import UserError
 from ..weights import Checkpoint, implied_keys, read_architecture, read_checkpoint, translate
 from ..weights.zoo import ZOO, entry_of, read_catalog
-from .checkpoint import BEST, CONFIG, FINAL, read_last_checkpoint
+from .checkpoint import BEST, FINAL, read_last_checkpoint
 
 BASE_FPN, BASE_C4 = "Base-RCNN-FPN.yaml", "Base-RCNN-C4.yaml"
 
@@ -61,15 +62,6 @@ def config_of(checkpoint: Checkpoint) -> Config:
             if inside is None or without_paths(around) == inside:
                 return around
     return _implied_config(checkpoint) if inside is None else inside
-
-
-def names_weights(text: str) -> bool:
-    """Return whether a word of a command line names a checkpoint, a run's folder or a model of the zoo."""
-    path = Path(text)
-    if path.is_dir():
-        return (path / CONFIG).is_file()
-    is_file = path.suffix in (".pth", ".pt", ".pkl", ".safetensors", ".npz")
-    return is_file or text.startswith(ZOO) or (not path.exists() and text in read_catalog())
 
 
 def as_pairs(keys: Mapping[str, Any]) -> list[str]:

@@ -69,19 +69,23 @@ def test_eval_needs_only_weights_and_data(
     data = ["--val-json", str(case.val), "--val-images", str(case.val.parent / "images")]
     results = []
     for words in (["--config-file", str(case.config), "--weights", str(weights)], [str(weights)]):
-        assert main(["eval", *words, "--json", *data, "OUTPUT_DIR", "found"]) == 0
+        assert main(["eval", *words, "--json", *data, "OUTPUT_DIR", "output"]) == 0
         results.append(json.loads(capsys.readouterr().out))
     assert results[0] == results[1] and set(results[0]["results"]) == {"bbox", "segm"}
 
 
 def test_eval_of_a_checkpoint_in_its_run_needs_no_flags(
-    case: Case, weights: Path, capsys: pytest.CaptureFixture[str]
+    case: Case, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    case.output.mkdir()
-    shutil.copy(case.config, case.output / "config.yaml")
-    shutil.copy(weights, case.output / "model_best.pth")
-    assert main(["eval", str(case.output / "model_best.pth"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["output_dir"] == str(case.output)
+    folder = case.output.with_name("output")  # also the name that other tools have for OUTPUT_DIR
+    folder.mkdir()
+    text = case.config.read_text()
+    (folder / "config.yaml").write_text(text.replace(str(case.output), str(folder)))
+    shutil.copy(weights, folder / "model_best.pth")
+    monkeypatch.chdir(folder.parent)
+    for words in (["output/model_best.pth"], ["output", "TEST.DETECTIONS_PER_IMAGE", "5"]):
+        assert main(["eval", *words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["output_dir"] == str(folder)
 
 
 def test_export_needs_only_weights(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
