@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -33,8 +33,8 @@ class FineTuned:
     """
 
     folder: Path
-    config: Config
-    reasons: dict[str, str]
+    config: Config = field(repr=False)
+    reasons: dict[str, str] = field(repr=False)
     results: Results
 
     @cached_property

@@ -72,8 +72,8 @@ class Detections:
         return len(self.scores)
 
     def __getitem__(self, index: Tensor | np.ndarray | slice | Sequence[int] | int) -> Self:
-        if isinstance(index, int):
-            index = [index]
+        if isinstance(index, int | np.integer):
+            index = [int(index)]
         return self._with_each(lambda tensor: tensor[index])
 
     def __repr__(self) -> str:

@@ -116,6 +116,9 @@ def test_a_picture_of_floats_is_refused(predictor: gn_detect.Predictor) -> None:
 def test_objects_are_chosen_by_mask_slice_and_position(found: ImageDetections) -> None:
     high = found[found.scores >= found.scores[1]]
     assert same(high, found[:2]) and same(high, found[[0, 1]]) and same(found[1], found[1:2])
+    assert same(found[np.int64(1)], found[1:2]) and same(
+        high, found[(found.scores >= high.scores[1]).numpy()]
+    )
     assert same(high, found[np.array([0, 1])]) and same(high, found[torch.tensor([0, 1])])
     assert high.image is found.image and high.class_names == ["square", "bar"]
     assert len(found[:0]) == 0 == len(found[[]]) and len(list(found)) == len(found)
@@ -217,6 +220,9 @@ def test_the_paths_of_the_run_are_kept_where_its_config_is_that_of_the_file(
     copy_of(path, tmp_path / "b.pth", config=other)
     found = gn_detect.Predictor.from_pretrained(tmp_path / "b.pth").cfg
     assert found.test.detections_per_image == 3
+    gpu = dump_config(without_paths(cfg.replace({"MODEL.DEVICE": "cuda:7"})))
+    copy_of(path, tmp_path / "gpu.pth", config=gpu)
+    assert gn_detect.Predictor.from_pretrained(tmp_path / "gpu.pth").cfg.model.device == "auto"
     (tmp_path / "config.yaml").write_text("UNKNOWN: 1")
     assert gn_detect.Predictor.from_pretrained(path).cfg.datasets != cfg.datasets
     copy_of(folder / "model_best.pth", tmp_path / "c.pth")

@@ -34,11 +34,11 @@ def read_pretrained(source: str | Path, overrides: Sequence[str] = ()) -> tuple[
     weights = _find_weights(source)
     checkpoint = read_checkpoint(weights)
     entry = entry_of(weights)
-    if entry is None:
-        cfg = config_of(checkpoint)
-    else:
-        cfg = load_config(entry.config, entry.overrides)
-    return cfg.replace({**read_overrides(overrides), "MODEL.WEIGHTS": weights}), checkpoint
+    cfg = config_of(checkpoint) if entry is None else load_config(entry.config, entry.overrides)
+    # The GPU of the training's machine may not be here.
+    device = "auto" if cfg.model.device.startswith("cuda") else cfg.model.device
+    keys = {"MODEL.DEVICE": device, **read_overrides(overrides), "MODEL.WEIGHTS": weights}
+    return cfg.replace(keys), checkpoint
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
