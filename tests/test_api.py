@@ -230,12 +230,15 @@ def test_the_paths_of_the_run_are_kept_where_its_config_is_that_of_the_file(
         gn_detect.Predictor.from_pretrained(tmp_path / "c.pth")
 
 
-def test_tensors_imply_a_config_where_nothing_holds_one(folder: Path, tmp_path: Path) -> None:
+def test_tensors_imply_a_config_where_nothing_holds_one(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = copy_of(folder / "model_best.pth", tmp_path / "alone.pth")
     predictor = gn_detect.Predictor.from_pretrained(path, {"MODEL.DEVICE": "cpu"})
     model = predictor.cfg.model
     assert model.roi_heads.num_classes == 2 and model.mask_on and model.gn.num_groups == 4
-    assert model.resnets.depth == 18 and model.fpn.out_channels == 16
+    assert model.resnets.depth == 18 and model.fpn.out_channels == 16 and not model.resnets.stride_in_1x1
+    assert "alone.pth holds no config: the network comes from its tensors" in caplog.text
     assert len(predictor(folder / "photo.png").class_names) == 2
 
 

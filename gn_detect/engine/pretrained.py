@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..weights.zoo import ZOO, entry_of, read_catalog
 from .checkpoint import BEST, FINAL, read_last_checkpoint
 
 BASE_FPN, BASE_C4 = "Base-RCNN-FPN.yaml", "Base-RCNN-C4.yaml"
+
+logger = logging.getLogger(__name__)
 
 
 def read_pretrained(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Checkpoint]:
@@ -66,11 +69,10 @@ def config_of(checkpoint: Checkpoint) -> Config:
 
 def as_pairs(keys: Mapping[str, Any]) -> list[str]:
     """Return ``KEY VALUE`` texts, as a command line has them."""
-    return [text for key, value in keys.items() for text in (key, _as_text(value))]
-
-
-def _as_text(value: Any) -> str:
-    return os.fspath(value) if isinstance(value, str | os.PathLike) else repr(value)
+    pairs = []
+    for key, value in keys.items():
+        pairs += [key, os.fspath(value) if isinstance(value, str | os.PathLike) else repr(value)]
+    return pairs
 
 
 def _find_weights(source: str | Path) -> str:
@@ -106,6 +108,13 @@ def _implied_config(checkpoint: Checkpoint) -> Config:
     scores = translate(checkpoint).tensors.get("roi_heads.box_predictor.cls_score.weight")
     if scores is not None:
         keys["MODEL.ROI_HEADS.NUM_CLASSES"] = len(scores) - 1  # the background is the last
+    if architecture.norm == "GN":
+        keys["MODEL.RESNETS.STRIDE_IN_1X1"] = False  # as in all published GN models
+    logger.warning(
+        "%s holds no config: the network comes from its tensors; image sizes, thresholds and anchors that it "
+        "does not name are detectron2's; if they were others, give its config (--config-file)",
+        checkpoint.path,
+    )
     base = BASE_FPN if "MODEL.FPN.OUT_CHANNELS" in keys else BASE_C4
     cfg = load_config(base).replace(keys)
     return cfg.replace(implied_keys(cfg, checkpoint))
