@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -91,12 +90,6 @@ class MaskRCNN(nn.Module):
     def has_masks(self) -> bool:
         """Whether the model predicts masks."""
         return self.roi_heads.mask_head is not None
-
-    @overload
-    def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]: ...
-
-    @overload
-    def forward(self, images: Sequence[Tensor], targets: None = None) -> list[Detections]: ...
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
