@@ -1,6 +1,6 @@
 """Mask R-CNN with Group Normalization: training, evaluation, conversion and detectron2's checkpoints.
 
-The names below are loaded when they are first used, so that importing one part does not import all.
+``import gn_detect`` is light: names and folders are loaded when they are used first.
 """
 
 from __future__ import annotations
@@ -9,60 +9,61 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import convert, data, evaluation, layers, modeling, ops, weights
+    from . import (
+        bench,
+        config,
+        convert,
+        data,
+        distributed,
+        engine,
+        errors,
+        evaluation,
+        export,
+        interop,
+        layers,
+        modeling,
+        ops,
+        report,
+        structures,
+        visualize,
+        weights,
+    )
     from .config import Config, load_config
     from .convert import calibrate, convert_norm
     from .engine import Predictor, evaluate, train
     from .errors import UserError
+    from .finetuning import FineTuned, finetune
     from .layers import GroupNorm, fuse
     from .modeling import build_model
+    from .structures import Detections
     from .weights import load_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Config",
-    "GroupNorm",
-    "Predictor",
-    "UserError",
-    "__version__",
-    "build_model",
-    "calibrate",
-    "convert",
-    "convert_norm",
-    "data",
-    "evaluate",
-    "evaluation",
-    "fuse",
-    "layers",
-    "load_config",
-    "load_weights",
-    "modeling",
-    "ops",
-    "train",
-    "weights",
-]
+    "Config", "Detections", "FineTuned", "GroupNorm", "Predictor", "UserError", "__version__", "bench",
+    "build_model", "calibrate", "config", "convert", "convert_norm", "data", "distributed", "engine",
+    "errors", "evaluate", "evaluation", "export", "finetune", "fuse", "interop", "layers", "load_config",
+    "load_weights", "modeling", "ops", "report", "structures", "train", "visualize", "weights",
+]  # fmt: skip
 
-_HOME = {
-    "Config": "config",
-    "GroupNorm": "layers",
-    "Predictor": "engine",
-    "UserError": "errors",
-    "build_model": "modeling",
-    "calibrate": "convert",
-    "convert_norm": "convert",
-    "evaluate": "engine",
-    "fuse": "layers",
-    "load_config": "config",
-    "load_weights": "weights",
-    "train": "engine",
+_NAMES = {
+    "config": "Config load_config",
+    "convert": "calibrate convert_norm",
+    "engine": "Predictor evaluate train",
+    "errors": "UserError",
+    "finetuning": "FineTuned finetune",
+    "layers": "GroupNorm fuse",
+    "modeling": "build_model",
+    "structures": "Detections",
+    "weights": "load_weights",
 }
-"""The module of each public name."""
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     if name in __all__:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

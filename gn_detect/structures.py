@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_MOST_SHOWN = 8  # classes in a repr
 
 PolygonMask = list[np.ndarray]
 """One object as polygons: each array is (2K,) float64, ``x0, y0, x1, y1, ...`` in absolute pixels."""
@@ -43,9 +49,11 @@ class Target:
         )
 
 
-@dataclass
+@dataclass(repr=False)
 class Detections:
-    """What was found in one image, in the pixels of the original file.
+    """Objects that a model found in one image, in the pixels of the original file.
+
+    ``found[found.scores > 0.5]`` chooses objects by a bool mask, a slice, positions or one position.
 
     Attributes:
         boxes: (N, 4) float32, ``xyxy``, absolute pixels, inside the image.
@@ -63,14 +71,39 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def __getitem__(self, index: Tensor | slice) -> Detections:
-        masks = None if self.masks is None else self.masks[index]
-        return Detections(self.boxes[index], self.scores[index], self.labels[index], masks)
+    def __getitem__(self, index: Tensor | np.ndarray | slice | Sequence[int] | int) -> Self:
+        if isinstance(index, int | np.integer):
+            index = [int(index)]
+        return self._with_each(lambda tensor: tensor[index])
 
-    def to(self, device: torch.device | str) -> Detections:
-        """The same detections on ``device``."""
-        masks = None if self.masks is None else self.masks.to(device)
-        return Detections(self.boxes.to(device), self.scores.to(device), self.labels.to(device), masks)
+    def __repr__(self) -> str:
+        counts = torch.bincount(self.labels.cpu()).tolist() if len(self) else []
+        parts = [f"{count} {self._name_of(label)}" for label, count in enumerate(counts) if count]
+        shown = ", ".join(parts[:_MOST_SHOWN]) + (", ..." if len(parts) > _MOST_SHOWN else "")
+        objects = f"{len(self)} object{'' if len(self) == 1 else 's'}"
+        return f"{type(self).__name__}({objects}{': ' * bool(parts)}{shown})"
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same detections on ``device``."""
+        return self._with_each(lambda tensor: tensor.to(device))
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        masks = None if self.masks is None else change(self.masks)
+        tensors = {"boxes": change(self.boxes), "scores": change(self.scores), "labels": change(self.labels)}
+        return replace(self, **tensors, masks=masks)
+
+    def _name_of(self, label: int) -> str:
+        return f"of class {label}"
+
+
+class Results(TypedDict, total=False):
+    """AP on one test set, in percent: ``results["bbox"]["AP"]``, ``["AP50"]``, ``["AP-<category>"]``, ...
+
+    ``segm`` is missing for a model without masks. A value that COCO does not define for the data is nan.
+    """
+
+    bbox: dict[str, float]
+    segm: dict[str, float]
 
 
 @dataclass

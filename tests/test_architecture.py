@@ -39,11 +39,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": LOWER | {"data", "evaluation", "visualize"},
     "export": LOWER | {"data", "evaluation", "visualize", "engine"},
     "bench": LOWER | {"data", "engine"},
-    "report": LOWER | {"data", "evaluation", "visualize", "engine", "__init__"},
+    "report": LOWER | {"data", "evaluation", "visualize", "engine"},
+    "finetuning": LOWER | {"data", "evaluation", "visualize", "engine", "report"},
     "cli": LOWER
     | {"data", "evaluation", "visualize", "engine", "export", "bench", "interop", "report", "__init__"},
     "__main__": {"cli"},
-    "__init__": LOWER | {"data", "evaluation", "visualize", "engine", "export"},
+    "__init__": LOWER
+    | {"data", "evaluation", "visualize", "engine", "export", "interop", "report", "bench", "finetuning"},
 }
 """For each file or folder of the package, what else of the package it may import (itself always)."""
 

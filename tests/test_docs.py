@@ -29,7 +29,7 @@ PARSED_ONLY = {
     r"zoo://|zoo (list|info|download|verify)|DEFAULT|https://": "needs the network",
     r"--num-gpus [2-9]|bench norm": "is for a GPU",
     r"bench train": "times a whole model",
-    r"gn-detect export|--model model": "takes a minute, and tests/cli/test_export.py does it",
+    r"gn-detect export|predict model.onnx": "takes a minute, and tests/cli/test_export.py does it",
     r"convert .*--images": "takes long; tests/cli/test_convert.py and the line with calibrate run it",
     r"(GN|quick)/[\w.]+yaml": "trains a whole model, or generates 500 pictures",
     r"python tools/|mmdetection\.pth|torchvision\.pth": "the same command, or another library's file",

@@ -14,6 +14,7 @@ from .options import (
     add_fix_argument,
     add_weights_argument,
     read_config_file,
+    take_checkpoint,
     take_weights,
 )
 from .output import Result
@@ -21,14 +22,15 @@ from .output import Result
 HELP = "Export a trained detector as ONNX or as a program of PyTorch."
 
 EXAMPLES = """
-gn-detect export --config-file runs/one/config.yaml --weights runs/one/model_best.pth --output model.onnx
-gn-detect export --config-file runs/one/config.yaml --weights model.pth --output model.pt2 --check images
-gn-detect predict --model model.onnx images
+gn-detect export runs/one/model_best.pth --output model.onnx
+gn-detect export model.pth --output model.pt2 --check images
+gn-detect export --config-file runs/one/config.yaml --weights weights.pkl --output model.onnx
+gn-detect predict model.onnx images
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags."""
     parser.add_argument(
         "--output", metavar="FILE", default="model.onnx", help="model.onnx, or model.pt2 for torch.export"
     )
@@ -44,11 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Write the file; 1 if its detections differ."""
+    """Write the file; the status is 1 if its detections differ."""
     path = check_target(args.output)
-    checked, keys = split_overrides(args.check or [])  # argparse gives KEY VALUE behind --check to it
+    checked, keys = split_overrides(args.check or [])  # argparse takes KEY VALUE after --check as its images
     images = find_images(checked) if checked else []
-    args.overrides = keys + args.overrides
+    args.overrides = keys + take_checkpoint(args, args.overrides)
     take_weights(args)
     cfg = read_config_file(args).replace({"MODEL.DEVICE": "cpu"})
     predictor = Predictor(cfg)

@@ -7,12 +7,27 @@ import re
 from pathlib import Path
 
 from ..config.load import known_keys
+from ..config.paths import CONFIG
 from ..data.video import VIDEO_SUFFIXES
 from ..errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
+
+
+def names_weights(text: str) -> bool:
+    """Return whether a word is a checkpoint, a run's folder or a name of the model zoo."""
+    path = Path(text)
+    if path.is_dir():
+        return (path / CONFIG).is_file()
+    if text.endswith((".pth", ".pt", ".pkl", ".safetensors", ".npz")) or text.startswith("zoo://"):
+        return True
+    if not re.fullmatch(r"[\w.]+(-[\w.]+)+", text) or path.exists():
+        return False
+    from ..weights.zoo import read_catalog
+
+    return text in read_catalog()
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

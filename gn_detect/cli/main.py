@@ -33,6 +33,7 @@ from . import (
     train,
     zoo,
 )
+from .inputs import names_weights
 from .output import Result, add_output_arguments, directed, print_json, printable_output
 from .parser import HelpFormatter, Parser, check_flags, check_keys
 
@@ -126,7 +127,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         getattr(args, lists[0]).extend(rest)
     if not (args.command == "config" and args.overrides[:1] == ["explain"]):
-        check_keys(getattr(args, "overrides", []))
+        keys = getattr(args, "overrides", [])
+        has_checkpoint = args.command in ("eval", "export") and keys and names_weights(keys[0])
+        check_keys(keys[1:] if has_checkpoint else keys)
     return args
 
 

@@ -10,9 +10,12 @@ from typing import Any
 from ..config import Config, load_config
 from ..data.coco.reader import load_coco
 from ..distributed import launch
+from ..engine.autoconfig import with_datasets
 from ..engine.checkpoint import read_last_checkpoint
+from ..engine.pretrained import read_pretrained
 from ..errors import UserError
 from ..weights import Checkpoint, as_command_line, implied_keys, read_checkpoint
+from .inputs import names_weights
 from .own_data import choose_config
 
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
@@ -90,6 +93,14 @@ def take_weights(args: argparse.Namespace) -> None:
         args.overrides = ["MODEL.WEIGHTS", args.weights, *args.overrides]
 
 
+def take_checkpoint(args: argparse.Namespace, words: list[str]) -> list[str]:
+    """Make a checkpoint that stands first in ``words`` the ``--weights``; return the other words."""
+    if args.weights or not words or not names_weights(words[0]):
+        return words
+    args.weights = words[0]
+    return words[1:]
+
+
 def check_threshold(value: float) -> None:
     """Refuse a ``--threshold`` that is no score.
 
@@ -128,34 +139,33 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def read_config_file(args: argparse.Namespace) -> Config:
-    """The config of ``--config-file`` and ``KEY VALUE``, with ``--fix-config``.
+    """Return the config of ``--config-file`` or of the weights, with ``KEY VALUE`` and ``--fix-config``.
 
     Raises:
-        UserError: there is no config file, or something in it or in the keys is wrong.
+        UserError: there is neither, or something in them or in the keys is wrong.
     """
-    if not args.config_file:
-        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
-    cfg = load_config(args.config_file, args.overrides)
+    weights = dict(zip(args.overrides[::2], args.overrides[1::2], strict=False)).get("MODEL.WEIGHTS")
+    if args.config_file:
+        cfg = load_config(args.config_file, args.overrides)
+    elif weights:
+        cfg, _ = read_pretrained(weights, args.overrides)
+    else:
+        raise UserError(
+            "no config: add --config-file FILE, such as the config.yaml of the training run, or a checkpoint "
+            "that holds its config, as gn-detect's do"
+        )
     return fix_config(cfg, cfg.model.weights) if args.fix_config and cfg.model.weights else cfg
 
 
 def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
     """``--train-json`` and the like registered as datasets ``train`` and ``val``."""
-    given = {part: _pair(args, part) for part in ("train", "val")}
-    if given["train"] is None and given["val"] is None:
+    train, val = _pair(args, "train"), _pair(args, "val")
+    if train is None and val is None:
         return cfg
-    changes: dict[str, Any] = {}
-    entries: dict[str, Any] = dict(cfg.datasets.registered)
-    for part, key in (("train", "DATASETS.TRAIN"), ("val", "DATASETS.TEST")):
-        pair = given[part]
-        if pair is not None:
-            entries[part] = {"ANNOTATIONS": pair[0], "IMAGES": pair[1]}
-            changes[key] = [part]
-    if given["val"] is None:
-        changes["DATASETS.TEST"] = []
+    cfg = with_datasets(cfg, train, val)
+    if val is None:
         print("no --val-json: the model will not be evaluated")
-    changes["DATASETS.REGISTER"] = entries
-    decides = given["val"] if args.eval_only else given["train"]  # a test set may list fewer classes
+    decides = val if args.eval_only else train  # a test set may list fewer classes
     if decides is not None and NUM_CLASSES not in args.overrides[::2]:
         found, origin = _count_categories(Path(decides[0])), f"categories in {decides[0]}"
         if args.eval_only and found != cfg.model.roi_heads.num_classes:
@@ -163,9 +173,9 @@ def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
             if checkpoint is not None and checkpoint.metadata.class_names:
                 found, origin = len(checkpoint.metadata.class_names), f"classes of {checkpoint.path}"
         if found and found != cfg.model.roi_heads.num_classes:
-            changes[NUM_CLASSES] = found
+            cfg = cfg.replace({NUM_CLASSES: found})
             print(f"{NUM_CLASSES} set to {found}, the number of {origin}")
-    return cfg.replace(changes)
+    return cfg
 
 
 def _evaluated(cfg: Config, resume: bool) -> Checkpoint | None:

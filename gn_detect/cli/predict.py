@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import os
 import sys
@@ -13,12 +12,12 @@ from typing import Any
 from ..data import list_names, match_names
 from ..engine import Predictor
 from ..engine.evaluator import OTHER_CLASSES
-from ..engine.pipeline import default_workers
-from ..engine.predict_files import AnyPredictor, Outcome, Task, predict_images, predict_video
-from ..engine.predictor import unnamed_classes
+from ..engine.predict_files import Outcome, Task, default_workers, predict_images, predict_video
+from ..engine.predictor import ImagePredictor, unnamed_classes
 from ..errors import UserError
 from ..evaluation import Truth, read_truth
 from ..export import ExportedPredictor
+from ..export.write import SUFFIXES as EXPORTED
 from ..progress import fitted
 from ..text import printable
 from .inputs import find_images, is_video, name_outputs, split_overrides
@@ -28,6 +27,7 @@ from .options import (
     add_weights_argument,
     check_threshold,
     read_config_file,
+    take_checkpoint,
     take_weights,
 )
 from .output import Result
@@ -35,24 +35,22 @@ from .output import Result
 HELP = "Find objects in images and videos with a trained checkpoint."
 
 EXAMPLES = """
-gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth photo.jpg
-gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth --output found \\
-    --threshold 0.7 photos 'more/*.png' TEST.DETECTIONS_PER_IMAGE 300
+gn-detect predict runs/one/model_best.pth photo.jpg
+gn-detect predict runs/one --output found --threshold 0.7 photos 'more/*.png' TEST.DETECTIONS_PER_IMAGE 300
 gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth \\
     --annotations val.json images
-gn-detect predict --model model.onnx clip.mp4
+gn-detect predict model.onnx clip.mp4
 """
 
-UNREADABLE = 1
-"""Exit status when some inputs could not be read; the others are done."""
+UNREADABLE = 1  # exit status when some inputs could not be read; the others are done
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
-    parser.add_argument("--config-file", metavar="FILE", help="the run's config.yaml")
+    """Add the flags and the inputs."""
+    parser.add_argument("--config-file", metavar="FILE", help="config.yaml of a run; weights hold their own")
     add_weights_argument(parser)
     parser.add_argument(
-        "--model", metavar="FILE", help="what gn-detect export wrote, in place of a config and weights"
+        "--model", metavar="FILE", help="a file of gn-detect export, in place of a checkpoint"
     )
     parser.add_argument(
         "--trust", action="store_true", help="run a --model of PyTorch (.pt2), which is a program"
@@ -69,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--annotations",
         metavar="FILE",
-        help="COCO ground truth: it is drawn beside, and gives the image ids of the results; what a folder "
-        "or quoted pattern holds beside its images is left out",
+        help="COCO ground truth: it is drawn next to the detections and gives the image ids of the results; "
+        "other images of a folder or quoted pattern are left out",
     )
     add_other_classes_argument(parser, "with --annotations: take")
     parser.add_argument("--no-pictures", action="store_true", help="write the results of images alone")
@@ -78,25 +76,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="threads that read and processes that draw beside the model; by default the other cores",
+        help="threads that read and processes that draw; by default the cores that the model leaves",
     )
     add_fix_argument(parser)
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="images, videos, folders or patterns, then KEY VALUE ..."
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a checkpoint, unless a flag names one; images, videos, folders or patterns; KEY VALUE ...",
     )
 
 
 def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image, results for all, and a video for each video."""
-    if not args.config_file and not args.model:
-        raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     check_threshold(args.threshold)
     if args.other_classes and not args.annotations:
         raise UserError("--other-classes says how --annotations are read; give them, too")
     texts, overrides = split_overrides(args.inputs)
+    if not args.model and texts and texts[0].endswith(EXPORTED):
+        args.model, *texts = texts
+    elif not args.model and "MODEL.WEIGHTS" not in overrides[::2]:
+        texts = take_checkpoint(args, texts)
     if "OUTPUT_DIR" in overrides[::2]:
         raise UserError("predict writes into the folder of --output, and OUTPUT_DIR has no effect")
-    if args.weights and args.weights.endswith((".onnx", ".pt2")):
+    if args.weights and args.weights.endswith(EXPORTED):
         raise UserError(f"{args.weights} was exported: give it by --model, without --config-file")
     found = find_images(texts, videos=True)
     workers = default_workers() if args.workers is None else args.workers
@@ -110,22 +113,19 @@ def run(args: argparse.Namespace) -> Result:
     tasks = make_tasks([(path, name) for path, name in named if not is_video(path)], output, truth)
     predictor = make_predictor(args, overrides)
     print(predictor.report)
-    of_images: Any = predictor
-    if truth is not None:
-        of_images = copy.copy(predictor)
-        of_images.category_ids = match_categories(predictor, truth, args.other_classes)
+    category_ids = None if truth is None else match_categories(predictor, truth, args.other_classes)
+    settings: dict[str, Any] = {"threshold": args.threshold, "workers": workers}
     outcomes = []
     if tasks:
         pictures = not args.no_pictures
-        outcomes.append(
-            predict_images(
-                of_images, tasks, output, threshold=args.threshold, workers=workers, pictures=pictures
-            )
+        outcome = predict_images(
+            predictor, tasks, output, pictures=pictures, category_ids=category_ids, **settings
         )
-        print(f"{outcomes[0].objects} objects in {outcomes[0].images} images: see {output}")
+        print(f"{outcome.objects} objects in {outcome.images} images: see {output}")
+        outcomes.append(outcome)
     for path, name in named:
         if is_video(path):
-            outcomes.append(predict_one_video(predictor, path, output / name, args.threshold, workers))
+            outcomes.append(predict_one_video(predictor, path, output / name, **settings))
     failures = [failure for outcome in outcomes for failure in outcome.failures]
     if failures:
         print(f"{len(failures)} of {len(paths)} inputs could not be read", file=sys.stderr)
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> Result:
     return Result(value, UNREADABLE if failures else 0)
 
 
-def nothing_found(predictor: AnyPredictor, best: Outcome, threshold: float) -> str:
+def nothing_found(predictor: ImagePredictor, best: Outcome, threshold: float) -> str:
     """Return the message for no object above the threshold: the best score, its image, a remedy."""
     least = predictor.cfg.model.roi_heads.score_thresh_test
     if best.best_score is None:
@@ -158,11 +158,7 @@ def nothing_found(predictor: AnyPredictor, best: Outcome, threshold: float) -> s
 
 
 def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor | ExportedPredictor:
-    """Of ``--model``, or of ``--config-file`` and ``--weights``.
-
-    Raises:
-        UserError: neither or both are given, or something in them is wrong.
-    """
+    """Return the predictor of ``--model``, or of ``--config-file`` and ``--weights``."""
     if args.model:
         given = (
             ["--config-file"] * bool(args.config_file) + ["--weights"] * bool(args.weights) + overrides[:1]
@@ -180,11 +176,7 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
 
 
 def keep_listed(paths: list[Path], texts: list[str], truth: Truth) -> list[Path]:
-    """Leave out what folders and patterns hold beside the images of the ground truth.
-
-    Raises:
-        UserError: nothing is left.
-    """
+    """Leave out images of folders and patterns that the ground truth does not list."""
     named = set(map(Path, texts))
     images = [path for path in paths if not is_video(path)]
     others = {path for path in images if path not in named and not truth.lists(path)}
@@ -196,11 +188,7 @@ def keep_listed(paths: list[Path], texts: list[str], truth: Truth) -> list[Path]
 
 
 def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None) -> list[Task]:
-    """Images numbered from 1, or as the ground truth numbers them.
-
-    Raises:
-        UserError: the ground truth does not list an image, or several are the same of its images.
-    """
+    """Number the images from 1, or as the ground truth does."""
     tasks: list[Task] = []
     by_id: dict[Any, Path] = {}
     for number, (path, name) in enumerate(named, start=1):
@@ -215,16 +203,13 @@ def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None)
     return tasks
 
 
-def match_categories(predictor: AnyPredictor, truth: Truth, other_classes: bool) -> list[int | None]:
+def match_categories(predictor: ImagePredictor, truth: Truth, other_classes: bool) -> list[int | None]:
     """Return the ground truth's category id for each class of the model, None for a class without one.
 
     Args:
-        predictor: classes are matched by name if it knows their names.
+        predictor: matches classes by name if it knows their names.
         truth: may list fewer classes, in another order.
-        other_classes: match by position all the same.
-
-    Raises:
-        UserError: the ground truth has a class that the model does not know.
+        other_classes: match by position in any case.
     """
     names, known = truth.plain_names, list(predictor.class_names)
     if other_classes or known == unnamed_classes(len(known)):
@@ -253,16 +238,13 @@ def match_categories(predictor: AnyPredictor, truth: Truth, other_classes: bool)
 def check_replaces_nothing(
     named: list[tuple[Path, str]], found: list[Path], output: Path, args: argparse.Namespace
 ) -> None:
-    """Refuse to write over what is read.
+    """Refuse to write over an input or another file that is read.
 
     Args:
-        named: inputs, and the names of their pictures or videos.
-        found: these, and what was left out.
-        output: folder of these.
-        args: other files that are read, and whether pictures are written.
-
-    Raises:
-        UserError: an output is one of the inputs.
+        named: inputs and the names of their pictures or videos in ``output``.
+        found: all inputs, also those that are left out.
+        output: folder.
+        args: flags.
     """
     others = [args.annotations, args.config_file, args.model]
     read = set(map(os.path.realpath, [*found, *filter(None, others)]))
@@ -274,12 +256,10 @@ def check_replaces_nothing(
             raise UserError(f"{written} is an input and would be replaced; choose another --output folder")
 
 
-def predict_one_video(
-    predictor: AnyPredictor, path: Path, output: Path, threshold: float, workers: int
-) -> Outcome:
-    """A video that cannot be read is named, and does not stop the others."""
+def predict_one_video(predictor: ImagePredictor, path: Path, output: Path, **settings: Any) -> Outcome:
+    """Predict on a video; one that cannot be read is named and does not stop the others."""
     try:
-        outcome = predict_video(predictor, path, output, threshold=threshold, workers=workers)
+        outcome = predict_video(predictor, path, output, **settings)
     except UserError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return Outcome(failures=[str(error)])

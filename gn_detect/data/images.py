@@ -110,6 +110,17 @@ def read_image(
     return pixels if channel_order == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
 
 
+def image_pixels(image: Image.Image) -> np.ndarray:
+    """Return the (H, W, 3) uint8 RGB pixels of an opened image, upright, as :func:`read_image` reads a file.
+
+    Raises:
+        UserError: the mode has no usual meaning in 8 bits.
+    """
+    orientation = _orientation(image)
+    name = getattr(image, "filename", "") or "(PIL)"
+    return _rgb_pixels(_upright(_loaded(image, name), orientation, None))
+
+
 def _other_size(path: str | Path, found: tuple[int, int], expected: tuple[int, int]) -> DataError:
     return DataError(
         f"image {path} is {found[0]}x{found[1]} (width x height) but the annotations say "

@@ -2,12 +2,14 @@
 
 from .divergence import replay
 from .evaluator import evaluate
+from .image_detections import ImageDetections
 from .optimizer import build_optimizer
 from .predictor import Predictor
 from .schedule import learning_rate_factor
 from .trainer import train
 
 __all__ = [
+    "ImageDetections",
     "Predictor",
     "build_optimizer",
     "evaluate",

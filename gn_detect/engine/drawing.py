@@ -1,32 +1,46 @@
-"""One picture from COCO entries: all that drawing in another process, or from a result file, needs."""
+"""Pictures from COCO entries, of detections, of test images at the end of a run, and its curves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
 from torch import Tensor
 
-from ..evaluation import match_objects
+from ..data import CocoDataset, prepare_image, read_image
+from ..errors import UserError
+from ..evaluation import detections_to_coco, match_objects, read_truth
+from ..modeling import detection_format
+from ..modeling.mask_rcnn import MaskRCNN
+from ..progress import announced
 from ..structures import Detections, Target
-from ..visualize import Crop, crop_mask, draw_comparison, draw_detections
+from ..visualize import Crop, crop_mask, draw_comparison, draw_detections, plot_curves, save_picture
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 Json = dict[str, Any]
+
+THRESHOLD = 0.5  # lowest score in the pictures of test images; gn-detect predict has the same default
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Names and ids of the categories, by contiguous label; None for one without an id in the file."""
+    """Names and ids of the categories by contiguous label; the id is None if the file has none."""
 
     names: Sequence[str]
     category_ids: Sequence[int | None]
 
     def labels(self, entries: Sequence[Json]) -> Tensor:
-        """(N,) int64 labels of COCO entries."""
+        """Return the (N,) int64 labels of COCO entries."""
         position = {category_id: label for label, category_id in enumerate(self.category_ids)}
         return torch.tensor([position[entry["category_id"]] for entry in entries], dtype=torch.int64)
 
@@ -38,17 +52,14 @@ def draw_entries(
     objects: Sequence[Json] | None = None,
     scale: float | None = None,
 ) -> np.ndarray:
-    """Detections on an image, beside its ground truth if that is given.
+    """Return a uint8 RGB picture of detections, next to the ground truth if there is one.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
-        detections: COCO results of the image, those to show.
+        detections: COCO results to show.
         classes: of all entries.
-        objects: COCO annotations of the image, masks as RLE; None where there are none to compare with.
+        objects: COCO annotations of the image, masks as RLE; None without ground truth.
         scale: see :func:`draw_detections`.
-
-    Returns:
-        uint8 RGB.
     """
     boxes, labels = _boxes(detections), classes.labels(detections)
     scores = torch.tensor([entry["score"] for entry in detections])
@@ -68,13 +79,13 @@ def draw_entries(
 
 
 def _boxes(entries: Sequence[Json]) -> Tensor:
-    """(N, 4) ``xyxy`` float32."""
+    """Return (N, 4) ``xyxy`` float32."""
     boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
     return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
 
 
 class _Masks(Sequence[Crop | None]):
-    """Masks of COCO entries, decoded when they are asked for; None for each unless every entry has one."""
+    """Masks of COCO entries, decoded on access; each is None unless every entry has one."""
 
     def __init__(self, entries: Sequence[Json]) -> None:
         self._rles = [entry.get("segmentation") for entry in entries]
@@ -90,3 +101,54 @@ class _Masks(Sequence[Crop | None]):
         left, top, width, height = map(int, coco_mask.toBbox(rle))
         decoded = coco_mask.decode(rle)[top : top + height, left : left + width]
         return crop_mask(np.ascontiguousarray(decoded).view(bool), top, left)
+
+
+def draw_test_images(
+    cfg: Config,
+    model: MaskRCNN,
+    dataset: CocoDataset,
+    folder: Path,
+    show: Callable[[str, np.ndarray], None] | None = None,
+) -> None:
+    """Write ``VIS.NUM_IMAGES`` images, evenly spread over a dataset, as ``<dataset>_<image id>.png``.
+
+    Detections of :data:`THRESHOLD` or more are compared with the ground truth, see
+    :func:`gn_detect.visualize.draw_comparison`.
+
+    Args:
+        cfg: whole config.
+        model: on its device; its mode and memory format are restored.
+        dataset: with ground truth.
+        folder: created if it is missing.
+        show: called with the name and the (H, W, 3) uint8 RGB pixels of each picture.
+    """
+    count = min(cfg.vis.num_images, len(dataset))
+    if count == 0:
+        return
+    truth = read_truth(dataset.annotations_path, "segm" if cfg.model.mask_on else "bbox")
+    classes = Classes(dataset.class_names, dataset.category_ids)
+    training = model.training
+    model.eval()
+    with model.in_memory_format(detection_format(cfg)):
+        chosen = [i * len(dataset) // count for i in range(count)]
+        for index in announced(chosen, f"drawing pictures of {dataset.name}", "picture", logger):
+            record = dataset.images[index]
+            size = record.height, record.width
+            pixels = read_image(record.file_name, "RGB", size)
+            found = model.detect([prepare_image(pixels, cfg)], [size], paste=False)[0]
+            shown = found[: int((found.scores >= THRESHOLD).sum())]  # the best come first
+            entries = detections_to_coco(shown, record.id, dataset.category_ids, size)
+            picture = draw_entries(pixels, entries, classes, truth.objects[record.id])
+            save_picture(folder / f"{dataset.name}_{record.id}.png", picture)
+            if show is not None:
+                show(f"{dataset.name}/{record.id}", picture)
+    model.train(training)
+
+
+def draw_curves(run: Path, picture: Path) -> None:
+    """Draw losses, AP and learning rate of a run's folder; without any yet, log a warning."""
+    logger.info("drawing the curves: %s", picture)
+    try:
+        plot_curves(run / "metrics.jsonl", picture)
+    except UserError as error:
+        logger.warning("no curves: %s", error)

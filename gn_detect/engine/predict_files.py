@@ -1,14 +1,23 @@
-"""Detections of many images, or of a video, as pictures and as COCO results; the model does not wait."""
+"""Detections of many images, or of a video, as pictures and as COCO results.
+
+``in_order(pool, draw, (model(image) for image in in_order(pool, read, paths)))`` is the whole pipeline: the
+caller's thread runs the model, while others read the next images and draw the last ones, in bounded memory.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,70 +31,40 @@ from ..evaluation.model import detection_memory_help
 from ..files import atomic_write, atomic_write_json
 from ..modeling.mask_rcnn import MaskRCNN
 from ..progress import progress_bar
-from ..structures import Detections
 from ..text import printable
 from ..visualize import picture_scale, save_picture
 from .drawing import Classes, draw_entries
-from .pipeline import drawing_processes, in_order, reading_threads
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from .predictor import ImagePredictor
 
+T = TypeVar("T")
+R = TypeVar("R")
 Json = dict[str, Any]
 
-Scores = list[float]
-
-
-class AnyPredictor(Protocol):
-    """What is needed of a predictor; :class:`gn_detect.Predictor` has it."""
-
-    cfg: Config
-    class_names: list[str]
-
-    @property
-    def category_ids(self) -> Sequence[int | None]:
-        """By label, None for a class that is left out of the results."""
-
-    def find(self, image: np.ndarray) -> Detections:
-        """Objects in (H, W, 3) uint8 RGB pixels, in the image's pixels, best first, masks pasted or not."""
+_IMAGES_PER_PROCESS = 16  # a process takes seconds to start, and pays off for so many images
 
 
 @dataclass(frozen=True)
 class Task:
-    """An image to predict on.
-
-    Attributes:
-        path: of the image.
-        image_id: in the results.
-        picture: to write.
-        objects: the image's ground truth, see :func:`draw_entries`; None without.
-        size: (height, width) that the ground truth states, see :func:`gn_detect.data.read_image`.
-    """
+    """An image to predict on."""
 
     path: Path
     image_id: Any
-    picture: Path
-    objects: Sequence[Json] | None = None
-    size: tuple[int, int] | None = None
+    picture: Path  # to write
+    objects: Sequence[Json] | None = None  # ground truth, see draw_entries
+    size: tuple[int, int] | None = None  # (height, width) that the ground truth states, see read_image
 
 
 @dataclass
 class Outcome:
-    """What came of it.
-
-    Attributes:
-        images, objects: how many were predicted on, and found.
-        failures: a message for each image that cannot be read, or not be predicted on, as where the memory
-            of the GPU is too small for it.
-        best_score: the highest of all, also of those below the threshold; None without any.
-        best_input: the image or frame that has it.
-    """
+    """The result of a prediction on many images."""
 
     images: int = 0
     objects: int = 0
-    best_score: float | None = None
-    best_input: str = ""
-    failures: list[str] = field(default_factory=list)
+    best_score: float | None = None  # the highest, also below the threshold; None without any
+    best_input: str = ""  # the image or frame with the best score
+    failures: list[str] = field(default_factory=list)  # a message for each image without a result
 
     def compare(self, score: float | None, name: str) -> None:
         """Keep the highest score of one image or frame if it is the best so far."""
@@ -95,19 +74,23 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Found:
+    """An image with its detections, for a drawing process: masks as RLE, a hundredth of their bitmaps."""
+
     task: Task
-    size: tuple[int, int]
+    pixels: np.ndarray
     entries: list[Json]
+    classes: Classes | None  # None: no picture is wanted
 
 
 def predict_images(
-    predictor: AnyPredictor,
+    predictor: ImagePredictor,
     tasks: Sequence[Task],
     folder: Path,
     *,
     threshold: float = 0.5,
     workers: int = 1,
     pictures: bool = True,
+    category_ids: Sequence[int | None] | None = None,
 ) -> Outcome:
     """Write a picture for each image, and ``predictions.json`` and ``images.json`` for all.
 
@@ -115,26 +98,27 @@ def predict_images(
     images and categories as an annotation file does, so that COCO's tools load both together.
 
     Args:
-        predictor: of the objects.
+        predictor: the model.
         tasks: the images; one that cannot be read is left out and named in the outcome.
-        folder: of both files.
-        threshold: the least score of what is drawn and written.
-        workers: threads that read and processes that draw, beside the model; 0 does all in turn.
-        pictures: without them, only the files are written.
+        folder: gets both files.
+        threshold: the lowest score in pictures and files.
+        workers: threads that read and processes that draw; 0 does all in turn.
+        pictures: False writes only the files.
+        category_ids: by label, in place of the predictor's; detections of a class with None are left out.
 
     Raises:
-        UserError: something cannot be written; files that are there are whole.
+        UserError: something cannot be written; the files that are there are whole.
     """
-    classes = Classes(predictor.class_names, predictor.category_ids)
+    classes = Classes(predictor.class_names, category_ids or predictor.category_ids)
     outcome, records = Outcome(), []
 
-    def detect(read: Iterator[tuple[Task, np.ndarray | UserError]]) -> Iterator[_Drawing]:
+    def detect(read: Iterator[tuple[Task, np.ndarray | UserError]]) -> Iterator[_Found]:
         for task, pixels in read:
             try:
                 if isinstance(pixels, UserError):
                     raise pixels
                 with detection_memory_help(f"an image of {_size_of(pixels)}"):
-                    entries, best = _detect(predictor, pixels, task.image_id, threshold, highest)
+                    entries, best = _detect(predictor, pixels, task.image_id, classes, threshold, highest)
             except UserError as error:
                 message = str(error) if error is pixels else f"{task.path}: {error}"
                 outcome.failures.append(message)
@@ -142,7 +126,7 @@ def predict_images(
                 progress.update()
                 continue
             outcome.compare(best, str(task.path))
-            yield _Drawing(task, pixels, entries, classes, pictures)
+            yield _Found(task, pixels, entries, classes if pictures else None)
 
     with (
         highest_scores(predictor) as highest,
@@ -153,44 +137,43 @@ def predict_images(
     ):
         results = ResultsWriter(file)
         read = in_order(readers, _read, tasks, min(workers, 4) + 2)
-        for found in in_order(drawers, _draw, detect(read), 2 * workers + 2):
-            results.add({**entry, "file_name": str(found.task.path)} for entry in found.entries)
-            records.append(_record(found))
-            outcome.objects += len(found.entries)
+        for task, (height, width), entries in in_order(drawers, _draw, detect(read), 2 * workers + 2):
+            name = str(task.path)
+            results.add({**entry, "file_name": name} for entry in entries)
+            records.append({"id": task.image_id, "file_name": name, "width": width, "height": height})
+            outcome.objects += len(entries)
             progress.update()
         results.end()
     outcome.images = len(records)
-    atomic_write_json(folder / "images.json", _as_coco(records, classes))
+    pairs = zip(classes.category_ids, classes.names, strict=True)
+    categories = [{"id": i, "name": name} for i, name in pairs if i is not None]
+    content = {"images": records, "annotations": [], "categories": categories}
+    atomic_write_json(folder / "images.json", content)
     return outcome
 
 
-@dataclass(frozen=True)
-class _Drawing:
-    """What goes to a drawing process: masks as RLE, a hundredth of their bitmaps."""
-
-    task: Task
-    pixels: np.ndarray
-    entries: list[Json]
-    classes: Classes
-    wanted: bool
-
-
 def _read(task: Task) -> tuple[Task, np.ndarray | UserError]:
-    """Pixels, or what is wrong with the image."""
     try:
         return task, read_image(task.path, "RGB", task.size)
     except UserError as error:
         return task, error
 
 
+def _draw(found: _Found) -> tuple[Task, tuple[int, ...], list[Json]]:
+    if found.classes is not None:
+        picture = draw_entries(found.pixels, found.entries, found.classes, found.task.objects)
+        save_picture(found.task.picture, picture)
+    return found.task, found.pixels.shape[:2], found.entries
+
+
 @contextmanager
-def highest_scores(predictor: AnyPredictor) -> Iterator[Scores]:
+def highest_scores(predictor: ImagePredictor) -> Iterator[list[float]]:
     """Yield a list to which the box head appends the highest score of each batch of RoIs.
 
-    Detections are only what scores more than ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``. For an exported model the
-    list stays empty.
+    Detections are only those that score more than ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``. For an exported
+    model the list stays empty.
     """
-    scores: Scores = []
+    scores: list[float] = []
 
     def note(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         foreground = output[0].detach().float().softmax(dim=1)[:, :-1]
@@ -209,74 +192,56 @@ def highest_scores(predictor: AnyPredictor) -> Iterator[Scores]:
 
 
 def _detect(
-    predictor: AnyPredictor, pixels: np.ndarray, image_id: Any, threshold: float, highest: Scores
+    predictor: ImagePredictor,
+    pixels: np.ndarray,
+    image_id: Any,
+    classes: Classes,
+    threshold: float,
+    highest: list[float],
 ) -> tuple[list[Json], float | None]:
     found = predictor.find(pixels)
     count = int((found.scores >= threshold).sum())
     # The best come first, and a slice copies no masks.
-    entries = detections_to_coco(found[:count], image_id, predictor.category_ids, pixels.shape[:2])
+    entries = detections_to_coco(found[:count], image_id, classes.category_ids, pixels.shape[:2])
     scores = [*found.scores[:1].tolist(), *highest]
     highest.clear()
     return entries, max(scores, default=None)
 
 
 def _size_of(pixels: np.ndarray) -> str:
-    height, width = pixels.shape[:2]
-    return f"{width} x {height} pixels"
-
-
-def _draw(drawing: _Drawing) -> _Found:
-    if drawing.wanted:
-        picture = draw_entries(drawing.pixels, drawing.entries, drawing.classes, drawing.task.objects)
-        save_picture(drawing.task.picture, picture)
-    return _Found(drawing.task, drawing.pixels.shape[:2], drawing.entries)
-
-
-def _record(found: _Found) -> Json:
-    height, width = found.size
-    return {
-        "id": found.task.image_id,
-        "file_name": str(found.task.path),
-        "width": width,
-        "height": height,
-    }
-
-
-def _as_coco(records: list[Json], classes: Classes) -> Json:
-    return {"images": records, "annotations": [], "categories": _categories(classes)}
-
-
-def _categories(classes: Classes) -> list[Json]:
-    pairs = zip(classes.category_ids, classes.names, strict=True)
-    return [{"id": i, "name": name} for i, name in pairs if i is not None]
+    return f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
 
 
 def predict_video(
-    predictor: AnyPredictor, path: Path, output: Path, *, threshold: float = 0.5, workers: int = 1
+    predictor: ImagePredictor, path: Path, output: Path, *, threshold: float = 0.5, workers: int = 1
 ) -> Outcome:
-    """Write a video with what was found, and its detections frame by frame.
+    """Write a video with its detections drawn, and the detections frame by frame.
 
     Args:
-        predictor: of the objects.
-        path: any video that PyAV reads.
-        output: the .mp4 to write; beside it, with .jsonl, come lines ``{"frame": from 0, "time": in
-            seconds, "objects": [COCO results]}``, the ``image_id`` of a frame being its number.
+        predictor: the model.
+        path: a video that PyAV reads.
+        output: the .mp4 to write. A .jsonl of the same name gets lines ``{"frame": from 0, "time": in
+            seconds, "objects": [COCO results]}``; the ``image_id`` of a frame is its number.
         threshold, workers: see :func:`predict_images`.
 
     Raises:
         UserError: PyAV is missing, the video cannot be read, the GPU has too little memory, or something
-            cannot be written; nothing is.
+            cannot be written; no file is left then.
     """
     classes, outcome = Classes(predictor.class_names, predictor.category_ids), Outcome()
     total = count_frames(path)
 
-    def detect(frames: Iterator[Frame]) -> Iterator[_FrameDrawing]:
+    def detect(frames: Iterator[Frame]) -> Iterator[tuple[Frame, list[Json], Classes]]:
         for frame in frames:
-            what = f"frame {frame.number} of {path}, of {_size_of(frame.pixels)}"
-            with detection_memory_help(what):
-                entries, best = _detect(predictor, frame.pixels, frame.number, threshold, highest)
-            outcome.compare(best, f"frame {frame.number} of {path}")
-            yield _FrameDrawing(frame, entries, classes)
+            name = f"frame {frame.number} of {path}"
+            with detection_memory_help(f"{name}, of {_size_of(frame.pixels)}"):
+                entries, best = _detect(predictor, frame.pixels, frame.number, classes, threshold, highest)
+            outcome.compare(best, name)
+            yield frame, entries, classes
+
+    def encode(drawn: tuple[Frame, list[Json]]) -> tuple[Frame, list[Json]]:
+        writer.add(drawn[0].pixels, drawn[0].time)
+        return drawn
 
     with (
         highest_scores(predictor) as highest,
@@ -287,10 +252,11 @@ def predict_video(
         reading_threads(min(workers, 1)) as encoder,
         progress_bar(total=total or None, unit="frame", leave=True) as progress,
     ):
-        writer = VideoWriter(video_file, output)
-        frames = _until_none(in_order(reader, _next(read_frames(path)), _for_ever(), 4))
+        writer, source = VideoWriter(video_file, output), read_frames(path)
+        read = in_order(reader, lambda _: next(source, None), repeat(None), 4)
+        frames = iter(lambda: next(read), None)  # until the source is empty
         drawn = in_order(drawers, _draw_frame, detect(frames), 2 * workers + 2)
-        for frame, entries in in_order(encoder, _encode(writer), drawn, 4):
+        for frame, entries in in_order(encoder, encode, drawn, 4):
             lines.write(json.dumps({"frame": frame.number, "time": frame.time, "objects": entries}) + "\n")
             outcome.images, outcome.objects = outcome.images + 1, outcome.objects + len(entries)
             progress.update()
@@ -298,42 +264,78 @@ def predict_video(
     return outcome
 
 
-@dataclass(frozen=True)
-class _FrameDrawing:
-    frame: Frame
-    entries: list[Json]
-    classes: Classes
-
-
-def _draw_frame(drawing: _FrameDrawing) -> tuple[Frame, list[Json]]:
-    """The frame with its drawings; all are of one size, however many objects there are."""
-    frame = drawing.frame
+def _draw_frame(found: tuple[Frame, list[Json], Classes]) -> tuple[Frame, list[Json]]:
+    """Draw a frame; all get one size, however many objects there are."""
+    frame, entries, classes = found
     scale = picture_scale(frame.pixels.shape[:2], np.zeros((0, 4)))
-    picture = draw_entries(frame.pixels, drawing.entries, drawing.classes, scale=scale)
-    return Frame(frame.number, frame.time, picture), drawing.entries
+    return Frame(frame.number, frame.time, draw_entries(frame.pixels, entries, classes, scale=scale)), entries
 
 
-def _next(frames: Iterator[Frame]) -> Callable[[None], Frame | None]:
-    return lambda _: next(frames, None)
+def default_workers() -> int:
+    """Return the number of cores without the one that runs the model, from 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores - 1))
 
 
-def _for_ever() -> Iterator[None]:
-    while True:
-        yield None
+def reading_threads(workers: int) -> AbstractContextManager[Executor | None]:
+    """Return threads that read files, as decoders release the interpreter; None for no workers."""
+    return _closing(ThreadPoolExecutor(workers, "read") if workers > 0 else None)
 
 
-def _until_none(frames: Iterator[Frame | None]) -> Iterator[Frame]:
-    for frame in frames:
-        if frame is None:
-            return
-        yield frame
+def drawing_processes(workers: int, pictures: int) -> AbstractContextManager[Executor | None]:
+    """Return processes that draw, as threads of Python code would slow down the model; None for no workers.
+
+    Args:
+        workers: the most processes.
+        pictures: number of pictures to draw; a few get one thread.
+    """
+    count = min(workers, pictures // _IMAGES_PER_PROCESS)
+    if workers < 1:
+        return _closing(None)
+    # Not forked: the model's threads hold locks that would stay locked in a copy.
+    spawn = multiprocessing.get_context("spawn")
+    return _closing(ProcessPoolExecutor(count, spawn) if count else ThreadPoolExecutor(1, "draw"))
 
 
-def _encode(
-    writer: VideoWriter,
-) -> Callable[[tuple[Frame, list[Json]]], tuple[Frame, list[Json]]]:
-    def encode(drawn: tuple[Frame, list[Json]]) -> tuple[Frame, list[Json]]:
-        writer.add(drawn[0].pixels, drawn[0].time)
-        return drawn
+@contextmanager
+def _closing(pool: Executor | None) -> Iterator[Executor | None]:
+    """Drop the waiting work when an error, or Ctrl-C, ends the block."""
+    try:
+        yield pool
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
 
-    return encode
+
+def in_order(
+    pool: Executor | None, function: Callable[[T], R], items: Iterable[T], ahead: int
+) -> Iterator[R]:
+    """Map in a pool, with at most ``ahead`` items and results in memory.
+
+    Args:
+        pool: None calls the function here.
+        function: an error in it is raised here, in its turn.
+        items: taken in this thread, each when there is room for it.
+        ahead: items in work, or finished and not yet taken; at least 1.
+
+    Raises:
+        UserError: a process of the pool was killed.
+    """
+    if pool is None:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= max(ahead, 1):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenExecutor as error:
+        raise UserError(
+            "a drawing process was killed, mostly for want of memory; use fewer with --workers 1, or 0"
+        ) from error
+    finally:
+        for future in waiting:
+            future.cancel()

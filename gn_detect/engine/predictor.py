@@ -1,44 +1,127 @@
-"""Detections of single images, from a config whose ``MODEL.WEIGHTS`` is a trained checkpoint."""
+"""Predictors: from an image to its objects."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from ..data import prepare_image, read_image
+from ..data.images import image_pixels
 from ..distributed.group import resolve_device
 from ..errors import UserError
 from ..modeling import detection_format
 from ..structures import Detections
-from ..weights import COCO_IDS, load_weights, read_checkpoint
+from ..weights import COCO_IDS, Checkpoint, load_weights, read_checkpoint
+from .image_detections import ImageDetections
 from .model import make_model
+from .pretrained import as_pairs, read_pretrained
 
 if TYPE_CHECKING:
     from ..config import Config
 
+ImageSource = str | Path | Image.Image | np.ndarray | Tensor
 
-class Predictor:
-    """``predictor(image)`` finds objects as the evaluation does: same resizing, same thresholds.
+_ACCEPTED = "a path, a PIL image, a uint8 array (H, W, 3) RGB or (H, W), or a uint8 tensor (3, H, W) RGB"
+
+
+class ImagePredictor(ABC):
+    """``predictor(image)`` returns the objects in an image.
+
+    Attributes:
+        cfg: config of the model.
+        class_names: by label; ``class 0``, ``class 1``, ... where the names are not known.
+        category_ids: by label, in the annotation file that the model was trained on.
+    """
+
+    cfg: Config
+    class_names: list[str]
+    category_ids: list[int]
+
+    @overload
+    def __call__(self, image: ImageSource) -> ImageDetections: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, image: Sequence[ImageSource]) -> list[ImageDetections]: ...
+
+    def __call__(self, image: ImageSource | Sequence[ImageSource]) -> ImageDetections | list[ImageDetections]:
+        """Return the objects in one image, or a list of results for a list of images.
+
+        The images of a list go through the model one by one: no result depends on the others.
+
+        Args:
+            image: a path (the EXIF orientation is applied), a PIL image of any mode (its EXIF orientation
+                too), a uint8 array (H, W, 3) or grey (H, W), or a uint8 tensor (3, H, W). Channels are RGB,
+                whatever INPUT.FORMAT is; an array of OpenCV is BGR: pass ``array[:, :, ::-1]``.
+
+        Returns:
+            Detections on the CPU, best first, in the pixels of the upright image, those that score more than
+            MODEL.ROI_HEADS.SCORE_THRESH_TEST.
+
+        Raises:
+            UserError: a file cannot be read, or an image does not fit the model.
+            ValueError: the image is something else, or an array of another shape or type.
+        """
+        if isinstance(image, Sequence) and not isinstance(image, str):
+            return [self(one) for one in image]
+        pixels = read_pixels(image)
+        found = self._find(image, pixels, paste=True).to("cpu")
+        return ImageDetections(
+            found.boxes,
+            found.scores,
+            found.labels,
+            found.masks,
+            image=pixels,
+            class_names=self.class_names,
+            category_ids=self.category_ids,
+        )
+
+    def find(self, image: ImageSource, paste: bool = False) -> Detections:
+        """Return the objects in one image on the model's device.
+
+        Args:
+            image: see :meth:`__call__`; errors too.
+            paste: make bitmaps of the masks; otherwise they are probabilities inside the boxes, which take
+                as much memory for a large image as for a small one.
+        """
+        return self._find(image, read_pixels(image), paste)
+
+    def _find(self, image: ImageSource, pixels: np.ndarray, paste: bool) -> Detections:
+        try:
+            return self._detect(pixels, paste)
+        except UserError as error:
+            if isinstance(image, str | Path):
+                raise UserError(f"{image}: {error}") from error
+            raise
+
+    @abstractmethod
+    def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
+        """Return the objects in (H, W, 3) uint8 RGB pixels."""
+
+
+class Predictor(ImagePredictor):
+    """Finds objects as the evaluation does: same resizing, same thresholds.
 
     Args:
-        cfg: ``MODEL.WEIGHTS`` names the checkpoint; ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` is the least score.
+        cfg: ``MODEL.WEIGHTS`` names the checkpoint; ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` bounds the scores.
+        checkpoint: the content of ``MODEL.WEIGHTS``, if it has been read already.
 
     Attributes:
         model: in evaluation mode, on ``MODEL.DEVICE``.
         report: how the weights were loaded.
-        class_names: by label; where the checkpoint does not tell them COCO's, if the config's training sets
-            are COCO's, or ``class 0``, ``class 1``, ...
-        category_ids: the ids in the training JSON; as ``class_names`` COCO's, or 1, 2, ...
 
     Raises:
         UserError: there is no checkpoint, or it does not fit the config.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, checkpoint: Checkpoint | None = None) -> None:
         if not cfg.model.weights:
             raise UserError(
                 "nothing to predict with: MODEL.WEIGHTS is empty; add --weights path/to/model.pth, or the key"
@@ -47,44 +130,30 @@ class Predictor:
         device = resolve_device(cfg)
         self.model = make_model(cfg)
         self.model.use_memory_format(detection_format(cfg))
-        checkpoint = read_checkpoint(cfg.model.weights)
+        checkpoint = checkpoint or read_checkpoint(cfg.model.weights)
         self.report = load_weights(self.model, checkpoint, config=cfg)
         self.model.to(device).eval()
         count = self.model.num_classes
-        names, ids = _of_coco() if _is_of_coco(cfg) else ([], [])
-        self.class_names: list[str] = (
-            _of_length(count, checkpoint.metadata.class_names) or names or unnamed_classes(count)
-        )
-        self.category_ids: list[int] = (
-            _of_length(count, checkpoint.metadata.category_ids) or ids or list(range(1, count + 1))
-        )
+        names, ids = _coco_classes() if _is_for_coco(cfg) else (unnamed_classes(count), range(1, count + 1))
+        self.class_names = _of_length(count, checkpoint.metadata.class_names) or list(names)
+        self.category_ids = _of_length(count, checkpoint.metadata.category_ids) or list(ids)
 
-    def __call__(self, image: str | Path | np.ndarray) -> Detections:
-        """Objects in one image.
+    @classmethod
+    def from_pretrained(cls, source: str | Path, overrides: Mapping[str, Any] | None = None) -> Predictor:
+        """Return the predictor of trained weights; no config is needed.
 
         Args:
-            image: a file, of which the EXIF orientation is applied, or (H, W, 3) uint8 RGB.
-
-        Returns:
-            on the CPU, best first, in the pixels of the image.
+            source: a run's folder (its best checkpoint), a checkpoint file, ``zoo://NAME`` or a name of the
+                model zoo.
+            overrides: config keys, such as ``{"MODEL.DEVICE": "cpu", "TEST.DETECTIONS_PER_IMAGE": 300}``.
 
         Raises:
-            UserError: the file cannot be read.
-            ValueError: it is something else, or an array of another shape or type.
+            UserError: the weights cannot be read, no config is known for them, or a key is wrong.
         """
-        return self.find(image, paste=True).to("cpu")
+        return cls(*read_pretrained(source, as_pairs(overrides or {})))
 
-    def find(self, image: str | Path | np.ndarray, paste: bool = False) -> Detections:
-        """Objects in one image as by calling the predictor, on the model's device.
-
-        Args:
-            image: see :meth:`__call__`; errors, too.
-            paste: make bitmaps of the masks; otherwise they are probabilities inside the boxes, which take
-                as much for a large image as for a small one.
-        """
-        pixels = read_pixels(image)
-        height, width = pixels.shape[:2]
-        return self.model.detect([prepare_image(pixels, self.cfg)], [(height, width)], paste)[0]
+    def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
+        return self.model.detect([prepare_image(pixels, self.cfg)], [pixels.shape[:2]], paste)[0]
 
 
 def unnamed_classes(count: int) -> list[str]:
@@ -92,18 +161,28 @@ def unnamed_classes(count: int) -> list[str]:
     return [f"class {label}" for label in range(count)]
 
 
-def read_pixels(image: str | Path | np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a file, or the array itself; errors as of :class:`Predictor`."""
-    if not isinstance(image, (str, Path, np.ndarray)):
-        raise ValueError(f"image must be a path or uint8 (H, W, 3) RGB in NumPy, not {type(image).__name__}")
-    pixels = image if isinstance(image, np.ndarray) else read_image(image, "RGB")
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise ValueError(f"image must be uint8 (H, W, 3) RGB, not {pixels.dtype} {pixels.shape}")
+def read_pixels(image: ImageSource) -> np.ndarray:
+    """Return (H, W, 3) uint8 RGB pixels; see :meth:`ImagePredictor.__call__`."""
+    if isinstance(image, str | Path):
+        return read_image(image, "RGB")
+    if isinstance(image, Image.Image):
+        return image_pixels(image)
+    if not isinstance(image, np.ndarray | Tensor):
+        raise ValueError(f"image must be {_ACCEPTED}, not {type(image).__name__}")
+    shape, pixels = tuple(image.shape), np.asarray(image.cpu() if isinstance(image, Tensor) else image)
+    if isinstance(image, Tensor) and len(shape) == 3 and shape[0] == 3:
+        pixels = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    elif isinstance(image, np.ndarray) and len(shape) == 2:
+        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    elif isinstance(image, Tensor) or len(shape) != 3 or shape[2] != 3:
+        raise ValueError(f"image must be {_ACCEPTED}, not of shape {shape}")
+    if pixels.dtype != np.uint8 or not pixels.size:
+        raise ValueError(f"image must be {_ACCEPTED}, not {image.dtype} of shape {shape}")
     return pixels
 
 
-def _is_of_coco(cfg: Config) -> bool:
-    """Whether a config is for COCO's 80 categories, as published checkpoints are, which tell no names."""
+def _is_for_coco(cfg: Config) -> bool:
+    """Return whether a config is for COCO's 80 categories; published checkpoints do not name them."""
     sets = cfg.datasets.train
     return (
         cfg.model.roi_heads.num_classes == len(COCO_IDS)
@@ -112,8 +191,7 @@ def _is_of_coco(cfg: Config) -> bool:
     )
 
 
-def _of_coco() -> tuple[list[str], list[int]]:
-    """Names and ids by label."""
+def _coco_classes() -> tuple[list[str], list[int]]:
     names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     return [names[i] for i in COCO_IDS], list(COCO_IDS)
 

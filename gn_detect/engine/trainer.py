@@ -30,12 +30,12 @@ from ..structures import Sample
 from ..weights import norm_settings
 from .checkpoint import BEST, FINAL, RESULTS, checkpoint_name, save_checkpoint
 from .divergence import examine, replay_command, seed_iteration, write_black_box
+from .drawing import draw_curves, draw_test_images
 from .evaluator import Results, evaluate_test_sets, make_folder, scalars_of, write_results
 from .folder_lock import FolderLock
 from .interruption import Interruption
 from .meter import Meter, NotFinite
 from .metrics import MetricsWriter, run_log
-from .pictures import draw_curves, draw_test_images
 from .run import Run, best_metric, lock_folder, open_run_folder, prepare
 from .run_config import write_run_config
 from .schedule import learning_rate_factor, set_learning_rate

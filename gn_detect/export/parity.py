@@ -1,4 +1,4 @@
-"""Whether an exported detector finds what the model finds."""
+"""Compare the detections of an exported file with those of the model."""
 
 from __future__ import annotations
 
@@ -16,35 +16,25 @@ from ..errors import UserError
 from ..progress import progress_bar
 from ..structures import Detections
 
-BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-4, 0.999
-"""Pixels, difference of scores, IoU."""
+BOX_TOLERANCE, SCORE_TOLERANCE, MASK_TOLERANCE = 0.05, 1e-4, 0.999  # pixels, difference of scores, IoU
 
 
 @dataclass
 class Parity:
-    """The largest differences over some images.
-
-    Attributes:
-        images, detections: compared.
-        unequal: images in which the number or the labels differ.
-        box, score: largest difference, in pixels of the original image and in score.
-        mask: least IoU of two masks, 1 without masks.
-        flipped: most pixels that two masks below :data:`MASK_TOLERANCE` do not share.
-        seconds: of each image by the model, and by the file.
-    """
+    """The largest differences over some images."""
 
     images: int = 0
     detections: int = 0
-    unequal: list[str] = field(default_factory=list)
-    box: float = 0.0
+    unequal: list[str] = field(default_factory=list)  # images with other numbers or labels
+    box: float = 0.0  # in pixels of the original image
     score: float = 0.0
-    mask: float = 1.0
-    flipped: int = 0
-    seconds: list[tuple[float, float]] = field(default_factory=list)
+    mask: float = 1.0  # lowest IoU of two masks
+    flipped: int = 0  # most pixels that two masks below MASK_TOLERANCE do not share
+    seconds: list[tuple[float, float]] = field(default_factory=list)  # by the model and by the file
 
     @property
     def within_tolerances(self) -> bool:
-        """A small mask's IoU falls below the tolerance by one pixel, which is allowed."""
+        """Return True for small differences; one pixel of a small mask may differ."""
         return (
             not self.unequal
             and self.box <= BOX_TOLERANCE
@@ -53,7 +43,7 @@ class Parity:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         return {**dataclasses.asdict(self), "within_tolerances": self.within_tolerances}
 
     def __str__(self) -> str:
@@ -72,7 +62,7 @@ class Parity:
 def compare(
     predictor: Callable[..., Detections], exported: Callable[..., Detections], images: Sequence[Path]
 ) -> Parity:
-    """Run both on each image."""
+    """Run both on each image and return the differences."""
     parity = Parity()
     for path in progress_bar(images, unit="image", leave=True):
         pixels = read_image(path, "RGB")
@@ -94,7 +84,7 @@ def compare(
 
 
 def _add(parity: Parity, expected: Detections, found: Detections, name: str) -> None:
-    # Nearly equal scores may change places, so detections are paired by class and box.
+    # Nearly equal scores may change their order, so detections are paired by class and box.
     distance = torch.cdist(expected.boxes, found.boxes, p=torch.inf)
     partner = (distance + 1e6 * (expected.labels[:, None] != found.labels)).argmin(dim=1)
     if len(partner.unique()) != len(partner):

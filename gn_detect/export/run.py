@@ -14,28 +14,26 @@ import torch
 from torch import Tensor
 
 from ..data import prepare_image
-from ..engine.predictor import read_pixels
+from ..engine.predictor import ImagePredictor
 from ..errors import UserError
 from ..modeling.mask_rcnn import image_size, rescale
 from ..structures import Detections
 from ..text import printable
-from .write import INPUTS, METADATA_FILE, MIN_SIDE, SUFFIXES, ExportMetadata, require
+from .write import INPUTS, METADATA_FILE, MIN_SIDE, SUFFIXES, ExportMetadata, not_ours, require
 
-Program = Callable[[Tensor, Tensor], list[Tensor]]
-"""``image, size -> [boxes, scores, labels, masks]``, see :meth:`ExportableDetector.forward`."""
+Program = Callable[[Tensor, Tensor], list[Tensor]]  # see ExportableDetector.forward
 
 
-class ExportedPredictor:
-    """A :class:`Predictor` whose model is an exported file: same preparation, same pasting of masks.
+class ExportedPredictor(ImagePredictor):
+    """A predictor whose model is an exported file; it prepares images and pastes masks as Predictor does.
 
     Args:
         path: ``.onnx`` or ``.pt2``.
-        trust: needed for ``.pt2``, which is a program. Pickles in it are refused all the same, but PyTorch
-            also evaluates its symbolic sizes and calls the functions that it names.
+        trust: needed for ``.pt2``, which is a program. Pickles in it are refused in any case, but PyTorch
+            evaluates its symbolic sizes and calls the functions that it names.
 
     Attributes:
-        report: what runs the file.
-        cfg, class_names, category_ids: of the exported model.
+        report: the file and what runs it.
 
     Raises:
         UserError: no such file, not one of ours, not trusted, or onnxruntime is missing.
@@ -48,36 +46,26 @@ class ExportedPredictor:
         if not path.is_file():
             raise UserError(f"{path}: no such file; make one with gn-detect export --output {path}")
         if path.suffix == ".onnx":
-            self._program, told, runtime = _load_onnx(path)
+            self._program, metadata, runtime = _load_onnx(path)
         else:
-            self._program, told, runtime = _load_pt2(path, trust)
+            self._program, metadata, runtime = _load_pt2(path, trust)
         self._path = path
-        self._divisibility = told.size_divisibility
-        self.cfg = told.config
-        self.class_names = told.class_names
-        self.category_ids = told.category_ids
-        self.report = printable(f"{path}: exported by gn_detect {told.version}, run by {runtime} on the CPU")
+        self._divisibility = metadata.size_divisibility
+        self.cfg = metadata.config
+        self.class_names = metadata.class_names
+        self.category_ids = metadata.category_ids
+        self.report = printable(
+            f"{path}: exported by gn_detect {metadata.version}, run by {runtime} on the CPU"
+        )
 
-    def __call__(self, image: str | Path | np.ndarray) -> Detections:
-        """Objects in one image, as by :meth:`Predictor.__call__`; errors as of :meth:`find`."""
-        return self.find(image, paste=True)
-
-    def find(self, image: str | Path | np.ndarray, paste: bool = False) -> Detections:
-        """Objects in one image, as by :meth:`Predictor.find`.
-
-        Raises:
-            UserError: the file cannot be read, or the image is too small for the program.
-            ValueError: the array is of another shape or type.
-        """
-        pixels = read_pixels(image)
+    def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
         original = pixels.shape[:2]
         prepared = prepare_image(pixels, self.cfg)
         size = image_size(prepared)
         height, width = (-(-side // self._divisibility) * self._divisibility for side in size)
         if min(height, width) < MIN_SIDE:
-            name = "" if isinstance(image, np.ndarray) else f"{image}: "
             raise UserError(
-                f"{name}{original[1]} x {original[0]} pixels become {size[1]} x {size[0]}, and an exported "
+                f"{original[1]} x {original[0]} pixels become {size[1]} x {size[0]}, and an exported "
                 f"detector needs sides of {MIN_SIDE}; use --config-file and --weights for such images"
             )
         padded = prepared.new_zeros(1, 3, height, width)
@@ -106,12 +94,12 @@ def _load_onnx(path: Path) -> tuple[Program, ExportMetadata, str]:
     options.log_severity_level = 3  # errors; it warns of graph nodes that it removes
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of a dozen kinds without a common parent
+    except Exception as error:  # a dozen types without a common parent
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{path} is no ONNX model that onnxruntime can run: {reason}; export it again"
         ) from error
-    told = ExportMetadata.from_strings(session.get_modelmeta().custom_metadata_map, path)
+    metadata = ExportMetadata.from_strings(session.get_modelmeta().custom_metadata_map, path)
     if [given.name for given in session.get_inputs()] != list(INPUTS):
         raise UserError(f"{path} has other inputs than {', '.join(INPUTS)}; export it again")
 
@@ -119,11 +107,11 @@ def _load_onnx(path: Path) -> tuple[Program, ExportMetadata, str]:
         found = session.run(None, dict(zip(INPUTS, (image.numpy(), size.numpy()), strict=True)))
         return [torch.from_numpy(array) for array in found]
 
-    return run, told, f"onnxruntime {onnxruntime.__version__}"
+    return run, metadata, f"onnxruntime {onnxruntime.__version__}"
 
 
 def _load_pt2(path: Path, trust: bool) -> tuple[Program, ExportMetadata, str]:
-    told = ExportMetadata.from_strings(_read_pt2_metadata(path), path)
+    metadata = ExportMetadata.from_strings(_read_pt2_metadata(path), path)
     if not trust:
         raise UserError(
             f"{path} is a program that PyTorch runs; add --trust if you know who exported it, "
@@ -131,7 +119,7 @@ def _load_pt2(path: Path, trust: bool) -> tuple[Program, ExportMetadata, str]:
         )
     try:
         module = torch.export.load(path).module()
-    except Exception as error:  # of many kinds, none of which is documented
+    except Exception as error:  # many types, none of them documented
         raise UserError(
             f"{path} cannot be loaded by PyTorch {torch.__version__}, which reads files of its own "
             "release; export it again"
@@ -141,9 +129,10 @@ def _load_pt2(path: Path, trust: bool) -> tuple[Program, ExportMetadata, str]:
         with torch.no_grad():
             return list(module(image, size))
 
-    return run, told, f"PyTorch {torch.__version__}"
+    return run, metadata, f"PyTorch {torch.__version__}"
 
 
+# The members of PyTorch's archive with one program, without compiled libraries and older formats' pickles.
 _MEMBERS = re.compile(
     r"models/model\.json|extra/gn_detect\.json"
     r"|data/weights/(model_weights_config\.json|weight_\d+)"
@@ -152,15 +141,10 @@ _MEMBERS = re.compile(
     r"|archive_(format|version)|version|byteorder|\.format_version|\.storage_alignment"
     r"|\.data/(serialization_id|version)"
 )
-"""Of an archive of PyTorch's with one program; not among them: compiled libraries, older formats' pickles."""
 
 
 def _read_pt2_metadata(path: Path) -> Any:
-    """The metadata of an archive that holds no pickle; torch.export.load would unpickle anything.
-
-    Raises:
-        UserError: it is no such archive.
-    """
+    """Return the metadata of an archive that holds no pickle; torch.export.load would unpickle anything."""
     try:
         with zipfile.ZipFile(path) as archive:
             listed = archive.namelist()
@@ -185,6 +169,4 @@ def _read_pt2_metadata(path: Path) -> Any:
         OSError, zipfile.BadZipFile, RuntimeError, RecursionError, KeyError, TypeError, AttributeError,
         ValueError,
     ) as error:  # fmt: skip
-        raise UserError(
-            f"{path} is no detector that gn_detect exported; make one with gn-detect export"
-        ) from error
+        raise not_ours(path) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,20 +28,14 @@ if TYPE_CHECKING:
     from ..engine.predictor import Predictor
 
 SUFFIXES = (".onnx", ".pt2")
-
 INPUTS = ("image", "size")
-OUTPUTS = ("boxes", "scores", "labels", "masks")
-"""Of :meth:`ExportableDetector.forward`; a model without masks has the first three."""
+OUTPUTS = ("boxes", "scores", "labels", "masks")  # a model without masks has the first three
+METADATA_FILE = "gn_detect.json"  # in a .pt2; an ONNX file has the same keys as metadata_props
 
+# Lowest side of a padded image in pixels. The exporter takes sizes of 1 for constants, and smaller images
+# have feature maps of 1 x 1.
 MIN_SIDE = 64
-"""Pixels; a padded image has no smaller side. The exporter takes sizes of 1 for constants, and smaller images
-have maps of 1 x 1."""
-
-_LARGEST_DIVISOR = 1024
-"""Pixels; a ResNet with an FPN has 32 or 64, and an image is padded to a multiple."""
-
-METADATA_FILE = "gn_detect.json"
-"""In a ``.pt2``; an ONNX file has the same keys as ``metadata_props``."""
+_LARGEST_DIVISOR = 1024  # an image is padded to a multiple; a ResNet with an FPN has 32 or 64
 
 
 class ExportableDetector(nn.Module):
@@ -60,17 +56,17 @@ class ExportableDetector(nn.Module):
                 setattr(heads, name, _NeverEmpty(head))
 
     def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
-        """What :meth:`MaskRCNN.detect` finds, before it is scaled to the original pixels and pasted.
+        """Return the detections of :meth:`MaskRCNN.detect`, neither scaled to the original pixels nor pasted.
 
         Args:
             image: (1, 3, H, W) uint8 in ``INPUT.FORMAT`` order; H and W are multiples of the model's
                 ``size_divisibility``, at least :data:`MIN_SIDE`.
-            size: (2,) int64, height and width of the image without its padding, which is at the right and the
-                bottom and may hold anything.
+            size: (2,) int64, height and width of the image without its padding. The padding is at the right
+                and the bottom and may hold anything.
 
         Returns:
             boxes (D, 4) float32 ``xyxy`` in pixels of ``image``, scores (D,) float32, best first, labels (D,)
-            int64, and of a model with masks (D, S, S) float32 probabilities inside the boxes.
+            int64, and for a model with masks (D, S, S) float32 probabilities inside the boxes.
         """
         model = self.model
         pixels = (image - model.pixel_mean) / model.pixel_std
@@ -86,7 +82,7 @@ class ExportableDetector(nn.Module):
 
 
 class _NeverEmpty(nn.Module):
-    """A head that is given one more RoI, of zeros: onnxruntime cannot normalise the groups of none."""
+    """A head that gets one more RoI, of zeros: onnxruntime cannot normalise the groups of none."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -101,23 +97,16 @@ class _NeverEmpty(nn.Module):
 
 @dataclass(frozen=True)
 class ExportMetadata:
-    """What a file tells of its detector.
+    """The facts about the detector in an exported file."""
 
-    Attributes:
-        config: of the exported model; its ``INPUT`` keys tell how images are prepared.
-        class_names, category_ids: by label.
-        size_divisibility: H and W are multiples of it.
-        version: of gn_detect, which wrote the file.
-    """
-
-    config: Config
+    config: Config  # its INPUT keys say how images are prepared
     class_names: list[str]
     category_ids: list[int]
-    size_divisibility: int
-    version: str
+    size_divisibility: int  # H and W are multiples of it
+    version: str  # of gn_detect
 
     def to_strings(self) -> dict[str, str]:
-        """For ONNX, whose metadata are strings: JSON, and the config as YAML."""
+        """Return the metadata as ONNX stores them: JSON, and the config as YAML."""
         return {
             "gn_detect_version": self.version,
             "class_names": json.dumps(self.class_names),
@@ -144,55 +133,58 @@ class ExportMetadata:
                 int(strings["size_divisibility"]),
                 str(strings["gn_detect_version"]),
             )
-            given = (found.class_names, str), (found.category_ids, int)
-            if not all(isinstance(v, list) and all(type(one) is kind for one in v) for v, kind in given):
-                raise ValueError("class names or ids of other types")
+            count = found.config.model.roi_heads.num_classes
+            for values, kind in ((found.class_names, str), (found.category_ids, int)):
+                if not isinstance(values, list) or len(values) != count:
+                    raise ValueError("number of classes")
+                if any(type(value) is not kind for value in values):
+                    raise ValueError("types of classes")
             if not 1 <= found.size_divisibility <= _LARGEST_DIVISOR:
                 raise ValueError("size divisibility")
-            lists = (found.class_names, found.category_ids)
-            if {len(values) for values in lists} != {found.config.model.roi_heads.num_classes}:
-                raise ValueError("class names")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UserError) as error:
-            raise UserError(
-                f"{path} is no detector that gn_detect exported; make one with gn-detect export"
-            ) from error
+            raise not_ours(path) from error
         return found
+
+
+def not_ours(path: Path) -> UserError:
+    """Return the error for a file that :func:`export_detector` did not write."""
+    return UserError(f"{path} is no detector that gn_detect exported; make one with gn-detect export")
 
 
 def export_detector(predictor: Predictor, path: str | Path) -> None:
     """Write the detector to ``path``, ``.onnx`` or ``.pt2``.
 
     The file takes images of any size, see :meth:`ExportableDetector.forward`, and holds
-    :class:`ExportMetadata`. It needs nothing of gn_detect to run: fused norms are PyTorch's group norm in it,
-    or ONNX's.
+    :class:`ExportMetadata`. It runs without gn_detect: fused norms are PyTorch's or ONNX's group norm in it.
 
     Args:
         predictor: on the CPU.
 
     Raises:
-        UserError: another ending, packages are missing, or PyTorch's exporter fails.
+        UserError: another suffix, packages are missing, or PyTorch's exporter fails.
     """
     path = check_target(path)
-    metadata = _metadata_of(predictor).to_strings()
+    metadata = ExportMetadata(
+        predictor.cfg,
+        predictor.class_names,
+        predictor.category_ids,
+        predictor.model.size_divisibility,
+        program_version(),
+    ).to_strings()
     program = export_program(predictor.model)
     if path.suffix == ".onnx":
         content = _to_onnx(program, metadata)
         with atomic_write(path, "wb") as file:
             file.write(content)
     else:
-        # A pickle otherwise, which readers should not have to trust.
-        program.example_inputs = None
+        program.example_inputs = None  # would be a pickle, which a reader should not have to trust
         with atomic_write(path, "wb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
 
 
 def check_target(path: str | Path) -> Path:
-    """The path of a file that can be exported here.
-
-    Raises:
-        UserError: another ending, or packages are missing.
-    """
+    """Return the path of a file to export; refuse another suffix or missing packages."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise UserError(f"--output {path} must end in {' or '.join(SUFFIXES)}")
@@ -202,11 +194,7 @@ def check_target(path: str | Path) -> Path:
 
 
 def require(*modules: str) -> None:
-    """Say how to install what is missing.
-
-    Raises:
-        UserError: one of ``modules`` is not there.
-    """
+    """Refuse to go on without the packages ``modules``."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise UserError(
@@ -215,7 +203,7 @@ def require(*modules: str) -> None:
 
 
 def export_program(model: MaskRCNN) -> torch.export.ExportedProgram:
-    """The program of ``model``, of dynamic height and width.
+    """Return the program of ``model`` with dynamic height and width.
 
     Raises:
         UserError: PyTorch's exporter fails.
@@ -228,53 +216,52 @@ def export_program(model: MaskRCNN) -> torch.export.ExportedProgram:
     # Any size but a special one: two different sides, more than the least.
     height, width = 5 * MIN_SIDE, 7 * MIN_SIDE
     example = (torch.zeros(1, 3, height, width, dtype=torch.uint8), torch.tensor([height, width]))
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                ExportableDetector(model).eval(),
-                example,
-                dynamic_shapes={"image": sides, "size": None},
-                strict=False,
-            )
+    with _exporter("torch.export"):
+        program = torch.export.export(
+            ExportableDetector(model).eval(),
+            example,
+            dynamic_shapes={"image": sides, "size": None},
+            strict=False,
+        )
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 node.meta.pop("stack_trace", None)  # names the files of this machine
-        return program
-    except Exception as error:  # of many kinds, none of which is documented
-        raise _failure("torch.export", error) from error
+    return program
 
 
 def _to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:
     count = len(program.graph_signature.user_outputs)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            converted = torch.onnx.export(
-                program,
-                dynamo=True,
-                input_names=list(INPUTS),
-                output_names=list(OUTPUTS[:count]),
-                verbose=False,
-            )
+    with _exporter("torch.onnx.export"):
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=list(INPUTS),
+            output_names=list(OUTPUTS[:count]),
+            verbose=False,
+        )
         assert converted is not None
         model = converted.model_proto
         for key, value in metadata.items():
             model.metadata_props.add(key=key, value=value)
         return bytes(model.SerializeToString())
-    except Exception as error:  # of many kinds, none of which is documented
-        raise _failure("torch.onnx.export", error) from error
 
 
-def _failure(exporter: str, error: Exception) -> UserError:
-    return UserError(
-        f"{exporter} of PyTorch {torch.__version__} cannot take this detector: {_reason(error)}; "
-        "exports are tested with the PyTorch of constraints.txt"
-    )
+@contextmanager
+def _exporter(name: str) -> Iterator[None]:
+    """Run PyTorch's exporter quietly; its errors become one line."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # many types, none of them documented
+        raise UserError(
+            f"{name} of PyTorch {torch.__version__} cannot take this detector: {_reason(error)}; "
+            "exports are tested with the PyTorch of constraints.txt"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """What cannot be exported, and the first cause; ONNX's exporter says what to do next around them."""
+    """Return what cannot be exported, and the first cause; ONNX's exporter wraps both in advice."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -287,13 +274,3 @@ def _reason(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     line = next((line for line in str(error).splitlines() if line.strip()), "")
     return line if len(line) < 200 else f"{line[:200]} ..."
-
-
-def _metadata_of(predictor: Predictor) -> ExportMetadata:
-    return ExportMetadata(
-        predictor.cfg,
-        predictor.class_names,
-        predictor.category_ids,
-        predictor.model.size_divisibility,
-        program_version(),
-    )

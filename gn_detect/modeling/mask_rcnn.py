@@ -91,9 +91,19 @@ class MaskRCNN(nn.Module):
         """Whether the model predicts masks."""
         return self.roi_heads.mask_head is not None
 
-    def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        """The losses; see :meth:`losses`. DistributedDataParallel needs the name ``forward``."""
-        return self.losses(images, targets)
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """Return the :meth:`losses` of images with targets, and the detections of others (:meth:`detect`).
+
+        Raises:
+            ValueError: the model is in training mode, and there are no targets.
+        """
+        if targets is not None:
+            return self.losses(images, targets)
+        if self.training:
+            raise ValueError("a model in training mode needs targets; call model.eval() to detect objects")
+        return self.detect(images)
 
     def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses of one batch.

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__
 from ..config.paths import FOLDER
 from ..data import resolve_dataset
 from ..errors import UserError
 from ..evaluation import METRICS, read_truth
 from ..files import atomic_write_text
 from ..visualize import Metrics, is_average, is_loss, metric_points
+from ..weights.metadata import program_version
 from .analysis import IOU_AVERAGES, RECALLS, Analysis, analyse, condense
 from .charts import Chart, line_chart
 from .pictures import Picture, draw_pictures
@@ -190,7 +190,7 @@ def render(run: RunFolder, sections: list[Section], threshold: float) -> str:
         metrics=METRICS,
         kinds=KINDS,
         threshold=threshold,
-        version=__version__,
+        version=program_version(),
         most_rows=MOST_ROWS,
         style=(folder / "page.css").read_text(encoding="utf-8"),
         script=(folder / "page.js").read_text(encoding="utf-8"),

@@ -19,7 +19,7 @@ from gn_detect.data.coco.canonical import as_mask, as_number, canonical, has_mas
 from gn_detect.data.coco.faults import ERROR, DataError
 from gn_detect.data.coco.reader import load_coco, read_canonical
 from gn_detect.data.doctor.report import examine
-from gn_detect.engine.survey import survey
+from gn_detect.engine.autoconfig import survey
 from gn_detect.errors import UserError
 from gn_detect.evaluation import evaluate_results, prepare_ground_truth, read_truth
 

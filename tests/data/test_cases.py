@@ -13,7 +13,7 @@ import pytest
 
 from gn_detect.data import CocoDataset, DatasetSource
 from gn_detect.data.coco.faults import DataError
-from gn_detect.engine.survey import survey
+from gn_detect.engine.autoconfig import survey
 from gn_detect.evaluation import evaluate_results, prepare_ground_truth
 
 BOXES = [

@@ -11,7 +11,7 @@ import torch
 from torchvision.ops import box_iou
 
 from gn_detect.data import DatasetSource
-from gn_detect.engine.survey import anchor_recall, best_anchor_iou, sizes_of, survey
+from gn_detect.engine.autoconfig import anchor_recall, best_anchor_iou, sizes_of, survey
 from gn_detect.errors import UserError
 from gn_detect.modeling.anchors import AnchorGenerator
 from tests.engine.tiny import make_dataset

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gn_detect.engine.pipeline import default_workers, drawing_processes, in_order, reading_threads
+from gn_detect.engine.predict_files import default_workers, drawing_processes, in_order, reading_threads
 from gn_detect.errors import UserError
 
 

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from gn_detect.config import load_config
-from gn_detect.engine.autoconfig import Recipe, make_recipe
-from gn_detect.engine.machine import Machine
-from gn_detect.engine.survey import Survey
+from gn_detect.engine.autoconfig import Machine, Recipe, Survey, make_recipe
 from gn_detect.weights import Architecture
 
 CPU = Machine(on_gpu=False, processes=1, memory=16 * 2**30, cores=4)

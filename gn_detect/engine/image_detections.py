@@ -1,0 +1,79 @@
+"""Detections that know their image and the names of their classes: to save, show and pass on."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from ..evaluation import detections_to_coco
+from ..structures import Detections
+from ..text import printable
+from ..visualize import draw_detections, save_picture
+
+
+@dataclass(repr=False)
+class ImageDetections(Detections):
+    """Objects in one image, as a predictor returns them.
+
+    The methods take every object that is there: ``found[found.scores > 0.5].save("out.jpg")`` chooses first.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB pixels that were searched; an array of the caller's is not copied.
+        class_names: by label.
+        category_ids: by label, in the annotation file that the model was trained on.
+    """
+
+    image: np.ndarray = field(kw_only=True)
+    class_names: Sequence[str] = field(kw_only=True)
+    category_ids: Sequence[int] = field(kw_only=True)
+
+    def plot(self) -> Image.Image:
+        """Return the image with masks, boxes, names and scores drawn; a notebook shows it."""
+        return Image.fromarray(self._drawn())
+
+    def save(self, path: str | Path) -> None:
+        """Write the picture of :meth:`plot` as .png, .jpg or .webp.
+
+        Raises:
+            UserError: the file has another suffix or cannot be written.
+        """
+        save_picture(path, self._drawn())
+
+    def to_coco(self, image_id: Any = 1) -> list[dict[str, Any]]:
+        """Return entries of a COCO result file: ``bbox`` (x, y, width, height), ``score``, masks as RLE."""
+        return detections_to_coco(self, image_id, self.category_ids)
+
+    def to_supervision(self) -> Any:
+        """Return ``supervision.Detections``; ``data["class_name"]`` holds the names.
+
+        Raises:
+            UserError: the package supervision is not installed.
+        """
+        try:
+            supervision = importlib.import_module("supervision")
+        except ImportError as error:
+            raise UserError(
+                "to_supervision needs the package supervision, not installed here: pip install supervision"
+            ) from error
+        found = self.to("cpu")
+        names = [self.class_names[label] for label in found.labels.tolist()]
+        return supervision.Detections(
+            xyxy=found.boxes.numpy(),
+            confidence=found.scores.numpy(),
+            class_id=found.labels.numpy(),
+            mask=None if found.masks is None else found.masks.numpy(),
+            data={"class_name": np.array(names, dtype=str)},
+        )
+
+    def _drawn(self) -> np.ndarray:
+        return draw_detections(self.image, self.to("cpu"), self.class_names, score_threshold=0.0)
+
+    def _name_of(self, label: int) -> str:
+        return printable(self.class_names[label])
