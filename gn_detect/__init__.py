@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .convert import calibrate, convert_norm
     from .engine import Predictor, evaluate, train
     from .errors import UserError
-    from .layers import GroupNorm, fuse
+    from .layers import GroupNorm, fuse, fuse_relu
     from .modeling import build_model
     from .weights import load_weights
 
@@ -34,6 +34,7 @@ __all__ = [
     "evaluate",
     "evaluation",
     "fuse",
+    "fuse_relu",
     "layers",
     "load_config",
     "load_weights",
@@ -53,6 +54,7 @@ _HOME = {
     "convert_norm": "convert",
     "evaluate": "engine",
     "fuse": "layers",
+    "fuse_relu": "layers",
     "load_config": "config",
     "load_weights": "weights",
     "train": "engine",
