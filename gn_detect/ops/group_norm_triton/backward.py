@@ -19,9 +19,9 @@ from .tiles import (
 
 @triton.jit
 def _output_gradient(dy, y, offsets, mask, centred, scale, shift, dtype: tl.constexpr, RELU: tl.constexpr):
-    """dz of a tile: dy where the ReLU passed, and at NaN as in PyTorch.
+    """Return dz of a tile: dy where the ReLU passed, and at NaN as in PyTorch.
 
-    With a residual the output y tells; without, z is computed again.
+    With a residual the sign of the output y decides; without, z is computed again.
     """
     dz = tl.load(dy + offsets, mask=mask, other=0).to(dtype)
     if RELU:
@@ -58,11 +58,11 @@ def backward_groups(
     RELU: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """Whole groups of several samples in one program.
+    """Compute all gradients of whole groups of several samples in one program.
 
-    ``partials``: (programs of a tile, 2, CHANNELS) sums over the program's samples of the gradients of weight
-    and bias. ``dx``, ``d_residual``, ``partials`` and the output ``y`` may be None. Grid: runs of samples x
-    tiles.
+    ``partials``: (programs of a tile, 2, CHANNELS) sums of the gradients of weight and bias over the
+    program's samples. ``dx``, ``d_residual``, ``partials`` and the output ``y`` may be None. Grid: runs of
+    samples x tiles.
     """
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
@@ -164,7 +164,7 @@ def partial_gradients(
     WIDE: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """Split backward, first launch: sums of a part of each group, and the residual's gradient.
+    """Sum a part of each group, and store the residual's gradient: split backward, first launch.
 
     ``partials``: (samples * splits, 2, CHANNELS) sums of dz * xhat and of dz; ``group_partials``: (samples,
     GROUPS, 2, splits * pieces), the same times weight and summed over the group; either may be None. Grid:
@@ -239,7 +239,7 @@ def input_gradient(
     WIDE: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """Split backward, second launch: dx. Grid: samples x tiles x splits.
+    """Compute dx: split backward, second launch. Grid: samples x tiles x splits.
 
     With a residual, ``dy`` is its gradient, to which the first launch applied the ReLU: ``RELU`` is False.
     """

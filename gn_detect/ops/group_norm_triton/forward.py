@@ -33,7 +33,7 @@ def _shifted_sums(
     WIDE: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Mean of each group's pixels ``begin`` to ``end`` in this tile, and sum of squares about it."""
+    """Return mean of each group's pixels ``begin`` to ``end`` in a tile, and sum of squares about it."""
     i = tl.arange(0, BLOCK_PIXELS)
     here = tl.maximum(fold(exists.to(tl.int32), BLOCK_GROUPS, BLOCK_DEPTH), 1).to(dtype)
     offsets, mask = tile_offsets(channel, exists, begin + i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
@@ -69,7 +69,7 @@ def _write_output(
     y,
     RELU: tl.constexpr,
 ):
-    """relu((x - mean) * scale + shift + residual) of a tile."""
+    """Store relu((x - mean) * scale + shift + residual) of a tile."""
     z = (value - mean[:, None]) * scale[:, None] + shift[:, None]
     if residual is not None:
         z += tl.load(residual + offsets, mask=mask, other=0).to(z.dtype)
@@ -100,7 +100,7 @@ def forward_groups(
     RELU: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """Whole groups in one program: everything in one launch. Grid: samples x tiles."""
+    """Normalise whole groups in one program and one launch. Grid: samples x tiles."""
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
     dtype: tl.constexpr = statistics.dtype.element_ty
@@ -122,7 +122,7 @@ def forward_groups(
         mean = fold(tl.sum(value, axis=1), BLOCK_GROUPS, BLOCK_DEPTH) / count
         rounded = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)[:, None]
         centred = tl.where(mask, value - rounded, 0)
-        # What the rounding of a large sum left over, so that a large mean costs no digits.
+        # The rest from rounding a large sum, so that a large mean costs no digits.
         rest = fold(tl.sum(centred, axis=1), BLOCK_GROUPS, BLOCK_DEPTH) / count
         squares = fold(tl.sum(centred * centred, axis=1), BLOCK_GROUPS, BLOCK_DEPTH)
         mean += rest
@@ -172,7 +172,7 @@ def partial_statistics(
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Split forward, first launch: mean of a part of each group, and sum of squares about it.
+    """Compute mean and sum of squares about it of a part of each group: split forward, first launch.
 
     ``partials``: (samples, GROUPS, 2, splits * pieces). Grid: samples x tiles x splits.
     """
@@ -232,7 +232,7 @@ def normalize(
     WIDE: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """Split forward, second launch: merge partial statistics, normalise. Grid: samples x tiles x splits."""
+    """Merge partial statistics, normalise: split forward, second launch. Grid: samples x tiles x splits."""
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS * PIECES
