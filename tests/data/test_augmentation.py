@@ -116,13 +116,14 @@ CROP = "INPUT.CROP"
     ],
 )
 def test_impossible_settings_are_refused(key: str, changes: dict[str, Any]) -> None:
-    every = {f"INPUT.{name}.ENABLED": True for name in ("CROP", "LARGE_SCALE_JITTER")}
+    base = {
+        "INPUT.CROP.ENABLED": True,
+        "INPUT.LARGE_SCALE_JITTER.ENABLED": True,
+        "INPUT.MIN_SIZE_TRAIN": [20, 30],
+        "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range",
+    }
     with pytest.raises(UserError, match=key):
-        build_augmentations(
-            load_config("quick/demo.yaml").replace(
-                {"INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"} | every | changes
-            )
-        )
+        build_augmentations(load_config("quick/demo.yaml").replace(base | changes))
 
 
 def test_large_scale_jitter_has_a_fixed_size_and_keeps_an_object() -> None:
