@@ -77,7 +77,7 @@ class Timing:
     Attributes:
         layer, dtype, order: keys of :data:`LAYERS`, :data:`DTYPES` and :data:`ORDERS`.
         images: number of images in the batch.
-        backward: forward and backward instead of forward alone.
+        backward: forward and backward instead of forward only.
         megabytes: size of x.
         seconds: implementation -> device time; ``"copy"`` is one read and one write of x.
         host: implementation -> seconds until a call returns; empty without a GPU.

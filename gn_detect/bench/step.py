@@ -77,7 +77,7 @@ class Report:
         total = sum(parts.values())
         rows = [f"{name:<10} {ms:9.1f} ms {ms / total:6.1%}" for name, ms in parts.items()]
         if "data" in self.parts:
-            rows.append(f"{'data':<10} {self.parts['data']:9.1f} ms beside these")
+            rows.append(f"{'data':<10} {self.parts['data']:9.1f} ms in addition")
         median, least = statistics.median(self.seconds), min(self.seconds)
         return "\n".join(
             [

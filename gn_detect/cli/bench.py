@@ -18,7 +18,7 @@ from ..files import atomic_write_json
 from .options import add_config_arguments
 from .output import Result
 
-HELP = "Time a training step or a detection part by part, or every norm beside PyTorch's."
+HELP = "Time a training step or a detection part by part, or every norm against PyTorch's."
 EXAMPLES = """
 gn-detect bench train
 gn-detect bench infer --config-file quick/demo.yaml --size 224 320 --iterations 3 --json figures.json

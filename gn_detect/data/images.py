@@ -135,7 +135,7 @@ def _rgb_pixels(image: Image.Image) -> np.ndarray:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether the image is greyscale of more than 8 bits: mode ``I;16`` and its kin, or ``I``.
+    """Return whether the image is greyscale of more than 8 bits: mode ``I``, ``I;16`` or similar.
 
     All are read as 16-bit values, by their high byte, as Pillow reads 16-bit colour. The scale does not
     depend on the brightest pixel: equal things would be bright in one image and dark in the next. Mode ``I``

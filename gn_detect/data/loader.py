@@ -224,7 +224,7 @@ class TestSamples(Dataset[Sample]):
 
 
 class SampleLoader(Iterable[list[Sample]]):
-    """Loads batches, in this process or in workers; every ``iter()`` begins anew.
+    """Loads batches, in this process or in workers; every ``iter()`` starts again.
 
     Args:
         samples: (index, position) -> Sample.
@@ -258,7 +258,7 @@ class SampleLoader(Iterable[list[Sample]]):
         can_fork = "fork" in multiprocessing.get_all_start_methods()
         loader: DataLoader[Any] = DataLoader(
             _PackedSamples(self.samples),
-            batch_sampler=_Batches(self.batches),
+            batch_sampler=self.batches(),
             num_workers=self.num_workers,
             collate_fn=list,
             multiprocessing_context="fork" if can_fork else None,
@@ -281,7 +281,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 def _batches_of_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """Yield the batches of ``loader``; raise UserError if a worker died.
 
-    PyTorch's signal handler reports a death wherever the program is, also while it writes a checkpoint. Ours
+    PyTorch's signal handler raises at any point of the program, also while a checkpoint is written. Ours
     is active only while the next batch is awaited. A handler is needed: the message of a dying worker never
     ends, so waiting would not either.
     """
@@ -331,16 +331,6 @@ def _check_workers(workers: Sequence[BaseProcess]) -> None:
                 f"a data-loader worker died (process {worker.pid}, {how}); if the machine ran out of memory, "
                 f"lower DATALOADER.NUM_WORKERS ({len(workers)}); --resume continues from the last checkpoint"
             )
-
-
-class _Batches:
-    """A batch sampler for DataLoader."""
-
-    def __init__(self, batches: Callable[[], Iterator[list[Item]]]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[Item]]:
-        return self._batches()
 
 
 class _PackedSamples(Dataset[Any]):

@@ -34,7 +34,7 @@ def fuse_relu(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     That is certain in convolutions that hold their ReLU (the heads), and in ``BasicStem``, ``BasicBlock`` and
     ``BottleneckBlock`` themselves, whose forward is known. Subclasses of them and other blocks keep their own
-    forward, and the norm alone is fused. Parameters, their names and the function do not change.
+    forward, and only the norm is fused. Parameters, their names and the function do not change.
 
     Args:
         model: any model built with detectron2's layers.
@@ -65,9 +65,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 @cache
 def __getattr__(name: str) -> Any:
-    """Make ``FusedBasicBlock`` and its kin, subclasses with our forward, when they are first asked for.
+    """Make ``FusedBasicBlock`` and the other subclasses with our forward at their first use.
 
-    They cannot be written down, as detectron2 is not imported before. Python asks here for a pickle's too.
+    Their bases need the import of detectron2. Unpickling looks the classes up here as well.
     """
     if name not in _FORWARDS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -179,8 +179,8 @@ def rescale(
 
     Args:
         detections: boxes in pixels of ``size``; masks (D, S, S) probabilities inside the boxes, or None.
-        size: of the network's input.
-        original: of the image file.
+        size: size of the network's input.
+        original: size of the image file.
         paste: convert masks to bool bitmaps of the image, a byte for each pixel and object; False keeps them
             for :func:`gn_detect.ops.paste_one_by_one`.
 

@@ -70,7 +70,7 @@ class BottleneckBlock(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut (ResNet-50 and deeper, ResNeXt).
 
     Args:
-        in_channels, out_channels, stride: of the block.
+        in_channels, out_channels, stride: channels and stride of the block.
         norm: makes the norm of every convolution.
         width: channels of the 3x3 convolution.
         groups: groups of the 3x3 convolution (ResNeXt's cardinality).

@@ -152,7 +152,7 @@ def forget() -> None:
     for module, names in KERNELS.items():
         for name in names:
             getattr(module, name).device_caches.clear()
-    for cache in (compiled_kernels, launch._forward_recipe, launch._backward_recipe):
+    for cache in (compiled_kernels, launch._recipe):
         cache.cache_clear()
 
 

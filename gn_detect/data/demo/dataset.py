@@ -180,8 +180,8 @@ def paint(scene: Scene, seed: int, index: int) -> np.ndarray:
             window = np.s_[y : y + height, x : x + width]
             inside = mask[window]
             below = top[window][inside]
-            behind = [canvas[window][inside][below == n].mean(axis=0) for n in np.unique(below)]
-            canvas[window][inside] = object_texture(height, width, behind, random)[inside]
+            covered = [canvas[window][inside][below == n].mean(axis=0) for n in np.unique(below)]
+            canvas[window][inside] = object_texture(height, width, covered, random)[inside]
             top[window][inside] = number
     return finish(canvas, random)
 

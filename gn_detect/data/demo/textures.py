@@ -22,16 +22,16 @@ def _random_colour(random: Generator) -> Colour:
     return _hsv(random.random(), random.uniform(0.25, 1.0), random.uniform(0.25, 1.0))
 
 
-def _clearance(colour: Colour, behind: list[Colour]) -> float:
-    return min(float(np.linalg.norm(colour - other)) for other in behind)
+def _clearance(colour: Colour, covered: list[Colour]) -> float:
+    return min(float(np.linalg.norm(colour - other)) for other in covered)
 
 
-def _contrasting_colour(random: Generator, behind: list[Colour]) -> Colour:
-    """Return a random colour at least :data:`CONTRAST` from each in ``behind``, or the best of 40."""
+def _contrasting_colour(random: Generator, covered: list[Colour]) -> Colour:
+    """Return a random colour at least :data:`CONTRAST` from each in ``covered``, or the best of 40."""
     best, best_distance = _random_colour(random), -1.0
     for _ in range(40):
         colour = _random_colour(random)
-        distance = _clearance(colour, behind)
+        distance = _clearance(colour, covered)
         if distance >= CONTRAST:
             return colour
         if distance > best_distance:
@@ -39,19 +39,19 @@ def _contrasting_colour(random: Generator, behind: list[Colour]) -> Colour:
     return best
 
 
-def object_texture(height: int, width: int, behind: list[Colour], random: Generator) -> np.ndarray:
+def object_texture(height: int, width: int, covered: list[Colour], random: Generator) -> np.ndarray:
     """Return a patch that fills one object, float32 RGB (height, width, 3).
 
     Args:
         height, width: size of the patch in pixels.
-        behind: mean colours of the areas that the object covers.
+        covered: mean colours of the areas that the object covers.
         random: source of colours and pattern.
     """
-    first = _contrasting_colour(random, behind)
+    first = _contrasting_colour(random, covered)
     # The second colour is near the first: the outline shows the category, not the pattern inside.
     step = random.standard_normal(3).astype(np.float32)
     step *= random.uniform(20, 60) / np.linalg.norm(step)
-    second = max((first + step, first - step), key=lambda colour: _clearance(colour, behind))
+    second = max((first + step, first - step), key=lambda colour: _clearance(colour, covered))
     pattern = _pattern(height, width, random)
     patch = first + pattern[..., None] * (second - first)
     light = _ramp(height, width, random) * random.uniform(0.0, 0.25)

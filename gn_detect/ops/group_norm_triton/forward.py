@@ -19,20 +19,10 @@ from .tiles import (
 
 @triton.jit
 def _shifted_sums(
-    x,
-    channel,
-    exists,
-    begin,
-    end,
-    pixels,
-    CHANNELS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    dtype: tl.constexpr,
-):
+    x, channel, exists, begin, end, pixels,
+    CHANNELS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
     """Return mean of each group's pixels ``begin`` to ``end`` in a tile, and sum of squares about it."""
     i = tl.arange(0, BLOCK_PIXELS)
     here = tl.maximum(fold(exists.to(tl.int32), BLOCK_GROUPS, BLOCK_DEPTH), 1).to(dtype)
@@ -58,17 +48,7 @@ def _shifted_sums(
 
 
 @triton.jit
-def _write_output(
-    value,
-    mask,
-    offsets,
-    mean,
-    scale,
-    shift,
-    residual,
-    y,
-    RELU: tl.constexpr,
-):
+def _write_output(value, mask, offsets, mean, scale, shift, residual, y, RELU: tl.constexpr):
     """Store relu((x - mean) * scale + shift + residual) of a tile."""
     z = (value - mean[:, None]) * scale[:, None] + shift[:, None]
     if residual is not None:
@@ -80,26 +60,11 @@ def _write_output(
 
 @triton.jit(do_not_specialize=["samples", "pixel_units"])
 def forward_groups(
-    x,
-    residual,
-    weight,
-    bias,
-    y,
-    statistics,
-    samples,
-    pixel_units,
-    eps: tl.float64,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-):
+    x, residual, weight, bias, y, statistics, samples, pixel_units, eps: tl.float64,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    RELU: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
     """Normalise whole groups in one program and one launch. Grid: samples x tiles."""
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
@@ -132,20 +97,9 @@ def forward_groups(
         _write_output(value, mask, offsets, mean_of_channel, scale, b, residual, y, RELU)
     else:
         mean, squares = _shifted_sums(
-            x,
-            channel,
-            exists,
-            0,
-            pixels,
-            pixels,
-            CHANNELS,
-            BLOCK_GROUPS,
-            BLOCK_DEPTH,
-            BLOCK_PIXELS,
-            CHANNELS_LAST,
-            WIDE,
-            dtype,
-        )
+            x, channel, exists, 0, pixels, pixels,
+            CHANNELS, BLOCK_GROUPS, BLOCK_DEPTH, BLOCK_PIXELS, CHANNELS_LAST, WIDE, dtype,
+        )  # fmt: skip
         rstd = 1 / tl.sqrt(squares / count + tl.cast(eps, dtype))
         mean_of_channel = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
         scale = spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH) * w
@@ -158,20 +112,10 @@ def forward_groups(
 
 @triton.jit(do_not_specialize=["pixel_units", "splits", "split_tiles"])
 def partial_statistics(
-    x,
-    partials,
-    pixel_units,
-    splits,
-    split_tiles,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    x, partials, pixel_units, splits, split_tiles,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Compute mean and sum of squares about it of a part of each group: split forward, first launch.
 
     ``partials``: (samples, GROUPS, 2, splits * pieces). Grid: samples x tiles x splits.
@@ -186,20 +130,9 @@ def partial_statistics(
     begin = split * split_tiles * BLOCK_PIXELS
     end = tl.minimum(begin + split_tiles * BLOCK_PIXELS, pixels)
     mean, squares = _shifted_sums(
-        x + sample * CHANNELS * pixels,
-        channel,
-        exists,
-        begin,
-        end,
-        pixels,
-        CHANNELS,
-        BLOCK_GROUPS,
-        BLOCK_DEPTH,
-        BLOCK_PIXELS,
-        CHANNELS_LAST,
-        WIDE,
-        dtype,
-    )
+        x + sample * CHANNELS * pixels, channel, exists, begin, end, pixels,
+        CHANNELS, BLOCK_GROUPS, BLOCK_DEPTH, BLOCK_PIXELS, CHANNELS_LAST, WIDE, dtype,
+    )  # fmt: skip
     g = group + tl.arange(0, BLOCK_GROUPS)
     parts = splits * PIECES
     place = partials + (sample * GROUPS + g) * 2 * parts + split * PIECES + piece
@@ -209,29 +142,12 @@ def partial_statistics(
 
 @triton.jit(do_not_specialize=["samples", "pixel_units", "splits", "split_tiles"])
 def normalize(
-    x,
-    residual,
-    weight,
-    bias,
-    y,
-    statistics,
-    partials,
-    samples,
-    pixel_units,
-    splits,
-    split_tiles,
+    x, residual, weight, bias, y, statistics, partials, samples, pixel_units, splits, split_tiles,
     eps: tl.float64,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
-):
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
     """Merge partial statistics, normalise: split forward, second launch. Grid: samples x tiles x splits."""
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH

@@ -62,7 +62,7 @@ def forward(
     """
     shape, device = x.shape, x.device
     others = (_dtype(residual), _dtype(weight), _dtype(bias))
-    recipe = _forward_recipe(shape, x.dtype, others, device.index, num_groups, relu, channels_last)
+    recipe = _recipe("forward", shape, x.dtype, others, device.index, num_groups, relu, channels_last)
     y = torch.empty_like(x)
     dtype = accumulator(x.dtype)
     statistics = torch.empty((2, shape[0], num_groups), dtype=dtype, device=device)
@@ -101,7 +101,8 @@ def backward(
     shape, device = x.shape, x.device
     num_groups = statistics.shape[2]
     others = (_dtype(y), _dtype(dy), _dtype(weight), _dtype(bias))
-    recipe = _backward_recipe(shape, x.dtype, others, device.index, num_groups, relu, channels_last, needs)
+    dtype, index = x.dtype, device.index
+    recipe = _recipe("backward", shape, dtype, others, index, num_groups, relu, channels_last, needs)
     needs_x, needs_residual, needs_affine = needs
     dtype = statistics.dtype
     dx = torch.empty_like(x) if needs_x else None
@@ -131,7 +132,8 @@ def backward(
 
 
 @lru_cache(maxsize=4096)
-def _forward_recipe(
+def _recipe(
+    direction: str,
     shape: torch.Size,
     dtype: torch.dtype,
     others: tuple[torch.dtype | None, ...],
@@ -139,55 +141,30 @@ def _forward_recipe(
     num_groups: int,
     relu: bool,
     channels_last: bool,
+    needs: tuple[bool, ...] = (),
 ) -> _Recipe:
+    """Plan the launches; ``others`` are dtypes of further tensors, for the backward that of ``y`` first."""
+    backward = direction == "backward"
     samples, pixels = shape[0], shape[2:].numel()
-    plan, units, common = _planned("forward", shape, dtype, num_groups, channels_last)
-    programs = samples * plan.tiles * plan.splits
-    key = (dtype, others, device)
-    if plan.one_launch:
-        first = common | {"RELU": relu, "ONE_TILE": plan.holds_all(pixels)}
-        return _Recipe(True, (samples, units), 1, 1, _launch(programs, first, key), None)
-    parts = plan.splits * plan.pieces
-    second = common | {"RELU": relu, "BLOCK_PARTS": power_of_two(parts)}
-    return _Recipe(
-        False,
-        (samples, units, plan.splits, plan.split_tiles),
-        1,
-        parts,
-        _launch(programs, common, key),
-        _launch(programs, second, key),
-    )
-
-
-@lru_cache(maxsize=4096)
-def _backward_recipe(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    others: tuple[torch.dtype | None, ...],
-    device: int | None,
-    num_groups: int,
-    relu: bool,
-    channels_last: bool,
-    needs: tuple[bool, bool, bool],
-) -> _Recipe:
-    samples, pixels = shape[0], shape[2:].numel()
-    plan, units, common = _planned("backward", shape, dtype, num_groups, channels_last)
+    plan, units, common = _planned(direction, shape, dtype, num_groups, channels_last)
     key = (dtype, others, device, needs)
-    first = common | {"RELU": relu}
+    with_relu = common | {"RELU": relu}
     if plan.one_launch:
         runs = -(-samples // plan.samples)
-        launch = _launch(runs * plan.tiles, first | {"ONE_TILE": plan.holds_all(pixels)}, key)
-        return _Recipe(True, (samples, plan.samples, units), runs, 1, launch, None)
+        sizes: tuple[int, ...] = (samples, plan.samples, units) if backward else (samples, units)
+        launch = _launch(runs * plan.tiles, with_relu | {"ONE_TILE": plan.holds_all(pixels)}, key)
+        return _Recipe(True, sizes, runs, 1, launch, None)
     parts = plan.splits * plan.pieces
     programs = samples * plan.tiles * plan.splits
+    first = _launch(programs, with_relu if backward else common, key)
     second = None
-    if needs[0]:
-        # With a residual and a ReLU the first launch has applied the ReLU.
-        applied = others[0] is not None or needs[1]
+    if not backward or needs[0]:
+        # In the backward with a residual and a ReLU, the first launch has applied the ReLU.
+        applied = backward and (others[0] is not None or needs[1])
         constants = common | {"RELU": relu and not applied, "BLOCK_PARTS": power_of_two(parts)}
         second = _launch(programs, constants, key)
     sizes = (samples, units, plan.splits, plan.split_tiles)
-    return _Recipe(False, sizes, samples * plan.splits, parts, _launch(programs, first, key), second)
+    return _Recipe(False, sizes, samples * plan.splits, parts, first, second)
 
 
 def _launch(programs: int, constants: dict[str, Any], key: tuple[Any, ...]) -> Launch:

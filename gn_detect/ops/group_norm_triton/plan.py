@@ -1,4 +1,4 @@
-"""Choice of kernels and tiles for a tensor, by its shape alone, so that results repeat.
+"""Choice of kernels and tiles for a tensor. It depends only on the shape, so results repeat.
 
 A tile covers ``block_groups`` groups x ``block_depth`` channels of each x ``block_pixels`` pixels. Two plans:
 
@@ -65,7 +65,7 @@ SECTOR, LINE = 32, 128
 
 GRADIENT_PROGRAMS = 1024
 """Programs that sum the affine gradients of many samples (RoIs): each runs over several samples and leaves
-one partial sum, so that the partial sums stay small beside x."""
+one partial sum, so that the partial sums stay small against x."""
 
 
 @dataclass(frozen=True)

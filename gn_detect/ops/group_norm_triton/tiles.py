@@ -21,11 +21,7 @@ def spread(v, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr):
 
 @triton.jit
 def tile_channels(
-    tile,
-    CHANNELS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
+    tile, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr
 ):
     """Return channels of a tile, a mask of those that exist, its first group and piece of the group."""
     PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
@@ -48,13 +44,7 @@ def tile_channels(
 
 @triton.jit
 def tile_offsets(
-    channel,
-    exists,
-    pixel,
-    pixels,
-    CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    channel, exists, pixel, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr
 ):
     """Return offsets of (channels, pixels) in a sample, ``WIDE`` in 64 bits, and a mask of those there."""
     mask = exists[:, None] & (pixel < pixels)[None, :]
@@ -99,12 +89,16 @@ def tile_program(tiles, splits, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constex
 
 
 @triton.jit
-def load_statistics(statistics, sample, group, samples, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
-    """Load mean and rstd of a tile's groups, (BLOCK_GROUPS,)."""
+def load_statistics(
+    statistics, sample, group, samples,
+    GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Load mean and rstd for the channels of a tile, (BLOCK_GROUPS * BLOCK_DEPTH,)."""
     g = group + tl.arange(0, BLOCK_GROUPS)
     place = statistics + sample * GROUPS + g
     mean = tl.load(place, mask=g < GROUPS, other=0)
-    return mean, tl.load(place + samples.to(tl.int64) * GROUPS, mask=g < GROUPS, other=0)
+    rstd = tl.load(place + samples.to(tl.int64) * GROUPS, mask=g < GROUPS, other=0)
+    return spread(mean, BLOCK_GROUPS, BLOCK_DEPTH), spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH)
 
 
 @triton.jit
