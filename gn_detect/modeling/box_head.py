@@ -13,13 +13,7 @@ from .resnet import NormFactory
 
 
 class BoxHead(nn.Sequential):
-    """3x3 convolutions with norm and ReLU, then fully connected layers with ReLU (4conv1fc, 2fc, ...).
-
-    Args:
-        in_channels: C of the pooled features.
-        settings: ``MODEL.ROI_BOX_HEAD``.
-        norm: makes the norm of the convolutions.
-    """
+    """3x3 convolutions with norm and ReLU, then fully connected layers with ReLU (4conv1fc, 2fc, ...)."""
 
     def __init__(self, in_channels: int, settings: ROIBoxHead, norm: NormFactory) -> None:
         super().__init__()
@@ -42,14 +36,7 @@ class BoxHead(nn.Sequential):
 
 
 class BoxPredictor(nn.Module):
-    """Class logits (background last) and box deltas, their losses, and the detections that follow.
-
-    Args:
-        in_features: number of features of a RoI.
-        heads: ``MODEL.ROI_HEADS``.
-        box: ``MODEL.ROI_BOX_HEAD``.
-        detections_per_image: largest number of detections.
-    """
+    """Class logits (background last) and box deltas of RoIs, their losses, and the detections."""
 
     def __init__(self, in_features: int, heads: ROIHeads, box: ROIBoxHead, detections_per_image: int) -> None:
         super().__init__()

@@ -18,9 +18,9 @@ class FPN(nn.Module):
 
     Args:
         bottom_up: backbone that returns ``{name: (N, C_i, H / s_i, W / s_i)}``.
-        settings: ``MODEL.FPN``; ``in_features`` are contiguous levels, high resolution first.
+        settings: ``in_features`` are contiguous levels, high resolution first.
         levels: channels and stride of each of these levels.
-        norm: makes the norm of every convolution.
+        norm: makes the norm of a convolution from its number of channels.
     """
 
     def __init__(

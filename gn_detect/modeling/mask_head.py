@@ -18,11 +18,7 @@ from .resnet import NormFactory
 class MaskHead(nn.Module):
     """3x3 convolutions with norm and ReLU, a 2x2 transposed convolution with ReLU, and a 1x1 predictor.
 
-    Args:
-        in_channels: C of the pooled features.
-        settings: ``MODEL.ROI_MASK_HEAD``.
-        num_masks: number of classes, or 1 for a class-agnostic head.
-        norm: makes the norm of the 3x3 convolutions.
+    ``num_masks`` is the number of classes, or 1 for a class-agnostic head.
     """
 
     def __init__(self, in_channels: int, settings: ROIMaskHead, num_masks: int, norm: NormFactory) -> None:

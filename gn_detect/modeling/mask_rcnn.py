@@ -21,8 +21,7 @@ class MaskRCNN(nn.Module):
 
     Args:
         backbone: maps images (N, 3, H, W) to named feature maps.
-        proposal_generator: RPN.
-        roi_heads: second stage.
+        proposal_generator, roi_heads: first and second stage.
         pixel_mean, pixel_std: three values each, in the channel order of the images, 0..255.
         size_divisibility: images are padded to multiples of this number.
         channels_last: memory format of the convolutions.

@@ -69,13 +69,8 @@ class BasicBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut (ResNet-50 and deeper, ResNeXt).
 
-    Args:
-        in_channels, out_channels, stride: channels and stride of the block.
-        norm: makes the norm of every convolution.
-        width: channels of the 3x3 convolution.
-        groups: groups of the 3x3 convolution (ResNeXt's cardinality).
-        dilation: dilation of the 3x3 convolution.
-        stride_in_1x1: put the stride on the first 1x1 (the original MSRA models) and not on the 3x3.
+    ``width``, ``groups`` (ResNeXt's cardinality) and ``dilation`` are those of the 3x3 convolution.
+    ``stride_in_1x1`` puts the stride on the first 1x1 (the original MSRA models) and not on the 3x3.
     """
 
     def __init__(

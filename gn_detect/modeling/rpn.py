@@ -25,7 +25,7 @@ class RPNHead(nn.Module):
 
     Args:
         in_channels: C of every level.
-        num_anchors: A, number of anchors at each position.
+        num_anchors: A, anchors at each position.
         conv_dims: widths of the 3x3 convolutions; -1 keeps C.
     """
 
@@ -104,14 +104,7 @@ def _gather_patches(feature: Tensor, position: Tensor) -> Tensor:
 
 
 class RPN(nn.Module):
-    """Anchors, the head, its losses and its proposals.
-
-    Args:
-        settings: ``MODEL.RPN``; ``in_features`` are the pyramid levels.
-        head: predicts logits and deltas.
-        anchor_generator: makes the anchors of the same levels.
-        min_size: pixels; proposals with a shorter side are dropped.
-    """
+    """Anchors, the head, its losses and its proposals; ``min_size`` is the least side of one in pixels."""
 
     def __init__(
         self, settings: RPNSettings, head: RPNHead, anchor_generator: AnchorGenerator, min_size: float = 0.0
