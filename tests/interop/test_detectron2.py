@@ -127,7 +127,7 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_weights(tmp_path: Path, d
 
 
 def test_a_replica_of_a_fused_block_computes_with_its_own_weights() -> None:
-    """As DataParallel makes it: the attributes of the module with other parameters."""
+    """DataParallel makes replicas: the attributes of the module with other parameters."""
     block = partner.fuse_relu(make_model(make_config())).backbone.bottom_up.res2[0]
     replica = block._replicate_for_data_parallel()
     replica.conv1 = copy.deepcopy(block.conv1)
