@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .engine import Predictor, evaluate, train
     from .errors import UserError
     from .finetuning import FineTuned, finetune
-    from .layers import GroupNorm, fuse
+    from .layers import GroupNorm, fuse, fuse_relu
     from .modeling import build_model
     from .structures import Detections
     from .weights import load_weights
@@ -43,8 +43,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Config", "Detections", "FineTuned", "GroupNorm", "Predictor", "UserError", "__version__", "bench",
     "build_model", "calibrate", "config", "convert", "convert_norm", "data", "distributed", "engine",
-    "errors", "evaluate", "evaluation", "export", "finetune", "fuse", "interop", "layers", "load_config",
-    "load_weights", "modeling", "ops", "report", "structures", "train", "visualize", "weights",
+    "errors", "evaluate", "evaluation", "export", "finetune", "fuse", "fuse_relu", "interop", "layers",
+    "load_config", "load_weights", "modeling", "ops", "report", "structures", "train", "visualize", "weights",
 ]  # fmt: skip
 
 _NAMES = {
@@ -53,7 +53,7 @@ _NAMES = {
     "engine": "Predictor evaluate train",
     "errors": "UserError",
     "finetuning": "FineTuned finetune",
-    "layers": "GroupNorm fuse",
+    "layers": "GroupNorm fuse fuse_relu",
     "modeling": "build_model",
     "structures": "Detections",
     "weights": "load_weights",

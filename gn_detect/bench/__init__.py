@@ -1,1 +1,1 @@
-"""Timing of a training step, part by part, and of norms."""
+"""Times of a training step, part by part, and of norms."""

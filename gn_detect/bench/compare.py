@@ -1,4 +1,4 @@
-"""Whole training steps with frozen BN, PyTorch's GN and the fused GN, in turn, a process each."""
+"""Whole training steps with frozen BN, PyTorch's GN and the fused GN in turn, each in its own process."""
 
 from __future__ import annotations
 
@@ -14,22 +14,17 @@ from pathlib import Path
 
 from ..errors import UserError
 
+# Config overrides and environment of each variant; box and mask heads are the same.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "fused GN": ([], {}),
     "native GN": ([], {"GN_DETECT_FUSED": "0"}),
     "frozen BN": (["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""], {}),
 }
-"""Config overrides and environment of each; box and mask heads are the same."""
 
 
 @dataclass
 class Step:
-    """Of one variant.
-
-    Attributes:
-        seconds: median of a step, for each round.
-        megabytes: peak memory above the start, for each round, in decimal MB.
-    """
+    """Figures of a variant in each round: median seconds of a step, and peak memory above the start, MB."""
 
     seconds: list[float] = field(default_factory=list)
     megabytes: list[float] = field(default_factory=list)
@@ -45,15 +40,15 @@ def compare_steps(config: str, arguments: Sequence[str], rounds: int) -> Iterato
     """Run ``bench train`` on every variant ``rounds`` times.
 
     Args:
-        config: of the model with GN.
+        config: config file of the model with GN.
         arguments: further flags, then config overrides.
-        rounds: of all variants in turn.
+        rounds: number of runs of each variant.
 
     Yields:
-        After each run the same mapping, of those variants that have figures.
+        The same mapping after each run, with the variants that have figures.
 
     Raises:
-        UserError: a run failed; the text is its own.
+        UserError: a run failed; its error is part of the text.
     """
     steps: dict[str, Step] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The norms of Mask R-CNN R-50-FPN one by one: ours beside PyTorch's, frozen BN and a plain copy."""
+"""Times of each norm of Mask R-CNN R-50-FPN: ours, PyTorch's, frozen BN and a plain copy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -21,8 +21,7 @@ from ..ops.group_norm_triton.plan import make_plan
 GROUPS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ORDERS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
-LARGE_BYTES = 16e6
-"""Above this a tensor's time on a GPU is bytes; below, launches."""
+LARGE_BYTES = 16e6  # a larger tensor's time on a GPU goes to bytes, a smaller one's to launches
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Layer:
 
     Attributes:
         shape: (N, C, H, W) for one image of 800 x 1344, or all its RoIs.
-        residual, relu: what follows the norm.
-        count: norms of this kind in the model.
+        residual, relu: the norm adds a residual, ends in a ReLU.
+        count: number of such norms in the model.
     """
 
     shape: tuple[int, int, int, int]
@@ -41,10 +40,11 @@ class Layer:
     count: int
 
     def of_images(self, images: int) -> Layer:
-        """The same for a batch of several images."""
-        return Layer((self.shape[0] * images, *self.shape[1:]), self.residual, self.relu, self.count)
+        """Return the layer for a batch of several images."""
+        return replace(self, shape=(self.shape[0] * images, *self.shape[1:]))
 
 
+# All 69 normalised tensors of Mask R-CNN R-50-FPN with GN everywhere.
 LAYERS = {
     "stem": Layer((1, 64, 400, 672), False, True, 1),
     "res2 conv1, conv2": Layer((1, 64, 200, 336), False, True, 6),
@@ -68,7 +68,6 @@ LAYERS = {
     "box head": Layer((512, 256, 7, 7), False, True, 4),
     "mask head": Layer((128, 256, 14, 14), False, True, 4),
 }
-"""All 69 normalised tensors of Mask R-CNN R-50-FPN with GN everywhere."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,12 @@ class Timing:
 
     Attributes:
         layer, dtype, order: keys of :data:`LAYERS`, :data:`DTYPES` and :data:`ORDERS`.
-        images: in the batch.
-        backward: forward and backward instead of forward alone.
-        megabytes: of x.
+        images: number of images in the batch.
+        backward: forward and backward instead of forward only.
+        megabytes: size of x.
         seconds: implementation -> device time; ``"copy"`` is one read and one write of x.
-        host: implementation -> seconds that a call keeps the host; only on a GPU, which works behind it.
-        passes: fewest sweeps over tensors of x's size, for the fraction of the copy's bandwidth.
+        host: implementation -> seconds until a call returns; empty without a GPU.
+        passes: fewest reads and writes of tensors of x's size.
     """
 
     layer: str
@@ -97,16 +96,16 @@ class Timing:
 
     @property
     def bandwidth(self) -> float:
-        """Our fraction of the copy's bandwidth, by the fewest bytes possible."""
+        """Return our fraction of the copy's bandwidth, by the fewest bytes possible."""
         return self.passes / 2 * self.seconds["copy"] / self.seconds["ours"]
 
     def ratio(self, other: str) -> float:
-        """How many times longer ``other`` takes than ours."""
+        """Return the time of ``other`` over ours."""
         return self.seconds[other] / self.seconds["ours"]
 
 
 def fewest_passes(layer: Layer, itemsize: int, channels_last: bool, backward: bool) -> int:
-    """Reads and writes of tensors of x's size; a group that one program keeps on chip is read once."""
+    """Return the reads and writes of tensors of x's size; a group that stays on the chip is read once."""
     n, c, h, w = layer.shape
     plan = make_plan("forward", n, c, h * w, GROUPS, itemsize, channels_last)
     again = 0 if plan.one_launch else 1
@@ -118,7 +117,7 @@ def fewest_passes(layer: Layer, itemsize: int, channels_last: bool, backward: bo
 
 
 def implementations(layer: Layer, x: Tensor, compiled: bool) -> dict[str, Callable[..., Tensor]]:
-    """Functions of (x, residual, weight, bias) that end in the layer's ReLU."""
+    """Return functions of (x, residual, weight, bias) that include the layer's ReLU."""
     channels = (1, -1, 1, 1)
 
     def ours(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
@@ -173,14 +172,17 @@ def _benchmark_layer(
 
     x, residual, dy = (normal(*layer.shape).to(DTYPES[dtype], memory_format=ORDERS[order]) for _ in range(3))
     weight, bias = (normal(layer.shape[1]).to(x.dtype) for _ in range(2))
-    extra = residual if layer.residual else None
+    inputs = [x, residual if layer.residual else None, weight, bias]
     functions = implementations(layer, x, compiled)
     copy = torch.empty_like(x)
     for backward in (False, True):
-        leaves = [t.requires_grad_(backward) for t in (x, residual, weight, bias)]
+        for tensor in inputs:
+            if tensor is not None:
+                tensor.requires_grad_(backward)
         calls: dict[str, Callable[[], Any]] = {"copy": lambda: copy.copy_(x.detach())}
-        for key, function in functions.items():
-            calls[key] = _call(function, x, extra, leaves, dy if backward else None)
+        calls |= {
+            key: _call(function, inputs, dy if backward else None) for key, function in functions.items()
+        }
         seconds = _measure(calls, device, rounds)
         host = _host_seconds(calls, device)
         passes = fewest_passes(layer, x.element_size(), order == "channels_last", backward)
@@ -189,25 +191,17 @@ def _benchmark_layer(
 
 
 def _call(
-    function: Callable[..., Tensor],
-    x: Tensor,
-    residual: Tensor | None,
-    leaves: list[Tensor],
-    dy: Tensor | None,
+    function: Callable[..., Tensor], inputs: list[Tensor | None], dy: Tensor | None
 ) -> Callable[[], Any]:
-    weight, bias = leaves[2:]
+    """Return a call of the function, with its backward if there is a ``dy``."""
     if dy is None:
-        return lambda: function(x, residual, weight, bias)
-    inputs = [t for t in leaves if t is not leaves[1] or residual is not None]
-
-    def step() -> Any:
-        return torch.autograd.grad(function(x, residual, weight, bias), inputs, dy, allow_unused=True)
-
-    return step
+        return lambda: function(*inputs)
+    leaves = [tensor for tensor in inputs if tensor is not None]
+    return lambda: torch.autograd.grad(function(*inputs), leaves, dy, allow_unused=True)
 
 
 def _measure(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each call, on a GPU the device's own."""
+    """Return the median seconds of each call; on a GPU those of the device."""
     if device.type == "cuda":
         return {key: _device_seconds(call) for key, call in calls.items()}
     spent: dict[str, list[float]] = {key: [] for key in calls}
@@ -216,7 +210,7 @@ def _measure(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: 
     for _ in range(rounds):
         shuffle(order)
         for key, call in order:
-            call()  # unmeasured: it finds another's freed memory, or none, and the next one finds its own
+            call()  # not timed: it allocates memory, which the next call finds
             begin = time.perf_counter()
             call()
             spent[key].append(time.perf_counter() - begin)
@@ -224,7 +218,7 @@ def _measure(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: 
 
 
 def _device_seconds(call: Callable[[], Any]) -> float:
-    """Median with a cold L2 cache, of a CUDA graph of the call: without the host's time between launches."""
+    """Return the median time of the call as a CUDA graph, without the host, with a cold L2 cache."""
     from triton.testing import do_bench
 
     stream = torch.cuda.Stream()
@@ -242,7 +236,7 @@ def _device_seconds(call: Callable[[], Any]) -> float:
 def _host_seconds(
     calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int = 50
 ) -> dict[str, float]:
-    """Seconds until a call returns, while the device works behind it."""
+    """Return the seconds until a call returns, while the device still works."""
     if device.type != "cuda":
         return {}
     spent = {}
@@ -256,14 +250,13 @@ def _host_seconds(
     return spent
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive numbers; nan where there are none."""
+def _geometric_mean(values: Iterable[float]) -> float:
     found = list(values)
     return statistics.geometric_mean(found) if found else float("nan")
 
 
 def row(timing: Timing) -> str:
-    """A line of the table, under :func:`header`."""
+    """Return a line of the table, under :func:`header`."""
     names = ("native", "autocast native", "compiled native", "frozen BN")
     others = "".join(f"{timing.ratio(k):10.2f}" if k in timing.seconds else f"{'-':>10}" for k in names)
     direction = "fwd+bwd" if timing.backward else "fwd"
@@ -277,24 +270,24 @@ def row(timing: Timing) -> str:
 
 
 def header() -> str:
-    """The table's first line; the ratios are others' time over ours."""
+    """Return the table's first line; the ratios are others' time over ours."""
     columns = f"{'layer':<18} {'dtype':<8} {'order':<14} {'':<7}{'MB':>7}{'ours, ms':>10}{'copy':>8}"
     others = "".join(f"{name:>10}" for name in ("native", "autocast", "compiled", "frozenBN"))
     return f"{columns}{others}{'host, us':>10}{'native':>10}"
 
 
 def summary(timings: list[Timing]) -> str:
-    """Geometric means over the layers, and the worst against native."""
+    """Return geometric means over the layers, and the worst ratio to native."""
     lines = []
     for backward, dtype, order in itertools.product((False, True), DTYPES, ORDERS):
         some = [t for t in timings if (t.backward, t.dtype, t.order) == (backward, dtype, order)]
         if not some:
             continue
         worst = min(some, key=lambda t: t.ratio("native"))
-        large = geometric_mean(t.bandwidth for t in some if t.megabytes * 1e6 > LARGE_BYTES)
-        small = geometric_mean(t.bandwidth for t in some if t.megabytes * 1e6 <= LARGE_BYTES)
+        large = _geometric_mean(t.bandwidth for t in some if t.megabytes * 1e6 > LARGE_BYTES)
+        small = _geometric_mean(t.bandwidth for t in some if t.megabytes * 1e6 <= LARGE_BYTES)
         means = {
-            k: geometric_mean(t.ratio(k) for t in some) for k in some[0].seconds if k not in ("ours", "copy")
+            k: _geometric_mean(t.ratio(k) for t in some) for k in some[0].seconds if k not in ("ours", "copy")
         }
         ratios = ", ".join(f"{k} {v:.2f}" for k, v in means.items())
         lines.append(
@@ -306,5 +299,5 @@ def summary(timings: list[Timing]) -> str:
 
 
 def as_json(timings: list[Timing]) -> list[dict[str, Any]]:
-    """The figures as plain data."""
+    """Return the figures as plain data."""
     return [asdict(t) | {"bandwidth": t.bandwidth} for t in timings]

@@ -1,20 +1,19 @@
-"""How long a training step or a detection takes and how much memory it needs, part by part.
+"""Time and memory of a training step or a detection, part by part.
 
-The workload is the same everywhere: an image, objects and proposals made from a seed, so that the number of
-foreground RoIs, and with it the work of the heads, does not depend on the weights. It can be written to a
-folder for another toolkit to read.
+The workload is the same everywhere: images, objects and proposals from a seed. So the number of foreground
+RoIs, and with it the work of the heads, does not depend on the weights. Another toolkit can read the
+workload's folder.
 """
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,13 +40,13 @@ PARTS = ("backbone", "fpn", "rpn", "roi_heads", "losses", "backward", "optimizer
 
 @dataclass(frozen=True)
 class Workload:
-    """What one step works on.
+    """Data of one step.
 
     Attributes:
-        height, width: of each image in pixels, which is also the network's input.
-        images: in a batch.
-        objects: in each image, ellipses of 40 to 220 pixels.
-        proposals: in each image; half of them lie near an object.
+        height, width: size of each image, and of the network's input, in pixels.
+        images: number of images in a batch.
+        objects: number of objects in an image, ellipses of 40 to 220 pixels.
+        proposals: number of proposals in an image; half of them lie near an object.
     """
 
     height: int = 512
@@ -62,10 +61,10 @@ class Report:
     """Result of a benchmark.
 
     Attributes:
-        seconds: of each step from the batch on, which in a run other processes prepare.
+        seconds: time of each step without the batch, which other processes prepare in a run.
         parts: part -> milliseconds in one step, from a few extra steps under torch's profiler.
-        memory: bytes by which the process (on a GPU the allocator) grew above its size before the first step.
-        summary: one number that tells whether two runs did the same: the total loss, or the detections.
+        memory: bytes by which the process (on a GPU the allocator) grew since before the first step.
+        summary: total loss, or number of detections; equal runs have equal ones.
     """
 
     seconds: list[float]
@@ -78,7 +77,7 @@ class Report:
         total = sum(parts.values())
         rows = [f"{name:<10} {ms:9.1f} ms {ms / total:6.1%}" for name, ms in parts.items()]
         if "data" in self.parts:
-            rows.append(f"{'data':<10} {self.parts['data']:9.1f} ms beside these")
+            rows.append(f"{'data':<10} {self.parts['data']:9.1f} ms in addition")
         median, least = statistics.median(self.seconds), min(self.seconds)
         return "\n".join(
             [
@@ -96,14 +95,14 @@ def benchmark(
 
     Args:
         cfg: decides model, device and solver; datasets and image sizes are the workload's.
-        mode: what a step is.
-        workload: see :class:`Workload`.
-        iterations: timed steps after one that is not.
-        folder: where images, ``annotations.json`` and ``proposals.json`` stay; a temporary one by default.
+        mode: kind of step.
+        workload: data of a step.
+        iterations: timed steps, after one that is not timed.
+        folder: folder for images, ``annotations.json`` and ``proposals.json``; by default a temporary one.
     """
-    with _folder(folder) as place:
-        proposals = write_workload(place, workload)
-        cfg = _with_workload(cfg, place, workload)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        proposals = write_workload(Path(place), workload)
+        cfg = _with_workload(cfg, Path(place), workload)
         device = resolve_device(cfg)
         torch.manual_seed(0)
         model = build_model(cfg).to(device)
@@ -113,7 +112,7 @@ def benchmark(
 
 
 def write_workload(folder: Path, workload: Workload) -> list[Tensor]:
-    """Write images, annotations and proposals to ``folder``; returns the proposals, (P, 4) for each image."""
+    """Write images, annotations and proposals to ``folder``; return the proposals, (P, 4) for each image."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     size = np.array([workload.width, workload.height], dtype=np.float64)
@@ -155,7 +154,7 @@ def write_workload(folder: Path, workload: Workload) -> list[Tensor]:
 def _proposals(
     random: np.random.Generator, objects: np.ndarray, size: np.ndarray, workload: Workload
 ) -> np.ndarray:
-    """(P, 4) ``xyxy``: objects moved by at most an eighth of their size, and boxes anywhere."""
+    """Return (P, 4) ``xyxy``: objects moved by at most an eighth of their size, and boxes anywhere."""
     near = workload.proposals // 2
     base = objects[random.integers(0, len(objects), near)]
     extent = np.tile(base[:, 2:] - base[:, :2], 2)
@@ -183,7 +182,7 @@ def _with_workload(cfg: Config, folder: Path, workload: Workload) -> Config:
             "SOLVER.IMS_PER_BATCH": workload.images,
             "TEST.IMS_PER_BATCH": workload.images,
             "MODEL.ROI_HEADS.NUM_CLASSES": 80,
-            # Fresh weights score every class alike; about half of them shall pass.
+            # Fresh weights score all classes alike; about half of them pass.
             "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0125,
             "MODEL.WEIGHTS": "",
             "SEED": 0,
@@ -192,7 +191,7 @@ def _with_workload(cfg: Config, folder: Path, workload: Workload) -> Config:
 
 
 def _inject(model: MaskRCNN, proposals: list[Tensor]) -> None:
-    """The RPN does all its work, then the workload's proposals take the place of its own."""
+    """Let the RPN do all its work, then replace its proposals by the workload's."""
     rpn = model.proposal_generator
     own = rpn.select_proposals
     given = [p.to(model.device) for p in proposals]
@@ -204,8 +203,10 @@ def _inject(model: MaskRCNN, proposals: list[Tensor]) -> None:
     rpn.select_proposals = select_proposals  # type: ignore[method-assign,assignment]
 
 
-def _training_step(cfg: Config, model: MaskRCNN) -> Callable[[], tuple[float, Tensor]]:
-    """A function that does one step and returns the seconds spent on data, and the losses."""
+Step = Callable[[], tuple[float, Tensor]]  # does one step; returns the seconds for data, and the summary
+
+
+def _training_step(cfg: Config, model: MaskRCNN) -> Step:
     loader, _ = build_train_loader(cfg)
     batches = iter(loader)
     state = make_state(cfg, model)
@@ -221,7 +222,7 @@ def _training_step(cfg: Config, model: MaskRCNN) -> Callable[[], tuple[float, Te
     return step
 
 
-def _inference_step(cfg: Config, model: MaskRCNN) -> Callable[[], tuple[float, Tensor]]:
+def _inference_step(cfg: Config, model: MaskRCNN) -> Step:
     loader, _ = build_test_loader(cfg, "benchmark")
     model.eval().use_memory_format(detection_format(cfg))
 
@@ -236,7 +237,7 @@ def _inference_step(cfg: Config, model: MaskRCNN) -> Callable[[], tuple[float, T
     return step
 
 
-def _measure(step: Callable[[], tuple[float, Tensor]], device: torch.device, iterations: int) -> Report:
+def _measure(step: Step, device: torch.device, iterations: int) -> Report:
     before = _memory(device)
     summary = float(step()[1])
     seconds, data = [], []
@@ -250,10 +251,8 @@ def _measure(step: Callable[[], tuple[float, Tensor]], device: torch.device, ite
     return Report(seconds, _profile(step, device, statistics.median(data)), memory, summary)
 
 
-def _profile(
-    step: Callable[[], tuple[float, Tensor]], device: torch.device, data: float, steps: int = 3
-) -> dict[str, float]:
-    """Milliseconds of each part in one step; the parts are marked in the model with ``record_function``."""
+def _profile(step: Step, device: torch.device, data: float, steps: int = 3) -> dict[str, float]:
+    """Return milliseconds of each part in one step; ``record_function`` marks the parts in the model."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities) as profiler:
         for _ in range(steps):
@@ -277,7 +276,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes in use now."""
+    """Return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -294,22 +293,13 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-@contextmanager
-def _folder(folder: Path | None) -> Iterator[Path]:
-    if folder is not None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
 def describe_machine(device: torch.device) -> str:
-    """One line: PyTorch, processor or GPU, threads."""
+    """Return PyTorch's version, the processor or GPU and the threads in one line."""
     if device.type == "cuda":
         return f"PyTorch {torch.__version__}, {torch.cuda.get_device_name(device)}"
     return f"PyTorch {torch.__version__}, CPU, {torch.get_num_threads()} threads"
 
 
 def write_report(path: Path, report: Report) -> None:
-    """``report`` as JSON."""
-    atomic_write_json(path, json.loads(json.dumps(vars(report))))
+    """Write ``report`` as JSON."""
+    atomic_write_json(path, vars(report))

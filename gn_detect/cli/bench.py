@@ -18,7 +18,7 @@ from ..files import atomic_write_json
 from .options import add_config_arguments
 from .output import Result
 
-HELP = "Time a training step or a detection part by part, or every norm beside PyTorch's."
+HELP = "Time a training step or a detection part by part, or every norm against PyTorch's."
 EXAMPLES = """
 gn-detect bench train
 gn-detect bench infer --config-file quick/demo.yaml --size 224 320 --iterations 3 --json figures.json
@@ -94,7 +94,7 @@ def _run_norms(args: argparse.Namespace) -> Result:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu")
     config = args.config_file or DEFAULT_CONFIG
-    load_config(config, args.overrides)  # a wrong key is told now, not behind all the norms
+    load_config(config, args.overrides)  # report a wrong key now, not after all the norms
     print(
         f"norms of R-50-FPN, {args.images} x 800 x 1344, {describe_machine(device)}; ratios: time over ours"
     )
@@ -131,7 +131,7 @@ def _keep_norm_figures(
     timings: list[benchmark_norm.Timing],
     steps: dict[str, Step],
 ) -> dict[str, Any]:
-    """Write what has been measured to ``--json``, and return it: a run that is cut off loses nothing."""
+    """Write the figures so far to ``--json``, and return them: an interrupted run keeps its figures."""
     figures = {
         "machine": describe_machine(device),
         "norms": benchmark_norm.as_json(timings),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..layers import GroupNorm, GroupNormAct, choose_groups, fuse
+from ..layers import GroupNorm, GroupNormAct, choose_groups, fuse_relu
 from .match import constant_channels, expected_statistics, matched_affine
 from .moments import measure_moments
 from .readers import refuse_readers
@@ -115,7 +115,7 @@ def convert_norm(
     new: dict[str, nn.Module] = {}
     for name, norm in norms.items():
         if isinstance(norm, nn.GroupNorm):
-            new[name] = fuse(norm, inplace=inplace)
+            new[name] = fuse_relu(norm, inplace=inplace)
             report.layers.append(LayerReport.of(name, "GroupNorm", norm, "as it was"))
             continue
         new[name], layer = _group_norm(

@@ -1,12 +1,13 @@
-"""Random augmentation: what detectron2 and large-scale jitter do, each a small callable with its own numbers.
+"""Random augmentation as in detectron2, and large-scale jitter.
 
-Each takes a LabelledImage and a NumPy generator, the only source of chance.
+Each augmentation is a callable of a LabelledImage and a NumPy generator, the only source of random numbers.
+The config's schema bounds their settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,11 +35,11 @@ _CROP_TRIES = 10
 
 
 def shortest_edge_size(height: int, width: int, length: int, max_size: int) -> tuple[int, int]:
-    """Size at which the shorter side is ``length`` unless the longer one would pass ``max_size``.
+    """Return the size with a shorter side of ``length``, or less if the longer one would pass ``max_size``.
 
     Args:
-        height, width: of the image, pixels.
-        length: wanted shorter side; 0 keeps the size.
+        height, width: size of the image in pixels.
+        length: shorter side; 0 keeps the size.
         max_size: limit of the longer side.
 
     Returns:
@@ -72,13 +73,6 @@ class ResizeShortestEdge:
     max_size: int
     sampling: str = "choice"
 
-    def __post_init__(self) -> None:
-        if self.sampling not in ("choice", "range"):
-            raise UserError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING {self.sampling!r} is not choice or range")
-        if len(self.lengths) == 0 or (self.sampling == "range" and len(self.lengths) != 2):
-            needed = "two sizes, the ends of the range" if self.sampling == "range" else "at least one size"
-            raise UserError(f"INPUT.MIN_SIZE_TRAIN is {tuple(self.lengths)}; it needs {needed}")
-
     def __call__(self, labelled: LabelledImage, random: np.random.Generator) -> LabelledImage:
         if self.sampling == "range":
             length = int(random.integers(min(self.lengths), max(self.lengths), endpoint=True))
@@ -89,7 +83,7 @@ class ResizeShortestEdge:
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """Half of the images flipped; ``vertical`` exchanges top and bottom, else left and right."""
+    """Flip of half of the images; ``vertical`` exchanges top and bottom, else left and right."""
 
     vertical: bool = False
 
@@ -103,13 +97,13 @@ class RandomFlip:
 class RandomCrop:
     """A random window that holds at least part of an object, if there is any.
 
-    The window is put around the centre of the box of a random object. If nothing of any mask is in it (the
-    object may be a ring), another is tried, and finally the image stays whole.
+    The window contains the centre of the box of a random object. If it contains no part of a mask (the object
+    may be a ring), another window is tried. After several tries the image stays whole.
 
     Attributes:
-        kind: detectron2's ``INPUT.CROP.TYPE``: ``relative`` and ``relative_range`` (parts of the height and
-            the width, resp. the least parts), ``absolute`` (height and width in pixels), ``absolute_range``
-            (least and largest side in pixels).
+        kind: detectron2's ``INPUT.CROP.TYPE``: ``relative`` (fractions of height and width),
+            ``relative_range`` (least fractions), ``absolute`` (height and width in pixels),
+            ``absolute_range`` (least and largest side in pixels).
         amount: the two numbers of ``INPUT.CROP.SIZE``.
     """
 
@@ -117,29 +111,17 @@ class RandomCrop:
     amount: Sequence[float]
 
     def __post_init__(self) -> None:
-        if self.kind not in ("relative", "relative_range", "absolute", "absolute_range"):
+        if self.kind == "absolute_range" and self.amount[0] > self.amount[1]:
             raise UserError(
-                f"INPUT.CROP.TYPE {self.kind!r} is unknown; "
-                "choose relative_range, relative, absolute or absolute_range"
-            )
-        relative = self.kind.startswith("relative")
-        valid = len(self.amount) == 2 and all(0 < a <= 1 if relative else a >= 1 for a in self.amount)
-        if self.kind == "absolute_range":
-            valid = valid and self.amount[0] <= self.amount[1]
-        if not valid:
-            meaning = {
-                "absolute": "height and width in pixels",
-                "absolute_range": "the least and the largest side in pixels",
-            }.get(self.kind, "two parts of the image in (0, 1]")
-            raise UserError(
-                f"INPUT.CROP.SIZE {list(self.amount)} does not fit TYPE {self.kind!r}; give {meaning}"
+                f"INPUT.CROP.SIZE {list(self.amount)} does not fit TYPE {self.kind!r}; "
+                "give the least and the largest side in pixels"
             )
 
     def __call__(self, labelled: LabelledImage, random: np.random.Generator) -> LabelledImage:
         return crop_with_object(labelled, *self.window_size(*labelled.size, random), random)
 
     def window_size(self, height: int, width: int, random: np.random.Generator) -> tuple[int, int]:
-        """(height, width) of the window in an image of height x width pixels."""
+        """Return (height, width) of the window in an image of height x width pixels."""
         first, second = self.amount
         if self.kind == "absolute":
             return min(int(first), height), min(int(second), width)
@@ -155,7 +137,7 @@ class RandomCrop:
 def crop_with_object(
     labelled: LabelledImage, height: int, width: int, random: np.random.Generator
 ) -> LabelledImage:
-    """A random window of (height, width), at most the image's size, that keeps an object; see RandomCrop."""
+    """Crop a random window of (height, width), at most the image, that keeps an object; see RandomCrop."""
     size = np.array(labelled.size)
     window = np.minimum((height, width), size)
     if (window == size).all():
@@ -175,10 +157,10 @@ def crop_with_object(
 
 @dataclass(frozen=True)
 class LargeScaleJitter:
-    """Resize by a random factor, then cut or pad to a fixed size (arXiv 2012.07177).
+    """Resize by a random factor, then crop or pad to a fixed size (arXiv 2012.07177).
 
-    At factor 1 the image just fits into ``size``. Unlike detectron2, which moves the window by the same
-    fraction in x and in y, a window that is smaller than the image is placed as RandomCrop places it.
+    At factor 1 the image just fits into ``size``. A window that is smaller than the image is placed as in
+    RandomCrop. detectron2 instead moves it by the same fraction in x and in y.
 
     Attributes:
         min_scale, max_scale: ends of the factor's range.
@@ -188,13 +170,6 @@ class LargeScaleJitter:
     min_scale: float
     max_scale: float
     size: Sequence[int]
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_scale <= self.max_scale:
-            raise UserError(
-                "INPUT.LARGE_SCALE_JITTER needs 0 < MIN_SCALE <= MAX_SCALE, "
-                f"not {self.min_scale} and {self.max_scale}"
-            )
 
     def __call__(self, labelled: LabelledImage, random: np.random.Generator) -> LabelledImage:
         height, width = self.size
@@ -213,18 +188,14 @@ class ColorJitter:
     """Random brightness, contrast, saturation and hue, in random order, as torchvision's ColorJitter.
 
     Attributes:
-        brightness, contrast, saturation: factors are drawn from [max(0, 1 - value), 1 + value].
-        hue: shift is drawn from [-hue, hue], at most 0.5.
+        brightness, contrast, saturation: factors are from [max(0, 1 - value), 1 + value].
+        hue: shift is from [-hue, hue], at most 0.5.
     """
 
     brightness: float
     contrast: float
     saturation: float
     hue: float
-
-    def __post_init__(self) -> None:
-        if min(self.brightness, self.contrast, self.saturation) < 0 or not 0 <= self.hue <= 0.5:
-            raise UserError("INPUT.COLOR_JITTER strengths must not be negative, and HUE at most 0.5")
 
     def __call__(self, labelled: LabelledImage, random: np.random.Generator) -> LabelledImage:
         image = to_tensor(labelled.image, "RGB")
@@ -240,12 +211,11 @@ class ColorJitter:
         for i in random.permutation(len(changes)):
             adjust, factor = changes[i]
             image = adjust(image, factor)
-        pixels = image.numpy().transpose(1, 2, 0)
-        return LabelledImage(np.ascontiguousarray(pixels), labelled.boxes, labelled.labels, labelled.masks)
+        return replace(labelled, image=np.ascontiguousarray(image.numpy().transpose(1, 2, 0)))
 
 
 def build_augmentations(cfg: Config) -> list[Augmentation]:
-    """The training augmentations that ``cfg.input`` asks for: crop, resize or jitter, flip, colour."""
+    """Return the training augmentations of ``cfg.input``: crop, resize or jitter, flip, colour."""
     given = cfg.input
     chosen: list[Augmentation] = []
     if given.crop.enabled:
@@ -257,10 +227,6 @@ def build_augmentations(cfg: Config) -> list[Augmentation]:
         chosen.append(
             ResizeShortestEdge(given.min_size_train, given.max_size_train, given.min_size_train_sampling)
         )
-    if given.random_flip not in ("none", "horizontal", "vertical"):
-        raise UserError(
-            f"INPUT.RANDOM_FLIP {given.random_flip!r} is unknown; choose horizontal, vertical or none"
-        )
     if given.random_flip != "none":
         chosen.append(RandomFlip(vertical=given.random_flip == "vertical"))
     if given.color_jitter.enabled:
@@ -270,11 +236,11 @@ def build_augmentations(cfg: Config) -> list[Augmentation]:
 
 
 def prepare_image(image: np.ndarray, cfg: Config) -> torch.Tensor:
-    """An RGB image (H, W, 3) uint8 as the network sees it at inference.
+    """Resize an RGB image (H, W, 3) uint8 for inference.
 
     Returns:
-        (3, h, w) uint8 in ``INPUT.FORMAT`` order, its shorter side ``INPUT.MIN_SIZE_TEST`` unless the longer
-        would pass ``INPUT.MAX_SIZE_TEST``.
+        (3, h, w) uint8 in ``INPUT.FORMAT`` order. Its shorter side is ``INPUT.MIN_SIZE_TEST``, or less if the
+        longer one would pass ``INPUT.MAX_SIZE_TEST``.
     """
     height, width = image.shape[:2]
     size = shortest_edge_size(height, width, cfg.input.min_size_test, cfg.input.max_size_test)
@@ -282,5 +248,5 @@ def prepare_image(image: np.ndarray, cfg: Config) -> torch.Tensor:
 
 
 def crops(cfg: Config) -> bool:
-    """Whether training images are cropped, so that boxes have to be taken from the masks."""
+    """Return whether training images are cropped, so that boxes must come from the masks."""
     return cfg.input.crop.enabled or cfg.input.large_scale_jitter.enabled

@@ -1,4 +1,4 @@
-"""Names of datasets and where their files are."""
+"""Names of datasets, and the places of their files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .formats.recognise import describe_foreign
 if TYPE_CHECKING:
     from ..config import Config
 
+# Annotation file and images folder of each name, relative to the datasets root.
 BUILT_IN = {
     "coco_2017_train": ("coco/annotations/instances_train2017.json", "coco/train2017"),
     "coco_2017_val": ("coco/annotations/instances_val2017.json", "coco/val2017"),
@@ -26,20 +27,19 @@ BUILT_IN = {
     "demo_train": ("demo/instances_train.json", "demo/images_train"),
     "demo_val": ("demo/instances_val.json", "demo/images_val"),
 }
-"""Annotation file and images folder of each name, relative to the datasets root."""
 
 _GENERATED = ("demo_train", "demo_val")
 
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Where a dataset is.
+    """Place of a dataset.
 
     Attributes:
-        name: of the dataset.
+        name: name of the dataset.
         annotations: COCO JSON.
-        images: the folder to which the JSON's file names are relative.
-        allow_outside: names may lead out of that folder (``DATASETS.ALLOW_OUTSIDE``).
+        images: folder of the JSON's relative file names.
+        allow_outside: file names may lead out of the folder (``DATASETS.ALLOW_OUTSIDE``).
     """
 
     name: str
@@ -51,8 +51,8 @@ class DatasetSource:
 def datasets_root(cfg: Config | None = None) -> Path:
     """Return the built-in datasets' folder.
 
-    It is ``DATASETS.ROOT``, else $GN_DETECT_DATASETS, else $DETECTRON2_DATASETS, else ./datasets. The
-    environment also counts where a root that the config names is gone.
+    It is ``DATASETS.ROOT``, else $GN_DETECT_DATASETS, else $DETECTRON2_DATASETS, else ./datasets. If the
+    root in the config no longer exists, the environment counts.
     """
     named = os.environ.get("GN_DETECT_DATASETS") or os.environ.get("DETECTRON2_DATASETS") or ""
     root = "" if cfg is None else cfg.datasets.root
@@ -62,9 +62,9 @@ def datasets_root(cfg: Config | None = None) -> Path:
 
 
 def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
-    """The files of a dataset: ``DATASETS.REGISTER`` first, then the built-in names.
+    """Return the files of a dataset: ``DATASETS.REGISTER`` first, then the built-in names.
 
-    The demo dataset is generated when it is asked for the first time.
+    The first use of the demo dataset generates it.
 
     Raises:
         UserError: the name is unknown, or the annotation file or the images folder is missing.
@@ -88,8 +88,8 @@ def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
     else:
         raise UserError(_unknown(name, [*registered, *BUILT_IN]))
     if source.annotations.is_dir():
-        told = describe_foreign(source.annotations)
-        raise UserError(f"dataset {name}: {source.annotations} is no COCO file: {told}")
+        found = describe_foreign(source.annotations)
+        raise UserError(f"dataset {name}: {source.annotations} is no COCO file: {found}")
     if not source.annotations.is_file():
         raise UserError(f"dataset {name}: annotation file {source.annotations} is missing; {remedy}")
     if not source.images.is_dir():

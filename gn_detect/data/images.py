@@ -1,4 +1,4 @@
-"""Reading image files: every common mode becomes 8-bit RGB or BGR, EXIF orientation included."""
+"""Reading of image files: all common modes become 8-bit RGB or BGR, with the EXIF orientation applied."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..files import open_file
 from .coco.faults import DataError
 from .coco.file_names import nearby_file
 
+# Undoes each value of the EXIF tag ``Orientation``; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -23,28 +24,22 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each value of the EXIF tag ``Orientation``; 1 is upright."""
 
+# Formats that are read, by Pillow's names, whatever the name of the file; Pillow has AVIF from 11.3 on.
+# Pillow reads many more, among them PostScript, for which it starts another program.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
-"""That are read, by Pillow's names, whatever a file is called; AVIF where Pillow has it, from 11.3 on.
 
-Pillow itself reads many more, among them PostScript, for which it starts another program.
-"""
-
-_PIXELS_AT_ONCE = 1 << 20
-"""That are converted, or copied."""
-
-DARK = 64
-"""Of 256: the greys that 14 bits or less leave of a 16-bit greyscale image."""
+_PIXELS_AT_ONCE = 1 << 20  # converted or copied
+DARK = 64  # greys of 256 that remain of a 16-bit greyscale image with 14 bits or less
 
 
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file: size and mode are known, pixels are not read. Every image of a user comes this way.
+    """Open an image file, the only way for images of a user: size and mode are known, pixels are not read.
 
     Raises:
-        DataError: it is no regular file, or of none of the :data:`FORMATS`.
-        OSError: and what else Pillow raises for a file that is missing or damaged.
+        DataError: the file is not regular, or has none of the :data:`FORMATS`.
+        OSError: the file is missing or damaged; Pillow raises other types as well.
     """
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
@@ -68,30 +63,30 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 def read_image(
     path: str | Path, channel_order: str = "BGR", expected_size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Pixels of an image file.
+    """Return the pixels of an image file.
 
-    Greyscale, palette and CMYK become RGB; alpha is dropped. Of greyscale with more than 8 bits the high byte
-    of 16 is taken, whatever the picture holds: values up to 255 are black, 12-bit ones at most 15 of 255.
+    Greyscale, palette and CMYK become RGB; alpha is dropped. Greyscale with more than 8 bits is read by the
+    high byte of 16, whatever its values: up to 255 is black, and 12-bit values give at most 15 of 255.
 
     Args:
         path: a regular file of one of the :data:`FORMATS`, or a link to one.
         channel_order: ``"BGR"`` or ``"RGB"``.
-        expected_size: (height, width) that the annotations state. The EXIF orientation is applied unless only
-            the picture as stored has this size: some annotation tools ignore the tag.
+        expected_size: (height, width) in the annotations. The EXIF orientation is applied unless only the
+            stored picture has this size: some annotation tools ignore the tag.
 
     Returns:
         (H, W, 3) uint8, writable and contiguous.
 
     Raises:
-        UserError: the file is missing, damaged, of a mode without a usual meaning in 8 bits, or not of the
-            expected size.
+        UserError: the file is missing or damaged, its mode has no usual meaning in 8 bits, or its size is not
+            the expected one.
     """
     if channel_order not in ("BGR", "RGB"):
         raise UserError(f"INPUT.FORMAT {channel_order!r} is not supported; choose 'BGR' or 'RGB'")
     try:
         with open_image(path) as file:
             if expected_size is not None and sorted(file.size) != sorted(expected_size):
-                raise _other_size(path, file.size, expected_size)  # before the work, and the memory
+                raise _other_size(path, file.size, expected_size)  # before the pixels take memory
             stored = _loaded(file, path)
             orientation = _orientation(file)
     except FileNotFoundError as error:
@@ -130,7 +125,7 @@ def _other_size(path: str | Path, found: tuple[int, int], expected: tuple[int, i
 
 
 def _loaded(image: Image.Image, path: str | Path) -> Image.Image:
-    """With its pixels in memory, of a mode that :func:`_rgb_pixels` converts."""
+    """Load the pixels, in a mode that :func:`_rgb_pixels` converts."""
     if image.mode == "F":
         raise DataError(f"image {path} has floating-point pixels; convert it to 8 bits", "unreadable-image")
     if is_deep(image):
@@ -140,7 +135,7 @@ def _loaded(image: Image.Image, path: str | Path) -> Image.Image:
 
 
 def _rgb_pixels(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8; some rows at a time, as Pillow's copies take several bytes for each pixel."""
+    """Convert to (H, W, 3) uint8, some rows at a time: Pillow's copies take several bytes for each pixel."""
     width, height = image.size
     pixels = np.empty((height, width, 3), dtype=np.uint8)
     rows = max(1, _PIXELS_AT_ONCE // width)
@@ -151,20 +146,19 @@ def _rgb_pixels(image: Image.Image) -> np.ndarray:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether it is greyscale of more than 8 bits: mode ``I;16`` and its kin, or ``I``.
+    """Return whether the image is greyscale of more than 8 bits: mode ``I``, ``I;16`` or similar.
 
-    All are read as 16-bit values, by their high byte, as Pillow reads 16-bit colour. The picture itself has
-    no say in it: a scale that followed its brightest pixel would show equal things bright in one image and
-    dark in the next. Neither has the mode: ``I`` is 32 bits in memory, but what Pillow opens so are 16-bit
-    PNG (in its older versions), PGM, which it stretches to 16 bits, and TIFF, into which tools write camera
-    values of 16 bits; beyond 65535 is white. Data that fill less of the 16 bits must be scaled, and the
-    doctor says so.
+    All are read as 16-bit values, by their high byte, as Pillow reads 16-bit colour. The scale does not
+    depend on the brightest pixel: equal things would be bright in one image and dark in the next. Mode ``I``
+    has 32 bits in memory, but Pillow opens 16-bit data with it: PNG (in older versions), PGM, which it
+    scales to 16 bits, and TIFF, with the 16-bit values of cameras. Values above 65535 are white. Data that
+    use fewer bits must be scaled by the user, and the doctor reports them.
     """
     return image.mode.startswith("I")
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1 where there is none or the EXIF block is damaged."""
+    """Return the EXIF orientation; 1 if there is none or the EXIF block is damaged."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow's EXIF parser raises many types on damaged blocks, and the pixels are fine

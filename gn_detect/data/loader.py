@@ -1,7 +1,7 @@
 """Loaders: an endless one for training, a finite one for evaluation. Both yield lists of Samples.
 
-A batch is a function of the config, the seed and its number, whatever the number of workers: each image's
-augmentation is seeded with its position in the stream of images.
+A batch depends on the config, the seed and its number, not on the number of workers: the position of an
+image in the stream of images seeds its augmentation.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import logging
 import multiprocessing
 import secrets
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,12 +42,13 @@ from .samplers import (
     shuffled_indices,
 )
 from .transforms import to_target, to_tensor
-from .workers import batches_of_workers
 
 if TYPE_CHECKING:
     from ..config import Config
 
 logger = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 2.0  # a worker closes its connections a moment before it counts as dead
 
 
 def build_train_loader(
@@ -55,17 +59,18 @@ def build_train_loader(
     start_iteration: int = 0,
     seed: int | None = None,
 ) -> tuple[SampleLoader, CocoDataset]:
-    """Endless training batches of ``DATASETS.TRAIN``.
+    """Return endless training batches of ``DATASETS.TRAIN``.
 
     Args:
         cfg: whole config.
         rank, world_size: this process among those that train together.
-        start_iteration: batches that a resumed run has already seen; they are skipped without reading images.
-        seed: by default ``cfg.seed``; if that is negative, a random one, equal in all processes of an
-            initialised process group. The loader tells it as ``.seed``.
+        start_iteration: number of batches that a resumed run has seen; they are skipped without reading
+        images. seed: by default ``cfg.seed``; if that is negative, a random one, equal in all processes of
+        an
+            initialised process group. The loader keeps it as ``.seed``.
 
     Returns:
-        an iterable of lists of ``IMS_PER_BATCH // world_size`` Samples with targets, and the dataset.
+        An iterable of lists of ``IMS_PER_BATCH // world_size`` Samples with targets, and the dataset.
 
     Raises:
         UserError: files are missing or wrong, nothing is annotated, or the batch cannot be divided.
@@ -94,11 +99,10 @@ def build_train_loader(
         draw_polygons=cfg.input.mask_format == "bitmask",
         boxes_from_masks=masks and crops(cfg),
     )
-
-    stream_of = _sampler(cfg, dataset, kept)
+    make_stream = _sampler(cfg, dataset, kept)
 
     def batches() -> Iterator[list[Item]]:
-        share = share_of_rank(stream_of(seed), rank, world_size)
+        share = share_of_rank(make_stream(seed), rank, world_size)
         stream = ((kept[i], position) for i, position in share)
         if cfg.dataloader.aspect_ratio_grouping:
             grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(dataset, i))
@@ -112,15 +116,15 @@ def build_train_loader(
 def build_test_loader(
     cfg: Config, name: str, *, rank: int = 0, world_size: int = 1
 ) -> tuple[SampleLoader, CocoDataset]:
-    """All images of one dataset, in the order of their ids, without targets.
+    """Return all images of one dataset, in the order of their ids, without targets.
 
     Args:
         cfg: whole config.
-        name: of the dataset.
-        rank, world_size: each process gets a contiguous part.
+        name: name of the dataset.
+        rank, world_size: this process among all; each gets a contiguous part.
 
     Returns:
-        an iterable with a length, of lists of at most ``TEST.IMS_PER_BATCH`` Samples, and the dataset.
+        An iterable with a length, of lists of at most ``TEST.IMS_PER_BATCH`` Samples, and the dataset.
 
     Raises:
         UserError: files are missing or wrong.
@@ -136,7 +140,7 @@ def build_test_loader(
 
 
 def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
-    """Indices of the images to train on: all, or those with objects if ``filter_empty``.
+    """Return the indices of the images to train on: all, or those with objects if ``filter_empty``.
 
     Raises:
         UserError: there is no object at all.
@@ -155,17 +159,12 @@ def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
 
 
 def _sampler(cfg: Config, dataset: CocoDataset, kept: Sequence[int]) -> Callable[[int], Iterator[int]]:
-    """Makes from a seed an endless stream of positions in ``kept``."""
+    """Return a function that makes an endless stream of positions in ``kept`` from a seed."""
     loader = cfg.dataloader
     if loader.sampler_train == "TrainingSampler":
         return partial(shuffled_indices, len(kept))
-    if loader.sampler_train == "RepeatFactorTrainingSampler":
-        labels = (dataset.labels(i).tolist() for i in kept)
-        return partial(repeated_indices, repeat_factors(labels, loader.repeat_threshold, loader.repeat_sqrt))
-    raise UserError(
-        f"DATALOADER.SAMPLER_TRAIN {loader.sampler_train!r} is not supported; "
-        "choose TrainingSampler or RepeatFactorTrainingSampler"
-    )
+    labels = (dataset.labels(i).tolist() for i in kept)  # RepeatFactorTrainingSampler, the other known one
+    return partial(repeated_indices, repeat_factors(labels, loader.repeat_threshold, loader.repeat_sqrt))
 
 
 def _is_wide(dataset: CocoDataset, index: int) -> bool:
@@ -180,7 +179,7 @@ def _random_seed() -> int:
 
 
 class TrainSamples(Dataset[Sample]):
-    """Augmented samples by (index, position); the position seeds the augmentation."""
+    """Augmented samples for (index, position); the position seeds the augmentation."""
 
     def __init__(
         self,
@@ -209,7 +208,7 @@ class TrainSamples(Dataset[Sample]):
 
 
 class TestSamples(Dataset[Sample]):
-    """Samples without targets by (index, anything), resized for inference."""
+    """Samples without targets for (index, anything), resized for inference."""
 
     __test__ = False  # not a test case for pytest
 
@@ -225,14 +224,14 @@ class TestSamples(Dataset[Sample]):
 
 
 class SampleLoader(Iterable[list[Sample]]):
-    """Loads batches, in this process or in workers; every ``iter()`` begins anew.
+    """Loads batches, in this process or in workers; every ``iter()`` starts again.
 
     Args:
         samples: (index, position) -> Sample.
         batches: makes an iterator of lists of items.
-        length: number of batches; None if there is no end.
-        num_workers: processes; 0 loads in this one.
-        seed: kept as ``.seed``.
+        length: number of batches; None for an endless loader.
+        num_workers: number of worker processes; 0 loads in this process.
+        seed: seed of the run.
     """
 
     def __init__(
@@ -259,14 +258,14 @@ class SampleLoader(Iterable[list[Sample]]):
         can_fork = "fork" in multiprocessing.get_all_start_methods()
         loader: DataLoader[Any] = DataLoader(
             _PackedSamples(self.samples),
-            batch_sampler=_Batches(self.batches),
+            batch_sampler=self.batches(),
             num_workers=self.num_workers,
             collate_fn=list,
             multiprocessing_context="fork" if can_fork else None,
             worker_init_fn=_leave_signals_to_the_run,
-            generator=torch.Generator(),  # its own, so that the model's random numbers stay the same
+            generator=torch.Generator(),  # the model's random numbers must not depend on the loader
         )
-        for batch in batches_of_workers(loader):
+        for batch in _batches_of_workers(loader):
             for packed in batch:
                 if isinstance(packed, UserError):
                     raise packed
@@ -274,23 +273,68 @@ class SampleLoader(Iterable[list[Sample]]):
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and launchers signal the whole group; the step that is finished then needs its data."""
+    """Ignore Ctrl-C and launchers' signals to the whole group: the last step still needs its data."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Batches:
-    """A batch sampler for DataLoader."""
+def _batches_of_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the batches of ``loader``; raise UserError if a worker died.
 
-    def __init__(self, batches: Callable[[], Iterator[list[Item]]]) -> None:
-        self._batches = batches
+    PyTorch's signal handler raises at any point of the program, also while a checkpoint is written. Ours
+    is active only while the next batch is awaited. A handler is needed: the message of a dying worker never
+    ends, so waiting would not either.
+    """
+    by_signals = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    previous: Any = signal.getsignal(signal.SIGCHLD) if by_signals else None
+    others = multiprocessing.active_children()
+    batches = iter(loader)
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    if by_signals:
+        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
 
-    def __iter__(self) -> Iterator[list[Item]]:
-        return self._batches()
+    def report_death(number: int, frame: Any) -> None:
+        if callable(previous):
+            previous(number, frame)
+        _check_workers(workers)
+
+    while True:
+        if by_signals:
+            previous = signal.signal(signal.SIGCHLD, report_death)
+        try:
+            _check_workers(workers)
+            batch = next(batches)
+        except StopIteration:
+            return
+        except UserError:
+            raise
+        except Exception as error:
+            # The connection may break first. And without signals PyTorch itself notices the death.
+            if "in DataLoader worker process" not in str(error):
+                gone = wait([worker.sentinel for worker in workers], _GRACE_SECONDS)
+                for worker in workers:
+                    if worker.sentinel in gone:
+                        worker.join()
+                _check_workers(workers)
+            raise
+        finally:
+            if by_signals:
+                signal.signal(signal.SIGCHLD, previous)
+        yield batch
+
+
+def _check_workers(workers: Sequence[BaseProcess]) -> None:
+    for worker in workers:
+        if code := worker.exitcode:
+            how = f"signal {-code}: {signal.strsignal(-code)}" if code < 0 else f"exit status {code}"
+            raise UserError(
+                f"a data-loader worker died (process {worker.pid}, {how}); if the machine ran out of memory, "
+                f"lower DATALOADER.NUM_WORKERS ({len(workers)}); --resume continues from the last checkpoint"
+            )
 
 
 class _PackedSamples(Dataset[Any]):
-    """Samples as they travel between processes; a UserError travels as a value to keep its one line."""
+    """Samples in the form for other processes; a UserError is sent as a value to keep its one line."""
 
     def __init__(self, samples: Dataset[Sample]) -> None:
         self._samples = samples
@@ -303,7 +347,7 @@ class _PackedSamples(Dataset[Any]):
 
 
 def _pack(sample: Sample) -> tuple[Sample, Tensor | None]:
-    """Bitmaps in one tensor: each tensor that is sent takes a file descriptor."""
+    """Put all bitmaps into one tensor: each tensor takes a file descriptor."""
     target = sample.target
     if target is None or target.masks is None:
         return sample, None

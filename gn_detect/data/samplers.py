@@ -1,8 +1,8 @@
-"""Which image comes when: endless shuffled streams for training, a split for inference.
+"""Order of the images: endless shuffled streams for training, a split for inference.
 
-Streams are plain iterators of indices and depend on a seed alone. All ranks walk through the same stream and
-each takes its strided share, so no communication is needed. An item's position in the stream seeds its
-augmentation, which makes a batch independent of the number of loader workers and lets a run resume exactly.
+Streams are plain iterators of indices and depend only on a seed. All ranks iterate over the same stream and
+each takes its strided share, so they need not communicate. The position of an item in the stream seeds its
+augmentation. So a batch does not depend on the number of workers, and a run resumes exactly.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from itertools import islice
 
 import torch
 
-Item = tuple[int, int]
-"""(index of the image, position in the stream shared by all ranks)."""
+Item = tuple[int, int]  # index of the image, position in the stream that all ranks share
 
 
 def shuffled_indices(size: int, seed: int) -> Iterator[int]:
-    """Endless concatenation of random permutations of ``range(size)``.
+    """Yield random permutations of ``range(size)`` without end.
 
     Equal to detectron2's TrainingSampler for the same seed.
 
@@ -33,10 +32,10 @@ def shuffled_indices(size: int, seed: int) -> Iterator[int]:
 
 
 def repeated_indices(factors: Sequence[float], seed: int) -> Iterator[int]:
-    """Endless epochs in which image i occurs ``factors[i]`` times on average, shuffled.
+    """Yield shuffled epochs without end; image i occurs ``factors[i]`` times on average in each.
 
-    The fraction of a factor is rounded at random, anew in each epoch. Equal to detectron2's
-    RepeatFactorTrainingSampler for the same seed.
+    Each epoch rounds the fraction of a factor at random. Equal to detectron2's RepeatFactorTrainingSampler
+    for the same seed.
 
     Raises:
         ValueError: there are no factors, or all are zero.
@@ -55,15 +54,15 @@ def repeated_indices(factors: Sequence[float], seed: int) -> Iterator[int]:
 def repeat_factors(
     labels_of_images: Iterable[Iterable[int]], threshold: float, square_root: bool = True
 ) -> list[float]:
-    """How often to show each image, more for rare categories (LVIS, arXiv 1908.03195, appendix B.2).
+    """Return repetitions of each image, more for rare categories (LVIS, arXiv 1908.03195, appendix B.2).
 
-    For a category in a fraction f of the images r = max(1, sqrt(threshold / f)); an image takes the largest r
-    among its categories, and 1 if it has none.
+    A category in a fraction f of the images has r = max(1, sqrt(threshold / f)). An image takes the largest
+    r of its categories, and 1 if it has none.
 
     Args:
         labels_of_images: the labels in each image; repetition within an image does not count.
         threshold: fraction of images below which a category is repeated.
-        square_root: False leaves the root out.
+        square_root: False omits the root.
     """
     present = [set(labels) for labels in labels_of_images]
     counts: dict[int, int] = {}
@@ -76,13 +75,13 @@ def repeat_factors(
 
 
 def share_of_rank(stream: Iterable[int], rank: int, world_size: int) -> Iterator[Item]:
-    """Every ``world_size``-th item of the stream from ``rank`` on, with its position."""
+    """Yield every ``world_size``-th item of the stream from ``rank`` on, with its position."""
     for position, index in islice(enumerate(stream), rank, None, world_size):
         yield index, position
 
 
 def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Consecutive batches; an incomplete one at the end is yielded too."""
+    """Yield consecutive batches; the last one may be incomplete."""
     iterator = iter(items)
     while batch := list(islice(iterator, batch_size)):
         yield batch
@@ -91,14 +90,14 @@ def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
 def grouped_batches(
     items: Iterable[Item], batch_size: int, group_of: Callable[[int], int | bool]
 ) -> Iterator[list[Item]]:
-    """Batches of images of the same group, in the order in which batches fill up.
+    """Yield batches of images of the same group, in the order in which they are complete.
 
     With wide and tall images as the groups, a batch needs little padding. Incomplete batches are not yielded.
 
     Args:
         items: pairs of index and position.
         batch_size: images in a batch.
-        group_of: the group of an image, from its index.
+        group_of: maps the index of an image to its group.
     """
     waiting: dict[int | bool, list[Item]] = {}
     for item in items:
@@ -110,7 +109,7 @@ def grouped_batches(
 
 
 def inference_range(size: int, rank: int, world_size: int) -> range:
-    """The contiguous part of ``range(size)`` for one rank; parts differ by at most one in length."""
+    """Return the contiguous part of ``range(size)`` of one rank; lengths differ by at most one."""
     part, rest = divmod(size, world_size)
     begin = rank * part + min(rank, rest)
     return range(begin, begin + part + (rank < rest))

@@ -1,7 +1,7 @@
 """Geometry of an image with its boxes and masks: resize, flip, crop, pad. Nothing here is random.
 
-Coordinates are continuous: pixel i covers [i, i + 1), so a horizontal flip takes x to width - x. Images are
-resized by Pillow's bilinear filter on uint8 and bitmaps by its nearest one, bit for bit as detectron2 does.
+Coordinates are continuous: pixel i covers [i, i + 1), so a horizontal flip maps x to width - x. Pillow
+resizes images by its bilinear filter on uint8 and bitmaps by its nearest one, bit for bit as in detectron2.
 """
 
 from __future__ import annotations
@@ -17,26 +17,23 @@ from ..ops.masks import rasterize_polygons
 from ..structures import PolygonMask, Target
 from .coco.rle import RleMask
 
-MIN_BOX_SIDE = 1e-5
-"""Boxes that are not longer than this on both sides (pixels) are empty, as in detectron2."""
+MIN_BOX_SIDE = 1e-5  # pixels; boxes with a side up to this are empty, as in detectron2
+PAD_VALUE = 128  # colour of padding; detectron2's, near the usual pixel mean
 
+# Polygons (float64, may reach out of the image), or a bitmap: RLE until its pixels are needed, then bool (H,
+# W).
 Mask = PolygonMask | RleMask | np.ndarray
-"""Polygons (float64, may reach out of the image), or a bitmap: an RLE until its pixels are needed, then bool
-(H, W)."""
-
-PAD_VALUE = 128
-"""Colour around an image that is smaller than the wanted size; detectron2's, near the usual pixel mean."""
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image and its objects while they are transformed together.
+    """An image and its objects during the transforms.
 
     Attributes:
         image: (H, W, 3) uint8 RGB; may be a view.
         boxes: (N, 4) float64 ``xyxy`` in pixels; may reach out of the image.
         labels: (N,) int64.
-        masks: one for each; or None.
+        masks: N masks, or None.
     """
 
     image: np.ndarray
@@ -49,24 +46,24 @@ class LabelledImage:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Return (height, width) in pixels."""
         return self.image.shape[0], self.image.shape[1]
 
     def select(self, keep: np.ndarray) -> LabelledImage:
-        """The objects for which ``keep`` (N,) bool is true."""
+        """Return the objects for which ``keep`` (N,) bool is true."""
         masks = None if self.masks is None else [m for m, k in zip(self.masks, keep, strict=True) if k]
         return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], masks=masks)
 
 
 def resize_pixels(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pillow's antialiased bilinear resize of (H, W, 3) uint8 to (height, width, 3) uint8."""
+    """Resize (H, W, 3) uint8 to (height, width, 3) uint8 by Pillow's antialiased bilinear filter."""
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def resize(labelled: LabelledImage, height: int, width: int) -> LabelledImage:
-    """Everything scaled to (height, width) pixels; bitmaps by the nearest pixel."""
+    """Scale everything to (height, width) pixels; bitmaps by the nearest pixel."""
     old_height, old_width = labelled.size
     if (old_height, old_width) == (height, width):
         return labelled
@@ -80,22 +77,22 @@ def resize(labelled: LabelledImage, height: int, width: int) -> LabelledImage:
 
 
 def flip_horizontal(labelled: LabelledImage) -> LabelledImage:
-    """Left and right exchanged."""
+    """Exchange left and right."""
     moved = _map_points(labelled, (-1.0, 1.0), (float(labelled.size[1]), 0.0))
     return _map_pixels(moved, labelled.image[:, ::-1], lambda bitmap: bitmap[:, ::-1])
 
 
 def flip_vertical(labelled: LabelledImage) -> LabelledImage:
-    """Top and bottom exchanged."""
+    """Exchange top and bottom."""
     moved = _map_points(labelled, (1.0, -1.0), (0.0, float(labelled.size[0])))
     return _map_pixels(moved, labelled.image[::-1], lambda bitmap: bitmap[::-1])
 
 
 def crop(labelled: LabelledImage, left: int, top: int, height: int, width: int) -> LabelledImage:
-    """The window of height x width pixels whose first pixel is (left, top); objects not in it are dropped.
+    """Crop the window of height x width pixels from pixel (left, top); drop the objects outside.
 
-    Boxes are cut to the window. Polygons are moved and not cut: what draws them cuts by itself, and
-    :func:`polygon_bounds` gives the exact box of the part inside.
+    Boxes are clipped to the window. Polygons are moved and not clipped: their drawing clips them, and
+    :func:`polygon_bounds` returns the exact box of the part inside.
     """
     moved = _map_points(labelled, (1.0, 1.0), (-float(left), -float(top)))
     window = np.s_[top : top + height, left : left + width]
@@ -110,7 +107,7 @@ def crop(labelled: LabelledImage, left: int, top: int, height: int, width: int) 
 
 
 def pad(labelled: LabelledImage, height: int, width: int, value: int = PAD_VALUE) -> LabelledImage:
-    """Pixels of ``value`` added at the right and the bottom up to (height, width)."""
+    """Add pixels of ``value`` at the right and the bottom up to (height, width)."""
     missing = max(height - labelled.size[0], 0), max(width - labelled.size[1], 0)
     if missing == (0, 0):
         return labelled
@@ -122,7 +119,7 @@ def pad(labelled: LabelledImage, height: int, width: int, value: int = PAD_VALUE
 def _map_points(
     labelled: LabelledImage, scale: tuple[float, float], offset: tuple[float, float]
 ) -> LabelledImage:
-    """Boxes and polygons with (x, y) taken to (x, y) * scale + offset."""
+    """Map (x, y) of boxes and polygons to (x, y) * scale + offset."""
     corners = labelled.boxes.reshape(-1, 2, 2) * scale + offset
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
     masks = labelled.masks
@@ -137,10 +134,10 @@ def _map_points(
 def _map_pixels(
     labelled: LabelledImage, image: np.ndarray, map_bitmap: Callable[[np.ndarray], np.ndarray]
 ) -> LabelledImage:
-    """The new ``image``, and each bitmap as ``map_bitmap`` makes it.
+    """Set the new ``image``, and map each bitmap.
 
-    RLE are decoded one after the other: a hundred bitmaps of a large image would take more memory than all
-    else that is done with it.
+    RLEs are decoded one after the other: a hundred bitmaps of a large image would take more memory than all
+    other steps.
     """
     masks = labelled.masks
     if masks is not None:
@@ -161,12 +158,12 @@ def _nonempty(box: np.ndarray) -> bool:
 
 
 def mask_bounds(mask: Mask, height: int, width: int) -> np.ndarray:
-    """Tight box (4,) float64 ``xyxy`` around the part of a mask inside the image; zeros if there is none."""
+    """Return the tight box (4,) float64 ``xyxy`` of the part of a mask inside the image, or zeros."""
     return polygon_bounds(mask, height, width) if isinstance(mask, list) else bitmap_bounds(_decoded(mask))
 
 
 def bitmap_bounds(bitmap: np.ndarray) -> np.ndarray:
-    """Tight box (4,) float64 ``xyxy`` around the true pixels of (H, W); zeros if there is none."""
+    """Return the tight box (4,) float64 ``xyxy`` of the true pixels of (H, W), or zeros."""
     columns, rows = np.flatnonzero(bitmap.any(axis=0)), np.flatnonzero(bitmap.any(axis=1))
     if len(columns) == 0:
         return np.zeros(4)
@@ -174,10 +171,10 @@ def bitmap_bounds(bitmap: np.ndarray) -> np.ndarray:
 
 
 def polygon_bounds(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """Tight box (4,) float64 ``xyxy`` around the part of polygons inside the image; zeros if there is none.
+    """Return the tight box (4,) float64 ``xyxy`` of the part of polygons inside the image, or zeros.
 
-    The corners of (polygon and window) are ends of polygon edges cut to the window and those corners of the
-    window that lie in the polygon, so their extent is exact without computing the intersection.
+    The corners of the intersection are ends of polygon edges clipped to the window, and those corners of the
+    window that lie in the polygon. So their extent is exact without the intersection itself.
     """
     window = np.array([width, height], dtype=np.float64)
     found = [_corners_in_window(p.reshape(-1, 2), window) for p in polygons]
@@ -188,7 +185,7 @@ def polygon_bounds(polygons: Sequence[np.ndarray], height: int, width: int) -> n
 
 
 def _corners_in_window(points: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """Points (M, 2) with the extent of a polygon (K, 2) cut to [0, window]; the polygon may be concave."""
+    """Return points (M, 2) with the extent of a polygon (K, 2), maybe concave, clipped to [0, window]."""
     if ((points >= 0) & (points <= window)).all():
         return points
     start, end = points, np.roll(points, -1, axis=0)
@@ -208,7 +205,7 @@ def _corners_in_window(points: np.ndarray, window: np.ndarray) -> np.ndarray:
 
 
 def _contains(start: np.ndarray, end: np.ndarray, point: np.ndarray) -> bool:
-    """Even-odd rule: does a ray from ``point`` to the right cross an odd number of edges (K, 2)?"""
+    """Return whether a ray from ``point`` to the right crosses an odd number of edges (K, 2)."""
     straddles = (start[:, 1] > point[1]) != (end[:, 1] > point[1])
     start, end = start[straddles], end[straddles]
     x = start[:, 0] + (point[1] - start[:, 1]) / (end[:, 1] - start[:, 1]) * (end[:, 0] - start[:, 0])
@@ -218,16 +215,16 @@ def _contains(start: np.ndarray, end: np.ndarray, point: np.ndarray) -> bool:
 def to_target(
     labelled: LabelledImage, *, draw_polygons: bool = False, boxes_from_masks: bool = False
 ) -> Target:
-    """Ground truth for the network; empty objects are left out.
+    """Return ground truth for the network, without empty objects.
 
     Args:
         labelled: image with objects.
-        draw_polygons: turn polygons into bitmaps (``INPUT.MASK_FORMAT`` bitmask).
-        boxes_from_masks: tight boxes around the masks in place of the given ones; for cropped images, where
-            the part of a box in the window is not the box of the part.
+        draw_polygons: convert polygons to bitmaps (``INPUT.MASK_FORMAT`` bitmask).
+        boxes_from_masks: replace the boxes by tight boxes of the masks, for cropped images: the part of a box
+            in the window is not the box of the part.
 
     Returns:
-        boxes cut to the image; masks as polygons or contiguous bool tensors.
+        Boxes clipped to the image; masks as polygons or contiguous bool tensors.
     """
     height, width = labelled.size
     masks, boxes = None, labelled.boxes
@@ -252,7 +249,7 @@ def to_target(
 
 
 def to_tensor(image: np.ndarray, channel_order: str) -> torch.Tensor:
-    """(H, W, 3) uint8 RGB as a contiguous (3, H, W) uint8 tensor in order ``"BGR"`` or ``"RGB"``."""
+    """Convert (H, W, 3) uint8 RGB to a contiguous (3, H, W) uint8 tensor in order ``"BGR"`` or ``"RGB"``."""
     planes = image.transpose(2, 0, 1)
     if channel_order == "BGR":
         planes = planes[::-1]

@@ -1,4 +1,4 @@
-"""Frames of video files, in and out, with PyAV (https://pyav.basswood-io.com), the extra ``video``."""
+"""Frames of video files, read and written by PyAV (https://pyav.basswood-io.com), the extra ``video``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from .coco.faults import DataError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv"}
 
+# FFmpeg must not follow lists of other files and addresses, which are videos to it as well.
 _OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,avi,matroska,webm,mpeg,mpegvideo,mpegts,asf",
 }
-"""Of FFmpeg, whatever a file is called: lists of other files and of addresses are videos to it, too."""
 
-_TICKS = 90_000
-"""Of the written file, in a second: times of frames are kept, also where frames come unevenly."""
+_TICKS = 90_000  # a second in the written file, which keeps the times of uneven frames
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Frame:
     """One picture of a video.
 
     Attributes:
-        number: from 0.
-        time: in seconds from the first frame.
+        number: index from 0.
+        time: seconds since the first frame.
         pixels: (H, W, 3) uint8 RGB, upright.
     """
 
@@ -51,7 +50,7 @@ def _import_av(path: str | Path) -> Any:
 
 
 def count_frames(path: str | Path) -> int:
-    """As many frames as the file says that it has; 0 where it does not say.
+    """Return the number of frames according to the file; 0 if it does not state one.
 
     Raises:
         UserError: PyAV is missing, or the file is no video.
@@ -61,7 +60,7 @@ def count_frames(path: str | Path) -> int:
 
 
 def read_frames(path: str | Path) -> Iterator[Frame]:
-    """The frames of the first video stream, one by one.
+    """Yield the frames of the first video stream.
 
     Raises:
         UserError: PyAV is missing, the file is no video, or it is damaged.
@@ -96,11 +95,11 @@ def _open(path: str | Path) -> Iterator[tuple[Any, Any]]:
 
 
 class VideoWriter:
-    """Writes an mp4 (H.264, or MPEG-4 where PyAV comes without it), without sound.
+    """Writes an mp4 (H.264, or MPEG-4 if PyAV lacks it), without sound.
 
     Args:
-        file: open for binary writing and seeking; whoever opened it closes it.
-        name: of the file, for messages.
+        file: open for binary writing and seeking; the caller closes it.
+        name: name of the file, for messages.
     """
 
     def __init__(self, file: IO[bytes], name: str | Path) -> None:
@@ -110,12 +109,12 @@ class VideoWriter:
         self._last = -1
 
     def add(self, picture: np.ndarray, time: float) -> None:
-        """One more frame.
+        """Add a frame.
 
         Args:
-            picture: (H, W, 3) uint8 RGB, of the first one's size; an odd line or column at the end is
-                doubled, as H.264 takes even sizes alone.
-            time: in seconds, later than that of the frame before.
+            picture: (H, W, 3) uint8 RGB, as large as the first one. H.264 needs even sizes: an odd height or
+                width is extended by its last line or column.
+            time: seconds, later than that of the frame before.
         """
         picture = np.pad(picture, ((0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)), mode="edge")
         if self._stream is None:

@@ -1,1 +1,1 @@
-"""Partners: other libraries' models with our norms, converter, checkpoints and evaluation."""
+"""Other libraries' models with our norms, converter, checkpoints and evaluation."""

@@ -1,11 +1,12 @@
 """detectron2's models with our GroupNorm, our converter, our safe checkpoint files and our evaluation.
 
-Models are those of ``detectron2.modeling.build_model``; batches are its ``list[dict]`` with ``image``
-(3, H, W) and, for evaluation, ``image_id``. detectron2 itself is imported by :func:`fuse` alone.
+Models are those of ``detectron2.modeling.build_model``. Batches are its ``list[dict]`` with ``image``
+(3, H, W) and, for evaluation, ``image_id``. Only :func:`fuse_relu` imports detectron2.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -28,12 +29,12 @@ from ..weights import LoadReport, load_weights, norm_settings, save_weights
 Batch = list[dict[str, Any]]
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Every ``nn.GroupNorm`` becomes the fused one, with the ReLU and the shortcut where that is certain.
+def fuse_relu(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Replace every ``nn.GroupNorm`` by the fused one, with the ReLU and the shortcut where that is certain.
 
-    That is in convolutions that hold their ReLU (the heads), and in ``BasicStem``, ``BasicBlock`` and
+    That is certain in convolutions that hold their ReLU (the heads), and in ``BasicStem``, ``BasicBlock`` and
     ``BottleneckBlock`` themselves, whose forward is known. Subclasses of them and other blocks keep their own
-    forward, and the norm alone is fused. Parameters, their names and the function do not change.
+    forward, and only the norm is fused. Parameters, their names and the function do not change.
 
     Args:
         model: any model built with detectron2's layers.
@@ -47,31 +48,33 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         from detectron2.modeling.backbone import resnet
     except ImportError as error:
         raise UserError("detectron2 is not installed here; see its INSTALL.md") from error
-    known = [getattr(resnet, name) for name in _FORWARDS]
-    model = layers.fuse(model, inplace=inplace)
+    fused = {getattr(resnet, name.removeprefix("Fused")): name for name in _FORWARDS}
+    model = layers.fuse_relu(model, inplace=inplace)
     for module in model.modules():
         kind: Any = type(module)
-        if kind in known and all(_is_free(conv, Conv2d) for conv in _convolutions(module)):
-            module.__class__ = _fused_kind(kind)
+        if kind in fused and all(_is_free(conv, Conv2d) for conv in _convolutions(module)):
+            module.__class__ = __getattr__(fused[kind])
     return model
 
 
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Call :func:`fuse_relu`; the old name, which goes with the next release."""
+    warnings.warn("fuse is renamed to fuse_relu", DeprecationWarning, stacklevel=2)
+    return fuse_relu(model, inplace=inplace)
+
+
 @cache
-def _fused_kind(kind: Any) -> Any:
-    """A block of detectron2's with our forward; a class, as copies and replicas keep what is of the class."""
-    members = {"forward": _FORWARDS[kind.__name__], "__reduce_ex__": _reduce, "_unfused": kind}
-    return type(kind.__name__, (kind,), members)
+def __getattr__(name: str) -> Any:
+    """Make ``FusedBasicBlock`` and the other subclasses with our forward at their first use.
 
+    Their bases need the import of detectron2. Unpickling looks the classes up here as well.
+    """
+    if name not in _FORWARDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from detectron2.modeling.backbone import resnet
 
-def _reduce(self: Any, protocol: Any) -> Any:
-    """The classes are made when needed, so a pickle names detectron2's instead."""
-    _, _, *state = tuple(object.__reduce_ex__(self, 2))
-    return (_new, (self._unfused,), *state)
-
-
-def _new(kind: Any) -> Any:
-    fused = _fused_kind(kind)
-    return fused.__new__(fused)
+    kind = getattr(resnet, name.removeprefix("Fused"))
+    return type(name, (kind,), {"forward": _FORWARDS[name], "__module__": __name__})
 
 
 def _convolutions(block: nn.Module) -> list[Any]:
@@ -79,7 +82,7 @@ def _convolutions(block: nn.Module) -> list[Any]:
 
 
 def _is_free(conv: Any, kind: Any) -> bool:
-    """A plain convolution with a norm of ours; its own ``forward`` is not called, so hooks would be lost."""
+    """Return whether it is a plain convolution with a norm of ours. Our forward would skip its hooks."""
     return (
         type(conv) is kind
         and type(conv.norm) is GroupNorm
@@ -89,7 +92,7 @@ def _is_free(conv: Any, kind: Any) -> bool:
 
 
 def _convolve(conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``relu(norm(conv(x)) + residual)`` of a detectron2 ``Conv2d``."""
+    """Return ``relu(norm(conv(x)) + residual)`` of a detectron2 ``Conv2d``."""
     y = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     result: Tensor = conv.norm(y, residual, "relu")
     return result
@@ -110,11 +113,10 @@ def _bottleneck_block(self: Any, x: Tensor) -> Tensor:
 
 
 _FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "BasicStem": _stem,
-    "BasicBlock": _basic_block,
-    "BottleneckBlock": _bottleneck_block,
-}
-"""By the name of the class in detectron2's ``modeling/backbone/resnet.py``."""
+    "FusedBasicStem": _stem,
+    "FusedBasicBlock": _basic_block,
+    "FusedBottleneckBlock": _bottleneck_block,
+}  # after the names of the classes in detectron2's modeling/backbone/resnet.py
 
 
 def convert(
@@ -125,21 +127,22 @@ def convert(
     progress: bool = True,
     **rule: Any,
 ) -> tuple[nn.Module, ConversionReport]:
-    """A copy with GroupNorm in place of BN, SyncBN and FrozenBN, calibrated where there are inputs.
+    """Return a copy with GroupNorm in place of BN, SyncBN and FrozenBN, calibrated if there are batches.
 
     Args:
         model: a ``GeneralizedRCNN`` with box head; it does not change.
-        batches: its own inputs without labels, such as those of ``build_detection_test_loader``; two
-            at least.
-        steps: of the calibration; ``progress`` shows its bar.
-        **rule: of :func:`gn_detect.convert_norm`: ``num_groups``, ``min_channels_per_group`` and others.
+        batches: at least two of its own inputs without labels, such as those of
+            ``build_detection_test_loader``.
+        steps: steps of the calibration.
+        progress: show a bar during the calibration.
+        **rule: further arguments of :func:`gn_detect.convert_norm`, such as ``num_groups``.
 
     Returns:
-        The model in evaluation mode where it is calibrated, and the report.
+        The model, in evaluation mode if it is calibrated, and the report.
 
     Raises:
-        UserError: as of :func:`gn_detect.convert_norm` and :func:`gn_detect.calibrate`, or the model is of
-            another kind.
+        UserError: see :func:`gn_detect.convert_norm` and :func:`gn_detect.calibrate`; or there are batches
+            and the model is no ``GeneralizedRCNN``.
     """
     converted, report = convert_norm(model, **rule)
     if batches is not None:
@@ -151,7 +154,7 @@ def convert(
 
 
 def paired_outputs(original: Any, converted: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """As :func:`gn_detect.modeling.paired_outputs`: both models at the *original's* proposals.
+    """Run both models on the *original's* proposals, as :func:`gn_detect.modeling.paired_outputs` does.
 
     Args:
         original, converted: ``GeneralizedRCNN`` with ``StandardROIHeads`` or ``Res5ROIHeads``.
@@ -183,7 +186,7 @@ def _dense_outputs(model: Any, features: dict[str, Tensor]) -> list[Tensor]:
 def _region_outputs(
     model: Any, features: dict[str, Tensor], proposals: Sequence[Any], labels: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """Logits, deltas and mask logits of each RoI's class, and the labels whose masks were taken."""
+    """Return logits, deltas and mask logits of each RoI's class, and the classes."""
     heads = model.roi_heads
     levels = [features[name] for name in heads.in_features]
     standard = hasattr(heads, "box_pooler")
@@ -222,11 +225,11 @@ def _require_two_stages(model: nn.Module) -> None:
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Weights that ``DetectionCheckpointer`` and gn_detect read.
+    """Write weights that ``DetectionCheckpointer`` and gn_detect read.
 
     Args:
-        model: with detectron2's names.
-        path: ``.pth``, ``.pkl`` or ``.safetensors`` (gn_detect alone reads the last).
+        model: a model with detectron2's names.
+        path: ``.pth``, ``.pkl`` or ``.safetensors``; only gn_detect reads the last.
 
     Raises:
         UserError: another ending, or the file cannot be written.
@@ -235,19 +238,19 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
-    """Any checkpoint that gn_detect reads, of detectron2 or another library, without running what is in it.
+    """Load any checkpoint that gn_detect reads, of detectron2 or another library, and run nothing from it.
 
     Raises:
-        UserError: as of :func:`gn_detect.load_weights`.
+        UserError: see :func:`gn_detect.load_weights`.
     """
     return load_weights(model, path)
 
 
 def as_detections(instances: Any) -> Detections:
-    """detectron2's ``Instances`` of one image (``outputs["instances"]``), on the CPU.
+    """Convert detectron2's ``Instances`` of one image (``outputs["instances"]``), and move them to the CPU.
 
     Args:
-        instances: with ``pred_boxes``, ``scores``, ``pred_classes`` and, of a model with masks,
+        instances: has ``pred_boxes``, ``scores``, ``pred_classes`` and, for a model with masks,
             ``pred_masks`` (N, H, W) bool.
     """
     masks = instances.pred_masks if instances.has("pred_masks") else None
@@ -258,13 +261,13 @@ def as_detections(instances: Any) -> Detections:
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], annotations_json: str | Path, *, backend: str | None = None
 ) -> dict[str, dict[str, float]]:
-    """COCO box and mask AP of a detectron2 model, by our evaluation.
+    """Return COCO box and mask AP of a detectron2 model, by our evaluation.
 
     Args:
-        model: such as ``DefaultPredictor(cfg).model``; it comes back in the mode in which it was.
+        model: a model such as ``DefaultPredictor(cfg).model``; its mode is restored.
         batches: inputs with ``image_id``, such as those of ``build_detection_test_loader(cfg, name)``.
-        annotations_json: COCO's ground truth of these images; labels are its category ids in ascending order,
-            as ``register_coco_instances`` has them.
+        annotations_json: COCO's ground truth of these images. Labels are its category ids in ascending order,
+            as in ``register_coco_instances``.
         backend: see :func:`gn_detect.evaluation.evaluate_results`.
 
     Returns:

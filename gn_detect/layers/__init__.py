@@ -1,14 +1,14 @@
 """Modules from which detectors are built."""
 
-from .conv import Conv2d
-from .fuse import fuse, has_hooks
-from .groups import choose_groups
+from .conv import Conv2d, init_he, init_normal, init_xavier, make_conv
+from .fuse import fuse, fuse_relu, has_hooks
 from .norm import (
     NORM_NAMES,
     FrozenBatchNorm2d,
     GroupNorm,
     GroupNormAct,
     LayerNorm2d,
+    choose_groups,
     is_norm,
     make_norm,
 )
@@ -22,7 +22,12 @@ __all__ = [
     "LayerNorm2d",
     "choose_groups",
     "fuse",
+    "fuse_relu",
     "has_hooks",
+    "init_he",
+    "init_normal",
+    "init_xavier",
     "is_norm",
+    "make_conv",
     "make_norm",
 ]

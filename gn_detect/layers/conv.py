@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from .norm import GroupNorm
 
+Weighted = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d that carries its norm (``norm`` in the state dict, as in detectron2) and its activation.
 
     Args:
-        *args, **kwargs: of nn.Conv2d.
+        *args, **kwargs: arguments of nn.Conv2d.
         norm: normalisation layer or None.
         activation: None or ``"relu"``, applied last.
     """
@@ -27,7 +29,7 @@ class Conv2d(nn.Conv2d):
         self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, C_in, H, W) -> ``activation(norm(conv(x)) + residual)``, (N, C_out, H', W')."""
+        """Map (N, C_in, H, W) to ``activation(norm(conv(x)) + residual)``, (N, C_out, H', W')."""
         y = super().forward(x)
         if isinstance(self.norm, GroupNorm):  # one call for norm, residual and ReLU
             normalised: Tensor = self.norm(y, residual, self.activation)
@@ -38,3 +40,41 @@ class Conv2d(nn.Conv2d):
         if residual is not None:
             y = y.add_(residual)
         return F.relu_(y) if self.activation == "relu" else y
+
+
+def make_conv(
+    in_channels: int, out_channels: int, size: int, norm: nn.Module | None, activation: str | None = None
+) -> Conv2d:
+    """Return a convolution that keeps height and width, with a bias only where there is no norm."""
+    return Conv2d(
+        in_channels,
+        out_channels,
+        size,
+        padding=size // 2,
+        bias=norm is None,
+        norm=norm,
+        activation=activation,
+    )
+
+
+def init_he(module: Weighted) -> None:
+    """Fill with He's normal, fan out (He et al. 2015, arXiv 1502.01852), as before a ReLU; bias 0."""
+    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    _zero_bias(module)
+
+
+def init_xavier(module: Weighted) -> None:
+    """Fill with Caffe2's XavierFill: uniform with variance 1 / fan in; bias 0."""
+    nn.init.kaiming_uniform_(module.weight, a=1)
+    _zero_bias(module)
+
+
+def init_normal(module: Weighted, std: float) -> None:
+    """Fill with a zero-mean normal of standard deviation ``std``; bias 0."""
+    nn.init.normal_(module.weight, std=std)
+    _zero_bias(module)
+
+
+def _zero_bias(module: Weighted) -> None:
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

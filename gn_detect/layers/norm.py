@@ -1,4 +1,4 @@
-"""Normalisation layers by the names that detectron2's configs use, and the paper's variants."""
+"""Normalisation layers: detectron2's names, and the variants of the paper."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from torch import Tensor, nn
 from torchvision.ops import misc
 
 from ..ops import frozen_batch_norm, group_norm
-from .groups import choose_groups
 
-NORM_NAMES = ("", "BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")
-"""Values of every ``NORM`` key."""
+NORM_NAMES = ("", "BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")  # values of a NORM key
 
 
 class GroupNorm(nn.GroupNorm):
-    """``activation(GN(x) + residual)`` with nn.GroupNorm's parameters and state dict.
+    """``activation(GN(x) + residual)`` with nn.GroupNorm's arguments, parameters and state dict.
 
     Args:
-        num_groups: number of groups; must divide ``num_channels``.
+        num_groups: must divide ``num_channels``.
         num_channels: C.
         eps: added to the variance of a group.
         affine: learn a scale and a shift for each channel.
         activation: None or ``"relu"``.
-        bias: learn a shift; with ``affine`` only.
+        bias: learn a shift; needs ``affine``.
     """
 
     def __init__(
@@ -44,15 +42,10 @@ class GroupNorm(nn.GroupNorm):
         self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """(N, C, *) -> (N, C, *); ``residual`` has x's shape, ``activation`` is for a norm without one."""
+        """Normalise (N, C, *); ``residual`` has x's shape, ``activation`` serves a norm without its own."""
+        relu = self.activation or activation
         return group_norm(
-            x,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            residual=residual,
-            activation=self.activation or activation,
+            x, self.num_groups, self.weight, self.bias, self.eps, residual=residual, activation=relu
         )
 
     def extra_repr(self) -> str:
@@ -63,28 +56,28 @@ class GroupNorm(nn.GroupNorm):
 class GroupNormAct(GroupNorm):
     """``act(drop(GN(x)))``, the layout of timm's BatchNormAct2d: norm and activation under one name.
 
-    Attributes:
-        drop, act: any module; ``nn.Identity`` for none. A ReLU right behind the norm is part of its kernel.
+    ``drop`` and ``act`` are any modules, ``nn.Identity`` for none. The norm's kernel computes a ReLU that
+    follows it directly.
     """
 
     drop: nn.Module
     act: nn.Module
 
     def attach(self, act: nn.Module | None, drop: nn.Module | None = None) -> None:
-        """Set what follows the norm."""
+        """Set the modules that follow the norm."""
         fused = type(act) is nn.ReLU and drop is None
         self.activation = "relu" if fused else None
         self.drop = nn.Identity() if drop is None else drop
         self.act = nn.Identity() if act is None or fused else act
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """(N, C, *) -> (N, C, *); what is given here comes before ``drop``."""
+        """Normalise (N, C, *); ``residual`` and ``activation`` come before ``drop``."""
         y: Tensor = self.act(self.drop(super().forward(x, residual, activation)))
         return y
 
 
 class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
-    """torchvision's layer; the identity until weights are loaded, one pass where no gradient is needed."""
+    """torchvision's layer: the identity until weights are loaded, one pass where no gradient is needed."""
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
@@ -92,15 +85,15 @@ class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
         self.running_var.fill_(1.0 - eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        # A program that is exported knows no number of RoIs, which F.batch_norm asks for.
+        """Apply the affine function of each channel to (N, C, H, W)."""
+        # An exported program does not know the number of RoIs, and F.batch_norm asks for it.
         if x.requires_grad or torch.compiler.is_compiling():
             return super().forward(x)
         return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> FrozenBatchNorm2d:
-        """The same function as ``norm`` in evaluation mode."""
+        """Return a layer that computes what ``norm`` computes in evaluation mode."""
         frozen = cls(norm.num_features, norm.eps)
         with torch.no_grad():
             for name in ("weight", "bias", "running_mean", "running_var"):
@@ -120,7 +113,7 @@ class LayerNorm2d(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
+        """Normalise the channels of each pixel of (N, C, H, W)."""
         y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight, self.bias, self.eps)
         return y.permute(0, 3, 1, 2)
 
@@ -137,35 +130,63 @@ _NORM_TYPES = (
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module's own parameters belong to a normalisation (weight decay is 0 there by default)."""
+    """Return whether the module is a norm: its own parameters get no weight decay by default."""
     return isinstance(module, _NORM_TYPES)
+
+
+def choose_groups(
+    channels: int,
+    num_groups: int = 32,
+    min_channels_per_group: int = 1,
+    group_size: int | None = None,
+) -> int:
+    """Return the largest divisor of ``channels`` up to ``num_groups`` that leaves large enough groups.
+
+    Args:
+        channels: C.
+        num_groups: largest number; 1 is Layer Normalization (over C, H and W), C Instance Normalization.
+        min_channels_per_group: least channels in a group; a layer with fewer is one group.
+        group_size: exact number of channels in a group instead, as in table 3 of the paper.
+
+    Raises:
+        ValueError: an argument is below 1, or ``channels`` is no multiple of ``group_size``.
+    """
+    if min(channels, num_groups, min_channels_per_group, group_size or 1) < 1:
+        raise ValueError("channels, num_groups, min_channels_per_group and group_size are at least 1")
+    if group_size is not None:
+        if channels % group_size:
+            raise ValueError(f"{channels} channels cannot be split into groups of {group_size}")
+        return channels // group_size
+    most = max(1, min(num_groups, channels // min_channels_per_group))
+    return max(groups for groups in range(1, most + 1) if channels % groups == 0)
 
 
 def make_norm(
     name: str, channels: int, num_groups: int = 32, eps: float = 1e-5, min_channels_per_group: int = 1
 ) -> nn.Module | None:
-    """The normalisation layer of a config's ``NORM`` key.
+    """Return the normalisation layer that a config's ``NORM`` key names.
 
     Args:
         name: one of :data:`NORM_NAMES`; ``""`` gives None.
         channels: C.
-        num_groups, eps: of ``GN``; ``eps`` also of ``GN1`` and ``IN``.
-        min_channels_per_group: above 1, ``num_groups`` is the most groups of a ``GN``, see
-            :func:`choose_groups`; at 1 each has exactly so many.
+        num_groups: number of groups of ``GN``.
+        eps: eps of ``GN``, ``GN1`` and ``IN``.
+        min_channels_per_group: above 1, ``num_groups`` is the largest number of groups, see
+            :func:`choose_groups`; at 1 it is the exact number.
 
     Raises:
-        ValueError: unknown name, or C not divisible by the number of groups.
+        ValueError: the name is unknown, or the number of groups does not divide C.
     """
     if name == "":
         return None
-    if name == "BN":
-        return nn.BatchNorm2d(channels)
-    if name == "SyncBN":
-        return nn.SyncBatchNorm(channels)
-    if name == "FrozenBN":
-        return FrozenBatchNorm2d(channels)
-    if name == "LN":
-        return LayerNorm2d(channels)
+    without_groups = {
+        "BN": nn.BatchNorm2d,
+        "SyncBN": nn.SyncBatchNorm,
+        "FrozenBN": FrozenBatchNorm2d,
+        "LN": LayerNorm2d,
+    }
+    if name in without_groups:
+        return without_groups[name](channels)
     if min_channels_per_group > 1:
         num_groups = choose_groups(channels, num_groups, min_channels_per_group)
     groups = {"GN": num_groups, "GN1": 1, "IN": channels}.get(name)

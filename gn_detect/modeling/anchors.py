@@ -38,7 +38,7 @@ class AnchorGenerator(nn.Module):
             self.register_buffer(f"cell_anchors_{level}", cell_anchors(size, ratio), persistent=False)
 
     def forward(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Shapes (height, width) of the maps -> for each level (H * W * A, 4) ``xyxy`` pixels, row by row."""
+        """Return for each map of shape (height, width) its anchors, (H * W * A, 4) ``xyxy``, row by row."""
         return [
             self._level(getattr(self, f"cell_anchors_{level}"), shape, stride)
             for level, (shape, stride) in enumerate(zip(shapes, self.strides, strict=True))
@@ -55,7 +55,7 @@ class AnchorGenerator(nn.Module):
 
 
 def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """(len(sizes) * len(aspect_ratios), 4) float32 anchors centred on the origin, sizes outermost."""
+    """Return (sizes * ratios, 4) float32 anchors centred on the origin, sizes outermost."""
     anchors = []
     for size in sizes:
         for ratio in aspect_ratios:

@@ -1,4 +1,4 @@
-"""A model from a configuration: the one place where config keys become constructor arguments."""
+"""A model from a configuration: constructors get their sections, and modules know nothing of the rest."""
 
 from __future__ import annotations
 
@@ -13,30 +13,27 @@ from .box_head import BoxHead, BoxPredictor
 from .fpn import FPN
 from .mask_head import MaskHead
 from .mask_rcnn import MaskRCNN
-from .resnet import BLOCKS_PER_STAGE, NormFactory, ResNet, Stem, make_stage
-from .roi_heads import Res5RoIHeads, SamplingSettings, StandardRoIHeads
+from .resnet import STAGES, NormFactory, ResNet, Stem, make_stage
+from .roi_heads import Res5RoIHeads, StandardRoIHeads
 from .roi_pooling import RoIPooler
-from .rpn import RPN, RPNHead, RPNSettings
+from .rpn import RPN, RPNHead
 
-_STAGES = ("res2", "res3", "res4", "res5")
+Features = dict[str, tuple[int, int]]  # name -> channels and stride
 
 
 def build_model(cfg: Config) -> MaskRCNN:
-    """The detector of ``cfg`` with freshly initialised weights, on the CPU, in training mode.
+    """Return the detector of ``cfg`` with freshly initialised weights, on the CPU, in training mode.
 
-    It has the memory format to train in; see :func:`detection_format`. The random state of torch decides the
-    weights; seed it for the same model twice.
+    It has the memory format for training; :func:`detection_format` gives the other one. The random state of
+    torch decides the weights.
     """
-    backbone, channels, strides = _build_backbone(cfg)
-    rpn = _build_rpn(cfg, channels, strides)
-    if cfg.model.roi_heads.name == "Res5ROIHeads":
-        heads: StandardRoIHeads | Res5RoIHeads = _build_res5_heads(cfg, channels, strides)
-    else:
-        heads = _build_standard_heads(cfg, channels, strides)
+    backbone, features = _build_backbone(cfg)
+    rpn = _build_rpn(cfg, features)
+    heads = _build_res5_heads if cfg.model.roi_heads.name == "Res5ROIHeads" else _build_standard_heads
     return MaskRCNN(
         backbone,
         rpn,
-        heads,
+        heads(cfg, features),
         cfg.model.pixel_mean,
         cfg.model.pixel_std,
         size_divisibility=getattr(backbone, "size_divisibility", 1),
@@ -45,198 +42,105 @@ def build_model(cfg: Config) -> MaskRCNN:
 
 
 def detection_format(cfg: Config) -> torch.memory_format:
-    """In which a model detects. ``auto``: NCHW, whose sums round as detectron2's do.
+    """Return the memory format for detection: for ``auto`` NCHW, whose sums round as detectron2's do.
 
-    Channels-last convolutions add in another order, which turns single pixels of masks over.
+    Channels-last convolutions add in another order, which flips single pixels of masks.
     """
     return torch.channels_last if cfg.model.channels_last is True else torch.contiguous_format
 
 
 def _trains_channels_last(cfg: Config) -> bool:
-    """``auto``: on an accelerator the native group norm converts to NCHW and back, so there it stays NCHW."""
-    choice = cfg.model.channels_last
+    choice, device = cfg.model.channels_last, cfg.model.device
     if choice != "auto":
         return bool(choice)
-    device = cfg.model.device
+    # On an accelerator the native group norm converts to NCHW and back, so the model stays NCHW there.
     return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
 def _norm(cfg: Config, name: str) -> NormFactory:
-    """channels -> layer, for the value of one ``NORM`` key."""
+    """Return the function from channels to a layer, for the value of one ``NORM`` key."""
     gn = cfg.model.gn
     return lambda channels: make_norm(name, channels, gn.num_groups, gn.eps, gn.min_channels_per_group)
 
 
-def _build_backbone(cfg: Config) -> tuple[nn.Module, dict[str, int], dict[str, int]]:
-    """The backbone, and the channels and strides of the features that it returns."""
-    bottom_up, channels, strides = _build_resnet(cfg)
+def _build_backbone(cfg: Config) -> tuple[nn.Module, Features]:
+    """Return the backbone and the channels and strides of its features."""
+    resnet, features = _build_resnet(cfg)
     if cfg.model.backbone.name == "build_resnet_backbone":
-        return bottom_up, channels, strides
-    fpn = cfg.model.fpn
-    backbone = FPN(
-        bottom_up,
-        fpn.in_features,
-        [channels[name] for name in fpn.in_features],
-        [strides[name] for name in fpn.in_features],
-        fpn.out_channels,
-        _norm(cfg, fpn.norm),
-        fpn.fuse_type,
-    )
-    levels = [*backbone.levels, backbone.levels[-1] + 1]
-    return backbone, {f"p{i}": fpn.out_channels for i in levels}, {f"p{i}": 2**i for i in levels}
+        return resnet, features
+    settings = cfg.model.fpn
+    levels = [features[name] for name in settings.in_features]
+    fpn = FPN(resnet, settings, levels, _norm(cfg, settings.norm))
+    return fpn, {f"p{i}": (settings.out_channels, 2**i) for i in (*fpn.levels, fpn.levels[-1] + 1)}
 
 
-def _build_resnet(cfg: Config) -> tuple[ResNet, dict[str, int], dict[str, int]]:
-    """Stages up to the last one that is asked for."""
-    r = cfg.model.resnets
-    norm = _norm(cfg, r.norm)
-    last = max(_STAGES.index(name) for name in r.out_features)
-    stages, channels, strides = {}, {}, {}
-    in_channels, stride = r.stem_out_channels, 4
-    for i, name in enumerate(_STAGES[: last + 1]):
-        dilation = r.res5_dilation if name == "res5" else 1
-        stages[name] = _make_resnet_stage(
-            cfg, i + 2, BLOCKS_PER_STAGE[r.depth][i], in_channels, norm, dilation
-        )
-        in_channels = r.res2_out_channels * 2**i
+def _build_resnet(cfg: Config) -> tuple[ResNet, Features]:
+    """Build the stages up to the last one that is needed."""
+    settings, backbone = cfg.model.resnets, cfg.model.backbone
+    norm = _norm(cfg, settings.norm)
+    last = max(STAGES.index(name) for name in settings.out_features)
+    stages: dict[str, nn.Sequential] = {}
+    features: Features = {}
+    channels, stride = settings.stem_out_channels, 4
+    for i, name in enumerate(STAGES[: last + 1]):
+        dilation = settings.res5_dilation if name == "res5" else 1
+        stages[name] = make_stage(settings, name, channels, norm, dilation)
+        channels = settings.res2_out_channels * 2**i
         stride *= 1 if name == "res2" or dilation == 2 else 2
-        channels[name], strides[name] = in_channels, stride
-    backbone = cfg.model.backbone
+        features[name] = channels, stride
+    stem = Stem(settings.stem_out_channels, norm)
     resnet = ResNet(
-        Stem(r.stem_out_channels, norm),
-        stages,
-        r.out_features,
-        backbone.freeze_at,
-        backbone.activation_checkpointing,
+        stem, stages, settings.out_features, backbone.freeze_at, backbone.activation_checkpointing
     )
-    return resnet, channels, strides
+    return resnet, features
 
 
-def _make_resnet_stage(
-    cfg: Config, index: int, num_blocks: int, in_channels: int, norm: NormFactory, dilation: int = 1
-) -> nn.Sequential:
-    r = cfg.model.resnets
-    widening = 2 ** (index - 2)
-    return make_stage(
-        index,
-        num_blocks,
-        depth=r.depth,
-        in_channels=in_channels,
-        out_channels=r.res2_out_channels * widening,
-        bottleneck_channels=r.num_groups * r.width_per_group * widening,
-        norm=norm,
-        stride_in_1x1=r.stride_in_1x1,
-        num_groups=r.num_groups,
-        dilation=dilation,
-    )
-
-
-def _build_rpn(cfg: Config, channels: dict[str, int], strides: dict[str, int]) -> RPN:
-    c, names = cfg.model.rpn, cfg.model.rpn.in_features
-    a = cfg.model.anchor_generator
-    anchors = AnchorGenerator(a.sizes, a.aspect_ratios, [strides[name] for name in names], a.offset)
-    head = RPNHead(channels[names[0]], anchors.num_anchors, c.conv_dims)
-    settings = RPNSettings(
-        batch_size_per_image=c.batch_size_per_image,
-        positive_fraction=c.positive_fraction,
-        iou_thresholds=c.iou_thresholds,
-        iou_labels=c.iou_labels,
-        pre_nms_topk_train=c.pre_nms_topk_train,
-        pre_nms_topk_test=c.pre_nms_topk_test,
-        post_nms_topk_train=c.post_nms_topk_train,
-        post_nms_topk_test=c.post_nms_topk_test,
-        nms_thresh=c.nms_thresh,
-        min_size=cfg.model.proposal_generator.min_size,
-        boundary_thresh=c.boundary_thresh,
-        bbox_reg_weights=c.bbox_reg_weights,
-        smooth_l1_beta=c.smooth_l1_beta,
-        loss_weight=c.loss_weight,
-        bbox_reg_loss_weight=c.bbox_reg_loss_weight,
-    )
-    return RPN(names, head, anchors, settings)
-
-
-def _build_sampling(cfg: Config) -> SamplingSettings:
-    c = cfg.model.roi_heads
-    return SamplingSettings(
-        num_classes=c.num_classes,
-        batch_size_per_image=c.batch_size_per_image,
-        positive_fraction=c.positive_fraction,
-        iou_thresholds=c.iou_thresholds,
-        iou_labels=c.iou_labels,
-        proposal_append_gt=c.proposal_append_gt,
-    )
+def _build_rpn(cfg: Config, features: Features) -> RPN:
+    settings, a = cfg.model.rpn, cfg.model.anchor_generator
+    levels = [features[name] for name in settings.in_features]
+    anchors = AnchorGenerator(a.sizes, a.aspect_ratios, [stride for _, stride in levels], a.offset)
+    head = RPNHead(levels[0][0], anchors.num_anchors, settings.conv_dims)
+    return RPN(settings, head, anchors, cfg.model.proposal_generator.min_size)
 
 
 def _build_predictor(cfg: Config, in_features: int) -> BoxPredictor:
-    box, heads = cfg.model.roi_box_head, cfg.model.roi_heads
-    return BoxPredictor(
-        in_features,
-        heads.num_classes,
-        class_agnostic=box.cls_agnostic_bbox_reg,
-        bbox_reg_weights=box.bbox_reg_weights,
-        smooth_l1_beta=box.smooth_l1_beta,
-        bbox_reg_loss_weight=box.bbox_reg_loss_weight,
-        score_thresh=heads.score_thresh_test,
-        nms_thresh=heads.nms_thresh_test,
-        detections_per_image=cfg.test.detections_per_image,
-    )
+    model = cfg.model
+    return BoxPredictor(in_features, model.roi_heads, model.roi_box_head, cfg.test.detections_per_image)
 
 
 def _build_mask_head(cfg: Config, in_channels: int) -> MaskHead | None:
+    settings = cfg.model.roi_mask_head
     if not cfg.model.mask_on:
         return None
-    mask = cfg.model.roi_mask_head
-    return MaskHead(
-        in_channels,
-        [mask.conv_dim] * mask.num_conv,
-        mask.conv_dim,
-        1 if mask.cls_agnostic_mask else cfg.model.roi_heads.num_classes,
-        _norm(cfg, mask.norm),
-    )
+    num_masks = 1 if settings.cls_agnostic_mask else cfg.model.roi_heads.num_classes
+    return MaskHead(in_channels, settings, num_masks, _norm(cfg, settings.norm))
 
 
-def _build_pooler(head: ROIBoxHead | ROIMaskHead, strides: list[int]) -> RoIPooler:
-    """``head``: the settings of the box or the mask head."""
-    return RoIPooler(
-        head.pooler_resolution, strides, head.pooler_sampling_ratio, aligned=head.pooler_type == "ROIAlignV2"
-    )
+def _build_pooler(cfg: Config, head: ROIBoxHead | ROIMaskHead, features: Features) -> RoIPooler:
+    strides = [features[name][1] for name in cfg.model.roi_heads.in_features]
+    aligned = head.pooler_type == "ROIAlignV2"
+    return RoIPooler(head.pooler_resolution, strides, head.pooler_sampling_ratio, aligned)
 
 
-def _build_standard_heads(cfg: Config, channels: dict[str, int], strides: dict[str, int]) -> StandardRoIHeads:
-    names = cfg.model.roi_heads.in_features
-    level_strides = [strides[name] for name in names]
-    in_channels = channels[names[0]]
-    box, mask = cfg.model.roi_box_head, cfg.model.roi_mask_head
-    box_head = BoxHead(
-        in_channels,
-        box.pooler_resolution,
-        [box.conv_dim] * box.num_conv,
-        [box.fc_dim] * box.num_fc,
-        _norm(cfg, box.norm),
-    )
+def _build_standard_heads(cfg: Config, features: Features) -> StandardRoIHeads:
+    settings, box = cfg.model.roi_heads, cfg.model.roi_box_head
+    channels, _ = features[settings.in_features[0]]
+    box_head = BoxHead(channels, box, _norm(cfg, box.norm))
     return StandardRoIHeads(
-        names,
-        _build_pooler(box, level_strides),
+        settings,
+        _build_pooler(cfg, box, features),
         box_head,
         _build_predictor(cfg, box_head.output_size),
-        _build_pooler(mask, level_strides) if cfg.model.mask_on else None,
-        _build_mask_head(cfg, in_channels),
-        _build_sampling(cfg),
+        _build_pooler(cfg, cfg.model.roi_mask_head, features) if cfg.model.mask_on else None,
+        _build_mask_head(cfg, channels),
     )
 
 
-def _build_res5_heads(cfg: Config, channels: dict[str, int], strides: dict[str, int]) -> Res5RoIHeads:
-    names = cfg.model.roi_heads.in_features
-    r = cfg.model.resnets
-    res5 = _make_resnet_stage(cfg, 5, BLOCKS_PER_STAGE[r.depth][3], channels[names[0]], _norm(cfg, r.norm))
-    out_channels = r.res2_out_channels * 8
-    pooler = _build_pooler(cfg.model.roi_box_head, [strides[name] for name in names])
-    return Res5RoIHeads(
-        names,
-        pooler,
-        res5,
-        _build_predictor(cfg, out_channels),
-        _build_mask_head(cfg, out_channels),
-        _build_sampling(cfg),
-    )
+def _build_res5_heads(cfg: Config, features: Features) -> Res5RoIHeads:
+    settings, resnets = cfg.model.roi_heads, cfg.model.resnets
+    channels, _ = features[settings.in_features[0]]
+    res5 = make_stage(resnets, "res5", channels, _norm(cfg, resnets.norm))
+    channels = resnets.res2_out_channels * 8
+    pooler = _build_pooler(cfg, cfg.model.roi_box_head, features)
+    predictor = _build_predictor(cfg, channels)
+    return Res5RoIHeads(settings, pooler, res5, predictor, _build_mask_head(cfg, channels))

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..layers import Conv2d
-from .init import init_xavier
+from ..config.model import FPN as FPNSettings
+from ..layers import init_xavier, make_conv
 from .resnet import NormFactory
 
 
@@ -18,34 +18,28 @@ class FPN(nn.Module):
 
     Args:
         bottom_up: backbone that returns ``{name: (N, C_i, H / s_i, W / s_i)}``.
-        in_features: names of contiguous levels, high resolution first, such as res2 ... res5.
-        in_channels, strides: of those levels.
-        out_channels: C of every pyramid level.
-        norm: norm of every convolution; bias only where there is none.
-        fuse_type: ``"sum"`` or ``"avg"`` of lateral and top-down features.
+        settings: ``in_features`` are contiguous levels, high resolution first.
+        levels: channels and stride of each of these levels.
+        norm: makes the norm of a convolution from its number of channels.
     """
 
     def __init__(
         self,
         bottom_up: nn.Module,
-        in_features: Sequence[str],
-        in_channels: Sequence[int],
-        strides: Sequence[int],
-        out_channels: int,
+        settings: FPNSettings,
+        levels: Sequence[tuple[int, int]],
         norm: NormFactory,
-        fuse_type: str = "sum",
     ) -> None:
         super().__init__()
         self.bottom_up = bottom_up
-        self.in_features = tuple(in_features)
-        self.levels = tuple(stride.bit_length() - 1 for stride in strides)
-        self.size_divisibility = strides[-1]
-        self.fuse_type = fuse_type
-        for level, channels in zip(self.levels, in_channels, strict=True):
-            lateral_norm, output_norm = norm(out_channels), norm(out_channels)
-            lateral = Conv2d(channels, out_channels, 1, bias=lateral_norm is None, norm=lateral_norm)
-            output = Conv2d(
-                out_channels, out_channels, 3, padding=1, bias=output_norm is None, norm=output_norm
+        self.settings = settings
+        self.levels = tuple(stride.bit_length() - 1 for _, stride in levels)
+        self.size_divisibility = levels[-1][1]
+        width = settings.out_channels
+        for level, (channels, _) in zip(self.levels, levels, strict=True):
+            lateral, output = (
+                make_conv(channels, width, 1, norm(width)),
+                make_conv(width, width, 3, norm(width)),
             )
             init_xavier(lateral)
             init_xavier(output)
@@ -53,7 +47,7 @@ class FPN(nn.Module):
             self.add_module(f"fpn_output{level}", output)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> ``{"p2": (N, C, H / 4, W / 4), ..., "p6": (N, C, H / 64, W / 64)}``."""
+        """Map (N, 3, H, W) to ``{"p2": (N, C, H / 4, W / 4), ..., "p6": (N, C, H / 64, W / 64)}``."""
         bottom_up = self.bottom_up(x)
         with record_function("fpn"):
             return self._pyramid(bottom_up)
@@ -61,11 +55,11 @@ class FPN(nn.Module):
     def _pyramid(self, bottom_up: dict[str, Tensor]) -> dict[str, Tensor]:
         pyramid = {}
         top_down = None
-        for level, name in reversed(list(zip(self.levels, self.in_features, strict=True))):
+        for level, name in reversed(list(zip(self.levels, self.settings.in_features, strict=True))):
             lateral = getattr(self, f"fpn_lateral{level}")(bottom_up[name])
             if top_down is not None:
                 lateral = lateral + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
-                if self.fuse_type == "avg":
+                if self.settings.fuse_type == "avg":
                     lateral = lateral / 2
             top_down = lateral
             pyramid[f"p{level}"] = getattr(self, f"fpn_output{level}")(top_down)

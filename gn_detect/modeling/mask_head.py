@@ -8,45 +8,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Conv2d
+from ..config.model import ROIMaskHead
+from ..layers import init_he, init_normal, make_conv
 from ..ops import rasterize_masks
 from ..structures import Target
-from .init import init_he, init_normal
 from .resnet import NormFactory
 
 
 class MaskHead(nn.Module):
     """3x3 convolutions with norm and ReLU, a 2x2 transposed convolution with ReLU, and a 1x1 predictor.
 
-    Args:
-        in_channels: C of the pooled features.
-        conv_dims: widths of the 3x3 convolutions.
-        deconv_dim: width of the upsampled features.
-        num_masks: one for each class, or 1 for a class-agnostic head.
-        norm: norm of the 3x3 convolutions; bias only where there is none.
+    ``num_masks`` is the number of classes, or 1 for a class-agnostic head.
     """
 
-    def __init__(
-        self, in_channels: int, conv_dims: Sequence[int], deconv_dim: int, num_masks: int, norm: NormFactory
-    ) -> None:
+    def __init__(self, in_channels: int, settings: ROIMaskHead, num_masks: int, norm: NormFactory) -> None:
         super().__init__()
-        channels = in_channels
-        self.num_convs = len(conv_dims)
-        for i, width in enumerate(conv_dims, start=1):
-            layer_norm = norm(width)
-            convolution = Conv2d(
-                channels, width, 3, padding=1, bias=layer_norm is None, norm=layer_norm, activation="relu"
-            )
+        channels, width = in_channels, settings.conv_dim
+        self.num_convs = settings.num_conv
+        for i in range(1, self.num_convs + 1):
+            convolution = make_conv(channels, width, 3, norm(width), "relu")
             init_he(convolution)
             self.add_module(f"mask_fcn{i}", convolution)
             channels = width
-        self.deconv = nn.ConvTranspose2d(channels, deconv_dim, 2, stride=2)
-        self.predictor = nn.Conv2d(deconv_dim, num_masks, 1)
+        self.deconv = nn.ConvTranspose2d(channels, width, 2, stride=2)
+        self.predictor = nn.Conv2d(width, num_masks, 1)
         init_he(self.deconv)
         init_normal(self.predictor, std=0.001)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """(R, C, S, S) features and (R,) classes -> (R, 2S, 2S) logits of the mask of each RoI's class."""
+        """Map (R, C, S, S) features and (R,) classes to (R, 2S, 2S) logits of each RoI's class."""
         for i in range(1, self.num_convs + 1):
             x = getattr(self, f"mask_fcn{i}")(x)
         x = F.relu_(self.deconv(x))
@@ -54,7 +44,7 @@ class MaskHead(nn.Module):
             return self.predictor(x)[:, 0]
         if _sums_as_detectron2(x):
             return self.predictor(x)[torch.arange(len(x)), labels]
-        # A RoI needs the mask of one class, so only that class' 1x1 filter is applied: for COCO an 80th of
+        # A RoI needs the mask of one class, so only the 1x1 filter of that class is applied: for COCO 1/80 of
         # the predictor's work and memory.
         cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (R, 4 * S * S, C)
         logits = torch.bmm(cells, self.predictor.weight[labels, :, 0])[..., 0]
@@ -64,7 +54,10 @@ class MaskHead(nn.Module):
 
 
 def _sums_as_detectron2(x: Tensor) -> bool:
-    """Where RoIAlign is exact, too: another order of summation turns over pixels at the threshold."""
+    """Return whether to sum in detectron2's order, where RoIAlign is exact as well.
+
+    Another order of summation flips pixels at the threshold.
+    """
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return x.device.type == "cpu" and x.is_contiguous() and not torch.is_grad_enabled() and not recorded
 
@@ -72,16 +65,16 @@ def _sums_as_detectron2(x: Tensor) -> bool:
 def mask_loss(
     logits: Tensor, boxes: Sequence[Tensor], matched: Sequence[Tensor], targets: Sequence[Target]
 ) -> Tensor:
-    """Mean binary cross-entropy over the pixels of all foreground RoIs; 0 where there is none.
+    """Return the mean binary cross-entropy over the pixels of all foreground RoIs, 0 if there are none.
 
     Args:
         logits: (R, S, S) of all images' foreground RoIs.
         boxes: for each image (R_n, 4) foreground RoIs in input pixels.
-        matched: for each image (R_n,) the object that each RoI stands for.
+        matched: for each image (R_n,) the index of each RoI's object.
         targets: ground truth with masks.
 
     Raises:
-        ValueError: a target without masks.
+        ValueError: a target has no masks.
     """
     if len(logits) == 0:
         return logits.sum() * 0.0

@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from ..ops import clip_boxes, paste_masks, scale_boxes
 from ..structures import Detections, Target
-from .roi_heads import Res5RoIHeads, StandardRoIHeads
+from .roi_heads import RoIHeads
 from .rpn import RPN
 
 
@@ -20,11 +20,10 @@ class MaskRCNN(nn.Module):
     """Two-stage detector and instance segmenter.
 
     Args:
-        backbone: images (N, 3, H, W) -> named feature maps.
-        proposal_generator: the RPN.
-        roi_heads: the second stage.
+        backbone: maps images (N, 3, H, W) to named feature maps.
+        proposal_generator, roi_heads: first and second stage.
         pixel_mean, pixel_std: three values each, in the channel order of the images, 0..255.
-        size_divisibility: images are padded to multiples of it.
+        size_divisibility: images are padded to multiples of this number.
         channels_last: memory format of the convolutions.
     """
 
@@ -35,7 +34,7 @@ class MaskRCNN(nn.Module):
         self,
         backbone: nn.Module,
         proposal_generator: RPN,
-        roi_heads: StandardRoIHeads | Res5RoIHeads,
+        roi_heads: RoIHeads,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         size_divisibility: int,
@@ -56,7 +55,7 @@ class MaskRCNN(nn.Module):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
-        """Of the weights, and of the images from now on; parameters and gradients stay the same objects."""
+        """Set the format of weights and images; parameters and gradients stay the same objects."""
         self.channels_last = memory_format == torch.channels_last
         for weight in self.parameters():
             if weight.dim() == 4:
@@ -65,7 +64,7 @@ class MaskRCNN(nn.Module):
 
     @contextlib.contextmanager
     def in_memory_format(self, memory_format: torch.memory_format) -> Iterator[None]:
-        """Inside, the model has that memory format; afterwards it has the one of before."""
+        """Give the model this memory format inside the ``with`` block."""
         before = self.memory_format
         if memory_format == before:
             yield
@@ -78,17 +77,17 @@ class MaskRCNN(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.pixel_mean.device
 
     @property
     def num_classes(self) -> int:
-        """Foreground classes."""
-        return self.roi_heads.sampling.num_classes
+        """Return the number of foreground classes."""
+        return self.roi_heads.settings.num_classes
 
     @property
     def has_masks(self) -> bool:
-        """Whether the model predicts masks."""
+        """Return whether the model predicts masks."""
         return self.roi_heads.mask_head is not None
 
     def forward(
@@ -106,7 +105,7 @@ class MaskRCNN(nn.Module):
         return self.detect(images)
 
     def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Losses of one batch.
+        """Return the losses of one batch.
 
         Args:
             images: (3, H, W) each, 0..255 in ``INPUT.FORMAT`` order, uint8 or float, any device.
@@ -131,13 +130,13 @@ class MaskRCNN(nn.Module):
         original_sizes: Sequence[tuple[int, int]] | None = None,
         paste: bool = True,
     ) -> list[Detections]:
-        """Detections of each image, the best ``TEST.DETECTIONS_PER_IMAGE``.
+        """Return the best ``TEST.DETECTIONS_PER_IMAGE`` detections of each image.
 
         A group norm sees the padding of a batch, so images that are padded to different sizes go through the
-        network one size after the other: what is found in an image does not depend on its batch-mates.
+        network one size after the other. The detections of an image do not depend on the other images.
 
         Args:
-            images: as in :meth:`losses`.
+            images: see :meth:`losses`.
             original_sizes: (height, width) to which detections are scaled; by default those of ``images``.
             paste: see :func:`rescale`.
         """
@@ -160,7 +159,7 @@ class MaskRCNN(nn.Module):
         return [results[i] for i in range(len(images))]
 
     def preprocess(self, images: Sequence[Tensor]) -> Tensor:
-        """Normalised images, padded with zeros at the right and the bottom: (N, 3, H, W) float32."""
+        """Return normalised images, padded with zeros at the right and the bottom: (N, 3, H, W) float32."""
         height, width = self._padded_size([image_size(image) for image in images])
         batch = [
             F.pad(
@@ -178,7 +177,7 @@ class MaskRCNN(nn.Module):
 
 
 def image_size(image: Tensor) -> tuple[int, int]:
-    """(height, width) of a (C, H, W) image in pixels."""
+    """Return (height, width) of a (C, H, W) image in pixels."""
     return image.shape[-2], image.shape[-1]
 
 
@@ -189,12 +188,13 @@ def rescale(
 
     Args:
         detections: boxes in pixels of ``size``; masks (D, S, S) probabilities inside the boxes, or None.
-        size, original: of the network's input and of the file.
-        paste: masks become bool bitmaps of the image, a byte for each pixel and object; otherwise they stay
-            as they are, for :func:`gn_detect.ops.paste_one_by_one`.
+        size: size of the network's input.
+        original: size of the image file.
+        paste: convert masks to bool bitmaps of the image, a byte for each pixel and object; False keeps them
+            for :func:`gn_detect.ops.paste_one_by_one`.
 
     Returns:
-        all on one device: that of ``detections``, or the CPU where its memory does not hold the masks.
+        Detections on the device of ``detections``, or on the CPU if that device has no memory for the masks.
     """
     boxes = scale_boxes(detections.boxes, original[1] / size[1], original[0] / size[0])
     boxes = clip_boxes(boxes, original)

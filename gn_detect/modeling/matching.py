@@ -1,4 +1,4 @@
-"""Which ground truth an anchor or a proposal stands for, and which of them are trained on."""
+"""Matching of anchors and proposals with ground truth, and the sampling of those to train on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-_MATCH_BYTES = 1 << 28
-"""Memory that the pairs of objects and boxes may take at once, in each image."""
-
-_PAIR_BYTES = 36
-"""What :func:`torchvision.ops.box_iou` holds for a pair at once: nine floats."""
+_MATCH_BYTES = 1 << 28  # memory for the pairs of objects and boxes of one image at once
+_PAIR_BYTES = 36  # torchvision.ops.box_iou holds nine floats for a pair
 
 
 def match_boxes(
@@ -23,7 +20,7 @@ def match_boxes(
     *,
     keep_best_of_each_object: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`match` of boxes by their IoU, in 256 MB however many pairs there are.
+    """Match boxes by their IoU with :func:`match`, in at most 256 MB.
 
     Args:
         objects: (M, 4) ``xyxy``.
@@ -31,14 +28,14 @@ def match_boxes(
         thresholds, labels, keep_best_of_each_object: see :func:`match`.
 
     Returns:
-        (N,) int64 index of the object (0 where there is none) and (N,) int8 label, to the bit those of
+        (N,) int64 index of the object (0 where there is none) and (N,) int8 label: bitwise the result of
         ``match(box_iou(objects, boxes), ...)``.
     """
     size = max(1, _MATCH_BYTES // (_PAIR_BYTES * max(1, len(objects))))
     if len(boxes) <= size:
         iou = box_iou(objects, boxes)
         return match(iou, thresholds, labels, keep_best_of_each_object=keep_best_of_each_object)
-    # An object's best IoU is known when all boxes are seen, so their IoUs are computed twice, not kept.
+    # The best IoU of an object is known only after all boxes, so IoUs are computed twice and not kept.
     parts = boxes.split(size)
     found = [_match_part(objects, part, thresholds, labels) for part in parts]
     index, label, highest = (list(column) for column in zip(*found, strict=True))
@@ -52,13 +49,13 @@ def match_boxes(
 def _match_part(
     objects: Tensor, boxes: Tensor, thresholds: Sequence[float], labels: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Index and label of a part of the boxes, and the (M,) highest IoU of each object with one of them."""
+    """Return index and label of a part of the boxes, and each object's highest IoU with them, (M,)."""
     iou = box_iou(objects, boxes)
     return *match(iou, thresholds, labels), iou.amax(dim=1)
 
 
 def _is_best(iou: Tensor, highest: Tensor) -> Tensor:
-    """(N,) bool: boxes that no box beats for some object, by (M, N) IoU and the (M, 1) highest of each."""
+    """Return (N,) bool: boxes that no box beats for some object, by (M, N) IoU and each (M, 1) highest."""
     return ((iou == highest) & (highest > 0)).any(dim=0)
 
 
@@ -92,16 +89,16 @@ def match(
 
 
 def sample(label: Tensor, count: int, positive_fraction: float, background: int) -> tuple[Tensor, Tensor]:
-    """Random positions of foreground and background.
+    """Sample positions of foreground and background at random.
 
     Args:
         label: (N,) integer labels; -1 is ignored.
-        count: at most so many in all.
-        positive_fraction: at most this share is foreground; background fills the rest as far as it goes.
+        count: largest number of samples.
+        positive_fraction: largest share of foreground; background fills the rest.
         background: the label of background.
 
     Returns:
-        Indices of the sampled foreground and of the sampled background, int64, in random order.
+        int64 indices of the sampled foreground and of the sampled background, in random order.
     """
     positive = ((label != -1) & (label != background)).nonzero()[:, 0]
     negative = (label == background).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""What two detectors make of the same images, compared at the same places."""
+"""Outputs of two detectors on the same images, compared at the same places."""
 
 from __future__ import annotations
 
@@ -8,31 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from .mask_rcnn import MaskRCNN, image_size
-from .roi_heads import StandardRoIHeads
 
-PROPOSALS = 128
-"""Of each image, the best of the original's; as many as training samples in many configs."""
-
-MASK_PROPOSALS = 32
-"""Of these; a quarter, as in training, where masks are of objects only. They take most of the time."""
+PROPOSALS = 128  # best ones of each image; as many as training samples in many configs
+MASK_PROPOSALS = 32  # a quarter, as in training, where only objects have masks; they take most of the time
 
 
 def paired_outputs(
     original: nn.Module, converted: nn.Module, images: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Features, RPN outputs, and box and mask outputs on the *original's* proposals; for ``calibrate``.
+    """Return features, RPN outputs, and box and mask outputs on the *original's* proposals.
 
-    The two detectors' own proposals differ, so that their detections could not be compared one by one.
+    The two detectors' own proposals differ, so their detections cannot be compared one by one.
 
     Args:
-        original, converted: of one config but for the norms.
+        original, converted: detectors of one config, apart from the norms.
         images: (3, H, W) each, as for :meth:`MaskRCNN.losses`.
 
     Returns:
         Pairs of the original's tensor, without gradient, and the other's: each level's feature map
         (N, C, h, w), each level's RPN logits (N, 1, A) and deltas (N, 4, A), class logits (R, K + 1), box
-        deltas (R, 4 K), and of the best proposals mask logits (M, 1, S, S) of the class that the original
-        finds most likely.
+        deltas (R, 4 K), and for the best proposals mask logits (M, 1, S, S) of the class that is most likely
+        for the original.
     """
     assert isinstance(original, MaskRCNN) and isinstance(converted, MaskRCNN)
     sizes = [image_size(image) for image in images]
@@ -58,24 +54,19 @@ def _dense_outputs(model: MaskRCNN, features: dict[str, Tensor]) -> list[Tensor]
 def _region_outputs(
     model: MaskRCNN, features: dict[str, Tensor], proposals: Sequence[Tensor], labels: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """Outputs of the second stage, and the labels whose masks were taken."""
+    """Return the outputs of the second stage and the classes of the masks."""
     heads = model.roi_heads
-    levels = [features[name] for name in heads.in_features]
-    if isinstance(heads, StandardRoIHeads):
-        box_features = heads.box_head(heads.box_pooler(levels, proposals))
-    else:
-        shared = heads.res5(heads.pooler(levels, proposals))
-        box_features = shared.mean(dim=(2, 3))
-    logits, deltas = heads.box_predictor(box_features)
+    levels = heads.levels(features)
+    x, shared = heads.box_features(levels, proposals)
+    logits, deltas = heads.box_predictor(x)
     if labels is None:
         labels = logits[:, :-1].argmax(1)  # the last is the background
     found = [logits, deltas]
     if heads.mask_head is not None:
         with_mask = torch.cat([torch.arange(len(p), device=p.device) < MASK_PROPOSALS for p in proposals])
-        if isinstance(heads, StandardRoIHeads):
-            assert heads.mask_pooler is not None
-            shared = heads.mask_pooler(levels, [p[:MASK_PROPOSALS] for p in proposals])
+        if shared is None:
+            x = heads.mask_features(levels, [p[:MASK_PROPOSALS] for p in proposals])
         else:
-            shared = shared[with_mask]
-        found.append(heads.mask_head(shared, labels[with_mask])[:, None])
+            x = shared[with_mask]
+        found.append(heads.mask_head(x, labels[with_mask])[:, None])
     return found, labels

@@ -10,36 +10,58 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import Conv2d, FrozenBatchNorm2d
-from .init import init_he
+from ..config.model import ResNets
+from ..layers import Conv2d, FrozenBatchNorm2d, init_he
 
 NormFactory = Callable[[int], nn.Module | None]
 
-BLOCKS_PER_STAGE = {
+STAGES = ("res2", "res3", "res4", "res5")
+BLOCKS = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
-}
+}  # depth -> blocks in each stage
+
+
+def _conv(
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    norm: NormFactory,
+    stride: int = 1,
+    *,
+    groups: int = 1,
+    dilation: int = 1,
+    activation: str | None = "relu",
+) -> Conv2d:
+    return Conv2d(
+        in_channels,
+        out_channels,
+        size,
+        stride,
+        padding=size // 2 * dilation,
+        dilation=dilation,
+        groups=groups,
+        bias=False,
+        norm=norm(out_channels),
+        activation=activation,
+    )
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (ResNet-18 and 34)."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int, norm: NormFactory) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> None:
         super().__init__()
-        self.conv1 = Conv2d(
-            in_channels, out_channels, 3, stride, 1, bias=False, norm=norm(out_channels), activation="relu"
-        )
-        self.conv2 = Conv2d(
-            out_channels, out_channels, 3, 1, 1, bias=False, norm=norm(out_channels), activation="relu"
-        )
+        self.conv1 = _conv(in_channels, out_channels, 3, norm, stride)
+        self.conv2 = _conv(out_channels, out_channels, 3, norm)
         self.shortcut = _make_shortcut(in_channels, out_channels, stride, norm)
         _init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
+        """Map (N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
         residual = x if self.shortcut is None else self.shortcut(x)
         return self.conv2(self.conv1(x), residual)
 
@@ -47,48 +69,32 @@ class BasicBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut (ResNet-50 and deeper, ResNeXt).
 
-    Args:
-        stride_in_1x1: put the stride on the first 1x1 (the original MSRA models) and not on the 3x3.
-        num_groups: groups of the 3x3 convolution (ResNeXt's cardinality).
-        dilation: of the 3x3 convolution.
+    ``width``, ``groups`` (ResNeXt's cardinality) and ``dilation`` are those of the 3x3 convolution.
+    ``stride_in_1x1`` puts the stride on the first 1x1 (the original MSRA models) and not on the 3x3.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        *,
-        bottleneck_channels: int,
         stride: int,
         norm: NormFactory,
-        stride_in_1x1: bool = False,
-        num_groups: int = 1,
-        dilation: int = 1,
+        *,
+        width: int,
+        groups: int,
+        dilation: int,
+        stride_in_1x1: bool,
     ) -> None:
         super().__init__()
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
-        width = bottleneck_channels
-        self.conv1 = Conv2d(
-            in_channels, width, 1, stride_1x1, bias=False, norm=norm(width), activation="relu"
-        )
-        self.conv2 = Conv2d(
-            width,
-            width,
-            3,
-            stride_3x3,
-            padding=dilation,
-            dilation=dilation,
-            groups=num_groups,
-            bias=False,
-            norm=norm(width),
-            activation="relu",
-        )
-        self.conv3 = Conv2d(width, out_channels, 1, bias=False, norm=norm(out_channels), activation="relu")
+        self.conv1 = _conv(in_channels, width, 1, norm, stride_1x1)
+        self.conv2 = _conv(width, width, 3, norm, stride_3x3, groups=groups, dilation=dilation)
+        self.conv3 = _conv(width, out_channels, 1, norm)
         self.shortcut = _make_shortcut(in_channels, out_channels, stride, norm)
         _init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
+        """Map (N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
         residual = x if self.shortcut is None else self.shortcut(x)
         return self.conv3(self.conv2(self.conv1(x)), residual)
 
@@ -98,11 +104,11 @@ class Stem(nn.Module):
 
     def __init__(self, out_channels: int, norm: NormFactory) -> None:
         super().__init__()
-        self.conv1 = Conv2d(3, out_channels, 7, 2, 3, bias=False, norm=norm(out_channels), activation="relu")
+        self.conv1 = _conv(3, out_channels, 7, norm, 2)
         _init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C, H / 4, W / 4)."""
+        """Map (N, 3, H, W) to (N, C, H / 4, W / 4)."""
         return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
 
 
@@ -110,7 +116,7 @@ class ResNet(nn.Module):
     """Stem and stages ``res2`` ... ``res5``.
 
     Args:
-        stem: of stride 4.
+        stem: module of stride 4.
         stages: name -> blocks, in order.
         out_features: stages whose outputs are returned.
         freeze_at: 1 freezes the stem, 2 the stem and res2, and so on.
@@ -133,13 +139,13 @@ class ResNet(nn.Module):
             self.add_module(name, blocks)
         self.stage_names = tuple(stages)
         self.out_features = tuple(out_features)
-        frozen = ["stem", "res2", "res3", "res4", "res5"][:freeze_at]
+        frozen = ("stem", *STAGES)[:freeze_at]
         self.frozen_stages = tuple(name for name in frozen if hasattr(self, name))
         for name in self.frozen_stages:
             freeze(getattr(self, name))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) normalised images -> the features named in ``out_features``."""
+        """Map (N, 3, H, W) normalised images to the features named in ``out_features``."""
         features = {}
         with record_function("backbone"):
             x = self.stem(x)
@@ -159,7 +165,7 @@ class ResNet(nn.Module):
 
 
 def freeze(module: nn.Module) -> None:
-    """No parameter of ``module`` is trained, and its BN uses and keeps its running statistics."""
+    """Stop the training of all parameters of ``module``, and replace BN by FrozenBN."""
     for parameter in module.parameters():
         parameter.requires_grad = False
     for parent in list(module.modules()):
@@ -169,35 +175,28 @@ def freeze(module: nn.Module) -> None:
 
 
 def make_stage(
-    index: int,
-    num_blocks: int,
-    *,
-    depth: int,
-    in_channels: int,
-    out_channels: int,
-    bottleneck_channels: int,
-    norm: NormFactory,
-    stride_in_1x1: bool,
-    num_groups: int,
-    dilation: int = 1,
+    settings: ResNets, name: str, in_channels: int, norm: NormFactory, dilation: int = 1
 ) -> nn.Sequential:
-    """Blocks of stage ``res<index>``; only the first has a stride and a projection shortcut."""
-    stride = 1 if index == 2 or dilation == 2 else 2
+    """Return the blocks of stage ``name``; only the first has a stride and a projection shortcut."""
+    index = STAGES.index(name)
+    out_channels = settings.res2_out_channels * 2**index
+    width = settings.num_groups * settings.width_per_group * 2**index
+    stride = 1 if name == "res2" or dilation == 2 else 2
     blocks: list[nn.Module] = []
-    for _ in range(num_blocks):
-        if depth < 50:
-            blocks.append(BasicBlock(in_channels, out_channels, stride=stride, norm=norm))
+    for _ in range(BLOCKS[settings.depth][index]):
+        if settings.depth < 50:
+            blocks.append(BasicBlock(in_channels, out_channels, stride, norm))
         else:
             blocks.append(
                 BottleneckBlock(
                     in_channels,
                     out_channels,
-                    bottleneck_channels=bottleneck_channels,
-                    stride=stride,
-                    norm=norm,
-                    stride_in_1x1=stride_in_1x1,
-                    num_groups=num_groups,
+                    stride,
+                    norm,
+                    width=width,
+                    groups=settings.num_groups,
                     dilation=dilation,
+                    stride_in_1x1=settings.stride_in_1x1,
                 )
             )
         in_channels, stride = out_channels, 1
@@ -207,7 +206,7 @@ def make_stage(
 def _make_shortcut(in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> Conv2d | None:
     if in_channels == out_channels:
         return None
-    return Conv2d(in_channels, out_channels, 1, stride, bias=False, norm=norm(out_channels))
+    return _conv(in_channels, out_channels, 1, norm, stride, activation=None)
 
 
 @torch.no_grad()

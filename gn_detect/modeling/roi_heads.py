@@ -9,23 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from ..config.model import ROIHeads
 from ..structures import Detections, Target
 from .box_head import BoxHead, BoxPredictor
 from .mask_head import MaskHead, mask_loss
 from .matching import match_boxes, sample
 from .roi_pooling import RoIPooler
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How RoIs are chosen for training; the names are those of detectron2's ``MODEL.ROI_HEADS`` keys."""
-
-    num_classes: int
-    batch_size_per_image: int
-    positive_fraction: float
-    iou_thresholds: tuple[float, ...]
-    iou_labels: tuple[int, ...]
-    proposal_append_gt: bool
 
 
 @dataclass
@@ -36,8 +25,8 @@ class SampledRoIs:
         boxes: (R, 4) ``xyxy`` in input pixels.
         labels: (R,) class, ``num_classes`` for background.
         matched: (R,) index of the object that each RoI overlaps most; 0 in an image without objects.
-        truth: (R, 4) that object's box.
-        num_foreground: the first so many rows are foreground.
+        truth: (R, 4) box of this object.
+        num_foreground: number of foreground rows.
     """
 
     boxes: Tensor
@@ -48,8 +37,8 @@ class SampledRoIs:
 
 
 @torch.no_grad()
-def sample_rois(proposals: Tensor, target: Target, settings: SamplingSettings) -> SampledRoIs:
-    """Match (P, 4) proposals of one image with its objects and take a random sample of both kinds."""
+def sample_rois(proposals: Tensor, target: Target, settings: ROIHeads) -> SampledRoIs:
+    """Match (P, 4) proposals of one image with its objects, and take a random sample of both kinds."""
     if settings.proposal_append_gt:
         proposals = torch.cat([proposals, target.boxes])
     background = settings.num_classes
@@ -63,137 +52,137 @@ def sample_rois(proposals: Tensor, target: Target, settings: SamplingSettings) -
     return SampledRoIs(boxes, classes[chosen], matched, truth, len(foreground))
 
 
-class StandardRoIHeads(nn.Module):
-    """Box and mask branches with poolers of their own (FPN and C5 models).
+class RoIHeads(nn.Module):
+    """Losses and detections of both kinds of second stage, which differ in the features of a RoI.
 
-    Args:
-        in_features: levels to pool from.
-        box_pooler, box_head, box_predictor: the box branch.
-        mask_pooler, mask_head: the mask branch, or None.
-        sampling: how RoIs are chosen for training.
+    Attributes:
+        settings: ``MODEL.ROI_HEADS``; ``in_features`` are the levels to pool from.
+        box_predictor: box branch.
+        mask_head: mask branch, or None.
     """
+
+    settings: ROIHeads
+    box_predictor: BoxPredictor
+    mask_head: MaskHead | None
+
+    def box_features(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return the predictor's input for (R_n, 4) boxes of each image, and features to reuse for masks."""
+        raise NotImplementedError
+
+    def mask_features(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """Return the mask head's input for (R_n, 4) boxes of each image."""
+        raise NotImplementedError
+
+    def levels(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """Return the feature maps to pool from."""
+        return [features[name] for name in self.settings.in_features]
+
+    def losses(
+        self, features: dict[str, Tensor], proposals: Sequence[Tensor], targets: Sequence[Target]
+    ) -> dict[str, Tensor]:
+        """Return ``loss_cls``, ``loss_box_reg`` and, with masks, ``loss_mask``."""
+        levels = self.levels(features)
+        rois = [sample_rois(p, t, self.settings) for p, t in zip(proposals, targets, strict=True)]
+        x, shared = self.box_features(levels, [r.boxes for r in rois])
+        logits, deltas = self.box_predictor(x)
+        with record_function("roi_losses"):
+            losses = self.box_predictor.losses(
+                logits,
+                deltas,
+                torch.cat([r.boxes for r in rois]),
+                torch.cat([r.truth for r in rois]),
+                torch.cat([r.labels for r in rois]),
+            )
+        if self.mask_head is None:
+            return losses
+        boxes = [r.boxes[: r.num_foreground] for r in rois]
+        if shared is None:
+            x = self.mask_features(levels, boxes)
+        else:
+            parts = shared.split([len(r.boxes) for r in rois])
+            x = torch.cat([part[: r.num_foreground] for part, r in zip(parts, rois, strict=True)])
+        masks = self.mask_head(x, torch.cat([r.labels[: r.num_foreground] for r in rois]))
+        with record_function("roi_losses"):
+            losses["loss_mask"] = mask_loss(
+                masks, boxes, [r.matched[: r.num_foreground] for r in rois], targets
+            )
+        return losses
+
+    def detect(
+        self, features: dict[str, Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Detections]:
+        """Return detections in input pixels; ``masks`` are (D, S, S) probabilities inside the boxes."""
+        levels = self.levels(features)
+        x, _ = self.box_features(levels, proposals)
+        counts = [p.shape[0] for p in proposals]
+        logits, deltas = (value.split(counts) for value in self.box_predictor(x))
+        found = [
+            Detections(*self.box_predictor.detect(logit, delta, proposal, size))
+            for logit, delta, proposal, size in zip(logits, deltas, proposals, sizes, strict=True)
+        ]
+        if self.mask_head is not None:
+            x = self.mask_features(levels, [d.boxes for d in found])
+            masks = self.mask_head(x, torch.cat([d.labels for d in found])).sigmoid()
+            for detections, part in zip(found, masks.split([d.labels.shape[0] for d in found]), strict=True):
+                detections.masks = part
+        return found
+
+
+class StandardRoIHeads(RoIHeads):
+    """Box and mask branches with a pooler each (FPN and C5 models)."""
 
     def __init__(
         self,
-        in_features: Sequence[str],
+        settings: ROIHeads,
         box_pooler: RoIPooler,
         box_head: BoxHead,
         box_predictor: BoxPredictor,
         mask_pooler: RoIPooler | None,
         mask_head: MaskHead | None,
-        sampling: SamplingSettings,
     ) -> None:
         super().__init__()
-        self.in_features = tuple(in_features)
+        self.settings = settings
         self.box_pooler = box_pooler
         self.box_head = box_head
         self.box_predictor = box_predictor
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
-        self.sampling = sampling
 
-    def losses(
-        self, features: dict[str, Tensor], proposals: Sequence[Tensor], targets: Sequence[Target]
-    ) -> dict[str, Tensor]:
-        """``loss_cls``, ``loss_box_reg`` and, with masks, ``loss_mask``."""
-        levels = [features[name] for name in self.in_features]
-        rois = [sample_rois(p, t, self.sampling) for p, t in zip(proposals, targets, strict=True)]
-        x = self.box_head(self.box_pooler(levels, [r.boxes for r in rois]))
-        losses = _box_losses(self.box_predictor, x, rois)
-        if self.mask_head is not None and self.mask_pooler is not None:
-            x = self.mask_pooler(levels, [r.boxes[: r.num_foreground] for r in rois])
-            losses["loss_mask"] = _mask_loss(self.mask_head, x, rois, targets)
-        return losses
+    def box_features(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, None]:
+        """See the base class."""
+        return self.box_head(self.box_pooler(levels, boxes)), None
 
-    def detect(
-        self, features: dict[str, Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[Detections]:
-        """Detections in input pixels; ``masks`` are (D, S, S) probabilities inside the boxes."""
-        levels = [features[name] for name in self.in_features]
-        x = self.box_head(self.box_pooler(levels, proposals))
-        found = _detect_boxes(self.box_predictor, x, proposals, sizes)
-        if self.mask_head is not None and self.mask_pooler is not None:
-            _add_masks(self.mask_head, self.mask_pooler(levels, [d.boxes for d in found]), found)
-        return found
+    def mask_features(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """See the base class."""
+        assert self.mask_pooler is not None
+        x: Tensor = self.mask_pooler(levels, boxes)
+        return x
 
 
-class Res5RoIHeads(nn.Module):
+class Res5RoIHeads(RoIHeads):
     """C4 models: the RoIs' features go through ``res5``, which both branches share (ResNet, appendix A)."""
 
     def __init__(
         self,
-        in_features: Sequence[str],
+        settings: ROIHeads,
         pooler: RoIPooler,
         res5: nn.Sequential,
         box_predictor: BoxPredictor,
         mask_head: MaskHead | None,
-        sampling: SamplingSettings,
     ) -> None:
         super().__init__()
-        self.in_features = tuple(in_features)
+        self.settings = settings
         self.pooler = pooler
         self.res5 = res5
         self.box_predictor = box_predictor
         self.mask_head = mask_head
-        self.sampling = sampling
 
-    def losses(
-        self, features: dict[str, Tensor], proposals: Sequence[Tensor], targets: Sequence[Target]
-    ) -> dict[str, Tensor]:
-        """See :meth:`StandardRoIHeads.losses`; the mask branch reuses the foreground's box features."""
-        levels = [features[name] for name in self.in_features]
-        rois = [sample_rois(p, t, self.sampling) for p, t in zip(proposals, targets, strict=True)]
-        x = self.res5(self.pooler(levels, [r.boxes for r in rois]))
-        losses = _box_losses(self.box_predictor, x.mean(dim=(2, 3)), rois)
-        if self.mask_head is not None:
-            parts = x.split([len(r.boxes) for r in rois])
-            x = torch.cat([part[: r.num_foreground] for part, r in zip(parts, rois, strict=True)])
-            losses["loss_mask"] = _mask_loss(self.mask_head, x, rois, targets)
-        return losses
+    def box_features(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        shared = self.mask_features(levels, boxes)
+        return shared.mean(dim=(2, 3)), shared
 
-    def detect(
-        self, features: dict[str, Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[Detections]:
-        """See :meth:`StandardRoIHeads.detect`."""
-        levels = [features[name] for name in self.in_features]
-        x = self.res5(self.pooler(levels, proposals)).mean(dim=(2, 3))
-        found = _detect_boxes(self.box_predictor, x, proposals, sizes)
-        if self.mask_head is not None:
-            _add_masks(self.mask_head, self.res5(self.pooler(levels, [d.boxes for d in found])), found)
-        return found
-
-
-def _box_losses(predictor: BoxPredictor, x: Tensor, rois: Sequence[SampledRoIs]) -> dict[str, Tensor]:
-    logits, deltas = predictor(x)
-    with record_function("roi_losses"):
-        return predictor.losses(
-            logits,
-            deltas,
-            torch.cat([r.boxes for r in rois]),
-            torch.cat([r.truth for r in rois]),
-            torch.cat([r.labels for r in rois]),
-        )
-
-
-def _mask_loss(head: MaskHead, x: Tensor, rois: Sequence[SampledRoIs], targets: Sequence[Target]) -> Tensor:
-    logits = head(x, torch.cat([r.labels[: r.num_foreground] for r in rois]))
-    boxes = [r.boxes[: r.num_foreground] for r in rois]
-    with record_function("roi_losses"):
-        return mask_loss(logits, boxes, [r.matched[: r.num_foreground] for r in rois], targets)
-
-
-def _detect_boxes(
-    predictor: BoxPredictor, x: Tensor, proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
-) -> list[Detections]:
-    counts = [p.shape[0] for p in proposals]
-    logits, deltas = (value.split(counts) for value in predictor(x))
-    return [
-        Detections(*predictor.detect(logit, delta, proposal, size))
-        for logit, delta, proposal, size in zip(logits, deltas, proposals, sizes, strict=True)
-    ]
-
-
-def _add_masks(head: MaskHead, x: Tensor, found: Sequence[Detections]) -> None:
-    probabilities = head(x, torch.cat([d.labels for d in found])).sigmoid()
-    for detections, part in zip(found, probabilities.split([d.labels.shape[0] for d in found]), strict=True):
-        detections.masks = part
+    def mask_features(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """See the base class."""
+        x: Tensor = self.res5(self.pooler(levels, boxes))
+        return x

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..layers import Conv2d
+from ..config.model import RPN as RPNSettings
+from ..layers import Conv2d, init_normal
 from ..ops import clip_boxes, decode_boxes, encode_boxes, nms_by_group, rows_by_value
 from ..structures import Target
 from .anchors import AnchorGenerator
-from .init import init_normal
-from .losses import smooth_l1_sum
+from .box_head import smooth_l1_sum
 from .matching import match_boxes, sample
 
 
@@ -31,18 +31,14 @@ class RPNHead(nn.Module):
 
     def __init__(self, in_channels: int, num_anchors: int, conv_dims: Sequence[int] = (-1,)) -> None:
         super().__init__()
-        convolutions = []
+        convolutions: dict[str, nn.Module] = {}
         channels = in_channels
-        for width in conv_dims:
+        for i, width in enumerate(conv_dims):
             width = channels if width == -1 else width
-            convolutions.append(Conv2d(channels, width, 3, padding=1, activation="relu"))
+            convolutions[f"conv{i}"] = Conv2d(channels, width, 3, padding=1, activation="relu")
             channels = width
-        if len(convolutions) == 1:
-            self.conv: Conv2d | nn.Sequential = convolutions[0]
-        else:
-            self.conv = nn.Sequential()
-            for i, convolution in enumerate(convolutions):
-                self.conv.add_module(f"conv{i}", convolution)
+        several = len(convolutions) > 1  # detectron2's names
+        self.conv = nn.Sequential(OrderedDict(convolutions)) if several else convolutions["conv0"]
         self.objectness_logits = nn.Conv2d(channels, num_anchors, 1)
         self.anchor_deltas = nn.Conv2d(channels, num_anchors * 4, 1)
         for module in self.modules():
@@ -50,7 +46,7 @@ class RPNHead(nn.Module):
                 init_normal(module, std=0.01)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Features (N, C, H, W) -> for each level logits (N, H * W * A) and deltas (N, H * W * A, 4)."""
+        """Return for each level (N, C, H, W) logits (N, H * W * A) and deltas (N, H * W * A, 4)."""
         logits, deltas = [], []
         for feature in features:
             hidden = self.conv(feature)
@@ -60,11 +56,11 @@ class RPNHead(nn.Module):
         return logits, deltas
 
     def at_anchors(self, features: Sequence[Tensor], chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The head's output at a few anchors only, differentiable.
+        """Return the head's output at a few anchors, differentiable.
 
-        Training looks at 256 of some 100 000 anchors of an image. The gradient of all others is zero, so a
-        dense backward through the 3x3 convolution is almost all multiplication by zero; here only the 3x3
-        neighbourhoods of the chosen anchors enter the graph.
+        Training samples 256 of some 100 000 anchors of an image. All others have no gradient, so a dense
+        backward through the 3x3 convolution would multiply zeros. Only the 3x3 neighbourhoods of the chosen
+        anchors enter the graph.
 
         Args:
             features: levels (N, C, H, W).
@@ -94,7 +90,7 @@ class RPNHead(nn.Module):
 
 
 def _gather_patches(feature: Tensor, position: Tensor) -> Tensor:
-    """3x3 neighbourhoods, zero outside the map: (N, C, H, W) at (K,) flat (N, H, W) -> (K, 9 * C)."""
+    """Return 3x3 neighbourhoods, (K, 9 * C), zero outside the map (N, C, H, W), at (K,) flat (N, H, W)."""
     height, width = feature.shape[-2:]
     image = position.div(height * width, rounding_mode="floor")
     y = position.div(width, rounding_mode="floor") % height
@@ -107,52 +103,21 @@ def _gather_patches(feature: Tensor, position: Tensor) -> Tensor:
     return (patch * inside[..., None]).flatten(1)
 
 
-@dataclass(frozen=True)
-class RPNSettings:
-    """Plain numbers of the RPN; the names are those of detectron2's ``MODEL.RPN`` keys."""
-
-    batch_size_per_image: int
-    positive_fraction: float
-    iou_thresholds: tuple[float, ...]
-    iou_labels: tuple[int, ...]
-    pre_nms_topk_train: int
-    pre_nms_topk_test: int
-    post_nms_topk_train: int
-    post_nms_topk_test: int
-    nms_thresh: float
-    min_size: float
-    boundary_thresh: float
-    bbox_reg_weights: tuple[float, ...]
-    smooth_l1_beta: float
-    loss_weight: float
-    bbox_reg_loss_weight: float
-
-
 class RPN(nn.Module):
-    """Anchors, the head, its losses and the proposals that it makes.
-
-    Args:
-        in_features: names of the pyramid levels.
-        head: predicts logits and deltas.
-        anchor_generator: anchors of the same levels.
-        settings: see :class:`RPNSettings`.
-    """
+    """Anchors, the head, its losses and its proposals; ``min_size`` is the least side of one in pixels."""
 
     def __init__(
-        self,
-        in_features: Sequence[str],
-        head: RPNHead,
-        anchor_generator: AnchorGenerator,
-        settings: RPNSettings,
+        self, settings: RPNSettings, head: RPNHead, anchor_generator: AnchorGenerator, min_size: float = 0.0
     ) -> None:
         super().__init__()
-        self.in_features = tuple(in_features)
+        self.settings = settings
+        self.in_features = settings.in_features
+        self.min_size = min_size
         self.rpn_head = head
         self.anchor_generator = anchor_generator
-        self.settings = settings
 
     def propose(self, features: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Proposals of each image at inference: (P, 4) ``xyxy``, best first."""
+        """Return the proposals of each image at inference: (P, 4) ``xyxy``, best first."""
         levels = [features[name] for name in self.in_features]
         anchors = self.anchor_generator([f.shape[-2:] for f in levels])
         logits, deltas = self.rpn_head(levels)
@@ -161,9 +126,9 @@ class RPN(nn.Module):
     def losses(
         self, features: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], targets: Sequence[Target]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Proposals (without gradient) and the losses ``loss_rpn_cls`` and ``loss_rpn_loc``.
+        """Return proposals without gradient, and the losses ``loss_rpn_cls`` and ``loss_rpn_loc``.
 
-        Both are sums over the sampled anchors divided by ``BATCH_SIZE_PER_IMAGE`` times the number of images.
+        Both are sums over the sampled anchors, divided by ``BATCH_SIZE_PER_IMAGE`` and the number of images.
         """
         s = self.settings
         levels = [features[name] for name in self.in_features]
@@ -196,7 +161,7 @@ class RPN(nn.Module):
     def _sampled_losses(
         self, logits: Tensor, deltas: Tensor, labels: Tensor, anchors: Tensor, truth: Tensor
     ) -> dict[str, Tensor]:
-        """Summed losses of K sampled anchors: logits, labels (K,); deltas, anchors, truth (K, 4)."""
+        """Return summed losses of K sampled anchors: logits, labels (K,); deltas, anchors, truth (K, 4)."""
         s = self.settings
         foreground = (labels == 1).nonzero()[:, 0]
         wanted = encode_boxes(anchors[foreground], truth[foreground], s.bbox_reg_weights)
@@ -208,14 +173,14 @@ class RPN(nn.Module):
         }
 
     def _is_sparse(self, num_chosen: int, num_anchors: int) -> bool:
-        """Gathering pays while the chosen anchors are few; several 3x3 convolutions see a wider field."""
+        """Return whether gathering pays: few anchors are chosen, and one convolution sees 3x3 cells."""
         return isinstance(self.rpn_head.conv, Conv2d) and num_chosen * 4 < num_anchors
 
     @torch.no_grad()
     def _label(
         self, anchors: Tensor, image_sizes: Sequence[tuple[int, int]], targets: Sequence[Target]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """For each image (R,) labels 1, 0, -1 and the (R, 4) box that each anchor is matched to."""
+        """Return for each image (R,) labels 1, 0, -1 and the (R, 4) box that each anchor is matched to."""
         s = self.settings
         labels, matched = [], []
         for (height, width), target in zip(image_sizes, targets, strict=True):
@@ -239,7 +204,7 @@ class RPN(nn.Module):
         deltas: Sequence[Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[Tensor]:
-        """Best anchors of each level, decoded, clipped, through NMS level by level; then the best of all."""
+        """Return the best boxes of each image: top anchors of each level, decoded, clipped, NMS by level."""
         s = self.settings
         before = s.pre_nms_topk_train if self.training else s.pre_nms_topk_test
         after = s.post_nms_topk_train if self.training else s.post_nms_topk_test
@@ -256,7 +221,7 @@ class RPN(nn.Module):
             boxes = decode_boxes(delta, reference, s.bbox_reg_weights)
             finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores[n])
             boxes = clip_boxes(boxes, size)
-            large = ((boxes[:, 2:] - boxes[:, :2]) > s.min_size).all(dim=1)
+            large = ((boxes[:, 2:] - boxes[:, :2]) > self.min_size).all(dim=1)
             keep = (finite & large).nonzero()[:, 0]
             score, level = scores[n, keep].float(), level_of[keep]
             best = nms_by_group(boxes[keep], score, level, len(top), s.nms_thresh, after)
@@ -265,20 +230,20 @@ class RPN(nn.Module):
 
 
 def _take(values: Sequence[Tensor] | Tensor, chosen: Sequence[Tensor]) -> Tensor:
-    """Values of each image at its chosen positions, one image after the other."""
+    """Return the values of each image at its chosen positions, one image after the other."""
     return torch.cat([value[index] for value, index in zip(values, chosen, strict=True)])
 
 
 def _split_levels(chosen: Sequence[Tensor], level_sizes: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-    """Anchors chosen in each image, sorted by level.
+    """Sort the anchors chosen in each image by level.
 
     Args:
         chosen: for each image (K_n,) positions in the concatenation of all levels.
         level_sizes: anchors of one image on each level.
 
     Returns:
-        For each level positions in its flattened (N, anchors), and the (K,) permutation that takes values
-        in order of the levels back to the order of ``chosen``.
+        For each level positions in its flattened (N, anchors), and the (K,) permutation from the order of the
+        levels back to the order of ``chosen``.
     """
     image = torch.cat([torch.full_like(index, n) for n, index in enumerate(chosen)])
     position = torch.cat(list(chosen))

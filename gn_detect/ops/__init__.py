@@ -1,4 +1,4 @@
-"""Functions on tensors: no modules, no configuration."""
+"""Functions on tensors, without modules and configuration."""
 
 from .batch_norm import frozen_batch_norm
 from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, nms_by_group, scale_boxes

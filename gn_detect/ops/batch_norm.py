@@ -1,4 +1,4 @@
-"""Batch normalisation by statistics that stay as they are."""
+"""Batch normalisation with fixed statistics."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from torch import Tensor
 def frozen_batch_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
-    """``F.batch_norm`` in evaluation, also with an eps of 0, which that of PyTorch 2.11 refuses.
+    """Compute ``F.batch_norm`` in evaluation, also with an eps of 0, which PyTorch 2.11's refuses.
 
     Args:
         x: (N, C, *).
         mean, var, weight, bias: (C,).
         eps: added to ``var``.
-
-    Returns:
-        (N, C, *) like ``x``.
     """
     cudnn = torch.backends.cudnn.enabled
     return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, cudnn)

@@ -1,4 +1,4 @@
-"""Arithmetic on boxes beyond torchvision.ops. Boxes are ``xyxy`` in absolute pixels, floating point."""
+"""Arithmetic on boxes beyond torchvision.ops. Boxes are floating-point ``xyxy`` in absolute pixels."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 import torchvision
 from torch import Tensor
 
+# Largest log scale in decoding: a 16 px anchor grows to at most 1000 px, as in R-CNN.
 SCALE_CLAMP = math.log(1000.0 / 16)
-"""Largest log scale that decoding applies: a 16 px anchor grows to 1000 px at most (R-CNN's habit)."""
 
 _FEW_GROUPS = 8
 
 
 def box_area(boxes: Tensor) -> Tensor:
-    """(N, 4) ``xyxy`` -> (N,) areas in square pixels."""
+    """Return (N,) areas in square pixels of (N, 4) boxes."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def clip_boxes(boxes: Tensor, size: tuple[int, int] | Tensor) -> Tensor:
-    """Boxes (..., 4) cut at the borders of an image of ``size`` = (height, width), two numbers or (2,)."""
+    """Clip boxes (..., 4) to an image of ``size`` = (height, width), two numbers or a tensor (2,)."""
     if isinstance(size, Tensor):  # an exported program reads it from its input
         limit = size.flip(0).repeat(2).to(boxes.dtype)
         return torch.minimum(boxes.clamp(min=0), limit)
@@ -33,17 +33,17 @@ def clip_boxes(boxes: Tensor, size: tuple[int, int] | Tensor) -> Tensor:
 def nms_by_group(
     boxes: Tensor, scores: Tensor, group: Tensor, num_groups: int, threshold: float, limit: int
 ) -> Tensor:
-    """The first ``limit`` of ``torchvision.ops.batched_nms``, also in a compiled or exported program.
+    """Return the first ``limit`` of ``torchvision.ops.batched_nms``, also in a compiled or exported program.
 
-    There the number of boxes is not known, by which torchvision chooses between one NMS for each group and
-    one for all, with the groups moved apart. Here a few groups are taken one by one, many are moved apart.
+    torchvision runs one NMS for each group, or one for all with the groups moved apart; the number of boxes
+    decides. A program does not know this number. So it takes up to 8 groups one by one, and moves more apart.
 
     Args:
         boxes: (N, 4) ``xyxy``, no coordinate below 0.
         scores: (N,) float32.
         group: (N,) int64 below ``num_groups``; boxes of different groups do not suppress each other.
-        threshold: IoU above which the box of the lower score goes.
-        limit: most indices.
+        threshold: IoU above which the box of the lower score is dropped.
+        limit: largest number of indices.
 
     Returns:
         (M,) int64 indices, best score first; M is at most ``limit``.
@@ -51,7 +51,7 @@ def nms_by_group(
     if not torch.compiler.is_compiling():
         return torchvision.ops.batched_nms(boxes, scores, group, threshold)[:limit]
     keep = _nms_of_any_number_by_group(boxes, scores, group, num_groups, threshold)[:limit]
-    # PyTorch 2.11 takes the sum of all groups' largest numbers otherwise, which no ONNX integer holds.
+    # Without it PyTorch 2.11 uses the sum of all groups' largest numbers, which no ONNX integer holds.
     torch._check(keep.shape[0] <= limit)
     return keep
 
@@ -72,7 +72,7 @@ def _nms_of_any_number_by_group(
 
 
 def _nms_of_any_number(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """torchvision promises exporters two boxes at least; two more, apart from all others, keep that."""
+    """Add two boxes, apart from all others: torchvision promises exporters at least two boxes."""
     more = boxes.new_tensor([[-2, -2, -1, -1], [-4, -4, -3, -3]])
     least = scores.new_full((2,), torch.finfo(scores.dtype).min)
     keep = torchvision.ops.nms(torch.cat([boxes, more]), torch.cat([scores, least]), threshold)
@@ -80,19 +80,19 @@ def _nms_of_any_number(boxes: Tensor, scores: Tensor, threshold: float) -> Tenso
 
 
 def scale_boxes(boxes: Tensor, scale_x: float, scale_y: float) -> Tensor:
-    """Boxes (..., 4) with x multiplied by ``scale_x`` and y by ``scale_y``."""
+    """Multiply x of boxes (..., 4) by ``scale_x`` and y by ``scale_y``."""
     return boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
 
 
 def _pair(x: float, y: float, like: Tensor) -> Tensor | float:
-    """Factors of x and y; where they are the same a number, whose way to a GPU nobody waits for."""
+    """Return the factors of x and y; equal ones as a number, which needs no copy to a GPU."""
     return x if x == y else like.new_tensor([x, y])
 
 
 def encode_boxes(reference: Tensor, target: Tensor, weights: Sequence[float]) -> Tensor:
-    """Regression targets that lead from ``reference`` to ``target``: the inverse of :func:`decode_boxes`.
+    """Return the regression targets from ``reference`` to ``target``: the inverse of :func:`decode_boxes`.
 
-    Centre offsets are in units of the reference's size, sizes are log ratios, each times its weight
+    Centre offsets are in units of the reference's size, and sizes are log ratios, each times its weight
     (Girshick et al. 2014, arXiv 1311.2524, appendix C).
 
     Args:

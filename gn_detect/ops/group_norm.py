@@ -1,7 +1,7 @@
 """Group Normalization with an optional residual and ReLU (Wu & He 2018, arXiv 1803.08494, section 3).
 
-On an NVIDIA GPU one operator does it all, with the kernels of ``group_norm_triton``; elsewhere PyTorch's own
-does. ``GN_DETECT_FUSED=0`` in the environment turns the operator off.
+On an NVIDIA GPU one operator computes all of it, with the kernels of ``group_norm_triton``. Elsewhere
+PyTorch's own operators do. ``GN_DETECT_FUSED=0`` in the environment turns the operator off.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .group_norm_operator import fused_group_norm
+from .group_norm_operator import Maybe, fused_group_norm
 
+# Use the operator on a GPU.
 FUSED = os.environ.get("GN_DETECT_FUSED", "1") != "0" and find_spec("triton") is not None
-"""Whether the operator is used on a GPU."""
 
 
 def group_norm(
@@ -30,9 +30,9 @@ def group_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """``activation(GN(x) + residual)``.
+    """Return ``activation(GN(x) + residual)``.
 
-    Statistics are in float32 (float64 for float64), also under autocast, which does not change the dtype.
+    Statistics are in float32 (float64 for float64). The result has x's dtype, also under autocast.
 
     Args:
         x: (N, C, *), any floating dtype and memory format; N may be 0.
@@ -46,21 +46,27 @@ def group_norm(
         A tensor of x's shape, dtype and memory format.
 
     Raises:
-        ValueError: an unknown activation, a residual of another shape, or one element in all.
+        ValueError: the activation is unknown, the residual has another shape, or x has a single element.
         RuntimeError: C is not divisible, or weight or bias are not (C,), as from ``F.group_norm``.
     """
     if activation is not None and activation != "relu":
         raise ValueError(f"activation must be None or 'relu', not {activation!r}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}")
-    relu = activation is not None
+    arguments = (x, num_groups, weight, bias, eps, residual, activation is not None)
     if _use_operator(x) and _is_valid(x, num_groups, weight, bias):
-        return fused_group_norm(x, num_groups, weight, bias, eps, residual, relu)
-    return _native(x, num_groups, weight, bias, eps, residual, relu)
+        return fused_group_norm(*arguments)
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return _native(*arguments)
+    if device == "cpu":  # this operator works in float32 inside, without a float32 copy of x
+        with torch.autocast(device, enabled=False):
+            return _native(*arguments)
+    return _native(*arguments).to(x.dtype)  # autocast runs group_norm in float32
 
 
 def _use_operator(x: Tensor) -> bool:
-    """Not for transformed tensors (torch.func, forward-mode gradients): PyTorch has the rules of its own."""
+    """Exclude tensors of torch.func and forward-mode gradients, for which PyTorch has its own rules."""
     return FUSED and x.is_cuda and (torch.compiler.is_compiling() or not _is_transformed())
 
 
@@ -68,8 +74,8 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _is_valid(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the operator can take it; what it cannot goes to ``F.group_norm``, which says what is wrong."""
+def _is_valid(x: Tensor, num_groups: int, weight: Maybe, bias: Maybe) -> bool:
+    """Return whether the operator accepts the arguments; for others ``F.group_norm`` raises the error."""
     if x.dim() < 2 or not x.is_floating_point() or num_groups < 1:
         return False
     channels = x.size(1)
@@ -84,32 +90,7 @@ def _is_valid(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | 
 
 
 def _native(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    relu: bool,
-) -> Tensor:
-    """By PyTorch's operators; x's dtype also under autocast, which runs group_norm in float32."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return _composed(x, num_groups, weight, bias, eps, residual, relu)
-    if device == "cpu":  # whose operator works in float32 inside, without a copy of x
-        with torch.autocast(device, enabled=False):
-            return _composed(x, num_groups, weight, bias, eps, residual, relu)
-    return _composed(x, num_groups, weight, bias, eps, residual, relu).to(x.dtype)
-
-
-def _composed(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    relu: bool,
+    x: Tensor, num_groups: int, weight: Maybe, bias: Maybe, eps: float, residual: Maybe, relu: bool
 ) -> Tensor:
     y = F.group_norm(x, num_groups, weight, bias, eps)
     # In place: the backward of group_norm reads its input, never its output.

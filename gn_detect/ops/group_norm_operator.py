@@ -1,6 +1,6 @@
-"""``gn_detect::group_norm`` as a PyTorch operator, with its backward: what compile, export and autograd see.
+"""``gn_detect::group_norm`` as a PyTorch operator with its backward, for compile, export and autograd.
 
-Results that nobody wants are empty tensors, as an operator cannot return None.
+An operator cannot return None, so results that are not needed are empty tensors.
 """
 
 from __future__ import annotations
@@ -15,23 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton runs its kernels on the CPU, slowly, to debug or to test them."""
+Maybe = Tensor | None
 
-LEAST_CAPABILITY = (8, 0)
-"""The kernels are compiled and tested for Ampere and later."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU, slowly
+LEAST_CAPABILITY = (8, 0)  # the kernels are compiled and tested for Ampere and later
 
 
 def fused_group_norm(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    relu: bool,
+    x: Tensor, num_groups: int, weight: Maybe, bias: Maybe, eps: float, residual: Maybe, relu: bool
 ) -> Tensor:
-    """``relu(GN(x) + residual)`` by the operator; valid arguments of :func:`gn_detect.ops.group_norm`."""
+    """Compute ``relu(GN(x) + residual)`` by the operator, for valid arguments of ``ops.group_norm``."""
     last = _is_channels_last(x)
     x = _in_order(x, last)
     if residual is not None:
@@ -41,8 +34,13 @@ def fused_group_norm(
     return _GroupNorm.apply(x, num_groups, weight, bias, eps, residual, relu)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the statistics of tensors of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a pixel are neighbours in memory, and the pixels follow one another."""
+    """Return whether the channels of a pixel are neighbours in memory, and one pixel follows the other."""
     if x.is_contiguous():
         return False
     if x.dim() == 4:
@@ -51,7 +49,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _in_order(x: Tensor, channels_last: bool) -> Tensor:
-    """``x`` itself, or a copy of this memory order."""
+    """Return ``x`` itself, or a copy with this memory order."""
     if not channels_last:
         return x.contiguous()
     if x.dim() == 4:
@@ -60,22 +58,16 @@ def _in_order(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def _forward(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    relu: bool,
+    x: Tensor, num_groups: int, weight: Maybe, bias: Maybe, eps: float, residual: Maybe, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """y, and mean and rstd of each group in float32 (float64 for float64) as (2, N, G)."""
+    """Return y, and mean and rstd of each group in float32 (float64 for float64) as (2, N, G)."""
     last = _is_channels_last(x)
     x = _in_order(x, last)
     if x.numel() == 0:
         return torch.empty_like(x), _empty_statistics(x, num_groups).zero_()
     if not _kernels_run_on(x.device):
         return _native_forward(x, num_groups, weight, bias, eps, residual, relu)
-    for tensor in (weight, bias, residual):  # kernels would read what lies at its address on this device
+    for tensor in (weight, bias, residual):  # on this device kernels would read another address
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(f"all tensors must be on one device, not on {x.device} and {tensor.device}")
     weight, bias = _contiguous(weight), _contiguous(bias)
@@ -83,60 +75,40 @@ def _forward(
     return _kernels().forward(x, num_groups, weight, bias, eps, residual, relu, last)
 
 
-def _forward_fake(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(_in_order(x, _is_channels_last(x))), _empty_statistics(x, num_groups)
 
 
 def _backward(
     dy: Tensor,
     x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    y: Maybe,
+    weight: Maybe,
+    bias: Maybe,
     statistics: Tensor,
     relu: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the residual (of a ReLU; without, it is dy), and of weight and bias as (2, C)."""
+    """Return gradients of x, of the residual (with a ReLU; else it is dy), and of weight and bias (2, C)."""
     last = _is_channels_last(x)
     x, dy = _in_order(x, last), _in_order(dy, last)
+    found: tuple[Maybe, ...]
     if x.numel() == 0:
-        found: tuple[Tensor | None, ...] = (
-            torch.empty_like(x),
-            torch.empty_like(x),
-            statistics.new_zeros((2, x.shape[1])),
-        )
+        found = torch.empty_like(x), torch.empty_like(x), statistics.new_zeros((2, x.shape[1]))
     elif not _kernels_run_on(x.device):
         found = _native_backward(dy, x, y, weight, bias, statistics, relu)
     else:
         y = None if y is None else _in_order(y, last)
-        wanted = (needs[0], needs[1], needs[2])
         weight, bias = _contiguous(weight), _contiguous(bias)
-        found = _kernels().backward(dy, x, y, weight, bias, statistics, relu, last, wanted)
+        found = _kernels().backward(dy, x, y, weight, bias, statistics, relu, last, tuple(needs))
     dx, d_residual, d_affine = (
         t if t is not None and wanted else x.new_empty(0) for t, wanted in zip(found, needs, strict=True)
     )
     return dx, d_residual, d_affine
 
 
-def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    relu: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, statistics, _, needs = rest
     x = _in_order(x, _is_channels_last(x))
     return (
         torch.empty_like(x) if needs[0] else x.new_empty(0),
@@ -146,15 +118,15 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep x, mean and rstd, and the output where a residual hides from them what the ReLU let through."""
+    """Keep x, mean and rstd, and y if a residual hides the sign of the ReLU's input."""
     x, ctx.num_groups, weight, bias, ctx.eps, residual, ctx.relu = inputs
     y, statistics = output
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, weight, bias, statistics, y if ctx.relu and residual is not None else None)
 
 
-def _gradients(ctx: Any, dy: Tensor, _: Tensor | None = None) -> tuple[Any, ...]:
-    """Gradients of the operator's inputs."""
+def _gradients(ctx: Any, dy: Tensor, _: Maybe = None) -> tuple[Any, ...]:
+    """Return the gradients of the operator's inputs."""
     x, weight, bias, statistics, y = ctx.saved_tensors
     if torch.is_grad_enabled():
         return _differentiable_gradients(ctx, dy)
@@ -177,27 +149,26 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor | None = None) -> tuple[Any, ...]
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    """The same by PyTorch's operators, whose gradients have gradients."""
+    """Compute the same by PyTorch's operators, whose gradients have gradients."""
     x, weight, bias, _, y = ctx.saved_tensors
     dtypes = [t.dtype for t in (weight, bias) if t is not None]
     dtype = torch.promote_types(x.dtype, dtypes[0]) if dtypes else x.dtype
     z = F.group_norm(x.to(dtype), ctx.num_groups, weight, bias, ctx.eps)
     if ctx.relu:
         dy = torch.where((z if y is None else y) <= 0, 0, dy)
-    needs = [i for i in (0, 2, 3) if ctx.needs_input_grad[i]]
-    inputs = {0: x, 2: weight, 3: bias}
-    found = (
-        torch.autograd.grad(z, [inputs[i] for i in needs], dy.to(dtype), create_graph=True) if needs else ()
-    )
+    inputs = {i: t for i, t in ((0, x), (2, weight), (3, bias)) if ctx.needs_input_grad[i]}
     gradients: list[Any] = [None] * 7
-    for i, gradient in zip(needs, found, strict=True):
-        gradients[i] = gradient
+    if inputs:
+        found = torch.autograd.grad(z, list(inputs.values()), dy.to(dtype), create_graph=True)
+        for i, gradient in zip(inputs, found, strict=True):
+            gradients[i] = gradient
     if ctx.needs_input_grad[5]:
         gradients[5] = dy.to(ctx.residual_dtype)
     return tuple(gradients)
 
 
-# A compiler must give the operators the memory order with which it traced them: their results have it, too.
+# A compiler must call the operators with the memory order of its trace: their results have this order as
+# well.
 _EXACT_STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
 
 torch.library.define(
@@ -221,13 +192,13 @@ torch.library.register_autograd("gn_detect::group_norm", _gradients, setup_conte
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nobody watches the operators: they can then be called past PyTorch's dispatch, 6 us cheaper."""
+    """Return whether nothing observes the operators: calls past PyTorch's dispatch are then 6 us cheaper."""
     watched = torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
     return type(x) in (Tensor, torch.nn.Parameter) and not watched
 
 
 class _GroupNorm(torch.autograd.Function):
-    """The operator's gradient for eager mode: its own registration costs 13 us of host time more a call."""
+    """The operator's gradient in eager mode, where its registration costs 13 us of host time more a call."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -243,7 +214,7 @@ class _GroupNorm(torch.autograd.Function):
 
 @lru_cache(maxsize=1)
 def _kernels() -> ModuleType:
-    """What launches them, imported where they run."""
+    """Import the launches of the kernels where they run: Triton is not everywhere."""
     from .group_norm_triton import launch
 
     return launch
@@ -251,42 +222,29 @@ def _kernels() -> ModuleType:
 
 @lru_cache(maxsize=64)
 def _kernels_run_on(device: torch.device) -> bool:
-    if device.type == "cuda":
-        supported = (
-            torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
-        )
-        return find_spec("triton") is not None and supported
-    return INTERPRETED
+    if device.type != "cuda":
+        return INTERPRETED
+    capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    return find_spec("triton") is not None and capable
 
 
 def _native_forward(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    relu: bool,
+    x: Tensor, num_groups: int, weight: Maybe, bias: Maybe, eps: float, residual: Maybe, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """The operator where the kernels do not run: a program compiled or exported elsewhere, an old GPU."""
-    y = F.group_norm(x.to(_accumulator(x)), num_groups, _as(weight, x), _as(bias, x), eps)
+    """Compute the operator without kernels: a program compiled or exported elsewhere, or an old GPU."""
+    dtype = accumulator(x.dtype)
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    y = F.group_norm(x.to(dtype), num_groups, weight, bias, eps)
     if residual is not None:
         y = y + residual
     if relu:
         y = F.relu(y)
-    groups = x.to(_accumulator(x)).reshape(x.shape[0], num_groups, -1)
-    variance, mean = torch.var_mean(groups, dim=2, correction=0)
+    variance, mean = torch.var_mean(x.to(dtype).reshape(x.shape[0], num_groups, -1), dim=2, correction=0)
     return torch.empty_like(x).copy_(y), torch.stack([mean, (variance + eps).rsqrt()])
 
 
 def _native_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    relu: bool,
+    dy: Tensor, x: Tensor, y: Maybe, weight: Maybe, bias: Maybe, statistics: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = statistics.reshape(2, x.shape[0], -1, 1)
     dtype = statistics.dtype
@@ -306,17 +264,9 @@ def _native_backward(
     return dx, dz, d_affine
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _as(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if parameter is None else parameter.to(_accumulator(x))
-
-
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
+def _contiguous(parameter: Maybe) -> Maybe:
     return None if parameter is None else parameter.contiguous()
 
 
 def _empty_statistics(x: Tensor, num_groups: int) -> Tensor:
-    return x.new_empty((2, x.shape[0], num_groups), dtype=_accumulator(x))
+    return x.new_empty((2, x.shape[0], num_groups), dtype=accumulator(x.dtype))

@@ -1,4 +1,4 @@
-"""Masks in and out of boxes: training targets for each RoI, and predicted masks pasted into the image."""
+"""Masks in and out of boxes: training targets of each RoI, and predicted masks pasted into the image."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from torch.nn import functional
 
 from ..structures import PolygonMask
 
-_PASTE_BYTES = 1 << 30
-"""Memory that one chunk of pasted float masks may take on an accelerator."""
-
-_GRID_PIXELS = 1 << 22
-"""Of a mask that are sampled at a time on the CPU."""
+_PASTE_BYTES = 1 << 30  # for one chunk of pasted float masks on an accelerator
+_GRID_PIXELS = 1 << 22  # of a mask that the CPU samples at a time
 
 
 def rasterize_polygons(polygons: PolygonMask, height: int, width: int) -> np.ndarray:
-    """Union of polygons as COCO draws them.
+    """Draw the union of polygons as COCO does.
 
     Args:
         polygons: arrays (2K,) of ``x0, y0, x1, y1, ...`` in pixels, K at least 3; the list may be empty.
@@ -37,7 +34,7 @@ def rasterize_polygons(polygons: PolygonMask, height: int, width: int) -> np.nda
 
 
 def rasterize_polygons_in_box(polygons: PolygonMask, box: np.ndarray, side: int) -> np.ndarray:
-    """The part of an object inside ``box`` (4,) ``xyxy`` on a grid of cells: bool (side, side)."""
+    """Draw the part of an object inside ``box`` (4,) ``xyxy`` on a grid of cells: bool (side, side)."""
     width, height = max(box[2] - box[0], 0.1), max(box[3] - box[1], 0.1)
     scale = np.array([side / width, side / height])
     moved = [((p.reshape(-1, 2) - box[:2]) * scale).reshape(-1) for p in polygons]
@@ -45,16 +42,16 @@ def rasterize_polygons_in_box(polygons: PolygonMask, box: np.ndarray, side: int)
 
 
 def crop_bitmaps(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Bitmaps cropped by boxes and resized with RoIAlign, as detectron2's BitMasks does.
+    """Crop bitmaps by boxes and resize them with RoIAlign, as detectron2's BitMasks does.
 
     Args:
         bitmaps: (M, H, W) bool.
-        which: (N,) int64, the bitmap that belongs to each box. A bitmap used by many boxes is stored once.
+        which: (N,) int64, the index of the bitmap of each box.
         boxes: (N, 4) ``xyxy`` in pixels of the bitmaps.
         side: size of the result.
 
     Returns:
-        (N, side, side) bool: at least half of a cell is covered.
+        (N, side, side) bool, True if at least half of a cell is covered.
     """
     rois = torch.cat([which[:, None].to(boxes.dtype), boxes], dim=1)
     return _align(bitmaps[:, None].to(boxes.dtype), rois, side)[:, 0] >= 0.5
@@ -65,11 +62,11 @@ def _align(x: Tensor, rois: Tensor, side: int) -> Tensor:
 
 
 def rasterize_masks(masks: Sequence[PolygonMask | Tensor], which: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Mask targets for RoIs: polygons are drawn for each RoI, bitmaps are cropped, each as detectron2 does.
+    """Return the mask targets of RoIs: draw polygons for each RoI, crop bitmaps, both as detectron2 does.
 
     Args:
         masks: one mask for each ground-truth object of one image (polygons or bool (H, W) bitmaps).
-        which: (N,) int64, the object that each RoI is matched to.
+        which: (N,) int64, the index of each RoI's object.
         boxes: (N, 4) ``xyxy`` RoIs in pixels.
         side: size of the target.
 
@@ -96,7 +93,7 @@ def rasterize_masks(masks: Sequence[PolygonMask | Tensor], which: Tensor, boxes:
 
 
 def _interpolation_matrix(start: Tensor, stop: Tensor, cells: int, pixels: Tensor) -> Tensor:
-    """Linear interpolation from ``cells`` cells spread over [start, stop) to the centres of ``pixels``.
+    """Return weights that interpolate ``cells`` cells over [start, stop) at the centres of ``pixels``.
 
     Args:
         start, stop: (N,) pixels.
@@ -113,10 +110,10 @@ def _interpolation_matrix(start: Tensor, stop: Tensor, cells: int, pixels: Tenso
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Predicted masks resized into their boxes on an empty image.
+    """Resize predicted masks into their boxes on an empty image, as detectron2's ``paste_masks_in_image``.
 
-    As detectron2's ``paste_masks_in_image``: on the CPU to the last bit (the same sampling of each mask), on
-    an accelerator to rounding, which turns over pixels whose probability is the threshold.
+    On the CPU the result is the same to the last bit. On an accelerator rounding flips pixels whose
+    probability is the threshold.
 
     Args:
         masks: (N, S, S) probabilities.
@@ -125,8 +122,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
         threshold: probability from which a pixel belongs to the object.
 
     Returns:
-        (N, height, width) bool on the masks' device, or on the CPU where that has no memory for them: 100
-        masks of 48 megapixels are 4.8 GB.
+        (N, height, width) bool on the masks' device, or on the CPU if that device has no memory for them:
+        100 masks of 48 megapixels are 4.8 GB.
     """
     if masks.device.type != "cpu":
         try:
@@ -143,10 +140,10 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
 def paste_one_by_one(
     masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield what :func:`paste_masks` returns, mask by mask: all those of a large image are several GB.
+    """Yield the masks of :func:`paste_masks` one by one: all masks of a large image are several GB.
 
     Args:
-        masks, boxes, size, threshold: see there.
+        masks, boxes, size, threshold: see :func:`paste_masks`.
 
     Yields:
         The first row and column of a part of the image, and the pixels of that part, (height, width) bool
@@ -168,9 +165,9 @@ def paste_one_by_one(
 def _paste_in_chunks(
     masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
 ) -> Iterator[Tensor]:
-    """Compute whole images, many at a time, on an accelerator: (chunk, height, width) bool each.
+    """Paste many masks at a time into whole images, on an accelerator: (chunk, height, width) bool.
 
-    Bilinear resizing is separable, so each mask is two small matrix products in place of a sampling grid.
+    Bilinear resizing is separable, so each mask is two small matrix products instead of a sampling grid.
     """
     height, width = size
     cells = masks.shape[-1]
@@ -195,7 +192,7 @@ def _joined(chunks: Iterable[Tensor], count: int, size: tuple[int, int], device:
 def _paste_each(
     masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Compute the pixels around each box alone, on the CPU; see :func:`paste_one_by_one`."""
+    """Compute only the pixels around each box, on the CPU; see :func:`paste_one_by_one`."""
     height, width = size
     begin = (boxes[:, :2].floor() - 1).clamp(min=0).int().tolist()
     end = (boxes[:, 2:].ceil() + 1).int().tolist()
@@ -215,5 +212,5 @@ def _paste_each(
 
 
 def _sampling_positions(start: Tensor, stop: Tensor, first: int, last: int) -> Tensor:
-    """Centres of the pixels [first, last) in [start, stop), which is [-1, 1] for ``grid_sample``."""
+    """Return centres of the pixels [first, last) in [start, stop), scaled to ``grid_sample``'s [-1, 1]."""
     return (torch.arange(first, last, dtype=torch.float32) + 0.5 - start) / (stop - start) * 2 - 1

@@ -3,8 +3,8 @@
 Every pooled value is a weighted sum of feature cells, and the weights do not depend on the channel. So on a
 CPU RoIAlign can be one sparse matrix times the matrix of all cells, and its gradient the transposed product:
 both run on all cores and vectorise over the channels, where torchvision's loops visit one channel at a time.
-Training does that, and prediction in channels-last. Prediction in NCHW takes torchvision's loops, for the
-same bits as detectron2, and shares the boxes out to threads.
+Training and channels-last prediction use it. Prediction in NCHW uses torchvision's loops, for the same bits
+as detectron2, and divides the boxes among threads.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SHARE = 32
-"""Boxes that a thread takes at a time: some milliseconds of work."""
+SHARE = 32  # boxes that a thread takes at a time: some milliseconds of work
 
 
 def roi_align(
@@ -33,13 +32,13 @@ def roi_align(
     sampling_ratio: int = 0,
     aligned: bool = True,
 ) -> Tensor:
-    """Features of boxes, each taken from its own image and pyramid level.
+    """Pool the features of boxes, each from its own image and pyramid level.
 
     Args:
         features: levels (N, C, H_l, W_l).
         boxes: (R, 4) ``xyxy`` in pixels of the network's input.
-        image: (R,) int64, row of the batch that each box belongs to.
-        level: (R,) int64, level that each box is pooled from.
+        image: (R,) int64, row of each box in the batch.
+        level: (R,) int64, index of each box's level.
         strides: pixels between cells of each level.
         output_size: S, side of the result.
         sampling_ratio: samples along each side of a bin; 0 takes one for each cell that the bin covers.
@@ -86,7 +85,7 @@ def roi_align(
 
 
 def rows_by_value(values: Tensor, count: int) -> list[Tensor]:
-    """Positions, ascending, of 0, 1, up to ``count`` - 1 in (N,) int64 ``values``, which are all of these.
+    """Return the ascending positions of 0, 1, up to ``count`` - 1 in (N,) int64 ``values``.
 
     A GPU is waited for once and not for each value; a program that is compiled or exported knows no numbers.
     """
@@ -97,20 +96,20 @@ def rows_by_value(values: Tensor, count: int) -> list[Tensor]:
 
 
 def _runs_on_cpu(feature: Tensor) -> bool:
-    """And is not recorded: a program that is exported for anybody's machine takes RoIAlign as it is."""
+    """Return False also while a program is recorded: it may run elsewhere, and keeps RoIAlign as it is."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not recorded and feature.device.type == "cpu"
 
 
 def _takes_threads(feature: Tensor) -> bool:
-    """Whether the boxes are shared out to threads, as torchvision's loops are those of one."""
+    """Return whether to divide the boxes among threads: torchvision's loops use one."""
     return _runs_on_cpu(feature) and not torch.is_grad_enabled() and torch.get_num_threads() > 1
 
 
 def _takes_sparse_product(feature: Tensor) -> bool:
-    """Where it is faster, but not where the result has to be torchvision's to the last bit.
+    """Return whether the sparse product is faster and may round otherwise than torchvision.
 
-    That is without gradients in NCHW, where all else rounds as detectron2 does, so that the same weights find
+    Without gradients in NCHW it may not: all else rounds as detectron2 does there, so the same weights find
     the same objects.
     """
     exact = not torch.is_grad_enabled() and feature.is_contiguous()
@@ -118,7 +117,7 @@ def _takes_sparse_product(feature: Tensor) -> bool:
 
 
 class _SparsePooling(torch.autograd.Function):
-    """``weights @ cells`` for the cells of several (N, C, H, W) maps; only the weights are kept."""
+    """Computes ``weights @ cells`` for the cells of several (N, C, H, W) maps; keeps only the weights."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, *features: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ def _pooling_matrix(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """Sparse CSR (R * S * S, cells of all levels): the weight of each cell in each bin.
+    """Return the weight of each cell in each bin: sparse CSR (R * S * S, cells of all levels).
 
     Bilinear interpolation is separable, so a bin's weights are the outer product of those along y and x.
     """
@@ -186,14 +185,14 @@ def _pooling_matrix(
 def _axis_weights(
     start: Tensor, extent: Tensor, limit: Tensor, side: int, sampling_ratio: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the cells along one axis in each bin, with torchvision's sampling grid and rounding.
+    """Return the weights of the cells of each bin on one axis, with torchvision's grid and rounding.
 
     Args:
         start, extent: (R,) first edge and length of each box in cells.
         limit: (R,) int64 cells of the map.
 
     Returns:
-        For each bin (R, S) int64 its first cell and the number of its cells, and (R, S, K) their weights.
+        For each bin its first cell and number of cells, (R, S) int64, and their weights, (R, S, K).
     """
     size = (extent / side)[:, None, None]
     samples = torch.full_like(extent, sampling_ratio) if sampling_ratio > 0 else torch.ceil(extent / side)

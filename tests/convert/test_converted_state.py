@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from gn_detect import UserError, fuse
+from gn_detect import UserError, fuse_relu
 from gn_detect.convert import convert_norm
 from gn_detect.layers import FrozenBatchNorm2d as OurFrozenBatchNorm2d
 
@@ -81,7 +81,7 @@ def test_a_whole_converted_model_is_saved(fused: bool) -> None:
     torch.manual_seed(0)
     source = nn.Sequential(torchvision.models.mobilenet_v2(), trained(BatchNormAct(8, nn.PReLU()))).eval()
     model, _ = convert_norm(source)
-    model = fuse(model) if fused else model
+    model = fuse_relu(model) if fused else model
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

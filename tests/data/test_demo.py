@@ -38,7 +38,7 @@ def pictures() -> list[Picture]:
 
 @pytest.fixture(scope="module")
 def layouts() -> list[demo.Scene]:
-    """Where objects are, unpainted, in many pictures of both parts."""
+    """Unpainted layouts of many pictures of both parts."""
     return [demo.lay_out_scene(seed, index) for seed in (TRAIN_SEED, VAL_SEED) for index in range(120)]
 
 
@@ -50,7 +50,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """As pycocotools' ``COCO.annToMask`` does, without its class."""
+    """Decode like pycocotools' ``COCO.annToMask``."""
     if isinstance(segmentation, list):
         segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
@@ -131,7 +131,7 @@ def test_objects_are_painted_exactly_where_their_masks_are(monkeypatch: pytest.M
     """Seen by painting with one colour for each object, without blur and noise."""
     calls: list[np.ndarray] = []
 
-    def flat_colour(height: int, width: int, behind: object, random: object) -> np.ndarray:
+    def flat_colour(height: int, width: int, covered: object, random: object) -> np.ndarray:
         calls.append(np.array([len(calls) + 1, 0, 0], dtype=np.float32))
         return np.broadcast_to(calls[-1], (height, width, 3))
 

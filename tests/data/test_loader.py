@@ -161,11 +161,9 @@ def test_batch_that_cannot_be_divided(small: DatasetSource, make_cfg: MakeCfg) -
         build_train_loader(make_cfg(small, solver__ims_per_batch=3), world_size=2)
 
 
-def test_unknown_sampler_and_no_dataset(small: DatasetSource, make_cfg: MakeCfg) -> None:
+def test_no_dataset(make_cfg: MakeCfg) -> None:
     with pytest.raises(UserError, match="DATASETS.TRAIN is empty"):
         build_train_loader(make_cfg())
-    with pytest.raises(UserError, match="SAMPLER_TRAIN 'Other' is not supported; choose TrainingSampler or"):
-        build_train_loader(make_cfg(small, dataloader__sampler_train="Other"))
 
 
 @pytest.mark.parametrize("filter_empty", [True, False])

@@ -77,7 +77,7 @@ def make_batches(count: int = 2) -> list[list[dict[str, Any]]]:
 @torch.no_grad()
 def test_a_fused_model_is_the_same_function_with_one_call_for_norm_shortcut_and_relu(depth: int) -> None:
     model = make_model(make_config(depth=depth))
-    fused = partner.fuse(model)
+    fused = partner.fuse_relu(model)
     assert list(fused.state_dict()) == list(model.state_dict())
     x = torch.randn(1, 3, 96, 128)
     for name, expected in model.backbone(x).items():
@@ -95,7 +95,7 @@ def test_a_block_of_another_class_or_with_hooks_keeps_its_forward() -> None:
     model = make_model(make_config())
     block = model.backbone.bottom_up.res2[0]
     block.conv1.register_forward_hook(lambda *_: None)
-    fused = partner.fuse(model)
+    fused = partner.fuse_relu(model)
     blocks, before = fused.backbone.bottom_up.res2, model.backbone.bottom_up.res2
     assert type(blocks[0]).forward is type(before[0]).forward
     assert type(blocks[1]).forward is not type(before[1]).forward
@@ -109,14 +109,14 @@ def through_pickle(model: Any, folder: Path) -> Any:
 COPIES = {
     "pickle": through_pickle,
     "deepcopy": lambda model, _: copy.deepcopy(model),
-    "fused again": lambda model, _: partner.fuse(model),
+    "fused again": lambda model, _: partner.fuse_relu(model),
 }
 
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("depth", [18, 50])
 def test_a_copy_of_a_fused_model_computes_with_its_own_weights(tmp_path: Path, depth: int, how: str) -> None:
-    fused = partner.fuse(make_model(make_config(depth=depth))).backbone.bottom_up
+    fused = partner.fuse_relu(make_model(make_config(depth=depth))).backbone.bottom_up
     copied = COPIES[how](fused, tmp_path)
     assert [type(module) for module in copied.modules()] == [type(module) for module in fused.modules()]
     x = torch.randn(1, 3, 64, 64)
@@ -127,8 +127,8 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_weights(tmp_path: Path, d
 
 
 def test_a_replica_of_a_fused_block_computes_with_its_own_weights() -> None:
-    """As DataParallel makes it: the attributes of the module with other parameters."""
-    block = partner.fuse(make_model(make_config())).backbone.bottom_up.res2[0]
+    """DataParallel makes replicas: the attributes of the module with other parameters."""
+    block = partner.fuse_relu(make_model(make_config())).backbone.bottom_up.res2[0]
     replica = block._replicate_for_data_parallel()
     replica.conv1 = copy.deepcopy(block.conv1)
     torch.nn.init.zeros_(replica.conv1.weight)

@@ -1,4 +1,4 @@
-"""``fuse`` on models of several makes: the same function, the same state dict, fewer modules."""
+"""``fuse_relu`` on models of several makes: the same function, the same state dict, fewer modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 import gn_detect
-from gn_detect.layers import Conv2d, GroupNorm, fuse
+from gn_detect.layers import Conv2d, GroupNorm, fuse_relu
 
 
 def stack() -> nn.Sequential:
@@ -44,8 +44,8 @@ def relus(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
 def test_norm_and_relu_in_a_sequential(relus: list[nn.Module]) -> None:
     model, x = stack(), torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
-    fused = gn_detect.fuse(model)
-    assert [type(m) for m in fused] == [nn.Conv2d, GroupNorm, nn.ReLU, nn.Conv2d, GroupNorm]
+    fused = gn_detect.fuse_relu(model)
+    assert [type(m) for m in fused] == [nn.Conv2d, GroupNorm, nn.Identity, nn.Conv2d, GroupNorm]
     found = outputs(fused, x)
     assert not relus, "the norm's kernel did it"
     for ours, theirs in zip(found, outputs(model, x), strict=True):
@@ -53,43 +53,49 @@ def test_norm_and_relu_in_a_sequential(relus: list[nn.Module]) -> None:
     assert list(fused.state_dict()) == list(model.state_dict())
     assert type(model[1]) is nn.GroupNorm and type(model) is nn.Sequential, "the original is untouched"
     fused.load_state_dict(model.state_dict())
-    again = fuse(fused)
+    again = fuse_relu(fused)
     assert type(again) is type(fused) and torch.equal(again(x), fused(x))
 
 
-def test_a_norm_is_itself_where_its_output_is_used(relus: list[nn.Module]) -> None:
-    """As by a loop over the layers, a slice or a hook, which come after ``fuse``."""
+def test_the_norm_gives_what_the_relu_gave(relus: list[nn.Module]) -> None:
+    """The places before the norm and from the ReLU on are as before, also in a loop over the layers."""
     model, x = stack(), torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
-    fused = fuse(model)
+    fused = fuse_relu(model)
     taps = {}
     for name, network in (("model", model), ("fused", fused)):
         taps[name], y = [], x
         for layer in network:
             y = layer(y)
             taps[name].append(y.clone())
-    for ours, theirs in zip(taps["fused"], taps["model"], strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert taps["fused"][1].min() < 0
-    torch.testing.assert_close(fused[:2](x), model[:2](x))
+    for index in (0, 2, 3, 4):
+        torch.testing.assert_close(taps["fused"][index], taps["model"][index])
+    torch.testing.assert_close(taps["fused"][1], taps["model"][2])
     torch.testing.assert_close(fused[:3](x), model[:3](x))
 
-    for index in (1, 2):
-        hooked, seen = fuse(model), []
-        handle = hooked[index].register_forward_hook(lambda *given, seen=seen: seen.append(given[2].clone()))
-        relus.clear()
-        torch.testing.assert_close(hooked(x), model(x))
-        assert len(relus) == 2 and (seen[0].min() < 0) == (index == 1)
-        handle.remove()
-        relus.clear()
-        hooked(x)
-        assert not relus
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_a_hook_still_sees_what_it_saw(index: int) -> None:
+    model, x = stack(), torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    seen: list[Tensor] = []
+    model[index].register_forward_hook(lambda *given: seen.append(given[2].clone()))
+    fused = fuse_relu(model)
+    torch.testing.assert_close(fused(x), model(x))
+    torch.testing.assert_close(seen[0], seen[1])
+    assert (seen[0].min() < 0) == (index == 1) and type(fused[2]) is nn.ReLU
+
+
+def test_the_old_name_warns(relus: list[nn.Module]) -> None:
+    with pytest.warns(DeprecationWarning, match="renamed to fuse_relu"):
+        fused = gn_detect.fuse(stack())
+    fused(torch.randn(1, 3, 9, 9))
+    assert not relus
 
 
 @pytest.mark.parametrize("make", [stack, lambda: torchvision.ops.Conv2dNormActivation(
     3, 8, norm_layer=lambda c: nn.GroupNorm(4, c))], ids=["plain", "subclass"])  # fmt: skip
 def test_copies_pickles_compiled_and_exported(make: Callable[[], nn.Sequential], tmp_path: Path) -> None:
     model, x = make().eval(), torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
-    fused, expected = fuse(model), model(x)
+    fused, expected = fuse_relu(model), model(x)
     assert isinstance(fused, type(model))
     torch.save(fused, tmp_path / "whole.pth")
     others = [copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))]
@@ -108,7 +114,7 @@ def test_a_converted_models_relus(relus: list[nn.Module]) -> None:
     x = torch.randn(2, 3, 9, 9)
     expected = converted(x)
     relus.clear()
-    torch.testing.assert_close(fuse(converted)(x), expected)
+    torch.testing.assert_close(fuse_relu(converted)(x), expected)
     assert not relus
 
 
@@ -117,7 +123,7 @@ def test_in_place_keeps_the_parameters() -> None:
     model[1].weight.requires_grad_(False)
     model.eval()
     parameters = list(model.parameters())
-    assert fuse(model, inplace=True) is model
+    assert fuse_relu(model, inplace=True) is model
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert not model[1].weight.requires_grad and not model[1].training
 
@@ -133,7 +139,7 @@ def test_torchvision_models(relus: list[nn.Module]) -> None:
     ]
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     for model in models:
-        fused = fuse(model)
+        fused = fuse_relu(model)
         kinds = [type(m) for m in fused.modules()]
         assert kinds.count(nn.GroupNorm) == 0 and kinds.count(GroupNorm) > 10
         relus.clear()
@@ -149,7 +155,7 @@ def test_settings_survive(affine: dict[str, bool]) -> None:
         norm = nn.GroupNorm(2, 6, 0.01, dtype=torch.float64, **affine)
     except TypeError:
         pytest.skip("this PyTorch's GroupNorm has no bias switch")
-    fused = fuse(norm)
+    fused = fuse_relu(norm)
     assert isinstance(fused, GroupNorm) and fused.eps == 0.01 and fused.affine == norm.affine
     assert fused.state_dict().keys() == norm.state_dict().keys()
     x = torch.randn(2, 6, 4, dtype=torch.float64)
@@ -159,7 +165,7 @@ def test_settings_survive(affine: dict[str, bool]) -> None:
 def test_shared_norms_hooks_and_blocks_of_their_own() -> None:
     norm, relu, x = nn.GroupNorm(2, 4), nn.ReLU(), torch.randn(2, 4, 3, 3)
     shared = nn.ModuleList([nn.Sequential(norm, relu), nn.Sequential(norm, nn.Tanh())])
-    fused = fuse(shared)
+    fused = fuse_relu(shared)
     assert fused[0][0] is fused[1][0] and type(fused[0][0]) is GroupNorm, "a shared norm stays shared"
     for ours, theirs in zip(fused, shared, strict=True):
         torch.testing.assert_close(ours(x), theirs(x))
@@ -167,38 +173,41 @@ def test_shared_norms_hooks_and_blocks_of_their_own() -> None:
     hooked = nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU(), nn.GroupNorm(2, 4), nn.ReLU())
     hooked[0].register_forward_hook(lambda *_: None)
     hooked[3].register_forward_hook(lambda *_: None)
-    assert [type(m) for m in fuse(hooked)] == [nn.GroupNorm, nn.ReLU, GroupNorm, nn.ReLU]
+    assert [type(m) for m in fuse_relu(hooked)] == [nn.GroupNorm, nn.ReLU, GroupNorm, nn.ReLU]
 
     class Own(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return self[0](x) + self[1](x)
 
-    assert [type(m) for m in fuse(Own(nn.GroupNorm(2, 4), nn.ReLU()))] == [GroupNorm, nn.ReLU]
+    assert [type(m) for m in fuse_relu(Own(nn.GroupNorm(2, 4), nn.ReLU()))] == [GroupNorm, nn.ReLU]
 
     class Special(nn.GroupNorm):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 2
 
-    assert type(fuse(nn.Sequential(Special(2, 4), nn.ReLU()))[0]) is Special
-    assert [type(m) for m in fuse(nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU6()))] == [GroupNorm, nn.ReLU6]
+    assert type(fuse_relu(nn.Sequential(Special(2, 4), nn.ReLU()))[0]) is Special
+    assert [type(m) for m in fuse_relu(nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU6()))] == [
+        GroupNorm,
+        nn.ReLU6,
+    ]
 
 
 def test_other_kinds_of_containers() -> None:
     model = nn.ModuleDict({"a": nn.GroupNorm(2, 4), "b": nn.ModuleList([nn.GroupNorm(4, 4)])})
-    fused = fuse(model)
+    fused = fuse_relu(model)
     assert type(fused["a"]) is GroupNorm and type(fused["b"][0]) is GroupNorm
 
 
 def test_detectron2_convolutions() -> None:
     wrappers = pytest.importorskip("detectron2.layers", reason="needs detectron2")
     conv = wrappers.Conv2d(3, 8, 3, norm=nn.GroupNorm(2, 8), activation=F.relu)
-    fused, x = fuse(conv), torch.randn(2, 3, 6, 6)
+    fused, x = fuse_relu(conv), torch.randn(2, 3, 6, 6)
     assert fused.activation is None and fused.norm.activation == "relu"
     torch.testing.assert_close(fused(x), conv(x))
 
 
 def test_our_own_models_are_fused_already() -> None:
     conv = Conv2d(3, 8, 3, norm=nn.GroupNorm(2, 8), activation="relu")
-    fused, x = fuse(conv), torch.randn(2, 3, 6, 6)
+    fused, x = fuse_relu(conv), torch.randn(2, 3, 6, 6)
     assert type(fused.norm) is GroupNorm
     torch.testing.assert_close(fused(x), conv(x))

@@ -37,7 +37,7 @@ def test_no_objects() -> None:
 
 
 def boxes_on_a_grid(count: int, seed: int) -> Tensor:
-    """Of few positions and sizes, so that many IoUs are the same; some have no area."""
+    """Few positions and sizes, so that many IoUs are the same; some boxes have no area."""
     generator = torch.Generator().manual_seed(seed)
     corner = torch.randint(0, 12, (count, 2), generator=generator) * 4.0
     return torch.cat([corner, corner + torch.randint(0, 5, (count, 2), generator=generator) * 7.3], dim=1)

@@ -6,7 +6,6 @@ in fp16 (5e-4). Everything here runs in both memory formats, which add up in dif
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def test_inference_stage_by_stage(model: MaskRCNN, expected: dict[str, np.ndarra
     # Proposals of nearly equal scores may change places.
     distance = torch.cdist(proposals, stored_proposals, p=torch.inf)
     assert distance.amin(dim=1).max() < 0.05 and distance.amin(dim=0).max() < 0.05
-    pooled = heads.box_pooler([features[name] for name in heads.in_features], [stored_proposals])
+    pooled = heads.box_pooler(heads.levels(features), [stored_proposals])
     assert relative(pooled[:8], expected["roi_feat_first8"]) < 1e-4
     hidden = heads.box_head(pooled)
     assert relative(hidden[:64], expected["box_head_first64"]) < 1e-4
@@ -138,9 +137,9 @@ def test_losses_and_gradients(model: MaskRCNN, oracle: Path, shared_dir: Path, c
     stored = json.loads((oracle / "training_losses.json").read_text())
     samples = [load_training_sample(shared_dir / "data/dsb2018", name, config) for name in stored["images"]]
     rpn, heads = model.proposal_generator, model.roi_heads
-    settings, sampling = rpn.settings, heads.sampling
-    rpn.settings = dataclasses.replace(settings, batch_size_per_image=10**6, positive_fraction=1.0)
-    heads.sampling = dataclasses.replace(sampling, batch_size_per_image=10**6, positive_fraction=1.0)
+    settings = rpn.settings, heads.settings
+    every_sample = {"batch_size_per_image": 10**6, "positive_fraction": 1.0}
+    rpn.settings, heads.settings = (s.model_copy(update=every_sample) for s in settings)
     shapes: list[torch.Size] = []
     hook = heads.mask_head.predictor.register_forward_hook(lambda *call: shapes.append(call[-1].shape))
     try:
@@ -149,7 +148,7 @@ def test_losses_and_gradients(model: MaskRCNN, oracle: Path, shared_dir: Path, c
         losses = model.losses([image for image, _ in samples], [target for _, target in samples])
         sum(losses.values()).backward()
     finally:
-        rpn.settings, heads.sampling = settings, sampling
+        rpn.settings, heads.settings = settings
         hook.remove()
     for name, value in stored["losses"].items():
         assert losses[name].item() == pytest.approx(value, rel=1e-4), name

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gn_detect.config.model import RPN as RPNSettings
 from gn_detect.modeling import matching
 from gn_detect.modeling.anchors import AnchorGenerator, cell_anchors
 from gn_detect.modeling.matching import match
-from gn_detect.modeling.rpn import RPN, RPNHead, RPNSettings
+from gn_detect.modeling.rpn import RPN, RPNHead
 from gn_detect.structures import Target
 
 SIZES = [(64, 96), (60, 90)]
@@ -16,28 +17,19 @@ SIZES = [(64, 96), (60, 90)]
 
 def make_rpn(**changes) -> RPN:
     torch.manual_seed(0)
-    settings = dict(
-        batch_size_per_image=64,
-        positive_fraction=0.5,
-        iou_thresholds=(0.3, 0.7),
-        iou_labels=(0, -1, 1),
-        pre_nms_topk_train=50,
-        pre_nms_topk_test=40,
-        post_nms_topk_train=30,
-        post_nms_topk_test=20,
-        nms_thresh=0.7,
-        min_size=0.0,
-        boundary_thresh=-1,
-        bbox_reg_weights=(1.0, 1.0, 1.0, 1.0),
-        smooth_l1_beta=0.0,
-        loss_weight=1.0,
-        bbox_reg_loss_weight=1.0,
-    )
+    settings = {
+        "in_features": ("p2", "p3", "p4"),
+        "batch_size_per_image": 64,
+        "pre_nms_topk_train": 50,
+        "pre_nms_topk_test": 40,
+        "post_nms_topk_train": 30,
+        "post_nms_topk_test": 20,
+    }
     anchors = AnchorGenerator([[16], [32], [64]], [[0.5, 1.0, 2.0]], [4, 8, 16])
     head = RPNHead(8, 3)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return RPN(["p2", "p3", "p4"], head, anchors, RPNSettings(**(settings | changes)))
+    return RPN(RPNSettings().model_copy(update=settings | changes), head, anchors)
 
 
 def make_features(requires_grad: bool = True) -> dict[str, torch.Tensor]:

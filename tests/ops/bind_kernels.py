@@ -2,9 +2,10 @@
 
     python tests/ops/bind_kernels.py
 
-Prints the names of the kernels, one a line for each launch. A norm with another eps, as each of a converted
-model may have, must not have its kernels compiled again. And what ``binding`` launches by itself must be what
-Triton launched the first time: the same binary with the same arguments.
+Prints the names of the kernels, one a line for each launch. A norm with another eps, as each norm of a
+converted model may have, must not have its kernels compiled again. A launch by ``binding`` must equal
+Triton's first one: the same binary with the same arguments. A launcher of another signature is left to
+Triton.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gn_detect.ops.group_norm_triton import backward, forward, launch  # noqa: E402
+from gn_detect.ops.group_norm_triton.binding import compiled_kernels, has_known_launcher  # noqa: E402
 
 SHAPES = [
     ((1, 64, 200, 336), torch.channels_last),
@@ -36,21 +39,43 @@ KERNELS = {
 
 
 class Launcher:
-    """Notes what would be launched."""
+    """Notes the launches that it would do. Its signature is that of Triton 3.7 and later."""
 
     launched: list[tuple[Any, ...]] = []
 
     def __init__(self, source: Any, metadata: Any):
         self.name = metadata.name
 
-    def __call__(self, *arguments: Any) -> None:
-        # Behind the kernel's metadata: those of the launch, and hooks to be called before and after it.
-        x, y, z, stream, function, metadata, _, _, _, *own = arguments
-        self.launched.append((self.name, (x, y, z), stream, function, metadata, own))
+    def __call__(
+        self, gridX, gridY, gridZ, stream, function, kernel_metadata, launch_metadata, launch_enter_hook,
+        launch_exit_hook, *args,
+    ) -> None:  # fmt: skip
+        self.launched.append((self.name, (gridX, gridY, gridZ), stream, function, kernel_metadata, args))
+
+
+class OlderLauncher(Launcher):
+    """Has the signature of Triton 3.3 to 3.6."""
+
+    def __call__(self, gridX, gridY, gridZ, stream, function, *args) -> None:
+        super().__call__(gridX, gridY, gridZ, stream, function, *args)
+
+
+class OtherLauncher(Launcher):
+    """Has a signature that nobody has seen yet."""
+
+    def __call__(self, grid, stream, function, *args) -> None:
+        raise AssertionError("called with the arguments of another launcher")
+
+
+class UnknownLauncher(Launcher):
+    """Takes anything, as that of Triton 3.2."""
+
+    def __call__(self, *args) -> None:
+        super().__call__(*args)
 
 
 class Utilities:
-    """What Triton asks of a GPU before it launches; a kernel's module and function are the same number."""
+    """Answers Triton's questions to a GPU; a kernel's module and function are the same number."""
 
     def __init__(self) -> None:
         self.loaded = 0
@@ -68,9 +93,9 @@ class Utilities:
 
 
 class Driver:
-    """Of a GPU of compute capability 9.0."""
+    """Stands in for a GPU of compute capability 9.0."""
 
-    launcher_cls = Launcher
+    launcher_cls: type[Launcher] = Launcher
     utils = Utilities()
 
     def get_current_target(self) -> GPUTarget:
@@ -103,8 +128,38 @@ class Bound:
         return bind
 
 
-def check_bound_launches() -> None:
+def check_unknown_launcher() -> None:
+    """Every launch is Triton's: its launcher gets tensors, not addresses."""
+    x = torch.zeros(1, 8, 4, 4)
+    Driver.launcher_cls = UnknownLauncher
+    Launcher.launched.clear()
+    for _ in range(2):
+        launch.forward(x, 8, None, None, 1e-5, None, True, False)
+    assert len(Launcher.launched) == 2 and all(call[5][0] is x for call in Launcher.launched)
+    forget()
+
+
+def check_signatures() -> None:
+    launchers = (Launcher, OlderLauncher, OtherLauncher, UnknownLauncher)
+    known = [
+        has_known_launcher(SimpleNamespace(run=kind(None, SimpleNamespace(name="")))) for kind in launchers
+    ]
+    assert known == [True, True, False, False]
+
+
+def forget() -> None:
+    """Let Triton and the launches compile and bind anew."""
+    for module, names in KERNELS.items():
+        for name in names:
+            getattr(module, name).device_caches.clear()
+    for cache in (compiled_kernels, launch._recipe):
+        cache.cache_clear()
+
+
+def check_bound_launches(launcher: type[Launcher]) -> None:
     """A second launch, past Triton, equals the first; Triton gets what is not aligned."""
+    Driver.launcher_cls = launcher
+    forget()
     for shape, order in SHAPES[:3]:
         last = order == torch.channels_last
         x = torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=order)
@@ -143,7 +198,10 @@ def check_bound_launches() -> None:
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
-    check_bound_launches()
+    check_signatures()
+    check_unknown_launcher()
+    check_bound_launches(OlderLauncher)
+    check_bound_launches(Launcher)
     kernels = []
     for module, names in KERNELS.items():
         for name in names:

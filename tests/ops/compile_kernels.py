@@ -67,7 +67,7 @@ def record(layer: Layer, dtype: torch.dtype, channels_last: bool) -> list[Any]:
 
 
 def compile_call(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], architecture: int) -> Any:
-    """What Triton would compile at this call."""
+    """Compile the kernel that Triton would compile at this call."""
     warps = kwargs.pop("num_warps")
     named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, attributes = {}, {}, {}

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,18 +15,29 @@ pytest.importorskip("triton", reason="needs Triton, which PyTorch brings along o
 
 from gn_detect.bench.norms import LAYERS
 
+# Kernels that write a tensor of x's size.
 WRITERS = {"forward_groups", "normalize", "backward_groups", "input_gradient"}
-"""Kernels that write a tensor of x's size."""
 
 
 def run_script(name: str, cache: Path, *arguments: str) -> list[str]:
-    """What a script beside this file prints, in a process where Triton compiles instead of interpreting."""
+    """Return the output of a script in this folder, from a process where Triton compiles."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
+
+
+def test_the_signature_of_a_launcher_decides_who_launches() -> None:
+    """The installed Triton's is known. One of another shape, or that takes anything, is left to Triton."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    from gn_detect.ops.group_norm_triton.binding import has_known_launcher
+
+    assert has_known_launcher(SimpleNamespace(run=object.__new__(CudaLauncher)))
+    for other in (lambda *arguments: None, lambda grid, stream, function, *arguments: None):
+        assert not has_known_launcher(SimpleNamespace(run=other))
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def test_values_that_are_not_finite_stay_in_their_group(
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_relu_passes_gradients_at_nan(residual: bool, tiles: str) -> None:
-    """As PyTorch's, whose gradient is cut where the output is at most 0, which NaN is not."""
+    """PyTorch's ReLU stops the gradient where the output is at most 0; NaN is not."""
     x = torch.randn(1, 4, 6, 5)
     x[0, 0, 0, 0] = float("nan")
     y = torch.full_like(x, float("nan")) if residual else None
@@ -232,7 +232,7 @@ class Called(TorchDispatchMode):
 
 @pytest.mark.parametrize("images", [1, 2])
 def test_gradients_of_several_images_alone_are_summed(images: int) -> None:
-    """Where a program holds whole groups, one image leaves one row of them: a launch less."""
+    """If a program holds whole groups, one image leaves one row of partial sums, which saves a launch."""
     x = torch.randn(images, 8, 6, 5, device=DEVICE)
     weight, bias = torch.randn(2, 8, device=DEVICE)
     y, statistics = launch.forward(x, 4, weight, bias, 1e-5, None, False, False)

@@ -99,7 +99,7 @@ def test_masks_that_the_gpu_cannot_hold_are_pasted_on_the_cpu(monkeypatch: pytes
 def test_whole_images_equal_the_surroundings_of_the_boxes(
     monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """What an accelerator computes, here in chunks of two images, and what the CPU does."""
+    """The accelerator's masks, here in chunks of two, against the CPU's."""
     monkeypatch.setattr(masks_module, "_PASTE_BYTES", 2 * 4 * 90 * 120)
     generator = torch.Generator().manual_seed(0)
     masks, boxes = torch.rand(count, 28, 28, generator=generator), random_boxes(count, generator)
@@ -124,7 +124,7 @@ def test_polygons_are_joined() -> None:
 
 
 def test_mixed_masks_agree_with_each_other() -> None:
-    """A rectangle gives the same target as a polygon and as a bitmap, whatever stands beside it."""
+    """A rectangle gives the same target as a polygon and as a bitmap, with any neighbour."""
     polygon = [np.array([8.0, 8, 40, 8, 40, 32, 8, 32])]
     bitmap = torch.zeros(64, 64, dtype=torch.bool)
     bitmap[8:32, 8:40] = True

@@ -1,8 +1,8 @@
-"""The demo dataset: shapes on textured backgrounds, generated from a seed on first use, not downloaded.
+"""The demo dataset: shapes on textured backgrounds, generated from a seed at first use, not downloaded.
 
-Eight categories differ in shape alone; colours and textures come from the same distribution for all.
-Masks are exact: each object is painted on the very pixels that its annotation covers, namely COCO's
-rasterisation of its outline, less what later objects hide.
+The eight categories differ only in shape; colours and textures have the same distribution for all. Masks are
+exact: each object is painted on the pixels of its annotation, which is COCO's rasterisation of its outline
+without the parts that later objects hide.
 """
 
 from __future__ import annotations
@@ -30,36 +30,31 @@ from .textures import background, finish, object_texture
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3
-"""Raise it with every change of the pictures or annotations: older copies are then generated again."""
+VERSION = 3  # raise it with every change of pictures or annotations: older copies are then replaced
 
 TRAIN_SEED, VAL_SEED = 1, 2
-MAX_OBJECTS = 12
-MIN_VISIBLE = 0.5
-"""Least part of an object that is neither hidden by others nor outside the image."""
+MIN_VISIBLE = 0.5  # least part of an object that is neither hidden nor outside the image
 
 _STAMP = "generated_by_gn_detect.json"
-_MARGIN = MAX_SIZE
-_OBJECT_COUNTS = range(1, MAX_OBJECTS + 1)
-_OBJECT_COUNT_WEIGHTS = (6, 10, 15, 16, 15, 11, 8, 5, 4, 3, 2, 2)
+_COUNT_WEIGHTS = (6, 10, 15, 16, 15, 11, 8, 5, 4, 3, 2, 2)  # of 1 to 12 objects in a picture
 _TRIES = 30
+# Most pixels of a polygon outside the object's box. A star's tip may be thinner than a pixel: polygon and box
+# would disagree.
 _TIP = 2.0
-"""Most pixels by which a polygon reaches beyond the object's box. A star's tip may be thinner than a pixel:
-the polygon and the box would disagree."""
 _LICENSE = {"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}
 
 
 @dataclass
 class SceneObject:
-    """One object, or one crowd of small objects of a category, as it was placed.
+    """A placed object, or a crowd of small objects of a category.
 
     Attributes:
         category_id: key of ``CATEGORIES``.
-        polygon: outline as COCO's flat list; None where polygons cannot describe it (hole, cropped, crowd,
-            long thin tip).
-        area: pixels of the whole object, hidden and outside parts included.
-        members: (H, W) bool masks of what is painted, inside the image: one for an object, many for a crowd.
-        crowd: whether it is a crowd.
+        polygon: outline as COCO's flat list, or None if polygons cannot describe the object (hole, cropped,
+            crowd, long thin tip).
+        area: pixels of the whole object, with hidden and outside parts.
+        members: (H, W) bool masks inside the image: one for an object, many for a crowd.
+        crowd: True for a crowd.
     """
 
     category_id: int
@@ -71,7 +66,7 @@ class SceneObject:
 
 @dataclass
 class Scene:
-    """Where everything is. ``owner`` (H, W) int16: index of the object on top, -1 for background."""
+    """All objects of a picture; ``owner`` (H, W) int16 is the index of the object on top, -1 for none."""
 
     height: int
     width: int
@@ -80,11 +75,7 @@ class Scene:
 
 
 def make_image(seed: int, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """One picture with its annotations; a function of its arguments alone.
-
-    Args:
-        seed: of the dataset part.
-        index: of the picture in it.
+    """Return picture ``index`` of the dataset part with this seed, and its annotations.
 
     Returns:
         uint8 RGB (H, W, 3) and COCO annotations, without ``id`` and ``image_id``. ``segmentation`` is a
@@ -96,10 +87,10 @@ def make_image(seed: int, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]
 
 
 def lay_out_scene(seed: int, index: int) -> Scene:
-    """Objects placed one on top of another such that enough of each stays visible; see :func:`make_image`.
+    """Place objects on top of one another so that enough of each stays visible; see :func:`make_image`.
 
-    The layout has its own source of random numbers, one that Python keeps stable between versions, so the
-    annotations are the same everywhere; only texture may vary with NumPy and Pillow.
+    The layout has its own random numbers, which Python keeps stable between versions. So annotations are the
+    same everywhere, and only textures may vary with NumPy and Pillow.
     """
     random = Random(f"{seed}/{index}")
     area, aspect = random.uniform(205, 300) ** 2, math.exp(random.uniform(-0.3, 0.3))
@@ -107,7 +98,7 @@ def lay_out_scene(seed: int, index: int) -> Scene:
     scene = Scene(height, width, [], np.full((height, width), -1, dtype=np.int16))
     if random.random() < 0.03:
         return scene
-    count = random.choices(_OBJECT_COUNTS, _OBJECT_COUNT_WEIGHTS)[0]
+    count = random.choices(range(1, len(_COUNT_WEIGHTS) + 1), _COUNT_WEIGHTS)[0]
     if random.random() < 0.05:
         _place(scene, _crowd(scene, random))
         count = min(count, 4)
@@ -119,27 +110,30 @@ def lay_out_scene(seed: int, index: int) -> Scene:
 
 
 def _single(scene: Scene, random: Random) -> SceneObject:
-    """An object of random category, size and place, not yet part of the scene."""
+    """Return an object of random category, size and place, not yet part of the scene."""
     category_id = random.choice(list(CATEGORIES))
     low, high = (32, 112) if random.random() < 0.8 else (MIN_SIZE + 1, MAX_SIZE - 1)
     size = math.exp(random.uniform(math.log(low), math.log(high)))
     outline = make_outline(category_id, size, random)
-    # Most objects lie inside the image; some may stick out, and are not placed if they do so too far.
+    # Most objects lie inside the image. Some reach out of it, and are not placed if they do so too far.
     margin = size * (0.05 if random.random() < 0.15 else 0.5)
     outline = outline.moved(
         random.uniform(margin, scene.width - margin), random.uniform(margin, scene.height - margin)
     )
     if outline.inside(scene.height, scene.width):
         mask = outline.mask(scene.height, scene.width)
-        describes = outline.hole is None and _reach(outline.outer, _box(mask)) <= _TIP
-        polygon = outline.polygon() if describes else None
+        x, y, width, height = _box(mask)
+        beyond = max(((x, y) - outline.outer).max(), (outline.outer - (x + width, y + height)).max())
+        describes = outline.hole is None and beyond <= _TIP
+        polygon = outline.outer.reshape(-1).tolist() if describes else None
         return SceneObject(category_id, polygon, int(mask.sum()), [mask])
-    whole = outline.moved(_MARGIN, _MARGIN).mask(scene.height + 2 * _MARGIN, scene.width + 2 * _MARGIN)
-    return SceneObject(category_id, None, int(whole.sum()), [whole[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]])
+    around = MAX_SIZE
+    whole = outline.moved(around, around).mask(scene.height + 2 * around, scene.width + 2 * around)
+    return SceneObject(category_id, None, int(whole.sum()), [whole[around:-around, around:-around]])
 
 
 def _crowd(scene: Scene, random: Random) -> SceneObject:
-    """A cluster of small objects of one category on a jittered grid, inside the image."""
+    """Return small objects of one category on a jittered grid inside the image."""
     category_id = random.choice(list(CATEGORIES))
     columns, rows, cell = random.randint(4, 6), random.randint(3, 5), random.uniform(15, 19)
     left = random.uniform(2, scene.width - columns * cell - 2)
@@ -155,40 +149,28 @@ def _crowd(scene: Scene, random: Random) -> SceneObject:
 
 
 def _place(scene: Scene, new: SceneObject) -> bool:
-    """Put ``new`` on top if every object then stays visible enough, itself included; say whether it was."""
+    """Put ``new`` on top and return True, if then every object, also ``new``, stays visible enough."""
     mask = np.logical_or.reduce(new.members)
     owner = np.where(mask, np.int16(len(scene.objects)), scene.owner)
     for index, thing in enumerate([*scene.objects, new]):
         visible = owner == index
         if visible.sum() < MIN_VISIBLE * thing.area:
             return False
-        x, y, width, height = _box(visible)
-        if not MIN_SIZE <= max(width, height) <= MAX_SIZE:
+        if not MIN_SIZE <= max(_box(visible)[2:]) <= MAX_SIZE:
             return False
     scene.objects.append(new)
     scene.owner = owner
     return True
 
 
-def _reach(points: np.ndarray, box: tuple[int, int, int, int]) -> float:
-    """Return the pixels by which (K, 2) points reach beyond an ``x, y, width, height`` box."""
-    low, high = np.array(box[:2]), np.array(box[:2]) + box[2:]
-    return float(max((low - points).max(), (points - high).max()))
-
-
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Tight ``x, y, width, height`` of a bool mask that is not empty, in whole pixels."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    return (
-        int(columns[0]),
-        int(rows[0]),
-        int(columns[-1] - columns[0] + 1),
-        int(rows[-1] - rows[0] + 1),
-    )
+    """Return the tight ``x, y, width, height`` of a bool mask that is not empty, in whole pixels."""
+    x, y = (np.flatnonzero(mask.any(axis=axis)).tolist() for axis in (0, 1))
+    return x[0], y[0], x[-1] - x[0] + 1, y[-1] - y[0] + 1
 
 
 def paint(scene: Scene, seed: int, index: int) -> np.ndarray:
-    """The scene's picture, uint8 RGB (H, W, 3)."""
+    """Return the scene's picture, uint8 RGB (H, W, 3)."""
     random = np.random.default_rng([seed, index])
     canvas = background(scene.height, scene.width, random)
     top = np.full(scene.owner.shape, -1)
@@ -198,14 +180,14 @@ def paint(scene: Scene, seed: int, index: int) -> np.ndarray:
             window = np.s_[y : y + height, x : x + width]
             inside = mask[window]
             below = top[window][inside]
-            behind = [canvas[window][inside][below == n].mean(axis=0) for n in np.unique(below)]
-            canvas[window][inside] = object_texture(height, width, behind, random)[inside]
+            covered = [canvas[window][inside][below == n].mean(axis=0) for n in np.unique(below)]
+            canvas[window][inside] = object_texture(height, width, covered, random)[inside]
             top[window][inside] = number
     return finish(canvas, random)
 
 
 def annotate(scene: Scene) -> list[dict[str, Any]]:
-    """COCO annotations of the visible part of each object; see :func:`make_image`."""
+    """Return COCO annotations of the visible part of each object; see :func:`make_image`."""
     annotations = []
     for number, thing in enumerate(scene.objects):
         visible = scene.owner == number
@@ -231,7 +213,7 @@ def annotate(scene: Scene) -> list[dict[str, Any]]:
 
 
 def _uncompressed_rle(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's plain form: lengths of runs down the columns, the first of them of zeros (and perhaps empty)."""
+    """Return COCO's plain form: lengths of runs down the columns, first of zeros (perhaps none)."""
     pixels = mask.reshape(-1, order="F")
     edges = np.flatnonzero(np.diff(pixels)) + 1
     counts = np.diff(np.concatenate([[0], edges, [pixels.size]])).tolist()
@@ -239,18 +221,18 @@ def _uncompressed_rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def ensure_demo_dataset(root: Path, num_train: int = 400, num_val: int = 100) -> None:
-    """Make sure that ``<root>/demo`` holds the dataset; generate it if it is missing, incomplete or outdated.
+    """Generate the dataset in ``<root>/demo`` if it is missing, incomplete or outdated.
 
     The folder gets ``images_train/``, ``images_val/``, ``instances_train.json``, ``instances_val.json`` and a
-    stamp with the generator's version. It is built under another name beside its place and moved there whole,
-    so an interrupted run leaves nothing half-written, and processes that start together do no harm.
+    stamp with the generator's version. It is built under another name and then renamed, so an interruption
+    leaves no partial folder, and several processes may start together.
 
     Args:
-        root: folder of all datasets; created when missing.
-        num_train, num_val: pictures in each part.
+        root: folder of all datasets; created if it is missing.
+        num_train, num_val: number of pictures in each part.
 
     Raises:
-        UserError: ``<root>/demo`` is somebody's own folder, or cannot be written.
+        UserError: ``<root>/demo`` is another folder of the user, or cannot be written.
     """
     folder = Path(root) / "demo"
     stamp = {"version": VERSION, "num_train": num_train, "num_val": num_val}
@@ -268,11 +250,11 @@ def ensure_demo_dataset(root: Path, num_train: int = 400, num_val: int = 100) ->
         _write_part(building, "val", VAL_SEED, num_val)
         atomic_write_json(building / _STAMP, stamp)
         if not _is_complete(folder, stamp):
-            with contextlib.suppress(FileNotFoundError):  # nothing there, or another process moved it away
+            with contextlib.suppress(FileNotFoundError):  # nothing is there, or another process renamed it
                 folder.rename(outdated)
         building.rename(folder)
     except OSError as error:
-        if not _is_complete(folder, stamp):  # else another process was faster: its copy is the same
+        if not _is_complete(folder, stamp):  # else another process was faster, with the same copy
             reason = error.strerror or error
             raise UserError(f"cannot write {folder}: {reason}; choose another datasets folder") from error
     finally:
@@ -281,7 +263,7 @@ def ensure_demo_dataset(root: Path, num_train: int = 400, num_val: int = 100) ->
 
 
 def _is_complete(folder: Path, stamp: dict[str, int]) -> bool:
-    """Whether the stamp is this one and no file is missing; what is in the files is not looked at."""
+    """Return whether the stamp is this one and no file is missing; contents are not checked."""
     try:
         found = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
         return found == stamp and all(

@@ -1,4 +1,4 @@
-"""Backgrounds, and textures for the demo dataset's objects. Every category draws from the same ones."""
+"""Backgrounds and object textures of the demo dataset. All categories have the same distribution."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ import colorsys
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-Colour = np.ndarray
-"""(3,) float32 RGB, 0..255."""
+Colour = np.ndarray  # (3,) float32 RGB, 0..255
+Generator = np.random.Generator
 
+# Least distance in RGB between an object's colour and its surroundings: objects are not camouflaged.
 CONTRAST = 90.0
-"""Least distance in RGB between an object's colour and what lies behind it: objects are not camouflaged."""
 
 
 def _hsv(hue: float, saturation: float, value: float) -> Colour:
     return np.array(colorsys.hsv_to_rgb(hue % 1.0, saturation, value), dtype=np.float32) * 255
 
 
-def random_colour(random: np.random.Generator) -> Colour:
-    """Any hue, from pale to vivid and from dark to bright."""
+def _random_colour(random: Generator) -> Colour:
     return _hsv(random.random(), random.uniform(0.25, 1.0), random.uniform(0.25, 1.0))
 
 
-def _clearance(colour: Colour, behind: list[Colour]) -> float:
-    return min(float(np.linalg.norm(colour - other)) for other in behind)
+def _clearance(colour: Colour, covered: list[Colour]) -> float:
+    return min(float(np.linalg.norm(colour - other)) for other in covered)
 
 
-def contrasting_colour(random: np.random.Generator, behind: list[Colour]) -> Colour:
-    """A random colour at least :data:`CONTRAST` from each in ``behind``, or the best of many if none is."""
-    best, best_distance = random_colour(random), -1.0
+def _contrasting_colour(random: Generator, covered: list[Colour]) -> Colour:
+    """Return a random colour at least :data:`CONTRAST` from each in ``covered``, or the best of 40."""
+    best, best_distance = _random_colour(random), -1.0
     for _ in range(40):
-        colour = random_colour(random)
-        distance = _clearance(colour, behind)
+        colour = _random_colour(random)
+        distance = _clearance(colour, covered)
         if distance >= CONTRAST:
             return colour
         if distance > best_distance:
@@ -40,33 +39,27 @@ def contrasting_colour(random: np.random.Generator, behind: list[Colour]) -> Col
     return best
 
 
-def object_texture(height: int, width: int, behind: list[Colour], random: np.random.Generator) -> np.ndarray:
-    """A patch to fill one object with.
+def object_texture(height: int, width: int, covered: list[Colour], random: Generator) -> np.ndarray:
+    """Return a patch that fills one object, float32 RGB (height, width, 3).
 
     Args:
         height, width: size of the patch in pixels.
-        behind: mean colours of what the object is painted on.
-
-    Returns:
-        Float32 RGB (height, width, 3).
+        covered: mean colours of the areas that the object covers.
+        random: source of colours and pattern.
     """
-    first = contrasting_colour(random, behind)
-    # The second colour is near the first: the outline tells what an object is, not the pattern in it.
+    first = _contrasting_colour(random, covered)
+    # The second colour is near the first: the outline shows the category, not the pattern inside.
     step = random.standard_normal(3).astype(np.float32)
     step *= random.uniform(20, 60) / np.linalg.norm(step)
-    second = max((first + step, first - step), key=lambda colour: _clearance(colour, behind))
-    pattern = _PATTERNS[random.integers(len(_PATTERNS))](height, width, random)
+    second = max((first + step, first - step), key=lambda colour: _clearance(colour, covered))
+    pattern = _pattern(height, width, random)
     patch = first + pattern[..., None] * (second - first)
     light = _ramp(height, width, random) * random.uniform(0.0, 0.25)
     return patch * (1.1 - light[..., None])
 
 
-def background(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """Smooth colours, noise of several scales, faint stripes and clutter lines.
-
-    Returns:
-        Float32 RGB (height, width, 3).
-    """
+def background(height: int, width: int, random: Generator) -> np.ndarray:
+    """Return smooth colours, noise of several scales, faint stripes and lines: float32 (height, width, 3)."""
     hue, saturation = random.random(), random.uniform(0.0, 0.5)
     value = random.uniform(0.2, 0.95)
     first = _hsv(hue, saturation, value)
@@ -79,41 +72,52 @@ def background(height: int, width: int, random: np.random.Generator) -> np.ndarr
         canvas += amplitude * tint * _noise(height, width, cell, random)[..., None]
     if random.random() < 0.35:
         canvas += random.uniform(8, 20) * (_stripes(height, width, random)[..., None] - 0.5)
-    return _clutter(canvas, random)
+    return _with_lines(canvas, random)
 
 
-def _clutter(canvas: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A few thin bent lines, in colours near the background's own: not objects, and not to be found."""
-    height, width = canvas.shape[:2]
+def _with_lines(canvas: np.ndarray, random: Generator) -> np.ndarray:
+    """Draw a few thin bent lines in colours near the background's; they are no objects."""
     picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     base = canvas.mean(axis=(0, 1))
     for _ in range(random.integers(0, 9)):
-        corners = random.uniform(-0.1, 1.1, (3, 2)) * (width, height)
+        corners = random.uniform(-0.1, 1.1, (3, 2)) * picture.size
         t = np.linspace(0, 1, 12)[:, None]
         curve = (1 - t) ** 2 * corners[0] + 2 * t * (1 - t) * corners[1] + t**2 * corners[2]
-        colour = np.clip(base + random.uniform(-70, 70) + random.uniform(-20, 20, 3), 0, 255)
-        draw.line(
-            curve.reshape(-1).tolist(),
-            fill=tuple(colour.astype(int).tolist()),
-            width=int(random.integers(1, 4)),
-        )
+        colour = np.clip(base + random.uniform(-70, 70) + random.uniform(-20, 20, 3), 0, 255).astype(int)
+        draw.line(curve.reshape(-1).tolist(), tuple(colour.tolist()), int(random.integers(1, 4)))
     return np.asarray(picture, dtype=np.float32)
 
 
-def finish(canvas: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """What a camera adds: a slight blur, which softens the edges of the hard masks, and noise. uint8 RGB."""
+def finish(canvas: np.ndarray, random: Generator) -> np.ndarray:
+    """Add a slight blur, which softens the edges of the masks, and noise, as a camera does; uint8 RGB."""
     picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     blurred = np.asarray(picture.filter(ImageFilter.GaussianBlur(random.uniform(0.5, 0.8))), dtype=np.float32)
     noise = random.standard_normal(canvas.shape, dtype=np.float32) * random.uniform(1.0, 4.0)
     return np.clip(blurred + noise, 0, 255).astype(np.uint8)
 
 
-# Patterns: float32 (height, width), about 0..1
+def _pattern(height: int, width: int, random: Generator) -> np.ndarray:
+    """Return one of six patterns, float32 (height, width) of about 0..1."""
+    kind = random.integers(6)
+    if kind == 0:
+        return 0.15 * _noise(height, width, 8, random)
+    if kind == 1:
+        return _ramp(height, width, random)
+    if kind == 2:
+        return _stripes(height, width, random)
+    if kind == 5:
+        return np.clip(0.5 + 0.35 * _noise(height, width, 4, random), 0, 1)
+    across, along = _grid(height, width, random)
+    period = _period(height, width, random)
+    if kind == 3:  # checks
+        return ((across // (period / 2) + along // (period / 2)) % 2).astype(np.float32)
+    distance = (across % period - period / 2) ** 2 + (along % period - period / 2) ** 2
+    return (distance < (0.3 * period) ** 2).astype(np.float32)  # dots
 
 
-def _grid(height: int, width: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates in a frame turned at random, with a random origin, in pixels."""
+def _grid(height: int, width: int, random: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return coordinates in a frame turned at random, with a random origin, in pixels."""
     angle = random.uniform(0, np.pi)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     x, y = x + random.uniform(0, 32), y + random.uniform(0, 32)
@@ -121,51 +125,26 @@ def _grid(height: int, width: int, random: np.random.Generator) -> tuple[np.ndar
     return x * cosine + y * sine, y * cosine - x * sine
 
 
-def _period(height: int, width: int, random: np.random.Generator) -> float:
-    """Pixels a repeat: wide enough to be seen, narrow enough to be a texture and not a part of the shape."""
-    side = max(height, width)
-    return float(np.clip(side * random.uniform(0.1, 0.25), 4, 24))
+def _period(height: int, width: int, random: Generator) -> float:
+    """Return pixels of a repeat: wide enough to be seen, narrow enough to be a texture."""
+    return float(np.clip(max(height, width) * random.uniform(0.1, 0.25), 4, 24))
 
 
-def _plain(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    return 0.15 * _noise(height, width, 8, random)
-
-
-def _ramp(height: int, width: int, random: np.random.Generator) -> np.ndarray:
+def _ramp(height: int, width: int, random: Generator) -> np.ndarray:
     across, _ = _grid(height, width, random)
     low, high = across.min(), across.max()
     return (across - low) / max(high - low, 1.0)
 
 
-def _stripes(height: int, width: int, random: np.random.Generator) -> np.ndarray:
+def _stripes(height: int, width: int, random: Generator) -> np.ndarray:
     across, _ = _grid(height, width, random)
-    return (across % (period := _period(height, width, random)) < period / 2).astype(np.float32)
-
-
-def _checks(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    across, along = _grid(height, width, random)
-    half = _period(height, width, random) / 2
-    return ((across // half + along // half) % 2).astype(np.float32)
-
-
-def _dots(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    across, along = _grid(height, width, random)
     period = _period(height, width, random)
-    distance = (across % period - period / 2) ** 2 + (along % period - period / 2) ** 2
-    return (distance < (0.3 * period) ** 2).astype(np.float32)
+    return (across % period < period / 2).astype(np.float32)
 
 
-def _speckle(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    return np.clip(0.5 + 0.35 * _noise(height, width, 4, random), 0, 1)
-
-
-_PATTERNS = (_plain, _ramp, _stripes, _checks, _dots, _speckle)
-
-
-def _noise(height: int, width: int, cell: int, random: np.random.Generator) -> np.ndarray:
-    """Smooth noise of unit strength whose grains are about ``cell`` pixels."""
+def _noise(height: int, width: int, cell: int, random: Generator) -> np.ndarray:
+    """Return smooth noise of unit strength with grains of about ``cell`` pixels."""
     coarse = random.standard_normal((height // cell + 3, width // cell + 3), dtype=np.float32)
-    smooth = Image.fromarray(coarse).resize(
-        (coarse.shape[1] * cell, coarse.shape[0] * cell), Image.Resampling.BICUBIC
-    )
+    size = coarse.shape[1] * cell, coarse.shape[0] * cell
+    smooth = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
     return np.asarray(smooth)[cell : cell + height, cell : cell + width]

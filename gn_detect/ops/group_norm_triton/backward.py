@@ -19,9 +19,9 @@ from .tiles import (
 
 @triton.jit
 def _output_gradient(dy, y, offsets, mask, centred, scale, shift, dtype: tl.constexpr, RELU: tl.constexpr):
-    """dz of a tile: dy where the ReLU passed, and at NaN as in PyTorch.
+    """Return dz of a tile: dy where the ReLU passed, and at NaN as in PyTorch.
 
-    With a residual the output y tells; without, z is computed again.
+    With a residual the sign of the output y decides; without, z is computed again.
     """
     dz = tl.load(dy + offsets, mask=mask, other=0).to(dtype)
     if RELU:
@@ -33,36 +33,55 @@ def _output_gradient(dy, y, offsets, mask, centred, scale, shift, dtype: tl.cons
     return dz
 
 
+@triton.jit
+def _sum_gradients(
+    dy, x, y, d_residual, base, channel, exists, begin, end, pixels, mean, rstd, scale, shift,
+    CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    RELU: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Return sums of dz * xhat and of dz over pixels ``begin`` to ``end``; store dz where needed."""
+    i = tl.arange(0, BLOCK_PIXELS)
+    sums = tl.zeros((channel.shape[0], BLOCK_PIXELS), dtype)
+    products = tl.zeros((channel.shape[0], BLOCK_PIXELS), dtype)
+    for start in range(begin, end, BLOCK_PIXELS):
+        offsets, mask = tile_offsets(channel, exists, start + i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
+        centred = tl.load(x + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
+        dz = _output_gradient(dy, y, offsets, mask, centred, scale, shift, dtype, RELU)
+        if d_residual is not None:
+            tl.store(d_residual + base + offsets, dz.to(d_residual.dtype.element_ty), mask=mask)
+        sums += dz
+        products += tl.where(mask, dz * centred, 0)
+    return tl.sum(products, axis=1) * rstd, tl.sum(sums, axis=1)
+
+
+@triton.jit
+def _store_input_gradient(
+    dy, x, y, dx, channel, exists, begin, end, pixels, mean, scale, shift, of_scale, of_bias,
+    CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    RELU: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Store dx of pixels ``begin`` to ``end``; ``of_scale`` and ``of_bias`` hold the sums of its formula."""
+    i = tl.arange(0, BLOCK_PIXELS)
+    for start in range(begin, end, BLOCK_PIXELS):
+        offsets, mask = tile_offsets(channel, exists, start + i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
+        centred = tl.load(x + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
+        dz = _output_gradient(dy, y, offsets, mask, centred, scale, shift, dtype, RELU)
+        d = scale[:, None] * dz - of_bias[:, None] - centred * of_scale[:, None]
+        tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["samples", "samples_per_program", "pixel_units"])
 def backward_groups(
-    dy,
-    x,
-    y,
-    weight,
-    bias,
-    statistics,
-    dx,
-    d_residual,
-    partials,
-    samples,
-    samples_per_program,
-    pixel_units,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-):
-    """Whole groups of several samples in one program.
+    dy, x, y, weight, bias, statistics, dx, d_residual, partials, samples, samples_per_program, pixel_units,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    RELU: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Compute all gradients of whole groups of several samples in one program.
 
-    ``partials``: (programs of a tile, 2, CHANNELS) sums over the program's samples of the gradients of weight
-    and bias. ``dx``, ``d_residual``, ``partials`` and the output ``y`` may be None. Grid: runs of samples x
-    tiles.
+    ``partials``: (programs of a tile, 2, CHANNELS) sums of the gradients of weight and bias over the
+    program's samples. ``dx``, ``d_residual``, ``partials`` and the output ``y`` may be None. Grid: runs of
+    samples x tiles.
     """
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
@@ -84,9 +103,7 @@ def backward_groups(
         y_here = y
         if y is not None:
             y_here = y + base
-        mean, rstd = load_statistics(statistics, sample, group, samples, GROUPS, BLOCK_GROUPS)
-        mean = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
-        rstd = spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH)
+        mean, rstd = load_statistics(statistics, sample, group, samples, GROUPS, BLOCK_GROUPS, BLOCK_DEPTH)
         scale = rstd * w
         if ONE_TILE:
             offsets, mask = tile_offsets(channel, exists, i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
@@ -104,33 +121,19 @@ def backward_groups(
                 d = scale[:, None] * dz - of_bias[:, None] - centred * of_scale[:, None]
                 tl.store(dx + base + offsets, d.to(dx.dtype.element_ty), mask=mask)
         else:
-            sums = tl.zeros((BLOCK_GROUPS * BLOCK_DEPTH, BLOCK_PIXELS), dtype)
-            products = tl.zeros((BLOCK_GROUPS * BLOCK_DEPTH, BLOCK_PIXELS), dtype)
-            for start in range(0, pixels, BLOCK_PIXELS):
-                offsets, mask = tile_offsets(
-                    channel, exists, start + i, pixels, CHANNELS, CHANNELS_LAST, WIDE
-                )
-                centred = tl.load(x_here + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
-                dz = _output_gradient(dy_here, y_here, offsets, mask, centred, scale, b, dtype, RELU)
-                if d_residual is not None:
-                    tl.store(d_residual + base + offsets, dz.to(d_residual.dtype.element_ty), mask=mask)
-                sums += dz
-                products += tl.where(mask, dz * centred, 0)
-            a = tl.sum(products, axis=1) * rstd
-            c = tl.sum(sums, axis=1)
+            a, c = _sum_gradients(
+                dy_here, x_here, y_here, d_residual, base, channel, exists, 0, pixels, pixels, mean, rstd,
+                scale, b, CHANNELS, BLOCK_PIXELS, CHANNELS_LAST, WIDE, RELU, dtype,
+            )  # fmt: skip
             if dx is not None:
                 of_bias = fold(w * c, BLOCK_GROUPS, BLOCK_DEPTH) / count
                 of_scale = fold(w * a, BLOCK_GROUPS, BLOCK_DEPTH) / count
                 of_bias = spread(of_bias, BLOCK_GROUPS, BLOCK_DEPTH) * rstd
                 of_scale = spread(of_scale, BLOCK_GROUPS, BLOCK_DEPTH) * rstd * rstd
-                for start in range(0, pixels, BLOCK_PIXELS):
-                    offsets, mask = tile_offsets(
-                        channel, exists, start + i, pixels, CHANNELS, CHANNELS_LAST, WIDE
-                    )
-                    centred = tl.load(x_here + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
-                    dz = _output_gradient(dy_here, y_here, offsets, mask, centred, scale, b, dtype, RELU)
-                    d = scale[:, None] * dz - of_bias[:, None] - centred * of_scale[:, None]
-                    tl.store(dx + base + offsets, d.to(dx.dtype.element_ty), mask=mask)
+                _store_input_gradient(
+                    dy_here, x_here, y_here, dx + base, channel, exists, 0, pixels, pixels, mean, scale, b,
+                    of_scale, of_bias, CHANNELS, BLOCK_PIXELS, CHANNELS_LAST, WIDE, RELU, dtype,
+                )  # fmt: skip
         d_weight += a
         d_bias += c
     if partials is not None:
@@ -141,30 +144,13 @@ def backward_groups(
 
 @triton.jit(do_not_specialize=["samples", "pixel_units", "splits", "split_tiles"])
 def partial_gradients(
-    dy,
-    x,
-    y,
-    weight,
-    bias,
-    statistics,
-    d_residual,
-    partials,
-    group_partials,
-    samples,
-    pixel_units,
-    splits,
+    dy, x, y, weight, bias, statistics, d_residual, partials, group_partials, samples, pixel_units, splits,
     split_tiles,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     RELU: tl.constexpr,
-):
-    """Split backward, first launch: sums of a part of each group, and the residual's gradient.
+):  # fmt: skip
+    """Sum a part of each group, and store the residual's gradient: split backward, first launch.
 
     ``partials``: (samples * splits, 2, CHANNELS) sums of dz * xhat and of dz; ``group_partials``: (samples,
     GROUPS, 2, splits * pieces), the same times weight and summed over the group; either may be None. Grid:
@@ -179,29 +165,19 @@ def partial_gradients(
     channel, exists, group, piece = tile_channels(tile, CHANNELS, DEPTH, BLOCK_GROUPS, BLOCK_DEPTH)
     w = per_channel(weight, channel, exists, dtype, 1)
     b = per_channel(bias, channel, exists, dtype, 0)
-    mean, rstd = load_statistics(statistics, sample, group, samples, GROUPS, BLOCK_GROUPS)
-    mean = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
-    rstd = spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH)
+    mean, rstd = load_statistics(statistics, sample, group, samples, GROUPS, BLOCK_GROUPS, BLOCK_DEPTH)
     scale = rstd * w
     base = sample * CHANNELS * pixels
     x += base
     dy += base
     if y is not None:
         y += base
-    i = tl.arange(0, BLOCK_PIXELS)
-    sums = tl.zeros((BLOCK_GROUPS * BLOCK_DEPTH, BLOCK_PIXELS), dtype)
-    products = tl.zeros((BLOCK_GROUPS * BLOCK_DEPTH, BLOCK_PIXELS), dtype)
     begin = split * split_tiles * BLOCK_PIXELS
-    for start in range(begin, tl.minimum(begin + split_tiles * BLOCK_PIXELS, pixels), BLOCK_PIXELS):
-        offsets, mask = tile_offsets(channel, exists, start + i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
-        centred = tl.load(x + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
-        dz = _output_gradient(dy, y, offsets, mask, centred, scale, b, dtype, RELU)
-        if d_residual is not None:
-            tl.store(d_residual + base + offsets, dz.to(d_residual.dtype.element_ty), mask=mask)
-        sums += dz
-        products += tl.where(mask, dz * centred, 0)
-    a = tl.sum(products, axis=1) * rstd
-    c = tl.sum(sums, axis=1)
+    end = tl.minimum(begin + split_tiles * BLOCK_PIXELS, pixels)
+    a, c = _sum_gradients(
+        dy, x, y, d_residual, base, channel, exists, begin, end, pixels, mean, rstd, scale, b,
+        CHANNELS, BLOCK_PIXELS, CHANNELS_LAST, WIDE, RELU, dtype,
+    )  # fmt: skip
     if partials is not None:
         place = partials + (sample * splits + split) * 2 * CHANNELS + channel
         tl.store(place, a, mask=exists)
@@ -216,30 +192,12 @@ def partial_gradients(
 
 @triton.jit(do_not_specialize=["samples", "pixel_units", "splits", "split_tiles"])
 def input_gradient(
-    dy,
-    x,
-    y,
-    weight,
-    bias,
-    statistics,
-    dx,
-    group_partials,
-    samples,
-    pixel_units,
-    splits,
-    split_tiles,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
-):
-    """Split backward, second launch: dx. Grid: samples x tiles x splits.
+    dy, x, y, weight, bias, statistics, dx, group_partials, samples, pixel_units, splits, split_tiles,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """Compute dx: split backward, second launch. Grid: samples x tiles x splits.
 
     With a residual, ``dy`` is its gradient, to which the first launch applied the ReLU: ``RELU`` is False.
     """
@@ -252,9 +210,7 @@ def input_gradient(
     channel, exists, group, _ = tile_channels(tile, CHANNELS, DEPTH, BLOCK_GROUPS, BLOCK_DEPTH)
     w = per_channel(weight, channel, exists, dtype, 1)
     b = per_channel(bias, channel, exists, dtype, 0)
-    mean, rstd = load_statistics(statistics, sample, group, samples, GROUPS, BLOCK_GROUPS)
-    mean = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
-    rstd = spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH)
+    mean, rstd = load_statistics(statistics, sample, group, samples, GROUPS, BLOCK_GROUPS, BLOCK_DEPTH)
     scale = rstd * w
 
     g = group + tl.arange(0, BLOCK_GROUPS)
@@ -273,11 +229,9 @@ def input_gradient(
     dy += base
     if y is not None:
         y += base
-    i = tl.arange(0, BLOCK_PIXELS)
     begin = split * split_tiles * BLOCK_PIXELS
-    for start in range(begin, tl.minimum(begin + split_tiles * BLOCK_PIXELS, pixels), BLOCK_PIXELS):
-        offsets, mask = tile_offsets(channel, exists, start + i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
-        centred = tl.load(x + offsets, mask=mask, other=0).to(dtype) - mean[:, None]
-        dz = _output_gradient(dy, y, offsets, mask, centred, scale, b, dtype, RELU)
-        d = scale[:, None] * dz - of_bias[:, None] - centred * of_scale[:, None]
-        tl.store(dx + base + offsets, d.to(dx.dtype.element_ty), mask=mask)
+    end = tl.minimum(begin + split_tiles * BLOCK_PIXELS, pixels)
+    _store_input_gradient(
+        dy, x, y, dx + base, channel, exists, begin, end, pixels, mean, scale, b, of_scale, of_bias,
+        CHANNELS, BLOCK_PIXELS, CHANNELS_LAST, WIDE, RELU, dtype,
+    )  # fmt: skip

@@ -1,35 +1,36 @@
 """Launches compiled kernels again without Triton's binding of arguments.
 
-At every launch Triton looks at each argument's type and alignment to choose among what it has compiled, which
-takes 10 to 40 us of the host. Here the caller's key says the types, and the alignment is looked at at once.
-Hooks that wait for launches, as Triton's own profiler does, see the first one only.
+At every launch Triton looks at the type and alignment of each argument to choose one of its compiled
+kernels. This takes 10 to 40 us of the host. Here the caller's key holds the types, and one check covers all
+alignments. Hooks that wait for launches, as in Triton's own profiler, see the first launch only.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+# Bytes by which every pointer must be divisible. Triton compiles another kernel for others.
 ALIGNMENT = 16
-"""Bytes by which every pointer must be divisible: so Triton compiled the kernel. Others it compiles apart."""
 
-HAS_KNOWN_LAUNCHER = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 8)
-"""Whether a compiled kernel takes the arguments that :func:`_bind` gives it, as seen in these versions of
-Triton. With others every launch is left to it."""
-
+# Launches a compiled kernel: number of programs, stream, addresses of tensors, and numbers.
 Bound = Callable[[int, int, "list[int | None]", "tuple[float, ...]"], None]
-"""What launches a compiled kernel: takes number of programs, stream, addresses of tensors, and numbers."""
+
+# Arguments of Triton's launcher before those of the kernel. Triton 3.7 and later name all of them, 3.3 to 3.6
+# name the first five and take the others in the same order.
+_GRID = ("gridX", "gridY", "gridZ", "stream", "function")
+_METADATA = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
 
 
 @lru_cache(maxsize=4096)
 def compiled_kernels(key: tuple[Any, ...]) -> dict[int, Bound]:
-    """``id`` of a kernel -> how it is launched, for some types and constants; the launches fill it.
+    """Return the mapping from ``id`` of a kernel to its launch; the launches fill it.
 
     Args:
         key: the device, the types of all tensors and which there are, and all constants.
@@ -42,9 +43,9 @@ class Launch:
     """A grid and constants for kernels.
 
     Attributes:
-        programs: in the grid.
+        programs: size of the grid.
         constants: name -> value, ``num_warps`` among them.
-        compiled: by :func:`compiled_kernels`; None leaves every launch to Triton.
+        compiled: result of :func:`compiled_kernels`; None leaves every launch to Triton.
     """
 
     programs: int
@@ -56,8 +57,8 @@ class Launch:
 
         Args:
             kernel: takes ``tensors``, ``numbers`` and the constants, in this order.
-            tensors: of the current device, or None; the first is a tensor.
-            numbers: of the same types in every launch of the kernel.
+            tensors: tensors of the current device, or None; the first is a tensor.
+            numbers: numbers of the same types in every launch of the kernel.
         """
         addresses: list[int | None] = []
         united = 0
@@ -73,10 +74,18 @@ class Launch:
             bound(self.programs, stream, addresses, numbers)
             return
         compiled = kernel[(self.programs,)](*tensors, *numbers, **self.constants)
-        if known is not None and HAS_KNOWN_LAUNCHER and isinstance(compiled, CompiledKernel):
+        if known is not None and isinstance(compiled, CompiledKernel) and has_known_launcher(compiled):
             names = kernel.arg_names[len(tensors) + len(numbers) :]
             bound = _bind(compiled, tuple(self.constants[name] for name in names))
             known.setdefault(id(kernel), bound)
+
+
+def has_known_launcher(compiled: CompiledKernel) -> bool:
+    """Return whether the kernel's launcher takes the arguments that :func:`_bind` gives."""
+    parameters = list(inspect.signature(compiled.run).parameters.values())
+    names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    takes_more = len(parameters) == len(names) + 1 and parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL
+    return takes_more and names in (_GRID, _GRID + _METADATA)
 
 
 def _bind(compiled: CompiledKernel, constants: tuple[Any, ...]) -> Bound:
@@ -87,7 +96,7 @@ def _bind(compiled: CompiledKernel, constants: tuple[Any, ...]) -> Bound:
         stream: int,
         addresses: list[int | None],
         numbers: tuple[float, ...],
-        kept: CompiledKernel = compiled,  # it takes its code from the GPU when it goes
+        kept: CompiledKernel = compiled,  # it takes its code from the GPU when it is deleted
     ) -> None:
         run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
 

@@ -19,21 +19,11 @@ from .tiles import (
 
 @triton.jit
 def _shifted_sums(
-    x,
-    channel,
-    exists,
-    begin,
-    end,
-    pixels,
-    CHANNELS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """Mean of each group's pixels ``begin`` to ``end`` in this tile, and sum of squares about it."""
+    x, channel, exists, begin, end, pixels,
+    CHANNELS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Return mean of each group's pixels ``begin`` to ``end`` in a tile, and sum of squares about it."""
     i = tl.arange(0, BLOCK_PIXELS)
     here = tl.maximum(fold(exists.to(tl.int32), BLOCK_GROUPS, BLOCK_DEPTH), 1).to(dtype)
     offsets, mask = tile_offsets(channel, exists, begin + i, pixels, CHANNELS, CHANNELS_LAST, WIDE)
@@ -58,18 +48,8 @@ def _shifted_sums(
 
 
 @triton.jit
-def _write_output(
-    value,
-    mask,
-    offsets,
-    mean,
-    scale,
-    shift,
-    residual,
-    y,
-    RELU: tl.constexpr,
-):
-    """relu((x - mean) * scale + shift + residual) of a tile."""
+def _write_output(value, mask, offsets, mean, scale, shift, residual, y, RELU: tl.constexpr):
+    """Store relu((x - mean) * scale + shift + residual) of a tile."""
     z = (value - mean[:, None]) * scale[:, None] + shift[:, None]
     if residual is not None:
         z += tl.load(residual + offsets, mask=mask, other=0).to(z.dtype)
@@ -80,27 +60,12 @@ def _write_output(
 
 @triton.jit(do_not_specialize=["samples", "pixel_units"])
 def forward_groups(
-    x,
-    residual,
-    weight,
-    bias,
-    y,
-    statistics,
-    samples,
-    pixel_units,
-    eps: tl.float64,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-):
-    """Whole groups in one program: everything in one launch. Grid: samples x tiles."""
+    x, residual, weight, bias, y, statistics, samples, pixel_units, eps: tl.float64,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    RELU: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Normalise whole groups in one program and one launch. Grid: samples x tiles."""
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
     dtype: tl.constexpr = statistics.dtype.element_ty
@@ -122,7 +87,7 @@ def forward_groups(
         mean = fold(tl.sum(value, axis=1), BLOCK_GROUPS, BLOCK_DEPTH) / count
         rounded = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)[:, None]
         centred = tl.where(mask, value - rounded, 0)
-        # What the rounding of a large sum left over, so that a large mean costs no digits.
+        # The rest from rounding a large sum, so that a large mean costs no digits.
         rest = fold(tl.sum(centred, axis=1), BLOCK_GROUPS, BLOCK_DEPTH) / count
         squares = fold(tl.sum(centred * centred, axis=1), BLOCK_GROUPS, BLOCK_DEPTH)
         mean += rest
@@ -132,20 +97,9 @@ def forward_groups(
         _write_output(value, mask, offsets, mean_of_channel, scale, b, residual, y, RELU)
     else:
         mean, squares = _shifted_sums(
-            x,
-            channel,
-            exists,
-            0,
-            pixels,
-            pixels,
-            CHANNELS,
-            BLOCK_GROUPS,
-            BLOCK_DEPTH,
-            BLOCK_PIXELS,
-            CHANNELS_LAST,
-            WIDE,
-            dtype,
-        )
+            x, channel, exists, 0, pixels, pixels,
+            CHANNELS, BLOCK_GROUPS, BLOCK_DEPTH, BLOCK_PIXELS, CHANNELS_LAST, WIDE, dtype,
+        )  # fmt: skip
         rstd = 1 / tl.sqrt(squares / count + tl.cast(eps, dtype))
         mean_of_channel = spread(mean, BLOCK_GROUPS, BLOCK_DEPTH)
         scale = spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH) * w
@@ -158,21 +112,11 @@ def forward_groups(
 
 @triton.jit(do_not_specialize=["pixel_units", "splits", "split_tiles"])
 def partial_statistics(
-    x,
-    partials,
-    pixel_units,
-    splits,
-    split_tiles,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Split forward, first launch: mean of a part of each group, and sum of squares about it.
+    x, partials, pixel_units, splits, split_tiles,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Compute mean and sum of squares about it of a part of each group: split forward, first launch.
 
     ``partials``: (samples, GROUPS, 2, splits * pieces). Grid: samples x tiles x splits.
     """
@@ -186,20 +130,9 @@ def partial_statistics(
     begin = split * split_tiles * BLOCK_PIXELS
     end = tl.minimum(begin + split_tiles * BLOCK_PIXELS, pixels)
     mean, squares = _shifted_sums(
-        x + sample * CHANNELS * pixels,
-        channel,
-        exists,
-        begin,
-        end,
-        pixels,
-        CHANNELS,
-        BLOCK_GROUPS,
-        BLOCK_DEPTH,
-        BLOCK_PIXELS,
-        CHANNELS_LAST,
-        WIDE,
-        dtype,
-    )
+        x + sample * CHANNELS * pixels, channel, exists, begin, end, pixels,
+        CHANNELS, BLOCK_GROUPS, BLOCK_DEPTH, BLOCK_PIXELS, CHANNELS_LAST, WIDE, dtype,
+    )  # fmt: skip
     g = group + tl.arange(0, BLOCK_GROUPS)
     parts = splits * PIECES
     place = partials + (sample * GROUPS + g) * 2 * parts + split * PIECES + piece
@@ -209,30 +142,13 @@ def partial_statistics(
 
 @triton.jit(do_not_specialize=["samples", "pixel_units", "splits", "split_tiles"])
 def normalize(
-    x,
-    residual,
-    weight,
-    bias,
-    y,
-    statistics,
-    partials,
-    samples,
-    pixel_units,
-    splits,
-    split_tiles,
+    x, residual, weight, bias, y, statistics, partials, samples, pixel_units, splits, split_tiles,
     eps: tl.float64,
-    CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
-):
-    """Split forward, second launch: merge partial statistics, normalise. Grid: samples x tiles x splits."""
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """Merge partial statistics, normalise: split forward, second launch. Grid: samples x tiles x splits."""
     DEPTH: tl.constexpr = CHANNELS // GROUPS
     PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
     TILES: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS * PIECES

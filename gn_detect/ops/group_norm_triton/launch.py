@@ -1,8 +1,8 @@
 """Calls the kernels: memory for their results, their grids and their tiles.
 
-A small norm's kernels run for 5 us, and the host must not take longer to launch them. What depends on shapes
-and types alone is looked up (:class:`_Recipe`), and Triton's binding of arguments, 10 to 40 us a launch, is
-done once for each kernel (:class:`Launch`).
+The kernels of a small norm run for 5 us, and the host must not take longer to launch them. So everything
+that depends only on shapes and types is looked up (:class:`_Recipe`), and Triton binds the arguments of a
+kernel, 10 to 40 us, only once (:class:`Launch`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..group_norm_operator import Maybe, accumulator
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .binding import Launch, compiled_kernels
@@ -23,15 +24,14 @@ from .plan import Plan, alignment, make_plan, power_of_two
 
 @dataclass(frozen=True)
 class _Recipe:
-    """All of a norm's launches that is the same for all tensors of some shapes and types.
+    """The part of a norm's launches that is the same for all tensors of some shapes and types.
 
     Attributes:
-        one_launch: as in the plan.
         sizes: arguments of the kernels: samples, samples of a program (backward), pixels of a channel in
-            units of its alignment, splits, tiles in a split; each as far as the kernels of the plan take it.
+            units of its alignment, splits, tiles in a split; only those that the plan's kernels take.
         runs: rows of partial affine gradients.
         parts: partial results of a group.
-        first, second: the launches; one is enough with ``one_launch``.
+        first, second: the launches; only ``first`` with ``one_launch``.
     """
 
     one_launch: bool
@@ -45,34 +45,34 @@ class _Recipe:
 def forward(
     x: Tensor,
     num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Maybe,
+    bias: Maybe,
     eps: float,
-    residual: Tensor | None,
+    residual: Maybe,
     relu: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``y`` with x's strides, and mean and rstd as one (2, N, G) tensor.
+    """Return ``y`` with x's strides, and mean and rstd as one (2, N, G) tensor.
 
     Args:
         x: (N, C, *), not empty, dense in the order (N, C, *) or, with ``channels_last``, (N, *, C).
-        residual: of x's shape and strides.
+        residual: tensor of x's shape and strides.
         weight, bias: (C,), contiguous.
-        num_groups, eps, relu: as in :func:`gn_detect.ops.group_norm`.
+        num_groups, eps, relu: see :func:`gn_detect.ops.group_norm`.
     """
     shape, device = x.shape, x.device
     others = (_dtype(residual), _dtype(weight), _dtype(bias))
-    recipe = _forward_recipe(shape, x.dtype, others, device.index, num_groups, relu, channels_last)
+    recipe = _recipe("forward", shape, x.dtype, others, device.index, num_groups, relu, channels_last)
     y = torch.empty_like(x)
-    accumulator = _accumulator(x.dtype)
-    statistics = torch.empty((2, shape[0], num_groups), dtype=accumulator, device=device)
+    dtype = accumulator(x.dtype)
+    statistics = torch.empty((2, shape[0], num_groups), dtype=dtype, device=device)
     sizes = recipe.sizes
     with _on_device(device):
         if recipe.second is None:
-            own: tuple[Tensor | None, ...] = (x, residual, weight, bias, y, statistics)
+            own: tuple[Maybe, ...] = (x, residual, weight, bias, y, statistics)
             recipe.first(forward_kernels.forward_groups, own, (*sizes, eps))
             return y, statistics
-        partials = torch.empty((shape[0], num_groups, 2, recipe.parts), dtype=accumulator, device=device)
+        partials = torch.empty((shape[0], num_groups, 2, recipe.parts), dtype=dtype, device=device)
         recipe.first(forward_kernels.partial_statistics, (x, partials), sizes[1:])
         own = (x, residual, weight, bias, y, statistics, partials)
         recipe.second(forward_kernels.normalize, own, (*sizes, eps))
@@ -82,38 +82,38 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    y: Maybe,
+    weight: Maybe,
+    bias: Maybe,
     statistics: Tensor,
     relu: bool,
     channels_last: bool,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, of the residual, and of weight and bias as one (2, C) tensor.
+) -> tuple[Maybe, Maybe, Maybe]:
+    """Return gradients of x, of the residual, and of weight and bias as one (2, C) tensor.
 
     Args:
         dy: gradient of the output, with x's shape and strides.
-        x, weight, bias, relu, channels_last: of the forward.
-        y: the output, where there were a residual and a ReLU.
-        statistics: of the forward.
-        needs: which of the three results are wanted; the residual's where there was a ReLU, else it is dy.
+        x, weight, bias, statistics, relu, channels_last: arguments and result of the forward.
+        y: the output, with a residual and a ReLU.
+        needs: a flag for each result. The residual's gradient is computed only with a ReLU, else it is dy.
     """
     shape, device = x.shape, x.device
     num_groups = statistics.shape[2]
     others = (_dtype(y), _dtype(dy), _dtype(weight), _dtype(bias))
-    recipe = _backward_recipe(shape, x.dtype, others, device.index, num_groups, relu, channels_last, needs)
+    dtype, index = x.dtype, device.index
+    recipe = _recipe("backward", shape, dtype, others, index, num_groups, relu, channels_last, needs)
     needs_x, needs_residual, needs_affine = needs
     dtype = statistics.dtype
     dx = torch.empty_like(x) if needs_x else None
-    # The split backward's second launch reads it in place of dy and y.
+    # The second launch of the split backward reads it instead of dy and y.
     keeps_residual = needs_residual or (needs_x and y is not None and not recipe.one_launch)
     d_residual = torch.empty_like(x) if keeps_residual else None
     partials = torch.empty((recipe.runs, 2, shape[1]), dtype=dtype, device=device) if needs_affine else None
     inputs = (weight, bias, statistics)
     with _on_device(device):
         if recipe.one_launch:
-            own: tuple[Tensor | None, ...] = (dy, x, y, *inputs, dx, d_residual, partials)
+            own: tuple[Maybe, ...] = (dy, x, y, *inputs, dx, d_residual, partials)
             recipe.first(backward_kernels.backward_groups, own, recipe.sizes)
         else:
             of_groups = None
@@ -126,13 +126,14 @@ def backward(
                 own = (dz, x, None, *inputs, dx, of_groups)
                 recipe.second(backward_kernels.input_gradient, own, recipe.sizes)
         d_affine = None
-        if partials is not None:  # one image's small layers leave one row: a launch less
+        if partials is not None:  # small layers of one image leave one row, which saves a launch
             d_affine = partials[0] if recipe.runs == 1 else partials.sum(0)
     return dx, d_residual, d_affine
 
 
 @lru_cache(maxsize=4096)
-def _forward_recipe(
+def _recipe(
+    direction: str,
     shape: torch.Size,
     dtype: torch.dtype,
     others: tuple[torch.dtype | None, ...],
@@ -140,59 +141,34 @@ def _forward_recipe(
     num_groups: int,
     relu: bool,
     channels_last: bool,
+    needs: tuple[bool, ...] = (),
 ) -> _Recipe:
+    """Plan the launches; ``others`` are dtypes of further tensors, for the backward that of ``y`` first."""
+    backward = direction == "backward"
     samples, pixels = shape[0], shape[2:].numel()
-    plan, units, common = _planned("forward", shape, dtype, num_groups, channels_last)
-    programs = samples * plan.tiles * plan.splits
-    key = (dtype, others, device)
-    if plan.one_launch:
-        first = common | {"RELU": relu, "ONE_TILE": plan.holds_all(pixels)}
-        return _Recipe(True, (samples, units), 1, 1, _launch(programs, first, key), None)
-    parts = plan.splits * plan.pieces
-    second = common | {"RELU": relu, "BLOCK_PARTS": power_of_two(parts)}
-    return _Recipe(
-        False,
-        (samples, units, plan.splits, plan.split_tiles),
-        1,
-        parts,
-        _launch(programs, common, key),
-        _launch(programs, second, key),
-    )
-
-
-@lru_cache(maxsize=4096)
-def _backward_recipe(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    others: tuple[torch.dtype | None, ...],
-    device: int | None,
-    num_groups: int,
-    relu: bool,
-    channels_last: bool,
-    needs: tuple[bool, bool, bool],
-) -> _Recipe:
-    samples, pixels = shape[0], shape[2:].numel()
-    plan, units, common = _planned("backward", shape, dtype, num_groups, channels_last)
+    plan, units, common = _planned(direction, shape, dtype, num_groups, channels_last)
     key = (dtype, others, device, needs)
-    first = common | {"RELU": relu}
+    with_relu = common | {"RELU": relu}
     if plan.one_launch:
         runs = -(-samples // plan.samples)
-        launch = _launch(runs * plan.tiles, first | {"ONE_TILE": plan.holds_all(pixels)}, key)
-        return _Recipe(True, (samples, plan.samples, units), runs, 1, launch, None)
+        sizes: tuple[int, ...] = (samples, plan.samples, units) if backward else (samples, units)
+        launch = _launch(runs * plan.tiles, with_relu | {"ONE_TILE": plan.holds_all(pixels)}, key)
+        return _Recipe(True, sizes, runs, 1, launch, None)
     parts = plan.splits * plan.pieces
     programs = samples * plan.tiles * plan.splits
+    first = _launch(programs, with_relu if backward else common, key)
     second = None
-    if needs[0]:
-        # With a residual and a ReLU the first launch has applied the ReLU.
-        applied = others[0] is not None or needs[1]
+    if not backward or needs[0]:
+        # In the backward with a residual and a ReLU, the first launch has applied the ReLU.
+        applied = backward and (others[0] is not None or needs[1])
         constants = common | {"RELU": relu and not applied, "BLOCK_PARTS": power_of_two(parts)}
         second = _launch(programs, constants, key)
     sizes = (samples, units, plan.splits, plan.split_tiles)
-    return _Recipe(False, sizes, samples * plan.splits, parts, _launch(programs, first, key), second)
+    return _Recipe(False, sizes, samples * plan.splits, parts, first, second)
 
 
 def _launch(programs: int, constants: dict[str, Any], key: tuple[Any, ...]) -> Launch:
-    # Of more elements than 32 bits count a launch's numbers may need 64 or not, which Triton compiles apart.
+    # With more elements than 32 bits count, a launch's numbers may need 64 bits, which is another kernel.
     compiled = None if constants["WIDE"] else compiled_kernels((*key, *constants.items()))
     return Launch(programs, constants, compiled)
 
@@ -200,39 +176,31 @@ def _launch(programs: int, constants: dict[str, Any], key: tuple[Any, ...]) -> L
 def _planned(
     direction: str, shape: torch.Size, dtype: torch.dtype, num_groups: int, channels_last: bool
 ) -> tuple[Plan, int, dict[str, Any]]:
-    """The plan, pixels of a channel in units of their alignment, and the constants of all kernels."""
+    """Return the plan, pixels of a channel in units of their alignment, and the constants of all kernels."""
     samples, channels, pixels = shape[0], shape[1], shape[2:].numel()
-    itemsize = dtype.itemsize
-    plan = make_plan(direction, samples, channels, pixels, num_groups, itemsize, channels_last)
-    # In channels-last order the pixels lie no neighbours; one constant then saves compilations.
-    aligned = 1 if channels_last else alignment(pixels, itemsize)
-    return (
-        plan,
-        pixels // aligned,
-        {
-            "CHANNELS": channels,
-            "GROUPS": num_groups,
-            "ALIGNMENT": aligned,
-            "BLOCK_GROUPS": plan.block_groups,
-            "BLOCK_DEPTH": plan.block_depth,
-            "BLOCK_PIXELS": plan.block_pixels,
-            "CHANNELS_LAST": channels_last,
-            "WIDE": channels * pixels >= 2**31,
-            "num_warps": plan.num_warps,
-        },
-    )
+    plan = make_plan(direction, samples, channels, pixels, num_groups, dtype.itemsize, channels_last)
+    # In channels-last order pixels are no neighbours; one constant then saves compilations.
+    aligned = 1 if channels_last else alignment(pixels, dtype.itemsize)
+    constants = {
+        "CHANNELS": channels,
+        "GROUPS": num_groups,
+        "ALIGNMENT": aligned,
+        "BLOCK_GROUPS": plan.block_groups,
+        "BLOCK_DEPTH": plan.block_depth,
+        "BLOCK_PIXELS": plan.block_pixels,
+        "CHANNELS_LAST": channels_last,
+        "WIDE": channels * pixels >= 2**31,
+        "num_warps": plan.num_warps,
+    }
+    return plan, pixels // aligned, constants
 
 
-def _dtype(x: Tensor | None) -> torch.dtype | None:
+def _dtype(x: Maybe) -> torch.dtype | None:
     return None if x is None else x.dtype
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make the tensors' device the current one, on which Triton launches."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return nullcontext()

@@ -1,14 +1,14 @@
-"""Which kernels normalise a tensor, with what tiles: arithmetic on its shape alone, so that results repeat.
+"""Choice of kernels and tiles for a tensor. It depends only on the shape, so results repeat.
 
 A tile covers ``block_groups`` groups x ``block_depth`` channels of each x ``block_pixels`` pixels. Two plans:
 
-- *one launch*, where the groups of a tile have at most :data:`ONE_LAUNCH_BYTES`: a program normalises whole
-  groups. They stay in registers where the tile holds all pixels (x is then read once and written once), and
-  are read a second time, from the multiprocessor's own cache, where it does not. Many small groups, as RoIs
-  have them, are held by a warp or a few each.
-- *split*, for larger groups: with 1 or 2 images there are only 32 or 64 groups of up to half a million
-  elements, fewer than a GPU has multiprocessors. About :data:`SPLIT_PROGRAMS` programs take the statistics of
-  a part of a group each; a second launch merges them and normalises.
+- *one launch*, if the groups of a tile have at most :data:`ONE_LAUNCH_BYTES`: a program normalises whole
+  groups. If the tile holds all pixels, they stay in registers, and x is read once and written once. Otherwise
+  they are read a second time, from the cache of the multiprocessor. One or a few warps hold each of the many
+  small groups of RoIs.
+- *split*, for larger groups: 1 or 2 images have only 32 or 64 groups of up to half a million elements, fewer
+  than a GPU has multiprocessors. About :data:`SPLIT_PROGRAMS` programs compute the statistics of a part of a
+  group each. A second launch merges them and normalises.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 ONE_LAUNCH_BYTES = 72 * 1024
-"""Of x in one program: x and its gradient together fit the 192 KiB (A100) or 256 KiB (H100) cache of a
+"""Bytes of x in one program: x and its gradient together fit the 192 KiB (A100) or 256 KiB (H100) cache of a
 multiprocessor, and one of 32 programs still reads them in about a microsecond."""
 
 SPLIT_PROGRAMS = 512
@@ -38,25 +38,26 @@ SPLIT_TILE = 4096
 """Elements of a tile of 8 warps (or 4, or twice as many of 16): 16 or 32 a thread."""
 
 TINY_GROUP, TINY_GROUPS = 2048, 1024
-"""Elements of the largest and least number of groups that few warps hold whole: those of RoIs. What a program
-waits for there is its sums over warps: on an H200 a box head takes a third of the time with 1 warp that it
-takes with 8. Fewer groups leave the GPU room for more warps, and float64 leaves too few registers."""
+"""Largest group in elements, and least number of groups, that few warps hold whole: those of RoIs. There a
+program waits for its sums over warps: on an H200 a box head with 1 warp takes a third of the time with 8.
+Fewer
+groups leave the GPU room for more warps, and float64 leaves too few registers."""
 
 TINY_TILE = {"channels first": 512, "channels last": 2048}
-"""Elements of such a tile at least: one group, or more of smaller ones."""
+"""Least elements of such a tile: one group, or several smaller ones."""
 
 TINY_BYTES = 128
-"""Of x for each thread of such a tile in the forward."""
+"""Bytes of x for each thread of such a tile in the forward."""
 
 TINY_SHARE = {"channels first": 32, "channels last": 16}
-"""Elements of x for each thread in the backward, which holds dy, too, and in channels-last order keeps sums
-of each channel, which more threads share."""
+"""Elements of x for each thread in the backward. It also holds dy, and in channels-last order the sums of
+each channel, which more threads share."""
 
 NEIGHBOURS = 16
-"""Channels of a pixel in such a tile at least, in channels-last order; in the backward of 4 bytes each 32."""
+"""Least channels of a pixel in such a tile, in channels-last order; 32 in the backward of 4-byte types."""
 
 SMALL_BYTES = 20 * 1000**2
-"""Of a tensor in channels-last order whose split forward takes 4 warps a program instead of 8: 10 to 25 %
+"""Largest tensor in channels-last order whose split forward takes 4 warps a program instead of 8: 10 to 25 %
 less time on an H200, but 10 % more for larger tensors."""
 
 SECTOR, LINE = 32, 128
@@ -64,12 +65,12 @@ SECTOR, LINE = 32, 128
 
 GRADIENT_PROGRAMS = 1024
 """Programs that sum the affine gradients of many samples (RoIs): each runs over several samples and leaves
-one partial sum, so that the partial sums stay small beside x."""
+one partial sum, so that the partial sums stay small against x."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one tensor is normalised.
+    """Tiles and programs for one tensor.
 
     Attributes:
         one_launch: each program owns whole groups.
@@ -78,8 +79,8 @@ class Plan:
         tiles: programs for one sample and one part of its pixels.
         splits: parts of the pixels; 1 with ``one_launch``.
         split_tiles: tiles of pixels in a part.
-        samples: that one program of the one-launch backward runs over.
-        num_warps: of a program.
+        samples: number of samples of one program of the one-launch backward.
+        num_warps: warps of a program.
     """
 
     one_launch: bool
@@ -94,17 +95,17 @@ class Plan:
     num_warps: int
 
     def holds_all(self, pixels: int) -> bool:
-        """Whether a tile holds its groups whole."""
+        """Return whether a tile holds its groups whole."""
         return self.one_launch and self.block_pixels >= pixels
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is at least ``n``."""
+    """Return the least power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def alignment(pixels: int, itemsize: int) -> int:
-    """The largest power of two up to 16 bytes of elements that divides the pixels of a channel."""
+    """Return the largest power of two up to 16 bytes of elements that divides the pixels of a channel."""
     return min(pixels & -pixels, 16 // itemsize)
 
 
@@ -112,7 +113,7 @@ def alignment(pixels: int, itemsize: int) -> int:
 def make_plan(
     direction: str, samples: int, channels: int, pixels: int, groups: int, itemsize: int, channels_last: bool
 ) -> Plan:
-    """The plan for x of (samples, channels, pixels).
+    """Return the plan for x of (samples, channels, pixels).
 
     Args:
         direction: ``"forward"`` or ``"backward"``.
@@ -145,7 +146,7 @@ def _tiny(
     channels_last: bool,
     narrow: int,
 ) -> Plan:
-    """Few warps that hold their groups whole."""
+    """Let few warps hold their groups whole."""
     area = power_of_two(depth) * power_of_two(pixels)
     backward = direction == "backward"
     order = "channels last" if channels_last else "channels first"
@@ -163,7 +164,7 @@ def _tiny(
 def _one_launch_groups(
     pixels: int, groups: int, depth: int, itemsize: int, channels_last: bool, narrow: int
 ) -> int:
-    """Groups in a tile: several small ones, and in channels-last order at least a sector of every pixel."""
+    """Return the groups of a tile: several small ones; channels last, at least a sector of every pixel."""
     area = power_of_two(depth) * power_of_two(pixels)
     if not channels_last:
         return min(max((SPLIT_TILE >> narrow) // area, 1), power_of_two(groups))
@@ -239,13 +240,13 @@ def _split(
 
 
 def _narrowness(pixels: int, itemsize: int) -> int:
-    """How often tiles are halved where a channel's odd number of pixels forbids 16-byte accesses.
+    """Return how often tiles are halved if a channel's odd number of pixels forbids 16-byte accesses.
 
-    Each access holds its address in two registers, so that narrow ones take many.
+    Each access holds its address in two registers, so narrow ones take many.
     """
     return min((16 // (alignment(pixels, itemsize) * itemsize)).bit_length() - 1, 2)
 
 
 def _warps(elements: int) -> int:
-    """16 elements a thread, up to 16 warps."""
+    """Return warps for 16 elements a thread, 16 at most."""
     return min(max(elements // (32 * 16), 1), 16)

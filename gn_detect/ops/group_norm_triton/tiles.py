@@ -1,4 +1,4 @@
-"""What the kernels share: which channels, pixels and memory a program works on."""
+"""Functions that the kernels share: the channels, pixels and memory of a program."""
 
 from __future__ import annotations
 
@@ -8,26 +8,22 @@ import triton.language as tl
 
 @triton.jit
 def fold(v, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr):
-    """Sum of each group's channels: (BLOCK_GROUPS * BLOCK_DEPTH,) -> (BLOCK_GROUPS,)."""
+    """Sum the channels of each group: (BLOCK_GROUPS * BLOCK_DEPTH,) -> (BLOCK_GROUPS,)."""
     return tl.sum(tl.reshape(v, (BLOCK_GROUPS, BLOCK_DEPTH)), axis=1)
 
 
 @triton.jit
 def spread(v, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr):
-    """Each group's value for its channels: (BLOCK_GROUPS,) -> (BLOCK_GROUPS * BLOCK_DEPTH,)."""
+    """Repeat the value of each group for its channels: (BLOCK_GROUPS,) -> (BLOCK_GROUPS * BLOCK_DEPTH,)."""
     wide = tl.broadcast_to(v[:, None], (BLOCK_GROUPS, BLOCK_DEPTH))
     return tl.reshape(wide, (BLOCK_GROUPS * BLOCK_DEPTH,))
 
 
 @triton.jit
 def tile_channels(
-    tile,
-    CHANNELS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
+    tile, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr
 ):
-    """Channels of a tile, which of them exist, its first group and the piece of the group."""
+    """Return channels of a tile, a mask of those that exist, its first group and piece of the group."""
     PIECES: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
     group = tile // PIECES * BLOCK_GROUPS
     piece = tile % PIECES
@@ -48,15 +44,9 @@ def tile_channels(
 
 @triton.jit
 def tile_offsets(
-    channel,
-    exists,
-    pixel,
-    pixels,
-    CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    channel, exists, pixel, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Where a tile's (channels, pixels) lie in a sample, ``WIDE`` in 64 bits, and which exist."""
+    """Return offsets of (channels, pixels) in a sample, ``WIDE`` in 64 bits, and a mask of those there."""
     mask = exists[:, None] & (pixel < pixels)[None, :]
     if WIDE:
         channel = channel.to(tl.int64)
@@ -68,7 +58,7 @@ def tile_offsets(
 
 @triton.jit
 def group_size(pixels, DEPTH: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr):
-    """Elements of a group; ``WIDE`` ones may be more than 32 bits count."""
+    """Return the number of elements of a group; ``WIDE`` ones may need 64 bits."""
     if WIDE:
         return pixels.to(dtype) * DEPTH
     return (pixels * DEPTH).to(dtype)
@@ -76,7 +66,7 @@ def group_size(pixels, DEPTH: tl.constexpr, WIDE: tl.constexpr, dtype: tl.conste
 
 @triton.jit
 def per_channel(pointer, channel, exists, dtype: tl.constexpr, default: tl.constexpr):
-    """A scale or shift, or its neutral value where there is none."""
+    """Load a scale or shift, or return the neutral value if there is none."""
     if pointer is not None:
         return tl.load(pointer + channel, mask=exists, other=0).to(dtype)
     return tl.full(channel.shape, default, dtype)
@@ -84,9 +74,9 @@ def per_channel(pointer, channel, exists, dtype: tl.constexpr, default: tl.const
 
 @triton.jit
 def tile_program(tiles, splits, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr):
-    """Sample, tile and split of a program, in the order of memory or from its end.
+    """Return sample, tile and split of a program, in the order of memory or from its end.
 
-    The second pass begins with what the first one read last, which is still in the L2 cache.
+    The second pass begins with the last data of the first one, which are still in the L2 cache.
     """
     i = tl.program_id(0)
     if REVERSE:
@@ -99,19 +89,23 @@ def tile_program(tiles, splits, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constex
 
 
 @triton.jit
-def load_statistics(statistics, sample, group, samples, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
-    """Mean and rstd of a tile's groups, (BLOCK_GROUPS,)."""
+def load_statistics(
+    statistics, sample, group, samples,
+    GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Load mean and rstd for the channels of a tile, (BLOCK_GROUPS * BLOCK_DEPTH,)."""
     g = group + tl.arange(0, BLOCK_GROUPS)
     place = statistics + sample * GROUPS + g
     mean = tl.load(place, mask=g < GROUPS, other=0)
-    return mean, tl.load(place + samples.to(tl.int64) * GROUPS, mask=g < GROUPS, other=0)
+    rstd = tl.load(place + samples.to(tl.int64) * GROUPS, mask=g < GROUPS, other=0)
+    return spread(mean, BLOCK_GROUPS, BLOCK_DEPTH), spread(rstd, BLOCK_GROUPS, BLOCK_DEPTH)
 
 
 @triton.jit
 def store_statistics(
     statistics, mean, rstd, sample, group, samples, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr
 ):
-    """Mean and rstd of a tile's groups, (BLOCK_GROUPS,), into ``statistics`` (2, samples, GROUPS)."""
+    """Store mean and rstd of a tile's groups, (BLOCK_GROUPS,), in ``statistics`` (2, samples, GROUPS)."""
     g = group + tl.arange(0, BLOCK_GROUPS)
     place = statistics + sample * GROUPS + g
     tl.store(place, mean, mask=g < GROUPS)
