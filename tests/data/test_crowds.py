@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 
 from gn_detect.data import CocoDataset, DatasetSource
-from gn_detect.data.coco.reader import _tell
 
 Write = Callable[[Any], DatasetSource]
 
 
 def warned(source: DatasetSource, caplog: pytest.LogCaptureFixture) -> str:
     caplog.clear()
-    _tell.cache_clear()
     with caplog.at_level(logging.WARNING):
         CocoDataset(source)
     return "".join(line for line in caplog.messages if "crowds" in line)

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from ..transforms import LabelledImage, Mask, to_target
 from .classes import list_names, match_names
 from .faults import DataError
 from .file_names import missing_names
-from .image_table import join_images
 from .reader import read_coco_json
-from .tables import join_tables
+from .tables import ImageTable, join_tables
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +48,21 @@ class CocoDataset:
         source: where the files are.
         masks: read segmentations; each object must have one. None: if some object has one.
         evaluation: check also what only COCO's evaluation reads.
+        quiet: do not log what the file has in another form, and its crowds.
 
     Raises:
         UserError: the JSON is not valid COCO.
     """
 
-    def __init__(self, source: DatasetSource, *, masks: bool | None = True, evaluation: bool = False) -> None:
-        outside, files = source.allow_outside, (source.annotations, source.images)
-        content = read_coco_json(*files, masks=masks, evaluation=evaluation, outside=outside)
+    def __init__(
+        self,
+        source: DatasetSource,
+        *,
+        masks: bool | None = True,
+        evaluation: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        content = read_coco_json(source, masks=masks, evaluation=evaluation, quiet=quiet)
         self.name = source.name
         self.annotations_path, self.images_folder = source.annotations, source.images
         self._folders: tuple[str, ...] = (os.path.join(source.images, ""),)
@@ -162,7 +169,7 @@ def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
     joined.annotations_path, joined.images_folder = first.annotations_path, first.images_folder
     joined._folders = tuple(folder for dataset in datasets for folder in dataset._folders)
     joined.class_names, joined.category_ids = first.class_names, first.category_ids
-    joined.images = join_images([d.images for d in datasets])
+    joined.images = ImageTable(chain.from_iterable(d.images for d in datasets))
     joined.objects = join_tables([d.objects for d in datasets])
     joined.spelt_images, joined.spelt_categories = first.spelt_images, first.spelt_categories
     joined.num_crowds = sum(d.num_crowds for d in datasets)

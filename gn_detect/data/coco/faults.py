@@ -7,8 +7,10 @@ them all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...errors import UserError
+from ...text import printable
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 """Training or evaluation stops or its numbers mean nothing; it goes on with less or other data than meant;
@@ -18,16 +20,21 @@ SEVERITIES = (ERROR, WARNING, NOTE)
 
 
 class DataError(UserError):
-    """Something wrong in a dataset.
+    """A fault of a dataset.
 
     Args:
-        message: one line for the user.
+        message: one line for the user, without the annotation file.
         kind: key of :data:`FAULTS`.
+        path: the annotation file, which the error names first.
+
+    Attributes:
+        kind: see above.
+        detail: the message without the annotation file.
     """
 
-    def __init__(self, message: str, kind: str = "malformed") -> None:
-        super().__init__(message)
-        self.kind = kind
+    def __init__(self, message: str, kind: str = "malformed", path: Path | None = None) -> None:
+        super().__init__(message if path is None else f"{path}: {message}")
+        self.kind, self.detail = kind, printable(message)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,72 @@
-"""All objects of a dataset in a few flat arrays: small, quick to slice, and shared by forked loader workers.
+"""The images and objects of a dataset in a few flat arrays: small, quick to slice, shared by forked workers.
 
-A million Python lists would take several times the memory, and each worker would copy their pages as soon as
-it touches a reference count.
+A million Python objects would take several times the memory, and each worker would copy their pages as soon
+as it touches a reference count.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import overload
 
 import numpy as np
 
 from ...errors import UserError
 from ...structures import PolygonMask
 from .rle import RleMask
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One image of the JSON: ``file_name`` is the path to read, ``height`` and ``width`` are in pixels."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+class ImageTable(Sequence[ImageRecord]):
+    """A read-only list that makes its records when they are asked for."""
+
+    def __init__(self, records: Iterable[ImageRecord]) -> None:
+        numbers: list[tuple[int, int, int]] = []
+        names, ends = bytearray(), [0]
+        for record in records:
+            numbers.append((record.id, record.height, record.width))
+            names += record.file_name.encode("utf-8", "surrogatepass")
+            ends.append(len(names))
+        self._numbers = np.array(numbers, dtype=np.int64).reshape(-1, 3)
+        self._names, self._ends = np.frombuffer(bytes(names), np.uint8), np.array(ends, dtype=np.int64)
+
+    def sizes(self) -> np.ndarray:
+        """Return (I, 2) int64, height and width in pixels."""
+        return self._numbers[:, 1:]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        image_id, height, width = self._numbers[index].tolist()
+        name = self._names[self._ends[index] : self._ends[index + 1]].tobytes()
+        return ImageRecord(image_id, name.decode("utf-8", "surrogatepass"), height, width)
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ImageTable) and list(self) == list(other)
 
 
 @dataclass(frozen=True)
@@ -26,7 +78,7 @@ class ObjectTable:
         boxes: (A, 4) float64 ``xyxy`` in pixels of the file.
         labels: (A,) int64, contiguous.
         annotation_ids: (A,) int64, ids in the JSON.
-        masks: their masks; None for a dataset that was read without.
+        masks: None for a dataset that was read without.
     """
 
     first: np.ndarray
@@ -36,11 +88,11 @@ class ObjectTable:
     masks: MaskTable | None
 
     def counts(self) -> np.ndarray:
-        """(I,) number of objects in each image."""
+        """Return (I,), the number of objects in each image."""
         return np.diff(self.first)
 
     def rows(self, image: int) -> slice:
-        """Rows of the objects of an image."""
+        """Return the rows of the objects of an image."""
         return slice(int(self.first[image]), int(self.first[image + 1]))
 
 
@@ -64,7 +116,7 @@ class MaskTable:
     rle: np.ndarray
 
     def mask(self, row: int, height: int, width: int) -> PolygonMask | RleMask:
-        """The mask of object ``row`` in an image of height x width pixels."""
+        """Return the mask of object ``row`` in an image of height x width pixels."""
         counts = self.rle[self.first_byte[row] : self.first_byte[row + 1]]
         if len(counts):
             return RleMask(counts.tobytes(), height, width)
@@ -90,7 +142,7 @@ class TableBuilder:
         polygons: Sequence[Sequence[float]] = (),
         rle: bytes = b"",
     ) -> None:
-        """One object of the current image: ``box`` is ``xyxy``; the mask is either polygons or RLE counts."""
+        """Add an object to the current image: ``box`` is ``xyxy``; the mask is either polygons or RLE counts."""
         self._ids.append(annotation_id)
         self._labels.append(label)
         self._boxes.extend(box)
@@ -103,11 +155,11 @@ class TableBuilder:
             self._first_byte.append(len(self._rle))
 
     def end_image(self) -> None:
-        """What is added from now on belongs to the next image."""
+        """Begin the next image."""
         self._first.append(len(self._ids))
 
     def build(self) -> ObjectTable:
-        """The finished table."""
+        """Return the finished table."""
         masks = None
         if self.with_masks:
             masks = MaskTable(
@@ -127,31 +179,21 @@ class TableBuilder:
 
 
 def join_tables(tables: Sequence[ObjectTable]) -> ObjectTable:
-    """Tables one after the other; all have masks or none has."""
-    masks = None
+    """Join tables one after the other; all have masks or none has."""
     stores = [table.masks for table in tables if table.masks is not None]
-    if len(stores) == len(tables):
-        masks = MaskTable(
-            _join_offsets([m.first_polygon for m in stores]),
-            _join_offsets([m.first_number for m in stores]),
-            np.concatenate([m.numbers for m in stores]),
-            _join_offsets([m.first_byte for m in stores]),
-            np.concatenate([m.rle for m in stores]),
-        )
-    elif stores:
+    if stores and len(stores) < len(tables):
         raise UserError("datasets with and without masks cannot be joined")
-    return ObjectTable(
-        _join_offsets([table.first for table in tables]),
-        np.concatenate([table.boxes for table in tables]),
-        np.concatenate([table.labels for table in tables]),
-        np.concatenate([table.annotation_ids for table in tables]),
-        masks,
-    )
+    masks = MaskTable(**_join_arrays(stores)) if stores else None
+    return ObjectTable(**_join_arrays(tables), masks=masks)
 
 
-def _join_offsets(offsets: Sequence[np.ndarray]) -> np.ndarray:
-    joined, end = [np.zeros(1, dtype=np.int64)], 0
-    for part in offsets:
-        joined.append(part[1:] + end)
-        end += int(part[-1])
-    return np.concatenate(joined)
+def _join_arrays(tables: Sequence[ObjectTable] | Sequence[MaskTable]) -> dict[str, np.ndarray]:
+    """Concatenate the arrays of each field; those that begin with "first" are offsets and go on counting."""
+    joined = {}
+    for name in (field.name for field in fields(tables[0]) if field.name != "masks"):
+        arrays = [getattr(table, name) for table in tables]
+        if name.startswith("first"):
+            ends = np.cumsum([0, *(int(offsets[-1]) for offsets in arrays)])
+            arrays = [arrays[0][:1], *(a[1:] + end for a, end in zip(arrays, ends[:-1], strict=True))]
+        joined[name] = np.concatenate(arrays)
+    return joined

@@ -16,7 +16,7 @@ from ...errors import UserError
 from ..coco.dataset import CocoDataset
 from ..coco.faults import FAULTS, NOTE
 from ..images import DARK, is_deep, open_image, read_image
-from .checks import BORDER, box_tolerance
+from .geometry import BORDER, boxes_differ
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def quick_faults(dataset: CocoDataset) -> Iterator[tuple[str, int, str]]:
     extents = _polygon_extents(dataset)
     if extents is not None:
         inside = ((extents[:, :2] >= -BORDER) & (extents[:, 2:] <= sizes + BORDER)).all(axis=1)
-        yield "box-mask", *annotations(inside & _differ(table.boxes, extents, sizes))
+        yield "box-mask", *annotations(inside & boxes_differ(table.boxes, extents, sizes))
     keys = np.column_stack([image_of, table.labels, table.boxes])
     order = np.lexsort(keys.T)
     repeated = np.zeros(len(keys), dtype=bool)
@@ -108,15 +108,6 @@ def _polygon_extents(dataset: CocoDataset) -> np.ndarray | None:
     extents[has, :2] = np.minimum.reduceat(low, firsts)
     extents[has, 2:] = np.maximum.reduceat(high, firsts)
     return extents
-
-
-def _differ(boxes: np.ndarray, extents: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(A,) bool: a side of the box is elsewhere than its polygons' by more than COCO's own are."""
-    limits = np.concatenate([sizes, sizes], axis=1)
-    cut, around = boxes.clip(0, limits), extents.clip(0, limits)
-    sides = np.maximum(cut[:, 2:] - cut[:, :2], around[:, 2:] - around[:, :2])
-    allowed = box_tolerance(np.concatenate([sides, sides], axis=1))
-    return (np.abs(cut - around) > allowed).any(axis=1)
 
 
 def _shared_files(train: CocoDataset, test: CocoDataset) -> tuple[int, str]:
