@@ -67,7 +67,7 @@ def test_reading_without_masks_needs_no_segmentation(write_dataset: Write, small
     for annotation in small_coco["annotations"]:
         del annotation["segmentation"]
     assert CocoDataset(write_dataset(small_coco), masks=False).target(2).masks is None
-    with pytest.raises(UserError, match="annotation 3 of image 2 has no segmentation; .*MODEL.MASK_ON False"):
+    with pytest.raises(UserError, match="annotation 1 of image 7 has no segmentation; .*MODEL.MASK_ON False"):
         CocoDataset(write_dataset(small_coco))
 
 

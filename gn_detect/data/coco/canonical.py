@@ -326,7 +326,7 @@ def as_mask(given: Any, kinds: Kinds) -> Any:
 
 
 def _is_polygons(given: Any) -> bool:
-    """Return whether nothing is to be done: lists of numbers; those of two numbers may be points of an outline."""
+    """Return whether these are lists of numbers, none a pair, which may be a point of an outline."""
     if type(given) is not list:
         return False
     for polygon in given:

@@ -271,7 +271,7 @@ class Rules:
         categories: Container[int],
         report: Report = stop,
     ) -> Iterator[Annotation]:
-        """Yield each annotation of a listed image with its category, flag, area and box; masks are not read."""
+        """Yield each annotation of a listed image; its mask is not read."""
         seen: set[int] = set()
         unique = not self.ids_may_repeat
         for position, entry in enumerate(entries):
@@ -421,7 +421,7 @@ class Rules:
         return bool(value)
 
     def area(self, annotation: dict[str, Any], what: str) -> float | None:
-        """Return ``area`` in square pixels; None where there is none: the mask's counts, or else the box's."""
+        """Return ``area`` in square pixels; None stands for the mask's, or else the box's."""
         area = annotation.get("area")
         if area is not None and not is_area(area):
             raise self.error(f"{what} has 'area' {shown(area)}; it must be a number of pixels", "bad-area")

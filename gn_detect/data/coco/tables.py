@@ -142,7 +142,7 @@ class TableBuilder:
         polygons: Sequence[Sequence[float]] = (),
         rle: bytes = b"",
     ) -> None:
-        """Add an object to the current image: ``box`` is ``xyxy``; the mask is either polygons or RLE counts."""
+        """Add an object to the current image: ``xyxy``, and a mask as polygons or as RLE counts."""
         self._ids.append(annotation_id)
         self._labels.append(label)
         self._boxes.extend(box)

@@ -262,7 +262,7 @@ class _Mender:
             entry["iscrowd"] = 0
 
     def _mend_mask(self, entry: dict[str, Any], image: ImageRecord, what: str) -> Segmentation | None:
-        """Drop bad polygons and encode those of crowds; return None for an object that may be without a mask."""
+        """Drop bad polygons, encode those of crowds; return None for an object without a mask."""
         given = entry.get("segmentation")
         if not self.keep_masks and not has_mask(entry):
             return None
@@ -320,7 +320,7 @@ def _is_set(flag: Any) -> bool:
 
 
 def _fit(annotations: Sequence[dict[str, Any]], height: int, width: int, border: float = BORDER) -> bool:
-    """Return whether all RLE have height x width pixels, and no box reaches out of them by more than ``border``."""
+    """Return whether RLE have this size, and no box reaches out of it by more than ``border`` pixels."""
     record = ImageRecord(0, "", height, width)
     for entry in annotations:
         box, mask = entry.get("bbox"), entry.get("segmentation")
