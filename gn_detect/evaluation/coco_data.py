@@ -23,12 +23,13 @@ from typing import Any
 
 import pycocotools.mask as coco_mask
 
-from ..data.coco.canonical import CocoFile, as_box, as_mask, canonical
+from ..data.coco.canonical import CocoFile, canonical
 from ..data.coco.faults import DataError
 from ..data.coco.numbers import as_integer, as_number
 from ..data.coco.reader import LISTS, check_lists, read_canonical
 from ..data.coco.rules import MOST_PIXELS, Annotation, Rules, shown
 from ..data.coco.tables import ImageRecord
+from ..data.coco.values import read_box, read_mask
 from ..errors import UserError
 from .results_file import read_entries
 
@@ -164,7 +165,7 @@ def to_rle(segmentation: Any, size: Size) -> Json | None:
     """Polygons, uncompressed or compressed RLE as compressed RLE with text counts.
 
     Args:
-        segmentation: COCO's ``segmentation``, in any form that :func:`.data.canonical.as_mask` reads.
+        segmentation: COCO's ``segmentation``, in any form that :func:`.values.read_mask` reads.
         size: of the image, which polygons need and RLE must have.
 
     Returns:
@@ -174,7 +175,7 @@ def to_rle(segmentation: Any, size: Size) -> Json | None:
     Raises:
         UserError: it is none of the three, or does not fit the image.
     """
-    return _encode(as_mask(segmentation, set()), size, Rules(Path("mask")), "it")
+    return _encode(read_mask(segmentation, set()), size, Rules(Path("mask")), "it")
 
 
 def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
@@ -258,7 +259,7 @@ class _DetectionReader:
             if self.iou_type == "segm":
                 return detection | {"segmentation": mask}
             return detection | {"bbox": coco_mask.toBbox(mask).tolist(), "area": float(coco_mask.area(mask))}
-        box = as_box(given["bbox"], set())
+        box = read_box(given["bbox"], set())
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_near, box)):
             raise self._refusal(what, f"its bbox {shown(box)} is not x, y, width, height in finite numbers")
         box = [float(value) for value in box]
@@ -287,7 +288,7 @@ class _DetectionReader:
         return float(score)
 
     def _mask(self, given: Mapping[str, Any], size: Size, what: str) -> Json:
-        encoded = _encode(as_mask(given.get("segmentation"), set()), size, self.rules, what)
+        encoded = _encode(read_mask(given.get("segmentation"), set()), size, self.rules, what)
         if encoded is None:
             raise self._refusal(what, "it has no polygon of at least 3 points")
         return encoded

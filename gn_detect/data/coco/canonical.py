@@ -4,28 +4,24 @@ A value with one obvious meaning gets COCO's form: ``"12"`` and ``12.0`` become 
 polygon. Each such change is counted in a :class:`Note`. A value without an obvious meaning stays as it is,
 and the rules refuse it.
 
-From the top of a file to its values: :func:`canonical` reads the three lists, ``_Reader.image``,
-``.category`` and ``.annotation`` an entry of each, :func:`as_box` and :func:`as_mask` the values that are
-lists. Each function adds the kinds of its changes (keys of :data:`NOTES`) to ``kinds``.
+:func:`canonical` reads the three lists of a file, images first. ``_Reader`` reads their entries, and
+:mod:`.values` reads the values. Ids that are text get numbers, and missing boxes come from masks, which both
+take more than the entry itself.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import operator
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .faults import DataError
-from .numbers import NUMBERS, as_integer, as_number, is_integer
+from .numbers import NUMBERS, as_integer, is_integer
 from .rules import Rules
 from .tables import ImageRecord
+from .values import NOTHING, Kinds, is_blank, read_area, read_box, read_flag, read_integer, read_mask
 
 NOTES = {
     "byte-order-mark": "the file begins with a byte order mark, which is left out",
@@ -40,13 +36,6 @@ NOTES = {
     "no-area": "a missing 'area' is the mask's, or else the box's",
     "no-bbox": "a missing 'bbox' is the mask's",
 }
-
-_LISTS = (list, tuple, np.ndarray)  # callers of canonical() may give tuples and arrays
-_SEPARATOR = re.compile(r"[\s,;]+")
-_DEEPEST = 4  # lists within lists of a segmentation
-_NOTHING = object()  # in the place of a value: the entry does not have the key
-
-Kinds = set[str]
 
 
 @dataclass
@@ -144,14 +133,14 @@ class _Reader:
             self.images = {e["id"]: e for e in found if isinstance(e, dict) and is_integer(e.get("id"))}
         return entries if all(map(operator.is_, found, entries)) else found
 
-    # Each of these returns the values of an entry, _NOTHING for a key that it does not have.
+    # Each of these returns the values of an entry, NOTHING for a key that it does not have.
 
     def image(self, entry: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
-        sides = {key: _integer(entry.get(key, _NOTHING), kinds) for key in ("width", "height")}
+        sides = {key: read_integer(entry.get(key, NOTHING), kinds) for key in ("width", "height")}
         return {"id": self.id_of(entry, "id", "images", kinds), **sides}
 
     def category(self, entry: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
-        name = entry.get("name", _NOTHING)
+        name = entry.get("name", NOTHING)
         if type(name) in NUMBERS:
             kinds.add("number-name")
             whole = as_integer(name)
@@ -164,32 +153,30 @@ class _Reader:
             "id": self.id_of(entry, "id", "annotations", kinds),
             "image_id": self.id_of(entry, "image_id", "images", kinds),
             "category_id": self.id_of(entry, "category_id", "categories", kinds),
-            "iscrowd": _flag(get("iscrowd", _NOTHING), kinds),
-            "ignore": _flag(get("ignore", _NOTHING), kinds),
-            "area": _area(get("area", _NOTHING), kinds),
-            "segmentation": as_mask(get("segmentation", _NOTHING), kinds),
-            "bbox": as_box(get("bbox", _NOTHING), kinds),
+            "iscrowd": read_flag(get("iscrowd", NOTHING), kinds),
+            "ignore": read_flag(get("ignore", NOTHING), kinds),
+            "area": read_area(get("area", NOTHING), kinds),
+            "segmentation": read_mask(get("segmentation", NOTHING), kinds),
+            "bbox": read_box(get("bbox", NOTHING), kinds),
         }
-        if values["iscrowd"] is _NOTHING:
+        if values["iscrowd"] is NOTHING:
             values["iscrowd"] = 0
             kinds.add("no-iscrowd")
         box = values["bbox"]
-        if _is_blank(box) or (isinstance(box, list) and not box):
+        if is_blank(box) or (isinstance(box, list) and not box):
             values["bbox"] = self.box_of_mask(values, kinds) or box
         return values
 
     def box_of_mask(self, values: dict[str, Any], kinds: Kinds) -> list[float] | None:
-        image, mask = self.images.get(values["image_id"]), values["segmentation"]
-        if image is None or mask is _NOTHING or not mask:
+        image_id, mask = values["image_id"], values["segmentation"]
+        if not is_integer(image_id) or image_id not in self.images or mask is NOTHING or not mask:
             return None
         try:
-            record = ImageRecord(0, "", *self.rules.size(image, ""))
+            record = ImageRecord(0, "", *self.rules.size(self.images[image_id], ""))
             found = self.rules.segmentation(mask, record, "")
         except DataError:
             return None  # whoever asks the rules again names the entry
-        if not found:
-            return None
-        x0, y0, x1, y1 = found.box
+        x0, y0, x1, y1 = found.box if found else (0, 0, 0, 0)
         if x1 <= x0 or y1 <= y0:
             return None
         kinds.add("no-bbox")
@@ -197,24 +184,23 @@ class _Reader:
 
     def id_of(self, entry: dict[str, Any], key: str, owner: str, kinds: Kinds) -> Any:
         """Return the integer that an id is, or its number in the list ``owner``; else the id itself."""
-        given = entry.get(key, _NOTHING)
+        given = entry.get(key, NOTHING)
         number = as_integer(given)
         if is_integer(number):
-            return _integer(given, kinds)
-        known = (
-            self.numbers.get(owner, {}).get(given if number is None else number) if _is_name(given) else None
-        )
-        if known is None:
+            return read_integer(given, kinds)
+        name = given if number is None else number
+        numbers = self.numbers.get(owner, {})
+        if not _is_name(given) or name not in numbers:
             return given
         kinds.add("text-id")
-        return known
+        return numbers[name]
 
 
 def _with(entry: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Return an entry with these values; the same entry where they are its own."""
-    if all(value is entry.get(key, _NOTHING) for key, value in values.items()):
+    if all(value is entry.get(key, NOTHING) for key, value in values.items()):
         return entry
-    return {key: value for key, value in (entry | values).items() if value is not _NOTHING}
+    return {key: value for key, value in (entry | values).items() if value is not NOTHING}
 
 
 def _is_name(value: Any) -> bool:
@@ -235,183 +221,3 @@ def _number_ids(entries: list[Any]) -> dict[Any, int]:
         if _is_name(value) and not is_integer(integer) and key not in numbers:
             numbers[key] = free = free + 1
     return numbers
-
-
-def _is_blank(value: Any) -> bool:
-    """Return whether there is no value, or what tables write for an empty cell: null, nan, blank text."""
-    return (
-        value is _NOTHING
-        or value is None
-        or (isinstance(value, float) and math.isnan(value))
-        or (isinstance(value, str) and not value.strip())
-    )
-
-
-def _integer(given: Any, kinds: Kinds) -> Any:
-    """Return the integer that a value is; the value itself if it is none."""
-    if type(given) is int or (number := as_integer(given)) is None:
-        return given
-    kinds.add("text-number" if isinstance(given, str) else "whole-float")
-    return number
-
-
-def _flag(given: Any, kinds: Kinds) -> Any:
-    if type(given) is int:
-        return given
-    if _is_blank(given):
-        return _NOTHING
-    flag = as_integer(given)
-    if isinstance(given, bool | np.bool_):
-        flag = int(given)
-    elif isinstance(given, str) and flag is None:
-        flag = {"false": 0, "true": 1}.get(given.strip().lower())
-    if flag is None:
-        return given
-    kinds.add("flag")
-    return flag
-
-
-def _area(given: Any, kinds: Kinds) -> Any:
-    if _is_blank(given):
-        kinds.add("no-area")
-        return _NOTHING
-    if type(given) in NUMBERS or (number := as_number(given)) is None:
-        return given
-    kinds.add("text-number")
-    return number
-
-
-def as_box(given: Any, kinds: Kinds) -> Any:
-    """Return a ``bbox`` as a list of numbers; itself where it has no obvious reading.
-
-    Args:
-        given: a list of numbers, or of numbers as text, or all of it as text.
-        kinds: keys of :data:`NOTES` are added.
-    """
-    if _is_blank(given):
-        return given if given is _NOTHING else None
-    found = _parsed(given) if isinstance(given, str) else given
-    numbers = _numbers(found, kinds) if isinstance(found, _LISTS) else None
-    if numbers is None:
-        return given
-    if found is not given and numbers:
-        kinds.add("text-list")
-    return numbers
-
-
-def as_mask(given: Any, kinds: Kinds) -> Any:
-    """Return a ``segmentation`` as a list of flat polygons or as an RLE; itself where it has no obvious
-    reading.
-
-    Args:
-        given: polygons, flat or in pairs; or an RLE. Numbers, lists and all of it may be text.
-        kinds: keys of :data:`NOTES` are added.
-    """
-    if _is_polygons(given):
-        return given
-    if _is_blank(given):
-        return given if given is _NOTHING else None
-    found = _parsed(given) if isinstance(given, str) else given
-    if isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict):
-        found = found[0]
-    own: Kinds = set() if found is given else {"mask-form"}
-    if isinstance(found, dict):
-        mask: Any = _rle(found, own)
-    else:
-        mask = _outlines(found, own, 0) if isinstance(found, _LISTS) else None
-    if mask is None:
-        return given
-    kinds |= own
-    return mask
-
-
-def _is_polygons(given: Any) -> bool:
-    """Return whether these are lists of numbers, none a pair, which may be a point of an outline."""
-    if type(given) is not list:
-        return False
-    for polygon in given:
-        if type(polygon) is not list or len(polygon) == 2 or not NUMBERS.issuperset(map(type, polygon)):
-            return False
-    return True
-
-
-def _rle(given: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    for key in ("size", "counts"):
-        value = given.get(key)
-        # Compressed counts have neither a comma nor a space.
-        if isinstance(value, str) and (key == "size" or "," in value or " " in value):
-            parsed = _parsed(value)
-            if parsed:
-                kinds.add("text-list")
-                value = parsed
-        if isinstance(value, bytes):  # pycocotools' own counts
-            changes[key] = value.decode("latin-1")
-        elif isinstance(value, _LISTS) and not (value is given[key] and {int}.issuperset(map(type, value))):
-            if all(as_integer(number) is not None for number in value):
-                changes[key] = [_integer(number, kinds) for number in value]
-    return given | changes if changes else given
-
-
-def _numbers(given: Any, kinds: Kinds) -> list[float] | None:
-    """Return a list of numbers; None where a value is none."""
-    if type(given) is list and NUMBERS.issuperset(map(type, given)):
-        return given
-    numbers: list[float] = []
-    for value in given:
-        number = as_number(value)
-        if number is None:
-            return None
-        numbers.append(number)
-    if any(isinstance(value, str) for value in given):
-        kinds.add("text-number")
-    return numbers
-
-
-def _outlines(given: Any, kinds: Kinds, depth: int) -> list[list[float]] | None:
-    """Return the polygons of a list of numbers, of pairs, of polygons or of such lists; None for others."""
-    if isinstance(given, str):
-        given = _parsed(given)
-        kinds.add("mask-form")
-    if not isinstance(given, _LISTS) or depth > _DEEPEST:
-        return None
-    if depth == 0 and not len(given):
-        return []
-    numbers = _numbers(given, kinds)
-    if numbers is not None:
-        # A box or a point among polygons is too short for one, and left out; alone it may mean anything.
-        if depth == 0 and (len(numbers) < 6 or len(numbers) % 2):
-            return None
-        if depth != 1:
-            kinds.add("mask-form")
-        return [numbers]
-    if len(given) >= 3 and all(isinstance(pair, _LISTS) and len(pair) == 2 for pair in given):
-        numbers = _numbers([number for pair in given for number in pair], kinds)
-        if numbers is not None:
-            kinds.add("mask-form")
-            return [numbers]
-    found: list[list[float]] = []
-    for part in given:
-        polygons = _outlines(part, kinds, depth + 1)
-        if polygons is None:
-            return None
-        found += polygons
-    return found
-
-
-def _parsed(text: str) -> Any:
-    """Return the list or object that a text holds as JSON, or the numbers that it lists; None for others.
-
-    Python's tuples are lists, too.
-    """
-    text = text.strip()
-    if text[:1] in ("[", "("):
-        text = text.replace("(", "[").replace(")", "]")
-    if text[:1] in ("[", "{"):
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            return None
-        return found if isinstance(found, list | dict) else None
-    numbers = [as_number(part) for part in _SEPARATOR.split(text) if part]
-    return numbers if numbers and None not in numbers else None

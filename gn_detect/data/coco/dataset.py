@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import fields, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,6 @@ from .file_names import missing_names
 from .reader import read_coco_json
 from .tables import ImageTable, join_tables
 
-logger = logging.getLogger(__name__)
-
 
 class CocoDataset:
     """Images and objects of one COCO file, or of several joined.
@@ -34,18 +31,17 @@ class CocoDataset:
     from the file.
 
     Attributes:
-        name: of the dataset; joined ones have their names joined by ``+``.
+        name: joined by ``+`` for joined datasets.
         annotations_path, images_folder: the JSON and the folder of its images (of the first, if joined).
         class_names: by contiguous label.
         category_ids: ids in the JSON by contiguous label, ascending unless :func:`match_classes` gave it the
             labels of a model; None for a class that the JSON does not list.
-        images: records ordered by image id, packed.
-        objects: flat table of all objects.
+        images: ordered by image id.
         num_crowds: crowd annotations in the file.
-        spelt_images, spelt_categories: ids as the file spells them by id, where those are text.
+        spelt_images, spelt_categories: the file's own id by id, where the two differ.
 
     Args:
-        source: where the files are.
+        source: of the files.
         masks: read segmentations; each object must have one. None: if some object has one.
         evaluation: check also what only COCO's evaluation reads.
         quiet: do not log what the file has in another form, and its crowds.
@@ -84,8 +80,8 @@ class CocoDataset:
     def fingerprint(self) -> str:
         """Return counts and a digest of all that training takes from the JSON, wherever the files are.
 
-        That are names (relative to the images folder) and sizes of images, boxes, labels and masks, in order.
-        Ids are left out.
+        It covers, in order, names (relative to the images folder) and sizes of images, boxes, labels and
+        masks, but no ids.
         """
         digest = hashlib.sha256()
         for record in self.images:
@@ -102,11 +98,11 @@ class CocoDataset:
         return f"{len(self)} images, {len(table.labels)} objects, {digest.hexdigest()[:16]}"
 
     def labels(self, index: int) -> np.ndarray:
-        """(N,) int64 contiguous labels of the objects in an image."""
+        """Return (N,) int64, the contiguous labels of the objects in an image."""
         return self.objects.labels[self.objects.rows(index)]
 
     def read(self, index: int) -> LabelledImage:
-        """An image as RGB with its objects, in the pixels of the file.
+        """Return an image as RGB with its objects, in the pixels of the file.
 
         Raises:
             UserError: the file is missing, damaged or of another size than in the JSON.
@@ -116,7 +112,7 @@ class CocoDataset:
         return self.label(index, pixels)
 
     def label(self, index: int, pixels: np.ndarray) -> LabelledImage:
-        """Pixels (H, W, 3) of an image with its objects; RLE are decoded by the first transform that must."""
+        """Return pixels (H, W, 3) with the objects of an image, RLE not yet decoded."""
         record, rows, table = self.images[index], self.objects.rows(index), self.objects.masks
         masks: list[Mask] | None = None
         if table is not None:
@@ -124,12 +120,12 @@ class CocoDataset:
         return LabelledImage(pixels, self.objects.boxes[rows], self.objects.labels[rows], masks)
 
     def target(self, index: int) -> Target:
-        """Ground truth of an image in the pixels of the file, crowds left out; the image is not read."""
+        """Return the ground truth of an image in its pixels, crowds left out; the image is not read."""
         record = self.images[index]
         return to_target(self.label(index, np.empty((record.height, record.width, 0), dtype=np.uint8)))
 
     def check_files(self) -> None:
-        """Look for every image in its folder, by listing folders: no file is opened.
+        """Look for every image in its folder by listing folders; no file is opened.
 
         Raises:
             UserError: one is missing; it is named.
@@ -137,24 +133,18 @@ class CocoDataset:
         prefix = str(self.images_folder / "_")[:-1]
         missing = missing_names(self.images_folder, (r.file_name.removeprefix(prefix) for r in self.images))
         if missing:
-            raise DataError(f"dataset {self.name}: {_missing(self.images_folder, missing)}", "missing-image")
-
-
-def _missing(folder: Path, missing: Mapping[str, str | None]) -> str:
-    """Return one message for all missing images: those that are there under another name first."""
-    renamed = [name for name, other in missing.items() if other]
-    first, others = (renamed or [*missing])[0], len(renamed or missing) - 1
-    what = f"image {folder / first}" + (f" and {others} more" if others else "")
-    if not renamed:
-        return f"{what} is missing; restore it, correct the images folder or remove it from the JSON"
-    return (
-        f"{what} is missing, but {missing[first]} is there; correct 'file_name' "
-        "(gn-detect doctor --fix OUT.json does that)"
-    )
+            renamed = [name for name, other in missing.items() if other]
+            first, others = (renamed or [*missing])[0], len(renamed or missing) - 1
+            what = f"image {self.images_folder / first}" + (f" and {others} more" if others else "")
+            remedy = "; restore it, correct the images folder or remove it from the JSON"
+            if renamed:
+                there = f", but {missing[first]} is there; correct 'file_name'"
+                remedy = f"{there} (gn-detect doctor --fix OUT.json does that)"
+            raise DataError(f"dataset {self.name}: {what} is missing{remedy}", "missing-image")
 
 
 def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
-    """One dataset with the images of all, in their order.
+    """Join datasets, their images in order.
 
     Raises:
         UserError: their classes differ.
@@ -164,20 +154,17 @@ def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
         return first
     for other in datasets[1:]:
         check_same_classes(first, other)
-    joined = CocoDataset.__new__(CocoDataset)
+    joined = copy(first)
     joined.name = "+".join(d.name for d in datasets)
-    joined.annotations_path, joined.images_folder = first.annotations_path, first.images_folder
     joined._folders = tuple(folder for dataset in datasets for folder in dataset._folders)
-    joined.class_names, joined.category_ids = first.class_names, first.category_ids
     joined.images = ImageTable(chain.from_iterable(d.images for d in datasets))
     joined.objects = join_tables([d.objects for d in datasets])
-    joined.spelt_images, joined.spelt_categories = first.spelt_images, first.spelt_categories
     joined.num_crowds = sum(d.num_crowds for d in datasets)
     return joined
 
 
 def check_same_classes(first: CocoDataset, second: CocoDataset) -> None:
-    """Refuse two datasets whose labels do not mean the same.
+    """Refuse two datasets whose labels have different meanings.
 
     Raises:
         UserError: number, names or order of the categories differ.
@@ -197,8 +184,8 @@ def match_classes(dataset: CocoDataset, names: Sequence[str], owner: str, remedy
     Args:
         dataset: is changed; its file may list fewer classes, in another order.
         names: of the model's classes, by label.
-        owner: whose they are, for the message, such as ``"model_best.pth"``.
-        remedy: what to do.
+        owner: of the names, for the message, such as ``"model_best.pth"``.
+        remedy: for the message.
 
     Raises:
         UserError: the dataset has a class that the model does not know.

@@ -20,8 +20,8 @@ from .canonical import CocoFile, Note, canonical, has_masks
 from .crowds import count_crowds
 from .faults import DataError
 from .file_names import missing_names
-from .rules import Annotation, Rules, Segmentation, kind_of, stop
-from .tables import ImageTable, ObjectTable, TableBuilder
+from .rules import Rules, kind_of, stop
+from .tables import ImageTable, ObjectRow, ObjectTable, build_table
 
 logger = logging.getLogger(__name__)
 
@@ -96,35 +96,28 @@ def _read(file: CocoFile, rules: Rules, masks: bool) -> CocoContent:
     names = dict(sorted(rules.categories(content["categories"]).items()))
     images = rules.images(content["images"], partial(_stop_with_name, rules.folder))
     labels = {category_id: label for label, category_id in enumerate(names)}
-    crowds = 0
-    dropped: Counter[str] = Counter()
-    objects: dict[int, list[tuple[Annotation, Segmentation | None]]] = {image_id: [] for image_id in images}
-    for annotation in rules.annotations(content["annotations"], images, labels):
-        empty = annotation.box is None
+    crowds, dropped = 0, Counter[str]()
+    objects: dict[int, list[ObjectRow]] = {image_id: [] for image_id in images}
+    for found in rules.annotations(content["annotations"], images, labels):
         mask = None
         # The evaluation reads every mask, also those of crowds and of empty boxes: what it would refuse after
         # all of the training is refused here.
-        if masks and annotation.image is not None and (rules.evaluation or not (annotation.crowd or empty)):
-            mask = rules.segmentation(annotation.entry.get("segmentation"), annotation.image, annotation.what)
-        if annotation.crowd:
+        if masks and found.image and (rules.evaluation or not (found.crowd or found.box is None)):
+            mask = rules.segmentation(found.entry.get("segmentation"), found.image, found.what)
+        if found.crowd:
             crowds += 1
-        elif empty:
+        elif found.box is None or found.category_id is None:
             dropped["whose box has no width or no height"] += 1
         elif masks and not mask:
             dropped["without a polygon of at least 3 points"] += 1
         else:
-            objects[annotation.image_id].append((annotation, mask))
+            parts = (mask.polygons, mask.rle) if mask else ()
+            objects[found.image_id].append(ObjectRow(found.id, labels[found.category_id], found.box, *parts))
     for reason, count in dropped.items():
         logger.warning("%s: dropped %d annotation(s) %s", rules.path, count, reason)
-    builder = TableBuilder(masks)
-    for image_id in sorted(images):
-        for annotation, mask in objects[image_id]:
-            assert annotation.box is not None and annotation.category_id is not None
-            parts = (mask.polygons, mask.rle) if mask else ()
-            builder.add(annotation.id, labels[annotation.category_id], annotation.box, *parts)
-        builder.end_image()
     table = ImageTable(record for _, record in sorted(images.items()) if record is not None)
-    return CocoContent(list(names), list(names.values()), table, builder.build(), crowds, file)
+    rows = build_table([objects[image_id] for image_id in sorted(images)], masks)
+    return CocoContent(list(names), list(names.values()), table, rows, crowds, file)
 
 
 def _stop_with_name(folder: Path, error: DataError, about: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -25,6 +25,8 @@ from .fractions import has_fraction_box, has_fraction_mask, is_larger_than_fract
 from .numbers import extent_of, is_area, is_integer
 from .rle import count_pixels
 from .tables import ImageRecord
+
+T = TypeVar("T")
 
 _KIND = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
@@ -99,6 +101,7 @@ class Annotation:
 
     Attributes:
         what: names the annotation in messages.
+        about: its ids, for :class:`.Finding`.
         image: None where its size is unknown.
         category_id: None where it was refused.
         area: in square pixels; None where there is none.
@@ -106,14 +109,15 @@ class Annotation:
     """
 
     entry: dict[str, Any]
+    what: str
+    about: dict[str, Any]
     id: int
     image_id: int
-    what: str
     image: ImageRecord | None
-    category_id: int | None = None
-    crowd: bool = False
-    area: float | None = None
-    box: list[float] | None = None
+    category_id: int | None
+    crowd: bool
+    area: float | None
+    box: list[float] | None
 
 
 Report = Callable[[DataError, Mapping[str, Any]], None]
@@ -273,41 +277,34 @@ class Rules:
     ) -> Iterator[Annotation]:
         """Yield each annotation of a listed image; its mask is not read."""
         seen: set[int] = set()
-        unique = not self.ids_may_repeat
+
+        def attempt(rule: Callable[..., T], *arguments: Any) -> T | None:
+            try:
+                return rule(*arguments)
+            except DataError as error:
+                report(error, about)
+                return None
+
         for position, entry in enumerate(entries):
-            about: dict[str, Any] = {"annotation_id": id_of(entry)}
-            try:
-                annotation_id, image_id = self.ids(entry, position)
-                about["image_id"] = image_id
-                if unique and annotation_id in seen:
-                    report(self.repeated("annotation", annotation_id), about)
-                seen.add(annotation_id)
-                if image_id not in images:
-                    raise self._unlisted_image(annotation_id, image_id)
-            except DataError as error:
-                report(error, about)
+            about = {"annotation_id": id_of(entry), "category_id": id_of(entry, "category_id")}
+            ids = attempt(self.ids, entry, position)
+            if ids is None:
                 continue
+            annotation_id, image_id = ids
+            about["image_id"] = image_id
             what = f"annotation {annotation_id} of image {image_id}"
-            found = Annotation(entry, annotation_id, image_id, what, images[image_id])
-            try:
-                found.category_id = self.category_id(entry, categories, what)
-            except DataError as error:
-                report(error, {**about, "category_id": id_of(entry, "category_id")})
-            try:
-                found.crowd = self.crowd(entry, what)
-            except DataError as error:
-                report(error, about)
-            try:
-                found.area = self.area(entry, what) if self.evaluation else None
-            except DataError as error:
-                report(error, about)
-            try:
-                found.box = self.box(entry, found.image, what)
-                if found.box is None:
-                    report(self.error(f"{what} has a box without width or height", "box-empty"), about)
-            except DataError as error:
-                report(error, about)
-            yield found
+            if annotation_id in seen and not self.ids_may_repeat:
+                report(self.repeated("annotation", annotation_id), about)
+            seen.add(annotation_id)
+            if image_id not in images:
+                report(self._unlisted_image(annotation_id, image_id), about)
+                continue
+            image = images[image_id]
+            category_id = attempt(self.category_id, entry, categories, what)
+            crowd = attempt(self.crowd, entry, what) or False
+            area = attempt(self.area, entry, what) if self.evaluation else None
+            box = attempt(self.box, entry, image, what)
+            yield Annotation(entry, what, about, *ids, image, category_id, crowd, area, box)
 
     # Single entries
 
@@ -427,11 +424,8 @@ class Rules:
             raise self.error(f"{what} has 'area' {shown(area)}; it must be a number of pixels", "bad-area")
         return area
 
-    def box(self, annotation: dict[str, Any], image: ImageRecord | None, what: str) -> list[float] | None:
-        """Return ``xyxy``; None for a box without width or height.
-
-        Without an ``image`` the box may lie anywhere.
-        """
+    def box(self, annotation: dict[str, Any], image: ImageRecord | None, what: str) -> list[float]:
+        """Return ``xyxy``; without an ``image`` the box may lie anywhere."""
         given = self.field(annotation, "bbox", list, what)
         if len(given) != 4 or extent_of(given) is None:
             raise self.error(
@@ -444,7 +438,7 @@ class Rules:
                 f"{what} has 'bbox' {given} of negative size; it must be x, y, width, height", "bad-box"
             )
         if width == 0 or height == 0:
-            return None
+            raise self.error(f"{what} has a box without width or height", "box-empty")
         if image and (x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0):
             raise self.error(
                 f"{what} has its box {given} outside the image of {image.width}x{image.height} pixels; "

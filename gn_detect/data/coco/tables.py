@@ -6,9 +6,9 @@ as it touches a reference count.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import overload
 
 import numpy as np
@@ -124,58 +124,41 @@ class MaskTable:
         return [self.numbers[self.first_number[p] : self.first_number[p + 1]] for p in polygons]
 
 
-class TableBuilder:
-    """Collects objects image by image; :meth:`build` makes the table."""
+@dataclass(slots=True)
+class ObjectRow:
+    """An object: ``xyxy``, and its mask as polygons or as RLE counts."""
 
-    def __init__(self, with_masks: bool) -> None:
-        self.with_masks = with_masks
-        self._first = array("q", [0])
-        self._boxes, self._labels, self._ids = array("d"), array("q"), array("q")
-        self._first_polygon, self._first_number, self._numbers = array("q", [0]), array("q", [0]), array("d")
-        self._first_byte, self._rle = array("q", [0]), bytearray()
+    annotation_id: int
+    label: int
+    box: Sequence[float]
+    polygons: Sequence[Sequence[float]] = ()
+    rle: bytes = b""
 
-    def add(
-        self,
-        annotation_id: int,
-        label: int,
-        box: Sequence[float],
-        polygons: Sequence[Sequence[float]] = (),
-        rle: bytes = b"",
-    ) -> None:
-        """Add an object to the current image: ``xyxy``, and a mask as polygons or as RLE counts."""
-        self._ids.append(annotation_id)
-        self._labels.append(label)
-        self._boxes.extend(box)
-        if self.with_masks:
-            for polygon in polygons:
-                self._numbers.extend(polygon)
-                self._first_number.append(len(self._numbers))
-            self._first_polygon.append(len(self._first_number) - 1)
-            self._rle += rle
-            self._first_byte.append(len(self._rle))
 
-    def end_image(self) -> None:
-        """Begin the next image."""
-        self._first.append(len(self._ids))
-
-    def build(self) -> ObjectTable:
-        """Return the finished table."""
-        masks = None
-        if self.with_masks:
-            masks = MaskTable(
-                np.array(self._first_polygon, dtype=np.int64),
-                np.array(self._first_number, dtype=np.int64),
-                np.array(self._numbers, dtype=np.float64),
-                np.array(self._first_byte, dtype=np.int64),
-                np.frombuffer(bytes(self._rle), dtype=np.uint8),
-            )
-        return ObjectTable(
-            np.array(self._first, dtype=np.int64),
-            np.array(self._boxes, dtype=np.float64).reshape(-1, 4),
-            np.array(self._labels, dtype=np.int64),
-            np.array(self._ids, dtype=np.int64),
-            masks,
+def build_table(images: Sequence[Sequence[ObjectRow]], with_masks: bool) -> ObjectTable:
+    """Return the table of the objects of each image."""
+    rows = [row for objects in images for row in objects]
+    masks = None
+    if with_masks:
+        polygons = [polygon for row in rows for polygon in row.polygons]
+        masks = MaskTable(
+            _offsets(len(row.polygons) for row in rows),
+            _offsets(map(len, polygons)),
+            np.fromiter(chain.from_iterable(polygons), dtype=np.float64),
+            _offsets(len(row.rle) for row in rows),
+            np.frombuffer(b"".join(row.rle for row in rows), dtype=np.uint8),
         )
+    return ObjectTable(
+        _offsets(map(len, images)),
+        np.array([row.box for row in rows], dtype=np.float64).reshape(-1, 4),
+        np.array([row.label for row in rows], dtype=np.int64),
+        np.array([row.annotation_id for row in rows], dtype=np.int64),
+        masks,
+    )
+
+
+def _offsets(lengths: Iterable[int]) -> np.ndarray:
+    return np.cumsum([0, *lengths], dtype=np.int64)
 
 
 def join_tables(tables: Sequence[ObjectTable]) -> ObjectTable:

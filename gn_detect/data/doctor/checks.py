@@ -161,7 +161,7 @@ def _check_annotation(
     part: Part, annotation: Annotation, image: ImageRecord, masks: bool, objects: _Objects
 ) -> None:
     entry, box, category_id = annotation.entry, annotation.box, annotation.category_id
-    about = {"annotation_id": annotation.id, "image_id": annotation.image_id}
+    about = annotation.about
     if box is not None and overhang(box, image) > BORDER:
         detail = (
             f"{annotation.what} has a box that reaches {overhang(box, image):.0f} pixels out of the image"
@@ -170,7 +170,7 @@ def _check_annotation(
     learned = True
     if masks or has_mask(entry):
         try:
-            learned = _check_mask(part, annotation, image, about) or not masks
+            learned = _check_mask(part, annotation, image) or not masks
         except DataError as error:
             part.report(error, about)
     if annotation.crowd:
@@ -190,9 +190,9 @@ def repeated(objects: _Objects, key: tuple[Any, ...], entry: dict[str, Any]) -> 
     return first if first is not entry and first.get("segmentation") == entry.get("segmentation") else None
 
 
-def _check_mask(part: Part, annotation: Annotation, image: ImageRecord, about: Mapping[str, Any]) -> bool:
+def _check_mask(part: Part, annotation: Annotation, image: ImageRecord) -> bool:
     """Return whether there is a mask; training leaves out an object whose polygons are all too short."""
-    what, entry, box = annotation.what, annotation.entry, annotation.box
+    what, about, entry, box = annotation.what, annotation.about, annotation.entry, annotation.box
     given = entry.get("segmentation")
     mask = part.rules.segmentation(given, image, what)
     if annotation.crowd and isinstance(given, list):

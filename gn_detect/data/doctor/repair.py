@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -290,10 +291,9 @@ class _Mender:
     def _mend_box(
         self, entry: dict[str, Any], mask: Segmentation | None, image: ImageRecord, what: str
     ) -> None:
-        try:
+        box: list[float] = []
+        with suppress(DataError):
             box = self.rules.box(entry, image, what)
-        except DataError:
-            box = None
         if box and overhang(box, image) <= BORDER and not (mask and box_differs(box, mask.box, image)):
             return
         if mask:
