@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 Size = tuple[int, int] | None
-"""(height, width) of an image in pixels, where the ground truth tells."""
+"""(height, width) of an image in pixels, where the ground truth states it."""
 
 _NAMELESS = Path("ground truth")
 
@@ -70,7 +70,7 @@ class GroundTruth:
 
     @property
     def labels(self) -> list[str]:
-        """Names of categories in order of their numbers; names that several share get the id behind them."""
+        """Names of categories in order of their numbers; names that several share get the id added."""
         names = [category["name"] for category in self.coco["categories"]]
         count = Counter(names)
         ids = self.categories
@@ -170,7 +170,7 @@ def to_rle(segmentation: Any, size: Size) -> Json | None:
 
     Returns:
         ``{"size": [height, width], "counts": text}``; None where no polygon has 3 points or more. Shorter
-        ones beside others cover nothing.
+        ones among others cover nothing.
 
     Raises:
         UserError: it is none of the three, or does not fit the image.

@@ -1,13 +1,17 @@
-"""Datasets in COCO's format."""
+"""Read a COCO file into the arrays that training needs."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import fields, replace
+from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +21,16 @@ from ...structures import Target
 from ..datasets import DatasetSource
 from ..images import read_image
 from ..transforms import LabelledImage, Mask, to_target
+from .canonical import has_masks
 from .classes import list_names, match_names
+from .crowds import Crowds, count_crowds
 from .faults import DataError
 from .file_names import missing_names
-from .reader import read_coco_json
-from .tables import ImageTable, join_tables
+from .reader import log_notes, read_canonical
+from .rules import Rules, stop
+from .tables import ImageTable, ObjectRow, build_table, join_tables
+
+logger = logging.getLogger(__name__)
 
 
 class CocoDataset:
@@ -58,15 +67,53 @@ class CocoDataset:
         evaluation: bool = False,
         quiet: bool = False,
     ) -> None:
-        content = read_coco_json(source, masks=masks, evaluation=evaluation, quiet=quiet)
         self.name = source.name
         self.annotations_path, self.images_folder = source.annotations, source.images
         self._folders: tuple[str, ...] = (os.path.join(source.images, ""),)
-        self.class_names = content.class_names
-        self.category_ids: list[int | None] = list(content.category_ids)
-        self.images, self.objects, self.num_crowds = content.images, content.objects, content.num_crowds
-        self.spelt_images: dict[Any, Any] = content.file.image_ids
-        self.spelt_categories: dict[Any, Any] = content.file.category_ids
+        file = read_canonical(source.annotations)
+        self.spelt_images: dict[Any, Any] = file.image_ids
+        self.spelt_categories: dict[Any, Any] = file.category_ids
+        if not quiet:
+            log_notes(file)
+            crowds = Crowds() if evaluation else count_crowds(file.content)
+            if crowds.crowds:
+                level = logging.WARNING if crowds.dubious else logging.INFO
+                logger.log(level, "%s: %s", file.path, crowds)
+        rules = Rules(source.annotations, source.images, evaluation, source.allow_outside)
+        try:
+            self._read(file.content, rules, has_masks(file.content) if masks is None else masks)
+        except DataError as error:
+            hint = "" if "gn-detect doctor" in str(error) else " (gn-detect doctor lists all that is wrong)"
+            raise DataError(f"{error}{hint}", error.kind) from error
+
+    def _read(self, content: Mapping[str, Any], rules: Rules, masks: bool) -> None:
+        rules.whole(content)
+        names = dict(sorted(rules.categories(content["categories"]).items()))
+        self.class_names, self.category_ids = list(names.values()), list[int | None](names)
+        images = rules.images(content["images"], partial(_stop_with_name, rules.folder))
+        labels = {category_id: label for label, category_id in enumerate(names)}
+        self.num_crowds, dropped = 0, Counter[str]()
+        objects: dict[int, list[ObjectRow]] = {image_id: [] for image_id in sorted(images)}
+        for found in rules.annotations(content["annotations"], images, labels):
+            mask = None
+            # The evaluation reads every mask, also those of crowds and of empty boxes: what it would refuse
+            # after all of the training is refused here.
+            if masks and found.image and (rules.evaluation or not (found.crowd or found.box is None)):
+                mask = rules.segmentation(found.entry.get("segmentation"), found.image, found.what)
+            if found.crowd:
+                self.num_crowds += 1
+            elif found.box is None or found.category_id is None:
+                dropped["whose box has no width or no height"] += 1
+            elif masks and not mask:
+                dropped["without a polygon of at least 3 points"] += 1
+            else:
+                parts = (mask.polygons, mask.rle) if mask else ()
+                row = ObjectRow(found.id, labels[found.category_id], found.box, *parts)
+                objects[found.image_id].append(row)
+        for reason, count in dropped.items():
+            logger.warning("%s: dropped %d annotation(s) %s", rules.path, count, reason)
+        self.images = ImageTable(image for image_id in objects if (image := images[image_id]) is not None)
+        self.objects = build_table(list(objects.values()), masks)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -141,6 +188,15 @@ class CocoDataset:
                 there = f", but {missing[first]} is there; correct 'file_name'"
                 remedy = f"{there} (gn-detect doctor --fix OUT.json does that)"
             raise DataError(f"dataset {self.name}: {what} is missing{remedy}", "missing-image")
+
+
+def _stop_with_name(folder: Path, error: DataError, about: Mapping[str, Any]) -> None:
+    """Raise an error; name the file in the images folder that a name outside of it obviously means."""
+    name = str(about.get("file_name"))
+    if error.kind == "image-outside" and (near := missing_names(folder, [name], outside=False)[name]):
+        message = f"{error}; {near} is there: gn-detect doctor --fix OUT.json renames it"
+        raise DataError(message, error.kind) from error
+    stop(error, about)
 
 
 def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:

@@ -1,27 +1,19 @@
-"""Read annotation files: JSON to canonical form, and on to the arrays that training needs."""
+"""Read annotation files into canonical form."""
 
 from __future__ import annotations
 
 import codecs
 import json
 import logging
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from ...files import open_file
-from ..datasets import DatasetSource
 from ..formats.recognise import describe_foreign, describe_foreign_content
-from .canonical import CocoFile, Note, canonical, has_masks
-from .crowds import count_crowds
-from .faults import DataError
-from .file_names import missing_names
-from .rules import Rules, kind_of, stop
-from .tables import ImageTable, ObjectRow, ObjectTable, build_table
+from .canonical import CocoFile, Note, canonical
+from .rules import Rules, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,103 +22,10 @@ LISTS = ("images", "annotations", "categories")
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-@dataclass(frozen=True)
-class CocoContent:
-    """An annotation file as training uses it.
-
-    Attributes:
-        category_ids, class_names: in the order of contiguous labels: ids ascending.
-        images: ordered by id.
-        objects: rows for ``images``, crowds left out.
-        num_crowds: annotations that are crowds.
-        file: as it was read.
-    """
-
-    category_ids: list[int]
-    class_names: list[str]
-    images: ImageTable
-    objects: ObjectTable
-    num_crowds: int
-    file: CocoFile
-
-
-def read_coco_json(
-    source: DatasetSource, *, masks: bool | None, evaluation: bool = False, quiet: bool = False
-) -> CocoContent:
-    """Read and check an annotation file.
-
-    Args:
-        source: where the files are.
-        masks: objects must have a segmentation; it is ignored otherwise. None: if some object has one.
-        evaluation: check what only the evaluation reads, too: areas and, with ``masks``, the segmentations of
-            crowds and of empty boxes.
-        quiet: do not log notes and crowds.
-
-    Raises:
-        UserError: the file is not COCO, or something in it is wrong.
-    """
-    file = read_canonical(source.annotations)
-    if not quiet:
-        log_notes(file)
-        if not evaluation:
-            _log_crowds(file)
-    rules = Rules(source.annotations, source.images, evaluation, source.allow_outside)
-    try:
-        return _read(file, rules, has_masks(file.content) if masks is None else masks)
-    except DataError as error:
-        hint = "" if "gn-detect doctor" in str(error) else " (gn-detect doctor lists all that is wrong)"
-        raise DataError(f"{error}{hint}", error.kind) from error
-
-
 def log_notes(file: CocoFile) -> None:
     """Log a line for each kind of value that was read in another form than COCO's."""
     for note in file.notes:
         logger.info("%s: %s", file.path, note)
-
-
-def _log_crowds(file: CocoFile) -> None:
-    crowds = count_crowds(file.content)
-    if crowds.crowds:
-        logger.log(logging.WARNING if crowds.dubious else logging.INFO, "%s: %s", file.path, crowds)
-
-
-def _read(file: CocoFile, rules: Rules, masks: bool) -> CocoContent:
-    content = file.content
-    rules.whole(content)
-    names = dict(sorted(rules.categories(content["categories"]).items()))
-    images = rules.images(content["images"], partial(_stop_with_name, rules.folder))
-    labels = {category_id: label for label, category_id in enumerate(names)}
-    crowds, dropped = 0, Counter[str]()
-    objects: dict[int, list[ObjectRow]] = {image_id: [] for image_id in images}
-    for found in rules.annotations(content["annotations"], images, labels):
-        mask = None
-        # The evaluation reads every mask, also those of crowds and of empty boxes: what it would refuse after
-        # all of the training is refused here.
-        if masks and found.image and (rules.evaluation or not (found.crowd or found.box is None)):
-            mask = rules.segmentation(found.entry.get("segmentation"), found.image, found.what)
-        if found.crowd:
-            crowds += 1
-        elif found.box is None or found.category_id is None:
-            dropped["whose box has no width or no height"] += 1
-        elif masks and not mask:
-            dropped["without a polygon of at least 3 points"] += 1
-        else:
-            parts = (mask.polygons, mask.rle) if mask else ()
-            objects[found.image_id].append(ObjectRow(found.id, labels[found.category_id], found.box, *parts))
-    for reason, count in dropped.items():
-        logger.warning("%s: dropped %d annotation(s) %s", rules.path, count, reason)
-    table = ImageTable(record for _, record in sorted(images.items()) if record is not None)
-    rows = build_table([objects[image_id] for image_id in sorted(images)], masks)
-    return CocoContent(list(names), list(names.values()), table, rows, crowds, file)
-
-
-def _stop_with_name(folder: Path, error: DataError, about: Mapping[str, Any]) -> None:
-    """Raise an error; name the file in the images folder that a name outside of it obviously means."""
-    name = str(about.get("file_name"))
-    if error.kind == "image-outside" and (near := missing_names(folder, [name], outside=False)[name]):
-        message = f"{error}; {near} is there: gn-detect doctor --fix OUT.json renames it"
-        raise DataError(message, error.kind) from error
-    stop(error, about)
 
 
 def read_image_list(path: Path, folder: Path, outside: bool = False) -> list[Path]:

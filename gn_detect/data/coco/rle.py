@@ -1,4 +1,4 @@
-"""Compressed RLE: a mask that waits to be decoded, and the runs, which pycocotools does not check."""
+"""Read compressed RLE and check its runs, which pycocotools does not check."""
 
 from __future__ import annotations
 

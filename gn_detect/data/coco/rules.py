@@ -1,4 +1,4 @@
-"""The rules for COCO entries. Training, evaluation and the doctor all ask these.
+"""Check the entries of COCO files. Training, evaluation, the doctor and its repair all use these rules.
 
 A rule returns the value that it read, or raises a :class:`.DataError` that names the entry.
 ``Rules.categories``, ``Rules.images`` and ``Rules.annotations`` go through a whole list and hand each error
@@ -73,7 +73,7 @@ class Segmentation:
 
     @cached_property
     def encoded(self) -> dict[str, Any]:
-        """The compressed RLE with text ``counts``."""
+        """Return the compressed RLE with text ``counts``."""
         size, counts = [self.height, self.width], self.rle
         if not counts:
             counts = coco_mask.merge(coco_mask.frPyObjects(self.polygons, *size))["counts"]
@@ -81,12 +81,12 @@ class Segmentation:
 
     @cached_property
     def area(self) -> float:
-        """The number of pixels."""
+        """Return the number of pixels."""
         return float(coco_mask.area(self.encoded))
 
     @cached_property
     def box(self) -> list[float]:
-        """``xyxy`` around the part inside the image."""
+        """Return ``xyxy`` around the part inside the image."""
         if self.rle:
             x, y, width, height = coco_mask.toBbox(self.encoded).tolist()
             return [x, y, x + width, y + height]
@@ -120,8 +120,8 @@ class Annotation:
     box: list[float] | None
 
 
+# Takes an error and the ids of its entry, named like the fields of a Finding.
 Report = Callable[[DataError, Mapping[str, Any]], None]
-"""Takes an error and the ids that it is about, named like the fields of :class:`.Finding`."""
 
 
 def stop(error: DataError, about: Mapping[str, Any]) -> None:
@@ -230,8 +230,7 @@ class Rules:
             try:
                 category_id, name = self.category(entry, position)
                 if category_id in names:
-                    others = f" ({names[category_id]}, {name})"
-                    raise self.repeated("category", category_id, others)
+                    raise self.repeated("category", category_id, f" ({names[category_id]}, {name})")
                 names[category_id] = name
             except DataError as error:
                 report(error, {"category_id": id_of(entry)})
@@ -258,12 +257,13 @@ class Rules:
                 images[image_id] = None
                 if files:
                     images[image_id] = self.image(entry, position)
-                elif entry.get("height") is not None and entry.get("width") is not None:
+                elif None not in (entry.get("height"), entry.get("width")):
                     images[image_id] = ImageRecord(image_id, "", *self.size(entry, f"image {image_id}"))
             except DataError as error:
                 name = entry.get("file_name") if isinstance(entry, dict) else None
-                about = {"file_name": name} if isinstance(name, str) else {}
-                report(error, {"image_id": id_of(entry), **about})
+                report(
+                    error, {"image_id": id_of(entry), "file_name": name if isinstance(name, str) else None}
+                )
         if files and not entries:
             report(self.error("it lists no images; give a file with images", "nothing"), {})
         return images
@@ -315,25 +315,21 @@ class Rules:
     def field(self, entry: Any, key: str, expected: type, what: str) -> Any:
         """Return ``entry[key]``, which must be of a type; ``what`` names the entry in a message."""
         if not isinstance(entry, dict):
-            raise self.error(
-                f"{what} is {kind_of(entry)}, not an object; give a COCO annotation file", "malformed"
-            )
-        if key not in entry:
-            raise self.error(f"{what} has no {key!r}; add it", "malformed")
-        value = entry[key]
-        if not isinstance(value, expected) or isinstance(value, bool):
-            raise self.error(f"{what} has {key!r} {shown(value)}; it must be {_KIND[expected]}", "malformed")
-        if expected is int and not is_integer(value):
-            raise self.error(
-                f"{what} has a {key!r} of more than 64 bits; give it a smaller number", "malformed"
-            )
-        return value
+            fault = f"is {kind_of(entry)}, not an object; give a COCO annotation file"
+        elif key not in entry:
+            fault = f"has no {key!r}; add it"
+        elif not isinstance(value := entry[key], expected) or isinstance(value, bool):
+            fault = f"has {key!r} {shown(value)}; it must be {_KIND[expected]}"
+        elif expected is int and not is_integer(value):
+            fault = f"has a {key!r} of more than 64 bits; give it a smaller number"
+        else:
+            return value
+        raise self.error(f"{what} {fault}", "malformed")
 
     def repeated(self, noun: str, entry_id: int, details: str = "") -> DataError:
         """Return the error for an id that occurs twice."""
-        return self.error(
-            f"{noun} id {entry_id} occurs twice{details}; give each {noun} its own id", f"duplicate-{noun}-id"
-        )
+        fault = f"id {entry_id} occurs twice{details}; give each {noun} its own id"
+        return self.error(f"{noun} {fault}", f"duplicate-{noun}-id")
 
     def category(self, entry: Any, position: int) -> tuple[int, str]:
         """Return id and name of a category."""
@@ -366,9 +362,8 @@ class Rules:
         """Return height and width of an image."""
         height, width = (self.field(entry, key, int, what) for key in ("height", "width"))
         if height <= 0 or width <= 0 or height * width > MOST_PIXELS:
-            raise self.error(
-                f"{what} is {width}x{height} pixels (width x height); correct its size", "image-size"
-            )
+            fault = f"is {width}x{height} pixels (width x height); correct its size"
+            raise self.error(f"{what} {fault}", "image-size")
         return height, width
 
     @property
@@ -385,11 +380,8 @@ class Rules:
         return annotation_id, self.field(annotation, "image_id", int, f"annotation {annotation_id}")
 
     def _unlisted_image(self, annotation_id: int, image_id: Any) -> DataError:
-        return self.error(
-            f"annotation {annotation_id} belongs to image {image_id}, which is not listed; "
-            "add the image or remove the annotation",
-            "dangling-image",
-        )
+        fault = f"belongs to image {image_id}, which is not listed; add the image or remove the annotation"
+        return self.error(f"annotation {annotation_id} {fault}", "dangling-image")
 
     def category_id(self, annotation: dict[str, Any], known: Container[int], what: str) -> int:
         """Return the category of an annotation, one of ``known``."""
@@ -398,11 +390,8 @@ class Rules:
             category_id = self.field(annotation, "category_id", int, what)
             if category_id in known:
                 return int(category_id)
-        raise self.error(
-            f"{what} has category id {shown(category_id)}, which 'categories' does not list; "
-            "add the category or correct the id",
-            "dangling-category",
-        )
+        fault = f"category id {shown(category_id)}, which 'categories' does not list"
+        raise self.error(f"{what} has {fault}; add the category or correct the id", "dangling-category")
 
     def crowd(self, annotation: dict[str, Any], what: str) -> bool:
         """Return ``iscrowd``; ``ignore`` must not say more."""
@@ -428,15 +417,12 @@ class Rules:
         """Return ``xyxy``; without an ``image`` the box may lie anywhere."""
         given = self.field(annotation, "bbox", list, what)
         if len(given) != 4 or extent_of(given) is None:
-            raise self.error(
-                f"{what} has 'bbox' {shown(given)}; it must be 4 finite numbers x, y, width, height",
-                "bad-box",
-            )
+            fault = f"'bbox' {shown(given)}; it must be 4 finite numbers x, y, width, height"
+            raise self.error(f"{what} has {fault}", "bad-box")
         x, y, width, height = given
         if width < 0 or height < 0:
-            raise self.error(
-                f"{what} has 'bbox' {given} of negative size; it must be x, y, width, height", "bad-box"
-            )
+            fault = f"'bbox' {given} of negative size; it must be x, y, width, height"
+            raise self.error(f"{what} has {fault}", "bad-box")
         if width == 0 or height == 0:
             raise self.error(f"{what} has a box without width or height", "box-empty")
         if image and (x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0):
@@ -454,17 +440,14 @@ class Rules:
         if isinstance(given, dict):
             return Segmentation([], self._rle(given, image, what), image.height, image.width)
         if not isinstance(given, list) or not all(isinstance(polygon, list) for polygon in given):
-            raise self.error(
-                f"{what} has a segmentation that is no list of polygons and no RLE; correct it", "bad-polygon"
-            )
+            fault = "a segmentation that is no list of polygons and no RLE; correct it"
+            raise self.error(f"{what} has {fault}", "bad-polygon")
         reach, farthest = 0.0, _SIDES_AWAY * max(image.height, image.width) + 1000
         for polygon in given:
             extent = extent_of(polygon) if polygon else (0, 0)
             if extent is None or extent[0] < -farthest or extent[1] > farthest:
-                raise self.error(
-                    f"{what} has a polygon that is not all finite numbers near the image; mend it",
-                    "bad-polygon",
-                )
+                fault = "a polygon that is not all finite numbers near the image; mend it"
+                raise self.error(f"{what} has {fault}", "bad-polygon")
             if extent[1] - extent[0] > _OUTLINE_PER_POINT:
                 reach += len(polygon) * (extent[1] - extent[0])
         polygons = [polygon for polygon in given if is_polygon(polygon)]
@@ -480,18 +463,15 @@ class Rules:
         usual = _OUTLINE_PER_POINT * sum(map(len, polygons)) / 2
         if length > max(_LONG_OUTLINE, usual + 2 * (image.height + image.width)):
             self._long["pixels"] += int(length - usual) - 2 * (image.height + image.width)
+        reason = ""
         if self._long["pixels"] > _LONG_IN_ALL:
-            raise self.error(
-                f"{what} has polygons with an outline of {length:.0f} pixels, and the objects before it have "
-                "others as long: too much to draw in all; draw them again, or encode them as RLE",
-                "bad-polygon",
-            )
-        if length > longest + usual:
-            raise self.error(
-                f"{what} has polygons with an outline of {length:.0f} pixels, which no object in an image of "
-                f"{image.width}x{image.height} pixels has; draw it again, or encode it as RLE",
-                "bad-polygon",
-            )
+            reason = "and the objects before it have others as long: too much to draw in all"
+        elif length > longest + usual:
+            reason = f"which no object in an image of {image.width}x{image.height} pixels has"
+        if reason:
+            remedy = "draw it again, or encode it as RLE"
+            message = f"{what} has polygons with an outline of {length:.0f} pixels, {reason}; {remedy}"
+            raise self.error(message, "bad-polygon")
 
     def _rle(self, given: dict[str, Any], image: ImageRecord, what: str) -> bytes:
         size, counts = given.get("size"), given.get("counts")

@@ -1,4 +1,4 @@
-"""Polygons that cross themselves, beside a slow reference."""
+"""Polygons that cross themselves, compared with a slow reference."""
 
 from __future__ import annotations
 
