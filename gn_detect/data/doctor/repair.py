@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,12 +34,10 @@ class Repair:
     """A repaired copy.
 
     Attributes:
-        content: of the new file.
-        before: number of entries of each list in the old one.
-        changes: one line for each thing that was mended.
-        num_changes: entries that were mended.
-        removals: one line for each thing that was removed.
-        removed: ids of the entries that were removed, by list; entries without one by their position.
+        before: number of entries of each list in the old file.
+        changes, removals: one line for each.
+        num_changes: mended entries.
+        removed: ids of removed entries, by list; entries without one by their position.
     """
 
     content: dict[str, Any]
@@ -117,75 +115,75 @@ def repair(
         masks: objects without a usable mask are removed.
         crowds: crowds stay crowds; each becomes an object otherwise.
     """
-    mender = _Mender(content, replace(rules), probes, leaked, masks, crowds)
-    for key in ("categories", "images", "annotations"):
-        mender.done.content[key] = getattr(mender, key)(content[key])
+    mender = _Mender(Repair.of(content), replace(rules), probes, leaked, masks, crowds)
+    mender.mend("categories", mender.category, mender.category_ids)
+    mender.mend("images", mender.image, mender.records)
+    mender.mend("annotations", mender.annotation, mender.annotation_ids)
     return mender.done
 
 
+@dataclass
 class _Mender:
     """Mends categories, images and annotations, in this order."""
 
-    def __init__(
-        self,
-        content: Mapping[str, Any],
-        rules: Rules,
-        probes: Probes | None,
-        leaked: Collection[str],
-        masks: bool,
-        crowds: bool,
-    ) -> None:
-        self.rules, self.probes, self.leaked = rules, probes, leaked
-        self.keep_masks, self.keep_crowds = masks, crowds
-        self.done = Repair.of(content)
-        self.category_ids: set[int] = set()
-        self.records: dict[int, ImageRecord] = {}
-        self.annotation_ids: set[int] = set()
-        self.objects: dict[tuple[Any, ...], dict[str, Any]] = {}
+    done: Repair
+    rules: Rules
+    probes: Probes | None
+    leaked: Collection[str]
+    keep_masks: bool
+    keep_crowds: bool
+    category_ids: set[int] = field(default_factory=set)
+    records: dict[int, ImageRecord] = field(default_factory=dict)
+    annotation_ids: set[int] = field(default_factory=set)
+    objects: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        entries = self.done.content["annotations"]
+        self.used_categories = {id_of(entry, "category_id") for entry in entries}
         self.used_by: dict[int | None, list[dict[str, Any]]] = {}  # annotations by image id
-        self.used_categories: set[int | None] = set()
-        for entry in content["annotations"]:
+        for entry in entries:
             self.used_by.setdefault(id_of(entry, "image_id"), []).append(entry)
-            self.used_categories.add(id_of(entry, "category_id"))
-        self.free = max([0, *(i for entry in content["annotations"] if (i := id_of(entry)) is not None)]) + 1
+        self.free = max([0, *(i for entry in entries if (i := id_of(entry)) is not None)]) + 1
 
-    def categories(self, entries: list[Any]) -> list[Any]:
-        kept: list[Any] = []
-        for position, entry in enumerate(entries):
-            category_id, reason = id_of(entry), ""
-            if category_id is None or category_id in self.category_ids:
-                reason = f"entry {position} (counted from 0) has no id of its own"
-            elif len(entries) > MOST_CATEGORIES and category_id not in self.used_categories:
-                reason = f"category {category_id} has no object, and more than {MOST_CATEGORIES} are too many"
-            if category_id is None or reason:
-                self.done.drop("categories", entry, position, self.category_ids, reason)
-                continue
-            if not isinstance(entry.get("name"), str):
-                entry = {**entry, "name": f"category {category_id}"}
-                self.done.mend(f"category {category_id}", f"named {entry['name']!r}")
-            self.category_ids.add(category_id)
-            kept.append(entry)
-        return kept
-
-    def images(self, entries: list[Any]) -> list[Any]:
-        kept = []
-        for position, entry in enumerate(entries):
+    def mend(self, key: str, mend: Callable[[Any, int], Any], kept_ids: Collection[int]) -> None:
+        """Mend the entries of a list; drop those that ``mend`` refuses."""
+        kept, done = [], self.done
+        for position, entry in enumerate(done.content[key]):
+            before = len(done.changes), done.num_changes, len(done.removals)
             try:
-                mended = self._with_size_of_file(entry)
-                record = self.rules.image(mended, position)
-                if record.id in self.records:
-                    raise DataError(f"image {record.id}: the id is another's")
-                if record.file_name in self.leaked:
-                    raise DataError(f"image {record.id}: it is in another part, too")
-                probe = None if self.probes is None else self.probes[record.file_name]
-                if probe is not None and probe.error is not None:
-                    raise probe.error
+                kept.append(mend(entry, position))
             except DataError as error:
-                self.done.drop("images", entry, position, self.records, error.detail)
-                continue
-            self.records[record.id] = record
-            kept.append(mended)
-        return kept
+                del done.changes[before[0] :], done.removals[before[2] :]  # of an entry that goes
+                done.num_changes = before[1]
+                done.drop(key, entry, position, kept_ids, error.detail)
+        done.content[key] = kept
+
+    def category(self, entry: Any, position: int) -> Any:
+        category_id = id_of(entry)
+        if category_id is None or category_id in self.category_ids:
+            raise DataError(f"entry {position} (counted from 0) has no id of its own")
+        if self.done.before["categories"] > MOST_CATEGORIES and category_id not in self.used_categories:
+            raise DataError(
+                f"category {category_id} has no object, and more than {MOST_CATEGORIES} are too many"
+            )
+        if not isinstance(entry.get("name"), str):
+            entry = {**entry, "name": f"category {category_id}"}
+            self.done.mend(f"category {category_id}", f"named {entry['name']!r}")
+        self.category_ids.add(category_id)
+        return entry
+
+    def image(self, entry: Any, position: int) -> Any:
+        entry = self._with_size_of_file(entry)
+        record = self.rules.image(entry, position)
+        if record.id in self.records:
+            raise DataError(f"image {record.id}: the id is another's")
+        if record.file_name in self.leaked:
+            raise DataError(f"image {record.id}: it is in another part, too")
+        probe = None if self.probes is None else self.probes[record.file_name]
+        if probe is not None and probe.error is not None:
+            raise probe.error
+        self.records[record.id] = record
+        return entry
 
     def _with_size_of_file(self, entry: Any) -> Any:
         if self.probes is None or not isinstance(entry, dict):
@@ -197,7 +195,7 @@ class _Mender:
         if given in probe.sizes and all(map(is_integer, given)):  # 48.0 equals 48, and is no size
             return entry
         what, image_id = f"image {entry.get('id')}", id_of(entry)
-        used = self.used_by.get(image_id, []) if image_id is not None else []
+        used = [] if image_id is None else self.used_by.get(image_id, [])
         factors = [factor for size in probe.sizes if (factor := _resize_factor(given, size))]
         if used and factors and _fit(used, *given, border=_FAR_OUT * max(given)):
             raise DataError(
@@ -210,19 +208,7 @@ class _Mender:
         self.done.mend(what, f"size {given} becomes {(height, width)} (height, width)")
         return {**entry, "height": height, "width": width}
 
-    def annotations(self, entries: list[Any]) -> list[Any]:
-        kept, done = [], self.done
-        for position, entry in enumerate(entries):
-            before = len(done.changes), done.num_changes, len(done.removals)
-            try:
-                kept.append(self._annotation(entry, position))
-            except DataError as error:
-                del done.changes[before[0] :], done.removals[before[2] :]  # of an entry that goes
-                done.num_changes = before[1]
-                done.drop("annotations", entry, position, self.annotation_ids, error.detail)
-        return kept
-
-    def _annotation(self, entry: Any, position: int) -> dict[str, Any]:
+    def annotation(self, entry: Any, position: int) -> dict[str, Any]:
         named = ""
         if isinstance(entry, dict):
             given = id_of(entry)
