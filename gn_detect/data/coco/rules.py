@@ -230,7 +230,9 @@ class Rules:
             try:
                 category_id, name = self.category(entry, position)
                 if category_id in names:
-                    raise self.repeated("category", category_id, f" ({names[category_id]}, {name})")
+                    raise self.repeated(
+                        "category", category_id, f" ({shown(names[category_id])}, {shown(name)})"
+                    )
                 names[category_id] = name
             except DataError as error:
                 report(error, {"category_id": id_of(entry)})
