@@ -199,7 +199,8 @@ def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None)
             )
         objects = None if truth is None else truth.objects[image_id]
         size = None if truth is None else truth.sizes.get(image_id)
-        tasks.append(Task(path, image_id, output / name, objects, size))
+        own_id = image_id if truth is None else truth.content.image_ids.get(image_id, image_id)
+        tasks.append(Task(path, own_id, output / name, objects, size))
     return tasks
 
 

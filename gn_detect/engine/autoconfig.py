@@ -114,7 +114,7 @@ def survey(source: DatasetSource, masks: bool | None = None) -> Survey:
     Raises:
         UserError: the annotations are not valid COCO, or an object lacks a mask where masks are read.
     """
-    dataset = CocoDataset(source, masks=masks)
+    dataset = CocoDataset(source, masks=masks, quiet=True)  # the training logs what it reads
     counts, table = dataset.objects.counts(), dataset.objects.masks
     return Survey(
         dataset.name,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,11 +23,13 @@ from typing import Any
 
 import pycocotools.mask as coco_mask
 
-from ..data.coco.canonical import CocoFile, as_box, as_integer, as_mask, as_number, canonical
+from ..data.coco.canonical import CocoFile, canonical
 from ..data.coco.faults import DataError
-from ..data.coco.image_table import ImageRecord
-from ..data.coco.reader import LISTS, check_lists, ids_may_repeat, read_canonical, read_categories, tell_notes
-from ..data.coco.rules import MOST_PIXELS, Rules, shown
+from ..data.coco.numbers import as_integer, as_number
+from ..data.coco.reader import LISTS, check_lists, read_canonical
+from ..data.coco.rules import MOST_PIXELS, Annotation, Rules, shown
+from ..data.coco.tables import ImageRecord
+from ..data.coco.values import read_box, read_mask
 from ..errors import UserError
 from .results_file import read_entries
 
@@ -34,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 Size = tuple[int, int] | None
-"""(height, width) of an image in pixels, where the ground truth tells."""
+"""(height, width) of an image in pixels, where the ground truth states it."""
 
 _NAMELESS = Path("ground truth")
 
@@ -67,7 +70,7 @@ class GroundTruth:
 
     @property
     def labels(self) -> list[str]:
-        """Names of categories in order of their numbers; names that several share get the id behind them."""
+        """Names of categories in order of their numbers; names that several share get the id added."""
         names = [category["name"] for category in self.coco["categories"]]
         count = Counter(names)
         ids = self.categories
@@ -91,92 +94,67 @@ def prepare_ground_truth(source: str | Path | Mapping[str, Any] | CocoFile, iou_
         file = source
     elif isinstance(source, str | Path):
         file = read_canonical(Path(source))
-        tell_notes(file)
     else:
         check_lists(source, LISTS, _NAMELESS)
         file = canonical(source, _NAMELESS)
     rules = Rules(file.path, evaluation=True)
     rules.whole(file.content)
-    names = read_categories(file.content["categories"], rules)
-    sizes = _sizes(file.content["images"], rules)
-    order = sorted(sizes)
+    names = dict(sorted(rules.categories(file.content["categories"]).items()))
+    records = rules.images(file.content["images"], files=False)
+    order = sorted(records)
     spelt = [file.image_ids.get(image_id, image_id) for image_id in order]
     if len(set(map(type, spelt))) == 1:  # as pycocotools sorts them, which decides about equal scores
         order = [image_id for _, image_id in sorted(zip(spelt, order, strict=True))]
     images = {image_id: number for number, image_id in enumerate(order, start=1)}
     categories = {category_id: number for number, category_id in enumerate(names, start=1)}
+    sizes = {number: _size_of(records[image_id]) for image_id, number in images.items()}
     coco: Json = {
-        "images": [_image(number, sizes[image_id]) for image_id, number in images.items()],
+        "images": [_image(number, size) for number, size in sizes.items()],
         "categories": [{"id": number, "name": names[key]} for key, number in categories.items()],
     }
-    by_number = {number: sizes[image_id] for image_id, number in images.items()}
-    truth = GroundTruth(coco, images, categories, by_number, file)
-    coco["annotations"] = _annotations(truth, rules, iou_type)
-    return truth
-
-
-def _sizes(entries: list[Any], rules: Rules) -> dict[int, Size]:
-    sizes: dict[int, Size] = {}
-    for position, entry in enumerate(entries):
-        image_id = rules.image_id(entry, position)
-        if image_id in sizes:
-            raise rules.repeated("image", image_id)
-        known = entry.get("height") is not None and entry.get("width") is not None
-        sizes[image_id] = rules.size(entry, f"image {image_id}") if known else None
-    return sizes
-
-
-def _image(number: int, size: Size) -> Json:
-    return {"id": number} if size is None else {"id": number, "height": size[0], "width": size[1]}
-
-
-def _annotations(truth: GroundTruth, rules: Rules, iou_type: str) -> list[Json]:
-    annotations, left_out = [], 0
-    seen: set[int] = set()
-    unique = not ids_may_repeat(rules.path)
-    for position, entry in enumerate(truth.file.content["annotations"]):
-        annotation_id, image_id = rules.ids(entry, position)
-        if unique and annotation_id in seen:
-            raise rules.repeated("annotation", annotation_id)
-        seen.add(annotation_id)
-        if image_id not in truth.images:
-            raise rules.unlisted_image(annotation_id, image_id)
-        what = f"annotation {annotation_id} of image {image_id}"
-        annotation = _annotation(entry, position + 1, truth.images[image_id], truth, rules, iou_type, what)
-        if iou_type == "segm" and annotation["segmentation"] is None:
-            left_out += 1
-        else:
-            annotations.append(annotation)
+    truth = GroundTruth(coco, images, categories, sizes, file)
+    found = rules.annotations(file.content["annotations"], records, categories)
+    annotations = [
+        _annotation(annotation, number, truth, rules, iou_type)
+        for number, annotation in enumerate(found, start=1)
+    ]
+    coco["annotations"] = [a for a in annotations if iou_type != "segm" or a["segmentation"] is not None]
+    left_out = len(annotations) - len(coco["annotations"])
     if left_out:
         logger.warning(
             "%s: %d annotation(s) without a polygon of at least 3 points are left out of the mask AP",
             rules.path,
             left_out,
         )
-    return annotations
+    return truth
 
 
-def _annotation(
-    given: Json, number: int, image: int, truth: GroundTruth, rules: Rules, iou_type: str, what: str
-) -> Json:
-    size = truth.sizes[image]
+def _size_of(image: ImageRecord | None) -> Size:
+    return None if image is None else (image.height, image.width)
+
+
+def _image(number: int, size: Size) -> Json:
+    return {"id": number} if size is None else {"id": number, "height": size[0], "width": size[1]}
+
+
+def _annotation(given: Annotation, number: int, truth: GroundTruth, rules: Rules, iou_type: str) -> Json:
+    assert given.category_id is not None
     annotation: Json = {
         "id": number,
-        "image_id": image,
-        "category_id": truth.categories[rules.category_id(given, truth.categories, what)],
-        "iscrowd": int(rules.crowd(given, what)),
+        "image_id": truth.images[given.image_id],
+        "category_id": truth.categories[given.category_id],
+        "iscrowd": int(given.crowd),
     }
-    area = rules.area(given, what)
-    rules.box(given, None if size is None else ImageRecord(0, "", *size), what)
-    annotation["bbox"] = [float(value) for value in given["bbox"]]
+    size = truth.sizes[annotation["image_id"]]
+    annotation["bbox"] = [float(value) for value in given.entry["bbox"]]
     mask = None
     if iou_type == "segm":
-        mask = annotation["segmentation"] = _encode(given.get("segmentation"), size, rules, what)
-    elif area is None:
-        try:
-            mask = _encode(given.get("segmentation"), size, rules, what)
-        except DataError:
-            pass  # boxes are evaluated without masks, too
+        mask = annotation["segmentation"] = _encode(given.entry.get("segmentation"), size, rules, given.what)
+    elif given.area is None:
+        # Boxes are evaluated without masks, too.
+        with suppress(DataError):
+            mask = _encode(given.entry.get("segmentation"), size, rules, given.what)
+    area = given.area
     if area is None:
         area = coco_mask.area(mask) if mask else annotation["bbox"][2] * annotation["bbox"][3]
     annotation["area"] = float(area)
@@ -187,17 +165,17 @@ def to_rle(segmentation: Any, size: Size) -> Json | None:
     """Polygons, uncompressed or compressed RLE as compressed RLE with text counts.
 
     Args:
-        segmentation: COCO's ``segmentation``, in any form that :func:`.data.canonical.as_mask` reads.
+        segmentation: COCO's ``segmentation``, in any form that :func:`.values.read_mask` reads.
         size: of the image, which polygons need and RLE must have.
 
     Returns:
         ``{"size": [height, width], "counts": text}``; None where no polygon has 3 points or more. Shorter
-        ones beside others cover nothing.
+        ones among others cover nothing.
 
     Raises:
         UserError: it is none of the three, or does not fit the image.
     """
-    return _encode(as_mask(segmentation)[0], size, Rules(Path("mask")), "it")
+    return _encode(read_mask(segmentation, set()), size, Rules(Path("mask")), "it")
 
 
 def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
@@ -217,10 +195,8 @@ def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
                 f"{what}: its image has no 'height' or 'width', which polygons need", "image-size"
             )
         size = (1, 1)  # the rule says what is missing
-    polygons, rle = rules.segmentation(given, ImageRecord(0, "", *size), what)
-    if polygons:
-        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))["counts"]
-    return {"size": list(size), "counts": rle.decode("ascii")} if rle else None
+    mask = rules.segmentation(given, ImageRecord(0, "", *size), what)
+    return mask.encoded if mask else None
 
 
 def prepare_detections(
@@ -283,7 +259,7 @@ class _DetectionReader:
             if self.iou_type == "segm":
                 return detection | {"segmentation": mask}
             return detection | {"bbox": coco_mask.toBbox(mask).tolist(), "area": float(coco_mask.area(mask))}
-        box = as_box(given["bbox"])[0]
+        box = read_box(given["bbox"], set())
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_near, box)):
             raise self._refusal(what, f"its bbox {shown(box)} is not x, y, width, height in finite numbers")
         box = [float(value) for value in box]
@@ -312,7 +288,7 @@ class _DetectionReader:
         return float(score)
 
     def _mask(self, given: Mapping[str, Any], size: Size, what: str) -> Json:
-        encoded = _encode(as_mask(given.get("segmentation"))[0], size, self.rules, what)
+        encoded = _encode(read_mask(given.get("segmentation"), set()), size, self.rules, what)
         if encoded is None:
             raise self._refusal(what, "it has no polygon of at least 3 points")
         return encoded

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.coco.canonical import CocoFile, has_mask
-from ..data.coco.reader import read_canonical, tell_notes
+from ..data.coco.reader import log_notes, read_canonical
 from ..errors import UserError
 from .coco_data import Json, prepare_ground_truth
 
@@ -82,7 +82,7 @@ def read_truth(path: str | Path, iou_type: str | None = None) -> Truth:
         UserError: it is not COCO, or an annotation is incomplete.
     """
     file = read_canonical(Path(path))
-    tell_notes(file)
+    log_notes(file)
     truth = prepare_ground_truth(file, iou_type or _best_iou_type(file.content))
     image_ids = {number: key for key, number in truth.images.items()}
     category_ids = {number: key for key, number in truth.categories.items()}

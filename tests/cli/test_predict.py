@@ -187,6 +187,19 @@ def test_ground_truth_gives_the_ids_and_stands_beside(case: Case, tmp_path: Path
 
 
 @pytest.mark.usefixtures("stub")
+def test_ids_that_are_text_come_back(case: Case, tmp_path: Path) -> None:
+    case.edit(lambda c: [entry.update(id=f"img {entry['id']}") for entry in c["images"]])
+    case.edit(lambda c: [entry.update(image_id=f"img {entry['image_id']}") for entry in c["annotations"]])
+    image = case.train.parent / "images" / "002.png"
+    assert predict(case, tmp_path / "out", "--annotations", case.train, image) == 0
+    for name, key in (("predictions.json", "image_id"), ("images.json", "id")):
+        found = json.loads((tmp_path / "out" / name).read_text())
+        assert [entry[key] for entry in (found if name == "predictions.json" else found["images"])] == [
+            "img 2"
+        ]
+
+
+@pytest.mark.usefixtures("stub")
 def test_a_folder_of_more_images_than_the_ground_truth_lists(
     case: Case, tmp_path: Path, refused: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,9 +15,11 @@ import pycocotools.mask as coco_mask
 import pytest
 
 from gn_detect.data import CocoDataset, DatasetSource, read_image_list
-from gn_detect.data.coco.canonical import as_mask, as_number, canonical, has_masks
+from gn_detect.data.coco.canonical import canonical, has_masks
 from gn_detect.data.coco.faults import ERROR, DataError
+from gn_detect.data.coco.numbers import as_number
 from gn_detect.data.coco.reader import load_coco, read_canonical
+from gn_detect.data.coco.values import read_mask
 from gn_detect.data.doctor.report import examine
 from gn_detect.engine.autoconfig import survey
 from gn_detect.errors import UserError
@@ -388,7 +390,8 @@ def test_numbers(given: Any, expected: float | None) -> None:
 def test_short_polygons_keep_their_form() -> None:
     """A box or two points among polygons are left out later, and said."""
     for mask in ([[1, 2], [3, 4]], [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]], [[]], [[1, 2, 3, 4, 5]]):
-        assert as_mask(mask) == (mask, set())
+        kinds: set[str] = set()
+        assert read_mask(mask, kinds) == mask and not kinds
 
 
 class TestFractions:

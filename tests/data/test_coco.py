@@ -67,7 +67,7 @@ def test_reading_without_masks_needs_no_segmentation(write_dataset: Write, small
     for annotation in small_coco["annotations"]:
         del annotation["segmentation"]
     assert CocoDataset(write_dataset(small_coco), masks=False).target(2).masks is None
-    with pytest.raises(UserError, match="annotation 3 of image 2 has no segmentation; .*MODEL.MASK_ON False"):
+    with pytest.raises(UserError, match="annotation 1 of image 7 has no segmentation; .*MODEL.MASK_ON False"):
         CocoDataset(write_dataset(small_coco))
 
 
@@ -328,7 +328,7 @@ def test_classes_of_a_model_are_found_by_name(write_dataset: Write, small_coco: 
 
 
 def test_names_that_several_classes_share(write_dataset: Write, small_coco: dict) -> None:
-    """By position where both lists are equal; otherwise they cannot be told apart."""
+    """By position where both lists are equal; otherwise they are ambiguous."""
     small_coco["categories"][0]["name"] = small_coco["categories"][1]["name"]
     dataset = CocoDataset(write_dataset(small_coco))
     names, ids = list(dataset.class_names), dataset.category_ids

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 
 from gn_detect.data import CocoDataset, DatasetSource
-from gn_detect.data.coco.reader import _tell
 
 Write = Callable[[Any], DatasetSource]
 
 
 def warned(source: DatasetSource, caplog: pytest.LogCaptureFixture) -> str:
     caplog.clear()
-    _tell.cache_clear()
     with caplog.at_level(logging.WARNING):
         CocoDataset(source)
     return "".join(line for line in caplog.messages if "crowds" in line)
@@ -28,9 +26,9 @@ def test_crowds_that_are_left_out(
     """More than 1 in 20, or a few that are single small objects."""
     entries = small_coco["annotations"]
     source = write_dataset(small_coco)
-    told = warned(source, caplog)
-    assert told.startswith(f"{source.annotations}: 1 of 5 objects are crowds")
-    assert "set 'iscrowd' 0: gn-detect doctor --fix OUT.json --no-crowds does that" in told
+    text = warned(source, caplog)
+    assert text.startswith(f"{source.annotations}: 1 of 5 objects are crowds")
+    assert "set 'iscrowd' 0: gn-detect doctor --fix OUT.json --no-crowds does that" in text
     x = [{**entries[0], "id": 100 + i, "bbox": [0, 0, 5 + i, 9]} for i in range(16)]
     entries += [{**e, "segmentation": [[0, 0, e["bbox"][2], 0, e["bbox"][2], 9, 0, 9]]} for e in x]
     assert warned(write_dataset(small_coco), caplog) == ""

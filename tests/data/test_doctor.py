@@ -40,7 +40,7 @@ BOW = [[10, 10, 40, 30, 40, 10, 10, 30]]
 
 
 def one_fraction(content: dict[str, Any]) -> None:
-    """An object of half a pixel beside thirty larger ones."""
+    """An object of half a pixel among thirty larger ones."""
     small = {"bbox": [0.1, 0.1, 0.5, 0.5], "segmentation": [[0.1, 0.1, 0.6, 0.1, 0.6, 0.6]], "area": 0.2}
     content["annotations"][0].update(small)
     for x in range(5, 35):

@@ -23,7 +23,7 @@ def counts(source: DatasetSource, **options: Any) -> dict[str, int]:
 def test_a_good_dataset(write_dataset: Write, small_coco: dict, caplog: pytest.LogCaptureFixture) -> None:
     small_coco["annotations"].pop(3)  # of a handful a crowd is many
     source = write_dataset(small_coco)
-    assert counts(source) == {"empty-image": 1} == counts(source, masks=False)
+    assert counts(source) == {} == counts(source, masks=False)
     with caplog.at_level(logging.WARNING):
         warn_of_faults(CocoDataset(source))
     assert caplog.text == ""
@@ -46,7 +46,6 @@ def test_faults_are_counted_with_an_example(
         "box-mask": 2,
         "duplicate-annotation": 1,
         "unused-category": 1,
-        "empty-image": 1,
     }
     with caplog.at_level(logging.WARNING):
         warn_of_faults(CocoDataset(source))
@@ -72,7 +71,7 @@ def test_files_that_are_in_both_parts(
 
 def test_no_objects_at_all(write_dataset: Write, small_coco: dict) -> None:
     small_coco["annotations"] = []
-    assert counts(write_dataset(small_coco)) == {"unused-category": 3, "empty-image": 4}
+    assert counts(write_dataset(small_coco)) == {"unused-category": 3}
 
 
 def test_mixed_masks(write_dataset: Write, small_coco: dict) -> None:

@@ -65,8 +65,8 @@ JSONS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", JSONS)
 def test_json_of_other_formats(name: str) -> None:
     content, word = JSONS[name]
-    told = describe_foreign_content(content)
-    assert told.startswith("it is ") and word in told and "; " in told and "\n" not in told
+    text = describe_foreign_content(content)
+    assert text.startswith("it is ") and word in text and "; " in text and "\n" not in text
 
 
 @pytest.mark.parametrize("content", [{}, [], 1, None, "x", {"images": IMAGES}, [[1]], {"a": {"b": 1}}])

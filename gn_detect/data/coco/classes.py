@@ -1,19 +1,18 @@
-"""Class names of a dataset compared with those of a model: labels mean something only by their names."""
+"""Compare the class names of a dataset with those of a model: labels mean something only by their names."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
-LISTED = 20
-"""Names that a message shows of a list."""
+LISTED = 20  # names that a message shows of a list
 
 
 def match_names(names: Sequence[str], known: Sequence[str]) -> list[int]:
     """Return the position in ``known`` of each of ``names``; equal lists match by position.
 
     Raises:
-        ValueError: a name is not in ``known``, or one that several classes share cannot be told apart.
+        ValueError: a name is not in ``known``, or several classes share one.
     """
     if list(names) == list(known):
         return list(range(len(known)))
@@ -29,5 +28,5 @@ def match_names(names: Sequence[str], known: Sequence[str]) -> list[int]:
 
 
 def list_names(names: Sequence[str], limit: int = LISTED) -> str:
-    """Return names for a message, the first ``limit`` of them."""
+    """Return the first ``limit`` names for a message."""
     return ", ".join(names) if len(names) <= limit else ", ".join([*names[:limit], "..."])

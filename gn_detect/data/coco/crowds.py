@@ -1,4 +1,4 @@
-"""Crowds, which training leaves out: how many there are, and whether they are single objects in truth.
+"""Count crowds, which training leaves out, and find those that look like single objects.
 
 CVAT's brush, BlenderProc and pycococreator write ``iscrowd`` 1 with every RLE, whatever it shows.
 """
@@ -14,17 +14,10 @@ import numpy as np
 from .faults import FAULTS
 from .rle import read_runs
 
-MANY = 0.05
-"""Share of crowds among objects above which nearly nobody means them."""
-
-_LOOKED_AT = 200
-"""Crowds, spread over the file."""
-
-_LARGEST_BLOB = 0.25
-"""Share of the image. COCO's crowds are as large as that, or of several pieces."""
-
-_MOST_RUNS = 20_000
-"""Of an RLE that is looked at; and columns that they go on into."""
+MANY = 0.05  # share of crowds among objects above which nearly nobody means them
+_LOOKED_AT = 200  # crowds, spread over the file
+_LARGEST_BLOB = 0.25  # share of the image: COCO's crowds are as large as that, or of several pieces
+_MOST_RUNS = 20_000  # of an RLE that is looked at; and columns that they go on into
 
 
 @dataclass(frozen=True)
@@ -45,11 +38,6 @@ class Crowds:
     first_blob: int | None = None
 
     @property
-    def many(self) -> bool:
-        """Return whether there are too many crowds for all to be meant."""
-        return self.crowds > MANY * self.objects
-
-    @property
     def single(self) -> bool:
         """Return whether most crowds look like single objects."""
         return self.blobs * 2 > self.looked_at
@@ -57,18 +45,14 @@ class Crowds:
     @property
     def dubious(self) -> bool:
         """Return whether a user should look at the crowds."""
-        return self.many or self.single
+        return self.single or self.crowds > MANY * self.objects
 
     @property
     def found(self) -> str:
         """Return the counts in words."""
         text = f"{self.crowds} of {self.objects} objects are crowds ('iscrowd' 1) and left out of training"
-        if not self.single:
-            return text
-        return (
-            f"{text}; {self.blobs} of the {self.looked_at} looked at are one small blob, such as annotation "
-            f"{self.first_blob}"
-        )
+        some = f"{self.blobs} of the {self.looked_at} looked at are one small blob"
+        return f"{text}; {some}, such as annotation {self.first_blob}" if self.single else text
 
     def __str__(self) -> str:
         return f"{self.found}; {FAULTS['crowds'].remedy}" if self.dubious else self.found

@@ -1,12 +1,16 @@
-"""Datasets in COCO's format."""
+"""Read a COCO file into the arrays that training needs."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import fields, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,14 @@ from ...structures import Target
 from ..datasets import DatasetSource
 from ..images import read_image
 from ..transforms import LabelledImage, Mask, to_target
+from .canonical import has_masks
 from .classes import list_names, match_names
+from .crowds import Crowds, count_crowds
 from .faults import DataError
 from .file_names import missing_names
-from .image_table import join_images
-from .reader import read_coco_json
-from .tables import join_tables
+from .reader import log_notes, read_canonical
+from .rules import Rules, stop
+from .tables import ImageTable, ObjectRow, build_table, join_tables
 
 logger = logging.getLogger(__name__)
 
@@ -34,36 +40,80 @@ class CocoDataset:
     from the file.
 
     Attributes:
-        name: of the dataset; joined ones have their names joined by ``+``.
+        name: joined by ``+`` for joined datasets.
         annotations_path, images_folder: the JSON and the folder of its images (of the first, if joined).
         class_names: by contiguous label.
         category_ids: ids in the JSON by contiguous label, ascending unless :func:`match_classes` gave it the
             labels of a model; None for a class that the JSON does not list.
-        images: records ordered by image id, packed.
-        objects: flat table of all objects.
+        images: ordered by image id.
         num_crowds: crowd annotations in the file.
-        spelt_images, spelt_categories: ids as the file spells them by id, where those are text.
+        spelt_images, spelt_categories: the file's own id by id, where the two differ.
 
     Args:
-        source: where the files are.
+        source: of the files.
         masks: read segmentations; each object must have one. None: if some object has one.
         evaluation: check also what only COCO's evaluation reads.
+        quiet: do not log what the file has in another form, and its crowds.
 
     Raises:
         UserError: the JSON is not valid COCO.
     """
 
-    def __init__(self, source: DatasetSource, *, masks: bool | None = True, evaluation: bool = False) -> None:
-        outside, files = source.allow_outside, (source.annotations, source.images)
-        content = read_coco_json(*files, masks=masks, evaluation=evaluation, outside=outside)
+    def __init__(
+        self,
+        source: DatasetSource,
+        *,
+        masks: bool | None = True,
+        evaluation: bool = False,
+        quiet: bool = False,
+    ) -> None:
         self.name = source.name
         self.annotations_path, self.images_folder = source.annotations, source.images
         self._folders: tuple[str, ...] = (os.path.join(source.images, ""),)
-        self.class_names = content.class_names
-        self.category_ids: list[int | None] = list(content.category_ids)
-        self.images, self.objects, self.num_crowds = content.images, content.objects, content.num_crowds
-        self.spelt_images: dict[Any, Any] = content.file.image_ids
-        self.spelt_categories: dict[Any, Any] = content.file.category_ids
+        file = read_canonical(source.annotations)
+        self.spelt_images: dict[Any, Any] = file.image_ids
+        self.spelt_categories: dict[Any, Any] = file.category_ids
+        if not quiet:
+            log_notes(file)
+            crowds = Crowds() if evaluation else count_crowds(file.content)
+            if crowds.crowds:
+                level = logging.WARNING if crowds.dubious else logging.INFO
+                logger.log(level, "%s: %s", file.path, crowds)
+        rules = Rules(source.annotations, source.images, evaluation, source.allow_outside)
+        try:
+            self._read(file.content, rules, has_masks(file.content) if masks is None else masks)
+        except DataError as error:
+            hint = "" if "gn-detect doctor" in str(error) else " (gn-detect doctor lists all that is wrong)"
+            raise DataError(f"{error}{hint}", error.kind) from error
+
+    def _read(self, content: Mapping[str, Any], rules: Rules, masks: bool) -> None:
+        rules.whole(content)
+        names = dict(sorted(rules.categories(content["categories"]).items()))
+        self.class_names, self.category_ids = list(names.values()), list[int | None](names)
+        images = rules.images(content["images"], partial(_stop_with_name, rules.folder))
+        labels = {category_id: label for label, category_id in enumerate(names)}
+        self.num_crowds, dropped = 0, Counter[str]()
+        objects: dict[int, list[ObjectRow]] = {image_id: [] for image_id in sorted(images)}
+        for found in rules.annotations(content["annotations"], images, labels):
+            mask = None
+            # The evaluation reads every mask, also those of crowds and of empty boxes: what it would refuse
+            # after all of the training is refused here.
+            if masks and found.image and (rules.evaluation or not (found.crowd or found.box is None)):
+                mask = rules.segmentation(found.entry.get("segmentation"), found.image, found.what)
+            if found.crowd:
+                self.num_crowds += 1
+            elif found.box is None or found.category_id is None:
+                dropped["whose box has no width or no height"] += 1
+            elif masks and not mask:
+                dropped["without a polygon of at least 3 points"] += 1
+            else:
+                parts = (mask.polygons, mask.rle) if mask else ()
+                row = ObjectRow(found.id, labels[found.category_id], found.box, *parts)
+                objects[found.image_id].append(row)
+        for reason, count in dropped.items():
+            logger.warning("%s: dropped %d annotation(s) %s", rules.path, count, reason)
+        self.images = ImageTable(image for image_id in objects if (image := images[image_id]) is not None)
+        self.objects = build_table(list(objects.values()), masks)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,8 +127,8 @@ class CocoDataset:
     def fingerprint(self) -> str:
         """Return counts and a digest of all that training takes from the JSON, wherever the files are.
 
-        That are names (relative to the images folder) and sizes of images, boxes, labels and masks, in order.
-        Ids are left out.
+        It covers, in order, names (relative to the images folder) and sizes of images, boxes, labels and
+        masks, but no ids.
         """
         digest = hashlib.sha256()
         for record in self.images:
@@ -95,11 +145,11 @@ class CocoDataset:
         return f"{len(self)} images, {len(table.labels)} objects, {digest.hexdigest()[:16]}"
 
     def labels(self, index: int) -> np.ndarray:
-        """(N,) int64 contiguous labels of the objects in an image."""
+        """Return (N,) int64, the contiguous labels of the objects in an image."""
         return self.objects.labels[self.objects.rows(index)]
 
     def read(self, index: int) -> LabelledImage:
-        """An image as RGB with its objects, in the pixels of the file.
+        """Return an image as RGB with its objects, in the pixels of the file.
 
         Raises:
             UserError: the file is missing, damaged or of another size than in the JSON.
@@ -109,7 +159,7 @@ class CocoDataset:
         return self.label(index, pixels)
 
     def label(self, index: int, pixels: np.ndarray) -> LabelledImage:
-        """Pixels (H, W, 3) of an image with its objects; RLE are decoded by the first transform that must."""
+        """Return pixels (H, W, 3) with the objects of an image, RLE not yet decoded."""
         record, rows, table = self.images[index], self.objects.rows(index), self.objects.masks
         masks: list[Mask] | None = None
         if table is not None:
@@ -117,12 +167,12 @@ class CocoDataset:
         return LabelledImage(pixels, self.objects.boxes[rows], self.objects.labels[rows], masks)
 
     def target(self, index: int) -> Target:
-        """Ground truth of an image in the pixels of the file, crowds left out; the image is not read."""
+        """Return the ground truth of an image in its pixels, crowds left out; the image is not read."""
         record = self.images[index]
         return to_target(self.label(index, np.empty((record.height, record.width, 0), dtype=np.uint8)))
 
     def check_files(self) -> None:
-        """Look for every image in its folder, by listing folders: no file is opened.
+        """Look for every image in its folder by listing folders; no file is opened.
 
         Raises:
             UserError: one is missing; it is named.
@@ -130,24 +180,27 @@ class CocoDataset:
         prefix = str(self.images_folder / "_")[:-1]
         missing = missing_names(self.images_folder, (r.file_name.removeprefix(prefix) for r in self.images))
         if missing:
-            raise DataError(f"dataset {self.name}: {_missing(self.images_folder, missing)}", "missing-image")
+            renamed = [name for name, other in missing.items() if other]
+            first, others = (renamed or [*missing])[0], len(renamed or missing) - 1
+            what = f"image {self.images_folder / first}" + (f" and {others} more" if others else "")
+            remedy = "; restore it, correct the images folder or remove it from the JSON"
+            if renamed:
+                there = f", but {missing[first]} is there; correct 'file_name'"
+                remedy = f"{there} (gn-detect doctor --fix OUT.json does that)"
+            raise DataError(f"dataset {self.name}: {what} is missing{remedy}", "missing-image")
 
 
-def _missing(folder: Path, missing: Mapping[str, str | None]) -> str:
-    """Return one message for all missing images: those that are there under another name first."""
-    renamed = [name for name, other in missing.items() if other]
-    first, others = (renamed or [*missing])[0], len(renamed or missing) - 1
-    what = f"image {folder / first}" + (f" and {others} more" if others else "")
-    if not renamed:
-        return f"{what} is missing; restore it, correct the images folder or remove it from the JSON"
-    return (
-        f"{what} is missing, but {missing[first]} is there; correct 'file_name' "
-        "(gn-detect doctor --fix OUT.json does that)"
-    )
+def _stop_with_name(folder: Path, error: DataError, about: Mapping[str, Any]) -> None:
+    """Raise an error; name the file in the images folder that a name outside of it obviously means."""
+    name = str(about.get("file_name"))
+    if error.kind == "image-outside" and (near := missing_names(folder, [name], outside=False)[name]):
+        message = f"{error}; {near} is there: gn-detect doctor --fix OUT.json renames it"
+        raise DataError(message, error.kind) from error
+    stop(error, about)
 
 
 def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
-    """One dataset with the images of all, in their order.
+    """Join datasets, their images in order.
 
     Raises:
         UserError: their classes differ.
@@ -157,20 +210,17 @@ def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
         return first
     for other in datasets[1:]:
         check_same_classes(first, other)
-    joined = CocoDataset.__new__(CocoDataset)
+    joined = copy(first)
     joined.name = "+".join(d.name for d in datasets)
-    joined.annotations_path, joined.images_folder = first.annotations_path, first.images_folder
     joined._folders = tuple(folder for dataset in datasets for folder in dataset._folders)
-    joined.class_names, joined.category_ids = first.class_names, first.category_ids
-    joined.images = join_images([d.images for d in datasets])
+    joined.images = ImageTable(chain.from_iterable(d.images for d in datasets))
     joined.objects = join_tables([d.objects for d in datasets])
-    joined.spelt_images, joined.spelt_categories = first.spelt_images, first.spelt_categories
     joined.num_crowds = sum(d.num_crowds for d in datasets)
     return joined
 
 
 def check_same_classes(first: CocoDataset, second: CocoDataset) -> None:
-    """Refuse two datasets whose labels do not mean the same.
+    """Refuse two datasets whose labels have different meanings.
 
     Raises:
         UserError: number, names or order of the categories differ.
@@ -190,8 +240,8 @@ def match_classes(dataset: CocoDataset, names: Sequence[str], owner: str, remedy
     Args:
         dataset: is changed; its file may list fewer classes, in another order.
         names: of the model's classes, by label.
-        owner: whose they are, for the message, such as ``"model_best.pth"``.
-        remedy: what to do.
+        owner: of the names, for the message, such as ``"model_best.pth"``.
+        remedy: for the message.
 
     Raises:
         UserError: the dataset has a class that the model does not know.

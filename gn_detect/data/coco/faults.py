@@ -1,33 +1,29 @@
-"""Everything that can be wrong with a dataset: how bad it is, what it means and what to do about it.
-
-Reading a dataset stops at the first error with a :class:`DataError`; the doctor (:mod:`.doctor`) collects
-them all.
-"""
+"""All kinds of faults of a dataset: severity, meaning and remedy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...errors import UserError
+from ...text import printable
 
-ERROR, WARNING, NOTE = "error", "warning", "note"
-"""Training or evaluation stops or its numbers mean nothing; it goes on with less or other data than meant;
-it is as it should be in many datasets, and good to know."""
-
-SEVERITIES = (ERROR, WARNING, NOTE)
+# ERROR: training or evaluation stops, or its numbers mean nothing. WARNING: it goes on with less or other
+# data than meant. NOTE: usual in many datasets, and good to know.
+SEVERITIES = ERROR, WARNING, NOTE = "error", "warning", "note"
 
 
 class DataError(UserError):
-    """Something wrong in a dataset.
+    """An error in a dataset.
 
-    Args:
-        message: one line for the user.
+    Attributes:
         kind: key of :data:`FAULTS`.
+        detail: the message without the annotation file, which ``path`` puts before it.
     """
 
-    def __init__(self, message: str, kind: str = "malformed") -> None:
-        super().__init__(message)
-        self.kind = kind
+    def __init__(self, message: str, kind: str = "malformed", path: Path | None = None) -> None:
+        super().__init__(message if path is None else f"{path}: {message}")
+        self.kind, self.detail = kind, printable(message)
 
 
 @dataclass(frozen=True)
@@ -35,11 +31,10 @@ class Fault:
     """A kind of fault.
 
     Attributes:
-        severity: one of :data:`SEVERITIES`.
-        title: what it is, in the plural.
-        remedy: what a person does about it.
-        repair: what ``--fix`` does about it without a loss; empty if it does nothing of the kind.
-        removal: what ``--fix`` removes; with a ``repair`` only where that is not possible. Empty if nothing.
+        title: names it, in the plural.
+        remedy: for a person.
+        repair: done by ``--fix`` without a loss; may be empty.
+        removal: removed by ``--fix``, with a ``repair`` only where that is not possible; may be empty.
     """
 
     severity: str
@@ -50,7 +45,7 @@ class Fault:
 
     @property
     def fix(self) -> str:
-        """Say what ``--fix`` does about it; empty if only a person can decide."""
+        """Describe the work of ``--fix``; empty if only a person can decide."""
         if self.repair and self.removal:
             return f"{self.repair}; where it cannot, it removes {self.removal}"
         return self.repair or (f"removes {self.removal}" if self.removal else "")
@@ -252,8 +247,7 @@ class Finding:
     Attributes:
         kind: key of :data:`FAULTS`.
         part: name of the dataset.
-        detail: what is wrong with what, in one line.
-        image_id, annotation_id, category_id, file_name: what it is about, as far as that can be told.
+        detail: the entry and its fault in one line.
     """
 
     kind: str
@@ -266,5 +260,5 @@ class Finding:
 
     @property
     def severity(self) -> str:
-        """How bad it is."""
+        """Return one of :data:`SEVERITIES`."""
         return FAULTS[self.kind].severity

@@ -10,11 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import unquote, unquote_plus
 
-_MOST_DECODED = 3
-"""Times that ``%`` is decoded: ``%2520`` comes from a name that was encoded twice."""
-
-_DEEPEST = 20
-"""Components of a path that are looked for."""
+_MOST_DECODED = 3  # times that % is decoded: %2520 comes from a name that was encoded twice
+_DEEPEST = 20  # components of a path that are looked for
 
 
 def missing_names(folder: Path, names: Iterable[str], outside: bool = True) -> dict[str, str | None]:
@@ -69,10 +66,9 @@ class _Folders:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.listed: dict[str, frozenset[str]] = {}
-        self.folded: dict[str, dict[str, list[str]]] = {}
+        self.folded: dict[str, defaultdict[str, list[str]]] = {}
 
     def names(self, folder: str) -> frozenset[str]:
-        """Return the names of files and folders in a folder; none where it cannot be listed."""
         if folder not in self.listed:
             try:
                 self.listed[folder] = frozenset(os.listdir(self.root / folder))
@@ -81,7 +77,6 @@ class _Folders:
         return self.listed[folder]
 
     def holds(self, name: str) -> bool:
-        """Return whether there is an entry of exactly this name."""
         folder, last = os.path.split(name)
         return last in self.names(folder)
 
@@ -109,10 +104,9 @@ class _Folders:
     def _alike(self, folder: str, name: str) -> list[str]:
         """Return the entries whose names differ in case or Unicode form alone."""
         if folder not in self.folded:
-            folded: defaultdict[str, list[str]] = defaultdict(list)
+            self.folded[folder] = defaultdict(list)
             for entry in self.names(folder):
-                folded[_fold(entry)].append(entry)
-            self.folded[folder] = folded
+                self.folded[folder][_fold(entry)].append(entry)
         return self.folded[folder].get(_fold(name), [])
 
 

@@ -1,4 +1,4 @@
-"""Compressed RLE: a mask that waits to be decoded, and the runs, which pycocotools does not check."""
+"""Read compressed RLE and check its runs, which pycocotools does not check."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pycocotools.mask as coco_mask
 
+# Six bits from code 48 on: five of a number, and whether more of it follow.
 RLE_CHARACTERS = re.compile("[0-o]+")
-"""Six bits from code 48 on: five of a number, and whether more of it follow."""
 
-_LONGEST = 7
-"""Characters of a run: 35 bits, more than an image has pixels."""
+_LONGEST = 7  # characters of a run: 35 bits, more than an image has pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +19,8 @@ class RleMask:
     """The bitmap of one object before it is decoded: some hundred bytes in place of a byte for each pixel.
 
     Attributes:
-        counts: COCO's compressed ``counts``, whose pixels have been counted.
-        height, width: of the image, pixels.
+        counts: COCO's compressed ``counts``, checked by :func:`count_pixels`.
+        height, width: of the image in pixels.
     """
 
     counts: bytes
@@ -29,17 +28,17 @@ class RleMask:
     width: int
 
     def decode(self) -> np.ndarray:
-        """Bool (height, width), contiguous and writable."""
+        """Return bool (height, width), contiguous and writable."""
         mask = coco_mask.decode({"size": [self.height, self.width], "counts": self.counts})
         return np.ascontiguousarray(mask).view(bool)
 
 
 def count_pixels(counts: str) -> int:
-    """The sum of the runs, in a whole RLE the image's height times width. What is missing pycocotools decodes
-    from memory that nobody wrote.
+    """Return the sum of the runs: in a whole RLE, the image's height times width.
 
-    The format is that of its ``rleFrString`` (common/maskApi.c): of each number the lowest five bits first,
-    the sign in the last; from the fourth run on, the difference to the last but one.
+    pycocotools decodes missing runs from memory that nobody wrote. The format is that of its ``rleFrString``
+    (common/maskApi.c): the lowest five bits of each number come first, the sign is in the last; from the
+    fourth run on, a number is the difference to the last but one.
 
     Args:
         counts: COCO's compressed ``counts``.
@@ -51,7 +50,7 @@ def count_pixels(counts: str) -> int:
 
 
 def read_runs(counts: str | list[int]) -> np.ndarray:
-    """(R,) int64, the runs of an RLE down the columns, those of background and object in turn.
+    """Return (R,) int64, the runs of an RLE down the columns, of background and object in turn.
 
     Raises:
         ValueError, OverflowError: as :func:`count_pixels`.

@@ -1,83 +1,133 @@
-"""What one entry of a COCO file must look like. Each rule raises a DataError, or returns what it read.
+"""Check the entries of COCO files. Training, evaluation, the doctor and its repair all use these rules.
 
-:mod:`.coco_json` stops at the first error, :mod:`.doctor` goes on: both ask these rules.
+A rule returns the value that it read, or raises a :class:`.DataError` that names the entry.
+``Rules.categories``, ``Rules.images`` and ``Rules.annotations`` go through a whole list and hand each error
+to ``report``: by default the first error is raised; the doctor collects all of them.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeVar
 
 import numpy as np
 import pycocotools.mask as coco_mask
 
-from .faults import DataError
+from ..transforms import polygon_bounds
+from .faults import ERROR, FAULTS, DataError
 from .file_names import leads_out
-from .image_table import ImageRecord
+from .fractions import has_fraction_box, has_fraction_mask, is_larger_than_fractions
+from .numbers import extent_of, is_area, is_integer
 from .rle import count_pixels
+from .tables import ImageRecord
+
+T = TypeVar("T")
 
 _KIND = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
-FARTHEST = 1e6
-"""Pixels by which a number may be away from the image's corner."""
-
+# A predictor of as many classes has 128 million weights. V3Det has 13,204 categories, ImageNet-21k 21,841.
 MOST_CATEGORIES = 25_000
-"""Of a file: a predictor of as many classes has 128 million weights. V3Det has 13,204 categories,
-ImageNet-21k 21,841."""
 
-_OUTLINE_PER_SIDE, _OUTLINE_PER_POINT, _LONGEST_OUTLINE = 256, 8, 4e6
-"""How long the outline of an object may be, in pixels: so many times height + width of its image, but no more
-than the last, and so many more for each of its points.
-
-Drawing takes 100 bytes for each pixel of a polygon's outline, so that a few kilobytes of long edges would
-take gigabytes. A traced outline has an edge for each one to three pixels. A net with meshes of 30 pixels that
-fills an image of 4000 x 3000 pixels, the longest outline of few points that somebody might draw, has 1.6
-million pixels of the 1.8 that are allowed without counting its points; objects in COCO have less than
-10,000."""
-
-_LONG_OUTLINE, _LONG_IN_ALL = 20_000, 4e7
-"""Pixels. An object's outline that is longer than the first counts with what it has more than twice
-height + width of its image, as no convex object has, and a few for each of its points. All objects of a file
-may have so many in all, which takes seconds to draw."""
-
-_SIDES_AWAY = 10
-"""How far from the image's corner a polygon may reach, in times the longer side, and 1000 pixels more."""
-
-_NUMBERS = frozenset((int, float))
-
-_FRACTION = 1.01
-"""The largest number that can be a fraction: those of boxes at the border may be rounded up."""
-
-_FEW = 0.05
-"""Share of the boxes of a file that may look like fractions and be pixels of the image's corner."""
-
+# Pillow refuses to read larger images.
 MOST_PIXELS = 2 * 89_478_485
-"""Of an image: Pillow refuses to read larger ones."""
+
+# The outline of an object may have 256 pixels for each pixel of height + width of its image, at most 4
+# million, and 8 more for each of its points. Drawing takes 100 bytes for each pixel of an outline, so that a
+# few kilobytes of long edges would take gigabytes. A traced outline has an edge for each one to three pixels.
+# A net with meshes of 30 pixels that fills an image of 4000 x 3000 pixels has 1.6 million pixels of the 1.8
+# million that are allowed without counting its points. Objects in COCO have less than 10,000.
+_OUTLINE_PER_SIDE, _OUTLINE_PER_POINT, _LONGEST_OUTLINE = 256, 8, 4e6
+
+# An outline of more than 20,000 pixels counts with its excess over twice height + width of its image (no
+# convex object is longer) and over 8 pixels for each of its points. All objects of a file may have 40 million
+# pixels of excess, which takes seconds to draw.
+_LONG_OUTLINE, _LONG_IN_ALL = 20_000, 4e7
+
+# A polygon may reach this many times the longer side of its image, and 1000 pixels more, from the corner.
+_SIDES_AWAY = 10
+
+# The largest share of boxes that may look like fractions in a file of pixels.
+_FEW = 0.05
 
 
-def is_integer(value: Any) -> TypeGuard[int]:
-    """A JSON integer that fits into 64 bits; a bool is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+@dataclass(frozen=True)
+class Segmentation:
+    """The mask of one object in an image of ``height`` x ``width`` pixels.
+
+    It has valid polygons, or the ``counts`` of a compressed RLE. It has neither, and is false, where all
+    polygons are too short.
+    """
+
+    polygons: list[list[float]]
+    rle: bytes
+    height: int
+    width: int
+
+    def __bool__(self) -> bool:
+        return bool(self.polygons or self.rle)
+
+    @cached_property
+    def encoded(self) -> dict[str, Any]:
+        """Return the compressed RLE with text ``counts``."""
+        size, counts = [self.height, self.width], self.rle
+        if not counts:
+            counts = coco_mask.merge(coco_mask.frPyObjects(self.polygons, *size))["counts"]
+        return {"size": size, "counts": counts.decode("ascii")}
+
+    @cached_property
+    def area(self) -> float:
+        """Return the number of pixels."""
+        return float(coco_mask.area(self.encoded))
+
+    @cached_property
+    def box(self) -> list[float]:
+        """Return ``xyxy`` around the part inside the image."""
+        if self.rle:
+            x, y, width, height = coco_mask.toBbox(self.encoded).tolist()
+            return [x, y, x + width, y + height]
+        polygons = [np.array(polygon, dtype=np.float64) for polygon in self.polygons]
+        box: list[float] = polygon_bounds(polygons, self.height, self.width).tolist()
+        return box
 
 
-def is_coordinate(value: Any) -> bool:
-    """A JSON number of pixels: finite, and near enough to be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -FARTHEST <= value <= FARTHEST
+@dataclass(slots=True)
+class Annotation:
+    """An annotation with what the rules read of it.
+
+    Attributes:
+        what: names the annotation in messages.
+        about: its ids, for :class:`.Finding`.
+        image: None where its size is unknown.
+        category_id: None where it was refused.
+        area: in square pixels; None where there is none.
+        box: ``xyxy`` in pixels; None where it is empty or was refused.
+    """
+
+    entry: dict[str, Any]
+    what: str
+    about: dict[str, Any]
+    id: int
+    image_id: int
+    image: ImageRecord | None
+    category_id: int | None
+    crowd: bool
+    area: float | None
+    box: list[float] | None
 
 
-def extent_of(numbers: Sequence[Any]) -> tuple[float, float] | None:
-    """Return the least and the greatest coordinate; None where a value is none (:func:`is_coordinate`)."""
-    if not _NUMBERS.issuperset(map(type, numbers)):
-        return None
-    low, high = min(numbers), max(numbers)
-    # A nan is the least if it comes first, and in the sum otherwise.
-    near = -FARTHEST <= low and high <= FARTHEST and math.isfinite(sum(numbers))
-    return (low, high) if near else None
+# Takes an error and the ids of its entry, named like the fields of a Finding.
+Report = Callable[[DataError, Mapping[str, Any]], None]
+
+
+def stop(error: DataError, about: Mapping[str, Any]) -> None:
+    """Raise errors; pass over warnings."""
+    if FAULTS[error.kind].severity == ERROR:
+        raise error
 
 
 def image_file(folder: Path, name: str, allow_outside: bool) -> Path:
@@ -103,27 +153,33 @@ def image_file(folder: Path, name: str, allow_outside: bool) -> Path:
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value in words, cut to some length."""
+    """Return the type of a JSON value in words, or the value itself, cut to some length."""
     return _KIND.get(type(value), shown(value))
 
 
 def shown(value: Any) -> str:
-    """A JSON value as text of bounded length."""
+    """Return a JSON value as text of bounded length."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def id_of(entry: Any, key: str = "id") -> int | None:
+    """Return an entry's id; None where it has no proper one."""
+    found = entry.get(key) if isinstance(entry, dict) else None
+    return found if is_integer(found) else None
 
 
 @dataclass(frozen=True)
 class Rules:
     """Rules for the entries of one file.
 
+    The rules count long outlines: each reading of the file needs rules of its own.
+
     Attributes:
         path: the file, for messages.
         folder: to which its file names are relative.
-        evaluation: annotations must have what COCO's evaluation needs besides: ``area`` and ``iscrowd``.
+        evaluation: check ``area``, too, which only COCO's evaluation reads.
         allow_outside: file names may lead out of ``folder``.
-
-    It counts the long outlines that it was asked about: each reading of the file needs rules of its own.
     """
 
     path: Path
@@ -132,26 +188,7 @@ class Rules:
     allow_outside: bool = False
     _long: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
 
-    def error(self, message: str, kind: str) -> DataError:
-        """An error that names the file."""
-        return DataError(f"{self.path}: {message}", kind)
-
-    def field(self, entry: Any, key: str, expected: type, what: str) -> Any:
-        """``entry[key]``, of the expected type; ``what`` names the entry in a message."""
-        if not isinstance(entry, dict):
-            raise self.error(
-                f"{what} is {kind_of(entry)}, not an object; give a COCO annotation file", "malformed"
-            )
-        if key not in entry:
-            raise self.error(f"{what} has no {key!r}; add it", "malformed")
-        value = entry[key]
-        if not isinstance(value, expected) or isinstance(value, bool):
-            raise self.error(f"{what} has {key!r} {shown(value)}; it must be {_KIND[expected]}", "malformed")
-        if expected is int and not is_integer(value):
-            raise self.error(
-                f"{what} has a {key!r} of more than 64 bits; give it a smaller number", "malformed"
-            )
-        return value
+    # Whole lists
 
     def whole(self, content: Mapping[str, Any]) -> None:
         """Check the entries together: the number of categories, and the unit of length.
@@ -166,18 +203,16 @@ class Rules:
                 "detector can have; leave out those without an object",
                 "malformed",
             )
-        if not any(map(_is_larger, content["images"])):
-            return
-        entries = [entry for entry in content["annotations"] if isinstance(entry, dict)]
-        self._unit("boxes", entries, map(has_fraction_box, entries))
-        self._unit("segmentations", entries, map(has_fraction_mask, entries))
+        if any(map(is_larger_than_fractions, content["images"])):
+            entries = [entry for entry in content["annotations"] if isinstance(entry, dict)]
+            self._unit("boxes", entries, map(has_fraction_box, entries))
+            self._unit("segmentations", entries, map(has_fraction_mask, entries))
 
-    def _unit(self, noun: str, entries: list[dict[str, Any]], fractions: Iterable[bool | None]) -> None:
-        """Refuse fractions; ``fractions`` has True or False for each entry, None where it cannot be told."""
+    def _unit(self, noun: str, entries: list[dict[str, Any]], answers: Iterable[bool | None]) -> None:
         number, wrong = 0, []
-        for entry, answer in zip(entries, fractions, strict=True):
-            number += answer is not None
-            if answer:
+        for entry, is_fraction in zip(entries, answers, strict=True):
+            number += is_fraction is not None
+            if is_fraction:
                 wrong.append(entry)
         if len(wrong) > _FEW * number:
             folder = self.folder if self.folder.name else "FOLDER"
@@ -188,20 +223,135 @@ class Rules:
                 "fractions",
             )
 
+    def categories(self, entries: list[Any], report: Report = stop) -> dict[int, str]:
+        """Return the names by id, in the file's order."""
+        names: dict[int, str] = {}
+        for position, entry in enumerate(entries):
+            try:
+                category_id, name = self.category(entry, position)
+                if category_id in names:
+                    raise self.repeated(
+                        "category", category_id, f" ({shown(names[category_id])}, {shown(name)})"
+                    )
+                names[category_id] = name
+            except DataError as error:
+                report(error, {"category_id": id_of(entry)})
+        if not entries:
+            report(self.error("it lists no categories; add the classes of its annotations", "nothing"), {})
+        return names
+
+    def images(
+        self, entries: list[Any], report: Report = stop, *, files: bool = True
+    ) -> dict[int, ImageRecord | None]:
+        """Return the images by id, in the file's order; None for an image that was refused.
+
+        Args:
+            entries: of the file.
+            report: takes each error.
+            files: images need a file name and a size. Without, an image of unknown size is None.
+        """
+        images: dict[int, ImageRecord | None] = {}
+        for position, entry in enumerate(entries):
+            try:
+                image_id = self.image_id(entry, position)
+                if image_id in images:
+                    raise self.repeated("image", image_id, f" (entry {position} counted from 0 repeats it)")
+                images[image_id] = None
+                if files:
+                    images[image_id] = self.image(entry, position)
+                elif None not in (entry.get("height"), entry.get("width")):
+                    images[image_id] = ImageRecord(image_id, "", *self.size(entry, f"image {image_id}"))
+            except DataError as error:
+                name = entry.get("file_name") if isinstance(entry, dict) else None
+                report(
+                    error, {"image_id": id_of(entry), "file_name": name if isinstance(name, str) else None}
+                )
+        if files and not entries:
+            report(self.error("it lists no images; give a file with images", "nothing"), {})
+        return images
+
+    def annotations(
+        self,
+        entries: list[Any],
+        images: Mapping[int, ImageRecord | None],
+        categories: Container[int],
+        report: Report = stop,
+    ) -> Iterator[Annotation]:
+        """Yield each annotation of a listed image; its mask is not read."""
+        seen: set[int] = set()
+
+        def attempt(rule: Callable[..., T], *arguments: Any) -> T | None:
+            try:
+                return rule(*arguments)
+            except DataError as error:
+                report(error, about)
+                return None
+
+        for position, entry in enumerate(entries):
+            about = {"annotation_id": id_of(entry), "category_id": id_of(entry, "category_id")}
+            ids = attempt(self.ids, entry, position)
+            if ids is None:
+                continue
+            annotation_id, image_id = ids
+            about["image_id"] = image_id
+            what = f"annotation {annotation_id} of image {image_id}"
+            if annotation_id in seen and not self.ids_may_repeat:
+                report(self.repeated("annotation", annotation_id), about)
+            seen.add(annotation_id)
+            if image_id not in images:
+                report(self._unlisted_image(annotation_id, image_id), about)
+                continue
+            image = images[image_id]
+            category_id = attempt(self.category_id, entry, categories, what)
+            crowd = attempt(self.crowd, entry, what) or False
+            area = attempt(self.area, entry, what) if self.evaluation else None
+            box = attempt(self.box, entry, image, what)
+            yield Annotation(entry, what, about, *ids, image, category_id, crowd, area, box)
+
+    # Single entries
+
+    def error(self, message: str, kind: str) -> DataError:
+        """Return an error that names the file."""
+        return DataError(message, kind, self.path)
+
+    def field(self, entry: Any, key: str, expected: type, what: str) -> Any:
+        """Return ``entry[key]``, which must be of a type; ``what`` names the entry in a message."""
+        if not isinstance(entry, dict):
+            fault = f"is {kind_of(entry)}, not an object; give a COCO annotation file"
+        elif key not in entry:
+            fault = f"has no {key!r}; add it"
+        elif not isinstance(value := entry[key], expected) or isinstance(value, bool):
+            fault = f"has {key!r} {shown(value)}; it must be {_KIND[expected]}"
+        elif expected is int and not is_integer(value):
+            fault = f"has a {key!r} of more than 64 bits; give it a smaller number"
+        else:
+            return value
+        raise self.error(f"{what} {fault}", "malformed")
+
+    def repeated(self, noun: str, entry_id: int, details: str = "") -> DataError:
+        """Return the error for an id that occurs twice."""
+        fault = f"id {entry_id} occurs twice{details}; give each {noun} its own id"
+        return self.error(f"{noun} {fault}", f"duplicate-{noun}-id")
+
     def category(self, entry: Any, position: int) -> tuple[int, str]:
-        """Id and name."""
+        """Return id and name of a category."""
         category_id = self.field(entry, "id", int, f"category {position} (counted from 0)")
         return category_id, self.field(entry, "name", str, f"category {category_id}")
 
     def image(self, entry: Any, position: int) -> ImageRecord:
-        """The record, its path included."""
+        """Return the record of an image, its path included."""
         image_id = self.image_id(entry, position)
         what = f"image {image_id}"
         height, width = self.size(entry, what)
         return ImageRecord(image_id, str(self.image_path(entry, what)), height, width)
 
+    def image_id(self, entry: Any, position: int) -> int:
+        """Return the id of an image."""
+        image_id: int = self.field(entry, "id", int, f"image {position} (counted from 0)")
+        return image_id
+
     def image_path(self, entry: Any, what: str) -> Path:
-        """The file of an image. A name that leads out of the folder to nothing is a missing image's."""
+        """Return the file of an image, see :func:`image_file`."""
         name = self.field(entry, "file_name", str, what)
         if not name or "\0" in name:
             raise self.error(f"{what} has 'file_name' {name!r}; give the name of a file", "malformed")
@@ -210,60 +360,43 @@ class Rules:
         except DataError as error:
             raise self.error(f"{what} has 'file_name' {error}", error.kind) from None
 
-    def image_id(self, entry: Any, position: int) -> int:
-        """The id of an image."""
-        image_id: int = self.field(entry, "id", int, f"image {position} (counted from 0)")
-        return image_id
-
     def size(self, entry: Any, what: str) -> tuple[int, int]:
-        """Height and width of an image."""
+        """Return height and width of an image."""
         height, width = (self.field(entry, key, int, what) for key in ("height", "width"))
         if height <= 0 or width <= 0 or height * width > MOST_PIXELS:
-            raise self.error(
-                f"{what} is {width}x{height} pixels (width x height); correct its size", "image-size"
-            )
+            fault = f"is {width}x{height} pixels (width x height); correct its size"
+            raise self.error(f"{what} {fault}", "image-size")
         return height, width
 
-    def repeated(self, noun: str, entry_id: int) -> DataError:
-        """An error for an id that occurs twice."""
-        return self.error(
-            f"{noun} id {entry_id} occurs twice; give each {noun} its own id", f"duplicate-{noun}-id"
-        )
+    @property
+    def ids_may_repeat(self) -> bool:
+        """Return whether it is one of COCO's own 2014 minival files, which repeat some annotation ids."""
+        return "minival" in self.path.name
 
     def ids(self, annotation: Any, position: int) -> tuple[int, int]:
-        """Ids of an annotation and its image."""
+        """Return the ids of an annotation and its image."""
         annotation_id = self.field(annotation, "id", int, f"annotation {position} (counted from 0)")
         image_id = annotation.get("image_id")
         if isinstance(image_id, str):  # those of listed images have become integers
-            raise self.unlisted_image(annotation_id, shown(image_id))
+            raise self._unlisted_image(annotation_id, shown(image_id))
         return annotation_id, self.field(annotation, "image_id", int, f"annotation {annotation_id}")
 
-    def unlisted_image(self, annotation_id: int, image_id: Any) -> DataError:
-        """An error for an annotation of no image."""
-        return self.error(
-            f"annotation {annotation_id} belongs to image {image_id}, which is not listed; "
-            "add the image or remove the annotation",
-            "dangling-image",
-        )
+    def _unlisted_image(self, annotation_id: int, image_id: Any) -> DataError:
+        fault = f"belongs to image {image_id}, which is not listed; add the image or remove the annotation"
+        return self.error(f"annotation {annotation_id} {fault}", "dangling-image")
 
-    def category_id(self, annotation: dict[str, Any], known: Any, what: str) -> int:
-        """The category of an annotation, one of ``known``."""
-        if isinstance(annotation.get("category_id"), str):  # those of listed categories have become integers
-            raise self._unlisted_category(annotation["category_id"], what)
-        category_id: int = self.field(annotation, "category_id", int, what)
-        if category_id not in known:
-            raise self._unlisted_category(category_id, what)
-        return category_id
-
-    def _unlisted_category(self, category_id: Any, what: str) -> DataError:
-        return self.error(
-            f"{what} has category id {shown(category_id)}, which 'categories' does not list; "
-            "add the category or correct the id",
-            "dangling-category",
-        )
+    def category_id(self, annotation: dict[str, Any], known: Container[int], what: str) -> int:
+        """Return the category of an annotation, one of ``known``."""
+        category_id = annotation.get("category_id")
+        if not isinstance(category_id, str):  # those of listed categories have become integers
+            category_id = self.field(annotation, "category_id", int, what)
+            if category_id in known:
+                return int(category_id)
+        fault = f"category id {shown(category_id)}, which 'categories' does not list"
+        raise self.error(f"{what} has {fault}; add the category or correct the id", "dangling-category")
 
     def crowd(self, annotation: dict[str, Any], what: str) -> bool:
-        """``iscrowd``; ``ignore`` must not say more."""
+        """Return ``iscrowd``; ``ignore`` must not say more."""
         crowd = self._flag(annotation, "iscrowd", what)
         if self._flag(annotation, "ignore", what) and not crowd:
             raise self.error(f"{what} has 'ignore' 1, which COCO does not know; use 'iscrowd' 1", "bad-flag")
@@ -276,27 +409,24 @@ class Rules:
         return bool(value)
 
     def area(self, annotation: dict[str, Any], what: str) -> float | None:
-        """``area`` in square pixels; None where there is none, which is then the mask's or else the box's."""
+        """Return ``area`` in square pixels; None stands for the mask's, or else the box's."""
         area = annotation.get("area")
         if area is not None and not is_area(area):
             raise self.error(f"{what} has 'area' {shown(area)}; it must be a number of pixels", "bad-area")
         return area
 
-    def box(self, annotation: dict[str, Any], image: ImageRecord | None, what: str) -> list[float] | None:
-        """``xyxy``, or None for a box without width or height; without an ``image`` it may lie anywhere."""
+    def box(self, annotation: dict[str, Any], image: ImageRecord | None, what: str) -> list[float]:
+        """Return ``xyxy``; without an ``image`` the box may lie anywhere."""
         given = self.field(annotation, "bbox", list, what)
         if len(given) != 4 or extent_of(given) is None:
-            raise self.error(
-                f"{what} has 'bbox' {shown(given)}; it must be 4 finite numbers x, y, width, height",
-                "bad-box",
-            )
+            fault = f"'bbox' {shown(given)}; it must be 4 finite numbers x, y, width, height"
+            raise self.error(f"{what} has {fault}", "bad-box")
         x, y, width, height = given
         if width < 0 or height < 0:
-            raise self.error(
-                f"{what} has 'bbox' {given} of negative size; it must be x, y, width, height", "bad-box"
-            )
+            fault = f"'bbox' {given} of negative size; it must be x, y, width, height"
+            raise self.error(f"{what} has {fault}", "bad-box")
         if width == 0 or height == 0:
-            return None
+            raise self.error(f"{what} has a box without width or height", "box-empty")
         if image and (x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0):
             raise self.error(
                 f"{what} has its box {given} outside the image of {image.width}x{image.height} pixels; "
@@ -305,31 +435,28 @@ class Rules:
             )
         return [x, y, x + width, y + height]
 
-    def segmentation(self, given: Any, image: ImageRecord, what: str) -> tuple[list[list[float]], bytes]:
-        """Valid polygons, or the counts of a compressed RLE; one of the two, or neither, is empty."""
+    def segmentation(self, given: Any, image: ImageRecord, what: str) -> Segmentation:
+        """Return the mask of an object; polygons of less than 3 points are left out."""
         if not given:
             raise self.error(f"{what} has no segmentation; add one, or set MODEL.MASK_ON False", "no-mask")
         if isinstance(given, dict):
-            return [], self._rle(given, image, what)
+            return Segmentation([], self._rle(given, image, what), image.height, image.width)
         if not isinstance(given, list) or not all(isinstance(polygon, list) for polygon in given):
-            raise self.error(
-                f"{what} has a segmentation that is no list of polygons and no RLE; correct it", "bad-polygon"
-            )
+            fault = "a segmentation that is no list of polygons and no RLE; correct it"
+            raise self.error(f"{what} has {fault}", "bad-polygon")
         reach, farthest = 0.0, _SIDES_AWAY * max(image.height, image.width) + 1000
         for polygon in given:
             extent = extent_of(polygon) if polygon else (0, 0)
             if extent is None or extent[0] < -farthest or extent[1] > farthest:
-                raise self.error(
-                    f"{what} has a polygon that is not all finite numbers near the image; mend it",
-                    "bad-polygon",
-                )
+                fault = "a polygon that is not all finite numbers near the image; mend it"
+                raise self.error(f"{what} has {fault}", "bad-polygon")
             if extent[1] - extent[0] > _OUTLINE_PER_POINT:
                 reach += len(polygon) * (extent[1] - extent[0])
         polygons = [polygon for polygon in given if is_polygon(polygon)]
         longest = min(_OUTLINE_PER_SIDE * (image.height + image.width), _LONGEST_OUTLINE)
         if reach / 2 > min(longest, _LONG_OUTLINE):  # if each edge were as long as its polygon reaches
             self._check_outline(polygons, longest, image, what)
-        return polygons, b""
+        return Segmentation(polygons, b"", image.height, image.width)
 
     def _check_outline(
         self, polygons: list[list[float]], longest: float, image: ImageRecord, what: str
@@ -338,18 +465,15 @@ class Rules:
         usual = _OUTLINE_PER_POINT * sum(map(len, polygons)) / 2
         if length > max(_LONG_OUTLINE, usual + 2 * (image.height + image.width)):
             self._long["pixels"] += int(length - usual) - 2 * (image.height + image.width)
+        reason = ""
         if self._long["pixels"] > _LONG_IN_ALL:
-            raise self.error(
-                f"{what} has polygons with an outline of {length:.0f} pixels, and the objects before it have "
-                "others as long: too much to draw in all; draw them again, or encode them as RLE",
-                "bad-polygon",
-            )
-        if length > longest + usual:
-            raise self.error(
-                f"{what} has polygons with an outline of {length:.0f} pixels, which no object in an image of "
-                f"{image.width}x{image.height} pixels has; draw it again, or encode it as RLE",
-                "bad-polygon",
-            )
+            reason = "and the objects before it have others as long: too much to draw in all"
+        elif length > longest + usual:
+            reason = f"which no object in an image of {image.width}x{image.height} pixels has"
+        if reason:
+            remedy = "draw it again, or encode it as RLE"
+            message = f"{what} has polygons with an outline of {length:.0f} pixels, {reason}; {remedy}"
+            raise self.error(message, "bad-polygon")
 
     def _rle(self, given: dict[str, Any], image: ImageRecord, what: str) -> bytes:
         size, counts = given.get("size"), given.get("counts")
@@ -359,98 +483,33 @@ class Rules:
                 f"[{image.height}, {image.width}] (height, width); correct one of them",
                 "rle-size",
             )
-        pixels = image.height * image.width
         if isinstance(counts, str):
             try:
                 found = count_pixels(counts)
             except ValueError as error:
-                raise self.error(
-                    f"{what} has an RLE without valid 'counts' ({error}); encode the mask again", "bad-rle"
-                ) from error
-            if found != pixels:
-                raise self._other_pixels(what, found, pixels)
+                raise self._bad_rle(what, f"without valid 'counts' ({error})") from error
+        elif isinstance(counts, list) and counts and {int}.issuperset(map(type, counts)) and min(counts) >= 0:
+            found = sum(counts)
+        else:
+            raise self._bad_rle(what, "without valid 'counts'")
+        pixels = image.height * image.width
+        if found != pixels:
+            raise self._bad_rle(what, f"of {shown(found)} pixels, but the image has {pixels}")
+        if isinstance(counts, str):
             return counts.encode()
-        if isinstance(counts, list) and counts and {int}.issuperset(map(type, counts)) and min(counts) >= 0:
-            if sum(counts) != pixels:
-                raise self._other_pixels(what, sum(counts), pixels)
-            whole = {"size": size, "counts": counts}
-            return coco_mask.frPyObjects(whole, image.height, image.width)["counts"]
-        raise self.error(f"{what} has an RLE without valid 'counts'; encode the mask again", "bad-rle")
+        encoded: bytes = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"]
+        return encoded
 
-    def _other_pixels(self, what: str, found: int, pixels: int) -> DataError:
-        return self.error(
-            f"{what} has an RLE of {shown(found)} pixels, but the image has {pixels}; encode the mask again",
-            "bad-rle",
-        )
+    def _bad_rle(self, what: str, reason: str) -> DataError:
+        return self.error(f"{what} has an RLE {reason}; encode the mask again", "bad-rle")
 
 
 def is_polygon(numbers: list[float]) -> bool:
-    """At least 3 points, each an x and a y."""
+    """Return whether there are at least 3 points, each an x and a y."""
     return len(numbers) % 2 == 0 and len(numbers) >= 6
 
 
-def is_area(value: Any) -> bool:
-    """A JSON number of square pixels."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= FARTHEST**2
-
-
-def are_fractions(lists: Sequence[Sequence[float]], whole: bool = False) -> bool:
-    """Return whether boxes or polygons look like fractions of the image: all numbers are between 0 and 1.
-
-    Args:
-        lists: of numbers, none empty.
-        whole: all of them may be 0 or 1, as those of a whole image are.
-    """
-    return (
-        lists[0][0] <= _FRACTION
-        and all(max(numbers) <= _FRACTION and min(numbers) >= 0 for numbers in lists)
-        and (whole or any(number % 1 for numbers in lists for number in numbers))
-    )
-
-
-def is_box(value: Any) -> TypeGuard[list[float]]:
-    """Return whether a value is a list of four numbers."""
-    return type(value) is list and len(value) == 4 and _NUMBERS.issuperset(map(type, value))
-
-
-def is_polygons(value: Any) -> TypeGuard[list[list[float]]]:
-    """Return whether a value is a list of lists of numbers, none empty."""
-    return (
-        type(value) is list
-        and bool(value)
-        and all(type(part) is list and part and _NUMBERS.issuperset(map(type, part)) for part in value)
-    )
-
-
-def _is_larger(image: Any) -> bool:
-    """Return whether boxes as small as fractions would be a small part of an image."""
-    sides = (image.get("height"), image.get("width")) if isinstance(image, dict) else ()
-    return any(is_integer(side) and side > 4 for side in sides)
-
-
-def has_fraction_box(entry: Mapping[str, Any]) -> bool | None:
-    """Return whether the box of an annotation is fractions of the image.
-
-    None for no proper box, an empty one, and the one that may be all of an image or its first pixel.
-    """
-    box = entry.get("bbox")
-    if not is_box(box) or box[2] <= 0 or box[3] <= 0 or box == [0, 0, 1, 1]:
-        return None
-    return are_fractions([box])
-
-
-def has_fraction_mask(entry: Mapping[str, Any]) -> bool | None:
-    """Return whether the polygons of an annotation are fractions of the image.
-
-    None for what is no polygons, and for those that may be all of an image or its first pixel.
-    """
-    mask = entry.get("segmentation")
-    if not is_polygons(mask):
-        return None
-    return are_fractions(mask) or (None if are_fractions(mask, whole=True) else False)
-
-
 def _outline_length(polygon: list[float]) -> float:
-    """Pixels, along the longer of the two axes for each edge: as many points are drawn."""
+    """Return pixels, along the longer of the two axes for each edge: as many points are drawn."""
     points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
     return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())

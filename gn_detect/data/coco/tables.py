@@ -1,20 +1,72 @@
-"""All objects of a dataset in a few flat arrays: small, quick to slice, and shared by forked loader workers.
+"""The images and objects of a dataset in a few flat arrays: small, quick to slice, shared by forked workers.
 
-A million Python lists would take several times the memory, and each worker would copy their pages as soon as
-it touches a reference count.
+A million Python objects would take several times the memory, and each worker would copy their pages as soon
+as it touches a reference count.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import overload
 
 import numpy as np
 
 from ...errors import UserError
 from ...structures import PolygonMask
 from .rle import RleMask
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One image of the JSON: ``file_name`` is the path to read, ``height`` and ``width`` are in pixels."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+class ImageTable(Sequence[ImageRecord]):
+    """A read-only list that makes its records when they are asked for."""
+
+    def __init__(self, records: Iterable[ImageRecord]) -> None:
+        numbers: list[tuple[int, int, int]] = []
+        names, ends = bytearray(), [0]
+        for record in records:
+            numbers.append((record.id, record.height, record.width))
+            names += record.file_name.encode("utf-8", "surrogatepass")
+            ends.append(len(names))
+        self._numbers = np.array(numbers, dtype=np.int64).reshape(-1, 3)
+        self._names, self._ends = np.frombuffer(bytes(names), np.uint8), np.array(ends, dtype=np.int64)
+
+    def sizes(self) -> np.ndarray:
+        """Return (I, 2) int64, height and width in pixels."""
+        return self._numbers[:, 1:]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        image_id, height, width = self._numbers[index].tolist()
+        name = self._names[self._ends[index] : self._ends[index + 1]].tobytes()
+        return ImageRecord(image_id, name.decode("utf-8", "surrogatepass"), height, width)
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ImageTable) and list(self) == list(other)
 
 
 @dataclass(frozen=True)
@@ -26,7 +78,7 @@ class ObjectTable:
         boxes: (A, 4) float64 ``xyxy`` in pixels of the file.
         labels: (A,) int64, contiguous.
         annotation_ids: (A,) int64, ids in the JSON.
-        masks: their masks; None for a dataset that was read without.
+        masks: None for a dataset that was read without.
     """
 
     first: np.ndarray
@@ -36,11 +88,11 @@ class ObjectTable:
     masks: MaskTable | None
 
     def counts(self) -> np.ndarray:
-        """(I,) number of objects in each image."""
+        """Return (I,), the number of objects in each image."""
         return np.diff(self.first)
 
     def rows(self, image: int) -> slice:
-        """Rows of the objects of an image."""
+        """Return the rows of the objects of an image."""
         return slice(int(self.first[image]), int(self.first[image + 1]))
 
 
@@ -64,7 +116,7 @@ class MaskTable:
     rle: np.ndarray
 
     def mask(self, row: int, height: int, width: int) -> PolygonMask | RleMask:
-        """The mask of object ``row`` in an image of height x width pixels."""
+        """Return the mask of object ``row`` in an image of height x width pixels."""
         counts = self.rle[self.first_byte[row] : self.first_byte[row + 1]]
         if len(counts):
             return RleMask(counts.tobytes(), height, width)
@@ -72,86 +124,59 @@ class MaskTable:
         return [self.numbers[self.first_number[p] : self.first_number[p + 1]] for p in polygons]
 
 
-class TableBuilder:
-    """Collects objects image by image; :meth:`build` makes the table."""
+@dataclass(slots=True)
+class ObjectRow:
+    """An object: ``xyxy``, and its mask as polygons or as RLE counts."""
 
-    def __init__(self, with_masks: bool) -> None:
-        self.with_masks = with_masks
-        self._first = array("q", [0])
-        self._boxes, self._labels, self._ids = array("d"), array("q"), array("q")
-        self._first_polygon, self._first_number, self._numbers = array("q", [0]), array("q", [0]), array("d")
-        self._first_byte, self._rle = array("q", [0]), bytearray()
-
-    def add(
-        self,
-        annotation_id: int,
-        label: int,
-        box: Sequence[float],
-        polygons: Sequence[Sequence[float]] = (),
-        rle: bytes = b"",
-    ) -> None:
-        """One object of the current image: ``box`` is ``xyxy``; the mask is either polygons or RLE counts."""
-        self._ids.append(annotation_id)
-        self._labels.append(label)
-        self._boxes.extend(box)
-        if self.with_masks:
-            for polygon in polygons:
-                self._numbers.extend(polygon)
-                self._first_number.append(len(self._numbers))
-            self._first_polygon.append(len(self._first_number) - 1)
-            self._rle += rle
-            self._first_byte.append(len(self._rle))
-
-    def end_image(self) -> None:
-        """What is added from now on belongs to the next image."""
-        self._first.append(len(self._ids))
-
-    def build(self) -> ObjectTable:
-        """The finished table."""
-        masks = None
-        if self.with_masks:
-            masks = MaskTable(
-                np.array(self._first_polygon, dtype=np.int64),
-                np.array(self._first_number, dtype=np.int64),
-                np.array(self._numbers, dtype=np.float64),
-                np.array(self._first_byte, dtype=np.int64),
-                np.frombuffer(bytes(self._rle), dtype=np.uint8),
-            )
-        return ObjectTable(
-            np.array(self._first, dtype=np.int64),
-            np.array(self._boxes, dtype=np.float64).reshape(-1, 4),
-            np.array(self._labels, dtype=np.int64),
-            np.array(self._ids, dtype=np.int64),
-            masks,
-        )
+    annotation_id: int
+    label: int
+    box: Sequence[float]
+    polygons: Sequence[Sequence[float]] = ()
+    rle: bytes = b""
 
 
-def join_tables(tables: Sequence[ObjectTable]) -> ObjectTable:
-    """Tables one after the other; all have masks or none has."""
+def build_table(images: Sequence[Sequence[ObjectRow]], with_masks: bool) -> ObjectTable:
+    """Return the table of the objects of each image."""
+    rows = [row for objects in images for row in objects]
     masks = None
-    stores = [table.masks for table in tables if table.masks is not None]
-    if len(stores) == len(tables):
+    if with_masks:
+        polygons = [polygon for row in rows for polygon in row.polygons]
         masks = MaskTable(
-            _join_offsets([m.first_polygon for m in stores]),
-            _join_offsets([m.first_number for m in stores]),
-            np.concatenate([m.numbers for m in stores]),
-            _join_offsets([m.first_byte for m in stores]),
-            np.concatenate([m.rle for m in stores]),
+            _offsets(len(row.polygons) for row in rows),
+            _offsets(map(len, polygons)),
+            np.fromiter(chain.from_iterable(polygons), dtype=np.float64),
+            _offsets(len(row.rle) for row in rows),
+            np.frombuffer(b"".join(row.rle for row in rows), dtype=np.uint8),
         )
-    elif stores:
-        raise UserError("datasets with and without masks cannot be joined")
     return ObjectTable(
-        _join_offsets([table.first for table in tables]),
-        np.concatenate([table.boxes for table in tables]),
-        np.concatenate([table.labels for table in tables]),
-        np.concatenate([table.annotation_ids for table in tables]),
+        _offsets(map(len, images)),
+        np.array([row.box for row in rows], dtype=np.float64).reshape(-1, 4),
+        np.array([row.label for row in rows], dtype=np.int64),
+        np.array([row.annotation_id for row in rows], dtype=np.int64),
         masks,
     )
 
 
-def _join_offsets(offsets: Sequence[np.ndarray]) -> np.ndarray:
-    joined, end = [np.zeros(1, dtype=np.int64)], 0
-    for part in offsets:
-        joined.append(part[1:] + end)
-        end += int(part[-1])
-    return np.concatenate(joined)
+def _offsets(lengths: Iterable[int]) -> np.ndarray:
+    return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+def join_tables(tables: Sequence[ObjectTable]) -> ObjectTable:
+    """Join tables one after the other; all have masks or none has."""
+    stores = [table.masks for table in tables if table.masks is not None]
+    if stores and len(stores) < len(tables):
+        raise UserError("datasets with and without masks cannot be joined")
+    masks = MaskTable(**_join_arrays(stores)) if stores else None
+    return ObjectTable(**_join_arrays(tables), masks=masks)
+
+
+def _join_arrays(tables: Sequence[ObjectTable] | Sequence[MaskTable]) -> dict[str, np.ndarray]:
+    """Concatenate the arrays of each field; those that begin with "first" are offsets and go on counting."""
+    joined = {}
+    for name in (field.name for field in fields(tables[0]) if field.name != "masks"):
+        arrays = [getattr(table, name) for table in tables]
+        if name.startswith("first"):
+            ends = np.cumsum([0, *(int(offsets[-1]) for offsets in arrays)])
+            arrays = [arrays[0][:1], *(a[1:] + end for a, end in zip(arrays, ends[:-1], strict=True))]
+        joined[name] = np.concatenate(arrays)
+    return joined

@@ -1,4 +1,4 @@
-"""Looking at the image files of a dataset: each is read as in training, and its content hashed."""
+"""Read the image files of a dataset as training reads them, and hash their content."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..images import is_deep, open_image, read_image
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What is known of an image file.
+    """The facts about an image file.
 
     Attributes:
         sizes: (height, width) in pixels, upright and as stored; empty for a file that cannot be read.
         digest: of its bytes; empty for a missing file.
-        error: why it cannot be read.
+        error: the reason for a file that cannot be read.
         brightest: value from 0 to 255, as read, of greyscale with more than 8 bits; None for other images.
     """
 
@@ -32,8 +32,7 @@ class Probe:
     brightest: int | None = None
 
 
-Probes = Mapping[str, Probe]
-"""By path."""
+Probes = Mapping[str, Probe]  # by path
 
 
 def probe_images(paths: Iterable[str]) -> Probes:

@@ -1,7 +1,7 @@
-"""The doctor's quick form, before every training run: what the arrays of a loaded dataset tell.
+"""Look for faults in the arrays of a loaded dataset, before every training run.
 
-Nothing here goes through objects one by one: some seconds for all of COCO. Image files stay closed, but for
-the first, and for some more where that is 16-bit greyscale.
+It takes some seconds for all of COCO. Image files stay closed, but for the first, and for some more where
+that is 16-bit greyscale.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from ...errors import UserError
 from ..coco.dataset import CocoDataset
 from ..coco.faults import FAULTS, NOTE
 from ..images import DARK, is_deep, open_image, read_image
-from .checks import BORDER, box_tolerance
+from .geometry import BORDER, boxes_differ
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = 16
-"""Images of a set of 16-bit greyscale, at most."""
+_LOOKED_AT = 16  # images of a set of 16-bit greyscale, at most
 
 
 def warn_of_faults(train: CocoDataset, tests: Sequence[CocoDataset] = ()) -> None:
@@ -34,20 +33,20 @@ def warn_of_faults(train: CocoDataset, tests: Sequence[CocoDataset] = ()) -> Non
     sets = {id(dataset): dataset for dataset in (train, *tests)}.values()
     found = [(dataset, *fault) for dataset in sets for fault in quick_faults(dataset)]
     found += [(test, "leak", *_shared_files(train, test)) for test in tests]
-    told = False
+    warned = False
     for dataset, kind, count, example in found:
         fault = FAULTS[kind]
-        if count and kind != "empty-image":  # the loader says how many images it leaves out
+        if count:
             level = logging.INFO if fault.severity == NOTE else logging.WARNING
             text = "%s: %d x %s, such as %s; %s"
             logger.log(level, text, dataset.name, count, fault.title, example, fault.remedy)
-            told |= level == logging.WARNING
-    if told:
+            warned |= level == logging.WARNING
+    if warned:
         logger.warning("gn-detect doctor --json FILE --images FOLDER lists them all")
 
 
 def quick_faults(dataset: CocoDataset) -> Iterator[tuple[str, int, str]]:
-    """Kind, count and an example for each check, also where the count is 0.
+    """Yield kind, count and an example of each check, also where the count is 0.
 
     Objects of one class with the same box count as repeated here, whatever their masks.
     """
@@ -65,36 +64,34 @@ def quick_faults(dataset: CocoDataset) -> Iterator[tuple[str, int, str]]:
     extents = _polygon_extents(dataset)
     if extents is not None:
         inside = ((extents[:, :2] >= -BORDER) & (extents[:, 2:] <= sizes + BORDER)).all(axis=1)
-        yield "box-mask", *annotations(inside & _differ(table.boxes, extents, sizes))
+        yield "box-mask", *annotations(inside & boxes_differ(table.boxes, extents, sizes))
     keys = np.column_stack([image_of, table.labels, table.boxes])
     order = np.lexsort(keys.T)
     repeated = np.zeros(len(keys), dtype=bool)
     repeated[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
     yield "duplicate-annotation", *annotations(repeated)
-    listed = np.array([category_id is not None for category_id in dataset.category_ids])
-    unused = np.flatnonzero(listed & (np.bincount(table.labels, minlength=len(listed)) == 0))
-    yield "unused-category", len(unused), dataset.class_names[unused[0]] if len(unused) else ""
-    empty = np.flatnonzero(counts == 0)
-    yield "empty-image", len(empty), f"image {dataset.images[int(empty[0])].id}" if len(empty) else ""
-    yield "dark-images", *_dark(dataset)
+    used = np.bincount(table.labels, minlength=len(dataset.class_names))
+    classes = zip(dataset.class_names, dataset.category_ids, used, strict=True)
+    unused = [name for name, category_id, count in classes if category_id is not None and not count]
+    yield "unused-category", len(unused), unused[0] if unused else ""
+    dark = _dark_image(dataset)
+    yield "dark-images", int(bool(dark)), dark
 
 
-def _dark(dataset: CocoDataset) -> tuple[int, str]:
-    """1 and an image, where some that are spread over the set are 16-bit greyscale and all of them dark."""
+def _dark_image(dataset: CocoDataset) -> str:
+    """Return an image of a set that is 16-bit greyscale and dark, by some of its images; else nothing."""
     count = len(dataset.images)
     names = [dataset.images[row].file_name for row in range(0, count, -(-count // _LOOKED_AT))]
     try:
         with open_image(names[0]) as first:
-            if not is_deep(first):
-                return 0, ""
-        dark = all(read_image(name, "RGB").max() < DARK for name in names)
+            deep = is_deep(first)
+        return names[0] if deep and all(read_image(name, "RGB").max() < DARK for name in names) else ""
     except (OSError, UserError):  # training names it, if it comes to that file
-        return 0, ""
-    return int(dark), names[0]
+        return ""
 
 
 def _polygon_extents(dataset: CocoDataset) -> np.ndarray | None:
-    """(A, 4) ``xyxy`` around the polygons of each object, nan for RLE; None without polygons."""
+    """Return (A, 4) ``xyxy`` around the polygons of each object, nan for RLE; None without polygons."""
     masks = dataset.objects.masks
     if masks is None or not len(masks.numbers):
         return None
@@ -110,17 +107,8 @@ def _polygon_extents(dataset: CocoDataset) -> np.ndarray | None:
     return extents
 
 
-def _differ(boxes: np.ndarray, extents: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(A,) bool: a side of the box is elsewhere than its polygons' by more than COCO's own are."""
-    limits = np.concatenate([sizes, sizes], axis=1)
-    cut, around = boxes.clip(0, limits), extents.clip(0, limits)
-    sides = np.maximum(cut[:, 2:] - cut[:, :2], around[:, 2:] - around[:, :2])
-    allowed = box_tolerance(np.concatenate([sides, sides], axis=1))
-    return (np.abs(cut - around) > allowed).any(axis=1)
-
-
 def _shared_files(train: CocoDataset, test: CocoDataset) -> tuple[int, str]:
-    """How many files both have, and one of them."""
+    """Return the number of files that both have, and one of them."""
     if train is test:
         return 0, ""
     known = {os.path.normpath(record.file_name) for record in train.images}

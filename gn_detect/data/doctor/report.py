@@ -1,9 +1,9 @@
-"""The dataset doctor: everything that is wrong with one or several annotation files and their images."""
+"""Examine annotation files and their images, and report all faults as text or JSON."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,24 +13,21 @@ import numpy as np
 
 from ...text import printable
 from ..coco.classes import list_names, match_names
-from ..coco.faults import ERROR, FAULTS, NOTE, SEVERITIES, WARNING, DataError, Finding
-from ..coco.rules import image_file
+from ..coco.faults import FAULTS, NOTE, SEVERITIES, DataError, Finding
 from ..datasets import DatasetSource
 from .checks import LARGE, SMALL, Part, check_part
 from .images import Probes, probe_images
 from .reading import Reading, read_as_meant
 from .repair import Repair, repair
 
-EXAMPLES = 5
-"""Of each kind of fault, in the text."""
+EXAMPLES = 5  # of each kind of fault, in the text
 
-_MOST_CLASSES, _LONGEST_NAME = 20, 32
-"""Rows of the table of classes, and characters of a name in it."""
+_MOST_CLASSES, _LONGEST_NAME = 20, 32  # rows of the table of classes, and characters of a name in it
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the doctor found.
+    """The doctor's findings.
 
     Attributes:
         parts: one for each annotation file.
@@ -46,11 +43,11 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether there is no error and no warning; notes may be."""
+        """Return whether there is no error and no warning; notes may be."""
         return all(finding.severity == NOTE for finding in self.findings)
 
     def kinds(self) -> dict[str, list[Finding]]:
-        """Findings by kind: errors first, the most frequent first."""
+        """Return the findings by kind: errors first, the most frequent first."""
         grouped: dict[str, list[Finding]] = {}
         for finding in self.findings:
             grouped.setdefault(finding.kind, []).append(finding)
@@ -58,7 +55,7 @@ class Diagnosis:
         return {kind: grouped[kind] for kind in order}
 
     def as_json(self) -> dict[str, Any]:
-        """For machines: parts, a summary by kind, and every finding."""
+        """Return parts, a summary by kind, every finding, and the work of ``--fix``."""
         return {
             "parts": [
                 {
@@ -82,35 +79,39 @@ class Diagnosis:
         }
 
     def __str__(self) -> str:
-        lines = [line for part in self.parts for line in (_heading(part), *_table(part))]
+        lines = [line for part in self.parts for line in _table(part)]
         if self.probes is None:
             lines.append("images were not opened")
-        for severity in SEVERITIES:
-            kinds = {k: found for k, found in self.kinds().items() if FAULTS[k].severity == severity}
-            if kinds:
+        severity = ""
+        for kind, found in self.kinds().items():
+            fault = FAULTS[kind]
+            if fault.severity != severity:
+                severity = fault.severity
                 lines += ["", f"{severity.upper()}S"]
-            for kind, found in kinds.items():
-                lines += _section(kind, found, len(self.parts) > 1)
+            lines.append(f"  {len(found)} x {fault.title} [{kind}]")
+            for finding in found[:EXAMPLES]:
+                part = f"{finding.part}: " if len(self.parts) > 1 else ""
+                file = f"{finding.file_name}: " if finding.file_name else ""
+                lines.append(f"      {part}{file}{finding.detail}")
+            if len(found) > EXAMPLES:
+                lines.append(f"      and {len(found) - EXAMPLES} more")
+            lines.append(f"    -> {fault.remedy}" + (f"; --fix {fault.fix}" if fault.fix else ""))
         count = Counter(finding.severity for finding in self.findings)
-        total = f"{_number(count[ERROR], 'error')}, {_number(count[WARNING], 'warning')}"
-        notes = _number(count[NOTE], "note")
-        return "\n".join([*map(printable, lines), "", f"{total}, {notes}{self._hint()}"])
+        numbers = [f"{count[kind]} {kind}" + "s" * (count[kind] != 1) for kind in SEVERITIES]
+        return "\n".join([*map(printable, lines), "", ", ".join(numbers) + self._hint()])
 
     def _hint(self) -> str:
-        """Say what ``--fix`` would do."""
-        done = [
-            f"{verb} {count}"
-            for verb, count in (("repairs", self.fix.num_changes), ("removes", len(self.fix.removals)))
-            if count
-        ]
+        """Describe the work of ``--fix``."""
+        counts = {"repairs": self.fix.num_changes, "removes": len(self.fix.removals)}
+        work = " and ".join(f"{verb} {count}" for verb, count in counts.items() if count)
         part = f" of {self.parts[0].name}" if len(self.parts) > 1 else ""
-        return f"; --fix OUT.json {' and '.join(done)} in a copy{part}" if done else ""
+        return f"; --fix OUT.json {work} in a copy{part}" if work else ""
 
 
 def examine(
     sources: Sequence[DatasetSource], *, open_images: bool = True, masks: bool = True, crowds: bool = True
 ) -> Diagnosis:
-    """Look at every annotation and, unless told not to, at every image.
+    """Look at every annotation and every image.
 
     Args:
         sources: of the parts, such as train and val, which are also compared with each other.
@@ -122,43 +123,28 @@ def examine(
         UserError: a file is missing, not JSON or not COCO at all.
     """
     readings = [read_as_meant(source, names=open_images, masks=masks) for source in sources]
-    probes = None
-    if open_images:
-        probes = probe_images(path for reading in readings for path in image_paths(reading))
+    probes = probe_images(path for reading in readings for path in _paths(reading)) if open_images else None
     parts = [
         check_part(source.name, reading, probes) for source, reading in zip(sources, readings, strict=True)
     ]
     findings = [finding for part in parts for finding in part.findings] + compare_parts(parts)
-    fix = _fix(readings[0], parts, findings, probes, crowds)
+    reading = readings[0]
+    fix = Repair.of(reading.content)
+    if any(FAULTS[finding.kind].fix for finding in findings) or not crowds:
+        fix = repair(reading.content, reading.rules, probes, leaked_paths(parts), reading.masks, crowds)
+    fix.changes[:0] = reading.changes
+    fix.num_changes += reading.num_changes
     return Diagnosis(parts, findings, probes, fix)
 
 
-def _fix(
-    reading: Reading, parts: Sequence[Part], findings: Sequence[Finding], probes: Probes | None, crowds: bool
-) -> Repair:
-    """Return the repaired copy of the first part; entries are looked at where there is something to mend."""
-    mended = Repair.of(reading.content)
-    if any(FAULTS[finding.kind].fix for finding in findings) or not crowds:
-        mended = repair(reading.content, reading.rules, probes, leaked_paths(parts), reading.masks, crowds)
-    mended.changes[:0] = reading.changes
-    mended.num_changes += reading.num_changes
-    return mended
-
-
-def image_paths(reading: Reading) -> list[str]:
-    """Paths of all images that have a usable file name."""
-    rules = reading.rules
-    names = [entry.get("file_name") for entry in reading.content["images"] if isinstance(entry, dict)]
-    paths = []
-    for name in names:
-        if isinstance(name, str) and name and "\0" not in name:
-            with suppress(DataError):
-                paths.append(str(image_file(rules.folder, name, rules.allow_outside)))
-    return paths
+def _paths(reading: Reading) -> Iterator[str]:
+    for entry in reading.content["images"]:
+        with suppress(DataError):
+            yield str(reading.rules.image_path(entry, ""))
 
 
 def compare_parts(parts: Sequence[Part]) -> list[Finding]:
-    """Pictures and files that two parts share, and categories in which they differ."""
+    """Find pictures and files that two parts share, and categories in which they differ."""
     findings = []
     for number, first in enumerate(parts):
         digests = {digest: image_id for image_id, digest in first.digests.items()}
@@ -180,7 +166,7 @@ def compare_parts(parts: Sequence[Part]) -> list[Finding]:
 
 
 def leaked_paths(parts: Sequence[Part]) -> set[str]:
-    """Files of the first part whose picture is in another part, too."""
+    """Return the files of the first part whose picture is in another part, too."""
     first, others = parts[0], parts[1:]
     digests = {digest for part in others for digest in part.digests.values()}
     paths = {record.file_name for part in others for record in part.images.values()}
@@ -198,11 +184,6 @@ def _counts(part: Part) -> dict[str, int]:
         "crowds": part.crowds,
         "categories": len(part.categories),
     }
-
-
-def _heading(part: Part) -> str:
-    shown = ", ".join(f"{value} {key}" for key, value in _counts(part).items())
-    return f"{part.name}: {shown}"
 
 
 def _classes(part: Part) -> list[dict[str, Any]]:
@@ -224,34 +205,30 @@ def _sizes(keys: Sequence[int], part: Part) -> dict[str, Any]:
 
 
 def _per_image(part: Part) -> dict[str, float] | None:
-    """Return how many objects images have, crowds left out; None without an image."""
+    """Return the least, median and largest number of objects of an image; None without an image."""
     counts = [part.image_counts[key] for key in part.images]
-    if not counts:
-        return None
-    return {"min": min(counts), "median": float(np.median(counts)), "max": max(counts)}
+    return {"min": min(counts), "median": float(np.median(counts)), "max": max(counts)} if counts else None
 
 
 def _table(part: Part) -> list[str]:
-    """Return a row for each class, and how many objects images have."""
+    """Return a heading, a row for each class, and the number of objects of an image."""
+    counts = ", ".join(f"{value} {key}" for key, value in _counts(part).items())
+    lines = [f"{part.name}: {counts}"]
     classes = _classes(part)
-    shown = classes[:_MOST_CLASSES]
-    rows = [(_fit(row["name"]), row) for row in shown]
-    if len(classes) > len(shown):
-        rest = [row["id"] for row in classes[len(shown) :]]
+    rows = [(_fit(row["name"]), row) for row in classes[:_MOST_CLASSES]]
+    if rest := [row["id"] for row in classes[_MOST_CLASSES:]]:
         rows.append((f"and {len(rest)} more", _sizes(rest, part)))
     if not rows:
-        return []
+        return lines
     width = max(len("class"), *(len(name) for name, _ in rows))
-    lines = [f"  {'class':{width}}  objects    small   medium    large  median side (pixels)"]
+    lines.append(f"  {'class':{width}}  objects    small   medium    large  median side (pixels)")
     for name, row in rows:
         side = "" if row["median_side"] is None else f"{row['median_side']:13.1f}"
         numbers = "".join(f"{row[key]:9d}" for key in ("objects", "small", "medium", "large"))
         lines.append(f"  {name:{width}}{numbers}{side}")
-    spread = _per_image(part)
-    if spread is not None:
-        lines.append(
-            "  objects in an image: " + ", ".join(f"{key} {value:g}" for key, value in spread.items())
-        )
+    if spread := _per_image(part):
+        values = ", ".join(f"{key} {value:g}" for key, value in spread.items())
+        lines.append(f"  objects in an image: {values}")
     return lines
 
 
@@ -259,20 +236,3 @@ def _fit(name: str) -> str:
     """Return a name on one line of bounded length."""
     text = printable(name)
     return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."
-
-
-def _section(kind: str, found: Sequence[Finding], name_part: bool) -> list[str]:
-    fault = FAULTS[kind]
-    lines = [f"  {len(found)} x {fault.title} [{kind}]"]
-    for finding in found[:EXAMPLES]:
-        part = f"{finding.part}: " if name_part else ""
-        file = f"{finding.file_name}: " if finding.file_name else ""
-        lines.append(f"      {part}{file}{finding.detail}")
-    if len(found) > EXAMPLES:
-        lines.append(f"      and {len(found) - EXAMPLES} more")
-    fix = f"; --fix {fault.fix}" if fault.fix else ""
-    return [*lines, f"    -> {fault.remedy}{fix}"]
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,4 +1,4 @@
-"""Recognise annotations of other formats by their content, and say how to bring them in as COCO."""
+"""Recognise annotations of other formats by their content, and name the way to convert them to COCO."""
 
 from __future__ import annotations
 
@@ -9,27 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-_HEAD = 1 << 16
-"""Bytes that are read of a file."""
-
-_MOST_FILES = 200
-"""Files of a folder that are looked at."""
+_HEAD = 1 << 16  # bytes that are read of a file
+_MOST_FILES = 200  # that are looked at in a folder
 
 _CONVERTERS = "convert it to COCO with FiftyOne or Datumaro"
-_FORMATS = {
+_FORMATS = {  # name and remedy
     "yolo": (
         "YOLO labels",
         f"{_CONVERTERS}, or export as COCO from the tool that made them (Roboflow, CVAT)",
     ),
-    "voc": (
-        "Pascal VOC XML",
-        f"{_CONVERTERS}, or export as COCO from the tool (Roboflow, CVAT)",
-    ),
+    "voc": ("Pascal VOC XML", f"{_CONVERTERS}, or export as COCO from the tool (Roboflow, CVAT)"),
     "cvat": ("CVAT's XML", 'export from CVAT as "COCO 1.0"'),
-    "labelme": (
-        "labelme's JSON",
-        "pip install labelme2coco; labelme2coco FOLDER writes a COCO file",
-    ),
+    "labelme": ("labelme's JSON", "pip install labelme2coco; labelme2coco FOLDER writes a COCO file"),
     "via": ("a project of VIA (VGG Image Annotator)", 'in VIA choose "Export Annotations (COCO format)"'),
     "via3": ("a project of VIA 3 (VGG Image Annotator)", 'export from VIA 3 as "COCO"'),
     "label-studio": ("Label Studio's JSON", 'export from Label Studio as "COCO"'),
@@ -37,10 +28,7 @@ _FORMATS = {
     "results": ("a file of results, as COCO's evaluation reads them", "give the annotations themselves"),
     "list": ("a list of annotations alone", "give the whole COCO file, with 'images' and 'categories'"),
     "captions": ("COCO's captions", "give the instances_*.json, which has boxes and masks"),
-    "panoptic": (
-        "COCO's panoptic annotations",
-        "give the instances_*.json instead",
-    ),
+    "panoptic": ("COCO's panoptic annotations", "give the instances_*.json instead"),
     "createml": ("CreateML's JSON", "export as COCO from the tool that made it (Roboflow), or use FiftyOne"),
     "geojson": ("GeoJSON", "convert it into COCO in pixels of the images, e.g. with solaris or QuPath"),
     "supervisely": ("Supervisely's JSON", 'export from Supervisely with the app "Export to COCO"'),
@@ -52,18 +40,16 @@ _FORMATS = {
     "archive": ("an archive", "unpack it, and give the JSON in it"),
     "image": ("an image", "give the annotation file"),
 }
-"""Name and remedy of each format."""
 
 
 def describe_foreign(path: Path) -> str:
-    """Say what a file or folder is that is no COCO JSON, and how to bring it in; empty if that is unknown.
+    """Return the format of a file or folder that is no COCO JSON, with a remedy; empty if unknown.
 
     Only names and the first kilobytes of some files are read.
     """
     try:
         if not path.is_dir():
-            kind = _kind_of_file(path)
-            return _sentence(kind) if kind else ""
+            return _sentence(_kind_of_file(path))
         files = list(islice(_files(path), _MOST_FILES))
         coco = [str(file) for file in files if file.suffix.lower() == ".json" and _looks_like_coco(file)]
         if coco:
@@ -72,38 +58,21 @@ def describe_foreign(path: Path) -> str:
     except OSError:
         return ""
     kind = next((kind for kind in _FORMATS if kind in kinds), "")
-    if not kind:
-        return "it is a folder; give the COCO annotation file"
-    name, remedy = _FORMATS[kind]
-    return f"it is a folder of {name}; {remedy}"
+    return _sentence(kind, "a folder of ") or "it is a folder; give the COCO annotation file"
 
 
 def describe_foreign_content(content: Any) -> str:
-    """Say the same of the content of a JSON file; empty for COCO's instances and for what is unknown."""
-    kind = _kind_of_json(content)
-    return _sentence(kind) if kind else ""
-
-
-def _sentence(kind: str) -> str:
-    name, remedy = _FORMATS[kind]
-    return f"it is {name}; {remedy}"
-
-
-def _kind_of_json(content: Any) -> str:
-    if isinstance(content, list):
-        return _first_kind(_LIST_KINDS, islice(content, 10))
-    if not isinstance(content, dict):
-        return ""
-    kind = next((kind for kind, fits in _DICT_KINDS.items() if fits(content)), "")
-    if kind:
-        return kind
-    some = list(islice(content.values(), 10))
-    return "via" if some and all(_has(entry, "filename", "regions") for entry in some) else ""
-
-
-def _first_kind(kinds: dict[str, Callable[[dict[str, Any]], bool]], entries: Iterator[Any]) -> str:
+    """Return the format of JSON content that is not COCO's instances, with a remedy; empty if unknown."""
+    kinds, entries = _LIST_KINDS, content[:10] if isinstance(content, list) else []
+    if isinstance(content, dict):
+        kinds, entries = _DICT_KINDS, [content]
     found = [entry for entry in entries if isinstance(entry, dict)]
-    return next((kind for kind, fits in kinds.items() if any(map(fits, found))), "")
+    return _sentence(next((kind for kind, fits in kinds.items() if any(map(fits, found))), ""))
+
+
+def _sentence(kind: str, what: str = "") -> str:
+    name, remedy = _FORMATS.get(kind, ("", ""))
+    return f"it is {what}{name}; {remedy}" if kind else ""
 
 
 def _has(entry: Any, *keys: str) -> bool:
@@ -114,6 +83,7 @@ def _any_has(entries: Any, *keys: str) -> bool:
     return isinstance(entries, list) and any(_has(entry, *keys) for entry in entries[:10])
 
 
+# Tests of one of the first entries of a list.
 _LIST_KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "results": lambda e: _has(e, "image_id", "category_id", "score"),
     "list": lambda e: _has(e, "image_id", "category_id") and ("bbox" in e or "segmentation" in e),
@@ -128,10 +98,8 @@ _LIST_KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "via": lambda e: _has(e, "filename", "regions"),
     "labelme": lambda e: _has(e, "shapes", "imagePath"),
 }
-"""Of one entry of a list."""
 
 _DICT_KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "via": lambda c: "_via_img_metadata" in c,
     "via3": lambda c: _has(c, "project", "metadata") and ("view" in c or "file" in c),
     "panoptic": lambda c: _any_has(c.get("annotations"), "segments_info"),
     "captions": lambda c: _any_has(c.get("annotations"), "caption"),
@@ -146,6 +114,10 @@ _DICT_KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "datumaro": lambda c: isinstance(c.get("items"), list) and isinstance(c.get("categories"), dict),
     "label-studio": lambda c: _has(c, "data", "annotations") and isinstance(c["data"], dict),
     "labelbox": lambda c: "data_row" in c,
+    "via": lambda c: (
+        "_via_img_metadata" in c
+        or (bool(c) and all(_has(entry, "filename", "regions") for entry in islice(c.values(), 10)))
+    ),
 }
 
 
@@ -160,9 +132,11 @@ def _kind_of_file(path: Path) -> str:
         return "image"
     text = data.decode("utf-8-sig", "replace").strip()
     if text.startswith("<"):
-        return _kind_of_xml(text)
+        # The first tag alone: nothing that the file defines is expanded.
+        tag = re.search(r"<([A-Za-z_][\w.-]*)", text)
+        return {"annotation": "voc", "annotations": "cvat"}.get(tag[1].lower() if tag else "", "")
     if text.startswith(("{", "[")):
-        return _kind_of_json_text(text)
+        return next((kind for kind, pattern in _JSON_TEXT.items() if re.search(pattern, text)), "")
     if path.suffix.lower() in (".yaml", ".yml"):
         return "yolo" if re.search(r"^(names|nc)\s*:", text, re.MULTILINE) else ""
     lines = [line for line in text.splitlines() if line.strip()]
@@ -176,12 +150,7 @@ def _kind_of_file(path: Path) -> str:
 _YOLO_LINE = re.compile(r"\d+(\s+-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?){4,}", re.IGNORECASE)
 
 
-def _kind_of_xml(text: str) -> str:
-    """Tell the kind by the first tag alone: nothing that the file defines is expanded."""
-    tag = re.search(r"<([A-Za-z_][\w.-]*)", text)
-    return {"annotation": "voc", "annotations": "cvat"}.get(tag[1].lower() if tag else "", "")
-
-
+# Tests of JSON whose end was not read, or that is damaged or a JSON for each line.
 _JSON_TEXT = {
     "labelme": r'"shapes"\s*:\s*\[',
     "via": r'"_via_img_metadata"\s*:|"regions"\s*:',
@@ -192,11 +161,6 @@ _JSON_TEXT = {
     "createml": r'"coordinates"\s*:\s*\{',
     "label-studio": r'"result"\s*:\s*\[',
 }
-"""Of JSON whose end was not read, or that is damaged or a JSON for each line."""
-
-
-def _kind_of_json_text(text: str) -> str:
-    return next((kind for kind, pattern in _JSON_TEXT.items() if re.search(pattern, text)), "")
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Polygons that cross themselves, beside a slow reference."""
+"""Polygons that cross themselves, compared with a slow reference."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from gn_detect.data.doctor import masks as doctor_masks
-from gn_detect.data.doctor.masks import crosses_itself
+from gn_detect.data.doctor import geometry
+from gn_detect.data.doctor.geometry import crosses_itself
 
 
 def slowly(points: list[tuple[int, int]]) -> bool:
@@ -30,7 +30,7 @@ def slowly(points: list[tuple[int, int]]) -> bool:
 
 @pytest.mark.parametrize("pairs", [1, 1 << 18])
 def test_random_polygons(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
-    monkeypatch.setattr(doctor_masks, "_PAIRS", pairs)
+    monkeypatch.setattr(geometry, "_PAIRS", pairs)
     random = np.random.default_rng(0)
     answers = set()
     for _ in range(300):

@@ -1,0 +1,195 @@
+"""Read a value of a COCO entry in each form that tools write.
+
+Each function returns the value in COCO's form, or the value itself where it has no obvious meaning, and adds
+the kinds of its changes (keys of :data:`.canonical.NOTES`) to ``kinds``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from .numbers import NUMBERS, as_integer, as_number
+
+Kinds = set[str]
+
+NOTHING = object()  # in the place of a value: the entry does not have the key
+
+_LISTS = (list, tuple, np.ndarray)  # callers of canonical() may give tuples and arrays
+_SEPARATOR = re.compile(r"[\s,;]+")
+_DEEPEST = 4  # lists within lists of a segmentation
+
+
+def is_blank(value: Any) -> bool:
+    """Return whether there is no value, or what tables write for an empty cell: null, nan, blank text."""
+    return (
+        value is NOTHING
+        or value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and not value.strip())
+    )
+
+
+def read_integer(given: Any, kinds: Kinds) -> Any:
+    """Read a size or an id."""
+    if type(given) is int or (number := as_integer(given)) is None:
+        return given
+    kinds.add("text-number" if isinstance(given, str) else "whole-float")
+    return number
+
+
+def read_flag(given: Any, kinds: Kinds) -> Any:
+    """Read ``iscrowd`` or ``ignore``."""
+    if type(given) is int:
+        return given
+    if is_blank(given):
+        return NOTHING
+    flag = as_integer(given)
+    if isinstance(given, bool | np.bool_):
+        flag = int(given)
+    elif isinstance(given, str) and flag is None:
+        flag = {"false": 0, "true": 1}.get(given.strip().lower())
+    if flag is None:
+        return given
+    kinds.add("flag")
+    return flag
+
+
+def read_area(given: Any, kinds: Kinds) -> Any:
+    """Read ``area``."""
+    if is_blank(given):
+        kinds.add("no-area")
+        return NOTHING
+    if type(given) in NUMBERS or (number := as_number(given)) is None:
+        return given
+    kinds.add("text-number")
+    return number
+
+
+def read_box(given: Any, kinds: Kinds) -> Any:
+    """Read a ``bbox``: a list of numbers, or of numbers as text, or all of it as text."""
+    if is_blank(given):
+        return given if given is NOTHING else None
+    found = _parsed(given) if isinstance(given, str) else given
+    numbers = _numbers(found, kinds) if isinstance(found, _LISTS) else None
+    if numbers is None:
+        return given
+    if found is not given and numbers:
+        kinds.add("text-list")
+    return numbers
+
+
+def read_mask(given: Any, kinds: Kinds) -> Any:
+    """Read a ``segmentation``: polygons, flat or in pairs, or an RLE; all of it may be text."""
+    if _is_polygons(given):
+        return given
+    if is_blank(given):
+        return given if given is NOTHING else None
+    found = _parsed(given) if isinstance(given, str) else given
+    if isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict):
+        found = found[0]
+    own: Kinds = set() if found is given else {"mask-form"}
+    if isinstance(found, dict):
+        mask: Any = _rle(found, own)
+    else:
+        mask = _outlines(found, own, 0) if isinstance(found, _LISTS) else None
+    if mask is None:
+        return given
+    kinds |= own
+    return mask
+
+
+def _is_polygons(given: Any) -> bool:
+    """Return whether these are lists of numbers, none a pair, which may be a point of an outline."""
+    if type(given) is not list:
+        return False
+    for polygon in given:
+        if type(polygon) is not list or len(polygon) == 2 or not NUMBERS.issuperset(map(type, polygon)):
+            return False
+    return True
+
+
+def _rle(given: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for key in ("size", "counts"):
+        value = given.get(key)
+        # Compressed counts have neither a comma nor a space.
+        if isinstance(value, str) and (key == "size" or "," in value or " " in value):
+            parsed = _parsed(value)
+            if parsed:
+                kinds.add("text-list")
+                value = parsed
+        if isinstance(value, bytes):  # pycocotools' own counts
+            changes[key] = value.decode("latin-1")
+        elif isinstance(value, _LISTS) and not (value is given[key] and {int}.issuperset(map(type, value))):
+            if all(as_integer(number) is not None for number in value):
+                changes[key] = [read_integer(number, kinds) for number in value]
+    return given | changes if changes else given
+
+
+def _numbers(given: Any, kinds: Kinds) -> list[float] | None:
+    """Return a list of numbers; None where a value is none."""
+    if type(given) is list and NUMBERS.issuperset(map(type, given)):
+        return given
+    numbers: list[float] = []
+    for value in given:
+        number = as_number(value)
+        if number is None:
+            return None
+        numbers.append(number)
+    if any(isinstance(value, str) for value in given):
+        kinds.add("text-number")
+    return numbers
+
+
+def _outlines(given: Any, kinds: Kinds, depth: int) -> list[list[float]] | None:
+    """Return the polygons of a list of numbers, of pairs, of polygons or of such lists; None for others."""
+    if isinstance(given, str):
+        given = _parsed(given)
+        kinds.add("mask-form")
+    if not isinstance(given, _LISTS) or depth > _DEEPEST:
+        return None
+    if depth == 0 and not len(given):
+        return []
+    numbers = _numbers(given, kinds)
+    if numbers is not None:
+        # A box or a point among polygons is too short for one, and left out; alone it may mean anything.
+        if depth == 0 and (len(numbers) < 6 or len(numbers) % 2):
+            return None
+        if depth != 1:
+            kinds.add("mask-form")
+        return [numbers]
+    if len(given) >= 3 and all(isinstance(pair, _LISTS) and len(pair) == 2 for pair in given):
+        numbers = _numbers([number for pair in given for number in pair], kinds)
+        if numbers is not None:
+            kinds.add("mask-form")
+            return [numbers]
+    found: list[list[float]] = []
+    for part in given:
+        polygons = _outlines(part, kinds, depth + 1)
+        if polygons is None:
+            return None
+        found += polygons
+    return found
+
+
+def _parsed(text: str) -> Any:
+    """Return the list or object that a text holds as JSON, or the numbers that it lists; None for others.
+
+    Python's tuples are lists, too.
+    """
+    text = text.strip()
+    if text[:1] in ("[", "("):
+        text = text.replace("(", "[").replace(")", "]")
+    if text[:1] in ("[", "{"):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        return found if isinstance(found, list | dict) else None
+    numbers = [as_number(part) for part in _SEPARATOR.split(text) if part]
+    return numbers if numbers and None not in numbers else None
