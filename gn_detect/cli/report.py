@@ -1,4 +1,4 @@
-"""``gn-detect report``: a run as one HTML page."""
+"""``gn-detect report``: write a run as one HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COCO box and mask AP."""
+"""Run a model on a dataset and compute COCO box and mask AP."""
 
 from .backends import choose_backend, precision_and_recall
 from .coco import METRICS, evaluate_categories, evaluate_results
