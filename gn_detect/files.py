@@ -21,7 +21,7 @@ _REMEDIES = {
     (errno.ENOENT,): "it or its folder is not there: correct the path, or make again what was deleted",
     (errno.ENOTDIR, errno.EEXIST): "a part of the path is a file: choose another folder",
     (errno.EISDIR,): "it is a folder: choose another name",
-    (errno.EIO, errno.ESTALE): "check the disk or the network behind it",
+    (errno.EIO, errno.ESTALE): "check the disk, or the network that it is on",
 }
 
 

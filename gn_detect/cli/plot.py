@@ -19,7 +19,6 @@ gn-detect plot runs/one --output curves.png
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or its metrics.jsonl")
     parser.add_argument(
         "--output",
@@ -30,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Write the picture."""
     if args.smooth < 1:
         raise UserError(f"--smooth {args.smooth}: it must be 1 or more log lines")
     paths = [Path(text) for text in args.runs]

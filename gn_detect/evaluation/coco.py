@@ -18,7 +18,7 @@ IOU_TYPES = ("bbox", "segm")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 _IOU_50, _IOU_75 = 0, 5
-_ALL, _SMALL, _MEDIUM, _LARGE = range(4)
+_ALL = 0  # areas; then small, medium and large
 _MAX_100 = 2
 
 _CATEGORIES = 2000  # evaluated at once
@@ -98,21 +98,16 @@ def evaluate_categories(
 
 
 def _select(precision: np.ndarray, recall: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the values whose mean each of :data:`METRICS` is."""
-    return {
-        "AP": precision[..., _ALL, _MAX_100],
+    """Return the values whose mean is each of :data:`METRICS`."""
+    values = {
         "AP50": precision[_IOU_50, ..., _ALL, _MAX_100],
         "AP75": precision[_IOU_75, ..., _ALL, _MAX_100],
-        "APs": precision[..., _SMALL, _MAX_100],
-        "APm": precision[..., _MEDIUM, _MAX_100],
-        "APl": precision[..., _LARGE, _MAX_100],
         "AR1": recall[..., _ALL, 0],
         "AR10": recall[..., _ALL, 1],
-        "AR100": recall[..., _ALL, _MAX_100],
-        "ARs": recall[..., _SMALL, _MAX_100],
-        "ARm": recall[..., _MEDIUM, _MAX_100],
-        "ARl": recall[..., _LARGE, _MAX_100],
     }
+    for area, (ap, ar) in enumerate((("AP", "AR100"), ("APs", "ARs"), ("APm", "ARm"), ("APl", "ARl"))):
+        values[ap], values[ar] = precision[..., area, _MAX_100], recall[..., area, _MAX_100]
+    return values
 
 
 def _mean(values: np.ndarray) -> float:

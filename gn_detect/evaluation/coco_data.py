@@ -187,24 +187,11 @@ def _annotation(
     return annotation
 
 
-def to_rle(segmentation: Any, size: Size) -> Json | None:
-    """Return polygons, uncompressed or compressed RLE as compressed RLE with text counts.
-
-    Args:
-        segmentation: COCO's ``segmentation``, in any form that :func:`.data.coco.canonical.as_mask` reads.
-        size: size of the image; polygons need it, and RLE must have the same.
-
-    Returns:
-        ``{"size": [height, width], "counts": text}``; None if no polygon has 3 points or more.
-
-    Raises:
-        UserError: it has another form, or does not fit the image.
-    """
-    return _encode(as_mask(segmentation)[0], size, Rules(Path("mask")), "it")
-
-
 def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
-    """Encode a canonical segmentation as :func:`to_rle`. Without a size, an RLE gives its own."""
+    """Return a canonical segmentation as ``{"size": [height, width], "counts": text}``.
+
+    Without a ``size``, an RLE gives its own. None if no polygon has 3 points or more.
+    """
     if size is None and isinstance(given, dict):
         found = given.get("size")
         if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int and n > 0 for n in found):

@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import CocoDataset
 from ..distributed.group import from_main, is_distributed, is_main
@@ -29,6 +29,9 @@ from .coco import IOU_TYPES, evaluate_results
 from .coco_data import read_annotations
 from .results_file import ResultsWriter, entry_text, gather_text
 from .table import format_results
+
+if TYPE_CHECKING:
+    from ..modeling import MaskRCNN
 
 logger = logging.getLogger(__name__)
 
@@ -58,22 +61,6 @@ class Stop(Protocol):
 
     def at_once(self) -> AbstractContextManager[None]:
         """Let a request end the block with Interrupted."""
-
-
-class Detector(Protocol):
-    """The methods of :class:`gn_detect.modeling.MaskRCNN` that an evaluation needs."""
-
-    def detect(
-        self,
-        images: Sequence[Tensor],
-        original_sizes: Sequence[tuple[int, int]] | None = None,
-        paste: bool = True,
-    ) -> list[Detections]:
-        """Return detections in original pixels; without ``paste``, masks may be probabilities."""
-
-    def train(self, mode: bool = True) -> Any: ...
-
-    def modules(self) -> Iterator[nn.Module]: ...
 
 
 def detections_to_coco(
@@ -128,20 +115,16 @@ def _encode(detections: Detections, size: tuple[int, int] | None) -> Iterator[di
         mask: Any = part.numpy()
         rows = _extent(mask.any(axis=1))
         columns = _extent(mask[rows].any(axis=0))
-        taken = _shifted(rows, top), _shifted(columns, left)
-        turned[(*taken, 0)] = mask[rows, columns].view(np.uint8)  # much faster than from bool
+        place = turned[top:, left:][rows, columns, 0]
+        place[:] = mask[rows, columns].view(np.uint8)  # much faster than from bool
         yield coco_mask.encode(turned)[0]
-        turned[taken] = 0
+        place[:] = 0
 
 
 def _moved(masks: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (N, H, W) masks one by one as :func:`paste_one_by_one` does, moved to the CPU some at a time."""
     for part in masks.split(max(1, _MOVED_BYTES // (masks.shape[1] * masks.shape[2]))):
         yield from ((0, 0, mask) for mask in part.cpu())
-
-
-def _shifted(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
 
 
 def _extent(taken: np.ndarray) -> slice:
@@ -171,7 +154,7 @@ def detection_memory_help(what: str, images: int = 1) -> Iterator[None]:
 
 
 def evaluate_model(
-    model: Detector,
+    model: MaskRCNN,
     loader: Iterable[list[Sample]],
     dataset: CocoDataset,
     output_dir: str | Path,
@@ -206,10 +189,11 @@ def evaluate_model(
     path = Path(output_dir) / RESULTS_FILE
     category_ids = [dataset.spelt_categories.get(i, i) for i in dataset.category_ids]
     with _in_evaluation_mode(model):
+        found = _detect(model, loader, category_ids, stop)
         if is_main():
-            _write_results(model, loader, category_ids, path, stop)
+            _write_results(found, path, stop)
         else:
-            _send_results(model, loader, category_ids, stop)
+            _send_results(found, stop)
     outcome: Metrics | UserError | Interrupted = {}
     if is_main():
         try:
@@ -223,17 +207,11 @@ def evaluate_model(
     return outcome
 
 
-def _write_results(
-    model: Detector,
-    loader: Iterable[list[Sample]],
-    category_ids: Sequence[int | None],
-    path: Path,
-    stop: Stop | None,
-) -> None:
+def _write_results(found: Iterable[list[dict[str, Any]]], path: Path, stop: Stop | None) -> None:
     """Write the detections of all processes, those of this one without delay."""
     with atomic_write(path) as file:
         results = ResultsWriter(file)
-        for entries in _detect(model, loader, category_ids, stop):
+        for entries in found:
             results.add(entries)
         _agree(stop)
         for text in gather_text(None) if is_distributed() else ():
@@ -241,12 +219,10 @@ def _write_results(
         results.end()
 
 
-def _send_results(
-    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
-) -> None:
+def _send_results(found: Iterable[list[dict[str, Any]]], stop: Stop | None) -> None:
     """Send the detections of another process; they stay on its disk until the first process has finished."""
     with tempfile.TemporaryFile("w+", encoding="ascii") as spool:
-        for entries in _detect(model, loader, category_ids, stop):
+        for entries in found:
             spool.writelines(map(entry_text, entries))
         _agree(stop)
         for _ in gather_text(spool):
@@ -260,7 +236,7 @@ def _agree(stop: Stop | None) -> None:
 
 
 @contextmanager
-def _in_evaluation_mode(model: Detector) -> Iterator[None]:
+def _in_evaluation_mode(model: MaskRCNN) -> Iterator[None]:
     """Restore the mode of every module at the end: some may be frozen on purpose."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -282,7 +258,7 @@ def _evaluate(path: Path, dataset: CocoDataset, backend: str, iou_types: Sequenc
 
 
 def _detect(
-    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
+    model: MaskRCNN, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield this process's detections image by image, with masks as RLE: bitmaps would fill the memory.
 

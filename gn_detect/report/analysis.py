@@ -21,13 +21,12 @@ from ..evaluation import (
     prepare_detections,
     prepare_ground_truth,
 )
+from ..evaluation.coco_data import Json
 from ..progress import progress_bar
 
 RECALLS = np.linspace(0, 1, 101)  # the recalls of COCO's precision
 IOU_AVERAGES = {"0.50:0.95": slice(None), "0.50": slice(0, 1), "0.75": slice(5, 6)}  # its rows of each curve
 _ALL_AREAS, _MOST_DETECTIONS = 0, 2
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,28 @@ def plot_curves(
         if not any(panel.values()):
             raise UserError(f"{runs[name]} has neither losses nor AP; wait for the first log line of the run")
     titles = [title for title in (_LOSS, _AP, _RATE) if any(panel[title] for panel in panels.values())]
+    kinds = list(dict.fromkeys(name for panel in panels.values() for name in panel[_AP]))
+    styles = dict(zip(kinds, _AP_STYLES * len(kinds), strict=False))
     figure, all_axes = _make_axes(titles)
-    draw = _draw_several if len(runs) > 1 else _draw_one
-    draw(figure, dict(zip(titles, all_axes, strict=True)), read, panels, smooth)
+    for (run, metrics), colour in zip(read.items(), _colours(len(read)), strict=True):
+        for title, axes in zip(titles, all_axes, strict=True):
+            for name in panels[run][title]:
+                points = metric_points(metrics, name, smooth if title == _LOSS else 1)
+                look: dict[str, Any] = {"linewidth": 1.3}
+                if len(read) > 1:
+                    style, marker = styles.get(name, _AP_STYLES[0])
+                    look = {"color": colour, "linewidth": 1.5, "linestyle": style, "marker": marker}
+                elif name == "total_loss":
+                    look = {"color": "0.15", "linewidth": 1.8}
+                _draw_line(axes, points, marked=title == _AP, **look)
+    if len(read) > 1:
+        _add_legend_of_runs(figure, list(read), len(titles))
+        if len(kinds) > 1:
+            _add_legend_of_kinds(all_axes[titles.index(_AP)], styles)
+    else:
+        for names, axes in zip(filter(None, panels[run].values()), all_axes, strict=True):
+            if len(names) > 1:
+                add_legend(axes, axes.get_lines(), names, fontsize=8, frameon=False)
     for axes in all_axes:
         axes.set_ylim(0, _top(axes))
     metadata = {"Date": None} if suffix == ".svg" else None
@@ -79,53 +98,22 @@ def _panels(metrics: Metrics, several: bool) -> dict[str, list[str]]:
     }
 
 
-def _draw_one(
-    figure: Figure,
-    all_axes: Mapping[str, Any],
-    runs: Mapping[str, Metrics],
-    panels: Mapping[str, Mapping[str, list[str]]],
-    smooth: int,
-) -> None:
-    ((run, metrics),) = runs.items()
-    for title, axes in all_axes.items():
-        names = panels[run][title]
-        for name in names:
-            colour, width = ("0.15", 1.8) if name == "total_loss" else (None, 1.3)
-            points = metric_points(metrics, name, smooth if title == _LOSS else 1)
-            _draw_line(axes, points, marked=title == _AP, color=colour, linewidth=width)
-        if len(names) > 1:
-            add_legend(axes, axes.get_lines(), names, fontsize=8, frameon=False)
-
-
-def _draw_several(
-    figure: Figure,
-    all_axes: Mapping[str, Any],
-    runs: Mapping[str, Metrics],
-    panels: Mapping[str, Mapping[str, list[str]]],
-    smooth: int,
-) -> None:
-    """Give each run a colour and each kind of AP a line style, with one legend below all panels."""
+def _add_legend_of_runs(figure: Figure, names: Sequence[str], panels: int) -> None:
+    """Add one legend below all panels."""
     from matplotlib.lines import Line2D
 
-    kinds = list(dict.fromkeys(name for panel in panels.values() for name in panel[_AP]))
-    styles = dict(zip(kinds, _AP_STYLES * len(kinds), strict=False))
-    colours = _colours(len(runs))
-    for (run, metrics), colour in zip(runs.items(), colours, strict=True):
-        for title, axes in all_axes.items():
-            for name in panels[run][title]:
-                points = metric_points(metrics, name, smooth if title == _LOSS else 1)
-                style, marker = styles.get(name, _AP_STYLES[0])
-                _draw_line(
-                    axes, points, marked=title == _AP, marker=marker, color=colour, linewidth=1.5, ls=style
-                )
-    handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours]
-    longest = max(len(shortened(name)) for name in runs)
-    columns = max(1, min(len(runs), round(60 * len(all_axes) / (longest + 8))))
+    handles = [Line2D([], [], color=colour, linewidth=2) for colour in _colours(len(names))]
+    longest = max(len(shortened(name)) for name in names)
+    columns = max(1, min(len(names), round(60 * panels / (longest + 8))))
     place = "outside lower center"
-    add_legend(figure, handles, list(runs), loc=place, ncols=columns, frameon=False, fontsize=9)
-    if len(kinds) > 1:
-        lines = [Line2D([], [], color="0.3", ls=ls, marker=m, markersize=4) for ls, m in styles.values()]
-        add_legend(all_axes[_AP], lines, kinds, frameon=False, fontsize=8)
+    add_legend(figure, handles, names, loc=place, ncols=columns, frameon=False, fontsize=9)
+
+
+def _add_legend_of_kinds(axes: Any, styles: Mapping[str, tuple[str, str]]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color="0.3", ls=ls, marker=m, markersize=4) for ls, m in styles.values()]
+    add_legend(axes, lines, list(styles), frameon=False, fontsize=8)
 
 
 def _colours(count: int) -> list[Any]:
@@ -223,7 +211,7 @@ def draw_chart(
 
     figure, (axes,) = _make_axes([""], x_label, width=6.4)
     axes.spines[:].set_color("0.5")
-    axes.tick_params(color="0.5")
+    axes.tick_params(bottom=False, left=False)
     for number, curve in enumerate(curves):
         _draw_line(
             axes,
@@ -241,14 +229,16 @@ def draw_chart(
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r' id="[\w.]+_\d+"|font[-\w]*: [^;"]*; ?', "", svg)
-    svg = re.sub(r' d="[^"]*"', lambda path: _short_path(path[0]), svg)
+    svg = re.sub(r' id="[\w.]+_\d+"|font[-\w]*: [^;"]*; ?| transform="rotate\(-0 [^"]*"', "", svg)
+    svg = re.sub(r' (d|x|y|width|height)="[^"]*"', lambda found: _compact(found[0]), svg)
+    svg = re.sub(r"(?<=>)\s+(?=<)", "", svg)
     return re.sub(r'<g id="curve-(\d+)">', lambda found: _group(curves[int(found[1])]), svg)
 
 
-def _short_path(text: str) -> str:
-    text = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", text)
-    return re.sub(r"\s*([A-Zz])\s*", r"\1", text)
+def _compact(attribute: str) -> str:
+    """Round the numbers of an SVG attribute to a tenth of a point, and remove spaces."""
+    rounded = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", attribute)
+    return re.sub(r"\s*([A-Zz\"])\s*", r"\1", rounded)
 
 
 def _group(curve: Curve) -> str:

@@ -150,7 +150,8 @@ def draw_objects(
     styles = styles or [Style(colour) for colour in pick_colours(boxes)]
     canvas = Canvas.over(picture, min(height, width) * min(scale, base_scale(height, width)))
     labelled, fills = boxes.copy(), thinned(masks, (height, width), [style.fill for style in styles])
-    for index in np.lexsort((-box_area(boxes), [style.on_top for style in styles])):
+    on_top = np.array([style.on_top for style in styles])
+    for index in np.lexsort((-box_area(boxes), on_top)):
         mask, style = masks[index], styles[index]
         if mask is not None:
             outline = mask_outline(mask, scale)

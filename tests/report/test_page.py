@@ -1,4 +1,4 @@
-"""What the report says, and that nothing of a run's data becomes markup."""
+"""The page has the right content, and nothing of a run's data becomes markup."""
 
 from __future__ import annotations
 
@@ -60,11 +60,14 @@ def test_the_command_writes_one_page(make_run: MakeRun, capsys: pytest.CaptureFi
     for row in metrics.values():
         assert all(f">{row[name]:.1f}</td>" in text for name in ("AP", "AP50", "AP75", "AR100"))
     assert main(["report", "--json", str(folder), "--pictures", "0"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == {"output": str(folder / "report.html"), "bytes": (folder / "report.html").stat().st_size}
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {
+        "output": str(folder / "report.html"),
+        "bytes": (folder / "report.html").stat().st_size,
+    }
 
 
-def test_the_best_evaluation_is_told_if_it_was_not_the_last(make_run: MakeRun) -> None:
+def test_the_best_evaluation_is_named_if_it_was_not_the_last(make_run: MakeRun) -> None:
     folder = make_run()
     metrics, losses = folder / "metrics.jsonl", (folder / "metrics.jsonl").read_text()
 
@@ -73,9 +76,9 @@ def test_the_best_evaluation_is_told_if_it_was_not_the_last(make_run: MakeRun) -
         metrics.write_text(losses + "".join(json.dumps(row) + "\n" for row in rows))
         return read(write_report(folder, pictures=0)).words
 
-    told = "segm/AP was best after 4 iterations: 30.00, kept as model_best.pth; the last evaluation, after 6,"
-    assert f"{told} found 20.00." in words(10, 30, 20)
-    assert f"{told} found 30.00." in words(10, 30, 30)  # of equal ones the first is kept
+    best = "segm/AP was best after 4 iterations: 30.00, kept as model_best.pth; the last evaluation, after 6,"
+    assert f"{best} found 20.00." in words(10, 30, 20)
+    assert f"{best} found 30.00." in words(10, 30, 30)  # of equal ones the first is kept
     assert "was best" not in words(10, 20, 30)
     assert "was best" not in words(None, None)
 

@@ -53,7 +53,7 @@ def test_the_legend_fits_above_elongated_pictures(height: int, width: int) -> No
     target = Target(BOXES[:1], torch.tensor([0]), list(mask))
     picture = draw_comparison(image, target, found, NAMES, np.array([0]))
     strip = picture[:-height]
-    assert len(strip) <= 200, "beside 200 rows of the picture"
+    assert len(strip) <= 200, "for 200 rows of the picture"
     ink = (strip < 128).any(axis=(0, 2))
     middle = strip.shape[1] // 2
     assert ink.any() and not ink[:2].any() and not ink[-2:].any() and not ink[middle - 6 : middle + 6].any()
