@@ -231,6 +231,9 @@ def draw_chart(
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' id="[\w.]+_\d+"|font[-\w]*: [^;"]*; ?| transform="rotate\(-0 [^"]*"', "", svg)
     svg = re.sub(r' (d|x|y|width|height)="[^"]*"', lambda found: _compact(found[0]), svg)
+    # The page's style has the look of markers and grid.
+    svg = re.sub(r'(<(?:use|path id=)[^>]*) style="[^"]*"', r"\1", svg)
+    svg = re.sub(r' style="[^"]*stroke: #b0b0b0[^"]*"', ' class="grid"', svg)
     svg = re.sub(r"(?<=>)\s+(?=<)", "", svg)
     return re.sub(r'<g id="curve-(\d+)">', lambda found: _group(curves[int(found[1])]), svg)
 
