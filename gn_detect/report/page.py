@@ -183,7 +183,7 @@ def training_charts(logged: Metrics) -> list[Chart]:
             ],
             "iteration",
             title,
-            x_range=(0, max(logged.last + 1, 1)),
+            x_range=(0, 1.01 * max(logged.last + 1, 1)),
             marked=title == "AP (%)",
         )
         for title, shown in chosen.items()
