@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can make and can mend."""
+"""The exception for mistakes that a user can make and correct."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from .text import printable
 
 
 class UserError(Exception):
-    """Bad input: a file, key, image or value that a user can correct.
+    """Bad input that a user can correct: a file, key, image or value.
 
     The message is one line that names the item and the remedy. The command line prints it as
-    ``error: <message>`` and exits with status 2; library callers can catch it. Control characters of names
-    in the message are shown as their escapes.
+    ``error: <message>`` and exits with status 2. Control characters in the message become escapes.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -18,4 +17,4 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A training whose losses or weights are no longer finite."""
+    """The losses or weights of a training are no longer finite."""

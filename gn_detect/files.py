@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write to a temporary name, fsync, rename."""
+"""Open a user's files safely, and write files that are whole or absent: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -21,37 +21,33 @@ _REMEDIES = {
     (errno.ENOENT,): "it or its folder is not there: correct the path, or make again what was deleted",
     (errno.ENOTDIR, errno.EEXIST): "a part of the path is a file: choose another folder",
     (errno.EISDIR,): "it is a folder: choose another name",
-    (errno.EIO, errno.ESTALE): "check the disk or the network behind it",
+    (errno.EIO, errno.ESTALE): "check the disk, or the network that it is on",
 }
 
 
 def remedy(error: OSError) -> str:
-    """What a user can do about an error of the system, in a few words."""
+    """Return what a user can do about an error of the system, in a few words."""
     return next((text for codes, text in _REMEDIES.items() if error.errno in codes), "choose another folder")
 
 
 def cannot_write(path: str | Path, error: OSError, then: str = "") -> UserError:
-    """The message for ``path``, which the system did not let us write.
-
-    Args:
-        then: what else there is to say, after the remedy.
-    """
+    """Return the error for a ``path`` that cannot be written; ``then`` follows after the remedy."""
     return UserError(f"cannot write {path}: {error.strerror or error}; {remedy(error)}{then}")
 
 
 def open_file(path: str | Path) -> IO[bytes]:
-    """Open a user's file for reading. It must be a regular file, or a link to one, anywhere.
+    """Open a user's file for reading: a regular file, or a link to one, anywhere.
 
     A device has no end, and a pipe or a socket may wait for ever: none of them is opened.
 
     Raises:
-        OSError: as of :func:`open`.
-        UserError: it is no regular file.
+        OSError: the file cannot be opened.
+        UserError: it is not a regular file.
     """
-    _check_regular(path, os.stat(path))  # opening some devices is an action by itself
+    _check_regular(path, os.stat(path))  # to open some devices is an action by itself
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        _check_regular(path, os.fstat(descriptor))  # the name may lead to something else by now
+        _check_regular(path, os.fstat(descriptor))  # the name may belong to another file by now
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -70,12 +66,12 @@ def read_text(path: str | Path, largest: int | None = None) -> str:
 
     Args:
         path: a regular file.
-        largest: bytes; None for a file that may be as large as the memory.
+        largest: most bytes; None for any number.
 
     Raises:
         OSError: it cannot be read.
         UnicodeDecodeError: it is not UTF-8.
-        UserError: it is no regular file, or too large.
+        UserError: it is not a regular file, or is too large.
     """
     with open_file(path) as file:
         content = file.read(-1 if largest is None else largest + 1)
@@ -86,10 +82,10 @@ def read_text(path: str | Path, largest: int | None = None) -> str:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path``; it becomes ``path`` only when the block ends without an error.
+    """Open a temporary file next to ``path``; it becomes ``path`` if the block ends without an error.
 
     Args:
-        path: destination; its folder is created when missing.
+        path: destination; a missing folder is created.
         mode: ``"w"`` (UTF-8 text) or ``"wb"``.
 
     Raises:
@@ -102,7 +98,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except OSError as error:
         raise cannot_write(path, error) from error
     try:
-        # A name may hold half a character, which is no UTF-8: its escape is written.
+        # A name may contain half a character, which is not UTF-8: its escape is written.
         encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
         with os.fdopen(descriptor, mode, encoding=encoding, errors=errors) as file:
             yield file
@@ -110,7 +106,12 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_current_umask())
         os.replace(temporary, path)
-        _flush_folder(path.parent)
+        if os.name == "posix":  # let the new name survive a power failure
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise cannot_write(path, error, "; nothing was changed") from error
     finally:
@@ -119,7 +120,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def check_writable(path: str | Path) -> None:
-    """What :func:`atomic_write` would raise in the end, before a long computation. Nothing is left behind."""
+    """Raise the error of a later :func:`atomic_write`, before a long computation. Write nothing."""
     path = Path(path)
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     try:
@@ -131,18 +132,8 @@ def check_writable(path: str | Path) -> None:
         raise cannot_write(path, error) from error
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make the new name last through a power failure, where the system can do that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _current_umask() -> int:
-    """mkstemp creates files for the owner alone; the result should have the usual permissions."""
+    """Return the umask: mkstemp creates files for the owner only, a result has the usual permissions."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, a line every few seconds elsewhere."""
+"""Show the progress of long work: a bar in a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, TextIO, TypeVar
 from weakref import WeakSet
 
@@ -19,15 +18,11 @@ from .text import printable
 
 T = TypeVar("T")
 
-WIDTH = 99
-"""Most characters in a line or bar of a terminal."""
-
-SECONDS = 4.0
-"""Time between two log lines of :func:`announced` where there is no terminal."""
-
-
-HIDDEN = "TQDM_DISABLE"
-"""This environment variable hides all bars, as it does tqdm's own; processes that are started inherit it."""
+WIDTH = 99  # most characters in a line or bar of a terminal
+SECONDS = 4.0  # between two log lines of announced() without a terminal
+HIDDEN = (
+    "TQDM_DISABLE"  # environment variable that hides all bars, also tqdm's own and those of child processes
+)
 
 _bars: WeakSet[Any] = WeakSet()
 
@@ -36,25 +31,24 @@ def fitted(text: str, stream: TextIO) -> str:
     """Return ``text`` with its long lines wrapped at spaces if ``stream`` is a terminal."""
     if not stream.isatty():
         return text
-    wrap = partial(
-        textwrap.wrap, width=WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    wrapper = textwrap.TextWrapper(
+        WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
-    lines = text.splitlines()
-    return "\n".join(part for line in lines for part in (wrap(line) if len(line) > WIDTH else [line]))
+    return "\n".join(wrapper.fill(line) if len(line) > WIDTH else line for line in text.splitlines())
 
 
 def progress_bar(items: Iterable[T] | None = None, *, shown: bool = True, **options: Any) -> tqdm[T]:
-    """Return a tqdm bar in the terminal, above which log lines stand; no bar where there is no terminal.
+    """Return a tqdm bar for a terminal, with log lines above it; it is invisible without a terminal.
 
     Args:
-        items: to iterate over; without them the caller updates the bar.
-        shown: False in all processes but the first.
-        options: tqdm's.
+        items: what to iterate over; without items the caller updates the bar.
+        shown: False in all processes except the first.
+        options: options of tqdm.
     """
     stream = sys.stdout if sys.stdout.isatty() else sys.stderr
-    stream = getattr(stream, "bare", stream)  # one that escapes control characters would escape the bar's
+    stream = getattr(stream, "bare", stream)  # without the escapes of control characters
     disable = None if shown and HIDDEN not in os.environ else True
-    # Both sizes are given: tqdm draws nothing in a terminal that does not tell its size.
+    # Give both sizes: tqdm draws nothing in a terminal of unknown size.
     size = shutil.get_terminal_size()
     options = {"leave": False, "ncols": min(size.columns, WIDTH), "nrows": size.lines, **options}
     options["desc"] = printable(options.get("desc") or "")
@@ -64,19 +58,19 @@ def progress_bar(items: Iterable[T] | None = None, *, shown: bool = True, **opti
 
 
 def close_bars() -> None:
-    """Remove the bars that are left, as after an error, so that what is printed next begins a line."""
+    """Remove the bars that an error has left: the next output must begin a line."""
     for bar in list(_bars):
         bar.close()
 
 
 def announced(items: Sequence[T], what: str, unit: str, logger: logging.Logger) -> Iterator[T]:
-    """Iterate over ``items`` with a bar, or with a log line every :data:`SECONDS` where there is no terminal.
+    """Iterate over ``items`` with a bar, or without a terminal with a log line every :data:`SECONDS`.
 
     Args:
-        items: a sequence of known length.
+        items: what to iterate over.
         what: the work, such as "drawing pictures".
         unit: one item, such as "picture".
-        logger: gets these lines, and one at the beginning.
+        logger: for these lines, and one at the beginning.
     """
     logger.info("%s: %d", what, len(items))
     last = time.monotonic()

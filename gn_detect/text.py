@@ -1,4 +1,4 @@
-"""Show text from files: a name must not control the terminal, nor begin a line."""
+"""Show text from files: a name must neither control the terminal nor begin a line."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ def printable(text: object, keep: str = "") -> str:
         text: anything.
         keep: hidden characters that stay, such as the line feeds between lines of our own.
     """
-    return _HIDDEN.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
+    return _HIDDEN.sub(lambda found: found[0] if found[0] in keep else escaped(found[0]), str(text))
 
 
-def _escape(character: str) -> str:
+def escaped(character: str) -> str:
+    r"""Return the escape of a character, such as ``\n`` or ``\u4eba``."""
     return character.encode("unicode_escape").decode("ascii")
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """Return ``text`` with at most ``most`` characters; of a longer one the middle is left out."""
+    """Return ``text`` with at most ``most`` characters; a longer one loses its middle."""
     return text if len(text) <= most else f"{text[: most - 9]}…{text[-8:]}"
 
 
 class Lines(str):
-    """Several lines, made of printable parts: a log writes them as they are."""
+    """Several lines of printable parts, which a log writes unchanged."""
 
 
 class LogFormatter(logging.Formatter):
     """Format log records so that no name begins a line.
 
-    In arguments that are text, a path or an exception, all hidden characters are escaped. The message, an
-    argument of :class:`Lines`, and an object that makes its own text may have several lines.
+    Hidden characters are escaped in arguments that are text, a path or an exception. The message, an argument
+    of :class:`Lines`, and an object that makes its own text may have several lines.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the text of a record."""
         shown = copy.copy(record)
         if isinstance(record.args, tuple):
             shown.args = tuple(map(_shown, record.args))

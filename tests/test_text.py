@@ -31,7 +31,7 @@ HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]
 
 
 def is_shown_as_text(text: str) -> bool:
-    """Whether the name stands there, in one line and without hidden characters."""
+    """Return whether a text is one line without hidden characters."""
     return not HIDDEN.search(text.replace("\n", "").replace("\t", "")) and "\nERROR" not in text
 
 

@@ -1,4 +1,4 @@
-"""``gn-detect plot``: the curves of a run, or of several on one figure."""
+"""``gn-detect plot``: draw the curves of a run, or of several on one figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ gn-detect plot runs/one --output curves.png
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or its metrics.jsonl")
     parser.add_argument(
         "--output",
@@ -30,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Write the picture."""
     if args.smooth < 1:
         raise UserError(f"--smooth {args.smooth}: it must be 1 or more log lines")
     paths = [Path(text) for text in args.runs]
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def name_runs(metrics: list[Path]) -> list[str]:
-    """As much of the end of each run's path as tells it from the others.
+    """Return the shortest ends of the runs' paths that differ.
 
     Raises:
         UserError: the same run is given twice.
@@ -52,8 +50,6 @@ def name_runs(metrics: list[Path]) -> list[str]:
     folders = [Path(os.path.realpath(path)).parent.parts for path in metrics]
     if len(set(folders)) < len(folders):
         raise UserError("the same run is given twice; name each once")
-    for length in range(1, max(map(len, folders)) + 1):
-        names = ["/".join(parts[-length:]) for parts in folders]
-        if len(set(names)) == len(names):
-            break
-    return names
+    lengths = range(1, max(map(len, folders)) + 1)
+    named = (["/".join(parts[-length:]) for parts in folders] for length in lengths)
+    return next(names for names in named if len(set(names)) == len(names))

@@ -1,4 +1,4 @@
-"""``gn-detect report``: a run as one HTML page."""
+"""``gn-detect report``: write a run as one HTML page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ gn-detect report runs/one --output page.html --threshold 0.3 --pictures 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--output", metavar="FILE", help="page; by default report.html in the run folder")
     parser.add_argument(
@@ -30,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Write the page."""
     check_threshold(args.threshold)
     if args.output and not args.output.lower().endswith((".html", ".htm")):
         raise UserError(f"cannot write the page {args.output}: its name must end in .html")

@@ -95,9 +95,9 @@ class _Masks(Sequence[Crop | None]):
         return len(self._rles)
 
     def __getitem__(self, index: Any) -> Any:
+        rle = self._rles[index]  # raises IndexError at the end, which ends an iteration
         if not self._known:
             return None
-        rle = self._rles[index]
         left, top, width, height = map(int, coco_mask.toBbox(rle))
         decoded = coco_mask.decode(rle)[top : top + height, left : left + width]
         return crop_mask(np.ascontiguousarray(decoded).view(bool), top, left)

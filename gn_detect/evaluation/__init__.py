@@ -1,8 +1,8 @@
-"""COCO box and mask AP."""
+"""Run a model on a dataset and compute COCO box and mask AP."""
 
 from .backends import choose_backend, precision_and_recall
 from .coco import METRICS, evaluate_categories, evaluate_results
-from .coco_data import prepare_detections, prepare_ground_truth, to_rle
+from .coco_data import prepare_detections, prepare_ground_truth, read_annotations
 from .matching import IN_CROWD, NOTHING, confusion_matrix, match_objects
 from .model import Interrupted, Stop, detections_to_coco, evaluate_model
 from .results_file import ResultsWriter, read_entries
@@ -28,7 +28,7 @@ __all__ = [
     "precision_and_recall",
     "prepare_detections",
     "prepare_ground_truth",
+    "read_annotations",
     "read_entries",
     "read_truth",
-    "to_rle",
 ]

@@ -1,4 +1,4 @@
-"""The COCO evaluators: pycocotools is the reference, the others are faster and give the same numbers."""
+"""Run the COCO evaluators: pycocotools is the reference, the others are faster and give the same numbers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ import numpy as np
 from ..errors import UserError
 from .coco_data import Json
 
-BACKENDS = ("hotcoco", "faster_coco_eval", "pycocotools")
-"""Fastest first."""
+BACKENDS = ("hotcoco", "faster_coco_eval", "pycocotools")  # fastest first
 
+# Oldest versions shown to equal pycocotools; early ones of hotcoco gave other numbers without a warning.
 _PROVEN_FROM = {"hotcoco": (1, 3), "faster_coco_eval": (1, 8)}
-"""Oldest versions shown to equal pycocotools; early ones of hotcoco gave other numbers without a word."""
 
 
 def choose_backend(name: str | None) -> str:
-    """The evaluator to use: the named one; for None and ``"auto"`` the fastest proven one that is installed.
+    """Return the evaluator to use: the named one; for None and ``"auto"`` the fastest installed proven one.
 
     Raises:
         UserError: it is unknown or not installed.
@@ -38,8 +37,9 @@ def choose_backend(name: str | None) -> str:
     try:
         importlib.import_module(name)
     except ImportError as error:
+        package = name.replace("_", "-")
         raise UserError(
-            f"TEST.COCO_EVAL_BACKEND: {name} is not installed; pip install {_package(name)}, or choose auto"
+            f"TEST.COCO_EVAL_BACKEND: {name} is not installed; pip install {package}, or choose auto"
         ) from error
     return name
 
@@ -49,28 +49,24 @@ def _is_proven(backend: str) -> bool:
         return True
     try:
         importlib.import_module(backend)
-        version = importlib.metadata.version(_package(backend))
+        version = importlib.metadata.version(backend.replace("_", "-"))
         return tuple(int(part) for part in version.split(".")[:2]) >= _PROVEN_FROM[backend]
     except (ImportError, ValueError):
         return False
 
 
-def _package(backend: str) -> str:
-    return backend.replace("_", "-")
-
-
 def precision_and_recall(
     ground_truth: Json, detections: Iterable[Json], iou_type: str, backend: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """COCO's evaluation at 10 IoU thresholds, 4 ranges of area and at most 1, 10 or 100 detections an image.
+    """Evaluate at COCO's 10 IoU thresholds, 4 ranges of area and at most 1, 10 or 100 detections per image.
 
     Args:
-        ground_truth, detections: as :mod:`.coco_data` prepares them.
+        ground_truth, detections: as :mod:`.coco_data` prepares them; evaluators may add keys to them.
         iou_type: ``"bbox"`` or ``"segm"``.
         backend: one of :data:`BACKENDS`.
 
     Returns:
-        Precision (10, 101, K, 4, 3) at 101 recalls and recall (10, K, 4, 3); -1 where nothing is to be found.
+        Precision (10, 101, K, 4, 3) at 101 recalls and recall (10, K, 4, 3); -1 without any object to find.
         K are the categories in order of their ids.
 
     Raises:
@@ -99,15 +95,18 @@ def _make(backend: str, ground_truth: Json, detections: Iterable[Json], iou_type
     given = {**ground_truth, "annotations": list(detections)}
     if backend == "faster_coco_eval":
         module = importlib.import_module("faster_coco_eval")
-        return module.COCOeval_faster(
-            module.COCO(ground_truth), module.COCO(given), iou_type, print_function=lambda *_: None
-        )
-    evaluator = importlib.import_module("pycocotools.cocoeval").COCOeval
-    return evaluator(_pycocotools(ground_truth), _pycocotools(given), iou_type)
+        truth, found = module.COCO(ground_truth), module.COCO(given)
+        return module.COCOeval_faster(truth, found, iou_type, print_function=lambda *_: None)
+    coco = importlib.import_module("pycocotools.coco").COCO
+    truth, found = coco(), coco()
+    for data, index in ((ground_truth, truth), (given, found)):
+        index.dataset = data
+        index.createIndex()
+    return importlib.import_module("pycocotools.cocoeval").COCOeval(truth, found, iou_type)
 
 
 def _load_from_disk(hotcoco: Any, ground_truth: Json, detections: Iterable[Json]) -> Any:
-    """hotcoco reads a file into a fifth of the memory that the same detections take as Python objects."""
+    """Let hotcoco read a file: it takes a fifth of the memory that Python objects would."""
     with tempfile.TemporaryDirectory(prefix="gn_detect-") as folder:
         path = Path(folder) / "detections.json"
         try:
@@ -121,11 +120,3 @@ def _load_from_disk(hotcoco: Any, ground_truth: Json, detections: Iterable[Json]
                 f"cannot write detections to {folder}: {error.strerror}; set TMPDIR to a folder with room"
             ) from error
         return hotcoco.COCO(str(path))
-
-
-def _pycocotools(data: Json) -> Any:
-    coco = importlib.import_module("pycocotools.coco").COCO()
-    # The evaluator adds keys to annotations.
-    coco.dataset = {**data, "annotations": [dict(annotation) for annotation in data["annotations"]]}
-    coco.createIndex()
-    return coco

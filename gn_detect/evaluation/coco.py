@@ -8,39 +8,39 @@ from typing import Any
 
 import numpy as np
 
+from ..data.coco.canonical import CocoFile
 from .backends import choose_backend, precision_and_recall
 from .coco_data import GroundTruth, prepare_detections, prepare_ground_truth
 
 IOU_TYPES = ("bbox", "segm")
+# Averages over the IoU thresholds 0.5, 0.55, ..., 0.95, except for AP50 and AP75. s, m and l are areas of
+# less than 32^2, up to 96^2 and more square pixels. AR1 to AR100 limit the detections of an image.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""Averages over the IoU thresholds 0.5, 0.55, ..., 0.95 unless one is named; s, m and l are areas of less
-than 32^2, up to 96^2 and more square pixels; AR1 to AR100 limit the detections of an image."""
 
 _IOU_50, _IOU_75 = 0, 5
-_ALL, _SMALL, _MEDIUM, _LARGE = range(4)
+_ALL = 0  # areas; then small, medium and large
 _MAX_100 = 2
 
-_CATEGORIES = 2000
-"""Evaluated at once."""
+_CATEGORIES = 2000  # evaluated at once
 
 
 def evaluate_results(
-    annotations_json: str | Path | Mapping[str, Any],
+    annotations_json: str | Path | Mapping[str, Any] | CocoFile,
     results_json: str | Path | Sequence[Mapping[str, Any]],
     iou_type: str,
     backend: str | None = None,
 ) -> dict[str, float]:
-    """COCO's twelve numbers and the AP of each category, in percent.
+    """Return COCO's twelve numbers and the AP of each category, in percent.
 
     Args:
-        annotations_json: COCO ground truth, a file or its content.
+        annotations_json: COCO ground truth: a file, its content, or what :func:`read_annotations` returned.
         results_json: COCO results, a file or its content; may be empty.
         iou_type: ``"bbox"`` or ``"segm"``. With ``"segm"`` the areas of detections are those of their masks.
-        backend: ``"pycocotools"`` (the reference), ``"hotcoco"``, ``"faster_coco_eval"``; None or ``"auto"``
-            takes the fastest installed one that is proven to give the same numbers.
+        backend: ``"pycocotools"`` (the reference), ``"hotcoco"`` or ``"faster_coco_eval"``. None and
+            ``"auto"`` choose the fastest installed one that is proven to give the same numbers.
 
     Returns:
-        :data:`METRICS` and ``AP-<category name>``; nan where the ground truth has nothing to find.
+        :data:`METRICS` and ``AP-<category name>``; nan if the ground truth has nothing to find.
 
     Raises:
         UserError: a file is missing or wrong, a detection belongs to an unknown image or category, or the
@@ -70,9 +70,7 @@ def evaluate_results(
 def evaluate_categories(
     truth: GroundTruth, detections: Iterable[dict[str, Any]], iou_type: str, backend: str
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Evaluate the categories that have annotations, some at a time, with :func:`precision_and_recall`.
-
-    Evaluators take 100 KB for each category, and more for each category and image.
+    """Evaluate the categories that have annotations, some at a time: each takes 100 KB and more.
 
     Args:
         truth, detections: as :mod:`.coco_data` prepares them.
@@ -89,7 +87,7 @@ def evaluate_categories(
         chosen = frozenset(part)
         found = (detection for detection in detections if detection["category_id"] in chosen)
         if not part:
-            for _ in found:  # looks at all of them, and refuses what is wrong
+            for _ in found:  # checks all of them
                 pass
             return
         coco = truth.coco | {
@@ -100,24 +98,19 @@ def evaluate_categories(
 
 
 def _select(precision: np.ndarray, recall: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the values whose mean each of :data:`METRICS` is."""
-    return {
-        "AP": precision[..., _ALL, _MAX_100],
+    """Return the values whose mean is each of :data:`METRICS`."""
+    values = {
         "AP50": precision[_IOU_50, ..., _ALL, _MAX_100],
         "AP75": precision[_IOU_75, ..., _ALL, _MAX_100],
-        "APs": precision[..., _SMALL, _MAX_100],
-        "APm": precision[..., _MEDIUM, _MAX_100],
-        "APl": precision[..., _LARGE, _MAX_100],
         "AR1": recall[..., _ALL, 0],
         "AR10": recall[..., _ALL, 1],
-        "AR100": recall[..., _ALL, _MAX_100],
-        "ARs": recall[..., _SMALL, _MAX_100],
-        "ARm": recall[..., _MEDIUM, _MAX_100],
-        "ARl": recall[..., _LARGE, _MAX_100],
     }
+    for area, (ap, ar) in enumerate((("AP", "AR100"), ("APs", "ARs"), ("APm", "ARm"), ("APl", "ARl"))):
+        values[ap], values[ar] = precision[..., area, _MAX_100], recall[..., area, _MAX_100]
+    return values
 
 
 def _mean(values: np.ndarray) -> float:
-    """Percent; entries of -1 say that there is nothing to find."""
+    """Return a mean in percent; entries of -1, with nothing to find, do not count."""
     counted = values[values > -1]
     return float(np.mean(counted)) * 100 if counted.size else float("nan")

@@ -1,13 +1,14 @@
-"""Ground truth and detections brought into one exact form, so that every evaluator reads the same thing.
+"""Bring ground truth and detections into one exact form, so that every evaluator reads the same data.
 
-COCO evaluators differ in what they make of ids that are negative, text or 0, of missing areas and crowd
+COCO evaluators treat several things differently: ids that are negative, text or 0, missing areas and crowd
 flags, uncompressed RLE and bytes. :mod:`gn_detect.data.coco.canonical` and
-:mod:`gn_detect.data.coco.rules` read ground truth here as they do for training; what pycocotools fails on, or
-counts as a miss without a word, is refused with a reason. Two things are on purpose not pycocotools':
+:mod:`gn_detect.data.coco.rules` read ground truth here as they do for training. An input on which pycocotools
+fails, or which it silently counts as a miss, is refused with a reason. Two differences from pycocotools are
+intended:
 
-- it takes an annotation whose id is 0 for "not matched", a false alarm; here annotations are numbered from 1;
-- an object whose polygons all have less than 3 points is left out of the mask AP with a warning, as it is
-  left out of training; pycocotools fails on it.
+- pycocotools takes the annotation id 0 for "not matched", a false positive. Here ids begin with 1.
+- pycocotools fails on an object whose polygons all have less than 3 points. Here the mask AP leaves it out
+  with a warning, as training does.
 """
 
 from __future__ import annotations
@@ -36,19 +37,12 @@ from .results_file import read_entries
 logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-Size = tuple[int, int] | None
-"""(height, width) of an image in pixels, where the ground truth states it."""
+Size = tuple[int, int] | None  # (height, width) of an image in pixels; None if the ground truth has none
 
 _NAMELESS = Path("ground truth")
-
-_FARTHEST = 1e9
-"""Of numbers of a detection's box."""
-
-_HIGHEST = 1e300
-"""Score."""
-
-_MASKS_AT_ONCE = 200
-"""``pycocotools.mask.area`` fails on more than 255."""
+_FARTHEST = 1e9  # the largest number in a detection's box
+_HIGHEST = 1e300  # the largest score
+_MASKS_AT_ONCE = 200  # pycocotools.mask.area fails on more than 255
 
 
 @dataclass(frozen=True)
@@ -56,10 +50,10 @@ class GroundTruth:
     """COCO ground truth whose images, categories and annotations are numbered from 1.
 
     Attributes:
-        coco: ``images``, ``categories`` and ``annotations``, each with all that evaluators read.
+        coco: ``images``, ``categories`` and ``annotations``, each with every key that evaluators read.
         images, categories: number by id.
-        sizes: of images, by number.
-        file: as it was read, in canonical form.
+        sizes: sizes of images by number.
+        file: the file in canonical form.
     """
 
     coco: Json
@@ -70,21 +64,30 @@ class GroundTruth:
 
     @property
     def labels(self) -> list[str]:
-        """Names of categories in order of their numbers; names that several share get the id added."""
+        """Names of categories in order of their numbers; the id is appended to a name that several share."""
         names = [category["name"] for category in self.coco["categories"]]
         count = Counter(names)
         ids = self.categories
         return [name if count[name] == 1 else f"{name} ({i})" for name, i in zip(names, ids, strict=True)]
 
 
-def prepare_ground_truth(source: str | Path | Mapping[str, Any] | CocoFile, iou_type: str) -> GroundTruth:
-    """COCO ground truth with boxes, areas, crowd flags and, for masks, compressed RLE.
+def read_annotations(path: str | Path) -> CocoFile:
+    """Read an annotation file for one or several calls of :func:`prepare_ground_truth`.
 
-    ``area`` is the annotation's; where it has none, its mask's or else its box's. Images need neither a
-    ``file_name`` nor, unless there are polygons, a size.
+    Raises:
+        UserError: it is not COCO.
+    """
+    return read_canonical(Path(path))
+
+
+def prepare_ground_truth(source: str | Path | Mapping[str, Any] | CocoFile, iou_type: str) -> GroundTruth:
+    """Return COCO ground truth with boxes, areas, crowd flags and, for masks, compressed RLE.
+
+    ``area`` is the annotation's, or else its mask's, or else its box's. Images need no ``file_name``, and a
+    size only for polygons.
 
     Args:
-        source: a file or its content, which is left as it is.
+        source: a file, its content, or what :func:`read_annotations` returned; it is not changed.
         iou_type: ``"bbox"`` or ``"segm"``.
 
     Raises:
@@ -93,7 +96,7 @@ def prepare_ground_truth(source: str | Path | Mapping[str, Any] | CocoFile, iou_
     if isinstance(source, CocoFile):
         file = source
     elif isinstance(source, str | Path):
-        file = read_canonical(Path(source))
+        file = read_annotations(source)
     else:
         check_lists(source, LISTS, _NAMELESS)
         file = canonical(source, _NAMELESS)
@@ -161,25 +164,11 @@ def _annotation(given: Annotation, number: int, truth: GroundTruth, rules: Rules
     return annotation
 
 
-def to_rle(segmentation: Any, size: Size) -> Json | None:
-    """Polygons, uncompressed or compressed RLE as compressed RLE with text counts.
-
-    Args:
-        segmentation: COCO's ``segmentation``, in any form that :func:`.values.read_mask` reads.
-        size: of the image, which polygons need and RLE must have.
-
-    Returns:
-        ``{"size": [height, width], "counts": text}``; None where no polygon has 3 points or more. Shorter
-        ones among others cover nothing.
-
-    Raises:
-        UserError: it is none of the three, or does not fit the image.
-    """
-    return _encode(read_mask(segmentation, set()), size, Rules(Path("mask")), "it")
-
-
 def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
-    """Encode a canonical segmentation as :func:`to_rle`; an RLE says an image's size that is unknown."""
+    """Return a canonical segmentation as ``{"size": [height, width], "counts": text}``.
+
+    Without a ``size``, an RLE gives its own. None if no polygon has 3 points or more.
+    """
     if size is None and isinstance(given, dict):
         found = given.get("size")
         if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int and n > 0 for n in found):
@@ -202,28 +191,33 @@ def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
 def prepare_detections(
     source: str | Path | Sequence[Mapping[str, Any]], truth: GroundTruth, iou_type: str
 ) -> Iterator[Json]:
-    """Detections with id, area, box and, for masks, compressed RLE; the area is that of what is compared.
+    """Yield detections with id, area, box and, for masks, compressed RLE.
 
-    They come one by one, so that a large file never lies in memory as a whole.
+    The area is that of the box or of the mask, depending on ``iou_type``. A large file is never in memory as
+    a whole.
 
     Args:
-        source: COCO result file or its content, which is left as it is. Its ids may be spelt as in the
-            annotation file, or as here. A detection without ``bbox`` has its mask's box (and area, as in
-            pycocotools).
+        source: COCO result file or its content, which is not changed. Ids may be those of the annotation file
+            or of ``truth``. A detection without ``bbox`` has its mask's box (and area, as in pycocotools).
         truth: the ground truth.
         iou_type: ``"bbox"`` or ``"segm"``.
 
     Raises:
-        UserError: no list of results, one of an unknown image or category, or one without a finite score.
+        UserError: it is no list of results, or one has an unknown image or category or no finite score.
     """
     name = str(source) if isinstance(source, str | Path) else "results"
     data = read_entries(source) if isinstance(source, str | Path) else source
     if not isinstance(data, Iterable) or isinstance(data, str | Mapping):
         raise UserError(f"{name}: not COCO results; it needs a list of detections")
     reader = _DetectionReader(name, truth, iou_type)
-    numbered = enumerate(data, start=1)
-    while some := list(islice(numbered, _MASKS_AT_ONCE)):
-        yield from reader.read(some)
+    read = (reader.read(given, number) for number, given in enumerate(data, start=1))
+    while detections := list(islice(read, _MASKS_AT_ONCE)):
+        if iou_type == "segm":
+            masks = [detection["segmentation"] for detection in detections]
+            boxes, areas = coco_mask.toBbox(masks).tolist(), coco_mask.area(masks).tolist()
+            for detection, box, area in zip(detections, boxes, areas, strict=True):
+                detection["bbox"], detection["area"] = box, float(area)
+        yield from detections
 
 
 class _DetectionReader:
@@ -232,17 +226,7 @@ class _DetectionReader:
         file = truth.file
         self.spelt = [{spelt: i for i, spelt in ids.items()} for ids in (file.image_ids, file.category_ids)]
 
-    def read(self, entries: list[tuple[int, Any]]) -> list[Json]:
-        """Read detections with their numbers, at most as many as pycocotools can measure."""
-        detections = [self._read_one(given, number) for number, given in entries]
-        if self.iou_type == "segm":
-            masks = [detection["segmentation"] for detection in detections]
-            boxes, areas = coco_mask.toBbox(masks).tolist(), coco_mask.area(masks).tolist()
-            for detection, box, area in zip(detections, boxes, areas, strict=True):
-                detection["bbox"], detection["area"] = box, float(area)
-        return detections
-
-    def _read_one(self, given: Any, number: int) -> Json:
+    def read(self, given: Any, number: int) -> Json:
         what = f"detection {number}"
         if not isinstance(given, Mapping):
             raise self._refusal(what, "it is not an object")

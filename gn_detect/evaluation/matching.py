@@ -1,36 +1,34 @@
-"""Which detection found which object: for pictures and confusion, not for AP."""
+"""Match detections with objects, for pictures and confusion. AP does not use this."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
 
-NOTHING, IN_CROWD = -1, -2
+from .coco_data import Json
 
-Json = dict[str, Any]
+NOTHING, IN_CROWD = -1, -2
 
 
 def match_objects(
     objects: Sequence[Json], detections: Sequence[Json], iou_type: str, iou_threshold: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Give each detection an object of its own, in the order of their scores.
+    """Match each detection with its own object, in order of descending scores.
 
-    Of the objects that it overlaps enough and that are free, a detection gets the one with the highest IoU
-    among those of its category, or else among all: another category is a confusion, not a miss beside a
-    false alarm.
+    A detection takes the free object with the highest IoU: among those of its category, or else among all.
+    Another category is a confusion, not a miss and a false positive.
 
     Args:
-        objects, detections: of one image, as COCO entries with ``category_id`` and, by ``iou_type``,
-            ``bbox`` or ``segmentation`` as RLE; detections have ``score``, objects may have ``iscrowd``.
+        objects, detections: COCO entries of one image with ``category_id`` and, depending on ``iou_type``,
+            ``bbox`` or ``segmentation`` as RLE. Detections have ``score``; objects may have ``iscrowd``.
         iou_type: ``"bbox"`` or ``"segm"``.
         iou_threshold: the least IoU of a pair.
 
     Returns:
-        (M,) int64 for each detection the index of its object, :data:`NOTHING` for a false alarm, or
-        :data:`IN_CROWD` where it lies in a crowd and does not count; and (M,) float64 the IoU of each pair.
+        (M,) int64 the object's index for each detection, :data:`NOTHING` for a false positive, or
+        :data:`IN_CROWD` for a detection in a crowd, which does not count; and (M,) float64 IoU of each pair.
     """
     key = "bbox" if iou_type == "bbox" else "segmentation"
     matched, overlap = np.full(len(detections), NOTHING), np.zeros(len(detections))
@@ -44,29 +42,29 @@ def match_objects(
     free = ~crowd
     for row in np.argsort([-entry["score"] for entry in detections], kind="stable"):
         enough = iou[row] >= iou_threshold
-        for allowed in (enough & free & same[row], enough & free):
-            if allowed.any():
-                partner = int(np.where(allowed, iou[row], -1.0).argmax())
-                matched[row], overlap[row], free[partner] = partner, iou[row, partner], False
-                break
-        else:
-            if (enough & crowd).any():
-                matched[row] = IN_CROWD
+        allowed = enough & free
+        if (allowed & same[row]).any():
+            allowed &= same[row]
+        if allowed.any():
+            partner = int(np.where(allowed, iou[row], -1.0).argmax())
+            matched[row], overlap[row], free[partner] = partner, iou[row, partner], False
+        elif (enough & crowd).any():
+            matched[row] = IN_CROWD
     return matched, overlap
 
 
 def confusion_matrix(
     images: Sequence[tuple[Sequence[Json], Sequence[Json], np.ndarray]], category_ids: Sequence[int]
 ) -> np.ndarray:
-    """How often an object of each category was taken for each.
+    """Count the detected categories of the objects of each category.
 
     Args:
-        images: objects, detections and :func:`match_objects`' first result of each image.
+        images: objects, detections and the first result of :func:`match_objects` for each image.
         category_ids: in the order of rows and columns.
 
     Returns:
-        (K + 1, K + 1) int64: rows are what it is, columns what it was taken for; the last row are false
-        alarms (it is background), the last column misses. Crowds do not count.
+        (K + 1, K + 1) int64: the row is the true category, the column the detected one. The last row counts
+        false positives, the last column misses. Crowds do not count.
     """
     position = {category_id: number for number, category_id in enumerate(category_ids)}
     background = len(category_ids)

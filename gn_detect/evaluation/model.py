@@ -1,4 +1,4 @@
-"""A model's detections on a dataset: collected, written in COCO's format, and evaluated."""
+"""Run a model on a dataset, write its detections in COCO's format, and evaluate them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import CocoDataset
+from ..distributed.group import from_main, is_distributed, is_main
 from ..errors import UserError
 from ..files import atomic_write
 from ..ops import paste_one_by_one
@@ -26,20 +26,22 @@ from ..structures import Detections, Sample
 from ..text import Lines
 from .backends import choose_backend
 from .coco import IOU_TYPES, evaluate_results
+from .coco_data import read_annotations
 from .results_file import ResultsWriter, entry_text, gather_text
 from .table import format_results
+
+if TYPE_CHECKING:
+    from ..modeling import MaskRCNN
 
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "coco_instances_results.json"
 
+# The remedy if the memory of a GPU is too small for detection.
 LESS_MEMORY = (
     "lower INPUT.MAX_SIZE_TEST and INPUT.MIN_SIZE_TEST, or TEST.DETECTIONS_PER_IMAGE, or use MODEL.DEVICE cpu"
 )
-"""The remedy where the memory of a GPU is too small for detection."""
-
-_MOVED_BYTES = 1 << 28
-"""Memory that masks may take on their way from an accelerator to the CPU."""
+_MOVED_BYTES = 1 << 28  # masks that are moved from an accelerator to the CPU at once
 
 Metrics = dict[str, dict[str, float]]
 
@@ -55,28 +57,10 @@ class Stop(Protocol):
         """Return whether this process knows of a request to any process."""
 
     def requested(self) -> int:
-        """Return whether there was a request to any process; all processes call this together."""
+        """Return whether there was a request to any process. All processes call this together."""
 
     def at_once(self) -> AbstractContextManager[None]:
         """Let a request end the block with Interrupted."""
-
-
-class Detector(Protocol):
-    """What is needed of a model; :class:`gn_detect.modeling.MaskRCNN` has it."""
-
-    def detect(
-        self,
-        images: Sequence[Tensor],
-        original_sizes: Sequence[tuple[int, int]] | None = None,
-        paste: bool = True,
-    ) -> list[Detections]:
-        """Detections of each image in original pixels; without ``paste``, masks may stay probabilities."""
-
-    def train(self, mode: bool = True) -> Any:
-        """As nn.Module's."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """As nn.Module's."""
 
 
 def detections_to_coco(
@@ -85,18 +69,18 @@ def detections_to_coco(
     category_ids: Sequence[int | None],
     size: tuple[int, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """One image's detections as entries of a COCO result file.
+    """Return one image's detections as entries of a COCO result file.
 
     Args:
         detections: boxes ``xyxy`` in the pixels of the image.
-        image_id: of the annotation file.
-        category_ids: contiguous label -> category id of the annotation file; detections of classes that have
-            none there are left out.
-        size: (height, width) of the image, for masks that are not pasted yet: that is done one by one.
+        image_id: the annotation file's.
+        category_ids: the annotation file's category id of each contiguous label; detections of classes
+            without one (None) are left out.
+        size: (height, width) of the image; masks that are not pasted yet need it.
 
     Returns:
         Entries with ``bbox`` (x, y, width, height), ``score`` and, for a model with masks, ``segmentation``
-        (compressed RLE with text counts). Widths and heights are float32 differences, as detectron2 writes.
+        (compressed RLE with text counts). Widths and heights are float32 differences, as in detectron2.
     """
     if None in category_ids:
         listed = torch.tensor([category_id is not None for category_id in category_ids])
@@ -116,9 +100,9 @@ def detections_to_coco(
 
 
 def _encode(detections: Detections, size: tuple[int, int] | None) -> Iterator[dict[str, Any]]:
-    """COCO's RLE of the masks, one by one: all masks of a large image are several GB.
+    """Yield COCO's RLE of the masks, one by one: all masks of a large image are several GB.
 
-    pycocotools wants columns first. Turning a mask takes several times as long as coding it, so only the
+    pycocotools needs columns first. Turning a mask takes several times as long as coding it, so only the
     rows and columns of the object are turned.
     """
     masks = detections.masks
@@ -131,10 +115,10 @@ def _encode(detections: Detections, size: tuple[int, int] | None) -> Iterator[di
         mask: Any = part.numpy()
         rows = _extent(mask.any(axis=1))
         columns = _extent(mask[rows].any(axis=0))
-        taken = _shifted(rows, top), _shifted(columns, left)
-        turned[(*taken, 0)] = mask[rows, columns].view(np.uint8)  # much faster than from bool
+        place = turned[top:, left:][rows, columns, 0]
+        place[:] = mask[rows, columns].view(np.uint8)  # much faster than from bool
         yield coco_mask.encode(turned)[0]
-        turned[taken] = 0
+        place[:] = 0
 
 
 def _moved(masks: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -143,38 +127,34 @@ def _moved(masks: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         yield from ((0, 0, mask) for mask in part.cpu())
 
 
-def _shifted(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
-
-
 def _extent(taken: np.ndarray) -> slice:
-    """From the first to the last that is true, of (L,) bool; nothing where none is."""
+    """Return the slice from the first to the last True of (L,) bool; an empty slice without any."""
     places = np.flatnonzero(taken)
     return slice(places[0], places[-1] + 1) if len(places) else slice(0, 0)
 
 
 @contextmanager
 def detection_memory_help(what: str, images: int = 1) -> Iterator[None]:
-    """Turn CUDA's out-of-memory error into one that names the images and the keys; free what can be freed.
+    """Turn CUDA's out-of-memory error into one that names the images and the keys, and free the memory.
 
     Args:
         what: the images with their sizes, such as ``"an image of 8000 x 6000 pixels"``.
-        images: in the batch.
+        images: number of images in the batch.
 
     Raises:
-        UserError: the memory was not enough; the next images may still fit.
+        UserError: there was too little memory; the next images may still fit.
     """
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # which hold the tensors of the network
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the network
         torch.cuda.empty_cache()
         batch = f"lower TEST.IMS_PER_BATCH ({images}); or " if images > 1 else ""
         raise UserError(f"out of GPU memory with {what}; {batch}{LESS_MEMORY}") from error
 
 
 def evaluate_model(
-    model: Detector,
+    model: MaskRCNN,
     loader: Iterable[list[Sample]],
     dataset: CocoDataset,
     output_dir: str | Path,
@@ -183,70 +163,66 @@ def evaluate_model(
     iou_types: Sequence[str] = IOU_TYPES,
     stop: Stop | None = None,
 ) -> Metrics:
-    """Run a model over a dataset and compute its AP.
+    """Run a model on a dataset and compute its AP.
 
-    In a process group each process takes its own loader's images; the first one evaluates, and all return the
-    same numbers.
+    In a process group each process takes the images of its own loader. The first process evaluates, and all
+    return the same numbers.
 
     Args:
-        model: on its device; its modules come back in the modes, training or not, in which they were.
+        model: on its device; each of its modules keeps its mode, training or not.
         loader: batches of Samples.
         dataset: names the annotation file and the categories.
-        output_dir: gets ``coco_instances_results.json``; created when missing.
+        output_dir: folder for ``coco_instances_results.json``; created if it is missing.
         backend: see :func:`evaluate_results`.
         iou_types: ``"bbox"``, ``"segm"`` or both.
-        stop: is asked after each batch.
+        stop: asked after each batch.
 
     Returns:
         ``{"bbox": {"AP": ..., ...}, "segm": {...}}`` in percent.
 
     Raises:
-        Interrupted: ``stop`` says so; in all processes.
-        UserError: see :func:`evaluate_results`; in all processes. By then the detections are written,
-            unless it is the backend that is missing.
+        Interrupted: ``stop`` requests it; in all processes.
+        UserError: see :func:`evaluate_results`; in all processes. The detections are written by then, unless
+            the backend is missing.
     """
-    backend = choose_backend(backend)  # what is missing shows before the work
+    backend = choose_backend(backend)  # before the work, as it may be missing
     path = Path(output_dir) / RESULTS_FILE
     category_ids = [dataset.spelt_categories.get(i, i) for i in dataset.category_ids]
     with _in_evaluation_mode(model):
-        if _rank() == 0:
-            _write_results(model, loader, category_ids, path, stop)
+        found = _detect(model, loader, category_ids, stop)
+        if is_main():
+            _write_results(found, path, stop)
         else:
-            _send_results(model, loader, category_ids, stop)
-            return _from_first(None)
-    try:
-        with nullcontext() if stop is None else stop.at_once():
-            metrics = _evaluate(path, dataset, backend, iou_types)
-    except (UserError, Interrupted) as error:
-        _from_first(error)  # the others wait for numbers
-        raise
-    return _from_first(metrics)
+            _send_results(found, stop)
+    outcome: Metrics | UserError | Interrupted = {}
+    if is_main():
+        try:
+            with nullcontext() if stop is None else stop.at_once():
+                outcome = _evaluate(path, dataset, backend, iou_types)
+        except (UserError, Interrupted) as error:
+            outcome = error  # the other processes wait for it
+    outcome = from_main(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
-def _write_results(
-    model: Detector,
-    loader: Iterable[list[Sample]],
-    category_ids: Sequence[int | None],
-    path: Path,
-    stop: Stop | None,
-) -> None:
-    """The detections of all processes, those of the first one as they come."""
+def _write_results(found: Iterable[list[dict[str, Any]]], path: Path, stop: Stop | None) -> None:
+    """Write the detections of all processes, those of this one without delay."""
     with atomic_write(path) as file:
         results = ResultsWriter(file)
-        for entries in _detect(model, loader, category_ids, stop):
+        for entries in found:
             results.add(entries)
         _agree(stop)
-        for text in gather_text(None) if _in_group() else ():
+        for text in gather_text(None) if is_distributed() else ():
             results.add_text(text)
         results.end()
 
 
-def _send_results(
-    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
-) -> None:
-    """Detections of another process: on its own disk until the first one has finished, too."""
+def _send_results(found: Iterable[list[dict[str, Any]]], stop: Stop | None) -> None:
+    """Send the detections of another process; they stay on its disk until the first process has finished."""
     with tempfile.TemporaryFile("w+", encoding="ascii") as spool:
-        for entries in _detect(model, loader, category_ids, stop):
+        for entries in found:
             spool.writelines(map(entry_text, entries))
         _agree(stop)
         for _ in gather_text(spool):
@@ -260,8 +236,8 @@ def _agree(stop: Stop | None) -> None:
 
 
 @contextmanager
-def _in_evaluation_mode(model: Detector) -> Iterator[None]:
-    """Afterwards every module is in its own mode again: some may have been frozen on purpose."""
+def _in_evaluation_mode(model: MaskRCNN) -> Iterator[None]:
+    """Restore the mode of every module at the end: some may be frozen on purpose."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train(False)
@@ -274,21 +250,19 @@ def _in_evaluation_mode(model: Detector) -> Iterator[None]:
 
 def _evaluate(path: Path, dataset: CocoDataset, backend: str, iou_types: Sequence[str]) -> Metrics:
     begin = time.perf_counter()
-    metrics = {
-        iou_type: evaluate_results(dataset.annotations_path, path, iou_type, backend)
-        for iou_type in iou_types
-    }
+    annotations = read_annotations(dataset.annotations_path)
+    metrics = {iou_type: evaluate_results(annotations, path, iou_type, backend) for iou_type in iou_types}
     logger.info("evaluated in %.1f s: %s", time.perf_counter() - begin, path)
     logger.info("%s\n%s", dataset.name, Lines(format_results(metrics)))
     return metrics
 
 
 def _detect(
-    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
+    model: MaskRCNN, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """This process's detections, image by image. Masks become RLE at once: bitmaps would fill the memory.
+    """Yield this process's detections image by image, with masks as RLE: bitmaps would fill the memory.
 
-    They end early when a process is asked to stop.
+    They end early if a process is asked to stop.
     """
     seconds = {"data": 0.0, "model": 0.0, "results": 0.0}
     images = 0
@@ -300,14 +274,14 @@ def _detect(
         seconds[part] += now - last
         last = now
 
-    for batch in progress_bar(loader, desc="evaluating", unit="batch", shown=_rank() == 0):
+    for batch in progress_bar(loader, desc="evaluating", unit="batch", shown=is_main()):
         count("data")
         with detection_memory_help(_name_images(batch), len(batch)), torch.inference_mode():
             sizes = [sample.original_size for sample in batch]
             found = model.detect([sample.image for sample in batch], sizes, paste=False)
         count("model")
         for sample in batch:
-            # Popped, as the masks of a large image should be gone before the next is worked on.
+            # pop: the masks of a large image must be gone before the next image
             yield detections_to_coco(found.pop(0), sample.image_id, category_ids, sample.original_size)
         images += len(batch)
         count("results")
@@ -318,28 +292,9 @@ def _detect(
 
 
 def _name_images(batch: Sequence[Sample]) -> str:
-    """For an error: the files and their sizes, as they are and as the network sees them."""
+    """Return the files with their sizes, on disk and for the network."""
     named = []
     for sample in batch:
         (height, width), (rows, columns) = sample.original_size, sample.image.shape[-2:]
         named.append(f"{sample.file_name} ({width} x {height} pixels, resized to {columns} x {rows})")
     return ", ".join(named)
-
-
-def _in_group() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _in_group() else 0
-
-
-def _from_first(outcome: Metrics | UserError | Interrupted | None) -> Metrics:
-    """The first process' numbers in all of them; its error is raised in the others."""
-    if _in_group():
-        holder = [outcome]
-        dist.broadcast_object_list(holder, src=0)
-        if isinstance(holder[0], Exception) and _rank() > 0:
-            raise holder[0]
-        outcome = holder[0]
-    return outcome if isinstance(outcome, dict) else {}

@@ -1,7 +1,6 @@
-"""COCO result files that never lie in memory as a whole: written as detections come, read one by one.
+"""Read and write COCO result files in little memory, one entry at a time.
 
-500,000 detections with masks are half a gigabyte as Python objects, and several copies of that on their way
-through an evaluator.
+500,000 detections with masks are half a gigabyte as Python objects.
 """
 
 from __future__ import annotations
@@ -17,34 +16,32 @@ import torch.distributed as dist
 from ..errors import UserError
 from ..files import open_file
 
-_CHARACTERS = 1 << 22
-"""Read, or sent between processes, at a time."""
-
+_CHARACTERS = 1 << 22  # read, or sent between processes, at a time
 _SPACE = " \t\r\n"
 
 
 def entry_text(entry: dict[str, Any]) -> str:
-    """An entry of a list, with the comma before it."""
+    """Return an entry of a JSON list with the comma before it."""
     return f",{json.dumps(entry)}\n"
 
 
 class ResultsWriter:
-    """Writes a JSON list, one entry a line.
+    """Writer of a JSON list with one entry per line.
 
     Args:
-        file: open for text; whoever opened it closes it.
+        file: open for text; its owner closes it.
     """
 
     def __init__(self, file: IO[str]) -> None:
         self.file, self._empty = file, True
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
-        """More entries of the list."""
+        """Write more entries."""
         for entry in entries:
             self.add_text(entry_text(entry))
 
     def add_text(self, text: str) -> None:
-        """Entries, or a part of them, as :func:`entry_text` spells them."""
+        """Write text from :func:`entry_text`: entries, or a part of them."""
         self.file.write(f"[{text[1:]}" if self._empty else text)
         self._empty = False
 
@@ -54,10 +51,9 @@ class ResultsWriter:
 
 
 def gather_text(own: IO[str] | None) -> Iterator[str]:
-    """What the other processes of the group spooled, in the order of their ranks, piece by piece.
+    """Yield the texts that the other processes of the group spooled, in order of ranks, piece by piece.
 
-    Every process must call this, and go through it to the end; the first one gets the text, the others
-    nothing.
+    Every process must call this and iterate to the end. Only the first one gets the text.
 
     Args:
         own: this process's spool of :func:`entry_text`; None in the first process.
@@ -76,16 +72,16 @@ def gather_text(own: IO[str] | None) -> Iterator[str]:
 
 
 def read_entries(path: str | Path) -> Iterator[Any]:
-    """The entries of a JSON list one after the other, in little memory; any layout.
+    """Yield the entries of a JSON list in any layout, in little memory.
 
     Raises:
-        UserError: it cannot be read, is not JSON or not a list.
+        UserError: the file cannot be read, is not JSON or not a list.
     """
     try:
         with open_file(path) as file:
-            encoding = json.detect_encoding(file.read(4))  # a byte order mark tells it
+            encoding = json.detect_encoding(file.read(4))  # from a byte order mark
             file.seek(0)
-            yield from _entries(io.TextIOWrapper(file, encoding=encoding))
+            yield from _entries(_Window(io.TextIOWrapper(file, encoding=encoding)))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a COCO JSON file") from None
     except (ValueError, RecursionError) as error:
@@ -94,13 +90,12 @@ def read_entries(path: str | Path) -> Iterator[Any]:
         raise UserError(f"{path}: not COCO results; it needs a list of detections") from None
 
 
-def _entries(file: IO[str]) -> Iterator[Any]:
-    text, end = _Window(file), "]"
+def _entries(text: _Window) -> Iterator[Any]:
     if text.next_character() != "[":
-        json.loads(text.rest())  # says what is wrong, if it is no JSON at all
+        json.loads(text.rest())  # raises the error of a file that is no JSON at all
         raise TypeError
     text.skip()
-    while text.next_character() != end:
+    while text.next_character() != "]":
         yield text.value()
         if text.next_character() == ",":
             text.skip()
@@ -121,13 +116,13 @@ class _Window:
         self._decoder = json.JSONDecoder()
 
     def _more(self) -> bool:
-        """Read on, at least as much as is there: a long entry is not tried again too often."""
+        """Read on, and at least double the text: otherwise a long entry would be tried too often."""
         added = self._file.read(max(_CHARACTERS, len(self._text) - self._at))
         self._text, self._at = self._text[self._at :] + added, 0
         return bool(added)
 
     def next_character(self) -> str:
-        """The next one that is no space; empty at the end of the file."""
+        """Return the next character that is not a space; empty at the end of the file."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in _SPACE:
                 self._at += 1
@@ -135,11 +130,10 @@ class _Window:
                 return self._text[self._at : self._at + 1]
 
     def skip(self) -> None:
-        """Leave one character behind."""
         self._at += 1
 
     def value(self) -> Any:
-        """The JSON value here; a number at the edge of the window could go on behind it."""
+        """Return the JSON value at the position. A number may continue past the edge of the window."""
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
@@ -152,5 +146,4 @@ class _Window:
                 return value
 
     def rest(self) -> str:
-        """All that is left."""
         return self._text[self._at :] + self._file.read()

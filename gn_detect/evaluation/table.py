@@ -1,4 +1,4 @@
-"""Results as text."""
+"""Show results as text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _COLUMNS = 3
 
 
 def format_results(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """COCO's numbers in one row for each IoU type, and below them the AP of each category.
+    """Return a table: COCO's numbers in a row for each IoU type, and below them the AP of each category.
 
     Args:
         metrics: ``{"bbox": {...}, "segm": {...}}`` in percent.
 
     Returns:
-        Lines of text; ``-`` where COCO defines no value.
+        Lines of text; ``-`` for a value that COCO does not define.
     """
     lines = ["     " + "".join(f"{name:>7}" for name in METRICS)]
     lines += [

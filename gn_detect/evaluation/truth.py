@@ -1,4 +1,4 @@
-"""The objects of each image of an annotation file, in the form in which detections are compared with them."""
+"""Read the objects of each image of an annotation file, ready to be compared with detections."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.coco.canonical import CocoFile, has_mask
-from ..data.coco.reader import log_notes, read_canonical
+from ..data.coco.reader import log_notes
 from ..errors import UserError
-from .coco_data import Json, prepare_ground_truth
+from .coco_data import Json, prepare_ground_truth, read_annotations
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Truth:
     """An annotation file by image, with ids as in :class:`.data.canonical.CocoFile`.
 
     Attributes:
-        path: of the file.
+        path: the file.
         file_names: by image id, relative to the folder of the images.
-        sizes: (height, width) by image id, as far as the file tells.
-        category_ids, class_names: in order of the ids; names that several share get the id behind them.
-        plain_names: those of the file, without these ids.
+        sizes: (height, width) by image id, if the file has them.
+        category_ids, class_names: in order of the ids. The id is appended to a name that several share.
+        plain_names: the names as they stand in the file.
         objects: annotations by image id, with ``category_id``, ``bbox``, ``area``, ``iscrowd`` and, if they
-            have masks, ``segmentation`` as compressed RLE; images without any have an empty list.
-        content: the file as it was read.
+            have masks, ``segmentation`` as compressed RLE; an empty list for an image without any.
+        content: the file in canonical form.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Truth:
     content: CocoFile
 
     def image_id_of(self, path: str | Path) -> Any:
-        """The image with the longest file name that ``path`` ends in.
+        """Return the id of the image whose file name is the longest end of ``path``.
 
         Raises:
             UserError: the file lists no such image, or several.
@@ -54,7 +54,7 @@ class Truth:
         return found[0]
 
     def lists(self, path: str | Path) -> bool:
-        """Whether :meth:`image_id_of` finds the image, once or several times."""
+        """Return whether the file lists the image, once or several times."""
         return bool(self._ids_of(path))
 
     def _ids_of(self, path: str | Path) -> list[Any]:
@@ -75,15 +75,18 @@ def read_truth(path: str | Path, iou_type: str | None = None) -> Truth:
 
     Args:
         path: COCO JSON.
-        iou_type: ``"segm"`` reads masks, ``"bbox"`` leaves them out; by default they are read if each
-            annotation has one.
+        iou_type: ``"segm"`` reads masks, ``"bbox"`` does not. By default masks are read if each annotation
+            has one.
 
     Raises:
         UserError: it is not COCO, or an annotation is incomplete.
     """
-    file = read_canonical(Path(path))
+    file = read_annotations(path)
     log_notes(file)
-    truth = prepare_ground_truth(file, iou_type or _best_iou_type(file.content))
+    if iou_type is None:
+        entries = file.content["annotations"]
+        iou_type = "segm" if all(isinstance(e, dict) and has_mask(e) for e in entries) else "bbox"
+    truth = prepare_ground_truth(file, iou_type)
     image_ids = {number: key for key, number in truth.images.items()}
     category_ids = {number: key for key, number in truth.categories.items()}
     objects: dict[Any, list[Json]] = {key: [] for key in truth.images}
@@ -95,8 +98,3 @@ def read_truth(path: str | Path, iou_type: str | None = None) -> Truth:
     sizes = {key: size for key, number in truth.images.items() if (size := truth.sizes[number]) is not None}
     plain = [category["name"] for category in truth.coco["categories"]]
     return Truth(Path(path), names, sizes, list(truth.categories), truth.labels, plain, objects, file)
-
-
-def _best_iou_type(content: Json) -> str:
-    complete = all(isinstance(entry, dict) and has_mask(entry) for entry in content["annotations"])
-    return "segm" if complete else "bbox"

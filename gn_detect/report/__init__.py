@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: numbers, curves, mistakes, pictures, configuration."""
+"""Write a run as one HTML page without other files: numbers, curves, mistakes, pictures, configuration."""
 
 from .page import write_report
 

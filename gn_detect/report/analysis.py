@@ -1,4 +1,4 @@
-"""Where a model's detections are right and wrong: by recall, by category and by image."""
+"""Compare a model's detections with the ground truth: by recall, by category and by image."""
 
 from __future__ import annotations
 
@@ -21,17 +21,12 @@ from ..evaluation import (
     prepare_detections,
     prepare_ground_truth,
 )
+from ..evaluation.coco_data import Json
 from ..progress import progress_bar
 
-RECALLS = np.linspace(0, 1, 101)
-"""At which COCO's evaluation gives precision."""
-
-IOU_AVERAGES = {"0.50:0.95": slice(None), "0.50": slice(0, 1), "0.75": slice(5, 6)}
-"""The IoU thresholds of each curve, as rows of COCO's precision."""
-
+RECALLS = np.linspace(0, 1, 101)  # the recalls of COCO's precision
+IOU_AVERAGES = {"0.50:0.95": slice(None), "0.50": slice(0, 1), "0.75": slice(5, 6)}  # its rows of each curve
 _ALL_AREAS, _MOST_DETECTIONS = 0, 2
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,14 +34,14 @@ class ImageResult:
     """One image at the report's score threshold.
 
     Attributes:
-        image_id, file_name: of the annotation file.
-        objects, detections: COCO entries; crowds are among the objects.
+        image_id, file_name: the annotation file's.
+        objects, detections: COCO entries; the objects include crowds.
         matched: see :func:`match_objects`.
-        counts: of objects (without crowds), found ones, those taken for another class, missed ones and
-            false alarms.
+        counts: numbers of objects (without crowds), of true positives, of objects detected as another class,
+            of misses and of false positives.
         quality: the panoptic quality (https://arxiv.org/abs/1801.00868, equation 1) over all categories: the
-            sum of the IoUs of what was found, over found + half of what was missed and what is false; None
-            where there is nothing to find and nothing was found.
+            sum of the true positives' IoUs, divided by their number and half the number of mistakes. None
+            without objects and detections.
     """
 
     image_id: Any
@@ -58,22 +53,22 @@ class ImageResult:
     quality: float | None
 
     def labels(self, truth: Truth) -> list[int]:
-        """Of the categories that are in it, or were found in it."""
+        """Return the labels of the categories of its objects and detections."""
         present = {entry["category_id"] for entry in [*self.objects, *self.detections]}
         return [label for label, category_id in enumerate(truth.category_ids) if category_id in present]
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A result file compared with its ground truth.
+    """A comparison of a result file with its ground truth.
 
     Attributes:
         curves: by IoU type and name of :data:`IOU_AVERAGES`, (K, 101) precision in [0, 1] at
-            :data:`RECALLS`, nan for a category without objects.
+            :data:`RECALLS`; nan for a category without objects.
         confusion: see :func:`confusion_matrix`.
-        images: in the order of their ids.
-        object_counts: objects of each category, without crowds.
-        size_counts: small, medium and large objects, by area, without crowds.
+        images: in order of their ids.
+        object_counts: numbers of objects in each category, without crowds.
+        size_counts: numbers of small, medium and large objects, by area, without crowds.
     """
 
     truth: Truth
@@ -91,11 +86,11 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
     Args:
         truth: with masks if the last of ``iou_types`` is ``"segm"``.
         results: COCO result file.
-        iou_types: ``"bbox"``, ``"segm"`` or both; the last one decides what matches in pictures.
-        threshold: least score of the detections in pictures and confusion; curves take all.
+        iou_types: ``"bbox"``, ``"segm"`` or both; pictures are matched by the last one.
+        threshold: least score of the detections in pictures and confusion; curves need all.
 
     Raises:
-        UserError: the file is damaged, or is not one of this ground truth.
+        UserError: the file is damaged, or belongs to another ground truth.
     """
     shown: dict[int, Json] = {}
     curves = {iou_type: _curves(truth, results, iou_type, threshold, shown) for iou_type in iou_types}
@@ -175,16 +170,15 @@ def _image(truth: Truth, image_id: Any, found: list[Json], iou_type: str) -> Ima
 
 
 def _size_of(area: float) -> str:
-    """COCO's borders: squares of 32 and 96 pixels."""
     return "small" if area < 32**2 else "medium" if area < 96**2 else "large"
 
 
 def condense(confusion: np.ndarray, names: Sequence[str], most: int = 18) -> tuple[np.ndarray, list[str]]:
-    """A confusion matrix of the ``most`` categories with the most mistakes; the others become one.
+    """Return a confusion matrix of the ``most`` categories with the most mistakes; the others become one.
 
     Args:
         confusion: (K + 1, K + 1), background last.
-        names: of the K categories.
+        names: names of the K categories.
 
     Returns:
         (L + 1, L + 1) with L at most ``most`` + 1, and L names.

@@ -5,7 +5,7 @@
   root.classList.toggle("dark", matchMedia("(prefers-color-scheme: dark)").matches);
   document.getElementById("theme").addEventListener("click", () => root.classList.toggle("dark"));
 
-  // Tables: a click on a column's head sorts, the next one turns the order round; what has no value stays last.
+  // A click on a column's head sorts the table; the next click reverses the order. Rows without a value stay last.
   const compare = (kind, sign) => (a, b) => {
     if (kind === "text") return sign * a.localeCompare(b, undefined, { numeric: true });
     const [x, y] = [Number(a), Number(b)];

@@ -1,4 +1,4 @@
-"""Puts the parts of a report into its page."""
+"""Put the parts of a report into its page."""
 
 from __future__ import annotations
 
@@ -16,29 +16,50 @@ from ..data import resolve_dataset
 from ..errors import UserError
 from ..evaluation import METRICS, read_truth
 from ..files import atomic_write_text
-from ..visualize import Metrics, is_average, is_loss, metric_points
+from ..visualize import Curve, Metrics, draw_chart, is_average, is_loss, metric_points
 from ..weights.metadata import program_version
-from .analysis import IOU_AVERAGES, RECALLS, Analysis, analyse, condense
-from .charts import Chart, line_chart
+from .analysis import IOU_AVERAGES, RECALLS, Analysis, ImageResult, analyse, condense
 from .pictures import Picture, draw_pictures
 from .run_folder import RunFolder, TestSet, read_run
 
 logger = logging.getLogger(__name__)
 
 KINDS = {"bbox": "box", "segm": "mask"}
-MOST_ROWS, MOST_CURVES = 2000, 100
-"""Images in the table and categories with curves of their own: the worst, and the most frequent."""
+MOST_ROWS = 2000  # images in the table: the worst
+MOST_CURVES = 100  # categories with their own curves: the most frequent
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the page.
+
+    Attributes:
+        title: name of the vertical axis.
+        svg: an SVG element.
+        legend: name and number of the page's colour for each curve; empty for a single curve.
+    """
+
+    title: str
+    svg: str
+    legend: list[tuple[str, int]]
+
+    @classmethod
+    def of(cls, title: str, curves: list[Curve], x_label: str, key: str, **options: Any) -> Chart:
+        """Draw the curves; ``key`` and ``options`` are those of :func:`draw_chart`."""
+        legend = [(curve.name, curve.colour % 8) for curve in curves if curve.group in ("", "all")]
+        svg = draw_chart(curves, x_label, key, **options)
+        return cls(title, svg, legend if len(legend) > 1 else [])
 
 
 @dataclass
 class Section:
-    """A dataset's part of the page.
+    """The part of the page for one dataset.
 
     Attributes:
-        name: of the dataset.
-        number: from 0.
+        name: the dataset.
+        number: position on the page, from 0.
         metrics: see :class:`TestSet`.
-        notice: why parts are missing; empty where all is there.
+        notice: the reason why parts are missing; empty if there is everything.
         analysis, pictures, curves, confusion: see their modules; empty with a notice.
     """
 
@@ -53,7 +74,7 @@ class Section:
 
     @property
     def categories(self) -> list[dict[str, Any]]:
-        """Name, number of objects (None where it is not known) and AP by kind of each category."""
+        """The name, the number of objects (None if unknown) and the AP by kind of each category."""
         names = [key for row in list(self.metrics.values())[:1] for key in row if key.startswith("AP-")]
         counts: list[int | None] = [None] * len(names)
         if self.analysis is not None:
@@ -69,31 +90,30 @@ class Section:
         ]
 
     @property
-    def rows(self) -> list[Any]:
+    def rows(self) -> list[ImageResult]:
         """The images of the table, the worst first."""
-        if self.analysis is None:
-            return []
-        ranked = sorted(self.analysis.images, key=lambda i: 2.0 if i.quality is None else i.quality)
-        return ranked[:MOST_ROWS]
+        images = self.analysis.images if self.analysis is not None else []
+        return sorted(images, key=lambda i: 2.0 if i.quality is None else i.quality)[:MOST_ROWS]
 
 
 def write_report(
     folder: str | Path, output: str | Path | None = None, *, threshold: float = 0.5, pictures: int = 6
 ) -> Path:
-    """Write a run's page; it needs no network and no other file.
+    """Write the page of a run, which needs no network and no other file.
+
+    The page says which datasets and parts of the run are missing.
 
     Args:
-        folder: of the run.
-        output: the page; ``report.html`` in the folder by default.
+        folder: the run's.
+        output: the page; by default ``report.html`` in the folder.
         threshold: least score of the detections in pictures, confusion and the table of images.
-        pictures: how many of the worst and of the best images are shown.
+        pictures: number of the worst and of the best images that are shown.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: it is no run's folder, a file in it is damaged, or the page cannot be written. Datasets
-            that are not there, and parts of a run that are not there yet, are said on the page.
+        UserError: the folder is not a run's, a file in it is damaged, or the page cannot be written.
     """
     run = read_run(folder)
     sections = [_section(run, test, number, threshold, pictures) for number, test in enumerate(run.tests)]
@@ -112,53 +132,59 @@ def _section(run: RunFolder, test: TestSet, number: int, threshold: float, pictu
     try:
         source = resolve_dataset(run.cfg, test.name)
         truth = read_truth(source.annotations, kinds[-1])
-        section.analysis = analyse(truth, test.results, kinds, threshold)
+        analysis = analyse(truth, test.results, kinds, threshold)
     except UserError as error:
         logger.warning("No curves, confusion and pictures: %s", error)
         section.notice = run.without_folders(f"No curves, confusion and pictures: {error}")
         return section
-    section.curves = [_precision_chart(section.analysis, kind) for kind in kinds]
-    section.confusion = condense(section.analysis.confusion, truth.class_names)
-    drawn = draw_pictures(section.analysis, source, pictures)
+    section.analysis = analysis
+    section.curves = [_precision_chart(analysis, kind, f"{number}-{kind}") for kind in kinds]
+    section.confusion = condense(analysis.confusion, truth.class_names)
+    drawn = draw_pictures(analysis, source, pictures)
     section.pictures = [replace(picture, reason=run.without_folders(picture.reason)) for picture in drawn]
     return section
 
 
-def _precision_chart(analysis: Analysis, kind: str) -> Chart:
-    """Curves of all categories together, and of each: the page shows one choice at a time."""
-    series = []
+def _precision_chart(analysis: Analysis, kind: str, key: str) -> Chart:
+    """Draw the curves of all categories together, and of each: the page shows one choice at a time."""
+    curves = []
     counts = np.array(analysis.object_counts)
     chosen = set(np.argsort(-counts, kind="stable")[:MOST_CURVES].tolist())
     for colour, name in enumerate(IOU_AVERAGES):
         precision = analysis.curves[kind][name]
         known = precision[~np.isnan(precision).all(axis=1)]
-        mean = known.mean(axis=0) if len(known) else np.full(len(RECALLS), np.nan)
-        series.append((f"IoU {name}", np.stack([RECALLS, mean], axis=1), colour, "all"))
-        for label, row in enumerate(precision):
-            if len(precision) > 1 and label in chosen and counts[label]:
-                points = np.stack([RECALLS, row], axis=1)
-                series.append((f"IoU {name}", points, colour, str(label)))
-    return line_chart(f"{KINDS[kind]} precision", "recall", series, x_range=(0, 1), y_max=1)
+        rows = {"all": known.mean(axis=0) if len(known) else np.full(len(RECALLS), np.nan)}
+        if len(precision) > 1:
+            rows |= {
+                str(label): row for label, row in enumerate(precision) if label in chosen and counts[label]
+            }
+        curves += [
+            Curve(f"IoU {name}", np.stack([RECALLS, row], axis=1), colour, group)
+            for group, row in rows.items()
+        ]
+    return Chart.of(f"{KINDS[kind]} precision", curves, "recall", key, x_range=(0, 1), y_max=1.02)
 
 
 def training_charts(logged: Metrics) -> list[Chart]:
-    """Losses, AP, learning rate and throughput by iteration, those that there are."""
+    """Draw losses, AP, learning rate and throughput by iteration, as far as there are any."""
     names = logged.names
-    losses = [name for name in names if is_loss(name)]
-    end = max(logged.last + 1, 1)
     chosen = {
-        "loss": sorted(losses, key=lambda name: name != "total_loss"),
+        "loss": sorted(filter(is_loss, names), key=lambda name: name != "total_loss"),
         "AP (%)": [name for name in names if is_average(name, "AP", "AP50")],
         "learning rate": [name for name in names if name == "lr"],
         "images per second": [name for name in names if name == "images_per_second"],
     }
     return [
-        line_chart(
+        Chart.of(
             title,
+            [
+                Curve(name.replace("_", " "), metric_points(logged, name), colour)
+                for colour, name in enumerate(shown)
+            ],
             "iteration",
-            {name.replace("_", " "): metric_points(logged, name) for name in shown},
-            x_range=(0, end),
-            dots=title == "AP (%)",
+            title,
+            x_range=(0, 1.01 * max(logged.last + 1, 1)),
+            marked=title == "AP (%)",
         )
         for title, shown in chosen.items()
         if shown
@@ -166,7 +192,7 @@ def training_charts(logged: Metrics) -> list[Chart]:
 
 
 def render(run: RunFolder, sections: list[Section], threshold: float) -> str:
-    """The page's HTML; whatever comes from the run or its data is escaped."""
+    """Return the page's HTML. Everything from the run or its data is escaped."""
     import jinja2
 
     environment = jinja2.Environment(

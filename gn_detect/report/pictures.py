@@ -1,4 +1,4 @@
-"""The pictures of a report: the worst and the best images, small enough to lie in the page."""
+"""Draw the pictures of a report: the worst and the best images, small enough for the page."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from ..progress import progress_bar
 from ..visualize import encode_picture
 from .analysis import Analysis, ImageResult
 
-MAX_BYTES = 4_000_000
-"""Of all pictures of a page together, before base64 makes them a third larger."""
-_WIDTH, _QUALITY = 1400, 74
-"""Pixels, of ground truth and prediction side by side; and WebP's quality."""
+MAX_BYTES = 4_000_000  # of all pictures of a page together, before base64 adds a third
+_WIDTH = 1400  # pixels of ground truth and prediction side by side
+_QUALITY = 74  # of WebP
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,10 @@ class Picture:
     """An image of the page.
 
     Attributes:
-        image: what was found in it.
+        image: its objects and detections.
         rank: ``"worst"`` or ``"best"``.
-        source: of the HTML element; empty where the image cannot be shown, and ``reason`` says why.
+        source: ``src`` of the HTML element; empty if the image cannot be shown.
+        reason: why it cannot be shown.
     """
 
     image: ImageResult
@@ -38,28 +38,25 @@ class Picture:
 
 
 def choose_images(images: Sequence[ImageResult], count: int) -> list[tuple[str, ImageResult]]:
-    """The ``count`` worst and the ``count`` best by quality, worst first.
+    """Return the ``count`` worst and the ``count`` best images by quality, worst first.
 
-    None is both, and none without anything right is among the best.
+    No image is both, and an image without a true positive is not among the best.
     """
-    ranked = sorted((image for image in images if image.quality is not None), key=_quality)
-    worst = ranked[:count]
-    best = ranked[len(worst) :][-count:][::-1] if count else []
-    best = [image for image in best if _quality(image) > 0]
-    return [("worst", image) for image in worst] + [("best", image) for image in best]
-
-
-def _quality(image: ImageResult) -> float:
-    return -1.0 if image.quality is None else image.quality
+    rated = [(image.quality, image) for image in images if image.quality is not None]
+    rated.sort(key=lambda pair: pair[0])
+    worst = rated[:count]
+    best = rated[len(worst) :][-count:][::-1] if count else []
+    chosen = [("worst", image) for _, image in worst]
+    return chosen + [("best", image) for quality, image in best if quality > 0]
 
 
 def draw_pictures(analysis: Analysis, source: DatasetSource, count: int) -> list[Picture]:
-    """Ground truth beside prediction for the worst and the best images.
+    """Draw ground truth next to predictions for the worst and the best images.
 
     Args:
-        analysis: of the dataset.
-        source: where its images are.
-        count: of each kind; those that would make the page too large are left out.
+        analysis: the dataset's.
+        source: the dataset, with the folder of its images.
+        count: number of worst and of best images; those that would make the page too large are left out.
     """
     classes = Classes(analysis.truth.class_names, analysis.truth.category_ids)
     pictures, total = [], 0

@@ -1,4 +1,4 @@
-"""What a run left in its folder."""
+"""Read the folder of a run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..engine.checkpoint import BEST
 from ..engine.run import best_metric
 from ..errors import UserError
 from ..files import read_text
+from ..text import shortened
 from ..visualize import Metrics, metric_points, read_metrics
 
 RESULTS_FILE = "coco_instances_results.json"
@@ -26,9 +27,9 @@ class TestSet:
     """One folder of ``inference/``.
 
     Attributes:
-        name: of the dataset.
-        metrics: ``{"bbox": {"AP": ..., ...}, ...}`` in percent, None where COCO defines no value; empty
-            where there is no ``results.json``.
+        name: the dataset.
+        metrics: ``{"bbox": {"AP": ..., ...}, ...}`` in percent, None for a value that COCO does not define;
+            empty without a ``results.json``.
         results: the COCO result file, or None.
     """
 
@@ -42,9 +43,9 @@ class BestEvaluation:
     """The evaluation whose weights are ``model_best.pth``.
 
     Attributes:
-        metric: that decided, such as ``segm/AP``.
-        value, iterations: of it, and how many were trained until then.
-        last_value, last_iterations: of the last evaluation.
+        metric: the metric that is compared, such as ``segm/AP``.
+        value, iterations: its value, and the number of iterations before this evaluation.
+        last_value, last_iterations: the same for the last evaluation.
     """
 
     metric: str
@@ -55,7 +56,6 @@ class BestEvaluation:
 
     @property
     def is_last(self) -> bool:
-        """Whether both are one and the same."""
         return self.iterations == self.last_iterations
 
     def __str__(self) -> str:
@@ -65,15 +65,15 @@ class BestEvaluation:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """All that a report reads of a run, but for datasets.
+    """Everything that a report reads from a run, except for datasets.
 
     Attributes:
-        path: of the folder.
-        cfg: of ``config.yaml``.
-        config_text: the same as YAML, without folders, as the page is passed on.
-        logged: lines of ``metrics.jsonl``; empty where there are none yet.
-        tests: by dataset.
-        environment: of ``environment.json``; empty for a run that did not write it.
+        path: the folder.
+        cfg: the config in ``config.yaml``.
+        config_text: the same as YAML, without folders: the page may be passed on.
+        logged: lines of ``metrics.jsonl``; empty if there are none yet.
+        tests: one for each evaluated dataset.
+        environment: content of ``environment.json``; empty without this file.
     """
 
     path: Path
@@ -84,7 +84,7 @@ class RunFolder:
     environment: dict[str, Any]
 
     def without_folders(self, text: str) -> str:
-        """Return a text for the page, in which of local paths the last part stays."""
+        """Return a text in which only the last part of each local path is left."""
         entries = self.cfg.datasets.registered.values()
         paths = [path for entry in entries for path in (entry.annotations, entry.images)]
         folders = [*map(os.path.dirname, paths), *paths, os.path.abspath(self.path), self.cfg.output_dir]
@@ -98,7 +98,7 @@ class RunFolder:
 
     @property
     def best(self) -> BestEvaluation | None:
-        """The best evaluation so far; None where there was none, or none gave a number."""
+        """The best evaluation so far; None without an evaluation that gave a number."""
         metric = best_metric(self.cfg)
         points = metric_points(self.logged, metric)
         points = points[np.isfinite(points[:, 1])]
@@ -109,10 +109,10 @@ class RunFolder:
 
 
 def read_run(folder: str | Path) -> RunFolder:
-    """Read a run's folder; whatever is not there yet is empty.
+    """Read a run's folder; a missing part is empty.
 
     Raises:
-        UserError: it is no run's folder, or a file in it is damaged.
+        UserError: the folder is not a run's, or a file in it is damaged.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
@@ -140,10 +140,10 @@ def _test_set(folder: Path) -> TestSet:
 
 
 def read_results(path: Path) -> dict[str, dict[str, float | None]]:
-    """Return what an evaluation wrote into a ``results.json``: percent by metric, by kind.
+    """Read the ``results.json`` of an evaluation: percent by metric, by kind.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: it cannot be read, or has other content.
     """
     found = _read_object(path)
     kinds: dict[str, dict[str, float | None]] = {}
@@ -155,17 +155,12 @@ def read_results(path: Path) -> dict[str, dict[str, float | None]]:
 
 
 def _percent(value: Any, label: str) -> float | None:
-    """Return a percentage; None for null and nan, where COCO defines no value."""
+    """Return a percentage; None for null and nan: COCO defines no value there."""
     if value is None or value != value:
         return None
     if type(value) not in (int, float) or not -1 <= value <= 100.001:
-        raise UserError(f"{label} is {_shown(value)}, not a percentage; evaluate the run again")
+        raise UserError(f"{label} is {shortened(repr(value), 40)}, not a percentage; evaluate the run again")
     return float(value)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _read_object(path: Path) -> dict[str, Any]:

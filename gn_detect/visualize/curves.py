@@ -1,239 +1,162 @@
-"""Curves of one run, or of several on one figure."""
+"""Draw the curves of one run, of several runs on one figure, or of a page."""
 
 from __future__ import annotations
 
-import json
-import logging
+import html
+import io
 import math
 import re
-from array import array
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UserError
-from ..files import atomic_write, open_file
+from ..files import atomic_write
 from ..text import shortened
 from .fonts import add_legend
+from .metrics import Metrics, is_average, is_loss, metric_points, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-logger = logging.getLogger(__name__)
-
 _FORMATS = (".png", ".svg", ".jpg", ".jpeg", ".webp")
-
-_STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]
-"""Lines and markers of the kinds of AP: a run with one evaluation has no line."""
-
-_TITLES = ("loss", "AP (%)", "learning rate")
-
-_LARGEST = 3.5e38
-"""Of a value; training computes in float32, where anything above is infinite."""
-
-_KINDS = frozenset((int, float, type(None)))
-"""Of values, before null becomes nan."""
-
-_AT_ONCE = 1000
-"""Lines that are read together."""
-
-_LAST = 10**12
-"""Iteration, far beyond any training."""
-
-_MOST_POINTS = 8000
-"""Of a curve, ten for each column of pixels; no training of usual length has as many."""
-
-
-class Metrics:
-    """Lines of a ``metrics.jsonl`` by name: a dictionary for each of a million lines would take gigabytes.
-
-    Attributes:
-        last: the greatest iteration; -1 where there is no line.
-    """
-
-    def __init__(self) -> None:
-        self._columns: dict[str, tuple[array[float], array[float]]] = {}
-        self.last = -1
-
-    def __bool__(self) -> bool:
-        return self.last >= 0
-
-    @property
-    def names(self) -> list[str]:
-        """Of values, in the order of their appearance."""
-        return list(self._columns)
-
-    def add(self, line: Mapping[str, float]) -> None:
-        """One line, with its iteration."""
-        iteration = line["iteration"]
-        self.last = max(self.last, int(iteration))
-        for name, value in line.items():
-            column = self._columns.get(name)
-            if column is None:
-                column = self._columns[name] = array("d"), array("d")
-            column[0].append(iteration)
-            column[1].append(value)
-
-    def points(self, name: str) -> np.ndarray:
-        """(N, 2) float64 of iteration and value, of the lines that have one."""
-        return np.array(self._columns.get(name, ([], [])), dtype=float).T
+_AP_STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # markers show a run with one evaluation
+_LOSS, _AP, _RATE = "loss", "AP (%)", "learning rate"
+_MOST_POINTS = 8000  # of a curve: ten per column of pixels
+_MOST_CHART_POINTS = 400
+_LEAST_TOP = 1e-30  # smaller values, such as subnormal ones, give no axis
 
 
 def plot_curves(
     metrics_jsonl: str | Path | Mapping[str, str | Path], path: str | Path, smooth: int = 1
 ) -> None:
-    """Losses, AP, learning rate and speed by iteration, of one run or of several in the same axes.
+    """Draw losses, AP and learning rate by iteration, of one run or of several in the same axes.
 
-    Of one run each loss has a curve; of several each run has one colour, and total loss and AP alone are
-    drawn.
+    A single run gets a curve for each loss. Several runs get one colour each, and only total loss and AP.
 
     Args:
-        metrics_jsonl: the run's file, or the file of each run by the name to show; each line has
-            ``iteration`` and numbers, or null where not finite.
+        metrics_jsonl: the run's file, or the file of each run by the name to show. Each line has
+            ``iteration`` and numbers, or null for values that are not finite.
         path: picture to write; its suffix, .png, .svg, .jpg or .webp, gives the format.
         smooth: losses are means over so many log lines.
 
     Raises:
         UserError: there is nothing to plot, or the picture cannot be written.
     """
+    import matplotlib
+
     runs = metrics_jsonl if isinstance(metrics_jsonl, Mapping) else {"": metrics_jsonl}
     suffix = Path(path).suffix.lower()
     if suffix not in _FORMATS:
         raise UserError(f"cannot write the picture {path}: its name must end in {', '.join(_FORMATS)}")
     read = {name: read_metrics(source) for name, source in runs.items()}
-    for name, metrics in read.items():
-        if not any(_panels(metrics, len(runs) > 1).values()):
+    panels = {name: _panels(metrics, several=len(runs) > 1) for name, metrics in read.items()}
+    for name, panel in panels.items():
+        if not any(panel.values()):
             raise UserError(f"{runs[name]} has neither losses nor AP; wait for the first log line of the run")
-    figure = _draw_one(next(iter(read.values())), smooth) if len(read) == 1 else _draw_several(read, smooth)
-    for axes in figure.axes:
-        highest = axes.dataLim.y1
-        axes.set_ylim(0, 1.06 * highest if 0 < highest < math.inf else None)
+    titles = [title for title in (_LOSS, _AP, _RATE) if any(panel[title] for panel in panels.values())]
+    kinds = list(dict.fromkeys(name for panel in panels.values() for name in panel[_AP]))
+    styles = dict(zip(kinds, _AP_STYLES * len(kinds), strict=False))
+    figure, all_axes = _make_axes(titles)
+    for (run, metrics), colour in zip(read.items(), _colours(len(read)), strict=True):
+        for title, axes in zip(titles, all_axes, strict=True):
+            for name in panels[run][title]:
+                points = metric_points(metrics, name, smooth if title == _LOSS else 1)
+                look: dict[str, Any] = {"linewidth": 1.3}
+                if len(read) > 1:
+                    style, marker = styles.get(name, _AP_STYLES[0])
+                    look = {"color": colour, "linewidth": 1.5, "linestyle": style, "marker": marker}
+                elif name == "total_loss":
+                    look = {"color": "0.15", "linewidth": 1.8}
+                _draw_line(axes, points, marked=title == _AP, **look)
+    if len(read) > 1:
+        _add_legend_of_runs(figure, list(read), len(titles))
+        if len(kinds) > 1:
+            _add_legend_of_kinds(all_axes[titles.index(_AP)], styles)
+    else:
+        for names, axes in zip(filter(None, panels[run].values()), all_axes, strict=True):
+            if len(names) > 1:
+                add_legend(axes, axes.get_lines(), names, fontsize=8, frameon=False)
+    for axes in all_axes:
+        axes.set_ylim(0, _top(axes))
+    metadata = {"Date": None} if suffix == ".svg" else None
+    with atomic_write(path, "wb") as file, matplotlib.rc_context({"svg.hashsalt": "gn_detect"}):
+        figure.savefig(file, format=suffix[1:], metadata=metadata, facecolor="white")
+
+
+def _panels(metrics: Metrics, several: bool) -> dict[str, list[str]]:
+    """Return the names of the curves in each panel."""
+    names = metrics.names
+    losses = [name for name in names if name == "total_loss" or (is_loss(name) and not several)]
+    return {
+        _LOSS: sorted(losses, key=lambda name: name != "total_loss"),
+        _AP: [name for name in names if is_average(name, "AP")],
+        _RATE: [name for name in names if name == "lr"],
+    }
+
+
+def _add_legend_of_runs(figure: Figure, names: Sequence[str], panels: int) -> None:
+    """Add one legend below all panels."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, linewidth=2) for colour in _colours(len(names))]
+    longest = max(len(shortened(name)) for name in names)
+    columns = max(1, min(len(names), round(60 * panels / (longest + 8))))
+    place = "outside lower center"
+    add_legend(figure, handles, names, loc=place, ncols=columns, frameon=False, fontsize=9)
+
+
+def _add_legend_of_kinds(axes: Any, styles: Mapping[str, tuple[str, str]]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color="0.3", ls=ls, marker=m, markersize=4) for ls, m in styles.values()]
+    add_legend(axes, lines, list(styles), frameon=False, fontsize=8)
+
+
+def _colours(count: int) -> list[Any]:
+    """Return distinct colours: a fixed list of ten, or the hues between dark blue and yellow."""
     import matplotlib
 
-    with atomic_write(path, "wb") as file, matplotlib.rc_context({"svg.hashsalt": "gn_detect"}):
-        figure.savefig(
-            file, format=suffix[1:], metadata={"Date": None} if suffix == ".svg" else None, facecolor="white"
-        )
+    if count <= 10:
+        return [matplotlib.colormaps["tab10"](i) for i in range(count)]
+    return [matplotlib.colormaps["turbo"](i / (count - 1)) for i in range(count)]
 
 
-def read_metrics(path: str | Path) -> Metrics:
-    """Return the lines of a ``metrics.jsonl``, with nan where a value is null or not finite.
+def _make_axes(
+    titles: Sequence[str], x_label: str = "iteration", width: float = 5.2
+) -> tuple[Figure, Sequence[Any]]:
+    from matplotlib.figure import Figure
 
-    A line that is no such line, as one that a stopped run left unfinished, is left out with a warning.
-
-    Raises:
-        UserError: the file cannot be read, or none of its lines is one of a run.
-    """
-    metrics, number = Metrics(), 0
-    damaged: list[int] = []
-    try:
-        with open_file(path) as file:
-            while lines := [*islice(file, _AT_ONCE)]:
-                for line, value in zip(lines, _parsed(lines), strict=True):
-                    number += 1
-                    row = _row(value)
-                    if row is not None:
-                        metrics.add(row)
-                    elif line.strip():
-                        damaged.append(number)
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; give the metrics.jsonl of a run's folder"
-        ) from error
-    if damaged and not metrics:
-        raise UserError(
-            f"{path} has no line with an iteration and its numbers; give the metrics.jsonl of a run's folder"
-        )
-    if damaged:
-        logger.warning(
-            "%s: %d of %d lines are damaged and left out, the first of them line %d",
-            path,
-            len(damaged),
-            number,
-            damaged[0],
-        )
-    return metrics
+    figure = Figure(figsize=(width * len(titles), 3.8), dpi=150, layout="constrained", facecolor="white")
+    all_axes = figure.subplots(1, len(titles), squeeze=False, sharex=True)[0]
+    for axes, title in zip(all_axes, titles, strict=True):
+        axes.set(title=title, xlabel=x_label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, all_axes
 
 
-def _parsed(lines: list[bytes]) -> list[Any]:
-    """The JSON value of each line, None where there is none.
-
-    Together they are read several times as quickly.
-    """
-    text = b",".join(lines)
-    if text.count(b"{") == text.count(b"}") == len(lines) and all(line[:1] == b"{" for line in lines):
-        with suppress(ValueError, RecursionError):
-            values: list[Any] = json.loads(b"[" + text + b"]")
-            if len(values) == len(lines):  # no text goes on from line to line
-                return values
-    return [_value(line) for line in lines]
+def _draw_line(
+    axes: Any, points: np.ndarray, marked: bool, most: int = _MOST_POINTS, marker: str = "o", **style: Any
+) -> Any:
+    """Draw (N, 2) points, each with a marker if ``marked`` or alone, and at most about ``most`` of them."""
+    x, y = _thinned(points, most).T
+    (line,) = axes.plot(x, y, marker=marker if marked or len(points) == 1 else "", markersize=4, **style)
+    return line
 
 
-def _value(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):  # also of text that is not UTF-8, and of very long integers
-        return None
+def _top(axes: Any) -> float | None:
+    """Return the upper end of an axis, a little above the highest point; None if no point is above 0."""
+    highest = float(axes.dataLim.y1)
+    return 1.06 * highest if _LEAST_TOP < highest < math.inf else None
 
 
-def _row(row: Any) -> dict[str, float] | None:
-    """Numbers by name; None where the value of a line is anything else, or has no iteration."""
-    if not isinstance(row, dict) or not _KINDS.issuperset(map(type, row.values())):
-        return None
-    for key, value in row.items():
-        if value is None or not abs(value) <= _LARGEST:
-            row[key] = math.nan
-    iteration = row.get("iteration", math.nan)
-    return row if 0 <= iteration <= _LAST and iteration == int(iteration) else None
-
-
-def is_loss(name: str) -> bool:
-    """Tell a loss from a metric, whose name begins with that of its dataset where there are several."""
-    return name == "total_loss" or (name.startswith("loss_") and "/" not in name)
-
-
-def is_average(name: str, *metrics: str) -> bool:
-    """Tell a metric over all categories from that of a category, which may have any name."""
-    return re.fullmatch(rf"([^/]+/)?(bbox|segm)/({'|'.join(metrics)})", name) is not None
-
-
-def metric_points(metrics: Metrics, name: str, smooth: int = 1) -> np.ndarray:
-    """(N, 2) float64 of iteration and value; each value is the mean of the last ``smooth`` ones."""
-    found = metrics.points(name)
-    if smooth > 1:
-        found[:, 1] = _trailing_means(found[:, 1], smooth)
-    return found
-
-
-def _trailing_means(values: np.ndarray, count: int) -> np.ndarray:
-    """The mean of each value and those before it, ``count`` at most; of the finite ones."""
-    known = np.isfinite(values)
-    sums = _trailing_sums(np.where(known, values, 0), count)
-    numbers = _trailing_sums(known.astype(float), count)
-    return np.divide(sums, numbers, out=np.full(len(values), math.nan), where=numbers > 0)
-
-
-def _trailing_sums(values: np.ndarray, count: int) -> np.ndarray:
-    """The sum of each value and those before it, ``count`` at most; put together from sums of 1, 2, 4, ..."""
-    total, taken, size = np.zeros(len(values)), 0, 1
-    while taken < min(count, len(values)):
-        if count & size:
-            total[taken:] += values[: len(values) - taken]
-            taken += size
-        values = values + np.concatenate(
-            [np.zeros(min(size, len(values))), values[: max(len(values) - size, 0)]]
-        )
-        size *= 2
-    return total
-
-
-def _thinned(line: np.ndarray) -> np.ndarray:
-    """The points that a picture can show: of each stretch of a long curve the least and the greatest."""
-    stretch = math.ceil(2 * len(line) / _MOST_POINTS)
+def _thinned(line: np.ndarray, most: int = _MOST_POINTS) -> np.ndarray:
+    """Return what a picture can show: the least and the greatest point of each stretch of a long curve."""
+    stretch = math.ceil(2 * len(line) / most)
     if stretch <= 2:
         return line
     whole = len(line) // stretch * stretch
@@ -241,95 +164,88 @@ def _thinned(line: np.ndarray) -> np.ndarray:
     known = np.isfinite(heights)
     ends = [np.where(known, heights, np.inf).argmin(axis=1), np.where(known, heights, -np.inf).argmax(axis=1)]
     first = np.arange(0, whole, stretch)
-    return line[
-        np.unique([0, *(first + ends[0]), *(first + ends[1]), *range(whole, len(line)), len(line) - 1])
-    ]
+    kept = [0, *(first + ends[0]), *(first + ends[1]), *range(whole, len(line)), len(line) - 1]
+    return line[np.unique(kept)]
 
 
-def _panels(metrics: Metrics, several: bool) -> dict[str, list[str]]:
-    """The curves of each panel."""
-    names = metrics.names
-    losses = [name for name in names if name == "total_loss" or (is_loss(name) and not several)]
-    precision = [name for name in names if is_average(name, "AP")]
-    rate = [name for name in names if name == "lr"]
-    curves = (sorted(losses, key=lambda name: name != "total_loss"), precision, rate)
-    return dict(zip(_TITLES, curves, strict=True))
+@dataclass(frozen=True)
+class Curve:
+    """A curve of a chart.
+
+    Attributes:
+        name: for the legend, and shown where the mouse rests on the curve.
+        points: (N, 2) x and y; nan makes a gap.
+        colour: number of the page's colour, from 0.
+        group: choice on the page that shows the curve; empty for always. Only ``"all"`` is shown at first.
+    """
+
+    name: str
+    points: np.ndarray
+    colour: int
+    group: str = ""
 
 
-def _draw_one(metrics: Metrics, smooth: int) -> Figure:
-    panels = {title: shown for title, shown in _panels(metrics, False).items() if shown}
-    figure, all_axes = _axes(list(panels))
-    for (title, shown), axes in zip(panels.items(), all_axes, strict=True):
-        for name in shown:
-            colour, width = ("0.15", 1.8) if name == "total_loss" else (None, 1.3)
-            _line(axes, metric_points(metrics, name, smooth if title == "loss" else 1), title, colour, width)
-        if len(shown) > 1:
-            add_legend(axes, axes.get_lines(), shown, fontsize=8, frameon=False)
-    return figure
+def draw_chart(
+    curves: Sequence[Curve],
+    x_label: str,
+    key: str,
+    *,
+    x_range: tuple[float, float],
+    y_max: float | None = None,
+    marked: bool = False,
+) -> str:
+    """Return curves over common axes as an SVG element for a page of HTML; y begins at 0.
 
+    Each curve is a ``<g class="line colourN">`` with its group in ``data-group``. The page's style gives
+    the colours. Names are escaped, and are no mathematics.
 
-def _draw_several(runs: Mapping[str, Metrics], smooth: int) -> Figure:
-    """A colour for each run and a line style for each kind of AP; one legend for all panels below them."""
-    from matplotlib.lines import Line2D
-
-    panels = {name: _panels(metrics, True) for name, metrics in runs.items()}
-    titles = [
-        title for title in next(iter(panels.values())) if any(panel[title] for panel in panels.values())
-    ]
-    figure, all_axes = _axes(titles)
-    kinds = list(dict.fromkeys(name for panel in panels.values() for name in panel["AP (%)"]))
-    styles: dict[str, tuple[str, str]] = dict(zip(kinds, _STYLES * len(kinds), strict=False))
-    colours = _colours(len(runs))
-    for (run, panel), colour in zip(panels.items(), colours, strict=True):
-        for title, axes in zip(titles, all_axes, strict=True):
-            for name in panel[title]:
-                line = metric_points(runs[run], name, smooth if title == "loss" else 1)
-                _line(axes, line, title, colour, 1.5, *styles.get(name, ()))
-    handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours]
-    longest = max(len(shortened(name)) for name in runs)
-    columns = max(1, min(len(runs), round(60 * len(titles) / (longest + 8))))
-    place = "outside lower center"
-    add_legend(figure, handles, list(runs), loc=place, ncols=columns, frameon=False, fontsize=9)
-    if len(kinds) > 1 and "AP (%)" in titles:
-        axes = all_axes[titles.index("AP (%)")]
-        lines = [
-            Line2D([], [], color="0.3", ls=style, marker=marker, markersize=4)
-            for style, marker in styles.values()
-        ]
-        add_legend(axes, lines, list(styles), frameon=False, fontsize=8)
-    return figure
-
-
-def _axes(titles: Sequence[str]) -> tuple[Figure, Sequence[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * len(titles), 3.8), dpi=150, layout="constrained", facecolor="white")
-    all_axes = figure.subplots(1, len(titles), squeeze=False, sharex=True)[0]
-    for axes, title in zip(all_axes, titles, strict=True):
-        axes.set(title=title, xlabel="iteration")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, all_axes
-
-
-def _line(
-    axes: Any,
-    line: np.ndarray,
-    title: str,
-    colour: Any,
-    width: float,
-    style: str = "-",
-    marker: str = "o",
-) -> None:
-    marker = marker if title == "AP (%)" or len(line) == 1 else ""
-    x, y = _thinned(line).T
-    axes.plot(x, y, marker=marker, markersize=4, color=colour, linewidth=width, linestyle=style)
-
-
-def _colours(count: int) -> list[Any]:
-    """Far from each other: a fixed list of ten, or the hues between dark blue and yellow."""
+    Args:
+        curves: in drawing order.
+        x_label: name of the horizontal axis.
+        key: unique among the charts of the page.
+        x_range: ends of the horizontal axis.
+        y_max: upper end of the vertical axis; by default a little above the highest point.
+        marked: mark each point.
+    """
     import matplotlib
 
-    if count <= 10:
-        return [matplotlib.colormaps["tab10"](i) for i in range(count)]
-    return [matplotlib.colormaps["turbo"](i / (count - 1)) for i in range(count)]
+    figure, (axes,) = _make_axes([""], x_label, width=6.4)
+    axes.spines[:].set_color("0.5")
+    axes.tick_params(bottom=False, left=False)
+    for number, curve in enumerate(curves):
+        _draw_line(
+            axes,
+            curve.points,
+            marked,
+            _MOST_CHART_POINTS,
+            gid=f"curve-{number}",
+            color="black",
+            linewidth=1.5,
+        )
+    axes.set_xlim(*x_range)
+    axes.set_ylim(0, y_max or _top(axes) or 1)
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' id="[\w.]+_\d+"|font[-\w]*: [^;"]*; ?| transform="rotate\(-0 [^"]*"', "", svg)
+    svg = re.sub(r' (d|x|y|width|height)="[^"]*"', lambda found: _compact(found[0]), svg)
+    # The page's style has the look of markers and grid.
+    svg = re.sub(r'(<(?:use|path id=)[^>]*) style="[^"]*"', r"\1", svg)
+    svg = re.sub(r' style="[^"]*stroke: #b0b0b0[^"]*"', ' class="grid"', svg)
+    svg = re.sub(r"(?<=>)\s+(?=<)", "", svg)
+    return re.sub(r'<g id="curve-(\d+)">', lambda found: _group(curves[int(found[1])]), svg)
+
+
+def _compact(attribute: str) -> str:
+    """Round the numbers of an SVG attribute to a tenth of a point, and remove spaces."""
+    rounded = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", attribute)
+    return re.sub(r"\s*([A-Zz\"])\s*", r"\1", rounded)
+
+
+def _group(curve: Curve) -> str:
+    group = f' data-group="{html.escape(curve.group)}"' if curve.group else ""
+    hidden = " hidden" if curve.group not in ("", "all") else ""
+    name = html.escape(curve.name)
+    return f'<g class="line colour{curve.colour % 8}"{group}{hidden}><title>{name}</title>'

@@ -1,4 +1,4 @@
-"""Fonts for names in any script, from those that are installed."""
+"""Choose fonts for names in any script from the installed ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from ..text import printable, shortened
+from ..text import escaped, printable, shortened
 
 logger = logging.getLogger(__name__)
 
-USUAL = "DejaVu Sans"
-"""Comes with matplotlib."""
+USUAL = "DejaVu Sans"  # comes with matplotlib
 
+# Tried in turn for characters that the usual font lacks: families of Linux, macOS and Windows.
 FALLBACKS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR",
     "Source Han Sans SC", "PingFang SC", "PingFang HK", "Hiragino Sans", "Hiragino Sans GB",
@@ -22,22 +22,20 @@ FALLBACKS = (
     "IPAexGothic", "IPAGothic", "NanumGothic", "Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil",
     "Noto Sans Thai", "Nirmala UI", "Leelawadee UI", "Arial Unicode MS", "Unifont",
 )  # fmt: skip
-"""Asked in turn for what the usual font lacks: of Linux, macOS and Windows."""
 
-WEIGHT = "bold"
-"""Of labels; a font may lack in bold what it has otherwise."""
+WEIGHT = "bold"  # of labels; a font may lack in bold what it has otherwise
 
 
 def add_legend(owner: Any, handles: Sequence[Any], names: Sequence[str], **settings: Any) -> None:
-    """Add a legend to axes or a figure, in which names are drawn as they are: all text of files goes here.
+    """Add a legend to axes or a figure, with names drawn as they are. All names from files must come here.
 
     matplotlib would take ``$`` for mathematics, and leave out names that begin with ``_``.
 
     Args:
         owner: the axes or the figure.
         handles: lines or patches.
-        names: of the handles.
-        settings: see matplotlib's ``legend``.
+        names: one for each handle.
+        settings: arguments of matplotlib's ``legend``.
     """
     legend = owner.legend(handles, [f"{number}" for number in range(len(names))], **settings)
     for text, name in zip(legend.get_texts(), names, strict=True):
@@ -45,23 +43,23 @@ def add_legend(owner: Any, handles: Sequence[Any], names: Sequence[str], **setti
 
 
 def set_text(text: Any, name: str) -> None:
-    """Let a text of matplotlib's show a name as it is: neither mathematics nor TeX, in fonts that have it."""
+    """Let a matplotlib text show a name as it is: no mathematics, no TeX, in fonts that have it."""
     shown, families = drawable(name)
     text.set(text=shown, family=families, parse_math=False, usetex=False)
 
 
 def drawable(text: str) -> tuple[str, list[str]]:
-    """Return what can be drawn of a text, on one line of bounded length, and the font families for it.
+    """Return a text as it can be drawn, on one line of bounded length, and the font families for it.
 
-    A character that no font has would be an empty box, the same for all: its escape stands there instead, as
-    in ``\\u4eba``. The first time that is said in the log.
+    A character that no font has would be an empty box, the same for all. It is replaced by its escape, such
+    as ``\\u4eba``, and logged once.
     """
     text = shortened(printable(text))
     families = {character: _family_of(character) for character in text}
-    missing = "".join(character for character, family in families.items() if family is None)
+    missing = [character for character, family in families.items() if family is None]
     if missing:
         _warn_once()
-        text = "".join(_escaped(character) if character in missing else character for character in text)
+        text = "".join(escaped(character) if character in missing else character for character in text)
     return text, list(dict.fromkeys([USUAL, *filter(None, families.values())]))
 
 
@@ -78,15 +76,11 @@ def _family_of(character: str) -> str | None:
 
 @cache
 def _installed() -> list[str]:
-    """matplotlib complains of each family that is not, for each text."""
+    """Return the installed families: matplotlib would warn about each other one, for each text."""
     from matplotlib.font_manager import fontManager
 
     names = set(fontManager.get_font_names())
     return [USUAL, *(family for family in FALLBACKS if family in names)]
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 @cache

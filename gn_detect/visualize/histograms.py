@@ -1,4 +1,4 @@
-"""A picture of what is in a dataset: classes, sizes of objects and images, objects in an image."""
+"""Draw the content of a dataset: classes, sizes of objects and images, objects in an image."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..data.doctor.checks import LARGE, SMALL, Part
 from ..files import atomic_write
 from .fonts import add_legend, drawable
 
-_MOST_CATEGORIES = 40
-"""That get a bar each; of more, the rarest are counted together in the title."""
+_MOST_CATEGORIES = 40  # with a bar each; the title counts the others
+_STEPS: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.45}
 
 
 def draw_histograms(path: str | Path, parts: Sequence[Part]) -> None:
-    """Write a PNG with four panels; several parts lie beside each other in each.
+    """Write a PNG with four panels; each shows all parts.
 
     Args:
-        path: picture to write; its folder is created when missing.
-        parts: as the doctor found them.
+        path: picture to write; a missing folder is created.
+        parts: what the doctor found.
 
     Raises:
         UserError: the picture cannot be written.
@@ -41,7 +41,7 @@ def draw_histograms(path: str | Path, parts: Sequence[Part]) -> None:
 
 
 def _categories(parts: Sequence[Part]) -> list[tuple[int, str]]:
-    """Ids and names, the most frequent first."""
+    """Return ids and names, the most frequent first."""
     names = {key: name for part in parts for key, name in part.categories.items()}
     total = {key: sum(part.category_counts[key] for part in parts) for key in names}
     order = sorted(names, key=lambda key: (-total[key], key))[:_MOST_CATEGORIES]
@@ -49,11 +49,10 @@ def _categories(parts: Sequence[Part]) -> list[tuple[int, str]]:
 
 
 def _draw_categories(axes: Any, parts: Sequence[Part], categories: Sequence[tuple[int, str]]) -> None:
-    rows, thickness = np.arange(len(categories)), 0.8 / len(parts)
+    rows, height = np.arange(len(categories)), 0.8 / len(parts)
     for number, part in enumerate(parts):
         counts = [part.category_counts[key] for key, _ in categories]
-        offset = (number - (len(parts) - 1) / 2) * thickness
-        bars = axes.barh(rows + offset, counts, thickness)
+        bars = axes.barh(rows + (number - (len(parts) - 1) / 2) * height, counts, height)
         axes.bar_label(bars, padding=2, fontsize=6 if len(parts) > 1 else 7)
     names = [drawable(name) for _, name in categories]
     families = list(dict.fromkeys(family for _, fonts in names for family in fonts))
@@ -72,7 +71,7 @@ def _draw_sizes(axes: Any, parts: Sequence[Part]) -> None:
     largest = max((max(part.sizes, default=1) for part in parts), default=1)
     bins = np.geomspace(1, max(largest, 2), 40)
     for part in parts:
-        _steps(axes, np.clip(part.sizes, 1, None), bins)
+        axes.hist(np.clip(part.sizes, 1, None), bins, **_STEPS)
     for border in (SMALL, LARGE):
         axes.axvline(border, color="0.4", linestyle=":", linewidth=1)
     sides = np.concatenate([part.sizes for part in parts]) if parts else np.zeros(0)
@@ -88,7 +87,7 @@ def _draw_crowding(axes: Any, parts: Sequence[Part]) -> None:
     step = max(1, round(most / 40))
     bins = np.arange(-0.5, most + 0.5 + step, step)
     for values in counts:
-        _steps(axes, values, bins)
+        axes.hist(values, bins, **_STEPS)
     axes.set(title=f"objects in an image: at most {most}", xlabel="objects")
     _tidy(axes, parts)
 
@@ -99,10 +98,6 @@ def _draw_images(axes: Any, parts: Sequence[Part]) -> None:
         axes.scatter(sizes[:, 0], sizes[:, 1], s=14, alpha=0.4, linewidths=0)
     axes.set(title="size of images", xlabel="width (pixels)", ylabel="height")
     _tidy(axes, parts)
-
-
-def _steps(axes: Any, values: Any, bins: np.ndarray) -> None:
-    axes.hist(values, bins, histtype="stepfilled", alpha=0.45)
 
 
 def _tidy(axes: Any, parts: Sequence[Part]) -> None:

@@ -1,4 +1,4 @@
-"""Name plates beside objects, placed where they hide least."""
+"""Draw name plates next to objects, where they hide least."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from .canvas import Canvas, box_area, box_overlap
-from .fonts import WEIGHT, drawable
+from .fonts import WEIGHT, set_text
 
-_PAD = 0.18
-"""Around the text of a plate, in parts of the text's size."""
+_PAD = 0.18  # around the text of a plate, as a share of the text's size
 
 
 def draw_labels(canvas: Canvas, boxes: np.ndarray, labels: Sequence[str], colours: Sequence[str]) -> None:
-    """Rounded plates near their boxes (N, 4) ``xyxy``, those of large objects first.
+    """Draw rounded plates near their boxes (N, 4) ``xyxy``, those of large objects first.
 
-    Plates do not cover each other; small objects in a crowded place, and those of empty text, go without.
+    Plates do not cover each other. Empty labels, and small objects in a crowded place, get none.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -27,9 +26,9 @@ def draw_labels(canvas: Canvas, boxes: np.ndarray, labels: Sequence[str], colour
     for index in np.argsort(-box_area(boxes), kind="stable"):
         if not labels[index]:
             continue
-        shown, families = drawable(labels[index])
-        text = figure.text(0, 0, shown, size=font_size, weight=WEIGHT)
-        text.set(family=families, ha="center", va="center", parse_math=False, usetex=False, transform=None)
+        text = figure.text(0, 0, "", size=font_size, weight=WEIGHT)
+        text.set(ha="center", va="center", transform=None)
+        set_text(text, labels[index])
         extent = text.get_window_extent(renderer)
         size = np.array([extent.width, extent.height]) + 2 * _PAD * font_size
         plate = _free_place(boxes[index], size, picture_size, boxes, taken)
@@ -45,11 +44,11 @@ def draw_labels(canvas: Canvas, boxes: np.ndarray, labels: Sequence[str], colour
 def _free_place(
     box: np.ndarray, size: np.ndarray, picture_size: np.ndarray, boxes: np.ndarray, taken: np.ndarray
 ) -> np.ndarray | None:
-    """Where the label of ``box`` hides least: ``xyxy``, or None for a small object without room.
+    """Return the place ``xyxy`` where a label hides least; None for a small object without a free one.
 
     Args:
-        box: of the object, ``xyxy``.
-        size, picture_size: ``width, height`` of the label and the picture.
+        box: the object's, ``xyxy``.
+        size, picture_size: ``width, height`` of the label and of the picture.
         boxes: (N, 4) of all objects.
         taken: (M, 4) labels already placed.
     """
@@ -60,7 +59,7 @@ def _free_place(
     places += [(x1 + 2, middle), (x0 - width - 2, middle), (centre, middle)]
     corners = np.clip(places, 1, np.maximum(picture_size - size - 1, 1))
     plates = np.concatenate([corners, corners + size], axis=1)
-    # What it hides, as parts of the objects' boxes: a corner of a large one costs little, a small one all.
+    # A hidden area counts as a share of its box: a corner of a large box costs little, a small box all.
     hidden = (box_overlap(plates, boxes) / np.maximum(box_area(boxes), 1)).sum(axis=1)
     collides = box_overlap(plates, taken).sum(axis=1) / size.prod()
     best = int((10 * collides + hidden + 0.01 * np.arange(len(plates))).argmin())

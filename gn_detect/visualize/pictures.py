@@ -1,4 +1,4 @@
-"""Pictures in rows and grids, and as files."""
+"""Put pictures into rows and grids, and write them to files."""
 
 from __future__ import annotations
 
@@ -13,32 +13,25 @@ from ..errors import UserError
 from ..files import atomic_write
 from .canvas import Canvas, resized
 
-GAP = 8
-"""Pixels between the pictures of a row."""
+GAP = 8  # pixels between the pictures of a row
+WEBP_SIDE = 16383  # pixels; WebP has no larger pictures
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_PNG = {"compress_level": 4}
-"""Takes 0.4 of the time of the usual 6, for 1.07 of the bytes."""
-WEBP_SIDE = 16383
-"""Pixels; the format has no larger ones."""
+_PNG = {"compress_level": 4}  # takes 0.4 of the time of the usual 6, and 1.07 of the bytes
+_LARGEST_TEXT = 48  # points of titles: a strip above pictures of any width
+_LEGEND_WIDTH = 360  # least width in pixels of a picture with a legend
 
-_LARGEST_TEXT = 48
-"""Points of titles, so that they stay a strip above pictures of any width."""
-_LEGEND_WIDTH = 360
-"""Pixels that a picture with a legend takes at least."""
-
-Legend = Sequence[tuple[str, str]]
-"""Texts, each beside a patch of its colour."""
+Legend = Sequence[tuple[str, str]]  # text and colour of each entry
 
 
 def side_by_side(
     pictures: Sequence[np.ndarray], titles: Sequence[str] = (), legends: Sequence[Legend] = ()
 ) -> np.ndarray:
-    """Pictures in one row at the height of the highest, each with its title, and its legend, above.
+    """Return pictures in one row, as high as the highest, with their titles and legends above them.
 
     Args:
         pictures: uint8 RGB (H, W, 3).
-        titles: one for each, or none.
-        legends: one for each, or none; only beside titles.
+        titles: one for each picture, or none.
+        legends: one for each picture, or none; they need titles.
 
     Returns:
         uint8 RGB on white.
@@ -66,14 +59,14 @@ def side_by_side(
 
 
 def _widened(picture: np.ndarray, width: float) -> np.ndarray:
-    """With white at both sides, where it is narrower."""
+    """Return a picture with white at both sides, up to a width."""
     missing = max(0, round(width) - picture.shape[1])
     sides = (0, 0), (missing // 2, missing - missing // 2), (0, 0)
     return np.pad(picture, sides, constant_values=255)
 
 
 def _add_legend(canvas: Canvas, legend: Legend, x: float, size: float) -> None:
-    """In the lower half of a strip, around ``x`` in parts of its width."""
+    """Add a legend to the lower half of a strip, around ``x`` as a share of its width."""
     from matplotlib.patches import Patch
 
     canvas.figure.legend(
@@ -93,8 +86,8 @@ def save_picture_grid(path: str | Path, rows: Sequence[Sequence[np.ndarray]]) ->
     """Write pictures in rows of equal width, whole or not at all; the suffix gives the format.
 
     Args:
-        path: a .png, .jpg or .webp file; its folder is created when missing.
-        rows: uint8 RGB (H, W, 3) each, of any sizes.
+        path: a .png, .jpg or .webp file; a missing folder is created.
+        rows: uint8 RGB (H, W, 3) pictures of any sizes.
 
     Raises:
         UserError: the file cannot be written or has another suffix.
@@ -118,9 +111,7 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
 
 
 def encode_picture(picture: np.ndarray, max_width: int, quality: int = 80) -> bytes:
-    """A uint8 RGB (H, W, 3) picture as WebP, made smaller where it is wider than ``max_width`` pixels, or
-    higher than WebP can be.
-    """
+    """Return a uint8 RGB (H, W, 3) picture as WebP, made smaller if it is wider or higher than allowed."""
     height, width = picture.shape[:2]
     scale = min(1.0, max_width / width, WEBP_SIDE / height)
     if scale < 1:
@@ -131,9 +122,8 @@ def encode_picture(picture: np.ndarray, max_width: int, quality: int = 80) -> by
 
 
 def _row(pictures: Sequence[np.ndarray], height: int) -> np.ndarray:
-    """Pictures of one height, with gaps between them."""
+    """Return pictures of one height, with gaps between them."""
     widths = [max(1, round(picture.shape[1] * height / picture.shape[0])) for picture in pictures]
     parts = [resized(picture, height, width) for picture, width in zip(pictures, widths, strict=True)]
-    return np.concatenate(
-        [np.pad(p, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for p in parts], axis=1
-    )[:, :-GAP]
+    gap = ((0, 0), (0, GAP), (0, 0))
+    return np.concatenate([np.pad(part, gap, constant_values=255) for part in parts], axis=1)[:, :-GAP]

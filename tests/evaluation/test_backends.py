@@ -1,4 +1,4 @@
-"""Which evaluator is chosen, and that it is silent."""
+"""The right evaluator is chosen, and it prints nothing."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_images_without_a_size(backend: str) -> None:
 def test_objects_without_a_polygon_are_left_out_of_the_mask_ap(
     backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As training leaves them out; pycocotools fails on them."""
+    """Training leaves them out, too; pycocotools fails on them."""
     truth, detections = random_data(1)
     fewer = {**truth, "annotations": truth["annotations"][1:]}
     truth["annotations"][0]["segmentation"] = [[1, 1, 9, 9]]

@@ -85,7 +85,7 @@ def detections_of(masks: torch.Tensor) -> Detections:
 def test_masks_are_coded_as_pycocotools_codes_all_at_once(
     monkeypatch: pytest.MonkeyPatch, moved_bytes: int
 ) -> None:
-    """Of any form: none of a mask may stay in the next one."""
+    """Masks have any form; nothing of a mask may stay in the next one."""
     monkeypatch.setattr(model_module, "_MOVED_BYTES", moved_bytes)
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(10, 37, 53, dtype=torch.bool)
@@ -185,7 +185,7 @@ def test_a_missing_backend_is_refused_before_the_work(
         evaluate_model(PerfectModel(), make_loader(), dataset, tmp_path, backend="hotcoco")
 
 
-def test_log_tells_numbers_and_speed(
+def test_the_log_has_numbers_and_speed(
     dataset: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="gn_detect"):

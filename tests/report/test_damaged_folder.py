@@ -66,7 +66,7 @@ def test_nan_and_null_are_no_value(make_run: MakeRun) -> None:
 def test_no_file_of_a_run_can_stop_a_report(
     make_run: MakeRun, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """What can do without the file, does; otherwise it is one line."""
+    """A command that needs the file ends with one line; the others do without it."""
     folder = make_run()
     for kind in ("pipe", "device", "noise", "empty", "folder"):
         replace(folder / name, kind)
@@ -115,8 +115,8 @@ def test_a_damaged_line_of_metrics_is_left_out_with_a_warning(
     with caplog.at_level(logging.WARNING):
         rows = read_metrics(path)
     assert metric_points(rows, "bbox/AP").tolist() == [[0, 40], [2, 41]]
-    told = [record.getMessage() for record in caplog.records]
-    assert told == (
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == (
         [f"{path}: 1 of 3 lines are damaged and left out, the first of them line 2"] if line else []
     )
 
@@ -174,7 +174,7 @@ def test_images_of_no_size_are_said_on_the_page(make_run: MakeRun, tmp_path: Pat
 
 @pytest.fixture
 def black_box(make_run: MakeRun, tmp_path: Path) -> Path:
-    """Of a step with one image and one object."""
+    """A record of a step with one image and one object."""
     cfg = load_config(make_run() / "config.yaml")
     polygon = torch.tensor([4.0, 4, 30, 4, 30, 40], dtype=torch.float64).numpy()
     target = Target(torch.tensor([[4.0, 4, 30, 40]]), torch.tensor([1]), [[polygon]])

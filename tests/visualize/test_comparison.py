@@ -1,4 +1,4 @@
-"""Ground truth beside prediction: what was found, missed and imagined has its colour."""
+"""Ground truth next to predictions: each outcome has its colour."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from gn_detect.engine.drawing import Classes, draw_entries
 from gn_detect.structures import Detections, Target
-from gn_detect.visualize import comparison, draw_comparison
+from gn_detect.visualize import comparison, draw_comparison, objects
 
 SIDE = 480
 NAMES = ["disc", "star"]
@@ -38,7 +39,7 @@ def masks_of(boxes: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def unnamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "draw_labels", lambda *_: None)
+    monkeypatch.setattr(objects, "draw_labels", lambda *_: None)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1600, 200), (200, 6000)])
@@ -52,7 +53,7 @@ def test_the_legend_fits_above_elongated_pictures(height: int, width: int) -> No
     target = Target(BOXES[:1], torch.tensor([0]), list(mask))
     picture = draw_comparison(image, target, found, NAMES, np.array([0]))
     strip = picture[:-height]
-    assert len(strip) <= 200, "beside 200 rows of the picture"
+    assert len(strip) <= 200, "for 200 rows of the picture"
     ink = (strip < 128).any(axis=(0, 2))
     middle = strip.shape[1] // 2
     assert ink.any() and not ink[:2].any() and not ink[-2:].any() and not ink[middle - 6 : middle + 6].any()
@@ -94,9 +95,18 @@ def test_nothing_in_an_image_gives_two_plain_halves() -> None:
 
 def test_in_a_crowd_mistakes_alone_are_named() -> None:
     outcomes = ["found"] * 20 + ["missed", "false", "other class", "in a crowd"]
-    spoken = comparison._spoken(outcomes, [f"star {i}" for i in range(24)])
+    spoken = comparison._labels(outcomes, [f"star {i}" for i in range(24)])
     assert [name for name in spoken if name] == ["star 20", "star 21", "star 22"]
-    assert all(comparison._spoken(outcomes[:15], ["star"] * 15))
+    assert all(comparison._labels(outcomes[:15], ["star"] * 15))
+
+
+def test_detections_without_masks_are_compared() -> None:
+    """COCO entries of a model with boxes alone."""
+    image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+    boxes = [[20.0, 20, 100, 100], [200, 20, 100, 100], [20, 200, 100, 100]]
+    entries = [{"bbox": box, "category_id": 3, "score": 0.9, "iscrowd": 0} for box in boxes]
+    picture = draw_entries(image, entries, Classes(["disc"], [3]), entries)
+    assert picture[-SIDE:, :SIDE].any() and picture[-SIDE:, -SIDE:].any()
 
 
 def test_real_nuclei_are_compared(shared_dir: Path) -> None:
@@ -113,7 +123,7 @@ def test_real_nuclei_are_compared(shared_dir: Path) -> None:
 def test_a_name_stands_at_the_mask_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A poor mask fills a small part of its box, which is not drawn."""
     labelled: list[np.ndarray] = []
-    monkeypatch.setattr(comparison, "draw_labels", lambda _, boxes, *__: labelled.append(boxes))
+    monkeypatch.setattr(objects, "draw_labels", lambda _, boxes, *__: labelled.append(boxes))
     image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     small = torch.tensor([[300.0, 260, 360, 330]])
     box = torch.tensor([[20.0, 20, 460, 460]])

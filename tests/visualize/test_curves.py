@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from PIL import Image
 
 from gn_detect.errors import UserError
 from gn_detect.visualize import metric_points, plot_curves, read_metrics
-from gn_detect.visualize.curves import Metrics, _thinned
+from gn_detect.visualize.curves import Curve, _thinned, draw_chart
 
 
 def write_metrics(path: Path) -> None:
@@ -127,11 +129,11 @@ def test_a_long_run_is_read_and_drawn_in_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("smooth", [2, 3, 8, 100])
-def test_means_leave_out_what_is_not_finite(smooth: int) -> None:
+def test_means_leave_out_what_is_not_finite(tmp_path: Path, smooth: int) -> None:
     values = [1.0, math.nan, 4.0, math.nan, math.nan, math.nan, 7.0, 1e38, -2.0, 3.0]
-    metrics = Metrics()
-    for i, value in enumerate(values):
-        metrics.add({"iteration": i, "x": value})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"iteration": i, "x": x}) + "\n" for i, x in enumerate(values)))
+    metrics = read_metrics(path)
     windows = [values[max(0, i - smooth + 1) : i + 1] for i in range(len(values))]
     finite = [[value for value in window if math.isfinite(value)] for window in windows]
     expected = [sum(window) / len(window) if window else math.nan for window in finite]
@@ -156,4 +158,68 @@ def test_lines_that_are_whole_only_together_are_damaged(tmp_path: Path) -> None:
         b'{b": 1}',
     ]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"", b"\xff", b'{"iteration": 7}']))
-    assert read_metrics(tmp_path / "metrics.jsonl").points("iteration")[:, 1].tolist() == [0, 7]
+    assert metric_points(read_metrics(tmp_path / "metrics.jsonl"), "iteration")[:, 1].tolist() == [0, 7]
+
+
+LINES = [
+    '{"a": : 1}',
+    '{"a" 1}',
+    '{"a": 1, "a": 2, "iteration": 3}',
+    '{"iteration": 1, "a": 2,}',
+    '{"iteration": 1, "a": }',
+    '{"iteration": 1, "a": +2}',
+    '{"iteration": 1, "a": 1_0}',
+    '{"iteration": 1, "a": .5}',
+    '{"iteration": 1, "a": 01}',
+    '{"iteration": 1, "a": 1 2}',
+    '{"a": 2, "iteration": 1}',
+    '{"iteration":1,"a":2}',
+    ' {"iteration": 1, "a": 2}',
+    '{"iteration": 1, "a\\u0062": 2}',
+    '{"iteration": 1, "b": 2}',
+    '{"iteration": 1, "a": 1e400}',
+    '{"iteration": 1}}',
+    '{"iteration": 1, "a": null}',
+    '{"iteration": 1, "a": 1' + "0" * 400 + "}",
+    '{"iteration": 1, "a": -}',
+]
+
+
+def points_of(lines: list[str]) -> dict[str, list[list[float]]]:
+    """Iterations and values by name, read line by line."""
+    points: dict[str, list[list[float]]] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            for name, value in row.items() if "iteration" in row else ():
+                finite = value is not None and abs(value) < 3e38
+                points.setdefault(name, []).append([row["iteration"], value if finite else math.nan])
+    return points
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines_are_read_together_as_one_by_one(tmp_path: Path, line: str) -> None:
+    """Lines like those of json.dumps are read together; another one among them changes nothing."""
+    for place in (0, 50, 99):
+        lines = [f'{{"iteration": {i}, "a": {i / 7}}}' for i in range(99)]
+        lines.insert(place, line)
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("\n".join(lines) + "\n")
+        metrics, expected = read_metrics(path), points_of(lines)
+        assert metrics.names == list(expected) and metrics.last == 98
+        for name, points in expected.items():
+            np.testing.assert_array_equal(metric_points(metrics, name), points)
+
+
+def test_charts_break_at_missing_values_and_show_names_as_text() -> None:
+    points = np.array([[0, 1.0], [1, np.nan], [2, 3.0], [3, 4.0]])
+    name = '</title><script>$x_{$ id="a_1"'
+    svg = draw_chart([Curve(name, points, 9), Curve("b", points, 1, "3")], "recall", "key", x_range=(0, 3))
+    first, second = re.findall(r'<g class="line colour1".*?</g>', svg, re.S)
+    path = re.search(r' d="([^"]*)"', first)
+    assert path and path[1].count("M") == 2 and path[1].count("L") == 1
+    assert "<title>&lt;/title&gt;&lt;script&gt;$x_{$ id=&quot;a_1&quot;</title>" in first
+    assert 'data-group="3" hidden' in second and "hidden" not in first
+    assert re.findall(r">([^<>\n]+)</text>", svg)[:3] == ["0.0", "0.5", "1.0"]
+    empty = draw_chart([Curve("a", np.full((2, 2), np.nan), 0)], "recall", "key", x_range=(0, 1))
+    assert "NaN" not in empty and "nan" not in empty

@@ -23,7 +23,7 @@ def noise(height: int = SIDE, width: int = SIDE) -> np.ndarray:
 def detections(
     boxes: list[list[float]], scores: list[float], side: int = SIDE, masks: bool = True
 ) -> Detections:
-    """Of disc and star in turn; each mask is the ellipse in the box."""
+    """Return discs and stars in turn; each mask is the ellipse in its box."""
     y, x = np.mgrid[0:side, 0:side] + 0.5
     ellipses = [
         ((x - (a + c) / 2) / (c - a)) ** 2 + ((y - (b + d) / 2) / (d - b)) ** 2 < 0.25 for a, b, c, d in boxes
@@ -165,7 +165,7 @@ def test_in_a_crowd_names_stand_at_the_masks(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("count", [1, 2, 5, 20])
 def test_a_picture_stays_visible_under_many_masks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """What of the picture's contrast is left where all masks lie over each other."""
+    """Compare the contrast under masks that all lie over each other."""
     without_labels(monkeypatch)
     image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     image[:, SIDE // 2 :] = 255
@@ -208,7 +208,7 @@ def test_pictures_grow_until_small_objects_and_many_labels_are_readable() -> Non
     assert picture_scale((480, 640), large) == 1
     assert picture_scale((480, 640), small) == 2
     assert picture_scale((480, 640), large, labels=60) > 2
-    assert picture_scale((480, 640), np.concatenate([large, small[:3]])) == 1, "a few small ones beside"
+    assert picture_scale((480, 640), np.concatenate([large, small[:3]])) == 1, "a few small ones among them"
     assert picture_scale((1080, 1920), small) == 1, "it is wide enough"
     assert picture_scale((100, 100), small) == pytest.approx(4.8), "as without objects"
 
