@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from ..config.load import known_keys
-from ..config.supported import NEVER_READ, is_unread
+from ..config.schema import is_below, never_read
 from ..errors import UserError
 
 _ITERATIONS = "SOLVER.MAX_ITER, in iterations: epochs x images / SOLVER.IMS_PER_BATCH"
@@ -191,4 +191,4 @@ def _habit(flag: str, flags: Sequence[str]) -> str:
 def _keys_called(flag: str) -> list[str]:
     """Config keys whose last part is the flag's name."""
     name = flag.strip("-").replace("-", "_").upper()
-    return [k for k in known_keys() if k.rpartition(".")[2] == name and not is_unread(k, NEVER_READ)]
+    return [k for k in known_keys() if k.rpartition(".")[2] == name and not is_below(k, never_read())]

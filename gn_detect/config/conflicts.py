@@ -1,101 +1,25 @@
-"""What of detectron2's keys this version implements.
-
-detectron2's full configs name many things that we do not have. A key that nothing reads may hold anything;
-any other has to hold a value that is implemented, so that no setting is silently ignored.
-"""
+"""Settings that are valid by themselves and do not fit together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from .schema import Root
 
-NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")
 
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "VERSION": (2,),
-    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
-    "MODEL.LOAD_PROPOSALS": (False,),
-    "MODEL.KEYPOINT_ON": (False,),
-    "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "build_resnet_fpn_backbone"),
-    "MODEL.RESNETS.NORM": NORMS,
-    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ((False, False, False, False),),
-    "MODEL.FPN.NORM": NORMS,
-    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
-    "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
-    "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
-    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads"),
-    "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
-    "MODEL.ROI_BOX_HEAD.NORM": NORMS,
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
-    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
-    "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False,),
-    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
-    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
-    "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
-    "MODEL.ROI_MASK_HEAD.NORM": NORMS,
-    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
-    "INPUT.FORMAT": ("BGR", "RGB"),
-    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
-    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
-    "SOLVER.RESCALE_INTERVAL": (False,),
-    "TEST.EXPECTED_RESULTS": ((),),
-    "TEST.AUG.ENABLED": (False,),
-    "TEST.PRECISE_BN.ENABLED": (False,),
-    "VIS_PERIOD": (0,),
-    "GLOBAL.HACK": (1.0,),
-}
-"""Key -> values that are implemented. Keys that are not listed are implemented for all values."""
-
-NEVER_READ = (
-    # What could read them is refused above.
-    "MODEL.RESNETS.DEFORM_MODULATED",
-    "MODEL.RESNETS.DEFORM_NUM_GROUPS",
-    "MODEL.ANCHOR_GENERATOR.ANGLES",
-    "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER",
-    "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES",
-    "MODEL.ROI_BOX_CASCADE_HEAD",
-    "MODEL.ROI_KEYPOINT_HEAD",
-    "MODEL.SEM_SEG_HEAD",
-    "MODEL.PANOPTIC_FPN",
-    "MODEL.RETINANET",
-    "DATASETS.PROPOSAL_FILES_TRAIN",
-    "DATASETS.PROPOSAL_FILES_TEST",
-    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN",
-    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST",
-    "SOLVER.NUM_DECAYS",
-    "TEST.AUG.MIN_SIZES",
-    "TEST.AUG.MAX_SIZE",
-    "TEST.AUG.FLIP",
-    "TEST.PRECISE_BN.NUM_ITER",
-    "TEST.KEYPOINT_OKS_SIGMAS",
-)
-
-
-def unread(root: Root) -> tuple[str, ...]:
-    """Keys, and groups of keys, that the chosen architecture does not read."""
+def unread_groups(root: Root) -> Iterator[str]:
+    """Yield keys, and groups of keys, that the chosen architecture does not read: they may hold anything."""
     model = root.model
-    keys = list(NEVER_READ)
     if model.backbone.name == "build_resnet_backbone":
-        keys.append("MODEL.FPN")
-    if model.roi_heads.name == "Res5ROIHeads":
-        # Both branches share one pooler and res5.
-        keys += [f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NAME", "NORM")]
-        keys.append("MODEL.ROI_MASK_HEAD.POOLER_TYPE")
+        yield "MODEL.FPN"
+    if model.roi_heads.name == "Res5ROIHeads":  # both branches share one pooler and res5
+        yield from ("MODEL.ROI_BOX_HEAD.NAME", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.POOLER_TYPE")
     if not model.mask_on:
-        keys.append("MODEL.ROI_MASK_HEAD")
-    return tuple(keys)
-
-
-def is_unread(key: str, keys: tuple[str, ...]) -> bool:
-    """Whether ``key`` is one of ``keys`` or lies below one."""
-    return any(key == other or key.startswith(f"{other}.") for other in keys)
+        yield "MODEL.ROI_MASK_HEAD"
 
 
 def conflicts(root: Root) -> Iterator[tuple[str, str]]:
-    """(key, complaint) for settings that are fine by themselves and do not fit together."""
+    """Yield the key and a complaint for each conflict."""
     yield from _backbone_conflicts(root)
     yield from _feature_conflicts(root)
     model = root.model
