@@ -31,30 +31,13 @@ from ..engine.step import make_state, train_step
 from ..files import atomic_write_json
 from ..modeling import build_model, detection_format
 from ..modeling.mask_rcnn import MaskRCNN
+from .cases import Workload
 
 if TYPE_CHECKING:
     from ..config import Config
 
 MIB = 2**20
 PARTS = ("backbone", "fpn", "rpn", "roi_heads", "losses", "backward", "optimizer", "paste_masks")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What one step works on.
-
-    Attributes:
-        height, width: of each image in pixels, which is also the network's input.
-        images: in a batch.
-        objects: in each image, ellipses of 40 to 220 pixels.
-        proposals: in each image; half of them lie near an object.
-    """
-
-    height: int = 512
-    width: int = 640
-    images: int = 1
-    objects: int = 7
-    proposals: int = 1000
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""``gn-detect config``: the merged config, and what each key means."""
+"""``gn-detect config``: the merged config, and the meaning of each key."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from ..errors import UserError
 from .output import Result
 from .parser import key_of_habit
 
-HELP = "Print the config that a file and KEY VALUE pairs make, or explain a key or find it by words."
-
 EXAMPLES = """
 gn-detect config --config-file quick/demo.yaml SOLVER.BASE_LR 0.01
 gn-detect config explain SOLVER.BASE_LR
@@ -25,7 +23,6 @@ gn-detect config reference                                            # every ke
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     parser.add_argument("--config-file", metavar="FILE", help="YAML with detectron2's keys")
     parser.add_argument(
         "overrides",
@@ -36,11 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Print what was asked for.
-
-    Raises:
-        UserError: an unknown key, or a config that is not valid.
-    """
     words = args.overrides
     if words[:1] == ["explain"]:
         if len(words) < 2:
@@ -57,7 +49,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _explain(wanted: str) -> list[KeyFact]:
-    """Print a key or group, or the keys that have the words in their name or meaning.
+    """Print a key or group, or the keys with the words in their name or description.
 
     Raises:
         UserError: there is none; the nearest key is named.

@@ -7,8 +7,6 @@ import argparse
 from . import train
 from .output import Result
 
-HELP = "Evaluate a checkpoint on DATASETS.TEST."
-
 EXAMPLES = """
 gn-detect eval --config-file runs/one/config.yaml --weights runs/one/model_best.pth
 gn-detect eval --config-file runs/one/config.yaml --weights runs/one/model_best.pth \\
@@ -18,11 +16,9 @@ gn-detect eval --json --config-file GN/mask_rcnn_R_50_FPN_3x_gn.yaml --weights z
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     train.add_arguments(parser)
     parser.set_defaults(eval_only=True)
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Evaluate."""
     return train.run(args)

@@ -18,8 +18,6 @@ from .options import (
 )
 from .output import Result
 
-HELP = "Export a trained detector as ONNX or as a program of PyTorch."
-
 EXAMPLES = """
 gn-detect export --config-file runs/one/config.yaml --weights runs/one/model_best.pth --output model.onnx
 gn-detect export --config-file runs/one/config.yaml --weights model.pth --output model.pt2 --check images

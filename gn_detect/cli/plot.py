@@ -7,10 +7,7 @@ import os
 from pathlib import Path
 
 from ..errors import UserError
-from ..visualize import plot_curves
 from .output import Result
-
-HELP = "Draw losses, AP and learning rate of one run, or of several in the same axes."
 
 EXAMPLES = """
 gn-detect plot runs/one
@@ -19,7 +16,6 @@ gn-detect plot runs/one --output curves.png
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or its metrics.jsonl")
     parser.add_argument(
         "--output",
@@ -30,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Write the picture."""
+    from ..visualize import plot_curves
+
     if args.smooth < 1:
         raise UserError(f"--smooth {args.smooth}: it must be 1 or more log lines")
     paths = [Path(text) for text in args.runs]
@@ -44,7 +41,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def name_runs(metrics: list[Path]) -> list[str]:
-    """As much of the end of each run's path as tells it from the others.
+    """Return the shortest ends of the runs' paths that differ from each other.
 
     Raises:
         UserError: the same run is given twice.

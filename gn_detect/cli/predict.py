@@ -32,8 +32,6 @@ from .options import (
 )
 from .output import Result
 
-HELP = "Find objects in images and videos with a trained checkpoint."
-
 EXAMPLES = """
 gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth photo.jpg
 gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth --output found \\

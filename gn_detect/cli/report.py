@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 
 from ..errors import UserError
-from ..report import write_report
 from .options import check_threshold
 from .output import Result
-
-HELP = "Write a run's numbers, curves, mistakes and pictures as one HTML page that needs no network."
 
 EXAMPLES = """
 gn-detect report runs/one
@@ -18,7 +15,6 @@ gn-detect report runs/one --output page.html --threshold 0.3 --pictures 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--output", metavar="FILE", help="page; by default report.html in the run folder")
     parser.add_argument(
@@ -30,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Write the page."""
+    from ..report import write_report
+
     check_threshold(args.threshold)
     if args.output and not args.output.lower().endswith((".html", ".htm")):
         raise UserError(f"cannot write the page {args.output}: its name must end in .html")

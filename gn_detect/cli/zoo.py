@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..weights.download import MD5_BESIDE
-from ..weights.zoo import ZooEntry, check, fetch, find_entry, read_catalog
 from .output import Result
 
-HELP = "List, explain, download and check published weights."
+if TYPE_CHECKING:
+    from ..weights.zoo import ZooEntry
 
 EXAMPLES = """
 gn-detect zoo list
@@ -22,7 +22,6 @@ gn-detect zoo list --json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     parser.add_argument("action", choices=sorted(_ACTIONS), help="path prints where a file is or would be")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="of the list; left out: all, but to download"
@@ -32,11 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Do what was asked for with each name.
+    from ..weights.zoo import find_entry, read_catalog
 
-    Raises:
-        UserError: an unknown name, a failed download, or a file that is not what was published.
-    """
     entries = [find_entry(name) for name in args.names] or list(read_catalog().values())
     if args.action == "download" and bool(args.names) == args.all:
         raise UserError("name what to download, such as R-50-GN (gn-detect zoo list shows all), or --all")
@@ -52,7 +48,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _result(entries: Iterable[ZooEntry]) -> Result:
-    """The catalogue's fields, and where each file is."""
+    """Return the catalogue's fields, and the path of each file."""
     return Result(
         [
             {**entry.model_dump(), "file": str(entry.file), "is_downloaded": entry.file.is_file()}
@@ -64,14 +60,8 @@ def _result(entries: Iterable[ZooEntry]) -> Result:
 def _list(entries: Iterable[ZooEntry]) -> None:
     rows = [("name", "box/mask AP", "trained", "downloaded")]
     for entry in entries:
-        rows.append(
-            (
-                entry.name,
-                _quality(entry),
-                entry.schedule or "ImageNet",
-                "yes" if entry.file.is_file() else "-",
-            )
-        )
+        here = "yes" if entry.file.is_file() else "-"
+        rows.append((entry.name, _quality(entry), entry.schedule or "ImageNet", here))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -86,7 +76,9 @@ def _info(entries: Iterable[ZooEntry]) -> None:
 
 
 def _facts(entry: ZooEntry) -> Iterator[tuple[str, str]]:
-    """Yield labels and values with their units; a value that is not known is empty."""
+    """Yield labels and values with their units; an unknown value is empty."""
+    from ..weights.download import MD5_BESIDE
+
     is_here = entry.file.is_file()
     size = entry.file.stat().st_size if is_here else entry.bytes
     top1 = f"{entry.top1_error}% of ImageNet's val images" if entry.top1_error is not None else ""
@@ -114,11 +106,15 @@ def _facts(entry: ZooEntry) -> Iterator[tuple[str, str]]:
 
 
 def _download(entries: Iterable[ZooEntry]) -> None:
+    from ..weights.zoo import check, fetch
+
     for entry in entries:
         print(f"{entry.name}: {fetch(entry)}, {check(entry)}")
 
 
 def _verify(entries: Iterable[ZooEntry]) -> None:
+    from ..weights.zoo import check
+
     for entry in entries:
         print(f"{entry.name}: {check(entry)}")
 
@@ -138,7 +134,9 @@ _ACTIONS: dict[str, Callable[[Iterable[ZooEntry]], None]] = {
 
 
 def as_markdown(entries: Iterable[ZooEntry]) -> str:
-    """One row for each entry."""
+    """Return the catalogue as a Markdown table."""
+    from ..weights.download import MD5_BESIDE
+
     lines = [
         "| name | box / mask AP | schedule | GB | s/iter | config | checksum | licence |",
         "|---|---|---|---|---|---|---|---|",

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gn_detect.cli import main, parser
-from gn_detect.cli.main import COMMANDS, parse
+from gn_detect.cli.main import COMMANDS, load_command, parse
 from gn_detect.config.explain import facts
 from gn_detect.config.load import known_keys
 from tests.cli.conftest import Case
@@ -65,7 +65,7 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
         ("train solver.base_lr=0.1", "as in SOLVER.BASE_LR 0.1"),
         ("config lr 0.1", "lr: unknown key; what other tools call so is SOLVER.BASE_LR"),
         ("plot --seed 1 a", "--seed; gn-detect plot --help"),
-        ("doctor --jsn a --images b", "--jsn; did you mean --json?"),
+        ("doctor a --imgaes b", "--imgaes; did you mean --images?"),
         ("--versoin", "--versoin; did you mean --version?"),
         ("bench norm --layer stm", "'stm'; did you mean stem?"),
         ("bench norm --layer box", "'box' (choose from"),
@@ -82,7 +82,7 @@ def test_every_key_that_is_advised_exists() -> None:
     answers = {answer for answers in parser._HABITS.values() for answer in answers}
     named = {key for answer in answers for key in re.findall(r"[A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)+", answer)}
     assert len(named) > 25 and named <= set(known_keys())
-    flags = {flag for command in COMMANDS.values() for flag in flags_of(command)}
+    flags = {flag for command in COMMANDS for flag in flags_of(load_command(command))}
     assert {answer for answer in answers if answer.startswith("--")} <= flags
     names = [name for names in parser._HABITS for name in names.split()]
     assert len(names) == len(set(names))
@@ -166,11 +166,44 @@ def test_every_key_has_a_text() -> None:
 
 def test_strict_doctor_and_its_json(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     case.edit(lambda content: content["annotations"][0].update(category_id=55))
-    arguments = ["doctor", "--json", str(case.train), "--images", str(case.train.parent / "images")]
+    arguments = ["doctor", str(case.train), "--images", str(case.train.parent / "images")]
     assert main([*arguments, "--strict"]) == 1
-    capsys.readouterr()
-    assert main(["--json", *arguments]) == 0
-    assert json.loads(capsys.readouterr().out)["parts"]
+    assert capsys.readouterr().err == ""
+    for words in (["--json", *arguments], [*arguments, "--json"]):
+        assert main(words) == 0
+        assert json.loads(capsys.readouterr().out)["parts"]
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "advice"),
+    [
+        ("doctor --json a.json --images i", "doctor a.json --images i", "write doctor FILE"),
+        ("--json doctor --json a --json=b --strict", "--json doctor a b --strict", "write doctor FILE"),
+        ("bench norm --json f.json SEED 1", "bench norm --output f.json SEED 1", "write bench --output FILE"),
+        ("bench --json=f train", "bench --output f train", "write bench --output FILE"),
+        ("doctor a.json --json --images i", "", ""),
+        ("bench --json train --json SOLVER.AMP.ENABLED True", "", ""),
+        ("zoo info a --json b", "", ""),
+    ],
+)
+def test_json_with_a_file_is_deprecated(
+    words: str, kept: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words.split()
+    command = next(word for word in given if not word.startswith("-"))
+    assert parser.without_old_json(command, given) == (kept or words).split()
+    warning = f"warning: {command} --json FILE is deprecated; {advice}\n" if kept else ""
+    assert capsys.readouterr().err == warning
+    parser.without_old_json(command, [*given, "--quiet"])
+    assert capsys.readouterr().err == ""
+
+
+def test_the_old_json_of_the_doctor_works(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = (case.train, case.val)
+    words = [("--json", str(path), "--images", str(path.parent / "images")) for path in parts]
+    assert main(["doctor", *words[0], *words[1]]) == 0
+    printed = capsys.readouterr()
+    assert "0 errors" in printed.out and "deprecated" in printed.err
 
 
 def test_the_zoo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
