@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from ..engine import Predictor
-from ..export import ExportedPredictor
-from ..export.parity import compare
-from ..export.write import check_target, export_detector
-from .inputs import find_images, split_overrides
 from .options import (
     add_config_arguments,
     add_fix_argument,
@@ -43,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Write the file; 1 if its detections differ."""
+    from ..engine import Predictor
+    from ..export import ExportedPredictor
+    from ..export.parity import compare
+    from ..export.write import check_target, export_detector
+    from .inputs import find_images, split_overrides
+
     path = check_target(args.output)
     checked, keys = split_overrides(args.check or [])  # argparse gives KEY VALUE behind --check to it
     images = find_images(checked) if checked else []

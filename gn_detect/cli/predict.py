@@ -8,20 +8,10 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..data import list_names, match_names
-from ..engine import Predictor
-from ..engine.evaluator import OTHER_CLASSES
-from ..engine.pipeline import default_workers
-from ..engine.predict_files import AnyPredictor, Outcome, Task, predict_images, predict_video
-from ..engine.predictor import unnamed_classes
 from ..errors import UserError
-from ..evaluation import Truth, read_truth
-from ..export import ExportedPredictor
-from ..progress import fitted
 from ..text import printable
-from .inputs import find_images, is_video, name_outputs, split_overrides
 from .options import (
     add_fix_argument,
     add_other_classes_argument,
@@ -31,6 +21,12 @@ from .options import (
     take_weights,
 )
 from .output import Result
+
+if TYPE_CHECKING:
+    from ..engine import Predictor
+    from ..engine.predict_files import AnyPredictor, Outcome, Task
+    from ..evaluation import Truth
+    from ..export import ExportedPredictor
 
 EXAMPLES = """
 gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth photo.jpg
@@ -86,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image, results for all, and a video for each video."""
+    from ..engine.pipeline import default_workers
+    from ..engine.predict_files import predict_images
+    from ..evaluation import read_truth
+    from ..progress import fitted
+    from .inputs import find_images, is_video, name_outputs, split_overrides
+
     if not args.config_file and not args.model:
         raise UserError("no config: add --config-file FILE, such as the config.yaml of the training run")
     check_threshold(args.threshold)
@@ -161,6 +163,9 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
     Raises:
         UserError: neither or both are given, or something in them is wrong.
     """
+    from ..engine import Predictor
+    from ..export import ExportedPredictor
+
     if args.model:
         given = (
             ["--config-file"] * bool(args.config_file) + ["--weights"] * bool(args.weights) + overrides[:1]
@@ -183,6 +188,8 @@ def keep_listed(paths: list[Path], texts: list[str], truth: Truth) -> list[Path]
     Raises:
         UserError: nothing is left.
     """
+    from .inputs import is_video
+
     named = set(map(Path, texts))
     images = [path for path in paths if not is_video(path)]
     others = {path for path in images if path not in named and not truth.lists(path)}
@@ -199,6 +206,8 @@ def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None)
     Raises:
         UserError: the ground truth does not list an image, or several are the same of its images.
     """
+    from ..engine.predict_files import Task
+
     tasks: list[Task] = []
     by_id: dict[Any, Path] = {}
     for number, (path, name) in enumerate(named, start=1):
@@ -224,6 +233,10 @@ def match_categories(predictor: AnyPredictor, truth: Truth, other_classes: bool)
     Raises:
         UserError: the ground truth has a class that the model does not know.
     """
+    from ..data import list_names, match_names
+    from ..engine.evaluator import OTHER_CLASSES
+    from ..engine.predictor import unnamed_classes
+
     names, known = truth.plain_names, list(predictor.class_names)
     if other_classes or known == unnamed_classes(len(known)):
         if len(names) != len(known):
@@ -262,6 +275,8 @@ def check_replaces_nothing(
     Raises:
         UserError: an output is one of the inputs.
     """
+    from .inputs import is_video
+
     others = [args.annotations, args.config_file, args.model]
     read = set(map(os.path.realpath, [*found, *filter(None, others)]))
     videos = [output / name for path, name in named if is_video(path)]
@@ -276,6 +291,8 @@ def predict_one_video(
     predictor: AnyPredictor, path: Path, output: Path, threshold: float, workers: int
 ) -> Outcome:
     """A video that cannot be read is named, and does not stop the others."""
+    from ..engine.predict_files import Outcome, predict_video
+
     try:
         outcome = predict_video(predictor, path, output, threshold=threshold, workers=workers)
     except UserError as error:

@@ -31,6 +31,8 @@ LIMITS = {
     "config explain learning rate": 19,
     "train SOLVER.MAX_ITERS 3": 19,
     "train --config-file quick/demo.yaml SOLVER.MAX_ITERS 3": 19,
+    "predict --conf 0.5 a": 12,
+    "export --out a": 12,
     "doctor": 10,
     "bench norm --layer stm": 20,
     "zoo lst": 10,
