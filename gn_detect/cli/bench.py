@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{text}, alone; again for more; default: all of {names}",
         )
     norm.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out, which takes minutes"
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes minutes"
     )
     norm.add_argument(
         "--steps", type=int, default=2, metavar="N", help="rounds of the training steps; 0: none"

@@ -17,8 +17,8 @@ EXAMPLES = """
 gn-detect config --config-file quick/demo.yaml SOLVER.BASE_LR 0.01
 gn-detect config explain SOLVER.BASE_LR
 gn-detect config explain MODEL.GN
-gn-detect config explain learning rate                                # every key that is about it
-gn-detect config reference                                            # every key, as docs/config.md has it
+gn-detect config explain learning rate                                # every key about it
+gn-detect config reference                                            # every key: docs/config.md
 """
 
 
@@ -64,7 +64,7 @@ def _explain(wanted: str) -> list[KeyFact]:
         if not others:
             raise
     if meant:
-        print(f"what other tools call {wanted} is {habit}\n")
+        print(f"the name of {wanted} here is {habit}\n")
         others = [fact for fact in search(wanted) if fact not in first]
     if not first and len(others) == 1:
         first, others = others, []

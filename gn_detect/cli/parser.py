@@ -189,7 +189,7 @@ def check_keys(words: Sequence[str]) -> None:
         if equals and meant:
             raise UserError(f"{word}: key and value stand apart here, as in {meant.split(',')[0]} {value}")
         if meant and not is_key:
-            raise UserError(f"{key}: unknown key; what other tools call so is {meant}")
+            raise UserError(f"{key}: unknown key; its name here is {meant}")
 
 
 def key_of_habit(name: str) -> str:

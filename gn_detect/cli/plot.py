@@ -26,8 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    from ..visualize import plot_curves
-
     if args.smooth < 1:
         raise UserError(f"--smooth {args.smooth}: it must be 1 or more log lines")
     paths = [Path(text) for text in args.runs]
@@ -35,6 +33,8 @@ def run(args: argparse.Namespace) -> Result:
     folder = metrics[0].parent if len(metrics) == 1 else Path()
     output = Path(args.output) if args.output else folder / "curves.png"
     names = name_runs(metrics)
+    from ..visualize import plot_curves
+
     plot_curves(dict(zip(names, metrics, strict=True)), output, smooth=args.smooth)
     print(f"see {output}")
     return Result({"output": str(output), "runs": names})

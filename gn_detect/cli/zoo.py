@@ -22,9 +22,10 @@ gn-detect zoo list --json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=sorted(_ACTIONS), help="path prints where a file is or would be")
+    text = "path prints the place of a file, also before its download"
+    parser.add_argument("action", choices=sorted(_ACTIONS), help=text)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="of the list; left out: all, but to download"
+        "names", nargs="*", metavar="NAME", help="a name in the list; default: all, except for download"
     )
     parser.add_argument("--all", action="store_true", help="download: all, several GB")
     parser.add_argument("--markdown", action="store_true", help="list: the table of model_zoo/README.md")

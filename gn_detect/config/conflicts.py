@@ -32,10 +32,8 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
     for name in ("sizes", "aspect_ratios"):
         key, values = f"MODEL.ANCHOR_GENERATOR.{name.upper()}", getattr(model.anchor_generator, name)
         if len(values) not in (1, levels):
-            yield (
-                key,
-                f"must have one entry for all levels or one for each of {levels} in MODEL.RPN.IN_FEATURES",
-            )
+            wanted = f"one entry for all levels or one for each of {levels} in MODEL.RPN.IN_FEATURES"
+            yield key, f"must have {wanted}"
         if len({len(value) for value in values}) > 1:
             yield key, "must have as many values for every level, which share one RPN head"
     given = root.input
@@ -53,10 +51,8 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
 def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
     resnets = root.model.resnets
     if root.model.backbone.activation_checkpointing and resnets.norm in ("BN", "SyncBN"):
-        yield (
-            "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING",
-            "needs a MODEL.RESNETS.NORM without running statistics, which would be updated twice; choose GN",
-        )
+        complaint = "needs a MODEL.RESNETS.NORM without running statistics, which would be updated twice"
+        yield "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING", f"{complaint}; choose GN"
     if resnets.depth < 50:
         if (resnets.num_groups, resnets.res5_dilation) != (1, 1):
             yield "MODEL.RESNETS.DEPTH", "has neither NUM_GROUPS nor RES5_DILATION; set both to 1"
@@ -72,39 +68,37 @@ def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
 
 
 def _feature_conflicts(root: Root) -> Iterator[tuple[str, str]]:
-    """Names of features that nobody makes, or in an order that the pooling cannot use."""
+    """Find features that do not exist, and orders that the pooling cannot use."""
     model = root.model
-    made = set(model.resnets.out_features)
+    existing = set(model.resnets.out_features)
     source = "MODEL.RESNETS.OUT_FEATURES"
     has_fpn = model.backbone.name == "build_resnet_fpn_backbone"
     if has_fpn:
-        if not model.fpn.in_features or not set(model.fpn.in_features) <= made:
-            yield "MODEL.FPN.IN_FEATURES", f"must name some of {source} ({', '.join(sorted(made))})"
+        if not model.fpn.in_features or not set(model.fpn.in_features) <= existing:
+            yield "MODEL.FPN.IN_FEATURES", f"must name some of {source} ({', '.join(sorted(existing))})"
             return
         levels = _levels(model.fpn.in_features)
         if levels != list(range(levels[0], levels[-1] + 1)):
             yield "MODEL.FPN.IN_FEATURES", "must be neighbouring stages in order, such as res2 ... res5"
             return
-        made = {f"p{level}" for level in [*levels, levels[-1] + 1]}
+        existing = {f"p{level}" for level in [*levels, levels[-1] + 1]}
         source = "the FPN"
-    for section, key in ((model.rpn, "MODEL.RPN"), (model.roi_heads, "MODEL.ROI_HEADS")):
-        names = section.in_features
-        if not set(names) <= made:
-            yield f"{key}.IN_FEATURES", f"must be among what {source} gives: {', '.join(sorted(made))}"
-        elif len(names) > 1 and (
-            not has_fpn or model.roi_heads.name == "Res5ROIHeads" and key != "MODEL.RPN"
-        ):
-            yield f"{key}.IN_FEATURES", "must be one feature without an FPN, and for Res5ROIHeads"
+    pools_one = not has_fpn or model.roi_heads.name == "Res5ROIHeads"
+    for names, key, one in (
+        (model.rpn.in_features, "MODEL.RPN.IN_FEATURES", not has_fpn),
+        (model.roi_heads.in_features, "MODEL.ROI_HEADS.IN_FEATURES", pools_one),
+    ):
+        if not set(names) <= existing:
+            yield key, f"must be among what {source} gives: {', '.join(sorted(existing))}"
+        elif len(names) > 1 and one:
+            yield key, "must be one feature without an FPN, and for Res5ROIHeads"
         elif _levels(names) != sorted(set(_levels(names))):
-            yield f"{key}.IN_FEATURES", "must be different levels, the finest first"
+            yield key, "must be different levels, the finest first"
     levels = _levels(model.roi_heads.in_features)
     if levels != list(range(levels[0], levels[0] + len(levels))):
-        yield (
-            "MODEL.ROI_HEADS.IN_FEATURES",
-            "must be neighbouring levels: a box is pooled from the one that fits it",
-        )
+        complaint = "must be neighbouring levels: a box is pooled from the one that fits it"
+        yield "MODEL.ROI_HEADS.IN_FEATURES", complaint
 
 
 def _levels(names: tuple[str, ...]) -> list[int]:
-    """``[2, 3]`` for ``("p2", "p3")`` or ``("res2", "res3")``."""
-    return [int(name.lstrip("pres") or -1) for name in names]
+    return [int(name.lstrip("pres") or -1) for name in names]  # 2 of p2 and res2

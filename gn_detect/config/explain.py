@@ -81,7 +81,7 @@ def search(words: str) -> list[KeyFact]:
     """
     known = read_facts()
     wanted = _plain(words).split()
-    for enough in (all, any) if len(wanted) > 1 else (all,):
+    for enough in (all, any) if " " in words.strip() else (all,):
         named = [fact for fact in known if enough(word in _plain(fact.key) for word in wanted)]
         found = [f for f in known if enough(word in _plain(f"{f.key} {f.text}") for word in wanted)]
         if found:

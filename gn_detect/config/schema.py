@@ -100,7 +100,7 @@ Metric = Annotated[Str, AfterValidator(_metric)]
 # Sizes of tensors are bounded: a file of a few lines must not make something huge.
 Channels = Annotated[Int, Field(gt=0, le=2**14)]
 Small = Annotated[Int, Field(ge=0, le=64)]  # layers; samples in each direction
-PositiveSmall = Annotated[Int, Field(gt=0, le=64)]  # cells in each direction
+Cells = Annotated[Int, Field(gt=0, le=64)]  # in each direction of a pooled RoI
 Amount = Annotated[Int, Field(gt=0, le=10**6)]  # boxes, images or parts that are computed at once
 Side = Annotated[Int, Field(gt=0, le=2**15)]  # of an image, pixels
 
@@ -143,9 +143,7 @@ class Backbone(Section):
 
 class ResNets(Section):
     depth: Depth = key(50, "Layers of the ResNet.")
-    out_features: Stages = key(
-        ("res4",), "Stages that the backbone returns; the last one ends it.", min_length=1
-    )
+    out_features: Stages = key(("res4",), "Stages that the backbone returns; the last ends it.", min_length=1)
     num_groups: Channels = key(1, "Groups of the 3x3 convolutions (ResNeXt's cardinality); unrelated to GN.")
     norm: Str = key("FrozenBN", "Norm of the backbone.", NORMS)
     width_per_group: Channels = key(64, "Channels of the 3x3 convolutions of res2, for each group.")
@@ -155,7 +153,7 @@ class ResNets(Section):
         "(False: weights with GN, and torchvision's).",
     )
     res5_dilation: Dilation = key(1, "2 keeps res5 at stride 16 (DC5).")
-    res2_out_channels: Channels = key(256, "Channels of res2; each stage doubles them. 64 in ResNet-18, 34.")
+    res2_out_channels: Channels = key(256, "Channels of res2, doubled by each stage; 64 in ResNet-18 and 34.")
     stem_out_channels: Channels = key(64, "Channels of the stem.")
     deform_on_per_stage: Bools = only((False, False, False, False))
     deform_modulated: Bool = unread(False)
@@ -241,7 +239,7 @@ class ROIBoxHead(Section):
     bbox_reg_loss_weight: NonNegative = key(1.0, "Weight of the box loss.")
     bbox_reg_weights: BoxWeights = key((10.0, 10.0, 5.0, 5.0), "Factors of the box deltas dx, dy, dw, dh.")
     smooth_l1_beta: NonNegative = key(0.0, "Difference at which smooth L1 becomes L1; 0: L1.")
-    pooler_resolution: PositiveSmall = key(14, "Cells on each side of a pooled RoI.")
+    pooler_resolution: Cells = key(14, "Cells on each side of a pooled RoI.")
     pooler_sampling_ratio: Small = key(0, "Samples on each side of a cell; 0: as many as fit.")
     pooler_type: Str = key(
         "ROIAlignV2", "ROIAlignV2 shifts by half a pixel; ROIAlign is Detectron's.", POOLERS
@@ -261,9 +259,7 @@ class ROIBoxHead(Section):
 
 class ROIMaskHead(Section):
     name: Str = only("MaskRCNNConvUpsampleHead")
-    pooler_resolution: PositiveSmall = key(
-        14, "Cells on each side of a pooled RoI; masks have twice as many."
-    )
+    pooler_resolution: Cells = key(14, "Cells on each side of a pooled RoI; masks have twice as many.")
     pooler_sampling_ratio: Small = key(0, "Samples on each side of a cell; 0: as many as fit.")
     num_conv: Small = key(0, "Convolutions of the mask head before the upsampling.")
     conv_dim: Channels = key(256, "Channels of these convolutions and of the upsampling.")
@@ -382,9 +378,7 @@ class Crop(Section):
 
 
 class ColorJitter(Section):
-    enabled: Bool = key(
-        False, "Random brightness, contrast, saturation and hue, like torchvision's ColorJitter."
-    )
+    enabled: Bool = key(False, "Change brightness, contrast, saturation and hue (torchvision's ColorJitter).")
     brightness: NonNegative = key(0.4, "Strength of the change of brightness; 0.4: a factor of 0.6 to 1.4.")
     contrast: NonNegative = key(0.4, "Strength of the change of contrast; 0.4: a factor of 0.6 to 1.4.")
     saturation: NonNegative = key(0.4, "Strength of the change of saturation; 0.4: a factor of 0.6 to 1.4.")
@@ -402,9 +396,7 @@ class LargeScaleJitter(Section):
 
 
 class Input(Section):
-    min_size_train: Lengths = key(
-        (800,), "Lengths for the shorter side in training, pixels; drawn at random."
-    )
+    min_size_train: Lengths = key((800,), "Lengths of the shorter side in training, pixels; drawn at random.")
     min_size_train_sampling: Literal["choice", "range"] = key(
         "choice", "choice: one of MIN_SIZE_TRAIN; range: any length between its two."
     )
@@ -451,9 +443,7 @@ class Datasets(Section):
         {}, "Names of your own: {name: {annotations: COCO JSON, images: folder}}.", alias="REGISTER"
     )
     root: Str = key(
-        "",
-        "Folder of the built-in datasets; empty: $GN_DETECT_DATASETS, else $DETECTRON2_DATASETS, else "
-        "./datasets.",
+        "", "Folder of the built-in datasets; empty: $GN_DETECT_DATASETS, $DETECTRON2_DATASETS or ./datasets."
     )
 
 
@@ -503,16 +493,12 @@ class Solver(Section):
         ("WarmupMultiStepLR", "WarmupCosineLR"),
     )
     max_iter: PositiveInt = key(40000, "Iterations, each of IMS_PER_BATCH images.")
-    base_lr: Positive = key(
-        0.001, "Learning rate for IMS_PER_BATCH images; detectron2's schedules: 0.02 for 16."
-    )
+    base_lr: Positive = key(0.001, "Learning rate for IMS_PER_BATCH images; detectron2 has 0.02 for 16.")
     base_lr_end: NonNegative = key(0.0, "Last learning rate of the cosine.")
     momentum: Float = key(0.9, "Momentum of SGD.", ge=0, lt=1)
     nesterov: Bool = key(False, "Nesterov's momentum in SGD.")
     weight_decay: NonNegative = key(0.0001, "Weight decay of all parameters except those of norms.")
-    weight_decay_norm: NonNegative = key(
-        0.0, "Weight decay of the parameters of norms; GN needs 0 (the paper)."
-    )
+    weight_decay_norm: NonNegative = key(0.0, "Weight decay of norms' parameters; GN needs 0 (the paper).")
     gamma: Positive = key(0.1, "Factor of the learning rate at each of STEPS.")
     steps: Milestones = key((30000,), "Iterations after which the learning rate falls.")
     num_decays: Int = unread(3)
@@ -540,8 +526,7 @@ class Solver(Section):
     betas: Annotated[Pair, AfterValidator(_below_one)] = key((0.9, 0.999), "The two betas of AdamW.")
     best_checkpoint_metric: Metric = key(
         "auto",
-        "Metric that selects model_best.pth, such as segm/AP or bbox/AP-person; auto: segm/AP, or bbox/AP "
-        "without masks.",
+        "Metric that selects model_best.pth, such as bbox/AP-person; auto: segm/AP, without masks bbox/AP.",
     )
     log_period: PositiveInt = key(20, "Iterations between log lines.")
     accumulate: Amount = key(
@@ -605,7 +590,7 @@ class Root(Section):
     )
     seed: Int = key(
         -1,
-        "Seed of the weights, the order of images and the augmentation; negative: a new one for each run, "
+        "Seed of weights, order of images and augmentation; negative: a new one for each run, "
         "written into its config.",
         lt=2**31,
     )

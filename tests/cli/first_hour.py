@@ -102,13 +102,13 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def _tell(path: Path, **metadata: Any) -> None:
+def _state(path: Path, **metadata: Any) -> None:
     torch.save({**torch.load(path, weights_only=True), **metadata}, path)
 
 
 def _of_rgb(path: Path) -> None:
-    told = {"format": "RGB", "pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.4, 57.1, 57.4]}
-    _tell(path, input=told)
+    stated = {"format": "RGB", "pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.4, 57.1, 57.4]}
+    _state(path, input=stated)
 
 
 def _hostile(path: Path) -> None:
@@ -341,13 +341,13 @@ MISTAKES = {
         f"{EVAL} --weights {{folder}}/w.pth",
         "bar, circle",
         "--other-classes",
-        _weights([], lambda path: _tell(path, class_names=["bar", "circle"])),
+        _weights([], lambda path: _state(path, class_names=["bar", "circle"])),
     ),
     "prediction of classes of other names": Mistake(
         f"{PREDICT} --weights {{folder}}/w.pth --annotations {{train}}",
         "bar, circle",
         "--other-classes",
-        _weights([], lambda path: _tell(path, class_names=["bar", "circle"])),
+        _weights([], lambda path: _state(path, class_names=["bar", "circle"])),
     ),
     "weights of other input": Mistake(
         f"{EVAL} --weights {{folder}}/w.pth", "INPUT.FORMAT RGB", "--fix-config", _weights([], _of_rgb)

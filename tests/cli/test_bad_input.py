@@ -1,4 +1,4 @@
-"""What a user can do wrong: status 2, one line that names the item, and nothing half-written."""
+"""Mistakes of a user: status 2, one line that names the item, and nothing half-written."""
 
 from __future__ import annotations
 

@@ -50,11 +50,11 @@ class Folder:
     def fix(self, *words: object) -> dict[str, Any]:
         """The content of the repaired copy, which has no fault and is read by training and evaluation."""
         assert self.doctor("--fix", self.fixed, *words) == 0, self.said
-        told = self.said
+        printed = self.said
         self.json.write_bytes(self.fixed.read_bytes())
         assert self.doctor() == 0
         assert "0 errors, 0 warnings" in self.said and "--fix OUT.json" not in self.said, self.said
-        self.said = told
+        self.said = printed
         CocoDataset(DatasetSource("case", self.json, self.images), masks=None, evaluation=True).check_files()
         evaluate_results(self.json, [], "bbox")
         return json.loads(self.json.read_text())

@@ -24,18 +24,18 @@ from tests.cli.conftest import Case
 def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert caught.value.code == 0
     assert (
-        f"  gn-detect {command} " in told
-        or f"  gn-detect --json {command} " in told
+        f"  gn-detect {command} " in printed
+        or f"  gn-detect --json {command} " in printed
         or "completion" in command
     )
-    assert "exit status:" in told and "--quiet" in told
+    assert "exit status:" in printed and "--quiet" in printed
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "advice"),
     [
         ("eval --config x.yaml", "--config; did you mean --config-file?"),
         ("predict --t 0.5 a", "--t; did you mean --trust or --threshold?"),
@@ -63,7 +63,7 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
         ("predict --source a", "images are given without a flag"),
         ("train epochs=12", "epochs=12: key and value stand apart here, as in SOLVER.MAX_ITER 12"),
         ("train solver.base_lr=0.1", "as in SOLVER.BASE_LR 0.1"),
-        ("config lr 0.1", "lr: unknown key; what other tools call so is SOLVER.BASE_LR"),
+        ("config lr 0.1", "lr: unknown key; its name here is SOLVER.BASE_LR"),
         ("plot --seed 1 a", "--seed; gn-detect plot --help"),
         ("doctor a --imgaes b", "--imgaes; did you mean --images?"),
         ("--versoin", "--versoin; did you mean --version?"),
@@ -72,10 +72,10 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
         ("bench", "required: mode; gn-detect bench --help"),
     ],
 )
-def test_what_was_meant_is_told(command: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_gets_advice(command: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and told in line
+    assert line.startswith("error: ") and advice in line
 
 
 def test_every_key_that_is_advised_exists() -> None:
@@ -97,12 +97,12 @@ def flags_of(command: ModuleType) -> set[str]:
 def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([])
-    told = capsys.readouterr()
-    assert caught.value.code == 0 and told.err == "" and "usage: gn-detect" in told.out
-    assert all(re.search(f"^    {command}\\b", told.out, re.MULTILINE) for command in COMMANDS)
+    printed = capsys.readouterr()
+    assert caught.value.code == 0 and printed.err == "" and "usage: gn-detect" in printed.out
+    assert all(re.search(f"^    {command}\\b", printed.out, re.MULTILINE) for command in COMMANDS)
 
 
-def test_behind_two_dashes_nothing_is_a_flag() -> None:
+def test_after_two_dashes_nothing_is_a_flag() -> None:
     assert parse(["predict", "a", "--threshold", "0.5", "--", "-b.jpg"]).inputs == ["a", "-b.jpg"]
     assert parse(["train", "SEED", "1", "--resume", "SOLVER.BASE_LR", "-1"]).overrides[2:] == [
         "SOLVER.BASE_LR",
@@ -133,25 +133,25 @@ def test_keys_are_found_by_words(
     words: str, key: str, count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--json", "config", "explain", *words.split()]) == 0
-    told = capsys.readouterr()
-    found = [fact["key"] for fact in json.loads(told.out)]
+    printed = capsys.readouterr()
+    found = [fact["key"] for fact in json.loads(printed.out)]
     assert key in found and len(found) >= count and len(found) < 2 * count + 1, found
-    assert f"{key}" in told.err
+    assert f"{key}" in printed.err
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "advice"),
     [("momentm", "did you mean SOLVER.MOMENTUM?"), ("qqqq", "gn-detect config reference lists all")],
 )
-def test_a_word_that_no_key_has(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_that_no_key_has(word: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "explain", word]) == 2
-    assert told in capsys.readouterr().err
+    assert advice in capsys.readouterr().err
 
 
 def test_a_key_and_a_group_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "explain", "solver.amp.dtype"]) == 0
-    told = capsys.readouterr().out
-    assert all(words in told for words in ("SOLVER.AMP.DTYPE", "default  float16", "float16, bfloat16"))
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("SOLVER.AMP.DTYPE", "default  float16", "float16, bfloat16"))
     assert main(["--json", "config", "explain", "MODEL.GN"]) == 0
     assert [fact["key"] for fact in json.loads(capsys.readouterr().out)] == [
         "MODEL.GN.NUM_GROUPS",

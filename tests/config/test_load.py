@@ -97,7 +97,7 @@ def test_the_nuclei_config_is_the_recipe_of_the_oracle(shared_dir: Path) -> None
 
 
 def test_defaults_are_detectron2s(shared_dir: Path) -> None:
-    """What the oracle's run left alone still has the default value."""
+    """Keys that the oracle's run left alone have the default value."""
     stored = yaml.safe_load((shared_dir / "oracles/dsb_r18_gn/config.yaml").read_text())
     cfg = to_plain(Config())
     for section in ("RETINANET", "SEM_SEG_HEAD", "PANOPTIC_FPN", "ROI_KEYPOINT_HEAD", "ROI_BOX_CASCADE_HEAD"):
