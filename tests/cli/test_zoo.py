@@ -74,8 +74,7 @@ def entry(case: Case, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         licence="CC BY-SA 3.0",
         source="https://example.com",
     )
-    for module in ("weights", "cli"):
-        monkeypatch.setattr(f"gn_detect.{module}.zoo.read_catalog", lambda: {"tiny": entry})
+    monkeypatch.setattr("gn_detect.weights.zoo.read_catalog", lambda: {"tiny": entry})
     return entry
 
 
