@@ -36,15 +36,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class KeyFact:
-    """Facts about a key.
-
-    Attributes:
-        key: dotted name.
-        type: type and bounds in words.
-        default: YAML.
-        allowed: the values that are implemented; empty for any value of the type.
-        text: description.
-    """
+    """Facts about a key as text; ``allowed`` is empty if any value of the type is."""
 
     key: str
     type: str

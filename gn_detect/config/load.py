@@ -197,11 +197,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def merge(tree: dict[str, Any], changes: Mapping[str, Any], replace_mappings: bool = False) -> None:
-    """Write ``changes`` into ``tree``, group by group.
-
-    Args:
-        replace_mappings: a new ``DATASETS.REGISTER`` takes the place of the old one.
-    """
+    """Write ``changes`` into ``tree``; ``replace_mappings``: a new ``DATASETS.REGISTER`` replaces the old."""
     for key, value in changes.items():
         whole = replace_mappings and key == "REGISTER"
         if isinstance(value, Mapping) and isinstance(tree.get(key), dict) and not whole:
@@ -219,14 +215,10 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
-    """Return the config of nested dictionaries.
-
-    Args:
-        tree: upper-case keys.
-        origins: dotted key -> the file that it comes from, for messages.
+    """Return the config of nested dictionaries; ``origins`` maps a dotted key to its file, for messages.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: the first mistake.
     """
     cfg = _check_types(tree, origins)
     unread = tuple(unread_groups(cfg))
