@@ -139,8 +139,8 @@ def test_every_line_of_a_block_is_a_command_that_is_known(page: Path) -> None:
 
 
 def test_the_config_reference_is_fresh() -> None:
-    told = "run: gn-detect config reference > docs/config.md"
-    assert (REPOSITORY / "docs" / "config.md").read_text("utf-8") == reference(), told
+    remedy = "run: gn-detect config reference > docs/config.md"
+    assert (REPOSITORY / "docs" / "config.md").read_text("utf-8") == reference(), remedy
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -115,7 +115,7 @@ def test_the_doctor_shows_names_as_text(
     }
     (tmp_path / "t.json").write_text(json.dumps(content))
     report = tmp_path / "r.json"
-    arguments = ["--json", str(tmp_path / "t.json"), "--images", str(tmp_path), "--no-masks"]
+    arguments = [str(tmp_path / "t.json"), "--images", str(tmp_path), "--no-masks"]
     assert main([*flag, "doctor", *arguments, "--report", str(report)]) == 0
     printed = capsys.readouterr()
     assert not HIDDEN.search((printed.out + printed.err).replace("\n", ""))
@@ -126,7 +126,7 @@ def test_the_doctor_shows_names_as_text(
 def test_an_error_of_the_command_line_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a\nerror: all is well\x1b[2J.json"
     path.write_text("{")
-    assert main(["doctor", "--json", str(path), "--no-images"]) == 2
+    assert main(["doctor", str(path), "--no-images"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and r"a\nerror: all is well\x1b[2J.json is not JSON" in error
 

@@ -56,7 +56,7 @@ def compare_steps(config: str, arguments: Sequence[str], rounds: int) -> Iterato
         for _ in range(rounds):
             for name, (keys, environment) in VARIANTS.items():
                 command = [sys.executable, "-m", "gn_detect", "bench", "train", "--config-file", config]
-                command += ["--json", str(report), *arguments, *keys]
+                command += ["--output", str(report), *arguments, *keys]
                 done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
                 if done.returncode:
                     raise UserError(f"the training step with {name} failed:\n{done.stderr.strip()}")

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -17,57 +17,12 @@ from torch import Tensor
 
 from ..ops import group_norm
 from ..ops.group_norm_triton.plan import make_plan
+from .cases import LAYERS, Layer
 
 GROUPS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ORDERS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
 LARGE_BYTES = 16e6  # a larger tensor's time on a GPU goes to bytes, a smaller one's to launches
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A normalised tensor.
-
-    Attributes:
-        shape: (N, C, H, W) for one image of 800 x 1344, or all its RoIs.
-        residual, relu: the norm adds a residual, ends in a ReLU.
-        count: number of such norms in the model.
-    """
-
-    shape: tuple[int, int, int, int]
-    residual: bool
-    relu: bool
-    count: int
-
-    def of_images(self, images: int) -> Layer:
-        """Return the layer for a batch of several images."""
-        return replace(self, shape=(self.shape[0] * images, *self.shape[1:]))
-
-
-# All 69 normalised tensors of Mask R-CNN R-50-FPN with GN everywhere.
-LAYERS = {
-    "stem": Layer((1, 64, 400, 672), False, True, 1),
-    "res2 conv1, conv2": Layer((1, 64, 200, 336), False, True, 6),
-    "res2 conv3": Layer((1, 256, 200, 336), True, True, 3),
-    "res2 shortcut, p2": Layer((1, 256, 200, 336), False, False, 3),
-    "res3.0 conv1": Layer((1, 128, 200, 336), False, True, 1),
-    "res3 conv1, conv2": Layer((1, 128, 100, 168), False, True, 7),
-    "res3 conv3": Layer((1, 512, 100, 168), True, True, 4),
-    "res3 shortcut": Layer((1, 512, 100, 168), False, False, 1),
-    "res4.0 conv1": Layer((1, 256, 100, 168), False, True, 1),
-    "res4 conv1, conv2": Layer((1, 256, 50, 84), False, True, 11),
-    "res4 conv3": Layer((1, 1024, 50, 84), True, True, 6),
-    "res4 shortcut": Layer((1, 1024, 50, 84), False, False, 1),
-    "res5.0 conv1": Layer((1, 512, 50, 84), False, True, 1),
-    "res5 conv1, conv2": Layer((1, 512, 25, 42), False, True, 5),
-    "res5 conv3": Layer((1, 2048, 25, 42), True, True, 3),
-    "res5 shortcut": Layer((1, 2048, 25, 42), False, False, 1),
-    "p3": Layer((1, 256, 100, 168), False, False, 2),
-    "p4": Layer((1, 256, 50, 84), False, False, 2),
-    "p5": Layer((1, 256, 25, 42), False, False, 2),
-    "box head": Layer((512, 256, 7, 7), False, True, 4),
-    "mask head": Layer((128, 256, 14, 14), False, True, 4),
-}
 
 
 @dataclass(frozen=True)

@@ -30,30 +30,13 @@ from ..engine.step import make_state, train_step
 from ..files import atomic_write_json
 from ..modeling import build_model, detection_format
 from ..modeling.mask_rcnn import MaskRCNN
+from .cases import Workload
 
 if TYPE_CHECKING:
     from ..config import Config
 
 MIB = 2**20
 PARTS = ("backbone", "fpn", "rpn", "roi_heads", "losses", "backward", "optimizer", "paste_masks")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Data of one step.
-
-    Attributes:
-        height, width: size of each image, and of the network's input, in pixels.
-        images: number of images in a batch.
-        objects: number of objects in an image, ellipses of 40 to 220 pixels.
-        proposals: number of proposals in an image; half of them lie near an object.
-    """
-
-    height: int = 512
-    width: int = 640
-    images: int = 1
-    objects: int = 7
-    proposals: int = 1000
 
 
 @dataclass

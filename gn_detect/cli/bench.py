@@ -1,36 +1,35 @@
-"""``gn-detect bench``: time and memory of a training step or a detection, or of the norms one by one."""
+"""``gn-detect bench``: time and memory of a training step, of a detection, or of each norm."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..bench import norms as benchmark_norm
-from ..bench.compare import Step, compare_steps
-from ..bench.step import Workload, benchmark, describe_machine, write_report
+from ..bench.cases import LAYERS, Workload
 from ..config import load_config
-from ..distributed.group import resolve_device
 from ..errors import UserError
 from ..files import atomic_write_json
 from .options import add_config_arguments
 from .output import Result
 
-HELP = "Time a training step or a detection part by part, or every norm against PyTorch's."
+if TYPE_CHECKING:
+    import torch
+
+    from ..bench.compare import Step
+    from ..bench.norms import Timing
+
 EXAMPLES = """
 gn-detect bench train
-gn-detect bench infer --config-file quick/demo.yaml --size 224 320 --iterations 3 --json figures.json
+gn-detect bench infer --config-file quick/demo.yaml --size 224 320 --iterations 3 --output figures.json
 gn-detect bench norm --no-compile --steps 0 --layer stem --iterations 3
-gn-detect --json bench train                                  # the figures on standard output
+gn-detect bench train --json                                  # the figures on standard output
 """
 
 DEFAULT_CONFIG = "GN/mask_rcnn_R_50_FPN_3x_gn.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     workload = Workload()
     parser.add_argument("mode", choices=["train", "infer", "norm"])
     size = [workload.height, workload.width]
@@ -43,17 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=10,
         help="timed steps; with norm, rounds of each norm (on a GPU as many as fit)",
     )
-    parser.add_argument("--workload", metavar="FOLDER", help="leave images, annotations and proposals there")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--workload", metavar="FOLDER", help="keep images, annotations and proposals there")
+    parser.add_argument("--output", metavar="FILE", help="write the figures as JSON there, too")
     norm = parser.add_argument_group(
         "norm",
         "the norms of R-50-FPN at 800 x 1344, then whole training steps",
     )
     norm.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     for flag, choices, text in (
-        ("--layer", benchmark_norm.LAYERS, "of the model"),
-        ("--dtype", benchmark_norm.DTYPES, "of the activations"),
-        ("--order", benchmark_norm.ORDERS, "of the memory"),
+        ("--layer", LAYERS, "of the model"),
+        ("--dtype", ("float32", "bfloat16"), "of the activations"),
+        ("--order", ("channels_first", "channels_last"), "of the memory"),
     ):
         names = ", ".join(f"'{name}'" if " " in name else name for name in choices)
         norm.add_argument(
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{text}, alone; again for more; default: all of {names}",
         )
     norm.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out, which takes minutes"
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes minutes"
     )
     norm.add_argument(
         "--steps", type=int, default=2, metavar="N", help="rounds of the training steps; 0: none"
@@ -73,47 +72,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measure and print."""
+    config = args.config_file or DEFAULT_CONFIG
+    cfg = load_config(config, args.overrides)  # for norms, too: a wrong key is reported before they are timed
     if args.mode == "norm":
-        return _run_norms(args)
-    name = args.config_file or DEFAULT_CONFIG
-    cfg = load_config(name, args.overrides)
+        return _run_norms(args, config)
+    from ..bench.step import benchmark, describe_machine, write_report
+    from ..distributed.group import resolve_device
+
     height, width = args.size
     workload = Workload(height, width, args.images, args.objects)
     folder = Path(args.workload) if args.workload else None
     report = benchmark(cfg, args.mode, workload, args.iterations, folder)
-    print(f"{name} {args.mode}, {args.images} x {height} x {width}, {describe_machine(resolve_device(cfg))}")
+    machine = describe_machine(resolve_device(cfg))
+    print(f"{config} {args.mode}, {args.images} x {height} x {width}, {machine}")
     print(report)
-    if args.json:
-        write_report(Path(args.json), report)
+    if args.output:
+        write_report(Path(args.output), report)
     return Result(vars(report))
 
 
-def _run_norms(args: argparse.Namespace) -> Result:
+def _run_norms(args: argparse.Namespace, config: str) -> Result:
+    import torch
+
+    from ..bench import norms
+    from ..bench.compare import compare_steps
+    from ..bench.step import describe_machine
+
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu")
-    config = args.config_file or DEFAULT_CONFIG
-    load_config(config, args.overrides)  # report a wrong key now, not after all the norms
     print(
         f"norms of R-50-FPN, {args.images} x 800 x 1344, {describe_machine(device)}; ratios: time over ours"
     )
-    print(benchmark_norm.header())
-    timings: list[benchmark_norm.Timing] = []
+    print(norms.header())
+    timings: list[Timing] = []
     steps: dict[str, Step] = {}
-    for timing in benchmark_norm.benchmark_norms(
+    for timing in norms.benchmark_norms(
         device,
         args.images,
-        args.layer or benchmark_norm.LAYERS,
-        args.dtype or benchmark_norm.DTYPES,
-        args.order or benchmark_norm.ORDERS,
+        args.layer or LAYERS,
+        args.dtype or norms.DTYPES,
+        args.order or norms.ORDERS,
         compiled=not args.no_compile,
         rounds=args.iterations,
     ):
         timings.append(timing)
-        print(benchmark_norm.row(timing), flush=True)
+        print(norms.row(timing), flush=True)
         _keep_norm_figures(args, device, timings, steps)
-    print(benchmark_norm.summary(timings), flush=True)
+    print(norms.summary(timings), flush=True)
     if args.steps:
         size = [str(length) for length in args.size]
         arguments = ["--size", *size, "--images", str(args.images), "--objects", str(args.objects)]
@@ -126,17 +132,17 @@ def _run_norms(args: argparse.Namespace) -> Result:
 
 
 def _keep_norm_figures(
-    args: argparse.Namespace,
-    device: torch.device,
-    timings: list[benchmark_norm.Timing],
-    steps: dict[str, Step],
+    args: argparse.Namespace, device: torch.device, timings: list[Timing], steps: dict[str, Step]
 ) -> dict[str, Any]:
-    """Write the figures so far to ``--json``, and return them: an interrupted run keeps its figures."""
+    """Return the figures so far, and write them to ``--output``: an interrupted run loses nothing."""
+    from ..bench.norms import as_json
+    from ..bench.step import describe_machine
+
     figures = {
         "machine": describe_machine(device),
-        "norms": benchmark_norm.as_json(timings),
+        "norms": as_json(timings),
         "steps": {name: vars(step) for name, step in steps.items()},
     }
-    if args.json:
-        atomic_write_json(Path(args.json), figures)
+    if args.output:
+        atomic_write_json(Path(args.output), figures)
     return figures

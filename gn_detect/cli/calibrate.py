@@ -33,8 +33,6 @@ from .library_models import is_library_model, load_library_model
 from .options import add_config_arguments, add_fix_argument, fix_config
 from .output import Result
 
-HELP = "Bring a converted checkpoint closer to its original, with images that need no labels."
-
 EXAMPLES = """
 gn-detect calibrate bn.pth gn.pth better.pth --config-file bn.yaml --images photos
 gn-detect calibrate bn.pth gn.pth better.pth --config-file bn.yaml --images photos --checkpoint calibration.pt

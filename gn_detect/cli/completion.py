@@ -1,4 +1,4 @@
-"""``gn-detect completion``: a script with which a shell completes commands and flags."""
+"""``gn-detect completion``: a script that completes commands and flags in a shell."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import argparse
 
 from ..errors import UserError
 from .output import Result
-
-HELP = "Print a script with which bash, zsh or fish complete commands and flags."
 
 EXAMPLES = """
 eval "$(gn-detect completion bash)"              # in ~/.bashrc; needs shtab, the extra "completion"
@@ -17,22 +15,16 @@ gn-detect completion fish > ~/.config/fish/completions/gn-detect.fish
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The shell."""
     parser.add_argument("shell", choices=["bash", "zsh", "fish"])
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Print the script.
-
-    Raises:
-        UserError: shtab is not installed.
-    """
-    from .main import make_parser  # which knows this module, too
+    from .main import COMMANDS, make_parser
 
     try:
         import shtab
     except ImportError:
         raise UserError("shell completion needs shtab: pip install shtab") from None
-    script = shtab.complete(make_parser(), shell=args.shell)
+    script = shtab.complete(make_parser(COMMANDS), shell=args.shell)
     print(script)
     return Result({"shell": args.shell, "script": script})

@@ -1,4 +1,4 @@
-"""``gn-detect config``: the merged config, and what each key means."""
+"""``gn-detect config``: the merged config, and the meaning of each key."""
 
 from __future__ import annotations
 
@@ -13,19 +13,16 @@ from ..errors import UserError
 from .output import Result
 from .parser import key_of_habit
 
-HELP = "Print the config that a file and KEY VALUE pairs make, or explain a key or find it by words."
-
 EXAMPLES = """
 gn-detect config --config-file quick/demo.yaml SOLVER.BASE_LR 0.01
 gn-detect config explain SOLVER.BASE_LR
 gn-detect config explain MODEL.GN
-gn-detect config explain learning rate                                # every key that is about it
-gn-detect config reference                                            # every key, as docs/config.md has it
+gn-detect config explain learning rate                                # every key about it
+gn-detect config reference                                            # every key: docs/config.md
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     parser.add_argument("--config-file", metavar="FILE", help="YAML with detectron2's keys")
     parser.add_argument(
         "overrides",
@@ -36,11 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Print what was asked for.
-
-    Raises:
-        UserError: an unknown key, or a config that is not valid.
-    """
     words = args.overrides
     if words[:1] == ["explain"]:
         if len(words) < 2:
@@ -57,7 +49,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _explain(wanted: str) -> list[KeyFact]:
-    """Print a key or group, or the keys that have the words in their name or meaning.
+    """Print a key or group, or the keys with the words in their name or description.
 
     Raises:
         UserError: there is none; the nearest key is named.
@@ -72,7 +64,7 @@ def _explain(wanted: str) -> list[KeyFact]:
         if not others:
             raise
     if meant:
-        print(f"what other tools call {wanted} is {habit}\n")
+        print(f"the name of {wanted} here is {habit}\n")
         others = [fact for fact in search(wanted) if fact not in first]
     if not first and len(others) == 1:
         first, others = others, []

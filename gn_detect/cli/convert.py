@@ -44,8 +44,6 @@ from .library_models import DEFAULT, is_library_model, load_library_model
 from .options import add_config_arguments, add_fix_argument, fix_config
 from .output import Result
 
-HELP = "Convert a checkpoint from BatchNorm to GroupNorm."
-
 EXAMPLES = """
 gn-detect convert model_bn.pth model_gn.pth                       # any library's state dict, without data
 gn-detect convert bn.pth gn.pth --config-file bn.yaml --images photos --report report.json

@@ -1,48 +1,44 @@
-"""``gn-detect doctor``: what is wrong with annotation files and images, and a repaired copy."""
+"""``gn-detect doctor``: faults of annotation files and images, and a repaired copy."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..data.coco.rules import Rules
-from ..data.datasets import DatasetSource
-from ..data.doctor.repair import Repair, output_is_input
-from ..data.doctor.report import examine
 from ..errors import UserError
 from ..files import atomic_write_json, atomic_write_text
 from ..text import printable
-from ..visualize.histograms import draw_histograms
 from .output import Result
 
-HELP = "Find what is wrong with a dataset, before training does."
+if TYPE_CHECKING:
+    from ..data.coco.rules import Rules
+    from ..data.datasets import DatasetSource
+    from ..data.doctor.repair import Repair
 
 EXAMPLES = """
-gn-detect doctor --json train.json --images images
-gn-detect doctor --json train.json --images images --json val.json --images images --strict
-gn-detect doctor --json train.json --images images --fix fixed.json --report report.json
-gn-detect --json doctor --json train.json --images images     # the whole diagnosis on standard output
+gn-detect doctor train.json --images images
+gn-detect doctor train.json --images images val.json --images images --strict
+gn-detect doctor train.json --images images --fix fixed.json --report report.json
+gn-detect doctor train.json --images images --json            # the whole diagnosis on standard output
 """
 
+# Exit status of --strict.
 FOUND = 1
-"""Exit status of ``--strict``."""
 
 _LINES_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    parser.add_argument("files", nargs="*", metavar="FILE", help="COCO annotations, one file for each part")
     parser.add_argument(
-        "--json", metavar="FILE", action="append", required=True, help="COCO annotations; again for each part"
+        "--images", metavar="FOLDER", action="append", help="images of each FILE, in their order"
     )
-    parser.add_argument("--images", metavar="FOLDER", action="append", help="of each --json, in their order")
     parser.add_argument("--no-images", action="store_true", help="look at the JSON alone; quick")
     parser.add_argument("--no-masks", action="store_true", help="objects need no masks (MODEL.MASK_ON False)")
-    parser.add_argument(
-        "--report", metavar="FILE", help="report.json, for machines; a picture of the data beside it"
-    )
-    parser.add_argument("--fix", metavar="FILE", help="write a repaired copy of the (first) --json")
+    parser.add_argument("--report", metavar="FILE", help="write report.json, and a picture of the data, .png")
+    parser.add_argument("--fix", metavar="FILE", help="write a repaired copy of the (first) annotation file")
     parser.add_argument(
         "--drop", action="store_true", help="with --fix: go on where more than 5%% of the objects are removed"
     )
@@ -58,12 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Print what was found."""
+    _check_files(args)
+    from ..data.doctor.repair import output_is_input
+    from ..data.doctor.report import examine
+    from ..visualize.histograms import draw_histograms
+
     sources = _sources(args)
     written = [Path(path) for path in (args.fix, args.report) if path]
     pictures = [Path(args.report).with_suffix(".png")] if args.report else []
     if len(set(map(os.path.realpath, written + pictures))) < len(written + pictures):
-        raise UserError("--fix, --report and the picture beside --report (.png) need different names")
+        raise UserError("--fix, --report and the picture of --report (.png) need different names")
     if any(output_is_input(path, [source.annotations for source in sources]) for path in written):
         raise UserError("--fix and --report must not name an input: the doctor never changes it")
     diagnosis = examine(
@@ -81,17 +81,23 @@ def run(args: argparse.Namespace) -> Result:
     return Result(diagnosis.as_json(), status)
 
 
-def _sources(args: argparse.Namespace) -> list[DatasetSource]:
+def _check_files(args: argparse.Namespace) -> None:
+    if not args.files:
+        raise UserError("no annotation file: gn-detect doctor train.json --images FOLDER")
     if args.images is None:
         if not args.no_images:
-            raise UserError("--images FOLDER is missing, one for each --json; or add --no-images")
-        args.images = [Path(file).parent for file in args.json]
-    if len(args.json) != len(args.images):
-        raise UserError(
-            f"{len(args.json)} --json but {len(args.images)} --images; give each annotation file its folder"
-        )
+            raise UserError("--images FOLDER is missing, one for each annotation file; or add --no-images")
+        args.images = [Path(file).parent for file in args.files]
+    if len(args.files) != len(args.images):
+        counts = f"{len(args.files)} annotation files but {len(args.images)} --images"
+        raise UserError(f"{counts}; give each annotation file its folder")
+
+
+def _sources(args: argparse.Namespace) -> list[DatasetSource]:
+    from ..data.datasets import DatasetSource
+
     sources: list[DatasetSource] = []
-    for file, images in zip(map(Path, args.json), map(Path, args.images), strict=True):
+    for file, images in zip(map(Path, args.files), map(Path, args.images), strict=True):
         if not images.is_dir() and not args.no_images:
             raise UserError(f"images folder {images} is missing; correct --images, or add --no-images")
         known = any(other.name == file.name for other in sources)

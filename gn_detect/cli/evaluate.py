@@ -8,8 +8,6 @@ from . import train
 from .options import take_checkpoint
 from .output import Result
 
-HELP = "Evaluate a checkpoint on DATASETS.TEST."
-
 EXAMPLES = """
 gn-detect eval runs/one/model_best.pth
 gn-detect eval model_best.pth --val-json other.json --val-images images OUTPUT_DIR runs/other
@@ -18,12 +16,10 @@ gn-detect eval --json --config-file GN/mask_rcnn_R_50_FPN_3x_gn.yaml --weights z
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of train; a checkpoint may stand first."""
     train.add_arguments(parser)
     parser.set_defaults(eval_only=True)
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Evaluate."""
     args.overrides = take_checkpoint(args, args.overrides)
     return train.run(args)

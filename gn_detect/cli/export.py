@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from ..engine import Predictor
-from ..export import ExportedPredictor
-from ..export.parity import compare
-from ..export.write import check_target, export_detector
-from .inputs import find_images, split_overrides
 from .options import (
     add_config_arguments,
     add_fix_argument,
@@ -18,8 +13,6 @@ from .options import (
     take_weights,
 )
 from .output import Result
-
-HELP = "Export a trained detector as ONNX or as a program of PyTorch."
 
 EXAMPLES = """
 gn-detect export runs/one/model_best.pth --output model.onnx
@@ -46,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Write the file; the status is 1 if its detections differ."""
+    """Write the file; 1 if its detections differ."""
+    from ..engine import Predictor
+    from ..export import ExportedPredictor
+    from ..export.parity import compare
+    from ..export.write import check_target, export_detector
+    from .inputs import find_images, split_overrides
+
     path = check_target(args.output)
     checked, keys = split_overrides(args.check or [])  # argparse takes KEY VALUE after --check as its images
     images = find_images(checked) if checked else []

@@ -1,4 +1,4 @@
-"""Chooses the command and turns errors into one line and an exit status."""
+"""Choose the command; turn errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -6,55 +6,33 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from types import ModuleType
-
-import torch
-from PIL import Image
 
 from .. import __version__
 from ..errors import UserError
-from ..evaluation.model import LESS_MEMORY
 from ..files import remedy
 from ..text import printable
-from . import (
-    bench,
-    calibrate,
-    completion,
-    config,
-    convert,
-    doctor,
-    evaluate,
-    export,
-    plot,
-    predict,
-    replay,
-    report,
-    train,
-    zoo,
-)
-from .inputs import names_weights
 from .output import Result, add_output_arguments, directed, print_json, printable_output
-from .parser import HelpFormatter, Parser, check_flags, check_keys
+from .parser import Parser, check_flags, check_keys, without_old_json
 
 COMMANDS = {
-    "train": train,
-    "eval": evaluate,
-    "predict": predict,
-    "convert": convert,
-    "calibrate": calibrate,
-    "config": config,
-    "export": export,
-    "zoo": zoo,
-    "plot": plot,
-    "report": report,
-    "bench": bench,
-    "replay": replay,
-    "doctor": doctor,
-    "completion": completion,
+    "train": "Train a model and evaluate it. Without --config-file, one is made for the data.",
+    "eval": "Evaluate a checkpoint on DATASETS.TEST.",
+    "predict": "Find objects in images and videos with a trained checkpoint.",
+    "convert": "Convert a checkpoint from BatchNorm to GroupNorm.",
+    "calibrate": "Bring a converted checkpoint closer to its original, with images that need no labels.",
+    "config": "Print the config that a file and KEY VALUE pairs make, or explain a key or find it by words.",
+    "export": "Export a trained detector as ONNX or as a program of PyTorch.",
+    "zoo": "List, explain, download and check published weights.",
+    "plot": "Draw losses, AP and learning rate of one run, or of several in the same axes.",
+    "report": "Write a run's numbers, curves, mistakes and pictures as one HTML page that needs no network.",
+    "bench": "Time a training step or a detection part by part, or each norm and PyTorch's.",
+    "replay": "Repeat a training step whose loss or gradient was not finite, from its black box.",
+    "doctor": "Find errors in a dataset before training does.",
+    "completion": "Print a script with which bash, zsh or fish complete commands and flags.",
 }
-"""Each module has ``HELP``, ``add_arguments(parser)`` and ``run(args)``, which may return an exit status or a
-:class:`Result`; ``EXAMPLES``, lines of commands, stands below its ``--help``."""
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -73,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0, or what the command returns; 2 after bad input, with one line on standard error; 130 after Ctrl-C.
+        0, or the command's own status; 2 after bad input, with one line on standard error; 130 after Ctrl-C.
         With ``--json`` the result stands on standard output, alone.
 
     Raises:
         SystemExit: for ``--help`` (and without arguments) and ``--version`` with status 0, and by a training
-            that is told to stop.
+            that receives SIGTERM.
     """
     try:
         args = parse(arguments)
@@ -86,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     try:
         with printable_output(), directed(args.quiet, args.as_json), warnings.catch_warnings():
-            # Of images that are half as large as those that Pillow refuses.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            outcome = COMMANDS[args.command].run(args)
+            # Pillow warns of images half as large as those that it refuses.
+            warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
+            outcome = load_command(args.command).run(args)
         if not isinstance(outcome, Result):
             return outcome or 0
         if args.as_json:
@@ -101,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         name = f": {error.filename}" if error.filename else ""
         return _fail(f"{(error.strerror or str(error)).lower()}{name}; {remedy(error)}")
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported here
+            raise
         return _fail(f"out of GPU memory; {_less_memory(args)}")
     except KeyboardInterrupt:
         hint = "; --resume continues from the last checkpoint" if _trains(args) else ""
@@ -111,58 +91,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed command line; flags may part ``KEY VALUE`` pairs or inputs, which argparse alone refuses.
+    """Return the parsed command line. Flags may stand among ``KEY VALUE`` pairs or inputs.
 
     Raises:
-        UserError: a command, flag or value that there is not, a word too many, or one that is missing.
+        UserError: an unknown command, flag or value, a word too many, or a missing one.
     """
-    parser = make_parser()
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command = next((word for word in words if not word.startswith("-")), "")
+    parser = make_parser({command} & COMMANDS.keys())
+    words = without_old_json(command, words)
     check_flags(parser, words)
     args, rest = parser.parse_known_args(words)
     rest = [word for word in rest if word != "--"]
-    lists = [name for name in ("overrides", "inputs", "runs", "names") if hasattr(args, name)]
+    lists = [name for name in ("overrides", "inputs", "runs", "names", "files") if hasattr(args, name)]
     if rest and not lists:
         raise UserError(f"{rest[0]!r} is a word too many; gn-detect {args.command} --help shows how")
     if rest:
         getattr(args, lists[0]).extend(rest)
     if not (args.command == "config" and args.overrides[:1] == ["explain"]):
         keys = getattr(args, "overrides", [])
-        has_checkpoint = args.command in ("eval", "export") and keys and names_weights(keys[0])
-        check_keys(keys[1:] if has_checkpoint else keys)
+        if args.command in ("eval", "export") and keys:
+            from .inputs import names_weights
+
+            keys = keys[1:] if names_weights(keys[0]) else keys
+        check_keys(keys)
     return args
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def load_command(name: str) -> ModuleType:
+    """Import the module of a command.
+
+    It has ``add_arguments(parser)``, ``EXAMPLES``, lines for ``--help``, and ``run(args)``, which may return
+    an exit status or a :class:`Result`.
+    """
+    return import_module(f".{'evaluate' if name == 'eval' else name}", __package__)
+
+
+def make_parser(commands: Iterable[str]) -> argparse.ArgumentParser:
+    """Return the parser of all commands, with the flags of ``commands``, whose modules are imported."""
     parser = Parser(
         prog="gn-detect",
         description="Mask R-CNN with Group Normalization.",
         epilog=f"gn-detect <command> --help has examples.\n\n{EXIT_STATUS}",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add_output_arguments(parser, default=False)
     parser.add_argument("--version", action="version", version=f"gn-detect {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.HELP,
-            epilog=_epilog(module),
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
-        module.add_arguments(command)
-        add_output_arguments(command)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in COMMANDS.items():
+        command = subparsers.add_parser(name, help=text, description=text)
+        if name in commands:
+            module = load_command(name)
+            examples = "".join(f"  {line}\n" for line in module.EXAMPLES.strip().splitlines())
+            command.epilog = f"examples:\n{examples}\n{EXIT_STATUS}"
+            module.add_arguments(command)
+            add_output_arguments(command)
     return parser
-
-
-def _epilog(module: ModuleType) -> str:
-    lines = getattr(module, "EXAMPLES", "").strip().splitlines()
-    examples = "".join(f"  {line}\n" for line in lines)
-    return f"examples:\n{examples}\n{EXIT_STATUS}" if examples else EXIT_STATUS
 
 
 def _trains(args: argparse.Namespace) -> bool:
@@ -170,7 +153,7 @@ def _trains(args: argparse.Namespace) -> bool:
 
 
 def _less_memory(args: argparse.Namespace) -> str:
-    """What to do where the memory of the GPU is too small for the command."""
+    """Return the remedy where the memory of the GPU is too small for the command."""
     if args.command == "bench":
         return "lower --images, --size or --objects"
     if _trains(args):
@@ -178,6 +161,8 @@ def _less_memory(args: argparse.Namespace) -> str:
             "lower INPUT.MAX_SIZE_TRAIN and INPUT.MIN_SIZE_TRAIN, or set SOLVER.ACCUMULATE to each GPU's "
             "images: they go through the model one by one then"
         )
+    from ..evaluation.model import LESS_MEMORY
+
     return LESS_MEMORY
 
 

@@ -5,24 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..config import Config, load_config
-from ..data.coco.reader import load_coco
-from ..distributed import launch
-from ..engine.autoconfig import with_datasets
-from ..engine.checkpoint import read_last_checkpoint
-from ..engine.pretrained import read_pretrained
 from ..errors import UserError
-from ..weights import Checkpoint, as_command_line, implied_keys, read_checkpoint
-from .inputs import names_weights
-from .own_data import choose_config
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..weights import Checkpoint
 
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--config-file F`` and ``KEY VALUE ...`` at the end."""
     parser.add_argument("--config-file", metavar="FILE", help="YAML with detectron2's keys")
     parser.add_argument(
         "overrides",
@@ -34,7 +28,6 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fix_argument(parser: argparse.ArgumentParser) -> None:
-    """``--fix-config``."""
     parser.add_argument(
         "--fix-config",
         action="store_true",
@@ -43,22 +36,19 @@ def add_fix_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def fix_config(cfg: Config, weights: str | Path | Checkpoint) -> Config:
-    """With the keys that ``weights`` imply; they are printed.
+    """Return the config with the keys that ``weights`` imply, and print these.
 
     Raises:
         UserError: the file cannot be read.
     """
+    from ..weights import as_command_line, implied_keys
+
     keys = implied_keys(cfg, weights)
     print(f"--fix-config: {as_command_line(keys)}" if keys else "--fix-config: nothing to set")
     return cfg.replace(keys)
 
 
 def add_other_classes_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """``--other-classes``.
-
-    Args:
-        purpose: what the command does with the classes.
-    """
     parser.add_argument(
         "--other-classes",
         action="store_true",
@@ -68,21 +58,19 @@ def add_other_classes_argument(parser: argparse.ArgumentParser, purpose: str) ->
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Datasets that need no name."""
     for part, purpose in (("train", "train"), ("val", "evaluate")):
         parser.add_argument(f"--{part}-json", metavar="FILE", help=f"COCO annotations to {purpose} on")
         parser.add_argument(f"--{part}-images", metavar="FOLDER", help=f"images of --{part}-json")
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
-    """``--weights W``."""
     parser.add_argument(
         "--weights", metavar="W", help="MODEL.WEIGHTS: a file, zoo://NAME (gn-detect zoo list) or a URL"
     )
 
 
 def take_weights(args: argparse.Namespace) -> None:
-    """Put ``--weights`` among the keys, as what it is short for.
+    """Turn ``--weights W`` into ``MODEL.WEIGHTS W``.
 
     Raises:
         UserError: the key is given, too.
@@ -95,6 +83,8 @@ def take_weights(args: argparse.Namespace) -> None:
 
 def take_checkpoint(args: argparse.Namespace, words: list[str]) -> list[str]:
     """Make a checkpoint that stands first in ``words`` the ``--weights``; return the other words."""
+    from .inputs import names_weights
+
     if args.weights or not words or not names_weights(words[0]):
         return words
     args.weights = words[0]
@@ -102,17 +92,11 @@ def take_checkpoint(args: argparse.Namespace, words: list[str]) -> list[str]:
 
 
 def check_threshold(value: float) -> None:
-    """Refuse a ``--threshold`` that is no score.
-
-    Raises:
-        UserError: it is not from 0 to 1.
-    """
     if not 0 <= value <= 1:
         raise UserError(f"--threshold {value:g}: it must be from 0 to 1, as scores are")
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """Processes and machines, as detectron2 names them."""
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine, one for each GPU")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="this machine, from 0")
@@ -122,13 +106,15 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """The config of ``--config-file``, ``KEY VALUE`` and the dataset flags.
+    """Return the config of ``--config-file``, ``KEY VALUE`` and the dataset flags.
 
     Raises:
         UserError: there is no config file, or something in it, in the keys or in the flags is wrong.
     """
     take_weights(args)
     if not args.config_file and args.train_json and not args.eval_only:
+        from .own_data import choose_config
+
         return _with_datasets(choose_config(args), args)
     if not args.config_file and not args.eval_only:
         raise UserError(
@@ -144,6 +130,9 @@ def read_config_file(args: argparse.Namespace) -> Config:
     Raises:
         UserError: there is neither, or something in them or in the keys is wrong.
     """
+    from ..config import load_config
+    from ..engine.pretrained import read_pretrained
+
     weights = dict(zip(args.overrides[::2], args.overrides[1::2], strict=False)).get("MODEL.WEIGHTS")
     if args.config_file:
         cfg = load_config(args.config_file, args.overrides)
@@ -158,7 +147,9 @@ def read_config_file(args: argparse.Namespace) -> Config:
 
 
 def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
-    """``--train-json`` and the like registered as datasets ``train`` and ``val``."""
+    """Return the config with the datasets of ``--train-json`` and so on, named ``train`` and ``val``."""
+    from ..engine.autoconfig import with_datasets
+
     train, val = _pair(args, "train"), _pair(args, "val")
     if train is None and val is None:
         return cfg
@@ -180,6 +171,9 @@ def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
 
 def _evaluated(cfg: Config, resume: bool) -> Checkpoint | None:
     """Return the checkpoint to evaluate, or None without any; the evaluation itself reports that."""
+    from ..engine.checkpoint import read_last_checkpoint
+    from ..weights import read_checkpoint
+
     if resume:
         return read_last_checkpoint(cfg.output_dir)
     return read_checkpoint(cfg.model.weights) if cfg.model.weights else None
@@ -193,7 +187,9 @@ def _pair(args: argparse.Namespace, part: str) -> tuple[str, str] | None:
 
 
 def _count_categories(path: Path) -> int:
-    """Categories in a COCO JSON; 0 where it cannot be told: whoever reads the dataset says what is wrong."""
+    """Return the number of categories in a COCO JSON; 0 for a faulty one, which its reader reports later."""
+    from ..data.coco.reader import load_coco
+
     try:
         return len(load_coco(path, ("categories",))["categories"])
     except UserError:
@@ -202,6 +198,8 @@ def _count_categories(path: Path) -> int:
 
 def launch_from(args: argparse.Namespace, cfg: Config, function: Callable[..., Any]) -> None:
     """Call ``function(cfg, args)`` in the processes that the flags ask for."""
+    from ..distributed import launch
+
     launch(
         function,
         (cfg, args),

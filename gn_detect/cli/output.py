@@ -1,4 +1,4 @@
-"""What a command gives to whoever called it: text for people, or one JSON value for machines."""
+"""Output of a command: text for people, or one JSON value for machines."""
 
 from __future__ import annotations
 
@@ -12,47 +12,46 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, TextIO, cast
 
-from ..progress import HIDDEN
 from ..text import LogFormatter, printable
 
 
 @dataclass(frozen=True)
 class Result:
-    """Attributes:
-    value: JSON values; ``--json`` prints them.
-    status: exit status.
-    """
+    """Values that ``--json`` prints, and the exit status."""
 
     value: Mapping[str, Any] | Sequence[Any]
     status: int = 0
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, default: object = argparse.SUPPRESS) -> None:
-    """``--quiet`` and ``--json``, the latter where the command has no other meaning for it.
+    """Add ``--quiet`` and ``--json``.
 
     Args:
-        default: of both; a subcommand leaves what stood before its name.
+        default: of both; a subcommand keeps the values that the flags before its name set.
     """
     parser.add_argument(
         "--quiet", action="store_true", default=default, help="print errors alone: no log, no progress"
     )
-    if "--json" not in parser._option_string_actions:
-        parser.add_argument(
-            "--json",
-            dest="as_json",
-            action="store_true",
-            default=default,
-            help="print the result as JSON, and everything else on standard error",
-        )
+    parser.add_argument(
+        "--json",
+        dest="as_json",
+        action="store_true",
+        default=default,
+        help="print the result as JSON, and everything else on standard error",
+    )
 
 
 @contextmanager
 def directed(quiet: bool, as_json: bool) -> Iterator[None]:
-    """Standard output goes to standard error (``as_json``) or nowhere (``quiet``), also that of processes
-    that are started meanwhile; with ``quiet`` there are no progress bars."""
+    """Send standard output to standard error (``as_json``) or nowhere (``quiet``, without progress bars).
+
+    The output of processes that start meanwhile goes there, too.
+    """
     if not (quiet or as_json):
         yield
         return
+    from ..progress import HIDDEN
+
     sys.stdout.flush()
     saved, shown = os.dup(1), os.environ.get(HIDDEN)
     if quiet:
@@ -71,7 +70,7 @@ def directed(quiet: bool, as_json: bool) -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One line; what is not a number becomes null."""
+    """Print one line of JSON; NaN and infinity become null."""
     print(json.dumps(_plain(value), allow_nan=False))
 
 
@@ -86,20 +85,18 @@ def _plain(value: Any) -> Any:
 
 
 class PrintableStream:
-    """A stream that shows hidden characters, but for those of our own lines and tables, as their escapes.
-
-    Characters that its encoding lacks are shown so, too.
+    """A stream that writes hidden characters, and those that its encoding lacks, as their escapes.
 
     Attributes:
-        bare: the stream itself, for progress bars, which move the cursor. tqdm compares the two, as lines and
-            bars on one terminal must make room for each other: they are equal.
+        bare: the stream itself, for progress bars, which move the cursor. The two are equal: tqdm compares
+            them, because lines and bars on one terminal must make room for each other.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.bare = stream
 
     def write(self, text: str) -> int:
-        """Write ``text`` escaped, but for line feeds: who prints a name escapes those in it."""
+        """Write ``text`` with escapes; line feeds stay, so a caller escapes those in a name."""
         encoding = getattr(self.bare, "encoding", None) or "utf-8"
         shown = printable(text, keep="\n\t\r")
         return self.bare.write(shown.encode(encoding, "backslashreplace").decode(encoding))
@@ -116,7 +113,7 @@ class PrintableStream:
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """Escape hidden characters in what is printed, and in warnings that no log of ours takes."""
+    """Escape hidden characters in printed text, and in warnings that no log of ours takes."""
     stream, handler = cast(TextIO, PrintableStream(sys.stdout)), logging.lastResort
     assert handler is not None
     before = handler.formatter

@@ -1,15 +1,14 @@
-"""The parser of all commands, whose errors are one line that says what was meant, or where it is told."""
+"""An argument parser whose errors are one line with the likely meaning, or the place to look."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ..config.load import known_keys
-from ..config.supported import NEVER_READ, is_unread
 from ..errors import UserError
 
 _ITERATIONS = "SOLVER.MAX_ITER, in iterations: epochs x images / SOLVER.IMS_PER_BATCH"
@@ -18,6 +17,8 @@ _DEVICE = "MODEL.DEVICE, which is cpu, cuda, cuda:1 or auto"
 _NO_FLAG = "images are given without a flag"
 _OUTPUT = ("--output", "OUTPUT_DIR")
 
+# Flags of ultralytics, mmdetection, torchvision and others, with the first flag here that the command has, or
+# the config key.
 _HABITS: dict[str, tuple[str, ...]] = {
     "epochs epoch max-epochs num-epochs total-epochs": (_ITERATIONS,),
     "iters iterations max-iters num-iters steps max-steps num-steps": ("SOLVER.MAX_ITER",),
@@ -74,31 +75,27 @@ _HABITS: dict[str, tuple[str, ...]] = {
     "eval-interval eval-freq eval-period val-interval": ("TEST.EVAL_PERIOD, in iterations",),
     "compile": ("MODEL.COMPILE True",),
 }
-"""Flags of ultralytics, mmdetection, torchvision and others: for each the first flag here that the
-command has, or the config key."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves examples as they are, and tells the defaults of flags that have one."""
+    """Keep the lines of examples, and show the defaults of flags."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        told = action.help or ""
+        text = action.help or ""
         default = action.default
         known = isinstance(default, int | float | str) and not isinstance(default, bool)
-        if not action.option_strings or not known or default == argparse.SUPPRESS or "default" in told:
-            return told
-        return f"{told} (default: %(default)s)"
+        if not action.option_strings or not known or default == argparse.SUPPRESS or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises where argparse prints its usage and exits."""
+    """Raise :class:`UserError` where argparse prints its usage and exits."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Refuse a command line, for argparse's reason.
-
-        Raises:
-            UserError: always.
-        """
         wrong = re.match("(.*invalid choice: '(.*?)') ", message)
         choices = [str(choice) for action in self._actions for choice in action.choices or ()]
         near = get_close_matches(wrong[2], choices, 1) if wrong else []
@@ -108,16 +105,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Refuse a flag that the command does not have, before argparse misses what the flag stands for.
+    """Refuse a flag that the command does not have, before argparse reports what it misses without it.
 
     Args:
-        parser: of all commands.
-        words: of the command line; after ``--`` none is a flag.
+        parser: the parser of all commands.
+        words: the command line; after ``--`` no word is a flag.
 
     Raises:
         UserError: an unknown flag, or one in front of the command.
     """
-    commands = _commands(parser)
+    commands = next(dict(a.choices) for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     position = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
     command = commands.get(words[position]) if position < len(words) else None
     for index, word in enumerate(words):
@@ -130,8 +127,27 @@ def check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         raise UserError(f"unknown flag {flag}; {_meant(scope, flag)}")
 
 
-def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    return next(dict(a.choices) for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+def without_old_json(command: str, words: list[str]) -> list[str]:
+    """Return the command line without ``--json FILE``, which ``doctor`` and ``bench`` took until 0.1.
+
+    A word after ``--json`` is a FILE, except a mode or key of ``bench``. Remove this after version 0.2.
+    """
+    if command not in ("bench", "doctor"):
+        return words
+    instead = ["--output"] if command == "bench" else []
+    kept: list[str] = []
+    for word in words:
+        for_bench = command == "bench" and (word in ("train", "infer", "norm") or word.isupper())
+        if kept[-1:] == ["--json"] and command in kept and not word.startswith("-") and not for_bench:
+            kept[-1:] = [*instead, word]
+        elif word.startswith("--json="):
+            kept += [*instead, word.removeprefix("--json=")]
+        else:
+            kept.append(word)
+    if kept != words and "--quiet" not in words:
+        advice = " ".join([*instead, "FILE"])
+        print(f"warning: {command} --json FILE is deprecated; write {command} {advice}", file=sys.stderr)
+    return kept
 
 
 def _meant(scope: argparse.ArgumentParser, flag: str) -> str:
@@ -157,14 +173,15 @@ def _meant(scope: argparse.ArgumentParser, flag: str) -> str:
 
 
 def check_keys(words: Sequence[str]) -> None:
-    """Refuse ``KEY=VALUE``, and names that other tools have for a key.
-
-    Args:
-        words: ``KEY VALUE ...``.
+    """Refuse ``KEY=VALUE``, and other tools' names of a key, in ``KEY VALUE ...``.
 
     Raises:
-        UserError: it says how the key is called and written.
+        UserError: the message has the key's name and form.
     """
+    if not words:
+        return
+    from ..config.load import known_keys
+
     for word in words[::2]:
         key, equals, value = word.partition("=")
         is_key = key in known_keys() or ("." in key and key.upper() in known_keys())
@@ -172,16 +189,16 @@ def check_keys(words: Sequence[str]) -> None:
         if equals and meant:
             raise UserError(f"{word}: key and value stand apart here, as in {meant.split(',')[0]} {value}")
         if meant and not is_key:
-            raise UserError(f"{key}: unknown key; what other tools call so is {meant}")
+            raise UserError(f"{key}: unknown key; its name here is {meant}")
 
 
 def key_of_habit(name: str) -> str:
-    """Return the config key, perhaps with words about it, for what other tools call ``name``, or ""."""
+    """Return the config key, perhaps with a remark, that other tools call ``name``, or ""."""
     return _habit(name, ()).replace(_NO_FLAG, "")
 
 
 def _habit(flag: str, flags: Sequence[str]) -> str:
-    """Return the equivalent of another tool's flag: one of ``flags``, a config key with words, or ""."""
+    """Return the equivalent of another tool's flag: one of ``flags``, a config key with a remark, or ""."""
     name = re.sub("[_ ]", "-", flag.strip("-")).lower()
     answers = next((answers for names, answers in _HABITS.items() if name in names.split()), ())
     known = (answer for answer in answers if answer in flags or not answer.startswith("--"))
@@ -189,6 +206,8 @@ def _habit(flag: str, flags: Sequence[str]) -> str:
 
 
 def _keys_called(flag: str) -> list[str]:
-    """Config keys whose last part is the flag's name."""
+    """Return the config keys whose last part is the flag's name."""
+    from ..config.schema import is_below, known_keys, never_read
+
     name = flag.strip("-").replace("-", "_").upper()
-    return [k for k in known_keys() if k.rpartition(".")[2] == name and not is_unread(k, NEVER_READ)]
+    return [k for k in known_keys() if k.rpartition(".")[2] == name and not is_below(k, never_read())]

@@ -7,10 +7,7 @@ import os
 from pathlib import Path
 
 from ..errors import UserError
-from ..visualize import plot_curves
 from .output import Result
-
-HELP = "Draw losses, AP and learning rate of one run, or of several in the same axes."
 
 EXAMPLES = """
 gn-detect plot runs/one
@@ -36,13 +33,15 @@ def run(args: argparse.Namespace) -> Result:
     folder = metrics[0].parent if len(metrics) == 1 else Path()
     output = Path(args.output) if args.output else folder / "curves.png"
     names = name_runs(metrics)
+    from ..visualize import plot_curves
+
     plot_curves(dict(zip(names, metrics, strict=True)), output, smooth=args.smooth)
     print(f"see {output}")
     return Result({"output": str(output), "runs": names})
 
 
 def name_runs(metrics: list[Path]) -> list[str]:
-    """Return the shortest ends of the runs' paths that differ.
+    """Return the shortest ends of the runs' paths that differ from each other.
 
     Raises:
         UserError: the same run is given twice.

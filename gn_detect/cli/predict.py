@@ -7,20 +7,10 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..data import list_names, match_names
-from ..engine import Predictor
-from ..engine.evaluator import OTHER_CLASSES
-from ..engine.predict_files import Outcome, Task, default_workers, predict_images, predict_video
-from ..engine.predictor import ImagePredictor, unnamed_classes
 from ..errors import UserError
-from ..evaluation import Truth, read_truth
-from ..export import ExportedPredictor
-from ..export.write import SUFFIXES as EXPORTED
-from ..progress import fitted
 from ..text import printable
-from .inputs import find_images, is_video, name_outputs, split_overrides
 from .options import (
     add_fix_argument,
     add_other_classes_argument,
@@ -32,7 +22,12 @@ from .options import (
 )
 from .output import Result
 
-HELP = "Find objects in images and videos with a trained checkpoint."
+if TYPE_CHECKING:
+    from ..engine import Predictor
+    from ..engine.predict_files import Outcome, Task
+    from ..engine.predictor import ImagePredictor
+    from ..evaluation import Truth
+    from ..export import ExportedPredictor
 
 EXAMPLES = """
 gn-detect predict runs/one/model_best.pth photo.jpg
@@ -89,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image, results for all, and a video for each video."""
+    from ..engine.predict_files import default_workers, predict_images
+    from ..evaluation import read_truth
+    from ..export.write import SUFFIXES as EXPORTED
+    from ..progress import fitted
+    from .inputs import find_images, is_video, name_outputs, split_overrides
+
     check_threshold(args.threshold)
     if args.other_classes and not args.annotations:
         raise UserError("--other-classes says how --annotations are read; give them, too")
@@ -159,6 +160,9 @@ def nothing_found(predictor: ImagePredictor, best: Outcome, threshold: float) ->
 
 def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor | ExportedPredictor:
     """Return the predictor of ``--model``, or of ``--config-file`` and ``--weights``."""
+    from ..engine import Predictor
+    from ..export import ExportedPredictor
+
     if args.model:
         given = (
             ["--config-file"] * bool(args.config_file) + ["--weights"] * bool(args.weights) + overrides[:1]
@@ -177,6 +181,8 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
 
 def keep_listed(paths: list[Path], texts: list[str], truth: Truth) -> list[Path]:
     """Leave out images of folders and patterns that the ground truth does not list."""
+    from .inputs import is_video
+
     named = set(map(Path, texts))
     images = [path for path in paths if not is_video(path)]
     others = {path for path in images if path not in named and not truth.lists(path)}
@@ -189,6 +195,8 @@ def keep_listed(paths: list[Path], texts: list[str], truth: Truth) -> list[Path]
 
 def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None) -> list[Task]:
     """Number the images from 1, or as the ground truth does."""
+    from ..engine.predict_files import Task
+
     tasks: list[Task] = []
     by_id: dict[Any, Path] = {}
     for number, (path, name) in enumerate(named, start=1):
@@ -212,6 +220,10 @@ def match_categories(predictor: ImagePredictor, truth: Truth, other_classes: boo
         truth: may list fewer classes, in another order.
         other_classes: match by position in any case.
     """
+    from ..data import list_names, match_names
+    from ..engine.evaluator import OTHER_CLASSES
+    from ..engine.predictor import unnamed_classes
+
     names, known = truth.plain_names, list(predictor.class_names)
     if other_classes or known == unnamed_classes(len(known)):
         if len(names) != len(known):
@@ -247,6 +259,8 @@ def check_replaces_nothing(
         output: folder.
         args: flags.
     """
+    from .inputs import is_video
+
     others = [args.annotations, args.config_file, args.model]
     read = set(map(os.path.realpath, [*found, *filter(None, others)]))
     videos = [output / name for path, name in named if is_video(path)]
@@ -259,6 +273,8 @@ def check_replaces_nothing(
 
 def predict_one_video(predictor: ImagePredictor, path: Path, output: Path, **settings: Any) -> Outcome:
     """Predict on a video; one that cannot be read is named and does not stop the others."""
+    from ..engine.predict_files import Outcome, predict_video
+
     try:
         outcome = predict_video(predictor, path, output, **settings)
     except UserError as error:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 
 from ..errors import UserError
-from ..report import write_report
 from .options import check_threshold
 from .output import Result
-
-HELP = "Write a run's numbers, curves, mistakes and pictures as one HTML page that needs no network."
 
 EXAMPLES = """
 gn-detect report runs/one
@@ -34,6 +31,8 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError(f"cannot write the page {args.output}: its name must end in .html")
     if args.pictures < 0:
         raise UserError(f"--pictures {args.pictures}: it must be 0 or more")
+    from ..report import write_report
+
     path = write_report(args.run, args.output, threshold=args.threshold, pictures=args.pictures)
     size = path.stat().st_size
     print(f"see {path} ({size / 1e6:.1f} MB)")

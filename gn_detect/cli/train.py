@@ -12,19 +12,10 @@ import tempfile
 import textwrap
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..config import Config
-from ..data.datasets import resolve_dataset
-from ..distributed.group import is_main
-from ..engine import evaluate, train
-from ..engine.checkpoint import BEST, FINAL
-from ..engine.evaluator import write_results
 from ..errors import UserError
-from ..progress import WIDTH, fitted
-from ..report.run_folder import read_run
 from ..text import printable
-from .inputs import find_images
 from .options import (
     add_config_arguments,
     add_data_arguments,
@@ -37,7 +28,8 @@ from .options import (
 )
 from .output import Result
 
-HELP = "Train a model and evaluate it. Without --config-file, one is made for the data."
+if TYPE_CHECKING:
+    from ..config import Config
 
 EXAMPLES = """
 gn-detect train --train-json train.json --train-images images --val-json val.json --val-images images
@@ -49,17 +41,16 @@ gn-detect train --config-file GN/mask_rcnn_R_50_FPN_2x_gn.yaml --num-gpus 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command, those of detectron2's ``train_net.py`` among them."""
     parser.add_argument(
         "--resume",
         action="store_true",
         help="continue the run in OUTPUT_DIR from its last checkpoint; only its length, periods, device, "
-        "workers and paths may be others than it began with",
+        "workers and paths may differ from its beginning",
     )
     parser.add_argument(
         "--allow-changes",
         action="store_true",
-        help="with --resume: go on also where settings or data are not those that the run began with",
+        help="with --resume: go on even where settings or data differ from the run's beginning",
     )
     add_other_classes_argument(parser, "evaluate, or with --resume go on, on")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
@@ -71,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Train, or evaluate with ``--eval-only``."""
     _check_flags(args)
     cfg = read_config(args)
     folder = Path(cfg.output_dir)
@@ -85,6 +75,11 @@ def run(args: argparse.Namespace) -> Result:
     launch_from(args, cfg, _train)
     if not is_first:
         return Result({"output_dir": str(folder)})
+
+    from ..engine.checkpoint import BEST, FINAL
+    from ..progress import fitted
+    from ..report.run_folder import read_run
+
     results = _read(folder / "results.json")
     files = {"config": folder / "config.yaml", "weights": folder / FINAL, "best": folder / BEST}
     written = {name: str(path) if path.is_file() else None for name, path in files.items()}
@@ -106,7 +101,9 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def print_end(cfg: Config, results: dict[str, Any]) -> None:
-    """Print AP, where the pictures are, and what to try next."""
+    """Print AP, the folder of the pictures, and the next commands."""
+    from ..engine.checkpoint import BEST, FINAL
+
     folder = Path(cfg.output_dir)
     if isinstance(results.get("bbox"), dict):
         kinds = {"bbox": "box", "segm": "mask"}
@@ -124,7 +121,9 @@ def print_end(cfg: Config, results: dict[str, Any]) -> None:
 
 
 def command(*words: str) -> str:
-    """Return a command for a terminal: wrapped where it is long, with the program's path where needed."""
+    """Return a command for a terminal, wrapped if it is long, with the program's path if it needs one."""
+    from ..progress import WIDTH
+
     program = "gn-detect"
     if shutil.which(program) is None:  # its environment is not activated
         path = Path(sys.executable).with_name(program)
@@ -138,6 +137,9 @@ def command(*words: str) -> str:
 
 def _image_of(cfg: Config) -> str:
     """Return the path of an image of the first test set, or ``IMAGES`` without any."""
+    from ..data.datasets import resolve_dataset
+    from .inputs import find_images
+
     try:
         folder = resolve_dataset(cfg, cfg.datasets.test[0]).images
         return str(find_images([str(folder)])[0])
@@ -146,11 +148,16 @@ def _image_of(cfg: Config) -> str:
 
 
 def _train(cfg: Config, args: argparse.Namespace) -> None:
-    flags = {"allow_changes": args.allow_changes, "other_classes": args.other_classes}
-    train(cfg, resume=args.resume, **flags)
+    from ..engine import train
+
+    train(cfg, resume=args.resume, allow_changes=args.allow_changes, other_classes=args.other_classes)
 
 
 def _evaluate(file: Path, cfg: Config, args: argparse.Namespace) -> None:
+    from ..distributed.group import is_main
+    from ..engine import evaluate
+    from ..engine.evaluator import write_results
+
     results = evaluate(cfg, resume=args.resume, other_classes=args.other_classes)
     if is_main():
         write_results(file, results)

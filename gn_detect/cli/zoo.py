@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..weights.download import MD5_BESIDE
-from ..weights.zoo import ZooEntry, check, fetch, find_entry, read_catalog
 from .output import Result
 
-HELP = "List, explain, download and check published weights."
+if TYPE_CHECKING:
+    from ..weights.zoo import ZooEntry
 
 EXAMPLES = """
 gn-detect zoo list
@@ -22,73 +22,58 @@ gn-detect zoo list --json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
-    parser.add_argument("action", choices=sorted(_ACTIONS), help="path prints where a file is or would be")
+    text = "path prints the place of a file, also before its download"
+    parser.add_argument("action", choices=["download", "info", "list", "path", "verify"], help=text)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="of the list; left out: all, but to download"
+        "names", nargs="*", metavar="NAME", help="a name in the list; default: all, except for download"
     )
     parser.add_argument("--all", action="store_true", help="download: all, several GB")
     parser.add_argument("--markdown", action="store_true", help="list: the table of model_zoo/README.md")
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Do what was asked for with each name.
+    from ..weights.zoo import check, fetch, find_entry, read_catalog
 
-    Raises:
-        UserError: an unknown name, a failed download, or a file that is not what was published.
-    """
     entries = [find_entry(name) for name in args.names] or list(read_catalog().values())
     if args.action == "download" and bool(args.names) == args.all:
         raise UserError("name what to download, such as R-50-GN (gn-detect zoo list shows all), or --all")
-    if args.action == "list" and args.markdown:
-        print(as_markdown(entries), end="")
-        return _result(entries)
     if args.action == "verify" and not args.names:
         entries = [entry for entry in entries if entry.file.is_file()]
         if not entries:
             print("nothing is downloaded")
-    _ACTIONS[args.action](entries)
-    return _result(entries)
+    if args.action == "list":
+        print(as_markdown(entries) if args.markdown else _as_table(entries), end="")
+    for entry in entries:
+        if args.action == "info":
+            lines = [f"  {label:13} {text}" for label, text in _facts(entry) if text]
+            print("\n".join([entry.name, *lines]))
+        elif args.action == "download":
+            print(f"{entry.name}: {fetch(entry)}, {check(entry)}")
+        elif args.action == "verify":
+            print(f"{entry.name}: {check(entry)}")
+        elif args.action == "path":
+            print(entry.file)
+    files = [{"file": str(entry.file), "is_downloaded": entry.file.is_file()} for entry in entries]
+    return Result([entry.model_dump() | file for entry, file in zip(entries, files, strict=True)])
 
 
-def _result(entries: Iterable[ZooEntry]) -> Result:
-    """The catalogue's fields, and where each file is."""
-    return Result(
-        [
-            {**entry.model_dump(), "file": str(entry.file), "is_downloaded": entry.file.is_file()}
-            for entry in entries
-        ]
-    )
-
-
-def _list(entries: Iterable[ZooEntry]) -> None:
+def _as_table(entries: Iterable[ZooEntry]) -> str:
     rows = [("name", "box/mask AP", "trained", "downloaded")]
     for entry in entries:
-        rows.append(
-            (
-                entry.name,
-                _quality(entry),
-                entry.schedule or "ImageNet",
-                "yes" if entry.file.is_file() else "-",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _info(entries: Iterable[ZooEntry]) -> None:
-    for entry in entries:
-        print(entry.name)
-        for label, text in _facts(entry):
-            if text:
-                print(f"  {label:13} {text}")
+        here = "yes" if entry.file.is_file() else "-"
+        rows.append((entry.name, _quality(entry), entry.schedule or "ImageNet", here))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _facts(entry: ZooEntry) -> Iterator[tuple[str, str]]:
-    """Yield labels and values with their units; a value that is not known is empty."""
+    """Yield labels and values with their units; an unknown value is empty."""
+    from ..weights.download import MD5_BESIDE
+
     is_here = entry.file.is_file()
     size = entry.file.stat().st_size if is_here else entry.bytes
+    schedule = f"{entry.schedule}, where 1x is 90,000 iterations of 16 images" if entry.schedule else ""
     top1 = f"{entry.top1_error}% of ImageNet's val images" if entry.top1_error is not None else ""
     md5 = f"md5, at {entry.url}.md5"
     yield "kind", entry.kind
@@ -99,10 +84,7 @@ def _facts(entry: ZooEntry) -> Iterator[tuple[str, str]]:
     yield "box AP", f"{entry.box_ap}% on COCO val" if entry.box_ap is not None else ""
     yield "mask AP", f"{entry.mask_ap}% on COCO val" if entry.mask_ap is not None else ""
     yield "top-1 error", top1
-    yield (
-        "schedule",
-        f"{entry.schedule}, where 1x is 90,000 iterations of 16 images" if entry.schedule else "",
-    )
+    yield "schedule", schedule
     yield "GPU memory", f"{entry.memory:g} GB for 2 images in training" if entry.memory else ""
     yield "training step", f"{entry.seconds:g} s for 16 images on 8 GPUs" if entry.seconds else ""
     yield "licence", entry.licence
@@ -113,32 +95,10 @@ def _facts(entry: ZooEntry) -> Iterator[tuple[str, str]]:
     yield "use", f"--config-file {entry.config} --weights zoo://{entry.name}{keys}"
 
 
-def _download(entries: Iterable[ZooEntry]) -> None:
-    for entry in entries:
-        print(f"{entry.name}: {fetch(entry)}, {check(entry)}")
-
-
-def _verify(entries: Iterable[ZooEntry]) -> None:
-    for entry in entries:
-        print(f"{entry.name}: {check(entry)}")
-
-
-def _path(entries: Iterable[ZooEntry]) -> None:
-    for entry in entries:
-        print(entry.file)
-
-
-_ACTIONS: dict[str, Callable[[Iterable[ZooEntry]], None]] = {
-    "list": _list,
-    "info": _info,
-    "download": _download,
-    "verify": _verify,
-    "path": _path,
-}
-
-
 def as_markdown(entries: Iterable[ZooEntry]) -> str:
-    """One row for each entry."""
+    """Return the catalogue as a Markdown table."""
+    from ..weights.download import MD5_BESIDE
+
     lines = [
         "| name | box / mask AP | schedule | GB | s/iter | config | checksum | licence |",
         "|---|---|---|---|---|---|---|---|",

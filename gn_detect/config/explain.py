@@ -1,4 +1,4 @@
-"""Keys explained: type, default, what they accept, what they do."""
+"""Explain keys from the schema: type, default, accepted values, description."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ import yaml
 from pydantic import BaseModel
 
 from ..errors import UserError
-from .descriptions import DESCRIPTIONS
-from .load import known_keys, nearest_key
-from .schema import Root
-from .supported import NEVER_READ, SUPPORTED, is_unread
-from .types import to_plain, value_at
+from .load import nearest_key
+from .schema import Root, implemented, is_below, key_fields, never_read
+from .types import NEVER_READ, to_plain, value_at
 
-_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_TYPES = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "True or False",
+    "object": "mapping",
+    "null": "none",
+}
+_BOUNDS = {
+    "ge": "at least",
+    "gt": "above",
+    "le": "at most",
+    "lt": "below",
+    "minimum": "at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
 
 
 @dataclass(frozen=True)
 class KeyFact:
-    """Attributes:
-    key: dotted.
-    type: in words, limits included.
-    default: as YAML.
-    allowed: the values that are implemented; empty for anything of the type.
-    text: what the key does.
-    """
+    """Facts about a key as text; ``allowed`` is empty if any value of the type is."""
 
     key: str
     type: str
@@ -43,13 +52,13 @@ class KeyFact:
 
 
 def explain(key: str) -> list[KeyFact]:
-    """The facts of a key, or of every key of a group such as ``MODEL.GN``.
+    """Return the facts of a key, or of every key of a group such as ``MODEL.GN``.
 
     Raises:
         UserError: there is no such key; the nearest one is named.
     """
     wanted = key.upper().strip(".")
-    found = [fact for fact in facts() if fact.key == wanted or fact.key.startswith(f"{wanted}.")]
+    found = [fact for fact in facts() if is_below(fact.key, [wanted])]
     if not found:
         near = nearest_key(wanted)
         hint = f"did you mean {near}?" if near else "gn-detect config reference lists all"
@@ -58,17 +67,15 @@ def explain(key: str) -> list[KeyFact]:
 
 
 def search(words: str) -> list[KeyFact]:
-    """Return the facts of keys that have all ``words``, or else any of them, in their name or text.
+    """Return the facts of keys that contain all ``words``, or else any of them, in their name or text.
 
-    Those with them in the name come first; accepted keys that are never read are left out.
+    Keys with the words in their name come first; keys that are never read are left out.
     """
-    read = [fact for fact in facts() if not is_unread(fact.key, NEVER_READ)]
+    known = read_facts()
     wanted = _plain(words).split()
     for enough in (all, any) if " " in words.strip() else (all,):
-        named = [fact for fact in read if enough(word in _plain(fact.key) for word in wanted)]
-        found = [
-            fact for fact in read if enough(word in _plain(f"{fact.key} {fact.text}") for word in wanted)
-        ]
+        named = [fact for fact in known if enough(word in _plain(fact.key) for word in wanted)]
+        found = [f for f in known if enough(word in _plain(f"{f.key} {f.text}") for word in wanted)]
         if found:
             return named + [fact for fact in found if fact not in named]
     return []
@@ -79,68 +86,40 @@ def _plain(text: str) -> str:
 
 
 def facts() -> Iterator[KeyFact]:
-    """Every key, in the order of the schema."""
-    schema = Root.model_json_schema()
-    defaults = Root()
-    for key in known_keys():
+    """Yield every key, in the order of the schema."""
+    schema, defaults, unread = Root.model_json_schema(), Root(), never_read()
+    for key, field in key_fields().items():
         value = value_at(defaults, key)
         if isinstance(value, BaseModel):
             continue
-        field = _field(schema, key)
-        supported = SUPPORTED.get(key, ())
-        allowed = list(map(_yaml, supported or _choices(field)))
-        yield KeyFact(key, _type(field), _yaml(value), allowed, _text(key, supported))
+        form = _json_schema(schema, key)
+        choices = implemented(key) or (() if form.get("type") == "boolean" else form.get("enum", ()))
+        text = NEVER_READ if is_below(key, unread) else field.description or ""
+        yield KeyFact(key, _type(form), _yaml(value), list(map(_yaml, choices)), text)
 
 
-def _text(key: str, supported: tuple[Any, ...]) -> str:
-    if key in DESCRIPTIONS:
-        return DESCRIPTIONS[key]
-    if is_unread(key, NEVER_READ):
-        return "Accepted, as detectron2's full configs have it, and never read."
-    assert len(supported) == 1, key  # tests/cli/test_surface.py
-    return "detectron2's; other values are not implemented, and are refused."
+def read_facts() -> list[KeyFact]:
+    """Return the facts of every key that is read."""
+    return [fact for fact in facts() if fact.text != NEVER_READ]
 
 
-def _field(schema: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The JSON schema of a dotted key."""
-    field = dict(schema)
+def _json_schema(schema: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    form = schema
     for part in key.split("."):
-        reference = field.get("$ref")
-        if reference:
-            field = schema["$defs"][reference.rpartition("/")[2]]
-        field = field["properties"][part]
-    return field
+        if "$ref" in form:
+            form = schema["$defs"][form["$ref"].rpartition("/")[2]]
+        form = form["properties"][part]
+    return form
 
 
-def _choices(field: Mapping[str, Any]) -> list[Any]:
-    if field.get("type") == "boolean":
-        return []
-    return list(field.get("enum", ()))
-
-
-def _type(field: Mapping[str, Any]) -> str:
-    if "anyOf" in field:
-        return " or ".join(_type(option) for option in field["anyOf"])
-    kind = field.get("type")
-    if kind == "array":
-        items = field.get("prefixItems")
-        if items:
-            return f"{len(items)} of: {_type(items[0])}"
-        return f"list of: {_type(field.get('items', {}))}"
-    names = {
-        "string": "text",
-        "integer": "whole number",
-        "number": "number",
-        "boolean": "True or False",
-        "object": "mapping",
-        "null": "none",
-    }
-    bounds = [f"{words} {field[bound]:g}" for bound, words in _BOUNDS.items() if bound in field]
-    bounds += [f"at least {field['minimum']:g}"] if "minimum" in field else []
-    bounds += [f"at most {field['maximum']:g}"] if "maximum" in field else []
-    bounds += [f"above {field['exclusiveMinimum']:g}"] if "exclusiveMinimum" in field else []
-    bounds += [f"below {field['exclusiveMaximum']:g}"] if "exclusiveMaximum" in field else []
-    name = names.get(str(kind), "one of the values" if "enum" in field else "anything")
+def _type(form: Mapping[str, Any]) -> str:
+    if "anyOf" in form:
+        return " or ".join(map(_type, form["anyOf"]))
+    if form.get("type") == "array":
+        items = form.get("prefixItems")
+        return f"{len(items)} of: {_type(items[0])}" if items else f"list of: {_type(form.get('items', {}))}"
+    name = _TYPES.get(str(form.get("type")), "one of the values" if "enum" in form else "anything")
+    bounds = [f"{words} {form[bound]:g}" for bound, words in _BOUNDS.items() if bound in form]
     return " ".join([name, " and ".join(bounds)]).strip()
 
 
@@ -150,25 +129,26 @@ def _yaml(value: Any) -> str:
 
 
 def reference() -> str:
-    """All keys that are read as Markdown, a table for each group."""
+    """Return all keys that are read as Markdown, a table for each group."""
     lines = [
         "# Config reference",
         "",
-        "Made from the schema by `gn-detect config reference`; a test fails when it is stale. One key or one",
-        "group: `gn-detect config explain KEY`. YAML files have these keys as nested groups, with",
-        "detectron2's names and meanings; `_BASE_` names a file to build on; `KEY VALUE` pairs behind a",
-        "command come last. A value that is not implemented is refused by key and value.",
+        "Generated by `gn-detect config reference`; a test fails when this page is stale. One key or group:",
+        "`gn-detect config explain KEY`. YAML files have these keys as nested groups, with detectron2's",
+        "names and meanings. `_BASE_` names a file to build on. `KEY VALUE` pairs at the end of a command",
+        "win over files. A value that is not implemented is refused by key and value.",
     ]
     groups: dict[str, list[KeyFact]] = {}
-    for fact in facts():
-        if not is_unread(fact.key, NEVER_READ):
-            groups.setdefault(fact.key.rpartition(".")[0], []).append(fact)
+    for fact in read_facts():
+        groups.setdefault(fact.key.rpartition(".")[0], []).append(fact)
     for name, members in groups.items():
         lines += ["", f"## {name or 'Top level'}", "", "| key | type | default | |", "|---|---|---|---|"]
         lines += map(_row, members)
     lines += ["", "## Accepted and never read", ""]
-    lines.append("Of architectures that are not implemented; detectron2's full configs hold them:")
-    lines.append(", ".join(f"`{key}`" for key in NEVER_READ) + ".")
+    lines.append(
+        "These belong to architectures that are not implemented; detectron2's full configs contain them:"
+    )
+    lines.append(", ".join(f"`{key}`" for key in never_read()) + ".")
     return "\n".join(lines) + "\n"
 
 

@@ -15,26 +15,26 @@ from pydantic import BaseModel, ValidationError
 from ..errors import UserError
 from ..files import read_text
 from ..text import shortened
+from .conflicts import conflicts, unread_groups
 from .paths import find_again
-from .schema import Root
-from .supported import SUPPORTED, conflicts, is_unread, unread
-from .types import fields, to_plain, value_at
+from .schema import Root, implemented, is_below, key_fields, known_keys
+from .types import to_plain, value_at
 from .yaml_text import LARGEST, parse_yaml
 
 COMMAND_LINE = "command line"
 
+# Most files that make one config.
 MOST_FILES = 16
-"""Most files that make one config."""
 
 
 class Config(Root):
-    """A whole, checked, read-only configuration; sections and keys are lower-case attributes.
+    """A whole, checked, read-only configuration; :func:`load_config` makes it.
 
-    ``cfg.solver.max_iter`` is ``SOLVER.MAX_ITER`` of detectron2. Made by :func:`load_config`.
+    ``SOLVER.MAX_ITER`` of detectron2 reads as ``cfg.solver.max_iter`` and as ``cfg.SOLVER.MAX_ITER``.
     """
 
     def replace(self, changes: Mapping[str, Any]) -> Config:
-        """A checked copy with other values.
+        """Return a checked copy with other values.
 
         Args:
             changes: dotted keys, such as ``{"SOLVER.MAX_ITER": 10}``.
@@ -49,7 +49,7 @@ class Config(Root):
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file, with ``KEY VALUE`` pairs on top.
+    """Return the config of a YAML file, with ``KEY VALUE`` pairs on top.
 
     Args:
         path: YAML with detectron2's keys; ``_BASE_`` in it names files, relative to it, that it builds on.
@@ -67,42 +67,41 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         for source, values in read_chain(find_config(path)):
             merge(tree, find_again(values, source))
             origins |= dict.fromkeys(leaves(values), str(source))
-    tree, own = _merge_overrides(tree, overrides)
-    return validate(tree, origins | own)
+    return validate(tree, origins | _merge_overrides(tree, overrides))
 
 
-def _merge_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """``tree`` with ``KEY VALUE`` pairs in it, and the origins of these."""
+def _merge_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+    """Write ``KEY VALUE`` pairs into ``tree``; return their origins."""
     if len(overrides) % 2:
         raise UserError(f"{COMMAND_LINE}: {overrides[-1]} has no value; give KEY VALUE pairs")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         merge(tree, nested(key, value), replace_mappings=True)
-    return tree, dict.fromkeys(overrides[::2], COMMAND_LINE)
+    return dict.fromkeys(overrides[::2], COMMAND_LINE)
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Typed values of ``KEY VALUE`` pairs, each checked by itself: whether they fit together is not.
+    """Return the typed values of ``KEY VALUE`` pairs. Each is checked by itself, not their combination.
 
     Raises:
         UserError: an unknown key, a key without a value, or a value of another type.
     """
-    tree, origins = _merge_overrides({}, overrides)
-    root = _check_types(tree, origins)
+    tree: dict[str, Any] = {}
+    root = _check_types(tree, _merge_overrides(tree, overrides))
     return {key: value_at(root, key) for key in overrides[::2]}
 
 
 def dump_config(cfg: Config) -> str:
-    """All keys as YAML that :func:`load_config` reads back to an equal config."""
+    """Return all keys as YAML that :func:`load_config` reads back to an equal config."""
     return yaml.safe_dump(to_plain(cfg), sort_keys=False, default_flow_style=None, width=100)
 
 
 def parse_config(text: str) -> Config:
-    """Return the config that :func:`dump_config` wrote, as files of weights hold it.
+    """Return the config that :func:`dump_config` wrote, as checkpoints contain it.
 
-    Keys that it lacks have their defaults.
+    Missing keys get their defaults.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is no config.
     """
     try:
         tree = parse_yaml(text)
@@ -114,28 +113,24 @@ def parse_config(text: str) -> Config:
 
 
 def find_config(path: str | Path) -> Path:
-    """The file itself, or the one of that name that comes with the package."""
+    """Return the file itself, or the file of that name that comes with the package."""
     path = Path(path)
     if path.is_file():
         return path
     name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
-    for folder in shipped_folders():
+    package = Path(str(resources.files("gn_detect")))
+    folders = (package / "configs", package.parent / "configs")  # in the wheel, or in a checkout
+    for folder in folders:
         if not name.is_absolute() and (folder / name).is_file():
             return folder / name
-    known = sorted(str(f.relative_to(folder)) for folder in shipped_folders() for f in folder.rglob("*.yaml"))
+    known = sorted(str(file.relative_to(folder)) for folder in folders for file in folder.rglob("*.yaml"))
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else "; give the path of a YAML file"
     raise UserError(f"{path}: no such config file{hint}")
 
 
-def shipped_folders() -> list[Path]:
-    """Folders that hold the package's configs: in the wheel, or at the root of a checkout."""
-    package = Path(str(resources.files("gn_detect")))
-    return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
-    """One file as nested dictionaries, ``_BASE_`` included.
+    """Return one file as nested dictionaries, ``_BASE_`` included.
 
     Raises:
         UserError: it cannot be read, is not YAML with keys and values, or is too large for a config.
@@ -159,9 +154,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The files that ``path`` builds on, furthest first, then itself.
+    """Return the files that ``path`` builds on, furthest first, then itself, with their values.
 
-    Each stands once, in the last of its places: what is merged later wins, so the others have no effect.
+    A file that several others build on counts once, in the last of its places: the last file wins.
 
     Raises:
         UserError: see :func:`read_yaml`; or ``_BASE_`` names no file, leads back, or to too many files.
@@ -172,7 +167,7 @@ def read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _follow(path: Path, above: tuple[Path, ...], found: dict[Path, tuple[Path, dict[str, Any]]]) -> None:
-    """Put ``path`` and then its bases, the last first, into ``found``, as far as they are not there."""
+    """Add ``path`` and then its bases, the last first, to ``found``."""
     resolved = Path(os.path.realpath(path))
     if resolved in above:
         raise UserError(f"{path}: _BASE_ leads back to this file; remove it from one of the files")
@@ -195,18 +190,14 @@ def _follow(path: Path, above: tuple[Path, ...], found: dict[Path, tuple[Path, d
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """``{"A": {"B": value}}`` for ``A.B``."""
+    """Return ``{"A": {"B": value}}`` for ``A.B``."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
 def merge(tree: dict[str, Any], changes: Mapping[str, Any], replace_mappings: bool = False) -> None:
-    """Write ``changes`` into ``tree``, group by group.
-
-    Args:
-        replace_mappings: a new ``DATASETS.REGISTER`` takes the place of the old one.
-    """
+    """Write ``changes`` into ``tree``; ``replace_mappings``: a new ``DATASETS.REGISTER`` replaces the old."""
     for key, value in changes.items():
         whole = replace_mappings and key == "REGISTER"
         if isinstance(value, Mapping) and isinstance(tree.get(key), dict) and not whole:
@@ -216,7 +207,7 @@ def merge(tree: dict[str, Any], changes: Mapping[str, Any], replace_mappings: bo
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of all groups and values."""
+    """Yield the dotted keys of all groups and values."""
     for key, value in tree.items():
         yield f"{prefix}{key}"
         if isinstance(value, Mapping):
@@ -224,23 +215,19 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
-    """The config of nested dictionaries.
-
-    Args:
-        tree: upper-case keys.
-        origins: dotted key -> the file that it comes from, for messages.
+    """Return the config of nested dictionaries; ``origins`` maps a dotted key to its file, for messages.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: the first mistake.
     """
     cfg = _check_types(tree, origins)
-    skipped = unread(cfg)
-    for key, values in SUPPORTED.items():
-        value = value_at(cfg, key)
-        if value not in values and not is_unread(key, skipped):
-            choices = ", ".join(map(_show, values))
+    unread = tuple(unread_groups(cfg))
+    for key in key_fields():
+        choices, value = implemented(key), value_at(cfg, key)
+        if choices and value not in choices and not is_below(key, unread):
+            fitting = ", ".join(map(_show, choices))
             raise UserError(
-                f"{_origin(key, origins)}{key}: {_show(value)} is not supported; it must be {choices}"
+                f"{_origin(key, origins)}{key}: {_show(value)} is not supported; it must be {fitting}"
             )
     for key, complaint in conflicts(cfg):
         raise UserError(f"{_origin(key, origins)}{key}: {_show(value_at(cfg, key))} {complaint}")
@@ -248,7 +235,6 @@ def validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
 
 
 def _check_types(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
-    """Every value by itself."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -256,31 +242,28 @@ def _check_types(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
 
 
 def _complaint(error: ValidationError, origins: Mapping[str, str]) -> str:
-    """One line for the first of pydantic's errors."""
+    """Return one line for the first of pydantic's errors."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
+    key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         near = nearest_key(key)
         hint = f"did you mean {near}?" if near else "gn-detect config reference lists all"
         return f"{_origin(key, origins)}{shortened(key, 200)}: unknown key; {hint}"
-    known = [k for k in known_keys() if key == k or key.startswith(f"{k}.")]
+    known = [group for group in known_keys() if is_below(key, [group])]
     shown = max(known, key=len, default=key)
-    remedy = f"; gn-detect config explain {shown} tells what fits" if shown in known_keys() else ""
+    remedy = f"; gn-detect config explain {shown} shows what fits" if known else ""
     problem = first["msg"].removeprefix("Value error, ")
     problem = problem[:1].lower() + problem[1:]
     return f"{_origin(shown, origins)}{shown}: {_show(first['input'])} does not fit: {problem}{remedy}"
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        value = to_plain(value)
-    text = repr(value)
+    text = repr(to_plain(value) if isinstance(value, BaseModel) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:
-    """``file: `` of the key, of what was last set below it, or of the closest group around it."""
+    """Return ``file: `` of the key, of the last setting below it, or of the closest group around it."""
     below = [origin for other, origin in origins.items() if other.startswith(f"{key}.")]
     if key not in origins and below:
         return f"{below[-1]}: "
@@ -289,31 +272,15 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
     return f"{origins[key]}: " if key else ""
 
 
-def known_keys(section: type[BaseModel] = Root, prefix: str = "") -> list[str]:
-    """All dotted keys, groups included."""
-    keys = []
-    for key, attribute in fields(section):
-        keys.append(f"{prefix}{key}")
-        annotation = section.model_fields[attribute].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            keys += known_keys(annotation, f"{prefix}{key}.")
-    return keys
-
-
 def nearest_key(key: str) -> str | None:
-    """The known key that ``key`` most likely stands for, or None.
+    """Return the known key that ``key`` most likely stands for, or None.
 
     A key in the wrong group is found by its last part; otherwise spelling decides.
     """
     key = key.upper()
-    keys = known_keys()
-    same_name = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    candidates = same_name or keys
-    near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0 if same_name else 0.6)
-    if not near:
-        by_name = {k.rpartition(".")[2]: k for k in reversed(keys)}
-        near = [
-            by_name[n]
-            for n in difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1, cutoff=0.7)
-        ]
+    name = key.rpartition(".")[2]
+    by_name = {k.rpartition(".")[2]: k for k in reversed(known_keys())}
+    same_name = [k for k in known_keys() if k.rpartition(".")[2] == name]
+    near = difflib.get_close_matches(key, same_name or known_keys(), n=1, cutoff=0.0 if same_name else 0.6)
+    near = near or [by_name[n] for n in difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)]
     return near[0] if near else None

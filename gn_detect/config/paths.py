@@ -1,6 +1,4 @@
-"""Paths in a config: absolute in a run's own ``config.yaml``, found again where its folder was moved, and
-left out of what is passed on.
-"""
+"""Paths in a config: made absolute, found again after the run's folder moved, or removed."""
 
 from __future__ import annotations
 
@@ -18,14 +16,11 @@ from .types import to_plain
 if TYPE_CHECKING:
     from .load import Config
 
-CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
-"""Two files of a run's folder."""
+# Two files of a run's folder, and the key in environment.json for the folder in which the run wrote both.
+CONFIG, ENVIRONMENT, FOLDER = "config.yaml", "environment.json", "folder"
 
-FOLDER = "folder"
-"""Key in ``environment.json`` for the folder in which the run wrote both."""
-
+# Most bytes of an environment.json.
 _LARGEST = 1 << 20
-"""Most bytes of an ``environment.json``."""
 
 
 def with_absolute_paths(cfg: Config) -> Config:
@@ -34,7 +29,7 @@ def with_absolute_paths(cfg: Config) -> Config:
 
 
 def without_paths(cfg: Config) -> Config:
-    """Return a config for a file that is passed on: of local paths the last part stays."""
+    """Return a config for a file that is passed on: local paths keep their last part alone."""
     return _with_paths(cfg, _last_part, output="./output", root="")
 
 
@@ -52,7 +47,7 @@ def _with_paths(cfg: Config, change: Callable[[str], str], output: str, root: st
 
 
 def is_local(path: str) -> bool:
-    """Return whether ``MODEL.WEIGHTS`` or another path names a local file: it is not empty and no URL."""
+    """Return whether a path, such as ``MODEL.WEIGHTS``, names a local file: it is not empty and no URL."""
     return bool(path) and (path.startswith("file:") or not re.match(r"[\w.+-]{2,}://", path))
 
 
@@ -65,14 +60,10 @@ def _last_part(path: str) -> str:
 
 
 def find_again(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the values of a run's own ``config.yaml`` with paths that hold where its folder is now.
+    """Return the values of a run's own ``config.yaml`` with paths that are valid in its present place.
 
-    ``OUTPUT_DIR`` becomes that folder. Paths of data and weights that are gone are looked for where they lay
-    relative to the run's folder, then at their place in the folders around it.
-
-    Args:
-        values: of the file, as nested dictionaries; other files' values come back as they are.
-        file: from which they were read.
+    ``OUTPUT_DIR`` becomes the present folder. Missing data and weights are searched at their old place
+    relative to the run's folder, then in the folders around it. Values of other files stay unchanged.
     """
     found = dict(values)
     folder, before = Path(os.path.abspath(file.parent)), values.get("OUTPUT_DIR")
@@ -83,9 +74,7 @@ def find_again(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     def find(path: Any) -> Any:
         if not isinstance(path, str) or not is_local(path) or os.path.exists(os.path.expanduser(path)):
             return path
-        return next(
-            (str(other) for other in _candidates(path, before, folder) if os.path.exists(other)), path
-        )
+        return next((str(p) for p in _candidates(path, before, folder) if os.path.exists(p)), path)
 
     for group, key in (("MODEL", "WEIGHTS"), ("DATASETS", "ROOT")):
         if isinstance(found.get(group), dict) and key in found[group]:
@@ -101,7 +90,7 @@ def find_again(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _is_own(before: str, folder: Path) -> bool:
-    """Return whether ``OUTPUT_DIR`` is as the run wrote it; a user may have changed it on purpose."""
+    """Return whether the run itself wrote ``OUTPUT_DIR``; a user may have changed it on purpose."""
     try:
         written = json.loads(read_text(folder / ENVIRONMENT, _LARGEST))
         # Runs of earlier versions did not write it.
@@ -111,7 +100,7 @@ def _is_own(before: str, folder: Path) -> bool:
 
 
 def _candidates(path: str, before: str, folder: Path) -> Iterator[Path]:
-    """Yield places where a path may be, once its run was moved from ``before`` to ``folder``."""
+    """Yield places of a path after its run moved from ``before`` to ``folder``."""
     path, before = os.path.expanduser(path), os.path.expanduser(before)
     if os.path.isabs(path) != os.path.isabs(before):
         return

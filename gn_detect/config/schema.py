@@ -1,37 +1,59 @@
-"""The whole schema: detectron2's keys with its defaults, and keys of ours."""
+"""The whole schema: detectron2's keys with its defaults, and keys of ours.
+
+A key has one declaration: its type, bounds, default, description and implemented values.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict
+from pydantic.fields import FieldInfo
 
-from .model import Model
-from .types import (
-    Amount,
-    Bool,
-    Count,
-    Float,
-    Fraction,
-    Int,
-    Ints,
-    Lengths,
-    Milestones,
-    Names,
-    NonNegative,
-    Pair,
-    Positive,
-    PositiveInt,
-    PossiblyInfinite,
-    Section,
-    Str,
-    _from_text,
-)
+from .types import NEVER_READ, Section, as_names, as_tuple, from_text, key, only, unread
 
-Sampling = Literal["choice", "range"]
-CropType = Literal["relative_range", "relative", "absolute", "absolute_range"]
+NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")
+BACKBONES = ("build_resnet_backbone", "build_resnet_fpn_backbone")
+ROI_HEADS = ("StandardROIHeads", "Res5ROIHeads")
+POOLERS = ("ROIAlignV2", "ROIAlign")
+MATCH_LABELS = "0 background, -1 ignored, 1 object, for each range of IOU_THRESHOLDS."
+
+# Bytes of a dataset's name: file systems allow 255, and endings follow.
+_LONGEST_NAME = 150
+
+
+def _increasing(values: tuple[float, ...]) -> tuple[float, ...]:
+    if any(b <= a for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError("must increase from left to right")
+    return values
+
+
+def _fits_64_bits(value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("must fit into 64 bits")
+    return value
+
+
+def _known_stages(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in ("res2", "res3", "res4", "res5"):
+            raise ValueError(f"{name!r} is not a stage; choose from res2, res3, res4, res5")
+    return names
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    return name
+
+
+def _conv_dims(channels: tuple[int, ...]) -> tuple[int, ...]:
+    if not channels or len(channels) > 64 or any(c != -1 and not 0 < c <= 2**14 for c in channels):
+        raise ValueError("needs 1 to 64 numbers, each of 1 to 16384 channels or -1 (as many as the input)")
+    return channels
 
 
 def _metric(name: str) -> str:
@@ -40,61 +62,14 @@ def _metric(name: str) -> str:
     return name
 
 
-class Crop(Section):
-    """``INPUT.CROP``."""
-
-    enabled: Bool = False
-    type: CropType = "relative_range"
-    size: Pair = (0.9, 0.9)  # (height, width): fractions, or pixels for the absolute types
-
-
-class ColorJitter(Section):
-    """``INPUT.COLOR_JITTER``, ours: strengths as in torchvision's ColorJitter."""
-
-    enabled: Bool = False
-    brightness: NonNegative = 0.4
-    contrast: NonNegative = 0.4
-    saturation: NonNegative = 0.4
-    hue: Annotated[Float, Field(ge=0, le=0.5)] = 0.1
-
-
-class LargeScaleJitter(Section):
-    """``INPUT.LARGE_SCALE_JITTER``, ours (Ghiasi et al. 2021, arXiv 2012.07177); replaces the resize."""
-
-    enabled: Bool = False
-    min_scale: Annotated[Float, Field(gt=0, le=100)] = 0.1
-    max_scale: Annotated[Float, Field(gt=0, le=100)] = 2.0
-    size: Lengths = (1024, 1024)  # (height, width) pixels of the canvas
-
-
-class Input(Section):
-    """``INPUT``: how images are read, resized and augmented."""
-
-    min_size_train: Lengths = (800,)
-    min_size_train_sampling: Sampling = "choice"
-    max_size_train: Annotated[Int, Field(gt=0, le=10**6)] = 1333
-    min_size_test: Annotated[Int, Field(ge=0, le=2**15)] = 800  # 0: no resize
-    max_size_test: Annotated[Int, Field(gt=0, le=10**6)] = 1333
-    random_flip: Literal["horizontal", "vertical", "none"] = "horizontal"
-    crop: Crop = Crop()
-    format: Str = "BGR"
-    mask_format: Literal["polygon", "bitmask"] = "polygon"
-    color_jitter: ColorJitter = ColorJitter()
-    large_scale_jitter: LargeScaleJitter = LargeScaleJitter()
-
-
-class RegisteredDataset(Section):
-    """An entry of ``DATASETS.REGISTER``, ours: a COCO JSON and the folder of its images; keys in any case."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-    annotations: Str
-    images: Str
+def _below_one(pair: tuple[float, float]) -> tuple[float, float]:
+    if not all(0 <= value < 1 for value in pair):
+        raise ValueError("must be two numbers from 0 to below 1")
+    return pair
 
 
 def _folder_names(names: Iterable[str]) -> Any:
-    """Names of datasets name folders and files of a run; a registered one is the key of its entry."""
-    for name in names:
+    for name in names:  # they name folders and files of a run
         if not name.isprintable() or re.search(r"[/\\]", name) or name.strip(" .") != name or not name:
             raise ValueError(
                 f"the name {name[:40]!r} is also that of a folder: leave out slashes and control characters, "
@@ -105,154 +80,504 @@ def _folder_names(names: Iterable[str]) -> Any:
     return names
 
 
-_LONGEST_NAME = 150
-"""Bytes of a dataset's name: file systems allow 255, and endings follow."""
+FromText = BeforeValidator(from_text)
+Bool = Annotated[bool, Strict(), FromText]
+Int = Annotated[int, Strict(), AfterValidator(_fits_64_bits), FromText]
+Float = Annotated[float, Strict(), Field(allow_inf_nan=False), FromText]
+Str = Annotated[str, Strict()]
+Count = Annotated[Int, Field(ge=0)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Positive = Annotated[Float, Field(gt=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+PossiblyInfinite = Annotated[float, Strict(), Field(gt=0), FromText]
+BoolOrAuto = Annotated[Literal["auto", True, False], FromText]
+Depth = Annotated[Literal[18, 34, 50, 101, 152], FromText]
+Dilation = Annotated[Literal[1, 2], FromText]
+Device = Annotated[Str, AfterValidator(_device)]
+Metric = Annotated[Str, AfterValidator(_metric)]
 
+# Sizes of tensors are bounded: a file of a few lines must not make something huge.
+Channels = Annotated[Int, Field(gt=0, le=2**14)]
+Small = Annotated[Int, Field(ge=0, le=64)]  # layers; samples in each direction
+Cells = Annotated[Int, Field(gt=0, le=64)]  # in each direction of a pooled RoI
+Amount = Annotated[Int, Field(gt=0, le=10**6)]  # boxes, images or parts that are computed at once
+Side = Annotated[Int, Field(gt=0, le=2**15)]  # of an image, pixels
+
+AsTuple = BeforeValidator(as_tuple)
+Bools = Annotated[tuple[Bool, ...], AsTuple]
+Ints = Annotated[tuple[Int, ...], AsTuple]
+Floats = Annotated[tuple[Float, ...], AsTuple]
+FloatLists = Annotated[tuple[Floats, ...], AsTuple]
+Lengths = Annotated[tuple[Side, ...], Field(min_length=1, max_length=1000), AsTuple]
+Milestones = Annotated[tuple[PositiveInt, ...], AsTuple, AfterValidator(_increasing)]
+Increasing = Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_increasing)]
+MatchLabels = Annotated[tuple[Literal[-1, 0, 1], ...], AsTuple]
+ConvDims = Annotated[Ints, AfterValidator(_conv_dims)]
+Pair = Annotated[tuple[Float, Float], AsTuple]
+PerChannel = Annotated[tuple[Float, Float, Float], AsTuple]
+PositivePerChannel = Annotated[tuple[Positive, Positive, Positive], AsTuple]
+BoxWeights = Annotated[tuple[Positive, Positive, Positive, Positive], AsTuple]
+FloatsOfLevel = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=64)]
+FloatsPerLevel = Annotated[tuple[FloatsOfLevel, ...], Field(min_length=1, max_length=64), AsTuple]
+Names = Annotated[tuple[Str, ...], BeforeValidator(as_names)]
+Stages = Annotated[Names, AfterValidator(_known_stages)]
 DatasetNames = Annotated[Names, AfterValidator(_folder_names)]
 
 
-class Datasets(Section):
-    """``DATASETS``: names of datasets; ``REGISTER``, ``ROOT`` and ``ALLOW_OUTSIDE`` are ours."""
+class Backbone(Section):
+    name: Str = key(
+        "build_resnet_backbone",
+        "build_resnet_fpn_backbone adds a feature pyramid; build_resnet_backbone (C4, DC5) has none.",
+        BACKBONES,
+    )
+    freeze_at: Int = key(
+        2,
+        "Parts that are not trained: 0 none, 1 the stem, 2 the stem and res2, ...; set it to 0 to train from "
+        "random weights (gn-detect train without --config-file does).",
+        ge=0,
+        le=5,
+    )
+    activation_checkpointing: Bool = key(False, "Compute blocks twice in training, to save memory.")
 
-    train: DatasetNames = ()
-    proposal_files_train: Names = ()
-    precomputed_proposal_topk_train: Int = 2000
-    test: DatasetNames = ()
-    proposal_files_test: Names = ()
-    precomputed_proposal_topk_test: Int = 1000
-    allow_outside: Bool = False
-    # Not "register", which every class has already.
-    registered: Annotated[
-        dict[str, RegisteredDataset], BeforeValidator(_from_text), AfterValidator(_folder_names)
-    ] = Field(default={}, alias="REGISTER")
-    root: Str = ""  # empty: by the environment
+
+class ResNets(Section):
+    depth: Depth = key(50, "Layers of the ResNet.")
+    out_features: Stages = key(("res4",), "Stages that the backbone returns; the last ends it.", min_length=1)
+    num_groups: Channels = key(1, "Groups of the 3x3 convolutions (ResNeXt's cardinality); unrelated to GN.")
+    norm: Str = key("FrozenBN", "Norm of the backbone.", NORMS)
+    width_per_group: Channels = key(64, "Channels of the 3x3 convolutions of res2, for each group.")
+    stride_in_1x1: Bool = key(
+        True,
+        "Stride of a bottleneck: on its first 1x1 convolution (True: MSRA weights) or on its 3x3 convolution "
+        "(False: weights with GN, and torchvision's).",
+    )
+    res5_dilation: Dilation = key(1, "2 keeps res5 at stride 16 (DC5).")
+    res2_out_channels: Channels = key(256, "Channels of res2, doubled by each stage; 64 in ResNet-18 and 34.")
+    stem_out_channels: Channels = key(64, "Channels of the stem.")
+    deform_on_per_stage: Bools = only((False, False, False, False))
+    deform_modulated: Bool = unread(False)
+    deform_num_groups: PositiveInt = unread(1)
+
+
+class FPN(Section):
+    in_features: Stages = key((), "Stages that feed the pyramid.")
+    out_channels: Channels = key(256, "Channels of each level of the pyramid.")
+    norm: Str = key("", "Norm of the pyramid.", NORMS)
+    fuse_type: Literal["sum", "avg"] = key("sum", "Operation that joins a level and the one above it.")
+
+
+class GN(Section):
+    num_groups: Channels = key(
+        32,
+        "Groups of every norm named GN: exactly this number, which must divide the channels; with "
+        "MIN_CHANNELS_PER_GROUP above 1, at most this number.",
+    )
+    min_channels_per_group: Channels = key(
+        1,
+        "Above 1: least channels in a group, so that narrow layers get fewer groups; 16 in models that "
+        "gn-detect convert makes by default.",
+    )
+    eps: Positive = key(1e-5, "Added to the variance of every GN; the eps in a checkpoint takes its place.")
+
+
+class ProposalGenerator(Section):
+    name: Str = only("RPN")
+    min_size: NonNegative = key(0.0, "Drop proposals with a side of this length or less, in network pixels.")
+
+
+class AnchorGenerator(Section):
+    name: Str = only("DefaultAnchorGenerator")
+    sizes: FloatsPerLevel = key(
+        ((32.0, 64.0, 128.0, 256.0, 512.0),),
+        "Square roots of anchor areas, pixels of the network's input: a list for each level, or one for all.",
+    )
+    aspect_ratios: FloatsPerLevel = key(
+        ((0.5, 1.0, 2.0),), "Height / width of anchors: a list for each level, or one for all."
+    )
+    angles: FloatLists = unread(((-90.0, 0.0, 90.0),))
+    offset: Float = key(0.0, "Centre of the first anchor, in strides.", ge=0, lt=1)
+
+
+class RPN(Section):
+    head_name: Str = only("StandardRPNHead")
+    in_features: Names = key(("res4",), "Features on which the RPN searches for objects.", min_length=1)
+    boundary_thresh: Int = key(-1, "Pixels that an anchor may extend beyond the image in training; -1: any.")
+    iou_thresholds: Increasing = key((0.3, 0.7), "IoU that divide anchors into the IOU_LABELS.")
+    iou_labels: MatchLabels = key((0, -1, 1), MATCH_LABELS)
+    batch_size_per_image: Amount = key(256, "Anchors of each image that count in the loss.")
+    positive_fraction: Fraction = key(0.5, "Largest part of these anchors that are objects.")
+    bbox_reg_loss_type: Str = only("smooth_l1")
+    bbox_reg_loss_weight: NonNegative = key(1.0, "Weight of the box loss; that of the classification is 1.")
+    bbox_reg_weights: BoxWeights = key((1.0, 1.0, 1.0, 1.0), "Factors of the box deltas dx, dy, dw, dh.")
+    smooth_l1_beta: NonNegative = key(0.0, "Difference at which smooth L1 becomes L1; 0: L1.")
+    loss_weight: NonNegative = key(1.0, "Weight of both RPN losses.")
+    pre_nms_topk_train: Amount = key(12000, "Proposals of each level before NMS, in training.")
+    pre_nms_topk_test: Amount = key(6000, "The same in evaluation and prediction.")
+    post_nms_topk_train: Amount = key(2000, "Proposals of each image after NMS, in training.")
+    post_nms_topk_test: Amount = key(1000, "The same in evaluation and prediction.")
+    nms_thresh: Fraction = key(0.7, "IoU above which the weaker of two proposals is dropped.")
+    conv_dims: ConvDims = key((-1,), "Channels of the RPN's 3x3 convolutions; -1: as many as the input has.")
+
+
+class ROIHeads(Section):
+    name: Str = key("Res5ROIHeads", "StandardROIHeads (FPN, DC5) or Res5ROIHeads (C4).", ROI_HEADS)
+    num_classes: Int = key(80, "Categories, without the background.", gt=0, le=10**5)
+    in_features: Names = key(("res4",), "Features from which RoIs are pooled.", min_length=1)
+    iou_thresholds: Increasing = key((0.5,), "IoU that divide proposals into the IOU_LABELS.")
+    iou_labels: MatchLabels = key((0, 1), MATCH_LABELS)
+    batch_size_per_image: Amount = key(512, "RoIs of each image that count in the loss.")
+    positive_fraction: Fraction = key(0.25, "Largest part of these RoIs that are objects.")
+    score_thresh_test: Float = key(0.05, "Detections score more than this.")
+    nms_thresh_test: Fraction = key(0.5, "IoU above which the weaker of two detections is dropped, by class.")
+    proposal_append_gt: Bool = key(True, "Add the ground truth to the proposals in training.")
+
+
+class ROIBoxHead(Section):
+    name: Str = key("", "FastRCNNConvFCHead with StandardROIHeads.", ("FastRCNNConvFCHead",))
+    bbox_reg_loss_type: Str = only("smooth_l1")
+    bbox_reg_loss_weight: NonNegative = key(1.0, "Weight of the box loss.")
+    bbox_reg_weights: BoxWeights = key((10.0, 10.0, 5.0, 5.0), "Factors of the box deltas dx, dy, dw, dh.")
+    smooth_l1_beta: NonNegative = key(0.0, "Difference at which smooth L1 becomes L1; 0: L1.")
+    pooler_resolution: Cells = key(14, "Cells on each side of a pooled RoI.")
+    pooler_sampling_ratio: Small = key(0, "Samples on each side of a cell; 0: as many as fit.")
+    pooler_type: Str = key(
+        "ROIAlignV2", "ROIAlignV2 shifts by half a pixel; ROIAlign is Detectron's.", POOLERS
+    )
+    num_fc: Small = key(0, "Fully connected layers of the box head; the paper uses 1, after 4 convolutions.")
+    fc_dim: Channels = key(1024, "Outputs of each fully connected layer.")
+    num_conv: Small = key(0, "Convolutions before the fully connected layers; 4 in the paper.")
+    conv_dim: Channels = key(256, "Channels of these convolutions.")
+    norm: Str = key("", "Norm of the box head's convolutions.", NORMS)
+    cls_agnostic_bbox_reg: Bool = key(False, "One box for each RoI instead of one for each class.")
+    train_on_pred_boxes: Bool = only(False)
+    use_fed_loss: Bool = only(False)
+    use_sigmoid_ce: Bool = only(False)
+    fed_loss_freq_weight_power: Float = unread(0.5)
+    fed_loss_num_classes: Int = unread(50)
+
+
+class ROIMaskHead(Section):
+    name: Str = only("MaskRCNNConvUpsampleHead")
+    pooler_resolution: Cells = key(14, "Cells on each side of a pooled RoI; masks have twice as many.")
+    pooler_sampling_ratio: Small = key(0, "Samples on each side of a cell; 0: as many as fit.")
+    num_conv: Small = key(0, "Convolutions of the mask head before the upsampling.")
+    conv_dim: Channels = key(256, "Channels of these convolutions and of the upsampling.")
+    norm: Str = key("", "Norm of the mask head's convolutions.", NORMS)
+    cls_agnostic_mask: Bool = key(False, "One mask for each RoI instead of one for each class.")
+    pooler_type: Str = key("ROIAlignV2", "See MODEL.ROI_BOX_HEAD.POOLER_TYPE.", POOLERS)
+
+
+# The next sections belong to architectures that are not implemented.
+class ROIBoxCascadeHead(Section):
+    bbox_reg_weights: FloatLists = (
+        (10.0, 10.0, 5.0, 5.0),
+        (20.0, 20.0, 10.0, 10.0),
+        (30.0, 30.0, 15.0, 15.0),
+    )
+    ious: Floats = (0.5, 0.6, 0.7)
+
+
+class ROIKeypointHead(Section):
+    name: Str = "KRCNNConvDeconvUpsampleHead"
+    pooler_resolution: Int = 14
+    pooler_sampling_ratio: Int = 0
+    conv_dims: Ints = (512,) * 8
+    num_keypoints: Int = 17
+    min_keypoints_per_image: Int = 1
+    normalize_loss_by_visible_keypoints: Bool = True
+    loss_weight: Float = 1.0
+    pooler_type: Str = "ROIAlignV2"
+
+
+class SemSegHead(Section):
+    name: Str = "SemSegFPNHead"
+    in_features: Names = ("p2", "p3", "p4", "p5")
+    ignore_value: Int = 255
+    num_classes: Int = 54
+    convs_dim: Int = 128
+    common_stride: Int = 4
+    norm: Str = "GN"
+    loss_weight: Float = 1.0
+
+
+class PanopticCombine(Section):
+    enabled: Bool = True
+    overlap_thresh: Float = 0.5
+    stuff_area_limit: Int = 4096
+    instances_confidence_thresh: Float = 0.5
+
+
+class PanopticFPN(Section):
+    instance_loss_weight: Float = 1.0
+    combine: PanopticCombine = PanopticCombine()
+
+
+class RetinaNet(Section):
+    num_classes: Int = 80
+    in_features: Names = ("p3", "p4", "p5", "p6", "p7")
+    num_convs: Int = 4
+    iou_thresholds: Floats = (0.4, 0.5)
+    iou_labels: Ints = (0, -1, 1)
+    prior_prob: Float = 0.01
+    score_thresh_test: Float = 0.05
+    topk_candidates_test: Int = 1000
+    nms_thresh_test: Float = 0.5
+    bbox_reg_weights: Floats = (1.0, 1.0, 1.0, 1.0)
+    focal_loss_gamma: Float = 2.0
+    focal_loss_alpha: Float = 0.25
+    smooth_l1_loss_beta: Float = 0.1
+    bbox_reg_loss_type: Str = "smooth_l1"
+    norm: Str = ""
+
+
+class Model(Section):
+    load_proposals: Bool = only(False)
+    mask_on: Bool = key(False, "Mask R-CNN; False: Faster R-CNN, boxes alone.")
+    keypoint_on: Bool = only(False)
+    device: Device = key("auto", "auto (cuda if there is a GPU, else cpu), cpu, cuda or cuda:N.")
+    meta_architecture: Str = only("GeneralizedRCNN")
+    weights: Str = key(
+        "",
+        "Checkpoint to start from or to evaluate: a file, zoo://NAME, detectron2://..., https://...; empty: "
+        "random weights.",
+    )
+    pixel_mean: PerChannel = key(
+        (103.53, 116.28, 123.675), "Mean to subtract from pixels of 0 to 255, in the order of INPUT.FORMAT."
+    )
+    pixel_std: PositivePerChannel = key(
+        (1.0, 1.0, 1.0), "Deviation to divide pixels by, in the order of INPUT.FORMAT."
+    )
+    channels_last: BoolOrAuto = key(
+        "auto", "Memory format of backbone and heads; auto: channels-last for training on a CPU."
+    )
+    compile: Bool = key(False, "torch.compile of backbone and FPN in training.")
+    gn: GN = GN()
+    backbone: Backbone = Backbone()
+    resnets: ResNets = ResNets()
+    fpn: FPN = FPN()
+    proposal_generator: ProposalGenerator = ProposalGenerator()
+    anchor_generator: AnchorGenerator = AnchorGenerator()
+    rpn: RPN = RPN()
+    roi_heads: ROIHeads = ROIHeads()
+    roi_box_head: ROIBoxHead = ROIBoxHead()
+    roi_mask_head: ROIMaskHead = ROIMaskHead()
+    roi_box_cascade_head: ROIBoxCascadeHead = unread(ROIBoxCascadeHead())
+    roi_keypoint_head: ROIKeypointHead = unread(ROIKeypointHead())
+    sem_seg_head: SemSegHead = unread(SemSegHead())
+    panoptic_fpn: PanopticFPN = unread(PanopticFPN())
+    retinanet: RetinaNet = unread(RetinaNet())
+
+
+class Crop(Section):
+    enabled: Bool = key(False, "Train on random crops; each keeps at least one object.")
+    type: Literal["relative_range", "relative", "absolute", "absolute_range"] = key(
+        "relative_range", "Meaning of SIZE: fractions of the image or pixels, exact or the least of a range."
+    )
+    size: Pair = key((0.9, 0.9), "(height, width) of the crop.")
+
+
+class ColorJitter(Section):
+    enabled: Bool = key(False, "Change brightness, contrast, saturation and hue (torchvision's ColorJitter).")
+    brightness: NonNegative = key(0.4, "Strength of the change of brightness; 0.4: a factor of 0.6 to 1.4.")
+    contrast: NonNegative = key(0.4, "Strength of the change of contrast; 0.4: a factor of 0.6 to 1.4.")
+    saturation: NonNegative = key(0.4, "Strength of the change of saturation; 0.4: a factor of 0.6 to 1.4.")
+    hue: Float = key(0.1, "Strength of the change of hue, up to 0.5 (half the circle).", ge=0, le=0.5)
+
+
+class LargeScaleJitter(Section):
+    enabled: Bool = key(
+        False,
+        "Resize by a random factor and cut or pad to SIZE (arXiv 2012.07177), instead of MIN_SIZE_TRAIN.",
+    )
+    min_scale: Float = key(0.1, "Least factor of the resize.", gt=0, le=100)
+    max_scale: Float = key(2.0, "Largest factor of the resize.", gt=0, le=100)
+    size: Lengths = key((1024, 1024), "(height, width) of the canvas, pixels.")
+
+
+class Input(Section):
+    min_size_train: Lengths = key((800,), "Lengths of the shorter side in training, pixels; drawn at random.")
+    min_size_train_sampling: Literal["choice", "range"] = key(
+        "choice", "choice: one of MIN_SIZE_TRAIN; range: any length between its two."
+    )
+    max_size_train: Amount = key(1333, "Limit of the longer side in training, pixels.")
+    min_size_test: Int = key(
+        800, "Shorter side in evaluation and prediction, pixels; 0: no resize.", ge=0, le=2**15
+    )
+    max_size_test: Amount = key(1333, "Limit of the longer side in evaluation and prediction, pixels.")
+    random_flip: Literal["horizontal", "vertical", "none"] = key(
+        "horizontal", "Mirror half of the training images."
+    )
+    crop: Crop = Crop()
+    format: Str = key("BGR", "Order of the channels that the weights expect.", ("BGR", "RGB"))
+    mask_format: Literal["polygon", "bitmask"] = key(
+        "polygon", "polygon keeps polygons and rasterises them in each RoI; bitmask draws them in the image."
+    )
+    color_jitter: ColorJitter = ColorJitter()
+    large_scale_jitter: LargeScaleJitter = LargeScaleJitter()
+
+
+class RegisteredDataset(Section):
+    """An entry of ``DATASETS.REGISTER``: a COCO JSON and the folder of its images; keys in any case."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    annotations: Str
+    images: Str
+
+
+class Datasets(Section):
+    train: DatasetNames = key((), "Names of the datasets to train on, joined.")
+    proposal_files_train: Names = unread(())
+    precomputed_proposal_topk_train: Int = unread(2000)
+    test: DatasetNames = key((), "Names of the datasets to evaluate on, each by itself.")
+    proposal_files_test: Names = unread(())
+    precomputed_proposal_topk_test: Int = unread(1000)
+    allow_outside: Bool = key(
+        False,
+        "Read images whose path in the annotation file is absolute or contains `..`: its author then chooses "
+        "which files of this machine are opened.",
+    )
+    # Every class has a method "register" already.
+    registered: Annotated[dict[str, RegisteredDataset], FromText, AfterValidator(_folder_names)] = key(
+        {}, "Names of your own: {name: {annotations: COCO JSON, images: folder}}.", alias="REGISTER"
+    )
+    root: Str = key(
+        "", "Folder of the built-in datasets; empty: $GN_DETECT_DATASETS, $DETECTRON2_DATASETS or ./datasets."
+    )
 
 
 class DataLoader(Section):
-    """``DATALOADER``."""
-
-    num_workers: Annotated[Int, Field(ge=0, le=1024)] = 4
-    aspect_ratio_grouping: Bool = True
-    sampler_train: Str = "TrainingSampler"
-    repeat_threshold: Fraction = 0.0
-    repeat_sqrt: Bool = True
-    filter_empty_annotations: Bool = True
+    num_workers: Int = key(4, "Processes of the loader; 0: none.", ge=0, le=1024)
+    aspect_ratio_grouping: Bool = key(True, "Put wide and tall images into different batches.")
+    sampler_train: Str = key(
+        "TrainingSampler",
+        "RepeatFactorTrainingSampler repeats images of rare categories.",
+        ("TrainingSampler", "RepeatFactorTrainingSampler"),
+    )
+    repeat_threshold: Fraction = key(0.0, "Share of the images below which a category is rare.")
+    repeat_sqrt: Bool = key(True, "Repeat by the square root of the shortage (LVIS).")
+    filter_empty_annotations: Bool = key(True, "Leave out training images without objects.")
 
 
 class ClipGradients(Section):
-    """``SOLVER.CLIP_GRADIENTS``; the type ``full_model`` is ours: the norm of all gradients together."""
-
-    enabled: Bool = False
-    clip_type: Literal["value", "norm", "full_model"] = "value"
-    clip_value: Positive = 1.0
-    norm_type: PossiblyInfinite = 2.0
+    enabled: Bool = key(False, "Limit gradients.")
+    clip_type: Literal["value", "norm", "full_model"] = key(
+        "value", "Limit each value, each parameter's norm, or the norm of all together."
+    )
+    clip_value: Positive = key(1.0, "The limit of value or norm.")
+    norm_type: PossiblyInfinite = key(2.0, "p of the norm; 2: Euclidean.")
 
 
 class AMP(Section):
-    """``SOLVER.AMP``; ``DTYPE`` is ours. float16 scales the loss, bfloat16 need not."""
-
-    enabled: Bool = False
-    dtype: Literal["float16", "bfloat16"] = "float16"
+    enabled: Bool = key(False, "Mixed precision.")
+    dtype: Literal["float16", "bfloat16"] = key(
+        "float16", "float16 with a loss scaler, or bfloat16; on a CPU always bfloat16."
+    )
 
 
 class EMA(Section):
-    """``SOLVER.EMA``, ours: an exponential moving average of the weights, which is evaluated and saved."""
-
-    enabled: Bool = False
-    decay: Annotated[Float, Field(gt=0, lt=1)] = 0.9998
+    enabled: Bool = key(False, "Keep a moving average of the weights, and evaluate and save it.")
+    decay: Float = key(
+        0.9998,
+        "Part of the average that stays at each iteration; less at the start: (1 + n) / (10 + n) after n.",
+        gt=0,
+        lt=1,
+    )
 
 
 class Solver(Section):
-    """``SOLVER``; from ``OPTIMIZER`` on, the keys are ours."""
-
-    lr_scheduler_name: Str = "WarmupMultiStepLR"
-    max_iter: PositiveInt = 40000
-    base_lr: Positive = 0.001
-    base_lr_end: NonNegative = 0.0
-    momentum: Annotated[Float, Field(ge=0, lt=1)] = 0.9
-    nesterov: Bool = False
-    weight_decay: NonNegative = 0.0001
-    weight_decay_norm: NonNegative = 0.0
-    gamma: Positive = 0.1
-    steps: Milestones = (30000,)
-    num_decays: Int = 3
-    warmup_factor: NonNegative = 1.0 / 1000
-    warmup_iters: Count = 1000
-    warmup_method: Literal["linear", "constant"] = "linear"
-    rescale_interval: Bool = False
-    checkpoint_period: Count = 5000
-    ims_per_batch: Amount = 16
-    reference_world_size: Annotated[Int, Field(ge=0, le=10**6)] = 0
-    bias_lr_factor: NonNegative = 1.0
-    weight_decay_bias: Annotated[NonNegative | None, BeforeValidator(_from_text)] = None
+    lr_scheduler_name: Str = key(
+        "WarmupMultiStepLR",
+        "Learning rate: falls at STEPS, or by half a cosine down to BASE_LR_END.",
+        ("WarmupMultiStepLR", "WarmupCosineLR"),
+    )
+    max_iter: PositiveInt = key(40000, "Iterations, each of IMS_PER_BATCH images.")
+    base_lr: Positive = key(0.001, "Learning rate for IMS_PER_BATCH images; detectron2 has 0.02 for 16.")
+    base_lr_end: NonNegative = key(0.0, "Last learning rate of the cosine.")
+    momentum: Float = key(0.9, "Momentum of SGD.", ge=0, lt=1)
+    nesterov: Bool = key(False, "Nesterov's momentum in SGD.")
+    weight_decay: NonNegative = key(0.0001, "Weight decay of all parameters except those of norms.")
+    weight_decay_norm: NonNegative = key(0.0, "Weight decay of norms' parameters; GN needs 0 (the paper).")
+    gamma: Positive = key(0.1, "Factor of the learning rate at each of STEPS.")
+    steps: Milestones = key((30000,), "Iterations after which the learning rate falls.")
+    num_decays: Int = unread(3)
+    warmup_factor: NonNegative = key(1.0 / 1000, "First learning rate as a part of BASE_LR.")
+    warmup_iters: Count = key(1000, "Iterations until BASE_LR is reached.")
+    warmup_method: Literal["linear", "constant"] = key(
+        "linear", "Warm-up: linear rises; constant stays at WARMUP_FACTOR."
+    )
+    rescale_interval: Bool = only(False)
+    checkpoint_period: Count = key(5000, "Iterations between checkpoints; 0: the final one alone.")
+    ims_per_batch: Amount = key(16, "Images of an iteration, over all processes.")
+    reference_world_size: Int = key(
+        0,
+        "Processes that batch and schedule are meant for; other numbers scale both. 0: no scaling.",
+        ge=0,
+        le=10**6,
+    )
+    bias_lr_factor: NonNegative = key(1.0, "Factor of the learning rate of biases.")
+    weight_decay_bias: Annotated[NonNegative | None, FromText] = key(
+        None, "Weight decay of biases; none: that of their layer's weights."
+    )
     clip_gradients: ClipGradients = ClipGradients()
     amp: AMP = AMP()
-    optimizer: Literal["SGD", "AdamW"] = "SGD"
-    betas: Annotated[Pair, AfterValidator(lambda pair: _below_one(pair))] = (0.9, 0.999)
-    best_checkpoint_metric: Annotated[Str, AfterValidator(_metric)] = "auto"
-    log_period: PositiveInt = 20
-    accumulate: Amount = 1  # parts of IMS_PER_BATCH that go through the model one after the other
+    optimizer: Literal["SGD", "AdamW"] = key("SGD", "SGD or AdamW.")
+    betas: Annotated[Pair, AfterValidator(_below_one)] = key((0.9, 0.999), "The two betas of AdamW.")
+    best_checkpoint_metric: Metric = key(
+        "auto",
+        "Metric that selects model_best.pth, such as bbox/AP-person; auto: segm/AP, without masks bbox/AP.",
+    )
+    log_period: PositiveInt = key(20, "Iterations between log lines.")
+    accumulate: Amount = key(
+        1,
+        "Parts of IMS_PER_BATCH that go through the model one after the other: less memory, the same update.",
+    )
     ema: EMA = EMA()
-    non_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
+    non_finite: Literal["stop", "skip"] = key(
+        "stop", "Stop at, or skip, a step with a non-finite loss or gradient."
+    )
 
 
 class Checkpoint(Section):
-    """``CHECKPOINT``, ours: which checkpoints stay beside the best and the final one."""
-
-    keep: Count = 0  # the newest so many; 0: all
-
-
-def _below_one(pair: tuple[float, float]) -> tuple[float, float]:
-    if not all(0 <= value < 1 for value in pair):
-        raise ValueError("must be two numbers from 0 to below 1")
-    return pair
+    keep: Count = key(0, "Newest checkpoints to keep, in addition to the best and the final one; 0: all.")
 
 
 class Augmentation(Section):
-    """``TEST.AUG``."""
-
-    enabled: Bool = False
-    min_sizes: Ints = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)
-    max_size: Int = 4000
-    flip: Bool = True
+    enabled: Bool = only(False)
+    min_sizes: Ints = unread((400, 500, 600, 700, 800, 900, 1000, 1100, 1200))
+    max_size: Int = unread(4000)
+    flip: Bool = unread(True)
 
 
 class PreciseBN(Section):
-    """``TEST.PRECISE_BN``."""
-
-    enabled: Bool = False
-    num_iter: Int = 200
+    enabled: Bool = only(False)
+    num_iter: Int = unread(200)
 
 
 class Test(Section):
-    """``TEST``; ``IMS_PER_BATCH`` and ``COCO_EVAL_BACKEND`` are ours."""
-
-    expected_results: Annotated[tuple[Any, ...], BeforeValidator(_from_text)] = ()
-    eval_period: Count = 0
-    keypoint_oks_sigmas: Annotated[tuple[Float, ...], BeforeValidator(_from_text)] = ()
-    detections_per_image: Amount = 100
+    expected_results: Annotated[tuple[Any, ...], FromText] = only(())
+    eval_period: Count = key(0, "Iterations between evaluations; 0: at the end alone.")
+    keypoint_oks_sigmas: Annotated[tuple[Float, ...], FromText] = unread(())
+    detections_per_image: Amount = key(100, "Limit of the detections of an image; COCO's AP counts 100.")
     aug: Augmentation = Augmentation()
     precise_bn: PreciseBN = PreciseBN()
-    ims_per_batch: Amount = 1
-    coco_eval_backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = "auto"
+    ims_per_batch: Amount = key(1, "Images that each process reads and evaluates together.")
+    coco_eval_backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = key(
+        "auto", "Library that computes AP; all give the same numbers."
+    )
 
 
 class Vis(Section):
-    """``VIS``, ours: pictures drawn after the final evaluation."""
-
-    num_images: Count = 8
+    num_images: Count = key(8, "Pictures drawn after the final evaluation.")
 
 
 class Global(Section):
-    """``GLOBAL``: detectron2's place for experiments."""
-
-    hack: Float = 1.0
+    hack: Float = only(1.0)
 
 
 class Root(Section):
-    """All keys."""
-
-    version: Int = 2
+    version: Int = key(2, "Version of detectron2's config format.", (2,))
     model: Model = Model()
     input: Input = Input()
     datasets: Datasets = Datasets()
@@ -260,10 +585,53 @@ class Root(Section):
     solver: Solver = Solver()
     checkpoint: Checkpoint = Checkpoint()
     test: Test = Test()
-    output_dir: Annotated[Str, Field(min_length=1)] = "./output"
-    seed: Annotated[Int, Field(lt=2**31)] = -1  # negative: another one for each run
-    cudnn_benchmark: Bool = False
-    float32_precision: Literal["", "highest", "high", "medium"] = ""
-    vis_period: Int = 0
+    output_dir: Str = key(
+        "./output", "Folder of the run: config, log, metrics, checkpoints, results, pictures.", min_length=1
+    )
+    seed: Int = key(
+        -1,
+        "Seed of weights, order of images and augmentation; negative: a new one for each run, "
+        "written into its config.",
+        lt=2**31,
+    )
+    cudnn_benchmark: Bool = key(False, "Let cuDNN time its algorithms; helps where all inputs have one size.")
+    float32_precision: Literal["", "highest", "high", "medium"] = key(
+        "", "Precision of float32 matrix products (torch.set_float32_matmul_precision); empty: PyTorch's own."
+    )
+    vis_period: Int = only(0)
     vis: Vis = Vis()
     global_: Global = Global()
+
+
+@cache
+def key_fields() -> dict[str, FieldInfo]:
+    """Return the declaration of every dotted key and group, in the order of the schema."""
+    return dict(_walk(Root, ""))
+
+
+def _walk(section: type[Section], prefix: str) -> Iterable[tuple[str, FieldInfo]]:
+    for field in section.model_fields.values():
+        yield f"{prefix}{field.alias}", field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _walk(field.annotation, f"{prefix}{field.alias}.")
+
+
+def known_keys() -> list[str]:
+    """Return all dotted keys, groups included."""
+    return list(key_fields())
+
+
+def implemented(name: str) -> tuple[Any, ...]:
+    """Return the values of a dotted key that are implemented; none for a key that takes any of its type."""
+    extra = key_fields()[name].json_schema_extra
+    return extra["implemented"] if isinstance(extra, dict) else ()  # type: ignore[return-value]
+
+
+def never_read() -> list[str]:
+    """Return the keys, and the groups of keys, that no architecture reads."""
+    return [name for name, field in key_fields().items() if field.description == NEVER_READ]
+
+
+def is_below(name: str, groups: Iterable[str]) -> bool:
+    """Return whether a dotted key is one of ``groups`` or lies below one."""
+    return any(name == group or name.startswith(f"{group}.") for group in groups)

@@ -1,4 +1,4 @@
-"""YAML from files of others: safe types alone, and nothing small that becomes large."""
+"""YAML from untrusted files: safe types alone, and nothing small that becomes large."""
 
 from __future__ import annotations
 
@@ -7,29 +7,27 @@ from typing import Any
 
 import yaml
 
+# Most characters. A whole config takes 6,000; PyYAML reads some 30,000 in a second.
 LARGEST = 1 << 17
-"""Most characters. A whole config takes 6,000; PyYAML reads some 30,000 in a second."""
-
-_MOST_NODES = 20_000
-"""Most keys and values, with aliases written out; a long text counts as several values."""
-
-_CHARACTERS = 16
-"""Number of characters of a text that count as one value."""
-
+# Most keys and values, with aliases written out; 16 characters of a text count as one value.
+_MOST_NODES, _CHARACTERS = 20_000, 16
+# Most levels of lists and groups.
 _DEEPEST = 32
-"""Most levels of lists and groups."""
+# Most characters of a number; the time to read one grows with the square of its length.
+_LONGEST_NUMBER = 64
 
 _TOO_DEEP = f"more than {_DEEPEST} levels of lists and groups"
 
-_LONGEST_NUMBER = 64
-"""Most characters of a number; the time to read one grows with the square of its length."""
+
+def _problem(text: str, mark: Any) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, text, mark)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with ``!!python/tuple``, which detectron2 writes; a key that stands twice is an error."""
+    """Safe YAML with ``!!python/tuple``, which detectron2 writes; a repeated key is an error."""
 
     def fetch_flow_collection_start(self, token_class: Any) -> None:
-        """Read a bracket. PyYAML looks ahead 1024 characters, for a time that grows with their square."""
+        # At a bracket PyYAML looks ahead 1024 characters, for a time that grows with their square.
         if self.flow_level >= _DEEPEST:
             raise yaml.scanner.ScannerError(None, None, _TOO_DEEP, self.get_mark())
         super().fetch_flow_collection_start(token_class)
@@ -39,26 +37,20 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is not text", key_node.start_mark
-                )
+                raise _problem(f"key {key!r} is not text", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key} stands twice", key_node.start_mark
-                )
+                raise _problem(f"{key} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_tuple(self, node: yaml.Node) -> tuple[Any, ...]:
-        """Return the tuple of ``!!python/tuple [...]``."""
         if not isinstance(node, yaml.SequenceNode):
-            raise yaml.constructor.ConstructorError(None, None, "a tuple needs a list", node.start_mark)
+            raise _problem("a tuple needs a list", node.start_mark)
         return tuple(self.construct_sequence(node, deep=True))
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """Return an integer or a float of usual length."""
         if len(node.value) > _LONGEST_NUMBER:
-            raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
+            raise _problem("a number is too long", node.start_mark)
         if node.tag.endswith(":int"):
             return self.construct_yaml_int(node)
         return self.construct_yaml_float(node)
@@ -72,12 +64,12 @@ for _kind in ("int", "float"):
 def parse_yaml(text: str) -> Any:
     """Return the value that YAML ``text`` spells, None for an empty one.
 
-    Every YAML that is not the package's own goes through here: files, texts on the command line, and the
-    configs in checkpoints and exported models.
+    All YAML from outside the package goes through here: files, texts on the command line, and the configs in
+    checkpoints and exported models.
 
     Raises:
-        yaml.YAMLError: it is not YAML, names a type that is not plain, or is too large, with its aliases
-            written out, for a config; ``problem`` says which.
+        yaml.YAMLError: it is not YAML, names a type that is not plain, or is too large for a config with its
+            aliases written out; ``problem`` holds the reason.
     """
     if len(text) > LARGEST:
         raise yaml.MarkedYAMLError(problem=f"more than {LARGEST} characters, too many for a config")

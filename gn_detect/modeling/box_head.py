@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.model import ROIBoxHead, ROIHeads
+from ..config.schema import ROIBoxHead, ROIHeads
 from ..layers import init_he, init_normal, init_xavier, make_conv
 from ..ops import clip_boxes, decode_boxes, encode_boxes, nms_by_group
 from .resnet import NormFactory

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..config import Config
-from ..config.model import ROIBoxHead, ROIMaskHead
+from ..config.schema import ROIBoxHead, ROIMaskHead
 from ..layers import make_norm
 from .anchors import AnchorGenerator
 from .box_head import BoxHead, BoxPredictor

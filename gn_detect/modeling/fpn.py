@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..config.model import FPN as FPNSettings
+from ..config.schema import FPN as FPNSettings
 from ..layers import init_xavier, make_conv
 from .resnet import NormFactory
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.model import ROIMaskHead
+from ..config.schema import ROIMaskHead
 from ..layers import init_he, init_normal, make_conv
 from ..ops import rasterize_masks
 from ..structures import Target

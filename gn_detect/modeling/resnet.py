@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from ..config.model import ResNets
+from ..config.schema import ResNets
 from ..layers import Conv2d, FrozenBatchNorm2d, init_he
 
 NormFactory = Callable[[int], nn.Module | None]

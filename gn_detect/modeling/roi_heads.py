@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..config.model import ROIHeads
+from ..config.schema import ROIHeads
 from ..structures import Detections, Target
 from .box_head import BoxHead, BoxPredictor
 from .mask_head import MaskHead, mask_loss

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..config.model import RPN as RPNSettings
+from ..config.schema import RPN as RPNSettings
 from ..layers import Conv2d, init_normal
 from ..ops import clip_boxes, decode_boxes, encode_boxes, nms_by_group, rows_by_value
 from ..structures import Target

@@ -102,13 +102,13 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def _tell(path: Path, **metadata: Any) -> None:
+def _state(path: Path, **metadata: Any) -> None:
     torch.save({**torch.load(path, weights_only=True), **metadata}, path)
 
 
 def _of_rgb(path: Path) -> None:
-    told = {"format": "RGB", "pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.4, 57.1, 57.4]}
-    _tell(path, input=told)
+    stated = {"format": "RGB", "pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.4, 57.1, 57.4]}
+    _state(path, input=stated)
 
 
 def _hostile(path: Path) -> None:
@@ -220,7 +220,7 @@ MISTAKES = {
         _file("data.yaml", "nc: 1\nnames: [cat]\n"),
     ),
     "folder for a file": Mistake(
-        "doctor --json {images} --images {images}", "it is a folder", "give the COCO annotation file"
+        "doctor {images} --images {images}", "it is a folder", "give the COCO annotation file"
     ),
     "boxes that are fractions": Mistake(
         OWN,
@@ -294,7 +294,7 @@ MISTAKES = {
     "half of a pair of flags": Mistake("train --train-json {train}", "--train-images", "give both"),
     "unknown dataset": Mistake(f"{TRAIN} DATASETS.TRAIN tiny_trian", "tiny_trian", "tiny_train"),
     "unequal flags of the doctor": Mistake(
-        "doctor --json {train} --json {val} --images {images}", "2 --json", "each"
+        "doctor {train} {val} --images {images}", "2 annotation files", "each"
     ),
     "nothing to evaluate": Mistake(EVAL, "MODEL.WEIGHTS", "add --weights"),
     "nothing to evaluate on": Mistake(
@@ -341,13 +341,13 @@ MISTAKES = {
         f"{EVAL} --weights {{folder}}/w.pth",
         "bar, circle",
         "--other-classes",
-        _weights([], lambda path: _tell(path, class_names=["bar", "circle"])),
+        _weights([], lambda path: _state(path, class_names=["bar", "circle"])),
     ),
     "prediction of classes of other names": Mistake(
         f"{PREDICT} --weights {{folder}}/w.pth --annotations {{train}}",
         "bar, circle",
         "--other-classes",
-        _weights([], lambda path: _tell(path, class_names=["bar", "circle"])),
+        _weights([], lambda path: _state(path, class_names=["bar", "circle"])),
     ),
     "weights of other input": Mistake(
         f"{EVAL} --weights {{folder}}/w.pth", "INPUT.FORMAT RGB", "--fix-config", _weights([], _of_rgb)
@@ -409,12 +409,12 @@ MISTAKES = {
     "key of predict without its value": Mistake(
         f"{PREDICT} --weights w.pth MODEL.DEVICE", "MODEL.DEVICE", "give KEY VALUE pairs"
     ),
-    "doctor without images": Mistake("doctor --json {train}", "--images", "--no-images"),
+    "doctor without images": Mistake("doctor {train}", "--images", "--no-images"),
     "repair with another folder": Mistake(
-        "doctor --json {train} --images {folder} --fix {output}", "none of the 4 images", "is their folder"
+        "doctor {train} --images {folder} --fix {output}", "none of the 4 images", "is their folder"
     ),
     "repair that removes much": Mistake(
-        "doctor --json {train} --images {images} --fix {output}",
+        "doctor {train} --images {images} --fix {output}",
         "2 of 8 annotations (id 1, 2)",
         "add --drop",
         _edit(lambda c: [a.update(category_id=55) for a in c["annotations"][:2]]),

@@ -1,4 +1,4 @@
-"""What a user can do wrong: status 2, one line that names the item, and nothing half-written."""
+"""Mistakes of a user: status 2, one line that names the item, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from gn_detect.cli import main
-from gn_detect.cli.main import COMMANDS
+from gn_detect.cli.main import load_command
 from tests.cli.conftest import Case
 
 Refused = Callable[..., str]
@@ -192,7 +192,7 @@ def test_too_little_gpu_memory_names_the_keys_of_the_command(
     def run(_: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(COMMANDS[arguments[0]], "run", run)
+    monkeypatch.setattr(load_command(arguments[0]), "run", run)
     error = refused(*arguments)
     assert "out of GPU memory; " in error and LESS_MEMORY[arguments] in error
     assert ("TRAIN" in error) == (arguments == ("train",))

@@ -172,7 +172,7 @@ def test_prediction_has_the_ids_of_its_ground_truth(
     assert {category["name"]: category["id"] for category in listed} == ids
 
 
-def test_prediction_beside_ground_truth_of_other_classes(
+def test_prediction_next_to_ground_truth_of_other_classes(
     trained: Path, cases: Path, tmp_path: Path, refused: Refused
 ) -> None:
     words = prediction(trained, cases, "renamed.json", tmp_path / "out")

@@ -20,7 +20,7 @@ Refused = Callable[..., str]
 
 
 def doctor(case: Case, *arguments: object) -> int:
-    given = ["--json", case.train, "--images", case.train.parent / "images", *arguments]
+    given = [case.train, "--images", case.train.parent / "images", *arguments]
     return main(["doctor", *map(str, given)])
 
 
@@ -30,7 +30,7 @@ def spoil(content: dict) -> None:
 
 
 def test_a_good_dataset(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    val = ("--json", case.val, "--images", case.val.parent / "images")
+    val = (case.val, "--images", case.val.parent / "images")
     assert doctor(case, *val, "--strict") == 0
     out, err = capsys.readouterr()
     assert out.endswith("0 errors, 0 warnings, 0 notes\n") and err == ""
@@ -63,7 +63,7 @@ def test_a_repaired_copy_trains_and_the_input_stays(
 def test_shared_pictures_leave_the_first_part(case: Case, tmp_path: Path) -> None:
     images = case.train.parent / "images"
     (case.val.parent / "images" / "001.png").write_bytes((images / "003.png").read_bytes())
-    val = ("--json", case.val, "--images", case.val.parent / "images")
+    val = (case.val, "--images", case.val.parent / "images")
     fixed = tmp_path / "fixed.json"
     assert doctor(case, *val, "--fix", fixed) == 2 and not fixed.exists()
     assert doctor(case, *val, "--strict", "--fix", fixed, "--drop") == 1
@@ -178,18 +178,18 @@ def test_categories_without_an_object_go_where_there_are_too_many(
 
 def test_what_is_refused(case: Case, refused: Refused, tmp_path: Path) -> None:
     images = case.train.parent / "images"
-    pair = ("doctor", "--json", case.train, "--images", images)
+    pair = ("doctor", case.train, "--images", images)
     assert "must not name an input" in refused(*pair, "--fix", case.train)
     assert "must not name an input" in refused(*pair, "--report", case.train)
-    assert "2 --json but 1 --images" in refused(*pair, "--json", case.val)
-    assert "nowhere" in refused("doctor", "--json", case.train, "--images", tmp_path / "nowhere")
-    assert "nowhere.json" in refused("doctor", "--json", tmp_path / "nowhere.json", "--images", images)
+    assert "2 annotation files but 1 --images" in refused(*pair, case.val)
+    assert "nowhere" in refused("doctor", case.train, "--images", tmp_path / "nowhere")
+    assert "nowhere.json" in refused("doctor", tmp_path / "nowhere.json", "--images", images)
     case.train.write_text("[]")
     assert "not COCO" in refused(*pair)
 
 
 def test_outputs_of_one_name_are_refused(case: Case, refused: Refused, tmp_path: Path) -> None:
-    pair = ("doctor", "--json", case.train, "--images", case.train.parent / "images")
+    pair = ("doctor", case.train, "--images", case.train.parent / "images")
     before = set(tmp_path.rglob("*"))
     for report, fixed in (("a.json", "a.json"), ("a.json", "a.png"), ("a.png", "b.json")):
         words = ("--report", tmp_path / report, "--fix", tmp_path / fixed)
@@ -206,6 +206,6 @@ def test_training_speaks_of_the_doctor(case: Case, refused: Refused) -> None:
 def test_the_tool_in_a_checkout(repository: Path, case: Case, tmp_path: Path) -> None:
     case.edit(spoil)
     images = case.train.parent / "images"
-    command = [sys.executable, repository / "tools" / "doctor.py", "--json", case.train, "--images", images]
+    command = [sys.executable, repository / "tools" / "doctor.py", case.train, "--images", images]
     result = subprocess.run([*map(str, command), "--strict"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 1 and "[box-outside]" in result.stdout and result.stderr == ""

@@ -41,7 +41,7 @@ class Folder:
 
     def doctor(self, *words: object) -> int:
         """Run the doctor."""
-        given = ["doctor", "--json", self.json, "--images", self.images, *words]
+        given = ["doctor", self.json, "--images", self.images, *words]
         status = main(list(map(str, given)))
         out, err = self.capsys.readouterr()
         self.said = out + err

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from gn_detect import load_config
-from gn_detect.cli import export as command
 from gn_detect.cli import main
 from gn_detect.config import Config
 from gn_detect.engine import Predictor
@@ -89,7 +88,9 @@ def test_the_result_as_json(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy.onnx"
-    monkeypatch.setattr(command, "export_detector", lambda _, path: shutil.copy(folder / "model.onnx", path))
+    monkeypatch.setattr(
+        "gn_detect.export.write.export_detector", lambda _, path: shutil.copy(folder / "model.onnx", path)
+    )
     words = ["export", "--json", "--config-file", folder / "tiny.yaml", "--output", copy]
     words += ["--check", folder / "images", "--weights", folder / "model.pth"]
     assert main(list(map(str, words))) == 0
@@ -242,7 +243,7 @@ def test_bad_files_and_flags_are_refused_in_one_line(
     Image.new("RGB", (120, 40)).save(tmp_path / "flat.png")
     flat = ["export", "--output", tmp_path / "a.onnx", "--check", tmp_path / "flat.png", *keys]
     with monkeypatch.context() as patch:
-        patch.setattr(command, "export_detector", lambda _, path: shutil.copy(model, path))
+        patch.setattr("gn_detect.export.write.export_detector", lambda _, path: shutil.copy(model, path))
         assert f"{tmp_path / 'flat.png'}: 120 x 40 pixels" in refused(*flat)
     (tmp_path / "a.onnx").unlink()
     monkeypatch.setattr(export, "find_spec", lambda name: None)

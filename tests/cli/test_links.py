@@ -27,7 +27,7 @@ def test_inputs(case: Case, refused: Refused, tmp_path: Path) -> None:
         ["config", "show", "--config-file", config],
         ["plot", run],
         ["plot", metrics],
-        ["doctor", "--json", looped(tmp_path / "a.json"), "--images", tmp_path],
+        ["doctor", looped(tmp_path / "a.json"), "--images", tmp_path],
         ["convert", looped(tmp_path / "a.pth"), tmp_path / "b.pth"],
         ["predict", "--config-file", config, looped(tmp_path / "a.png")],
     ):
@@ -37,6 +37,6 @@ def test_inputs(case: Case, refused: Refused, tmp_path: Path) -> None:
 def test_outputs(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are replaced, as any file."""
     fixed = looped(tmp_path / "fixed.json")
-    given = ["--json", case.train, "--images", case.train.parent / "images", "--fix", fixed]
+    given = [case.train, "--images", case.train.parent / "images", "--fix", fixed]
     assert main(["doctor", *map(str, given)]) == 0
     assert fixed.is_file() and not fixed.is_symlink()

@@ -74,8 +74,8 @@ def test_weights_decide_about_the_network_and_no_val_is_said(
     weights = case.output / "model_final.pth"
     keys = ["OUTPUT_DIR", str(tmp_path / "two"), "SOLVER.MAX_ITER", "1", "MODEL.DEVICE", "cpu"]
     assert main(["train", *flags(case, val=False), "--weights", str(weights), *keys]) == 0
-    told = capsys.readouterr().out
-    assert "Mask R-CNN R-18-FPN with GN, as the weights are" in told and "without --val-json" in told
+    printed = capsys.readouterr().out
+    assert "Mask R-CNN R-18-FPN with GN, as the weights are" in printed and "without --val-json" in printed
     before, after = load_config(case.output / "config.yaml"), load_config(tmp_path / "two" / "config.yaml")
     assert after.model.gn == before.model.gn and after.model.fpn == before.model.fpn
     assert after.model.resnets.depth == 18 and after.model.resnets.res2_out_channels == 8

@@ -17,7 +17,6 @@ from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 
 from gn_detect.cli import main
-from gn_detect.cli import predict as command
 from gn_detect.cli.inputs import find_images
 from gn_detect.config import load_config
 from gn_detect.engine import predict_files as prediction
@@ -57,7 +56,7 @@ class Stub:
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "Predictor", Stub)
+    monkeypatch.setattr("gn_detect.engine.Predictor", Stub)
 
 
 def predict(case: Case, output: Path, *arguments: object) -> int:
@@ -328,7 +327,7 @@ def test_an_image_that_the_predictor_refuses_is_named_and_the_others_are_done(
                 raise UserError("too thin")
             return super().__call__(image)
 
-    monkeypatch.setattr(command, "Predictor", Fussy)
+    monkeypatch.setattr("gn_detect.engine.Predictor", Fussy)
     images = case.train.parent / "images"
     Image.new("RGB", (80, 1)).save(images / "002.png")
     assert predict(case, tmp_path / "out", "--workers", 0, images) == 1
@@ -351,7 +350,7 @@ def test_an_image_that_is_too_large_for_the_gpu_is_named_and_the_others_are_done
     case: Case, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     emptied = []
-    monkeypatch.setattr(command, "Predictor", Hungry)
+    monkeypatch.setattr("gn_detect.engine.Predictor", Hungry)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     images = case.train.parent / "images"
     Image.new("RGB", (90, 40)).save(images / "002.png")
@@ -384,7 +383,7 @@ def test_masks_below_the_threshold_are_left_out_without_a_copy(
         written.append(found)
         return detections_to_coco(found, *rest)
 
-    monkeypatch.setattr(command, "Predictor", Watched)
+    monkeypatch.setattr("gn_detect.engine.Predictor", Watched)
     monkeypatch.setattr(prediction, "detections_to_coco", note)
     assert predict(case, tmp_path / "out", "--workers", 0, case.train.parent / "images/001.png") == 0
     assert len(made[0]) == 2 and len(written[0]) == 1
@@ -449,7 +448,7 @@ def test_a_video_that_is_too_large_for_the_gpu_is_named(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("av", reason="needs PyAV, the extra 'video'")
-    monkeypatch.setattr(command, "Predictor", Hungry)
+    monkeypatch.setattr("gn_detect.engine.Predictor", Hungry)
     folder, output = tmp_path / "videos", tmp_path / "out"
     folder.mkdir()
     write_video(folder / "a.mp4", 2, (48, 96))

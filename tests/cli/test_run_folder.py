@@ -130,10 +130,10 @@ def test_a_folder_in_the_file_that_was_put_there_by_hand_is_meant(project: Path)
         "{OUTPUT_DIR: X, MODEL: {WEIGHTS: /" + "a" * 5000 + ", DEVICE: none}}",
     ],
 )
-@pytest.mark.parametrize("told", ['{"folder": "X"}', "[]", "1", '"folder"', "{", "[" * 9999])
-def test_damaged_files_of_a_run(tmp_path: Path, text: str, told: str) -> None:
+@pytest.mark.parametrize("environment", ['{"folder": "X"}', "[]", "1", '"folder"', "{", "[" * 9999])
+def test_damaged_files_of_a_run(tmp_path: Path, text: str, environment: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    (tmp_path / "environment.json").write_text(told)
+    (tmp_path / "environment.json").write_text(environment)
     with pytest.raises(UserError) as caught:
         load_config(tmp_path / "config.yaml")
     assert "\n" not in str(caught.value)
@@ -220,11 +220,11 @@ def test_no_local_path_is_passed_on(project: Path, monkeypatch: pytest.MonkeyPat
     assert len(passed_on) > 6
     for path in passed_on:
         assert PRIVATE.encode() not in content_of(path), path
-    told = load_config(run / "config.yaml")
-    assert PRIVATE in dump_config(told), "the run's own config has them"
-    told = yaml.safe_load(torch.load(run / "model_final.pth", weights_only=True)["config"])
-    assert told["DATASETS"]["REGISTER"]["val"] == {"ANNOTATIONS": "annotations.json", "IMAGES": "images"}
-    assert told["OUTPUT_DIR"] == "./output"
+    stated = load_config(run / "config.yaml")
+    assert PRIVATE in dump_config(stated), "the run's own config has them"
+    stated = yaml.safe_load(torch.load(run / "model_final.pth", weights_only=True)["config"])
+    assert stated["DATASETS"]["REGISTER"]["val"] == {"ANNOTATIONS": "annotations.json", "IMAGES": "images"}
+    assert stated["OUTPUT_DIR"] == "./output"
 
 
 def test_a_report_without_its_data_names_no_folder(project: Path) -> None:

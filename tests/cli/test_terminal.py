@@ -1,4 +1,4 @@
-"""What a terminal shows while a command works: a live bar, and lines that fit; files get whole lines."""
+"""Output of a terminal while a command works: a live bar, and lines that fit; files get whole lines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def final_lines(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> tuple[str, Path]:
-    """What a terminal shows of a training, and the run's folder."""
+    """The output of a training in a terminal, and the run's folder."""
     from tests.engine.tiny import make_dataset, write_config
 
     folder = tmp_path_factory.mktemp("a_folder_with_a_name_that_is_rather_long_for_a_terminal_of_usual_width")

@@ -74,8 +74,7 @@ def entry(case: Case, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         licence="CC BY-SA 3.0",
         source="https://example.com",
     )
-    for module in ("weights", "cli"):
-        monkeypatch.setattr(f"gn_detect.{module}.zoo.read_catalog", lambda: {"tiny": entry})
+    monkeypatch.setattr("gn_detect.weights.zoo.read_catalog", lambda: {"tiny": entry})
     return entry
 
 
@@ -98,7 +97,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_info_and_path(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
-    told = run(capsys, "zoo", "info", "timm-resnet50_gn", "R-50-GN", "mask-R-50-FPN-GN-3x")
+    printed = run(capsys, "zoo", "info", "timm-resnet50_gn", "R-50-GN", "mask-R-50-FPN-GN-3x")
     for words in (
         "checksum      sha256:8fe6c4d0",
         "--weights zoo://timm-resnet50_gn INPUT.FORMAT RGB MODEL.PIXEL_MEAN '[123.675, 116.28, 103.53]'",
@@ -111,14 +110,14 @@ def test_info_and_path(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
         "GPU memory    5.6 GB for 2 images in training",
         "training step 0.309 s for 16 images on 8 GPUs",
     ):
-        assert words in told
-    assert "bytes" not in told and "size" not in told  # not published
+        assert words in printed
+    assert "bytes" not in printed and "size" not in printed  # not published
     file = find_entry("R-50-GN").file
     file.parent.mkdir(parents=True)
     file.write_bytes(bytes(2_345_678))
     assert "size          2.3 MB" in run(capsys, "zoo", "info", "R-50-GN")
     path = run(capsys, "zoo", "path", "R-50-GN").strip()
-    assert path == str(find_entry("R-50-GN").file) and path.startswith(str(cache)) and path in told
+    assert path == str(find_entry("R-50-GN").file) and path.startswith(str(cache)) and path in printed
 
 
 def test_the_table_in_the_readme_is_that_of_the_catalogue(repository: Path) -> None:
@@ -134,8 +133,8 @@ def test_download_verify_and_again(
     assert run(capsys, "zoo", "verify") == "nothing is downloaded\n"
     assert "gn-detect zoo download tiny" in refused("zoo", "verify", "tiny")
     for _ in range(2):  # the second time it is there
-        told = run(capsys, "zoo", "download", "tiny")
-        assert told.startswith(f"tiny: {entry.file}, {entry.bytes} bytes, sha256 ")
+        printed = run(capsys, "zoo", "download", "tiny")
+        assert printed.startswith(f"tiny: {entry.file}, {entry.bytes} bytes, sha256 ")
     assert len(site.requests) == 1
     assert "as published" in run(capsys, "zoo", "verify")
     entry.file.write_bytes(entry.file.read_bytes()[:-1] + b"x")
@@ -176,10 +175,10 @@ def test_commands_take_names(
     assert main([str(w) for w in ["train", *common, *output, "MODEL.WEIGHTS", entry.url]]) == 0
     capsys.readouterr()
     images = [case.val.parent / "images", "MODEL.WEIGHTS", "zoo://tiny"]
-    told = run(capsys, "predict", *common[:2], "--output", tmp_path / "pictures", *images)
-    assert told.startswith("loaded 103 of 103 tensors from ")
-    told = run(capsys, "convert", "--keep-norm", "zoo://tiny", tmp_path / "tiny.safetensors")
-    assert "wrote 103 tensors" in told
+    printed = run(capsys, "predict", *common[:2], "--output", tmp_path / "pictures", *images)
+    assert printed.startswith("loaded 103 of 103 tensors from ")
+    printed = run(capsys, "convert", "--keep-norm", "zoo://tiny", tmp_path / "tiny.safetensors")
+    assert "wrote 103 tensors" in printed
     assert read_checkpoint(tmp_path / "tiny.safetensors").metadata.input.format == "BGR"
     assert len(site.requests) == 1
 
@@ -232,10 +231,10 @@ def test_safetensors_say_what_they_are(
     capsys.readouterr()
     run(capsys, "convert", "--keep-norm", case.output / "model_final.pth", tmp_path / "m.safetensors")
     with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
-        told = {key: json.loads(text) for key, text in file.metadata().items()}
-    assert told["class_names"] == ["square", "bar"] and told["category_ids"] == [3, 7]
-    assert told["input"]["pixel_std"] == [57.4, 57.1, 58.4] and told["format_version"] == 1
-    assert told["gn_detect_version"] == gn_detect.__version__
-    (tmp_path / "config.yaml").write_text(told["config"])
+        printed = {key: json.loads(text) for key, text in file.metadata().items()}
+    assert printed["class_names"] == ["square", "bar"] and printed["category_ids"] == [3, 7]
+    assert printed["input"]["pixel_std"] == [57.4, 57.1, 58.4] and printed["format_version"] == 1
+    assert printed["gn_detect_version"] == gn_detect.__version__
+    (tmp_path / "config.yaml").write_text(printed["config"])
     cfg = gn_detect.load_config(tmp_path / "config.yaml", ["MODEL.WEIGHTS", str(tmp_path / "m.safetensors")])
     assert gn_detect.Predictor(cfg).class_names == ["square", "bar"]

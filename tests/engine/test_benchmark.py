@@ -31,7 +31,7 @@ def test_parts_of_a_step(
     mode: str, parts: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "report.json"
-    assert main(["bench", mode, *SMALL, "--json", str(path), "MODEL.DEVICE", "cpu"]) == 0
+    assert main(["bench", mode, *SMALL, "--output", str(path), "MODEL.DEVICE", "cpu"]) == 0
     report = json.loads(path.read_text())
     assert set(report["parts"]) >= parts - {"losses"} and all(ms > 0 for ms in report["parts"].values())
     assert len(report["seconds"]) == 2 and report["summary"] > 0
@@ -85,7 +85,7 @@ def test_norms_one_by_one() -> None:
 def test_bench_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "norms.json"
     some = ["--no-compile", "--layer", "p5", "--dtype", "float32", "--order", "channels_last"]
-    command = ["bench", "norm", "--device", "cpu", "--iterations", "1", "--steps", "0", "--json", str(path)]
+    command = ["bench", "norm", "--device", "cpu", "--iterations", "1", "--steps", "0", "--output", str(path)]
     assert main([*command, *some, "SOLVER.NO_KEY", "1"]) == 2, "config keys stand at the end, as everywhere"
     assert "SOLVER.NO_KEY: unknown key" in capsys.readouterr().err and not path.exists()
     assert main([*command, *some, "SEED", "1"]) == 0
@@ -103,7 +103,7 @@ def test_figures_of_a_run_that_is_cut_off_are_kept(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("gn_detect.bench.norms.benchmark_norms", cut_off)
     path = tmp_path / "norms.json"
-    assert main(["bench", "norm", "--device", "cpu", "--json", str(path)]) == 130
+    assert main(["bench", "norm", "--device", "cpu", "--output", str(path)]) == 130
     assert [norm["layer"] for norm in json.loads(path.read_text())["norms"]] == ["p5"]
 
 

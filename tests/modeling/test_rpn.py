@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gn_detect.config.model import RPN as RPNSettings
+from gn_detect.config.schema import RPN as RPNSettings
 from gn_detect.modeling import matching
 from gn_detect.modeling.anchors import AnchorGenerator, cell_anchors
 from gn_detect.modeling.matching import match

@@ -218,7 +218,7 @@ class Rules:
             folder = self.folder if self.folder.name else "FOLDER"
             raise self.error(
                 f"{len(wrong)} of {number} {noun} are fractions of the image, such as that of annotation "
-                f"{shown(wrong[0].get('id'))}; COCO's are in pixels: gn-detect doctor --json {self.path} "
+                f"{shown(wrong[0].get('id'))}; COCO's are in pixels: gn-detect doctor {self.path} "
                 f"--images {folder} --fix OUT.json multiplies them by the image's size",
                 "fractions",
             )

@@ -42,7 +42,7 @@ def warn_of_faults(train: CocoDataset, tests: Sequence[CocoDataset] = ()) -> Non
             logger.log(level, text, dataset.name, count, fault.title, example, fault.remedy)
             warned |= level == logging.WARNING
     if warned:
-        logger.warning("gn-detect doctor --json FILE --images FOLDER lists them all")
+        logger.warning("gn-detect doctor FILE --images FOLDER lists them all")
 
 
 def quick_faults(dataset: CocoDataset) -> Iterator[tuple[str, int, str]]:

@@ -1,0 +1,104 @@
+"""Settings that are valid by themselves and do not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .schema import Root
+
+
+def unread_groups(root: Root) -> Iterator[str]:
+    """Yield keys, and groups of keys, that the chosen architecture does not read: they may hold anything."""
+    model = root.model
+    if model.backbone.name == "build_resnet_backbone":
+        yield "MODEL.FPN"
+    if model.roi_heads.name == "Res5ROIHeads":  # both branches share one pooler and res5
+        yield from ("MODEL.ROI_BOX_HEAD.NAME", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.POOLER_TYPE")
+    if not model.mask_on:
+        yield "MODEL.ROI_MASK_HEAD"
+
+
+def conflicts(root: Root) -> Iterator[tuple[str, str]]:
+    """Yield the key and a complaint for each conflict."""
+    yield from _backbone_conflicts(root)
+    yield from _feature_conflicts(root)
+    model = root.model
+    for section, key in ((model.rpn, "MODEL.RPN"), (model.roi_heads, "MODEL.ROI_HEADS")):
+        if len(section.iou_labels) != len(section.iou_thresholds) + 1:
+            yield f"{key}.IOU_THRESHOLDS", "must have one entry less than IOU_LABELS"
+    if root.solver.ims_per_batch % root.solver.accumulate:
+        yield "SOLVER.ACCUMULATE", f"must divide SOLVER.IMS_PER_BATCH, which is {root.solver.ims_per_batch}"
+    levels = len(model.rpn.in_features)
+    for name in ("sizes", "aspect_ratios"):
+        key, values = f"MODEL.ANCHOR_GENERATOR.{name.upper()}", getattr(model.anchor_generator, name)
+        if len(values) not in (1, levels):
+            wanted = f"one entry for all levels or one for each of {levels} in MODEL.RPN.IN_FEATURES"
+            yield key, f"must have {wanted}"
+        if len({len(value) for value in values}) > 1:
+            yield key, "must have as many values for every level, which share one RPN head"
+    given = root.input
+    if given.min_size_train_sampling == "range" and len(given.min_size_train) != 2:
+        yield "INPUT.MIN_SIZE_TRAIN", "must be (least, largest) with INPUT.MIN_SIZE_TRAIN_SAMPLING range"
+    relative = given.crop.type.startswith("relative")
+    if not all(0 < side <= 1 if relative else side >= 1 for side in given.crop.size):
+        unit = "fractions up to 1" if relative else "pixels"
+        yield "INPUT.CROP.SIZE", f"must be {unit} with {given.crop.type}"
+    jitter = given.large_scale_jitter
+    if jitter.min_scale > jitter.max_scale or len(jitter.size) != 2:
+        yield "INPUT.LARGE_SCALE_JITTER", "needs MIN_SCALE up to MAX_SCALE, and SIZE as (height, width)"
+
+
+def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
+    resnets = root.model.resnets
+    if root.model.backbone.activation_checkpointing and resnets.norm in ("BN", "SyncBN"):
+        complaint = "needs a MODEL.RESNETS.NORM without running statistics, which would be updated twice"
+        yield "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING", f"{complaint}; choose GN"
+    if resnets.depth < 50:
+        if (resnets.num_groups, resnets.res5_dilation) != (1, 1):
+            yield "MODEL.RESNETS.DEPTH", "has neither NUM_GROUPS nor RES5_DILATION; set both to 1"
+        if resnets.res2_out_channels > 64:
+            yield "MODEL.RESNETS.DEPTH", "needs RES2_OUT_CHANNELS of 64, its own width, or less"
+        if root.model.roi_heads.name == "Res5ROIHeads":
+            yield "MODEL.RESNETS.DEPTH", "must be 50 or more for Res5ROIHeads, whose blocks are bottlenecks"
+    if resnets.res5_dilation != 1:
+        if root.model.backbone.name == "build_resnet_fpn_backbone":
+            yield "MODEL.RESNETS.RES5_DILATION", "must be 1 with an FPN, whose levels differ in stride"
+        elif "res5" not in resnets.out_features:
+            yield "MODEL.RESNETS.RES5_DILATION", "must be 1 where the backbone ends before res5"
+
+
+def _feature_conflicts(root: Root) -> Iterator[tuple[str, str]]:
+    """Find features that do not exist, and orders that the pooling cannot use."""
+    model = root.model
+    existing = set(model.resnets.out_features)
+    source = "MODEL.RESNETS.OUT_FEATURES"
+    has_fpn = model.backbone.name == "build_resnet_fpn_backbone"
+    if has_fpn:
+        if not model.fpn.in_features or not set(model.fpn.in_features) <= existing:
+            yield "MODEL.FPN.IN_FEATURES", f"must name some of {source} ({', '.join(sorted(existing))})"
+            return
+        levels = _levels(model.fpn.in_features)
+        if levels != list(range(levels[0], levels[-1] + 1)):
+            yield "MODEL.FPN.IN_FEATURES", "must be neighbouring stages in order, such as res2 ... res5"
+            return
+        existing = {f"p{level}" for level in [*levels, levels[-1] + 1]}
+        source = "the FPN"
+    pools_one = not has_fpn or model.roi_heads.name == "Res5ROIHeads"
+    for names, key, one in (
+        (model.rpn.in_features, "MODEL.RPN.IN_FEATURES", not has_fpn),
+        (model.roi_heads.in_features, "MODEL.ROI_HEADS.IN_FEATURES", pools_one),
+    ):
+        if not set(names) <= existing:
+            yield key, f"must be among what {source} gives: {', '.join(sorted(existing))}"
+        elif len(names) > 1 and one:
+            yield key, "must be one feature without an FPN, and for Res5ROIHeads"
+        elif _levels(names) != sorted(set(_levels(names))):
+            yield key, "must be different levels, the finest first"
+    levels = _levels(model.roi_heads.in_features)
+    if levels != list(range(levels[0], levels[0] + len(levels))):
+        complaint = "must be neighbouring levels: a box is pooled from the one that fits it"
+        yield "MODEL.ROI_HEADS.IN_FEATURES", complaint
+
+
+def _levels(names: tuple[str, ...]) -> list[int]:
+    return [int(name.lstrip("pres") or -1) for name in names]  # 2 of p2 and res2
