@@ -131,12 +131,13 @@ def read_config_file(args: argparse.Namespace) -> Config:
         UserError: there is neither, or something in them or in the keys is wrong.
     """
     from ..config import load_config
-    from ..engine.pretrained import read_pretrained
 
     weights = dict(zip(args.overrides[::2], args.overrides[1::2], strict=False)).get("MODEL.WEIGHTS")
     if args.config_file:
         cfg = load_config(args.config_file, args.overrides)
     elif weights:
+        from ..engine.pretrained import read_pretrained
+
         cfg, _ = read_pretrained(weights, args.overrides)
     else:
         raise UserError(
