@@ -35,7 +35,7 @@ class SealedFile:
         self._digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
 
     def write(self, data: bytes | memoryview) -> int:
-        # The last bytes so far are held back: they may be the comment's length, which changes.
+        """Write all but the last bytes so far: they may be the comment's length, which changes."""
         size = len(data)
         if size < _LENGTH_BYTES:
             data = self._held + bytes(data)
@@ -47,6 +47,7 @@ class SealedFile:
         return size
 
     def flush(self) -> None:
+        """Flush the file."""
         self._file.flush()
 
     def seal(self) -> None:
