@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import convert, data, evaluation, layers, modeling, ops, weights
     from .config import Config, load_config
+    from .conversion import convert_checkpoint
     from .convert import calibrate, convert_norm
     from .engine import Predictor, evaluate, train
     from .errors import UserError
@@ -29,6 +30,7 @@ __all__ = [
     "build_model",
     "calibrate",
     "convert",
+    "convert_checkpoint",
     "convert_norm",
     "data",
     "evaluate",
@@ -50,6 +52,7 @@ _HOME = {
     "UserError": "errors",
     "build_model": "modeling",
     "calibrate": "convert",
+    "convert_checkpoint": "conversion",
     "convert_norm": "convert",
     "evaluate": "engine",
     "fuse": "layers",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from ..data.image_paths import find_images
 from ..engine import Predictor
 from ..export import ExportedPredictor
 from ..export.parity import compare
 from ..export.write import check_target, export_detector
-from .inputs import find_images, split_overrides
+from .inputs import split_overrides
 from .options import (
     add_config_arguments,
     add_fix_argument,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import list_names, match_names
+from ..data.image_paths import find_images
 from ..engine import Predictor
 from ..engine.evaluator import OTHER_CLASSES
 from ..engine.pipeline import default_workers
@@ -21,7 +22,7 @@ from ..evaluation import Truth, read_truth
 from ..export import ExportedPredictor
 from ..progress import fitted
 from ..text import printable
-from .inputs import find_images, is_video, name_outputs, split_overrides
+from .inputs import is_video, name_outputs, split_overrides
 from .options import (
     add_fix_argument,
     add_other_classes_argument,

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config import Config
 from ..data.datasets import resolve_dataset
+from ..data.image_paths import find_images
 from ..distributed.group import is_main
 from ..engine import evaluate, train
 from ..engine.checkpoint import BEST, FINAL
@@ -24,7 +25,6 @@ from ..errors import UserError
 from ..progress import WIDTH, fitted
 from ..report.run_folder import read_run
 from ..text import printable
-from .inputs import find_images
 from .options import (
     add_config_arguments,
     add_data_arguments,

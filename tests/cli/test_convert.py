@@ -12,9 +12,9 @@ from PIL import Image
 import gn_detect
 from gn_detect import UserError
 from gn_detect.cli import main
-from gn_detect.cli.library_models import load_library_model
 from gn_detect.config import dump_config
 from gn_detect.convert import convert_state_dict
+from gn_detect.interop.library_models import load_library_model
 from gn_detect.weights import as_metadata, read_architecture, read_checkpoint, save_weights
 from tests.weights.schemes import mmdetection
 from tests.weights.test_mmdetection_config import FLAT, write
@@ -260,7 +260,7 @@ def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
     words += ["--checkpoint", str(progress), "--config-file", CONFIG, "INPUT.MIN_SIZE_TEST", "64"]
     words += BATCH_NORM
     with monkeypatch.context() as patch:
-        patch.setattr("gn_detect.cli.calibration.calibrate", lambda *_, **__: pytest.fail("told too late"))
+        patch.setattr("gn_detect.conversion.calibrate", lambda *_, **__: pytest.fail("told too late"))
         assert main(words) == 2
     assert "cannot write" in capsys.readouterr().err and not progress.exists()
     target.rmdir()
@@ -269,7 +269,7 @@ def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
         raise UserError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("gn_detect.cli.convert.save_weights", full)
+        patch.setattr("gn_detect.conversion.save_weights", full)
         assert main(words) == 2
     assert progress.exists() and not target.exists()
     assert main(words) == 0
@@ -335,7 +335,7 @@ def test_library_models_are_built_as_their_weights_want(tmp_path, monkeypatch) -
     assert load_library_model("googlenet", str(tmp_path / "googlenet.pth")).model.transform_input
 
     detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights_backbone=None)
-    monkeypatch.setattr("gn_detect.cli.library_models._download", lambda *_: detector.state_dict())
+    monkeypatch.setattr("gn_detect.interop.library_models._download", lambda *_: detector.state_dict())
     published = load_library_model("fasterrcnn_resnet50_fpn", "COCO_V1").model
     assert {m.eps for m in published.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.0}
 
