@@ -1,4 +1,4 @@
-"""What two detectors make of the same images, compared at the same places."""
+"""Compare the outputs of two detectors at the same places."""
 
 from __future__ import annotations
 
@@ -10,29 +10,26 @@ from torch import Tensor, nn
 from .mask_rcnn import MaskRCNN, image_size
 from .roi_heads import StandardRoIHeads
 
-PROPOSALS = 128
-"""Of each image, the best of the original's; as many as training samples in many configs."""
-
-MASK_PROPOSALS = 32
-"""Of these; a quarter, as in training, where masks are of objects only. They take most of the time."""
+PROPOSALS = 128  # in each image, the original's best; as many as training samples in many configs
+MASK_PROPOSALS = 32  # of these, the first; a quarter, as in training, because masks take most of the time
 
 
 def paired_outputs(
     original: nn.Module, converted: nn.Module, images: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Features, RPN outputs, and box and mask outputs on the *original's* proposals; for ``calibrate``.
+    """Return features, RPN outputs, and box and mask outputs on the *original's* proposals.
 
-    The two detectors' own proposals differ, so that their detections could not be compared one by one.
+    Each detector's own proposals differ, so that their detections could not be compared one by one.
 
     Args:
-        original, converted: of one config but for the norms.
+        original, converted: detectors of one config but for the norms.
         images: (3, H, W) each, as for :meth:`MaskRCNN.losses`.
 
     Returns:
         Pairs of the original's tensor, without gradient, and the other's: each level's feature map
         (N, C, h, w), each level's RPN logits (N, 1, A) and deltas (N, 4, A), class logits (R, K + 1), box
-        deltas (R, 4 K), and of the best proposals mask logits (M, 1, S, S) of the class that the original
-        finds most likely.
+        deltas (R, 4 K), and for the best proposals mask logits (M, 1, S, S) of the original's most likely
+        class.
     """
     assert isinstance(original, MaskRCNN) and isinstance(converted, MaskRCNN)
     sizes = [image_size(image) for image in images]
@@ -50,15 +47,13 @@ def paired_outputs(
 def _dense_outputs(model: MaskRCNN, features: dict[str, Tensor]) -> list[Tensor]:
     rpn = model.proposal_generator
     logits, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
-    logits = [x[:, None] for x in logits]
-    deltas = [x.transpose(1, 2) for x in deltas]
-    return [*features.values(), *logits, *deltas]
+    return [*features.values(), *(x[:, None] for x in logits), *(x.transpose(1, 2) for x in deltas)]
 
 
 def _region_outputs(
     model: MaskRCNN, features: dict[str, Tensor], proposals: Sequence[Tensor], labels: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """Outputs of the second stage, and the labels whose masks were taken."""
+    """Return the outputs of the second stage, and the labels of the masks; None takes the most likely."""
     heads = model.roi_heads
     levels = [features[name] for name in heads.in_features]
     if isinstance(heads, StandardRoIHeads):

@@ -60,6 +60,12 @@ def original(images: Tensor) -> nn.Module:
     return network(images)
 
 
+@pytest.fixture
+def rough_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spend little time on scales, for tests of something else."""
+    monkeypatch.setattr("gn_detect.convert.balance.STEPS", 5)
+
+
 def converted(original: nn.Module) -> nn.Module:
     return convert_norm(original, num_groups=4, min_channels_per_group=4)[0]
 
@@ -81,11 +87,12 @@ def test_each_stage_comes_closer(original: nn.Module, images: Tensor) -> None:
     assert cosine == pytest.approx(found["calibrated"], abs=1e-5)
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_repeats_and_resumes_to_the_same_weights(original: nn.Module, images: Tensor, tmp_path) -> None:
     whole = converted(original)
-    calibrate(original, whole, images, 20, **QUIET)
+    calibrate(original, whole, images, 10, **QUIET)
     again = converted(original)
-    calibrate(original, again, images, 20, **QUIET)
+    calibrate(original, again, images, 10, **QUIET)
     path = tmp_path / "calibration.pth"
     resumed = converted(original)
 
@@ -102,15 +109,15 @@ def test_repeats_and_resumes_to_the_same_weights(original: nn.Module, images: Te
 
     handle = resumed[0].register_forward_hook(interrupt)
     with pytest.raises(Interrupt):
-        calibrate(original, resumed, images, 20, checkpoint=path, **QUIET)
+        calibrate(original, resumed, images, 10, checkpoint=path, **QUIET)
     handle.remove()
     assert path.exists()
     resumed = converted(original)
-    calibrate(original, resumed, images, 20, checkpoint=path, **QUIET)
+    calibrate(original, resumed, images, 10, checkpoint=path, **QUIET)
     at_once = converted(original)
     handle = at_once[0].register_forward_hook(lambda *_: trained.append(torch.is_grad_enabled()))
     trained: list[bool] = []
-    calibrate(original, at_once, images, 20, checkpoint=path, **QUIET)
+    calibrate(original, at_once, images, 10, checkpoint=path, **QUIET)
     handle.remove()
     assert trained and not any(trained), "the checkpoint of a finished one holds its result"
     for a, b in zip(resumed.parameters(), at_once.parameters(), strict=True):
@@ -120,6 +127,7 @@ def test_repeats_and_resumes_to_the_same_weights(original: nn.Module, images: Te
         torch.testing.assert_close(a, c, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_norms_with_weights_of_zero(original: nn.Module, images: Tensor) -> None:
     """As the last of each residual block has in a model that was not trained yet."""
     norm = [module for module in original.modules() if isinstance(module, nn.BatchNorm2d)][-1]
@@ -129,6 +137,7 @@ def test_norms_with_weights_of_zero(original: nn.Module, images: Tensor) -> None
     assert all(parameter.isfinite().all() for parameter in converted.parameters())
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_a_checkpoint_of_something_else_is_refused(original: nn.Module, images: Tensor, tmp_path) -> None:
     path = tmp_path / "calibration.pth"
     path.write_bytes(b"nothing")
@@ -137,6 +146,7 @@ def test_a_checkpoint_of_something_else_is_refused(original: nn.Module, images: 
     assert path.read_bytes() == b"nothing"
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_a_checkpoint_of_norms_of_another_eps_is_refused(
     original: nn.Module, images: Tensor, tmp_path
 ) -> None:
@@ -151,6 +161,7 @@ def test_a_checkpoint_of_norms_of_another_eps_is_refused(
         calibrate(original, converted(original), images, 8, checkpoint=path, block_weight=1.0, **QUIET)
 
 
+@pytest.mark.usefixtures("rough_scales")
 @pytest.mark.parametrize("other", ["original", "converted", "images", "batches"])
 def test_a_checkpoint_of_other_weights_or_images_is_refused(
     original: nn.Module, images: Tensor, tmp_path, other: str
@@ -199,10 +210,11 @@ def test_norms_have_a_learning_rate_of_their_own(
     assert {name.split(".")[-2] for name in changed} & {"bn1", "conv1"} == {moves}
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_the_weight_of_blocks_brings_them_closer(original: nn.Module, images: Tensor) -> None:
     def errors_of_blocks(weight: float) -> list[float]:
         model, report = convert_norm(original, num_groups=4, min_channels_per_group=4)
-        calibrate(original, model, images, 60, block_weight=weight, report=report, **QUIET)
+        calibrate(original, model, images, 25, block_weight=weight, report=report, **QUIET)
         with torch.no_grad():
             x, y, errors = images, images, []
             for before, after in zip(original, model, strict=True):
@@ -317,6 +329,7 @@ def test_blocks_are_residual_blocks(original: nn.Module) -> None:
     assert find_blocks(original, names) == ["3", "4", "1"]
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_picture(original: nn.Module, images: Tensor, tmp_path) -> None:
     report = calibrate(original, converted(original), images, 0, **QUIET)
     report.draw(tmp_path / "errors.png")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gn_detect import UserError, calibrate, convert_norm
 from gn_detect.convert.balance import ImageMoments, balance, measure, solve
-from gn_detect.convert.rates import rates_of
+from gn_detect.convert.distillation import rates_of
 from gn_detect.convert.source import read_norm
 from gn_detect.layers import GroupNorm
 

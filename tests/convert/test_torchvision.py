@@ -50,7 +50,8 @@ def test_family(name: str) -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     torch.manual_seed(0)
-    model, _ = convert_norm(torchvision.models.resnet18(num_classes=4).eval())
+    resnet = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)
+    model, _ = convert_norm(resnet.eval())
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(IMAGE), model(IMAGE))
     compiled(IMAGE).sum().backward()
