@@ -1,4 +1,4 @@
-"""``gn-detect convert``: a detector's checkpoint, with and without images."""
+"""``gn-detect convert`` and ``calibrate``: checkpoints of detectors and of other models."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_without_data(checkpoint, tmp_path, capsys) -> None:
     assert len(json.loads(report.read_text())["layers"]) == 37
 
 
-def test_the_eps_that_a_checkpoint_was_trained_with_is_told(checkpoint, tmp_path) -> None:
+def test_the_eps_that_a_checkpoint_was_trained_with_is_a_flag(checkpoint, tmp_path) -> None:
     target = tmp_path / "gn.pth"
     assert main(["convert", str(checkpoint), str(target), "--eps", "0.001"]) == 0
     eps = read_checkpoint(target).metadata["group_norm_eps"]
@@ -93,7 +93,7 @@ def folder(tmp_path_factory):
 
 
 class OwnModel(torch.nn.Module):
-    """A model of anybody's, with norms of its own and a counter that is no weight."""
+    """A model of no library, with a counter that is no weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def resnet10() -> torch.nn.Module:
 
 
 class Within(torch.nn.Module):
-    """Holds a model under a name, as wrappers do: ``module.``, ``model._orig_mod.``, ..."""
+    """A wrapper, with the model under a name: ``module.``, ``model._orig_mod.``, ..."""
 
     def __init__(self, prefix: str, inner: torch.nn.Module) -> None:
         super().__init__()
@@ -130,9 +130,9 @@ def test_anothers_state_dict_loads_into_its_own_model(make, prefix, tmp_path, ca
     source, target = tmp_path / "bn.pth", tmp_path / "gn.pth"
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, source)
     assert main(["convert", str(source), str(target), "--eps", "0.002"]) == 0
-    told = capsys.readouterr().out
-    assert "gn_detect.convert_norm(model, init='reset'" in told
-    assert ("MODEL.WEIGHTS" in told) == (make is not OwnModel and prefix != "net.")
+    printed = capsys.readouterr().out
+    assert "gn_detect.convert_norm(model, init='reset'" in printed
+    assert ("MODEL.WEIGHTS" in printed) == (make is not OwnModel and prefix != "net.")
     content = torch.load(target, weights_only=True)
     model.eval()
     expected, _ = gn_detect.convert_norm(model, eps=0.002)
@@ -162,8 +162,8 @@ def test_a_detectors_names_lose_their_wrapper(prefix, checkpoint, tmp_path, caps
     tensors = {prefix + name: tensor for name, tensor in read_checkpoint(checkpoint).tensors.items()}
     torch.save(tensors, tmp_path / "bn.pth")
     assert main(["convert", str(tmp_path / "bn.pth"), str(tmp_path / "gn.pth")]) == 0
-    told = capsys.readouterr().out
-    assert "MODEL.WEIGHTS" in told and "convert_norm" not in told and "--eps" not in told
+    printed = capsys.readouterr().out
+    assert "MODEL.WEIGHTS" in printed and "convert_norm" not in printed and "--eps" not in printed
     content = torch.load(tmp_path / "gn.pth", weights_only=True)
     assert all(name.startswith(("backbone.", "proposal", "roi_heads.")) for name in content["model"])
     assert loads(tmp_path / "gn.pth")
@@ -186,9 +186,9 @@ def test_the_eps_of_a_library_is_taken_and_another_is_asked_for(tmp_path, capsys
     assert "--eps" not in capsys.readouterr().out
     assert set(read_checkpoint(tmp_path / "gn.pth").metadata["group_norm_eps"].values()) == {1e-3}
     assert main(["convert", str(tmp_path / "own.pth"), str(tmp_path / "gn.pth")]) == 0
-    told = capsys.readouterr().out
-    assert "warning: the eps of 2 BatchNorms, such as 'stem.1', does not follow from the names: 1e-05" in told
-    assert "convert with --eps 0.001" in told
+    printed = capsys.readouterr().out
+    warning = "warning: the eps of 2 BatchNorms, such as 'stem.1', does not follow from the names: 1e-05"
+    assert warning in printed and "convert with --eps 0.001" in printed
     assert main(["convert", str(tmp_path / "own.pth"), str(tmp_path / "gn.pth"), "--eps", "1e-5"]) == 0
     assert "--eps" not in capsys.readouterr().out
 
@@ -209,18 +209,18 @@ def test_relative_eps_of_a_detector(checkpoint, folder, tmp_path, capsys) -> Non
     words = ["--config-file", CONFIG, *BATCH_NORM, "INPUT.MIN_SIZE_TEST", "64"]
     part = ["--relative-eps", "0.3", "--report", str(report)]
     assert main(["convert", str(checkpoint), str(target), *part, *words]) == 0
-    told = {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]}
-    assert min(told.values()) > 0.01 and len(set(told.values())) > 30
+    eps = {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]}
+    assert min(eps.values()) > 0.01 and len(set(eps.values())) > 30
     cfg = gn_detect.load_config(CONFIG, [*SMALL, "MODEL.GN.MIN_CHANNELS_PER_GROUP", "16"])
     model = gn_detect.build_model(cfg)
     gn_detect.load_weights(model, target)
-    assert {n: m.eps for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)} == told
+    assert {n: m.eps for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)} == eps
     images = ["--images", str(folder), "--steps", "1", "--report", str(report)]
     assert main(["calibrate", str(checkpoint), str(target), str(better), *images, *words]) == 0
-    assert {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]} == told
-    assert read_checkpoint(better).metadata["group_norm_eps"] == told
+    assert {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]} == eps
+    assert read_checkpoint(better).metadata["group_norm_eps"] == eps
     assert main(["convert", "--keep-norm", str(better), str(tmp_path / "gn.safetensors")]) == 0
-    assert read_checkpoint(tmp_path / "gn.safetensors").metadata["group_norm_eps"] == told
+    assert read_checkpoint(tmp_path / "gn.safetensors").metadata["group_norm_eps"] == eps
     capsys.readouterr()
     assert main(["convert", str(checkpoint), str(tmp_path / "no.pth"), *part]) == 2
     assert "--relative-eps needs the detector's --config-file" in capsys.readouterr().err
@@ -282,7 +282,7 @@ def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
     words += ["--checkpoint", str(progress), "--config-file", CONFIG, "INPUT.MIN_SIZE_TEST", "64"]
     words += BATCH_NORM
     with monkeypatch.context() as patch:
-        patch.setattr("gn_detect.conversion.calibrate", lambda *_, **__: pytest.fail("told too late"))
+        patch.setattr("gn_detect.conversion.calibrate", lambda *_, **__: pytest.fail("refused too late"))
         assert main(words) == 2
     assert "cannot write" in capsys.readouterr().err and not progress.exists()
     target.rmdir()
@@ -327,7 +327,7 @@ def test_groups_that_no_config_gives_are_refused(tmp_path, capsys) -> None:
     gn_detect.load_weights(gn_detect.build_model(gn_detect.load_config(CONFIG, SMALL)), target)
 
 
-def test_a_detector_without_norms_is_told(tmp_path, capsys) -> None:
+def test_a_detector_without_norms_gives_a_warning(tmp_path, capsys) -> None:
     keys = [word for key in NORMS for word in (key, "")] + SMALL
     model = gn_detect.build_model(gn_detect.load_config(CONFIG, keys))
     source, target = tmp_path / "plain.pth", tmp_path / "gn.pth"
@@ -336,7 +336,7 @@ def test_a_detector_without_norms_is_told(tmp_path, capsys) -> None:
     assert "there is no norm to convert" in capsys.readouterr().out
 
 
-def test_what_has_no_other_name_is_told(tmp_path, capsys) -> None:
+def test_tensors_without_another_name_are_listed(tmp_path, capsys) -> None:
     source, target = tmp_path / "resnet18.pth", tmp_path / "renamed.pth"
     torch.save(torchvision.models.resnet18().state_dict(), source)
     assert main(["convert", "--keep-norm", str(source), str(target)]) == 0
@@ -412,7 +412,7 @@ def test_relative_eps_of_a_librarys_model(folder, tmp_path, capsys) -> None:
     assert torch.equal(loaded(x), converted(x))
 
 
-def test_what_is_wrong_with_a_librarys_model(checkpoint, folder, tmp_path, capsys) -> None:
+def test_errors_of_a_librarys_model(checkpoint, folder, tmp_path, capsys) -> None:
     target = str(tmp_path / "gn.pth")
 
     def refused(*words: str) -> str:
@@ -464,19 +464,19 @@ def test_norms_of_unknown_groups_are_not_given_those_of_the_converted(tmp_path, 
     source, target = tmp_path / "mixed.pth", tmp_path / "gn.pth"
     torch.save(model.state_dict(), source)
     assert main(["convert", str(source), str(target)]) == 2
-    told = capsys.readouterr().err
-    assert "are GroupNorms already, such as 'backbone.fpn_lateral2.norm'" in told and not target.exists()
+    error = capsys.readouterr().err
+    assert "are GroupNorms already, such as 'backbone.fpn_lateral2.norm'" in error and not target.exists()
     assert main(["convert", str(source), str(target), "--min-channels-per-group", "1"]) == 0
     found = read_architecture(read_checkpoint(target)).keys
     assert (found["MODEL.GN.NUM_GROUPS"], found["MODEL.GN.MIN_CHANNELS_PER_GROUP"]) == (32, 1)
-    # What an earlier version wrote is no rule for all norms, either.
+    # The groups that an earlier version wrote are no rule for all norms, either.
     tensors, report = convert_state_dict(read_checkpoint(source).tensors)
     save_weights(target, tensors, as_metadata({}, {layer.name: layer.groups for layer in report.layers}))
     assert "MODEL.GN.NUM_GROUPS" not in read_architecture(read_checkpoint(target)).keys
 
 
 @pytest.mark.parametrize("words", [["--keep-norm"], []])
-def test_what_tensors_do_not_tell_stays_with_them(words, torchvision_detector, tmp_path) -> None:
+def test_facts_that_tensors_do_not_hold_stay_in_the_file(words, torchvision_detector, tmp_path) -> None:
     """torchvision's RoIAlign, under other names, and a config's anchors, without the config."""
     assert main(["convert", *words, str(torchvision_detector), str(tmp_path / "new.pth")]) == 0
     found = read_architecture(read_checkpoint(tmp_path / "new.pth")).keys
@@ -500,6 +500,7 @@ def test_calibrate_takes_the_eps_of_a_file_with_other_names(folder, tmp_path) ->
     words = ["--images", str(folder), "--steps", "1", "--config-file", CONFIG, *BATCH_NORM]
     words += ["INPUT.MIN_SIZE_TEST", "64", "--fix-config"]
     assert main(["calibrate", str(tmp_path / "bn.pth"), str(target), str(better), *words]) == 0
-    told = read_checkpoint(better).metadata
-    assert set(told["group_norm_eps"].values()) == {1e-3}
-    assert told["config_keys"]["MODEL.ANCHOR_GENERATOR.SIZES"] and "MODEL.GN.EPS" not in told["config_keys"]
+    found = read_checkpoint(better).metadata
+    assert set(found["group_norm_eps"].values()) == {1e-3}
+    assert found["config_keys"]["MODEL.ANCHOR_GENERATOR.SIZES"]
+    assert "MODEL.GN.EPS" not in found["config_keys"]

@@ -40,7 +40,7 @@ def images() -> Tensor:
 
 
 def network(images: Tensor, seed: int = 0, blocks: int = 2) -> nn.Module:
-    """With statistics of the images."""
+    """Build a network with the statistics of the images."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True), *(Block(16) for _ in range(blocks)),
@@ -129,7 +129,7 @@ def test_repeats_and_resumes_to_the_same_weights(original: nn.Module, images: Te
 
 @pytest.mark.usefixtures("rough_scales")
 def test_norms_with_weights_of_zero(original: nn.Module, images: Tensor) -> None:
-    """As the last of each residual block has in a model that was not trained yet."""
+    """The last norm of each residual block has them before a training."""
     norm = [module for module in original.modules() if isinstance(module, nn.BatchNorm2d)][-1]
     nn.init.zeros_(norm.weight)
     converted, report = convert_norm(original)
@@ -166,7 +166,7 @@ def test_a_checkpoint_of_norms_of_another_eps_is_refused(
 def test_a_checkpoint_of_other_weights_or_images_is_refused(
     original: nn.Module, images: Tensor, tmp_path, other: str
 ) -> None:
-    """Of the same shapes, it would otherwise go on to a model that computes something else."""
+    """The shapes are the same, so that it would otherwise continue to another function."""
     path = tmp_path / "calibration.pth"
     given: dict[str, Any] = {"original": original, "converted": converted(original), "images": images}
     if other == "batches":
@@ -228,7 +228,7 @@ def test_the_weight_of_blocks_brings_them_closer(original: nn.Module, images: Te
 
 
 class ReadsTheConvolution(nn.Module):
-    """What feeds the norm is used beside it: rescaling it would change the function."""
+    """The norm's input is used elsewhere too: rescaling it would change the function."""
 
     def __init__(self) -> None:
         super().__init__()
