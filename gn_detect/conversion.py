@@ -169,7 +169,7 @@ def convert_checkpoint(
     fixed_keys, for_config, for_module = None, not is_model, is_model
     earlier = read_checkpoint(converted) if converted else None
     if is_model:
-        found = load_library_model(source, None if weights is None else str(weights))
+        found = load_library_model(source, weights)
         model, report = _convert_model(found.model, earlier, relative_eps, groups)
         if images:
             inputs = _prepare_images(found, source, images, _find_images(images, image_folder, max_images))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,34 +31,32 @@ class Annealing:
         self.share = share
         self._norms = norms
 
-    @contextlib.contextmanager
+    @contextmanager
     def applied(self) -> Iterator[None]:
         """Let the norms compute with ``share``; afterwards they are themselves again."""
         for norm, statistics in self._norms.items():
+            mean, var = (v.to(norm.weight.device, torch.float32) for v in (statistics.mean, statistics.var))
             # On the instance, so that names, parameters and hooks of the model stay the same.
-            vars(norm)["forward"] = _Forward(self, norm, statistics)
+            vars(norm)["forward"] = partial(self._forward, norm, mean, var)
         try:
             yield
         finally:
             for norm in self._norms:
                 del vars(norm)["forward"]
 
-
-class _Forward:
-    def __init__(self, annealing: Annealing, norm: GroupNorm, statistics: GroupStatistics) -> None:
-        self.annealing, self.norm = annealing, norm
-        device = norm.weight.device
-        self.mean = statistics.mean.to(device, torch.float32)
-        self.var = statistics.var.to(device, torch.float32)
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        norm, share = self.norm, self.annealing.share
-        if share >= 1 or not x.numel():
+    def _forward(
+        self,
+        norm: GroupNorm,
+        mean: Tensor,
+        var: Tensor,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        if self.share >= 1 or not x.numel():
             return type(norm).forward(norm, x, residual, activation)
-        values = x.float().contiguous()
-        weight, bias = norm.weight.float(), norm.bias.float()
-        y = _BlendedNorm.apply(values, weight, bias, self.mean, self.var, share, norm.eps)
-        y = y.view_as(x).to(x.dtype)
+        values, weight, bias = x.float().contiguous(), norm.weight.float(), norm.bias.float()
+        y = _BlendedNorm.apply(values, weight, bias, mean, var, self.share, norm.eps).view_as(x).to(x.dtype)
         y = y if residual is None else y + residual
         if (norm.activation or activation) == "relu":
             y = F.relu(y)

@@ -104,11 +104,11 @@ def _refuse_quantized(tensors: Mapping[str, Tensor], norms: set[str]) -> None:
 
 
 def _is_batch_norm(tensors: Mapping[str, Tensor], owner: str) -> bool:
-    held = [tensors[f"{owner}.{leaf}"] for leaf in _LEAVES[:4] if f"{owner}.{leaf}" in tensors]
-    affine = [f"{owner}.{leaf}" in tensors for leaf in _AFFINE]
+    weight, bias, mean, var = (tensors.get(f"{owner}.{leaf}") for leaf in (*_AFFINE, *_STATISTICS))
+    held = [tensor for tensor in (weight, bias, mean, var) if tensor is not None]
     return (
-        all(f"{owner}.{leaf}" in tensors for leaf in _STATISTICS)
-        and affine[0] == affine[1]
+        mean is not None
+        and (weight is None) == (bias is None)
         and all(tensor.dim() == 1 and tensor.is_floating_point() for tensor in held)
         and len({tensor.shape for tensor in held}) == 1
     )

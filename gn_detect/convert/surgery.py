@@ -118,16 +118,11 @@ def convert_norm(
         own_eps = eps.get(name) if isinstance(eps, Mapping) else norm.eps if eps is None else eps
         if own_eps is None:
             raise UserError(f"eps names no '{name}'; give each converted norm's, or one for all")
-        group_norm, layer = _group_norm(
-            name, norm, groups[name], init, own_eps, relative_eps, measured.get(name)
-        )
         trains = norm.trainable if requires_grad is None else (requires_grad,) * 2
-        for parameter, trainable in zip((group_norm.weight, group_norm.bias), trains, strict=True):
-            if parameter is not None:
-                parameter.requires_grad_(trainable)
-        layer.trainable = any(parameter.requires_grad for parameter in group_norm.parameters(recurse=False))
+        new[name], layer = _group_norm(
+            name, norm, groups[name], init, own_eps, relative_eps, measured.get(name), trains
+        )
         report.layers.append(layer)
-        new[name] = group_norm
     if norms:
         report.warn_of_layers()
     else:
@@ -188,6 +183,7 @@ def _group_norm(
     eps: float,
     relative_eps: float,
     measured: tuple[Tensor, Tensor] | None,
+    trains: tuple[bool, bool],
 ) -> tuple[GroupNorm, LayerReport]:
     expected = expected_statistics(norm, groups, measured) if init == "match" else None
     if relative_eps and expected is not None:
@@ -198,6 +194,9 @@ def _group_norm(
     new = kind(groups, norm.channels, eps, affine=affine, device=norm.device, dtype=norm.dtype)
     if isinstance(new, GroupNormAct):
         new.attach(norm.activation, norm.dropout)
+    for parameter, trainable in zip((new.weight, new.bias), trains, strict=True):
+        if parameter is not None:
+            parameter.requires_grad_(trainable)
     constant = 0
     if new.weight is None or init == "reset":
         done = "reset"

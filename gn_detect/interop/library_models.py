@@ -40,7 +40,7 @@ def is_library_model(name: str) -> bool:
     return name.startswith(TIMM) or name in torchvision.models.list_models()
 
 
-def load_library_model(name: str, weights: str | None) -> LibraryModel:
+def load_library_model(name: str, weights: str | Path | None) -> LibraryModel:
     """Build a model by name and load its weights.
 
     Args:
@@ -56,7 +56,8 @@ def load_library_model(name: str, weights: str | None) -> LibraryModel:
         raise UserError(
             f"{name} has no weights yet: add --weights FILE, or --weights {DEFAULT} to download them"
         )
-    found = _timm_model(name, weights) if name.startswith(TIMM) else _torchvision_model(name, weights)
+    load = _timm_model if name.startswith(TIMM) else _torchvision_model
+    found = load(name, str(weights))
     found.model.eval()
     return found
 
