@@ -215,9 +215,7 @@ def convert_checkpoint(
     return CheckpointReport(**vars(report), weights=str(target), usage=usage, fixed_keys=fixed_keys)
 
 
-def _check_files(
-    written: Mapping[str, str | Path | None], read: Sequence[str | Path | Config | None]
-) -> None:
+def _check_files(written: Mapping[str, str | Path | None], read: Sequence[str | Path | None]) -> None:
     """Check, before anything is computed, that each output can be written and replaces no other file."""
     target = Path(written["DST"] or "")
     if target.suffix not in SUFFIXES:
