@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         weights,
     )
     from .config import Config, load_config
+    from .conversion import convert_checkpoint
     from .convert import calibrate, convert_norm
     from .engine import Predictor, evaluate, train
     from .errors import UserError
@@ -42,13 +43,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Config", "Detections", "FineTuned", "GroupNorm", "Predictor", "UserError", "__version__", "bench",
-    "build_model", "calibrate", "config", "convert", "convert_norm", "data", "distributed", "engine",
-    "errors", "evaluate", "evaluation", "export", "finetune", "fuse", "fuse_relu", "interop", "layers",
+    "build_model", "calibrate", "config", "convert", "convert_checkpoint", "convert_norm", "data",
+    "distributed", "engine", "errors", "evaluate", "evaluation", "export", "finetune", "fuse", "fuse_relu", "interop", "layers",
     "load_config", "load_weights", "modeling", "ops", "report", "structures", "train", "visualize", "weights",
 ]  # fmt: skip
 
 _NAMES = {
     "config": "Config load_config",
+    "conversion": "convert_checkpoint",
     "convert": "calibrate convert_norm",
     "engine": "Predictor evaluate train",
     "errors": "UserError",

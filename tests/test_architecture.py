@@ -38,14 +38,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interop": LOWER | {"data", "evaluation"},
     "engine": LOWER | {"data", "evaluation", "visualize"},
     "export": LOWER | {"data", "evaluation", "visualize", "engine"},
+    "conversion": LOWER | {"data", "interop", "engine"},
     "bench": LOWER | {"data", "engine"},
     "report": LOWER | {"data", "evaluation", "visualize", "engine"},
     "finetuning": LOWER | {"data", "evaluation", "visualize", "engine", "report"},
     "cli": LOWER
-    | {"data", "evaluation", "visualize", "engine", "export", "bench", "interop", "report", "__init__"},
+    | {"data", "evaluation", "visualize", "engine", "conversion", "export", "bench", "interop", "report"}
+    | {"__init__"},
     "__main__": {"cli"},
     "__init__": LOWER
-    | {"data", "evaluation", "visualize", "engine", "export", "interop", "report", "bench", "finetuning"},
+    | {"data", "evaluation", "visualize", "engine", "export", "interop", "report", "bench"}
+    | {"finetuning", "conversion"},
 }
 """For each file or folder of the package, what else of the package it may import (itself always)."""
 

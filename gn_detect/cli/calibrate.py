@@ -1,37 +1,13 @@
-"""``gn-detect calibrate``: a converted checkpoint, closer to its original."""
+"""``gn-detect calibrate``: bring a converted checkpoint closer to its original."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import cast
 
-from torch import nn
-
-from ..config import load_config
-from ..convert import ConversionReport, convert_norm
-from ..engine.model import make_model
-from ..errors import UserError
-from ..weights import (
-    SUFFIXES,
-    Checkpoint,
-    load_weights,
-    norm_settings,
-    read_checkpoint,
-)
-from .calibration import add_calibration_arguments, calibrate_detector, calibrate_library_model
-from .convert import (
-    add_group_arguments,
-    check_outputs,
-    group_rule,
-    how_to_load,
-    metadata_of_converted,
-    save_calibrated,
-    show_report,
-)
-from .library_models import is_library_model, load_library_model
-from .options import add_config_arguments, add_fix_argument, fix_config
+from .convert import add_shared_arguments, shared_arguments
 from .output import Result
+
+HELP = "Bring a converted checkpoint closer to its original, with images that need no labels."
 
 EXAMPLES = """
 gn-detect calibrate bn.pth gn.pth better.pth --config-file bn.yaml --images photos
@@ -41,64 +17,26 @@ gn-detect calibrate resnet50 resnet50_gn.pth better.pth --weights DEFAULT --imag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the command's arguments."""
     parser.add_argument(
         "original", metavar="ORIGINAL", help="checkpoint with BatchNorm, or a model of torchvision or timm"
     )
-    parser.add_argument("converted", metavar="CONVERTED", help="what gn-detect convert made of it")
+    parser.add_argument("converted", metavar="CONVERTED", help="the file that gn-detect convert made of it")
     parser.add_argument("target", metavar="DST", help="checkpoint to write: .pth, .pkl or .safetensors")
-    parser.add_argument(
-        "--weights", metavar="W", help="of a model: a file, DEFAULT, or IMAGENET1K_V1 and so on"
-    )
-    add_group_arguments(parser)
-    add_calibration_arguments(parser, required=True)
-    parser.add_argument("--report", metavar="FILE", help="report.json; a picture is written beside it")
-    add_fix_argument(parser)
-    add_config_arguments(parser)
+    add_shared_arguments(parser, parser, needs_images=True)
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Write DST and print how near each norm is.
+    """Write DST and print each norm's distance from the original."""
+    from ..conversion import convert_checkpoint
 
-    Raises:
-        UserError: one of the files does not fit, or there is no config for a detector.
-    """
-    target = Path(args.target)
-    if target.suffix not in SUFFIXES:
-        raise UserError(f"{target} must end in {', '.join(SUFFIXES)}")
-    args.source = args.original
-    check_outputs(args, target, args.original, args.converted)
-    names_model = not Path(args.original).exists() and is_library_model(args.original)
-    if names_model:
-        found = load_library_model(args.original, args.weights)
-        model, report = _converted(args, found.model, read_checkpoint(args.converted))
-        calibrate_library_model(args, found, model, report)
-        metadata = norm_settings(model)
-    elif not args.config_file:
-        raise UserError("--images needs the detector's --config-file, the one that ORIGINAL was trained with")
-    else:
-        checkpoint = read_checkpoint(args.original)
-        cfg = load_config(args.config_file, args.overrides)
-        cfg = fix_config(cfg, checkpoint) if args.fix_config else cfg
-        original = make_model(cfg)
-        load_weights(original, checkpoint, config=cfg)
-        original.eval()
-        converted = read_checkpoint(args.converted)
-        model, report = _converted(args, original, converted)
-        calibrate_detector(args, cfg, original, model, report)
-        metadata = metadata_of_converted(norm_settings(model), dict(model.state_dict()), converted, cfg)
-    save_calibrated(args, target, dict(model.state_dict()), metadata)
-    show_report(report, args.report)
-    print(f"wrote {target}; {how_to_load(args, target, not names_model, names_model, metadata)}")
-    return Result({"weights": str(target), **report.to_dict()})
-
-
-def _converted(
-    args: argparse.Namespace, original: nn.Module, checkpoint: Checkpoint
-) -> tuple[nn.Module, ConversionReport]:
-    """The original's GroupNorm twin with the converted weights."""
-    model, report = convert_norm(original, **group_rule(args))
-    load_weights(model, checkpoint)
-    for layer in report.layers:  # the file's, which may have other names
-        layer.eps = cast(nn.GroupNorm, model.get_submodule(layer.name)).eps
-    return model, report
+    report = convert_checkpoint(
+        args.original,
+        args.target,
+        args.images,
+        args.config_file,
+        converted=args.converted,
+        **shared_arguments(args),
+    )
+    print(report)
+    return Result(report.to_dict())

@@ -40,11 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Write the file; 1 if its detections differ."""
+    from ..data.image_paths import find_images
     from ..engine import Predictor
     from ..export import ExportedPredictor
     from ..export.parity import compare
     from ..export.write import check_target, export_detector
-    from .inputs import find_images, split_overrides
+    from .inputs import split_overrides
 
     path = check_target(args.output)
     checked, keys = split_overrides(args.check or [])  # argparse takes KEY VALUE after --check as its images

@@ -1,17 +1,13 @@
-"""Images, folders, patterns and videos of a command line, and the names of what is written for them."""
+"""Split a command line's images from its config keys, and name the outputs for images and videos."""
 
 from __future__ import annotations
 
-import glob
 import re
 from pathlib import Path
 
 from ..config.load import known_keys
 from ..config.paths import CONFIG
 from ..data.video import VIDEO_SUFFIXES
-from ..errors import UserError
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 
@@ -31,7 +27,7 @@ def names_weights(text: str) -> bool:
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Images, and ``KEY VALUE`` pairs from the first argument that looks like a key and is not a file."""
+    """Return images, and ``KEY VALUE`` pairs from the first argument that looks like a key and is no file."""
     keys = known_keys()
     for i, argument in enumerate(arguments):
         is_key = _KEY.fullmatch(argument) and ("." in argument or argument in keys)
@@ -40,42 +36,13 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments, []
 
 
-def find_images(inputs: list[str], videos: bool = False) -> list[Path]:
-    """Files as given, the images (and videos, if wanted) in folders, and what patterns match, each once.
-
-    Folders and patterns leave out hidden files, such as the ``._photo.jpg`` that macOS puts beside
-    ``photo.jpg``, and files of other kinds, such as ``Thumbs.db``.
-
-    Raises:
-        UserError: an input does not exist, or a folder or pattern holds no image.
-    """
-    suffixes = IMAGE_SUFFIXES | (VIDEO_SUFFIXES if videos else set())
-    found: dict[Path, None] = {}
-    for text in inputs:
-        path = Path(text)
-        if path.is_file():
-            matches = [path]
-        else:
-            listed = path.iterdir() if path.is_dir() else map(Path, glob.glob(text, recursive=True))
-            shown = sorted(p for p in listed if p.is_file() and not p.name.startswith("."))
-            matches = [p for p in shown if p.suffix.lower() in suffixes]
-            if not path.is_dir():
-                matches = matches or shown  # of a pattern such as '*.dat'
-        if not matches:
-            raise UserError(f"no image at {text}; give image files, a folder of them or a pattern")
-        found.update(dict.fromkeys(matches))
-    if not found:
-        raise UserError("no images: name files, a folder or a pattern before the config keys")
-    return list(found)
-
-
 def is_video(path: Path) -> bool:
-    """By its suffix."""
+    """Recognise a video by its suffix."""
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def name_outputs(inputs: list[Path]) -> list[str]:
-    """A file name for the picture, or video, of each input; equal stems get a number."""
+    """Return the file name of each input's picture or video; equal stems get a number."""
     used: set[str] = set()
     names = []
     for path in inputs:

@@ -84,11 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image, results for all, and a video for each video."""
+    from ..data.image_paths import find_images
     from ..engine.predict_files import default_workers, predict_images
     from ..evaluation import read_truth
     from ..export.write import SUFFIXES as EXPORTED
     from ..progress import fitted
-    from .inputs import find_images, is_video, name_outputs, split_overrides
+    from .inputs import is_video, name_outputs, split_overrides
 
     check_threshold(args.threshold)
     if args.other_classes and not args.annotations:

@@ -138,7 +138,7 @@ def command(*words: str) -> str:
 def _image_of(cfg: Config) -> str:
     """Return the path of an image of the first test set, or ``IMAGES`` without any."""
     from ..data.datasets import resolve_dataset
-    from .inputs import find_images
+    from ..data.image_paths import find_images
 
     try:
         folder = resolve_dataset(cfg, cfg.datasets.test[0]).images

@@ -1,4 +1,4 @@
-"""BatchNorm models become GroupNorm models that still compute nearly the same function."""
+"""Convert BatchNorm models to GroupNorm models that compute nearly the same function."""
 
 from .calibrate import calibrate
 from .report import ConversionReport, LayerReport

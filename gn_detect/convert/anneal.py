@@ -1,81 +1,74 @@
-"""From BatchNorm to GroupNorm by degrees."""
+"""Blend BatchNorm's statistics into GroupNorm's, by degrees."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..layers import GroupNorm, GroupNormAct
 from ..ops import frozen_batch_norm
-from .match import GroupStatistics, expected_statistics
-from .source import SourceNorm
+from .match import GroupStatistics
 
-_TINY = 1e-12
-"""Under the root of a group's own variance, so that a constant group divides by no zero."""
+_TINY = 1e-12  # under the root of a group's own variance: a constant group must not divide by zero
 
 
 class Annealing:
-    """Norms whose statistics go from the expected ones (``share`` 0, BatchNorm) to an image's own (1).
+    """Norms that compute with expected statistics (``share`` 0, BatchNorm), an image's own (1), or between.
 
-    With the matching weight and bias the model starts as exactly the original, and what is trained follows
-    while the function is bent towards GroupNorm: no step has far to go.
+    With the matched weight and bias the model starts as exactly the original. While its function is bent
+    towards GroupNorm the trained weights follow, a short way in each step.
     """
 
-    def __init__(self, norms: dict[GroupNorm, GroupStatistics]) -> None:
-        self.share = 1.0
+    def __init__(self, norms: dict[GroupNorm, GroupStatistics], share: float = 1.0) -> None:
+        self.share = share
         self._norms = norms
 
-    @contextlib.contextmanager
+    @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the norms compute with ``share``; afterwards they are themselves again."""
+        """Let the norms compute with ``share``; afterwards they are themselves again."""
         for norm, statistics in self._norms.items():
-            # On the instance, so that names, parameters and hooks of the model stay as they are.
-            vars(norm)["forward"] = _Forward(self, norm, statistics)
+            mean, var = (v.to(norm.weight.device, torch.float32) for v in (statistics.mean, statistics.var))
+            # On the instance, so that names, parameters and hooks of the model stay the same.
+            vars(norm)["forward"] = partial(self._forward, norm, mean, var)
         try:
             yield
         finally:
             for norm in self._norms:
                 del vars(norm)["forward"]
 
-
-class _Forward:
-    def __init__(self, annealing: Annealing, norm: GroupNorm, statistics: GroupStatistics) -> None:
-        self.annealing, self.norm = annealing, norm
-        device = norm.weight.device
-        self.mean = statistics.mean.to(device, torch.float32)
-        self.var = statistics.var.to(device, torch.float32)
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        norm, share = self.norm, self.annealing.share
-        if share >= 1 or not x.numel():
+    def _forward(
+        self,
+        norm: GroupNorm,
+        mean: Tensor,
+        var: Tensor,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        if self.share >= 1 or not x.numel():
             return type(norm).forward(norm, x, residual, activation)
-        y = _blended_norm(x, norm, self.mean, self.var, share)
+        values, weight, bias = x.float().contiguous(), norm.weight.float(), norm.bias.float()
+        y = _BlendedNorm.apply(values, weight, bias, mean, var, self.share, norm.eps).view_as(x).to(x.dtype)
         y = y if residual is None else y + residual
         if (norm.activation or activation) == "relu":
             y = F.relu(y)
         return norm.act(norm.drop(y)) if isinstance(norm, GroupNormAct) else y
 
 
-def _blended_norm(x: Tensor, norm: GroupNorm, mean: Tensor, var: Tensor, share: float) -> Tensor:
-    """(N, C, *), with (G,) expected statistics."""
-    values = x.float().contiguous()
-    y = _BlendedNorm.apply(values, norm.weight.float(), norm.bias.float(), mean, var, share, norm.eps)
-    return y.view_as(x).to(x.dtype)
-
-
 class _BlendedNorm(torch.autograd.Function):
     """``weight (x - M) / S + bias``, with ``M`` and ``S^2 - eps`` between expected and own statistics.
 
-    Written out because it is most of a calibration's time: PyTorch's group norm gives the statistics many
-    times faster than ``var_mean`` does, its batch norm in evaluation mode applies them in one pass, and its
-    group norm's backward gives the sums over pixels.
+    Written out because it takes most of a calibration's time: PyTorch's group norm gives the statistics many
+    times faster than ``var_mean``, its batch norm in evaluation mode applies them in one pass, and its group
+    norm's backward gives the sums over pixels.
     """
 
     @staticmethod
@@ -140,11 +133,3 @@ class _BlendedNorm(torch.autograd.Function):
         slope, offset = (v.repeat_interleave(channels // groups, 1).view(shape) for v in (slope, offset))
         by_x = torch.addcmul(offset, x, slope).addcmul_(gradient, own.view(shape))
         return by_x, by_weight.sum(0), by_bias.sum(0), None, None, None, None
-
-
-def statistics_of(
-    source: SourceNorm, norm: nn.GroupNorm, measured: tuple[Tensor, Tensor] | None
-) -> GroupStatistics | None:
-    """What ``norm``'s groups are expected to have; None where the original's statistics are unknown."""
-    mean, var = measured if measured is not None else (source.mean, source.var)
-    return None if mean is None or var is None else expected_statistics(mean, var, norm.num_groups)

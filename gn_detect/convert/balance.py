@@ -1,48 +1,39 @@
-"""Scales of channels under which an image's group statistics vary least, so that GroupNorm is BatchNorm.
+"""Choose scales of channels with which an image's group statistics vary least.
 
-BatchNorm does not see the scale of what it normalises: a convolution's output channel may be multiplied by
-any number, and its running statistics with it, without a change of the function. A group norm sees it, as
-the scales decide how much each channel of a group counts in the group's mean and variance. They are chosen
-here, for each layer alone, so that the group norm's output differs least from BatchNorm's on measured
-images. Nothing is regressed, hence nothing shrinks: the new layer still equals BatchNorm wherever an image
-is as expected.
+BatchNorm does not see the scale of its input: a convolution's output channel may be multiplied by any
+number, and its running statistics with it, without a change of the function. A group norm sees it, because
+the scales decide how much each channel counts in its group's mean and variance. For each layer alone, this
+module chooses the scales under which the group norm's output differs least from BatchNorm's on measured
+images. Nothing is regressed, so nothing shrinks: the new layer still equals BatchNorm wherever an image is
+as expected.
 
-A group whose statistics vary least may hang on one steady channel, scaled up. In a deep network the
-channel's error, from the layers before, then goes to the whole group; all channels of one variance may serve
-better there (MobileNetV2 with groups of 16). Which, the outputs on held-out images tell.
+A group whose statistics vary least may depend on one steady channel, scaled up. In a deep network the error
+of that channel, from the layers before, then spreads to the whole group. Equal variances of all channels may
+serve better there (MobileNetV2 with groups of 16). The outputs on held-out images decide.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import GroupNorm
-from .match import GroupStatistics, constant_channels, matched_affine
-from .moments import Run
+from .match import GroupStatistics, Run, keep_constants, matched_affine
 from .source import SourceNorm
 
-STEPS, LEARNING_RATE = 100, 0.1
-"""Of Adam on the logarithms of the scales; further steps change the error by less than 2%."""
-
-PENALTY = 0.01
-"""On the squares of the logarithms, so that channels that hardly matter stay where they are."""
-
-MAX_SAMPLES = 256
-"""Images, or regions of interest, that each layer's scales are chosen from."""
+STEPS, LEARNING_RATE = 100, 0.1  # of Adam on the scales' logarithms; more change the error by less than 2%
+PENALTY = 0.01  # on the squares of the logarithms: channels that hardly matter keep their scales
+MAX_SAMPLES = 256  # images, or regions of interest, from which each layer's scales are chosen
+DEAD = 1e-3  # part of the average group's variance; a group with less is not scaled up to the others
 
 
-DEAD = 1e-3
-"""Part of the average group's variance; a group with less is not made as large as the others."""
-
-
-@dataclass(frozen=True)
-class ImageMoments:
+class ImageMoments(NamedTuple):
     """Mean and mean square of each channel in each image: (N, C) float32."""
 
     mean: Tensor
@@ -54,7 +45,7 @@ class Balance:
     """Scales (C,) of a norm's input channels, and the statistics of its groups then; float64, on the CPU.
 
     Attributes:
-        size: by which the layer's weights are larger on average, those of dead channels left aside.
+        size: mean factor of the layer's weights, dead channels left out.
         layer: name of the convolution that was rescaled, if one was.
     """
 
@@ -64,9 +55,8 @@ class Balance:
     layer: str | None = None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """By name of a norm: the layer that alone feeds it, where there is one, and its input's moments."""
+class Measured(NamedTuple):
+    """By name of a norm: the layer that alone feeds it, if there is one, and the moments of its input."""
 
     feeds: dict[str, str]
     moments: dict[str, ImageMoments]
@@ -75,9 +65,9 @@ class Measured:
 def measure(
     original: nn.Module, names: Sequence[str], run: Run, batches: Sequence[Any], times: int = 1
 ) -> Measured:
-    """What :func:`balance` needs to know of the norms ``names``; ``run`` runs the model ``times``."""
+    """Measure the norms ``names`` for :func:`balance`; ``run`` runs the model ``times`` times."""
     feeds = _find_feeding(original, names, lambda: run(original, batches[0]), times)
-    return Measured(feeds, _measure(original, names, run, batches))
+    return Measured(feeds, _image_moments(original, names, run, batches))
 
 
 def balance(
@@ -88,18 +78,19 @@ def balance(
     *,
     equal: bool = False,
 ) -> dict[str, Balance]:
-    """Rescale the convolutions before the named norms of ``converted``, and match the norms to that.
+    """Rescale the convolutions before the norms of ``converted``, and match the norms to the new scales.
+
+    Norms that no convolution feeds alone keep their input, and are matched to the measured statistics.
 
     Args:
         sources: the original's norms by name.
         equal: give all channels one variance, and seek no better scales.
 
     Returns:
-        What was done, for each norm that was changed. Norms that no convolution feeds alone keep their
-        input, and get the statistics that were measured.
+        The change of each norm that was changed.
     """
     before, after = dict(original.named_modules()), dict(converted.named_modules())
-    # Where the convolution was trained since, the norm behind it no longer continues the original's function.
+    # If a convolution was trained since, its norm no longer continues the original's function.
     feeds = {
         norm: conv
         for norm, conv in measured.feeds.items()
@@ -111,13 +102,12 @@ def balance(
         assert isinstance(norm, GroupNorm)
         chosen = norm.eps if norm.eps != sources[name].eps else 0.0
         result = solve(moments, sources[name], norm.num_groups, eps=chosen, scales=name in feeds, equal=equal)
-        if name in feeds:
-            _rescale(after[feeds[name]], result.scales)
         rescaled = dataclasses.replace(sources[name], scale=sources[name].scale / result.scales)
         weight, bias = matched_affine(rescaled, result.statistics, norm.eps)
-        if name not in feeds:  # scales give the others' channels one variance, or nearly
-            constant = constant_channels(sources[name], result.statistics)
-            weight, bias = weight.masked_fill(constant, 0.0), torch.where(constant, sources[name].bias, bias)
+        if name in feeds:  # the scales give its channels one variance, or nearly
+            _rescale(after[feeds[name]], result.scales)
+        else:
+            weight, bias, _ = keep_constants(sources[name], result.statistics, weight, bias)
         with torch.no_grad():
             norm.weight.copy_(weight)
             norm.bias.copy_(bias)
@@ -134,19 +124,19 @@ def solve(
     scales: bool = True,
     equal: bool = False,
 ) -> Balance:
-    """The scales that minimise the squared difference between the two norms' outputs on the images.
+    """Return the scales that minimise the squared difference between the two norms' outputs on the images.
 
-    With the mean m_i and variance v_i of a group of scaled channels in image i, and those expected, m and
-    v, the outputs differ in channel c by ``w/sigma ((r - 1) x + (m - m_i r) / s)``, ``r = sqrt(v / v_i)``.
-    The mean square over the pixels follows from the channel's moments. m is the mean of m_i, and v such that
-    r is 1 on average: an image's variance is less than that of all images together.
+    With the mean m_i and variance v_i of a group of scaled channels in image i, and the expected m and v, the
+    outputs differ in channel c by ``w/sigma ((r - 1) x + (m - m_i r) / s)``, ``r = sqrt(v / v_i)``. The mean
+    square over the pixels follows from the channel's moments. m is the mean of m_i, and v such that r is 1 on
+    average: an image's variance is less than that of all images together.
 
     Args:
-        eps: of the new norm, where it is a part of the variance that counts; it is then in all v, and the
-            scales give each group the variance that the groups had on average: it stays the same part.
+        eps: of the new norm, if it is a considerable part of the variance. It is then included in all v, and
+            the scales keep each group's average variance, so that eps stays the same part.
         scales: choose scales; otherwise all are 1, and only m and v are found.
-        equal: choose those that give all channels one variance. Their outputs differ more on the images as
-            the original sees them, but a group does not hang on few channels, whose errors it would spread.
+        equal: give all channels one variance. Their outputs differ more on the images as the original sees
+            them, but a group does not depend on few channels, whose errors it would spread.
     """
     mean, square = moments.mean, moments.square
     size = source.channels // num_groups
@@ -155,13 +145,13 @@ def solve(
     if scales:
         start = (square.mean(0) - mean.mean(0).square()).clamp_min(0).add(source.eps).rsqrt()
     total = (source.scale / start.double()).square().sum()
-    strength = (source.scale.square() / total.clamp_min(1e-30)).float()  # a norm may have weights of zero
+    strength = (source.scale.square() / total.clamp_min(1e-30)).float()  # all weights may be zero
     variance = (square - mean.square()).clamp_min(0.0)
     larger = 1.0
 
     def group_statistics(scale: Tensor, found: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         means, variances = _group_moments(moments, scale, num_groups)
-        if eps:  # until the scales are found, the part that it will be of each group
+        if eps:  # until the scales are found, the part of each group that it will be
             variances = variances + (eps if found else eps / unscaled * variances.mean(0))
         return means, variances, means.mean(0), variances.rsqrt().mean(0).pow(-2)
 
@@ -183,7 +173,7 @@ def solve(
                 optimizer.step()
     with torch.no_grad():
         scale = start * logarithm.exp()
-        if scales:  # on average the weights stay as large as they were, as the distillation's steps do
+        if scales:  # the weights keep their average size, as the distillation's steps have one size
             scale = scale * scale.log().mean().neg().exp()
         if scales and eps:
             variances = _group_moments(moments, scale, num_groups)[1].mean(0)
@@ -196,7 +186,7 @@ def solve(
 
 
 def _group_moments(moments: ImageMoments, scale: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance, (N, G) each, of the groups of each image's scaled channels."""
+    """Return mean and variance, (N, G) each, of the groups of each image's scaled channels."""
     means = (moments.mean * scale).view(len(moments.mean), num_groups, -1).mean(2)
     squares = (moments.square * scale.square()).view(len(moments.mean), num_groups, -1).mean(2)
     return means, (squares - means.square()).clamp_min(1e-6 * squares.detach().mean() + 1e-20)
@@ -213,11 +203,11 @@ def _rescale(conv: Any, scales: Tensor) -> None:
 def _find_feeding(
     model: nn.Module, norms: Sequence[str], run: Callable[[], Any], times: int = 1
 ) -> dict[str, str]:
-    """The convolution or linear layer whose output is the input of a norm and, it seems, of nothing else.
+    """Return the convolution or linear layer that feeds each norm, and apparently nothing else.
 
-    A layer that ``run``, which runs the model ``times``, calls more often is shared, and left alone.
-    Seen are the inputs of all modules: an output that a module's ``forward`` uses in an expression of its
-    own is not. That is for :func:`gn_detect.convert.calibrate` to check, by the function.
+    ``run`` runs the model ``times`` times. A layer that is called more often is shared, and is left out. An
+    output that a module's ``forward`` uses in an expression of its own is not seen here;
+    :func:`gn_detect.convert.calibrate` checks the function for that.
     """
     weights: dict[Tensor | nn.Module, int] = {}
     for module in model.modules():
@@ -231,32 +221,28 @@ def _find_feeding(
         and weights[module.weight] == 1
     }
     produced: dict[int, str] = {}
-    held: list[Tensor] = []  # all that were seen, so that no identity is used twice
+    held: list[Tensor] = []  # keeps all tensors that were seen, so that no identity is used twice
     calls: dict[str, int] = {}
     used: dict[int, list[str]] = {}
-    handles = []
-    for name, module in model.named_modules():
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, module in model.named_modules():
 
-        def before(module: nn.Module, inputs: Any, name: str = name) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            if next(module.children(), None) is None or name in norms:
-                for value in inputs:
-                    if isinstance(value, Tensor):
-                        held.append(value)
-                        used.setdefault(id(value), []).append(name)
+            def before(module: nn.Module, inputs: Any, name: str = name) -> None:
+                calls[name] = calls.get(name, 0) + 1
+                if next(module.children(), None) is None or name in norms:
+                    for value in inputs:
+                        if isinstance(value, Tensor):
+                            held.append(value)
+                            used.setdefault(id(value), []).append(name)
 
-        def after(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
-            if module in layers:
-                held.append(output)
-                produced[id(output)] = name
+            def after(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
+                if module in layers:
+                    held.append(output)
+                    produced[id(output)] = name
 
-        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(module.register_forward_pre_hook(before))
+            hooks.enter_context(module.register_forward_hook(after))
+        run()
     feeds = {}
     for identity, layer in produced.items():
         users = used.get(identity, [])
@@ -270,32 +256,28 @@ def _find_feeding(
 
 
 @torch.no_grad()
-def _measure(
+def _image_moments(
     model: nn.Module, names: Sequence[str], run: Run, batches: Sequence[Any]
 ) -> dict[str, ImageMoments]:
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
     counts = dict.fromkeys(names, 0)
     share = -(-MAX_SAMPLES // len(batches))  # of a batch, which may hold many regions of one image
-    handles = []
-    for name in names:
+    with ExitStack() as hooks:
+        for name in names:
 
-        def record(_: nn.Module, inputs: Any, name: str = name) -> None:
-            x = inputs[0].detach()
-            x = x[:: max(1, len(x) // share)][: MAX_SAMPLES - counts[name]].float()
-            if len(x):
-                counts[name] += len(x)
-                pixels = x.reshape(*x.shape[:2], -1)
-                found[name].append((pixels.mean(2).cpu(), pixels.square().mean(2).cpu()))
+            def record(_: nn.Module, inputs: Any, name: str = name) -> None:
+                x = inputs[0].detach()
+                x = x[:: max(1, len(x) // share)][: MAX_SAMPLES - counts[name]].float()
+                if len(x):
+                    counts[name] += len(x)
+                    pixels = x.reshape(*x.shape[:2], -1)
+                    found[name].append((pixels.mean(2).cpu(), pixels.square().mean(2).cpu()))
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(record))
-    try:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(record))
         for batch in batches:
             if min(counts.values(), default=0) >= MAX_SAMPLES:
                 break
             run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {
         name: ImageMoments(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
         for name, pieces in found.items()

@@ -1,10 +1,10 @@
-"""The distillation of a calibration: its steps, which of its states is kept, and how it is resumed."""
+"""Train a converted model to give its original's outputs, keep its best state, and resume."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,138 +18,155 @@ from ..layers import GroupNorm
 from .anneal import Annealing
 from .images import ImageStream
 from .objective import Objective
-from .rates import ADAM_EPS, ANNEALED, WARMED_UP, Rate, schedule
 
-CHECKS = 5
-"""Evaluations on the held-out images once the norms are what they will be."""
+CHECKS = 5  # evaluations on the held-out images after the annealing
+ANNEALED = 0.3  # part of the steps over which the statistics go from BatchNorm's to GroupNorm's
+WARMED_UP = 0.1  # part of the steps over which the learning rate rises: the model starts at its smallest loss
+
+# Before the first step the model is the original but for rounding: its gradients are about 1e-8, and 1e-3
+# after it. With Adam's usual 1e-8 a whole step would go in the direction of the rounding.
+ADAM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The highest learning rate of some parameters."""
+
+    parameters: list[nn.Parameter]
+    highest: float
+
+
+def rates_of(
+    model: nn.Module,
+    norms: Sequence[GroupNorm],
+    learning_rate: float,
+    norm_learning_rate: float,
+    sizes: Mapping[nn.Module, float],
+) -> list[Rate]:
+    """Return the rates of all parameters to train: those of ``norms`` have one of their own.
+
+    Adam's steps are of one length however large a weight is. A layer that was rescaled, to ``sizes`` of its
+    own size, gets steps in proportion.
+    """
+    affine = {parameter for norm in norms for parameter in norm.parameters()}
+    rescaled = {
+        parameter: size for layer, size in sizes.items() for parameter in layer.parameters(recurse=False)
+    }
+    rates: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            rate = norm_learning_rate if parameter in affine else learning_rate * rescaled.get(parameter, 1.0)
+            rates.setdefault(rate, []).append(parameter)
+    return [Rate(parameters, highest) for highest, parameters in rates.items()]
+
+
+def _schedule(done: float) -> float:
+    """Return the factor of the learning rate after the part ``done`` of the steps.
+
+    It rises linearly, stays until the end of the annealing, and falls as half a cosine.
+    """
+    fallen = max(0.0, (done - ANNEALED) / (1 - ANNEALED))
+    return min(1.0, (done + 0.1 * WARMED_UP) / WARMED_UP) * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
 @dataclass
-class _Progress:
-    """What a resumed calibration starts from.
+class Distillation:
+    """Train ``objective.converted`` for ``steps`` steps; :meth:`run` leaves the best state in it.
 
     Attributes:
-        step: number of steps taken.
-        best_loss, best: smallest loss on the held-out images, and the model's state there.
-    """
-
-    step: int
-    best_loss: float
-    best: dict[str, Tensor]
-
-
-class Distillation:
-    """``run`` leaves the best state in the model.
-
-    Args:
-        rates: what is trained, and how fast.
         scales: the kind of scales that the channels were given.
         checkpoint: see :func:`gn_detect.calibrate`.
-        given: digest of the two models before the first change and of the images.
+        given: digest of the images and of the two models before the first change.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        stream: ImageStream,
-        annealing: Annealing,
-        steps: int,
-        rates: Sequence[Rate],
-        scales: str,
-        checkpoint: str | Path | None,
-        given: str,
-        progress: bool,
-    ) -> None:
-        self.objective, self.stream, self.annealing = objective, stream, annealing
-        self.model = objective.converted
-        self.steps, self.rates, self.scales, self.given = steps, rates, scales, given
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.shows = progress
+    objective: Objective
+    stream: ImageStream
+    annealing: Annealing
+    steps: int
+    rates: Sequence[Rate]
+    scales: str
+    checkpoint: Path | None
+    given: str
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.model = self.objective.converted
         self.optimizer = torch.optim.Adam(
-            [{"params": rate.parameters, "lr": rate.highest} for rate in rates], eps=ADAM_EPS
+            [{"params": rate.parameters, "lr": rate.highest} for rate in self.rates], eps=ADAM_EPS
         )
-        self.every = max(1, math.ceil(steps * (1 - ANNEALED) / CHECKS))
+        self.every = max(1, math.ceil(self.steps * (1 - ANNEALED) / CHECKS))
 
     def run(self) -> None:
-        """All steps that remain."""
-        state = self._resumed() or _Progress(0, self._held_out_loss(), copy_of_state(self.model))
-        with tqdm(total=self.steps, initial=state.step, desc="calibrating", disable=not self.shows) as bar:
-            while state.step < self.steps:
-                bar.set_postfix(
-                    loss=f"{self._step(state.step):.4f}", best=f"{state.best_loss:.4f}", refresh=False
-                )
-                state.step += 1
+        """Take all steps that remain."""
+        if not self._resume():
+            self.step, self.best_loss, self.best = 0, self._held_out_loss(), copy_of_state(self.model)
+        with tqdm(total=self.steps, initial=self.step, desc="calibrating", disable=not self.progress) as bar:
+            while self.step < self.steps:
+                loss = self._take_step()
+                bar.set_postfix(loss=f"{loss:.4f}", best=f"{self.best_loss:.4f}", refresh=False)
                 bar.update()
-                if (self.steps - state.step) % self.every == 0:
-                    self._check(state)
-        self.model.load_state_dict(state.best)
+                if (self.steps - self.step) % self.every == 0:
+                    self._check()
+        self.model.load_state_dict(self.best)
 
-    def _step(self, step: int) -> float:
-        done = step / self.steps
+    def _take_step(self) -> float:
+        done = self.step / self.steps
         self.annealing.share = min(1.0, done / ANNEALED)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate.highest * schedule(done)
+            group["lr"] = rate.highest * _schedule(done)
         with self.annealing.applied():
-            output, blocks = self.objective.loss(self.stream.next_batch())
-            loss = output + blocks
-        value, of_outputs = torch.stack([loss, output]).tolist()  # one wait for the device
+            outputs, blocks = self.objective.loss(self.stream.next_batch())
+            loss = outputs + blocks
+        value, output_value = torch.stack([loss, outputs]).tolist()  # one wait for the device
         if not math.isfinite(value):
             raise UserError(
-                f"the calibration's loss is {value} at step {step + 1}; lower the learning rate, and see "
-                "that the images are prepared as the original expects"
+                f"the calibration's loss is {value} at step {self.step + 1}; lower the learning rate, and "
+                "check that the images are prepared as the original expects"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return of_outputs
+        self.step += 1
+        return output_value
 
-    def _check(self, state: _Progress) -> None:
-        if state.step >= self.steps * ANNEALED:
+    def _check(self) -> None:
+        if self.step >= self.steps * ANNEALED:
             loss = self._held_out_loss()
-            if loss < state.best_loss:
-                state.best_loss, state.best = loss, copy_of_state(self.model)
+            if loss < self.best_loss:
+                self.best_loss, self.best = loss, copy_of_state(self.model)
         if self.checkpoint is not None:
-            self._save(state)
+            content = {
+                "identity": self._identity(),
+                "step": self.step,
+                "best_loss": self.best_loss,
+                "best": self.best,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "stream": self.stream.state_dict(),
+            }
+            with atomic_write(self.checkpoint, "wb") as file:
+                torch.save(content, file)
 
     def _held_out_loss(self) -> float:
-        """With the norms as they will be."""
         return self.objective.output_loss(self.stream.held_out)
 
     def _identity(self) -> str:
-        """What a checkpoint must agree on to go on from it."""
-        shapes = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
-        rates = [(rate.highest, len(rate.parameters)) for rate in self.rates]
-        norms = [(m.num_groups, m.eps) for m in self.model.modules() if isinstance(m, GroupNorm)]
-        constants = (ANNEALED, WARMED_UP, ADAM_EPS, self.objective.block_weight)
+        """Return a digest of the settings on which a checkpoint must agree with a calibration."""
         settings = (
             self.steps,
-            rates,
-            constants,
+            [(rate.highest, len(rate.parameters)) for rate in self.rates],
+            (ANNEALED, WARMED_UP, ADAM_EPS, self.objective.block_weight),
             self.stream.identity,
             self.given,
-            shapes,
-            norms,
+            [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()],
+            [(m.num_groups, m.eps) for m in self.model.modules() if isinstance(m, GroupNorm)],
             self.scales,
         )
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
-    def _save(self, state: _Progress) -> None:
-        assert self.checkpoint is not None
-        content = {
-            "identity": self._identity(),
-            "step": state.step,
-            "best_loss": state.best_loss,
-            "best": state.best,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "stream": self.stream.state_dict(),
-        }
-        with atomic_write(self.checkpoint, "wb") as file:
-            torch.save(content, file)
-
-    def _resumed(self) -> _Progress | None:
+    def _resume(self) -> bool:
         if self.checkpoint is None or not self.checkpoint.exists():
-            return None
+            return False
         try:
             content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             same = content["identity"] == self._identity()
@@ -166,9 +183,10 @@ class Distillation:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.stream.load_state_dict(content["stream"])
-        return _Progress(content["step"], content["best_loss"], content["best"])
+        self.step, self.best_loss, self.best = content["step"], content["best_loss"], content["best"]
+        return True
 
 
 def copy_of_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, which does not follow the model's changes."""
+    """Return a copy of the state dict, which does not follow the model's changes."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The unlabelled images of a calibration: batches in a random order, and some that are held out."""
+"""Draw batches of unlabelled images in a random order, and hold some out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-SMALLEST_CROP = 0.6
-"""Side of the smallest random crop, as a fraction of the image's."""
+SMALLEST_CROP = 0.6  # side of the smallest random crop, as a fraction of the image's
 
 
 class ImageStream:
@@ -21,8 +20,8 @@ class ImageStream:
 
     Attributes:
         held_out: batches that are never trained on.
-        content: all of the images, or of the batches.
-        identity: what two streams have in common that give the same batches.
+        content: all images, or all batches.
+        identity: settings; two streams with the same ones and the same content give the same batches.
     """
 
     def __init__(
@@ -41,22 +40,17 @@ class ImageStream:
             raise UserError(
                 f"{count} images or batches are too few to calibrate and to check with; give more"
             )
-        # Images of one photo are often neighbours: spread, the held-out ones would be near copies of others.
+        # The last ones, not spread: neighbours are often of one photo, near copies of each other.
         self._items, rest = items[: count - kept], items[count - kept :]
         self.held_out: list[Any] = list(rest.split(batch_size)) if isinstance(rest, Tensor) else list(rest)
         self._batch_size = min(batch_size, len(self._items)) if single else 1
         self._augments = augment and isinstance(items, Tensor) and items.dim() == 4
         self._order: list[int] = []
-        self.identity = (
-            count,
-            tuple(items.shape) if isinstance(items, Tensor) else None,
-            batch_size,
-            seed,
-            augment,
-        )
+        shape = tuple(items.shape) if isinstance(items, Tensor) else None
+        self.identity = (count, shape, batch_size, seed, augment)
 
     def next_batch(self) -> Any:
-        """Single images are stacked to (N, C, H, W) and augmented; batches are given as they are."""
+        """Return single images, stacked to (N, C, H, W) and augmented, or a batch as it is."""
         if len(self._order) < self._batch_size:
             self._order = torch.randperm(len(self._items), generator=self._generator).tolist()
         taken, self._order = self._order[: self._batch_size], self._order[self._batch_size :]
@@ -66,24 +60,24 @@ class ImageStream:
         return _augmented(batch, self._generator) if self._augments else batch
 
     def some_batches(self, count: int) -> list[Any]:
-        """About ``count`` images to train on, spread over all, as they are; or as many batches."""
+        """Return about ``count`` images to train on, spread over all and unchanged, or as many batches."""
         chosen = range(0, len(self._items), max(1, len(self._items) // count))
         if isinstance(self._items, Tensor):
             return list(self._items[list(chosen)].split(self._batch_size))
         return [self._items[index] for index in chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is."""
+        """Return the state of the order and of the random numbers."""
         return {"order": self._order, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a state."""
         self._order = list(state["order"])
         self._generator.set_state(state["generator"])
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of numbers in tensors, lists, tuples and mappings; of anything else, of its type."""
+    """Return the SHA-256 of tensors, numbers and text in lists, tuples and mappings, else of the type."""
     found = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -110,8 +104,7 @@ def _as_single_images(images: Tensor | Iterable[Any]) -> Tensor | list[Any]:
     if isinstance(images, Tensor):
         return images
     items = list(images)
-    are_images = items and all(isinstance(item, Tensor) and item.dim() == 3 for item in items)
-    if not are_images:
+    if not items or not all(isinstance(item, Tensor) and item.dim() == 3 for item in items):
         return items
     if len({item.shape for item in items}) > 1:
         raise UserError(
@@ -121,7 +114,7 @@ def _as_single_images(images: Tensor | Iterable[Any]) -> Tensor | list[Any]:
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flipped, and cropped to at least 60% of each side, at random for each image; (N, C, H, W)."""
+    """Flip each image of (N, C, H, W) at random, and crop it to at least 60% of each side."""
     count = len(images)
 
     def uniform(low: float, high: float) -> Tensor:

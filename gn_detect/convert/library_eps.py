@@ -1,6 +1,6 @@
-"""The eps of BatchNorms whose model is not at hand: names of tensors tell the library, and so its eps.
+"""Deduce the eps of a state dict's BatchNorms: the names of tensors identify the library.
 
-Each eps is that of the library's own code. Names that models with different eps share are not here, such as
+Each eps is that of the library's own code. Names that models with different eps share are left out, such as
 ``conv_stem`` and ``blocks.0.0.bn1``: timm's efficientnet_b0 has 1e-5 and its tf_efficientnet_b0 1e-3.
 """
 
@@ -10,21 +10,14 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-PYTORCH_EPS, TENSORFLOW_EPS = 1e-5, 1e-3
-"""PyTorch's default, and that of TensorFlow and Keras, which models ported from them have, and YOLO."""
+PYTORCH_EPS, TENSORFLOW_EPS = 1e-5, 1e-3  # the latter for models from TensorFlow and Keras, and for YOLO
 
 
 class _Family(NamedTuple):
-    """Models with one eps. The patterns are of names without the prefix of what wraps the model.
+    """Models with one eps. The patterns are of names without the prefix of a wrapper."""
 
-    Attributes:
-        mark: a tensor that these models have, and no others.
-        norms: their BatchNorms.
-        eps: of these.
-    """
-
-    mark: str
-    norms: str
+    mark: str  # a tensor that these models have, and no others
+    norms: str  # their BatchNorms
     eps: float
 
 
@@ -43,7 +36,7 @@ _FAMILIES = (
     _Family(r"(?:stem|res2\.0)\.conv1\.norm\.weight", r"(?:stem|res[2-5])\..+\.norm", PYTORCH_EPS),
     _Family(r"backbone\.bottom_up\..+", r"(?:backbone|proposal_generator|roi_heads)\..+\.norm", PYTORCH_EPS),
     _Family(r"backbone\.layer1\.0\.conv1\.weight", r"(?:neck|\w+_head)\..+\.bn", PYTORCH_EPS),
-    # torchvision's detectors and segmenters; a backbone of MobileNetV3 has 1e-5 in a detector alone.
+    # torchvision's detectors and segmenters; a backbone of MobileNetV3 has 1e-5 only in a detector.
     _Family(r"backbone\.body\..+", r"backbone\.(?:body\.\d+|fpn)\..+|roi_heads\..+|head\..+", PYTORCH_EPS),
     _Family(r"backbone\.features\.0\.1\.block\.0\.0\.weight", r"(?:backbone|head)\..+", TENSORFLOW_EPS),
     _Family(r"backbone\.(?:layer1\.0\.conv1|1\.block\.0\.0)\.weight", _SEGMENTATION, PYTORCH_EPS),
@@ -73,14 +66,11 @@ _FAMILIES = (
 
 
 def library_eps(names: Collection[str], norms: Collection[str]) -> dict[str, float]:
-    """Return the eps of those BatchNorms whose library the names of the tensors determine.
+    """Return the eps of BatchNorms by name; norms of unknown models are absent.
 
     Args:
-        names: of the tensors of a state dict, with any prefix (``model.``, ``module.``, ``backbone.``).
+        names: names of a state dict's tensors, with any prefix (``model.``, ``module.``, ``backbone.``).
         norms: names of its BatchNorms.
-
-    Returns:
-        eps by name; norms of other models are absent.
     """
     found: dict[str, float] = {}
     for family in _FAMILIES:

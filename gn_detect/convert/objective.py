@@ -1,9 +1,9 @@
-"""How far a converted model is from its original: in its outputs, its blocks and its norms."""
+"""Compare a converted model with its original: outputs, blocks and norms."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,19 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .moments import RunningMoments
+from .match import RunningMoments
 
-Outputs = Callable[[nn.Module, nn.Module, Any], list[tuple[Tensor, Tensor]]]
-"""Of (original, converted, batch): pairs of the original's tensor, without gradient, and the other's."""
+Pairs = list[tuple[Tensor, Tensor]]  # of the original's tensor, without gradient, and the other model's
+Outputs = Callable[[nn.Module, nn.Module, Any], Pairs]  # (original, converted, batch) -> pairs
 
-LARGEST_BLOCK = 8
-"""Norms; a module with more, such as the one sequence of a VGG, is no block but a network."""
+LARGEST_BLOCK = 8  # norms; a module with more, such as the one sequence of a VGG, is a network
 
 
-def outputs_of_one_input(
-    original: nn.Module, converted: nn.Module, batch: Any
-) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor that the models return for the batch; they may come in tuples, lists and dicts."""
+def outputs_of_one_input(original: nn.Module, converted: nn.Module, batch: Any) -> Pairs:
+    """Return pairs of the tensors that the models give for the batch, in any tuples, lists and dicts."""
     with torch.no_grad():
         expected = _tensors(original(batch))
     return list(zip(expected, _tensors(converted(batch)), strict=True))
@@ -33,18 +30,15 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
-    if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
 
 
 def find_blocks(model: nn.Module, norms: Sequence[str]) -> list[str]:
-    """Names of the modules to compare: the smallest that hold two norms or more, and the norms outside them.
+    """Return the modules to compare: the smallest with two norms or more, and the norms outside them.
 
-    Those are the residual blocks of a ResNet, the inverted ones of a MobileNet, the branches of an
-    Inception. Where one module only wraps another with the same norms, the outer one counts, as it adds the
-    shortcut.
+    These are the residual blocks of a ResNet, the inverted ones of a MobileNet, the branches of an Inception.
+    If a module only wraps another with the same norms, the outer one counts, as it adds the shortcut.
     """
     inside: dict[frozenset[str], str] = {}
     for name, _ in model.named_modules():
@@ -54,26 +48,31 @@ def find_blocks(model: nn.Module, norms: Sequence[str]) -> list[str]:
     smallest = {held: name for held, name in inside.items() if not any(other < held for other in inside)}
     covered = {norm for held in smallest for norm in held}
     return [name for name in smallest.values() if name] + [
-        outputs_of_norm(model, norm) for norm in norms if norm not in covered
+        _output_of_norm(model, norm) for norm in norms if norm not in covered
     ]
 
 
-def outputs_of_norm(model: nn.Module, norm: str) -> str:
-    """Name of the module whose output is that norm's.
+def _output_of_norm(model: nn.Module, norm: str) -> str:
+    """Return the module whose output is that norm's.
 
-    detectron2's ``Conv2d`` and ours hold a norm, and apply what follows it together with a GroupNorm but
-    after a BatchNorm; there only the convolution's output is comparable.
+    detectron2's ``Conv2d`` and ours hold a norm. They apply their activation as part of a GroupNorm, but
+    after a BatchNorm; so only the convolution's output is comparable.
     """
     parent = norm.rpartition(".")[0]
     return parent if parent and isinstance(model.get_submodule(parent), nn.Conv2d) else norm
 
 
 class Objective:
-    """The sum of relative squared differences of outputs and, on average and weighted, blocks.
+    """The mean of the outputs' relative squared differences, plus the weighted mean of the blocks'.
 
-    Each difference is divided by the variance of the original's values, so that layers count alike.
+    Each difference is divided by the variance of the original's values on ``held_out``, so that layers count
+    alike.
+
+    Raises:
+        UserError: batches differ in the number of outputs, or have none.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         original: nn.Module,
@@ -81,36 +80,31 @@ class Objective:
         blocks: Sequence[str],
         outputs: Outputs,
         block_weight: float,
+        held_out: Sequence[Any],
     ) -> None:
         self.original, self.converted, self.outputs = original, converted, outputs
-        self.blocks, self.block_weight = blocks, block_weight
-        self._block_scales: dict[str, float] = {}
-        self._output_scales: list[float] = []
-
-    @torch.no_grad()
-    def set_scales(self, batches: Sequence[Any]) -> None:
-        """Measure the variances of the original's outputs and blocks."""
-        blocks = {name: RunningMoments() for name in self.blocks}
-        outputs: list[RunningMoments] = []
-        for batch in batches:
+        self._blocks, self.block_weight = blocks, block_weight
+        block_moments = {name: RunningMoments() for name in blocks}
+        output_moments: list[RunningMoments] = []
+        for batch in held_out:
             pairs, compared = self._forward(batch)
             for name, found in compared.items():
                 for expected, _ in found:
-                    blocks[name].add(_with_channels(expected))
-            outputs = outputs or [RunningMoments() for _ in pairs]
-            if not pairs or len(pairs) != len(outputs):
+                    block_moments[name].add(_with_channels(expected))
+            output_moments = output_moments or [RunningMoments() for _ in pairs]
+            if not pairs or len(pairs) != len(output_moments):
                 raise UserError(
-                    f"a batch has {len(pairs)} outputs to compare, and the first had {len(outputs)}: the "
-                    "models must return tensors, as many for each batch; give outputs=, which pairs them"
+                    f"a batch has {len(pairs)} outputs to compare, and the first had {len(output_moments)}: "
+                    "the models must return tensors, as many for each batch; give outputs=, which pairs them"
                 )
-            for moments, (expected, _) in zip(outputs, pairs, strict=True):
+            for moments, (expected, _) in zip(output_moments, pairs, strict=True):
                 if expected.numel():
                     moments.add(_with_channels(expected))
-        self._block_scales = {name: _variance(moments) for name, moments in blocks.items() if moments.count}
-        self._output_scales = [_variance(moments) for moments in outputs]
+        self._block_scales = {name: _variance(found) for name, found in block_moments.items() if found.count}
+        self._output_scales = [_variance(found) for found in output_moments]
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Of the outputs and of the blocks; the gradient reaches the converted model's parameters."""
+        """Return the loss of the outputs and that of the blocks."""
         pairs, compared = self._forward(batch)
         output = torch.zeros((), device=pairs[0][0].device)
         for (expected, found), scale in zip(pairs, self._output_scales, strict=True):
@@ -124,44 +118,41 @@ class Objective:
 
     @torch.no_grad()
     def output_loss(self, batches: Sequence[Any]) -> float:
-        """Mean over the batches, of the outputs alone."""
+        """Return the mean loss of the outputs."""
         return torch.stack([self.loss(batch)[0] for batch in batches]).mean().item()
 
-    def _forward(
-        self, batch: Any
-    ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, list[tuple[Tensor, Tensor]]]]:
-        with recorded(self.original, self.blocks) as ours, recorded(self.converted, self.blocks) as theirs:
-            pairs = self.outputs(self.original, self.converted, batch)
-        compared = {
-            name: list(zip(ours[name], theirs[name], strict=True))
-            for name in self.blocks
-            if len(ours[name]) == len(theirs[name])
-        }
-        return pairs, compared
+    def _forward(self, batch: Any) -> tuple[Pairs, dict[str, Pairs]]:
+        return _compare(self.original, self.converted, self._blocks, self.outputs, batch)
 
 
-@contextlib.contextmanager
-def recorded(
-    model: nn.Module, names: Sequence[str], *, copies: bool = False
-) -> Iterator[dict[str, list[Tensor]]]:
-    """The outputs, where they are tensors, of each call of the named modules.
+def _compare(
+    original: nn.Module,
+    converted: nn.Module,
+    names: Sequence[str],
+    outputs: Outputs,
+    batch: Any,
+    copies: bool = False,
+) -> tuple[Pairs, dict[str, Pairs]]:
+    """Run both models, and return pairs of their outputs, and by name pairs of the named modules' outputs.
 
-    What follows in place, such as a ReLU, changes the recorded tensor too, unless it is a copy.
+    A ReLU in place changes a module's output afterwards, unless ``copies`` are taken.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-    handles = []
-    for name in names:
+    recorded: list[dict[str, list[Tensor]]] = []
+    with ExitStack() as hooks:
+        for model in (original, converted):
+            found: dict[str, list[Tensor]] = {name: [] for name in names}
+            recorded.append(found)
+            for name, calls in found.items():
 
-        def record(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-            if isinstance(output, Tensor):
-                found[name].append(output.clone() if copies else output)
+                def record(_: nn.Module, __: Any, output: Any, calls: list[Tensor] = calls) -> None:
+                    if isinstance(output, Tensor):
+                        calls.append(output.clone() if copies else output)
 
-        handles.append(model.get_submodule(name).register_forward_hook(record))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+                hooks.enter_context(model.get_submodule(name).register_forward_hook(record))
+        pairs = outputs(original, converted, batch)
+    ours, theirs = recorded
+    same = [name for name in names if len(ours[name]) == len(theirs[name])]
+    return pairs, {name: list(zip(ours[name], theirs[name], strict=True)) for name in same}
 
 
 @torch.no_grad()
@@ -172,24 +163,20 @@ def measure_errors(
     batches: Sequence[Any],
     outputs: Outputs,
 ) -> tuple[dict[str, float], float]:
-    """Relative error of each named layer's output, and the mean cosine of the models' outputs.
+    """Return the relative error of each named norm's output, and the mean cosine of the models' outputs.
 
-    A layer's error is the root mean square of the difference, as a fraction of the standard deviation of
-    the original's values about their channels' means.
+    An error is the root mean square of the difference, as a fraction of the standard deviation of the
+    original's values about their channels' means.
     """
-    tapped = {name: outputs_of_norm(original, name) for name in names}
+    tapped = {name: _output_of_norm(original, name) for name in names}
     taps = list(dict.fromkeys(tapped.values()))
     squares = dict.fromkeys(taps, 0.0)
     moments = {name: RunningMoments() for name in taps}
     cosines: list[Tensor] = []
     for batch in batches:
-        with (
-            recorded(original, taps, copies=True) as expected,
-            recorded(converted, taps, copies=True) as found,
-        ):
-            pairs = outputs(original, converted, batch)
-        for name in taps:
-            for a, b in zip(expected[name], found[name], strict=False):
+        pairs, compared = _compare(original, converted, taps, outputs, batch, copies=True)
+        for name, found in compared.items():
+            for a, b in found:
                 if a.shape == b.shape and a.numel():
                     squares[name] += (b.double() - a.double()).square().sum(dtype=torch.float64).item()
                     moments[name].add(_with_channels(a))
@@ -206,11 +193,8 @@ def measure_errors(
 
 
 def _with_channels(x: Tensor) -> Tensor:
-    """At least (N, C)."""
     return x if x.dim() >= 2 else x.reshape(-1, 1)
 
 
 def _variance(moments: RunningMoments) -> float:
-    if not moments.count:
-        return 1.0
-    return max(moments.result()[1].mean().item(), 1e-12)
+    return max(moments.result()[1].mean().item(), 1e-12) if moments.count else 1.0

@@ -1,4 +1,4 @@
-"""Modules that read the statistics of a norm inside them, and so need it to stay a BatchNorm."""
+"""Refuse modules that read the statistics of a BatchNorm inside them: it must stay one."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ STATISTICS = ("running_mean", "running_var")
 
 _WRAPPERS = (types.MethodType, types.FunctionType, property, functools.cached_property, functools.partial)
 
-_SEEN_AT_MOST = 500
-"""Functions that one module's forward may reach."""
+_SEEN_AT_MOST = 500  # functions that one module's forward may reach
 
 
 def refuse_readers(model: nn.Module, norms: Collection[str]) -> None:
     """Refuse a module whose forward reads the running statistics of a BatchNorm inside it.
 
-    That is what torch.ao's ConvBnReLU2d for quantization-aware training and modules that fold their norm into
-    a convolution do: with a GroupNorm they would fail, or compute something else. What is looked at is the
-    names that the code of ``forward`` and of the methods and functions it calls uses.
+    torch.ao's ConvBnReLU2d for quantization-aware training reads them, and so do modules that fold their norm
+    into a convolution. With a GroupNorm they would fail or compute something else. They are found by the
+    names in the code of ``forward`` and of the methods and functions that it calls.
 
     Args:
-        norms: names of the BatchNorms that are to be converted.
+        norms: names of the BatchNorms to convert.
 
     Raises:
-        UserError: it names the module, its type, and how to leave it out.
+        UserError: names the module, its type, and the way to leave it out.
     """
     insides: dict[str, list[str]] = {}
     for norm in norms:
@@ -38,7 +37,7 @@ def refuse_readers(model: nn.Module, norms: Collection[str]) -> None:
         for length in range(len(parts)):
             insides.setdefault(".".join(parts[:length]), []).append(norm)
     read: dict[Any, str | None] = {}
-    for name in sorted(insides, key=len, reverse=True):  # the innermost first, which is the one that reads
+    for name in sorted(insides, key=len, reverse=True):  # the innermost first: it is the one that reads
         module = model.get_submodule(name)
         forward = _function(module.forward)
         if forward not in read:
@@ -46,9 +45,8 @@ def refuse_readers(model: nn.Module, norms: Collection[str]) -> None:
         attribute = read[forward]
         if attribute is not None and not hasattr(module, attribute):  # not its own
             inside = insides[name][0]
-            where = (
-                f"'{name}' is a {type(module).__name__}, which" if name else f"the {type(module).__name__}"
-            )
+            kind = type(module).__name__
+            where = f"'{name}' is a {kind}, which" if name else f"the {kind}"
             pattern = f"{name}.*" if name else inside
             raise UserError(
                 f"{where} reads the {attribute} of its BatchNorm '{inside}', and a GroupNorm has none; leave "
@@ -66,7 +64,7 @@ def _function(value: Any) -> Any:
 
 
 def _statistics_in(forward: Any, kind: type) -> str | None:
-    """Return the statistic that a function of a class, or one that it calls, reads; None where none does."""
+    """Return the statistic that a function of a class, or one that it calls, reads; else None."""
     waiting: list[Any] = [forward]
     seen: set[Any] = set()
     while waiting and len(seen) < _SEEN_AT_MOST:
@@ -86,7 +84,7 @@ def _statistics_in(forward: Any, kind: type) -> str | None:
 
 
 def _globals_of(names: tuple[str, ...], known: dict[str, Any]) -> list[Any]:
-    """Return what names mean outside the class, also in modules, as in ``torch.nn.utils.fusion.fuse``."""
+    """Return the globals of these names, also those in modules, as in ``torch.nn.utils.fusion.fuse``."""
     found, modules = [], [known]
     for place in modules:  # grows
         for value in [place[name] for name in names if name in place]:
@@ -97,7 +95,7 @@ def _globals_of(names: tuple[str, ...], known: dict[str, Any]) -> list[Any]:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Return a function's code and that of the functions inside it."""
+    """Yield a function's code and that of the functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -1,4 +1,4 @@
-"""What a conversion did, for people, for programs and as a picture."""
+"""The report of a conversion: a table for people, JSON for programs, and a picture."""
 
 from __future__ import annotations
 
@@ -12,27 +12,24 @@ from torch import nn
 from ..files import atomic_write, atomic_write_json
 from ..text import printable
 
+# The stages after which errors and similarity are measured, with their colours.
 CONVERTED, BALANCED, CALIBRATED = "converted", "balanced", "calibrated"
-"""The stages at which errors and similarity are measured."""
+_COLOURS = {CONVERTED: "#d9822b", BALANCED: "#2e9e5b", CALIBRATED: "#1f6feb"}
 
-COPIED = "copy, no statistics"
-"""How a norm without running statistics is initialised where it should be matched."""
-
-_SERIES = ((CONVERTED, "#d9822b"), (BALANCED, "#2e9e5b"), (CALIBRATED, "#1f6feb"))
+COPIED = "copy, no statistics"  # the ``init`` of a norm without statistics that should be matched
 
 
 @dataclass
 class LayerReport:
-    """One norm.
+    """One converted norm.
 
     Attributes:
-        name, kind: of the module that was replaced, and its class.
-        channels, groups, eps: of the new one.
-        init: how its weight and bias were found.
-        trainable: whether they ask for gradients.
-        constant: number of channels that hardly vary in the original, and are constants in the new one.
+        kind: class of the module that was replaced.
+        init: origin of the weight and bias.
+        trainable: they require gradients.
+        constant: number of channels that hardly vary in the original, and are constants in the new norm.
         errors: by stage, the root mean square of the difference to the original's output, as a fraction of
-            the standard deviation of that output; filled by :func:`gn_detect.calibrate`.
+            the standard deviation of that output; :func:`gn_detect.calibrate` measures it.
     """
 
     name: str
@@ -47,20 +44,19 @@ class LayerReport:
 
     @classmethod
     def of(cls, name: str, kind: str, new: nn.GroupNorm, init: str) -> LayerReport:
-        """The report of ``new`` in the place of a ``kind``."""
+        """Return the report of ``new``, which replaces a ``kind``."""
         trainable = any(parameter.requires_grad for parameter in new.parameters(recurse=False))
         return cls(name, kind, new.num_channels, new.num_groups, new.eps, init, trainable)
 
 
 @dataclass
 class ConversionReport:
-    """What became of each norm; ``str`` gives a table.
+    """The fate of each norm; ``str`` gives a table.
 
     Attributes:
         layers: in the order of the model.
         parameters_before, parameters_after: number of values in the model's parameters.
         similarity: by stage, mean cosine between the original's outputs and the converted model's.
-        warnings: what a user should know.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -69,14 +65,8 @@ class ConversionReport:
     similarity: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    @classmethod
-    def of_model(cls, model: nn.Module) -> ConversionReport:
-        """An empty report that knows the size of the model."""
-        size = count_parameters(model)
-        return cls(parameters_before=size, parameters_after=size)
-
     def warn_of_layers(self) -> None:
-        """Add what the layers tell that a user should know."""
+        """Add the warnings that follow from the layers."""
         if copied := [layer.name for layer in self.layers if layer.init == COPIED]:
             self.warnings.append(
                 f"{len(copied)} norms, from '{copied[0]}' on, hold no running statistics (as Caffe2's, whose "
@@ -92,11 +82,11 @@ class ConversionReport:
             self.warnings.append(
                 f"{sum(layer.constant for layer in constant)} channels in {len(constant)} norms, from "
                 f"'{constant[0].name}' on, hardly vary in the original (their variance is next to nothing "
-                "beside its eps), so they start as constants: weight 0 and the original's bias"
+                "compared with its eps), so they start as constants: weight 0 and the original's bias"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the JSON file."""
+        """Return the content as JSON values."""
         return dataclasses.asdict(self)
 
     def save(self, path: str | Path) -> None:
@@ -110,7 +100,7 @@ class ConversionReport:
         figure = Figure(figsize=(10, 4.5), layout="constrained")
         axes = figure.add_subplot()
         depth = range(1, len(self.layers) + 1)
-        for stage, colour in _SERIES:
+        for stage, colour in _COLOURS.items():
             errors = [layer.errors.get(stage, float("nan")) for layer in self.layers]
             if stage in self.similarity:
                 label = f"{stage}: outputs' cosine {self.similarity[stage]:.3f}"
@@ -125,10 +115,13 @@ class ConversionReport:
             figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png", dpi=120)
 
     def __str__(self) -> str:
-        stages = [stage for stage, _ in _SERIES if any(stage in layer.errors for layer in self.layers)]
-        header = ["layer", "was", "C", "groups", "eps", "init", "trains", *(f"error {s}" for s in stages)]
-        rows = [header] + [_row(layer, stages) for layer in self.layers]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        stages = [stage for stage in _COLOURS if any(stage in layer.errors for layer in self.layers)]
+        rows = [["layer", "was", "C", "groups", "eps", "init", "trains", *(f"error {s}" for s in stages)]]
+        for layer in self.layers:
+            rows.append([printable(layer.name or "(the model)"), printable(layer.kind), str(layer.channels)])
+            rows[-1] += [str(layer.groups), f"{layer.eps:g}", layer.init, "yes" if layer.trainable else "no"]
+            rows[-1] += [f"{layer.errors[s]:.3f}" if s in layer.errors else "" for s in stages]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
@@ -140,12 +133,5 @@ class ConversionReport:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Values in the parameters; an uninitialised lazy one has no size."""
+    """Return the number of values in the parameters, without those of uninitialised lazy ones."""
     return sum(0 if nn.parameter.is_lazy(p) else p.numel() for p in model.parameters())
-
-
-def _row(layer: LayerReport, stages: list[str]) -> list[str]:
-    errors = [f"{layer.errors[stage]:.3f}" if stage in layer.errors else "" for stage in stages]
-    known = [layer.name or "(the model)", layer.kind, str(layer.channels), str(layer.groups)]
-    known = [printable(cell) for cell in known]
-    return [*known, f"{layer.eps:g}", layer.init, "yes" if layer.trainable else "no", *errors]

@@ -1,4 +1,4 @@
-"""Recognising the norms that can be converted, by what they hold and compute rather than by their class."""
+"""Recognise the norms that can be converted, by their tensors and function rather than by their class."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torchvision.ops import misc
 
 from ..errors import UserError
 
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+# These compute batch normalisation; other forwards are tried on random numbers.
 _STOCK_FORWARDS = {
     nn.modules.batchnorm._BatchNorm.forward,
     nn.SyncBatchNorm.forward,
     misc.FrozenBatchNorm2d.forward,
 }
-"""Known to compute batch normalisation; what others compute is tried on random numbers."""
 
+# Between a norm of unknown class and the formula, on numbers of size 1; other functions differ far more.
 _TOLERANCE = 1e-3
-"""Between a norm of unknown class and the formula, on numbers of size 1; another function is far outside."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,14 @@ class SourceNorm:
 
     Attributes:
         kind: name of its class.
-        channels: C.
-        eps: added to its variance.
         scale, shift: (C,) float64 on the CPU: ``weight / sqrt(var + eps)`` and ``bias - mean * scale``.
         weight, bias: (C,) float64; ones and zeros for a norm without.
-        mean, var: (C,) float64, the running statistics, or None where it holds none, such as Caffe2's
-            affine-only layers and fresh models, whose statistics are 0 and 1 in every channel.
+        mean, var: (C,) float64, the running statistics. None for a norm without: Caffe2's affine-only
+            layers, and fresh models, whose statistics are 0 and 1 in every channel.
         tracked: its function is fixed; False for a BatchNorm that uses the batch even in evaluation mode.
         affine: it has a weight and a bias of its own.
-        trainable: whether its weight and its bias ask for gradients.
+        trainable: its weight, and its bias, require gradients.
         activation, dropout: modules that it applies to its output, as timm's BatchNormAct2d does.
-        device, dtype: of its tensors.
     """
 
     kind: str
@@ -60,7 +59,7 @@ class SourceNorm:
 
 
 def read_norm(name: str, module: nn.Module) -> SourceNorm | None:
-    """What ``module`` is, or None for anything but a BatchNorm, a FrozenBatchNorm or an affine-only norm.
+    """Read a BatchNorm, a FrozenBatchNorm or an affine-only norm; return None for any other module.
 
     Args:
         name: for messages.
@@ -95,15 +94,14 @@ def _called(name: str) -> str:
 
 
 def _holds_statistics(module: nn.Module) -> bool:
-    """detectron2's and torchvision's FrozenBatchNorm2d and their many copies."""
+    """Recognise detectron2's and torchvision's FrozenBatchNorm2d and their many copies."""
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return False
-    tensors = [getattr(module, name, None) for name in ("weight", "bias", "running_mean", "running_var")]
-    return _are_channels(tensors)
+    return _are_channels([getattr(module, name, None) for name in _TENSORS])
 
 
 def _is_affine_only(module: nn.Module) -> bool:
-    """Caffe2's AffineChannel: a scale and a shift, and nothing else."""
+    """Recognise Caffe2's AffineChannel: a scale and a shift, and nothing else."""
     if type(module).__module__.startswith("torch.") or next(module.children(), None) is not None:
         return False
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -122,7 +120,7 @@ def _are_channels(tensors: list[object]) -> bool:
 
 
 def _read(name: str, module: nn.Module) -> SourceNorm:
-    held = {key: getattr(module, key, None) for key in ("weight", "bias", "running_mean", "running_var")}
+    held = {key: getattr(module, key, None) for key in _TENSORS}
     first = next((tensor for tensor in held.values() if isinstance(tensor, Tensor)), None)
     channels = first.numel() if first is not None else int(getattr(module, "num_features", 0))
     if first is not None and first.is_meta:
@@ -139,10 +137,19 @@ def _read(name: str, module: nn.Module) -> SourceNorm:
     if mean is not None and var is not None:
         scale = weight / (var + eps).sqrt()
         shift = bias - mean * scale
-        if bool((var < 0).any()):  # its eps was taken off, see _refuse_impossible
+        if bool((var < 0).any()):  # its eps was subtracted, see _refuse_impossible
             var = var + eps
-        if _are_initial(mean, var, eps):
+        # Initial: 0 and 1 everywhere, or 1 - eps as detectron2 writes it, in float32.
+        if bool((mean == 0).all()) and bool(((var - 1).abs() <= eps + 1e-6).all()):
             mean = var = None
+
+    def requires_grad(tensor: Tensor | None) -> bool:
+        return tensor is not None and tensor.requires_grad
+
+    def child(name: str) -> nn.Module | None:
+        found = getattr(module, name, None)
+        return found if isinstance(found, nn.Module) and not isinstance(found, nn.Identity) else None
+
     return SourceNorm(
         kind=type(module).__name__,
         channels=channels,
@@ -155,16 +162,16 @@ def _read(name: str, module: nn.Module) -> SourceNorm:
         var=var,
         tracked=double["running_mean"] is not None or not isinstance(module, nn.modules.batchnorm._BatchNorm),
         affine=held["weight"] is not None,
-        trainable=(_is_trainable(held["weight"]), _is_trainable(held["bias"])),
-        activation=_child(module, "act"),
-        dropout=_child(module, "drop"),
+        trainable=(requires_grad(held["weight"]), requires_grad(held["bias"])),
+        activation=child("act"),
+        dropout=child("drop"),
         device=first.device if first is not None else torch.device("cpu"),
         dtype=first.dtype if first is not None else torch.get_default_dtype(),
     )
 
 
 def _refuse_impossible(name: str, module: nn.Module) -> None:
-    for key in ("weight", "bias", "running_mean", "running_var"):
+    for key in _TENSORS:
         tensor = getattr(module, key, None)
         if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
             raise UserError(
@@ -173,8 +180,8 @@ def _refuse_impossible(name: str, module: nn.Module) -> None:
             )
     var = getattr(module, "running_var", None)
     if isinstance(var, Tensor):
-        # A norm whose eps was 0 computes the same with another eps and variances that are less by it, so
-        # below 0 where a channel hardly varies. Their sum counts, in the precision of the norm itself.
+        # A norm with eps 0 computes the same with another eps, subtracted from its variances. Those of
+        # channels that hardly vary are below 0 then. Only the sum counts, in the norm's own precision.
         eps = float(getattr(module, "eps", 0.0))
         under_root = var.to(torch.promote_types(var.dtype, torch.float32)) + eps
         if bool((under_root <= 0).any()):
@@ -185,22 +192,8 @@ def _refuse_impossible(name: str, module: nn.Module) -> None:
             )
 
 
-def _is_trainable(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
-
-
-def _are_initial(mean: Tensor, var: Tensor, eps: float) -> bool:
-    """0 and 1 everywhere, or 1 - eps as detectron2 writes it, in float32."""
-    return bool((mean == 0).all()) and bool(((var - 1).abs() <= eps + 1e-6).all())
-
-
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    child = getattr(module, name, None)
-    return child if isinstance(child, nn.Module) and not isinstance(child, nn.Identity) else None
-
-
 def _computes(module: nn.Module, norm: SourceNorm) -> bool:
-    """Whether the module is scale, shift and activation, on random numbers of its own size, in float64."""
+    """Compare the module with scale, shift and activation, on random numbers of its own size, in float64."""
     trial = copy.deepcopy(module).to("cpu", torch.float64).eval()
     dimensions = {"BatchNorm1d": 1, "BatchNorm3d": 3}
     spatial = [dimensions[base.__name__] for base in type(module).__mro__ if base.__name__ in dimensions]
@@ -215,7 +208,7 @@ def _computes(module: nn.Module, norm: SourceNorm) -> bool:
     try:
         with torch.no_grad():
             found = trial(x)
-    except Exception:  # an unknown module may want other arguments: then it is not one of ours
+    except Exception:  # a module that wants other arguments is no norm
         return False
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return False

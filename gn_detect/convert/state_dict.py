@@ -1,4 +1,4 @@
-"""Converting a checkpoint whose model is not at hand."""
+"""Convert a state dict without its model."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def convert_state_dict(
     group_size: int | None = None,
     init: Literal["match", "copy", "reset"] = "match",
 ) -> tuple[dict[str, Tensor], ConversionReport]:
-    """The state dict of the GroupNorm model; see :func:`convert_norm`.
+    """Return the state dict of the GroupNorm model, and the report; see :func:`convert_norm`.
 
-    A BatchNorm is what has ``running_mean`` and ``running_var``, and either ``weight`` and ``bias`` or
-    neither, (C,) floating-point numbers each. What else has a ``running_var`` stays, with a warning.
+    A BatchNorm has ``running_mean`` and ``running_var``, and either ``weight`` and ``bias`` or neither: (C,)
+    floating-point numbers each. Other layers with a ``running_var`` stay, with a warning.
 
     Args:
-        tensors: by name, in any library's naming; not changed.
-        eps: of the BatchNorms, which no state dict tells. None: that of the library whose names the tensors
-            have (:mod:`gn_detect.convert.library_eps`), and 1e-5 with a warning where they are no library's.
-            The GroupNorms must be built with it, too; with 1e-5 where it is 0, as in torchvision's published
-            detectors of version 1.
+        tensors: tensors by name, in any library's naming; not changed.
+        eps: of the BatchNorms. None takes that of the library whose names the tensors have
+            (:mod:`gn_detect.convert.library_eps`), and 1e-5 with a warning for other names. The model that
+            loads the result needs the same eps in its GroupNorms: the report's. It is 1e-5 if this is 0, as
+            in torchvision's published detectors of version 1.
 
     Raises:
-        UserError: there is no BatchNorm in it, or one of a quantization-aware layer, its channels cannot be
-            split, it has numbers that no BatchNorm can have, or eps is no such number.
+        UserError: there is no BatchNorm; one is part of a quantization-aware layer, cannot be split into
+            groups, or has numbers that no BatchNorm can have; or eps is no such number.
     """
     owners = [name.removesuffix(".running_var") for name in tensors if name.endswith(".running_var")]
     norms = {owner for owner in owners if _is_batch_norm(tensors, owner)}
@@ -61,7 +61,7 @@ def convert_state_dict(
             done.add(owner)
             own_eps = known.get(owner, PYTORCH_EPS)
             model, found = convert_norm(
-                _alone(owner, _batch_norm(tensors, owner, own_eps)),
+                _batch_norm(tensors, owner, own_eps),
                 num_groups=num_groups,
                 min_channels_per_group=min_channels_per_group,
                 group_size=group_size,
@@ -78,20 +78,20 @@ def convert_state_dict(
     report.warn_of_layers()
     if unknown := [layer.name for layer in report.layers if layer.name not in known]:
         report.warnings.append(
-            f"the names do not tell the eps of {len(unknown)} BatchNorms, such as '{unknown[0]}': "
+            f"the eps of {len(unknown)} BatchNorms, such as '{unknown[0]}', does not follow from the names: "
             f"{PYTORCH_EPS:g}, PyTorch's, was taken; if their model has {TENSORFLOW_EPS:g}, TensorFlow's and "
             f"Keras's, convert with --eps {TENSORFLOW_EPS:g} (in Python eps={TENSORFLOW_EPS:g})"
         )
     if others := [owner for owner in owners if owner not in norms]:
         report.warnings.append(
             f"{len(others)} layers have running statistics and are no BatchNorm, such as '{others[0]}'; they "
-            "are as they were"
+            "stay unchanged"
         )
     return converted, report
 
 
 def _refuse_quantized(tensors: Mapping[str, Tensor], norms: set[str]) -> None:
-    """Refuse quantization-aware layers, which read the statistics of the BatchNorm inside them."""
+    """Refuse quantization-aware layers, which read the statistics of their BatchNorm."""
     layers = {name.rpartition("weight_fake_quant.")[0] for name in tensors if "weight_fake_quant." in name}
     for norm in sorted(norms):
         parent = norm.removesuffix(norm.rpartition(".")[2])
@@ -104,30 +104,28 @@ def _refuse_quantized(tensors: Mapping[str, Tensor], norms: set[str]) -> None:
 
 
 def _is_batch_norm(tensors: Mapping[str, Tensor], owner: str) -> bool:
-    held = [tensors[f"{owner}.{leaf}"] for leaf in _LEAVES[:4] if f"{owner}.{leaf}" in tensors]
-    affine = [f"{owner}.{leaf}" in tensors for leaf in _AFFINE]
+    weight, bias, mean, var = (tensors.get(f"{owner}.{leaf}") for leaf in (*_AFFINE, *_STATISTICS))
+    held = [tensor for tensor in (weight, bias, mean, var) if tensor is not None]
     return (
-        all(f"{owner}.{leaf}" in tensors for leaf in _STATISTICS)
-        and affine[0] == affine[1]
+        mean is not None
+        and (weight is None) == (bias is None)
         and all(tensor.dim() == 1 and tensor.is_floating_point() for tensor in held)
         and len({tensor.shape for tensor in held}) == 1
     )
 
 
-def _batch_norm(tensors: Mapping[str, Tensor], owner: str, eps: float) -> nn.BatchNorm2d:
-    """With the tensors in their own types: float16 does not hold all that running statistics may be."""
-    norm = nn.BatchNorm2d(len(tensors[f"{owner}.running_var"]), eps=eps, affine=False)
+def _batch_norm(tensors: Mapping[str, Tensor], owner: str, eps: float) -> nn.Module:
+    """Return a model that holds only this norm, under its name, so that messages and the report have it.
+
+    The tensors keep their types: float16 cannot hold all running statistics.
+    """
+    norm: nn.Module = nn.BatchNorm2d(len(tensors[f"{owner}.running_var"]), eps=eps, affine=False)
     for leaf in _STATISTICS:
         setattr(norm, leaf, tensors[f"{owner}.{leaf}"])
     for leaf in _AFFINE:
         if f"{owner}.{leaf}" in tensors:
             setattr(norm, leaf, nn.Parameter(tensors[f"{owner}.{leaf}"].detach()))
-    return norm
-
-
-def _alone(name: str, norm: nn.Module) -> nn.Module:
-    """A model that holds nothing else, so that messages and the report have the name."""
-    for part in reversed(name.split(".")):
+    for part in reversed(owner.split(".")):
         parent = nn.Module()
         parent._modules[part] = norm
         norm = parent

@@ -46,9 +46,7 @@ def paired_outputs(
 def _dense_outputs(model: MaskRCNN, features: dict[str, Tensor]) -> list[Tensor]:
     rpn = model.proposal_generator
     logits, deltas = rpn.rpn_head([features[name] for name in rpn.in_features])
-    logits = [x[:, None] for x in logits]
-    deltas = [x.transpose(1, 2) for x in deltas]
-    return [*features.values(), *logits, *deltas]
+    return [*features.values(), *(x[:, None] for x in logits), *(x.transpose(1, 2) for x in deltas)]
 
 
 def _region_outputs(

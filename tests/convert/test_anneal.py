@@ -1,4 +1,4 @@
-"""The norm between BatchNorm and GroupNorm: its values and gradients, against the formula in tensors."""
+"""Values and gradients of the norm between BatchNorm and GroupNorm agree with the formula."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gn_detect.layers import GroupNorm
 
 
 def formula(x: Tensor, norm: GroupNorm, expected: GroupStatistics, share: float) -> Tensor:
-    """In float64, left to autograd."""
+    """Compute the formula in float64, with autograd's gradients."""
     x, weight, bias = x.double(), norm.weight.double(), norm.bias.double()
     var, mean = torch.var_mean(x.reshape(len(x), norm.num_groups, -1), 2, unbiased=False)
     mean = expected.mean + share * (mean - expected.mean)

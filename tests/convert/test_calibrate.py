@@ -44,7 +44,7 @@ def pictures(seed: int) -> Tensor:
 
 
 def network(images: Tensor, seed: int = 0, blocks: int = 2) -> nn.Module:
-    """With statistics of the images."""
+    """Build a network with the statistics of the images."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True), *(Block(16) for _ in range(blocks)),
@@ -62,6 +62,12 @@ def network(images: Tensor, seed: int = 0, blocks: int = 2) -> nn.Module:
 @pytest.fixture
 def original(images: Tensor) -> nn.Module:
     return network(images)
+
+
+@pytest.fixture
+def rough_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spend little time on scales, for tests of something else."""
+    monkeypatch.setattr("gn_detect.convert.balance.STEPS", 5)
 
 
 def converted(original: nn.Module) -> nn.Module:
@@ -88,11 +94,12 @@ def test_each_stage_comes_closer(original: nn.Module, images: Tensor) -> None:
     assert cosine == pytest.approx(found["calibrated"], abs=1e-5)
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_repeats_and_resumes_to_the_same_weights(original: nn.Module, images: Tensor, tmp_path) -> None:
     whole = converted(original)
-    calibrate(original, whole, images, 20, **QUIET)
+    calibrate(original, whole, images, 10, **QUIET)
     again = converted(original)
-    calibrate(original, again, images, 20, **QUIET)
+    calibrate(original, again, images, 10, **QUIET)
     path = tmp_path / "calibration.pth"
     resumed = converted(original)
 
@@ -109,15 +116,15 @@ def test_repeats_and_resumes_to_the_same_weights(original: nn.Module, images: Te
 
     handle = resumed[0].register_forward_hook(interrupt)
     with pytest.raises(Interrupt):
-        calibrate(original, resumed, images, 20, checkpoint=path, **QUIET)
+        calibrate(original, resumed, images, 10, checkpoint=path, **QUIET)
     handle.remove()
     assert path.exists()
     resumed = converted(original)
-    calibrate(original, resumed, images, 20, checkpoint=path, **QUIET)
+    calibrate(original, resumed, images, 10, checkpoint=path, **QUIET)
     at_once = converted(original)
     handle = at_once[0].register_forward_hook(lambda *_: trained.append(torch.is_grad_enabled()))
     trained: list[bool] = []
-    calibrate(original, at_once, images, 20, checkpoint=path, **QUIET)
+    calibrate(original, at_once, images, 10, checkpoint=path, **QUIET)
     handle.remove()
     assert trained and not any(trained), "the checkpoint of a finished one holds its result"
     for a, b in zip(resumed.parameters(), at_once.parameters(), strict=True):
@@ -127,8 +134,9 @@ def test_repeats_and_resumes_to_the_same_weights(original: nn.Module, images: Te
         torch.testing.assert_close(a, c, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_norms_with_weights_of_zero(original: nn.Module, images: Tensor) -> None:
-    """As the last of each residual block has in a model that was not trained yet."""
+    """The last norm of each residual block has them before a training."""
     norm = [module for module in original.modules() if isinstance(module, nn.BatchNorm2d)][-1]
     nn.init.zeros_(norm.weight)
     converted, report = convert_norm(original)
@@ -136,6 +144,7 @@ def test_norms_with_weights_of_zero(original: nn.Module, images: Tensor) -> None
     assert all(parameter.isfinite().all() for parameter in converted.parameters())
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_a_checkpoint_of_something_else_is_refused(original: nn.Module, images: Tensor, tmp_path) -> None:
     path = tmp_path / "calibration.pth"
     path.write_bytes(b"nothing")
@@ -144,6 +153,7 @@ def test_a_checkpoint_of_something_else_is_refused(original: nn.Module, images: 
     assert path.read_bytes() == b"nothing"
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_a_checkpoint_of_norms_of_another_eps_is_refused(
     original: nn.Module, images: Tensor, tmp_path
 ) -> None:
@@ -158,11 +168,12 @@ def test_a_checkpoint_of_norms_of_another_eps_is_refused(
         calibrate(original, converted(original), images, 8, checkpoint=path, block_weight=1.0, **QUIET)
 
 
+@pytest.mark.usefixtures("rough_scales")
 @pytest.mark.parametrize("other", ["original", "converted", "images", "batches"])
 def test_a_checkpoint_of_other_weights_or_images_is_refused(
     original: nn.Module, images: Tensor, tmp_path, other: str
 ) -> None:
-    """Of the same shapes, it would otherwise go on to a model that computes something else."""
+    """The shapes are the same, so that it would otherwise continue to another function."""
     path = tmp_path / "calibration.pth"
     given: dict[str, Any] = {"original": original, "converted": converted(original), "images": images}
     if other == "batches":
@@ -206,10 +217,11 @@ def test_norms_have_a_learning_rate_of_their_own(
     assert {name.split(".")[-2] for name in changed} & {"bn1", "conv1"} == {moves}
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_the_weight_of_blocks_brings_them_closer(original: nn.Module, images: Tensor) -> None:
     def errors_of_blocks(weight: float) -> list[float]:
         model, report = convert_norm(original, num_groups=4, min_channels_per_group=4)
-        calibrate(original, model, images, 60, block_weight=weight, report=report, **QUIET)
+        calibrate(original, model, images, 25, block_weight=weight, report=report, **QUIET)
         with torch.no_grad():
             x, y, errors = images, images, []
             for before, after in zip(original, model, strict=True):
@@ -224,7 +236,7 @@ def test_the_weight_of_blocks_brings_them_closer(original: nn.Module, images: Te
 
 
 class ReadsTheConvolution(nn.Module):
-    """What feeds the norm is used beside it: rescaling it would change the function."""
+    """The norm's input is used elsewhere too: rescaling it would change the function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,6 +340,7 @@ def test_blocks_are_residual_blocks(original: nn.Module) -> None:
     assert find_blocks(original, names) == ["3", "4", "1"]
 
 
+@pytest.mark.usefixtures("rough_scales")
 def test_picture(original: nn.Module, images: Tensor, tmp_path) -> None:
     report = calibrate(original, converted(original), images, 0, **QUIET)
     report.draw(tmp_path / "errors.png")

@@ -19,7 +19,7 @@ from gn_detect.layers import GroupNorm, GroupNormAct, choose_groups
 
 
 def trained(norm: nn.Module, seed: int = 0) -> nn.Module:
-    """With statistics and an affine as after training."""
+    """Give a norm statistics and an affine, as after training."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]:
         if tensor is not None and tensor.is_floating_point():
@@ -45,7 +45,7 @@ def broken(key: str, value: float) -> nn.Module:
 
 
 class BatchNormSubclass(nn.BatchNorm2d):
-    """As many libraries have."""
+    """Many libraries have one."""
 
 
 class Detectron2FrozenBatchNorm2d(nn.Module):
@@ -63,7 +63,7 @@ class Detectron2FrozenBatchNorm2d(nn.Module):
 
 
 class SquaredBatchNorm(Detectron2FrozenBatchNorm2d):
-    """Holds the same, and computes something else."""
+    """The tensors are the same, the function is not."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).square()
@@ -348,7 +348,7 @@ def test_video_resnet_trains_on_one_clip() -> None:
 
 @pytest.mark.parametrize("relative_eps", [0.0, 1.0])
 def test_channels_that_hardly_vary_stay_constants(relative_eps: float) -> None:
-    """A dead filter, as MobileNetV2 has dozens, would be multiplied by hundreds of times its weight."""
+    """GN would multiply a dead filter (MobileNetV2 has dozens) by hundreds of times its weight."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 1))
     with torch.no_grad():
@@ -372,7 +372,7 @@ def test_small_variances_are_alive_where_eps_or_the_group_is_smaller() -> None:
     norm = trained(nn.BatchNorm2d(32, eps=1e-3))
     norm.running_var.mul_(1e-4).clamp_(min=1e-6)
     norm.running_mean.zero_()
-    assert convert_norm(norm)[1].layers[0].constant == 0, "all are small, none beside the others"
+    assert convert_norm(norm)[1].layers[0].constant == 0, "all are small, none compared with the others"
     norm = trained(nn.BatchNorm2d(32, eps=0.0))
     norm.running_var[0] = 1e-8
     assert convert_norm(norm)[1].layers[0].constant == 0, "BatchNorm divides it by its own deviation"
@@ -386,14 +386,14 @@ def test_afresh_a_norm_without_affine_takes_matched_weights() -> None:
     assert convert_norm(model, init="copy")[0][1].weight is None
 
 
-def test_uninitialised_layers_beside_norms() -> None:
+def test_uninitialised_layers_next_to_norms() -> None:
     model = nn.Sequential(nn.LazyConv2d(4, 1), trained(nn.BatchNorm2d(4)))
     new, report = convert_norm(model)
     assert isinstance(new[1], GroupNorm) and report.parameters_after == 8
     assert new(torch.randn(1, 3, 4, 4)).shape == (1, 4, 4, 4)
 
 
-def test_groups_of_one_number_are_told() -> None:
+def test_groups_of_one_number_give_a_warning() -> None:
     model = nn.Sequential(nn.Linear(4, 8), trained(nn.BatchNorm1d(8)))
     assert "of one channel" in convert_norm(model, "IN")[1].warnings[0]
     assert not convert_norm(model)[1].warnings

@@ -1,4 +1,4 @@
-"""What a converted norm takes over from the old one: hooks, activations, variances of another eps."""
+"""A converted norm keeps the old one's hooks and activations, and reads variances of another eps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_full_backward_hooks_are_called() -> None:
 
 
 class BatchNormAct(nn.BatchNorm2d):
-    """As timm's."""
+    """timm's layout."""
 
     def __init__(self, channels: int, act: nn.Module) -> None:
         super().__init__(channels)
@@ -53,7 +53,7 @@ def test_an_activation_belongs_to_the_copy(inplace: bool) -> None:
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, Detectron2FrozenBatchNorm2d, OurFrozenBatchNorm2d])
 def test_a_channel_that_hardly_varies_with_another_eps_taken_off(kind: type[nn.Module]) -> None:
-    """As translated from a library with eps 0: only their sum is right, and the variance is below 0."""
+    """Variances from a library with eps 0 are below 0: only their sum with eps is right."""
     norm = trained(kind(32)).eval()
     norm.running_var[3] = 1e-7
     norm.running_var.sub_(1e-5)

@@ -12,7 +12,7 @@ from gn_detect.convert.library_eps import library_eps
 
 
 def norms_of(model: nn.Module) -> dict[str, float]:
-    """eps by name."""
+    """Return the eps by name."""
     kinds = (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d)
     return {name: m.eps for name, m in model.named_modules() if isinstance(m, kinds)}
 
@@ -67,7 +67,7 @@ def test_timms_models_have_the_eps_of_its_code(name: str) -> None:
     assert library_eps(list(model.state_dict()), expected) == expected
 
 
-def test_names_of_two_eps_are_told_to_be_open() -> None:
+def test_names_of_two_eps_give_a_warning() -> None:
     timm = pytest.importorskip("timm", reason="timm is not installed")
     tensors = timm.create_model("efficientnet_b0").state_dict()
     assert tensors.keys() == timm.create_model("tf_efficientnet_b0").state_dict().keys()
@@ -76,9 +76,9 @@ def test_names_of_two_eps_are_told_to_be_open() -> None:
     assert "1e-05" in warning and "0.001" in warning and "--eps 0.001" in warning and "'bn1'" in warning
     assert {layer.eps for layer in report.layers} == {1e-5}
     for eps in (1e-5, 1e-3):
-        told = convert_state_dict(tensors, eps=eps)[1]
-        assert {layer.eps for layer in told.layers} == {eps}
-        assert not any("--eps" in text for text in told.warnings)
+        report = convert_state_dict(tensors, eps=eps)[1]
+        assert {layer.eps for layer in report.layers} == {eps}
+        assert not any("--eps" in text for text in report.warnings)
 
 
 def norm(name: str) -> list[str]:
@@ -133,13 +133,13 @@ def test_other_libraries_have_the_eps_of_their_code(name: str, prefix: str) -> N
         [*norm("backbone.stem.conv.bn")],
     ],
 )
-def test_names_of_anybody_tell_nothing(names: list[str]) -> None:
+def test_common_names_identify_no_library(names: list[str]) -> None:
     owners = [name.removesuffix(".running_var") for name in names if name.endswith(".running_var")]
     assert library_eps(names, owners) == {}
 
 
 def test_a_library_inside_a_model_of_ones_own() -> None:
-    """A backbone is known, and the norms beside it are not."""
+    """The backbone is known, and the other norms are not."""
     model = nn.Module()
     model.encoder, model.decoder = torchvision.models.mobilenet_v3_small(), nn.BatchNorm2d(16)
     report = convert_state_dict(model.state_dict())[1]

@@ -165,7 +165,7 @@ def test_the_state_dict_of_a_quantization_aware_layer_is_refused(prefix: str) ->
 
 
 class Reparameterised(Pair):
-    """As RepVGG's and MobileOne's blocks: a method that ``forward`` does not call folds the norm."""
+    """RepVGG's and MobileOne's way: a method that ``forward`` does not call folds the norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))

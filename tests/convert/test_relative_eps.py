@@ -1,4 +1,4 @@
-"""An eps that is a part of each layer's variance: what it keeps, and that it survives calibration."""
+"""An eps that is a part of each layer's variance keeps more of the function, and survives calibration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gn_detect import UserError, calibrate, convert_norm
 from gn_detect.convert.balance import ImageMoments, balance, measure, solve
-from gn_detect.convert.rates import rates_of
+from gn_detect.convert.distillation import rates_of
 from gn_detect.convert.source import read_norm
 from gn_detect.layers import GroupNorm
 
@@ -177,7 +177,7 @@ def test_clear_errors(original: nn.Module, arguments: dict[str, object], message
 
 
 def test_a_rescaled_layer_is_trained_in_proportion(original: nn.Module) -> None:
-    """Adam's steps are of one length, so the rate of a layer whose weights shrank is as much smaller."""
+    """Adam's steps are of one length, so the rate of a layer shrinks with its weights."""
     converted, _ = convert_norm(original, relative_eps=1.0, **GROUPS)
     norms = {name: converted.get_submodule(name) for name in ("1", "4")}
     sources = {name: read_norm(name, original.get_submodule(name)) for name in norms}

@@ -1,4 +1,4 @@
-"""Models of torchvision and timm by name, with their weights and their way to prepare an image."""
+"""Models of torchvision and timm by name, with their weights and their preparation of an image."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..weights import read_checkpoint
 
-TIMM = "timm/"
-"""Before the name of a model of timm, as on the Hugging Face hub."""
+TIMM = "timm/"  # prefix of timm's models, as on the Hugging Face hub
+DEFAULT = "DEFAULT"  # the weights that the library recommends
 
+# torchvision runs the weights COCO_V1 of these with an eps of 0 (``overwrite_eps`` in their builders).
 EPS_OF_ZERO = tuple(
     f"{kind}_resnet50_fpn" for kind in ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet")
 )
-"""Detectors whose weights COCO_V1 torchvision runs with an eps of 0 (``overwrite_eps`` in their builders)."""
-
-DEFAULT = "DEFAULT"
-"""For ``--weights``: those that the library recommends; it downloads them."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +27,8 @@ class LibraryModel:
     """A model with its weights, in evaluation mode.
 
     Attributes:
-        model: as the library builds it.
-        prepare: from a PIL image to the model's input (C, H, W); None where the model takes something else
-            than one picture of one size, as detectors and video models do.
+        prepare: makes the model's input (C, H, W) from a PIL image; None for models that do not take one
+            picture of one size, such as detectors and video models.
     """
 
     model: nn.Module
@@ -40,17 +36,17 @@ class LibraryModel:
 
 
 def is_library_model(name: str) -> bool:
-    """Whether ``name`` means a model rather than a file."""
+    """Return True for the name of a model, False for a file."""
     return name.startswith(TIMM) or name in torchvision.models.list_models()
 
 
-def load_library_model(name: str, weights: str | None) -> LibraryModel:
-    """Build a model by name and give it weights.
+def load_library_model(name: str, weights: str | Path | None) -> LibraryModel:
+    """Build a model by name and load its weights.
 
     Args:
-        name: ``resnet50``, as ``torchvision.models.list_models()`` has it, or ``timm/resnet50``.
-        weights: a checkpoint file, ``DEFAULT``, or the name of other published weights
-            (``IMAGENET1K_V1``; of torchvision only).
+        name: ``resnet50``, a name of ``torchvision.models.list_models()``, or ``timm/resnet50``.
+        weights: a checkpoint file, ``DEFAULT``, or the name of other published weights of torchvision
+            (``IMAGENET1K_V1``).
 
     Raises:
         UserError: timm is not installed, there is no such model, there are no such weights, or they do not
@@ -60,7 +56,8 @@ def load_library_model(name: str, weights: str | None) -> LibraryModel:
         raise UserError(
             f"{name} has no weights yet: add --weights FILE, or --weights {DEFAULT} to download them"
         )
-    found = _timm_model(name, weights) if name.startswith(TIMM) else _torchvision_model(name, weights)
+    load = _timm_model if name.startswith(TIMM) else _torchvision_model
+    found = load(name, str(weights))
     found.model.eval()
     return found
 
@@ -68,7 +65,7 @@ def load_library_model(name: str, weights: str | None) -> LibraryModel:
 def _torchvision_model(name: str, weights: str) -> LibraryModel:
     models = torchvision.models
     published = models.get_model_weights(name)
-    # A file that was fetched by other means still has the name that it is published under.
+    # A file that was downloaded by other means still has its published name.
     entry = next((e for e in published if Path(weights).name == Path(e.url).name), None)
     if Path(weights).is_file():
         state: Mapping[str, Any] = read_checkpoint(weights).tensors
@@ -80,21 +77,20 @@ def _torchvision_model(name: str, weights: str) -> LibraryModel:
         raise UserError(f"--weights {weights}: no such file, and {name} has {choices}")
     if name == "googlenet" and entry is not None:  # torchvision drops these heads, which were never trained
         state = {key: tensor for key, tensor in state.items() if not key.startswith("aux")}
-    model = models.get_model(name, weights=None, **_settings(name, state))
+    model = models.get_model(name, weights=None, **_builder_options(name, state))
     _fill(model, state, name, weights)
     if name in EPS_OF_ZERO and entry is not None and entry.name == "COCO_V1":
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm2d, torchvision.ops.FrozenBatchNorm2d)):
                 module.eps = 0.0
-    transforms = published.DEFAULT.transforms() if len(published) else None
     takes_a_picture = not any(
         part in type(model).__module__ for part in ("detection", "video", "optical_flow")
     )
-    return LibraryModel(model, transforms if takes_a_picture else None)
+    return LibraryModel(model, published.DEFAULT.transforms() if takes_a_picture and len(published) else None)
 
 
-def _settings(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the builder does with published weights, for which any that fit are taken."""
+def _builder_options(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that the builder sets for published weights, for any weights that fit."""
     module = torchvision.models.get_model_builder(name).__module__
     has_auxiliary = any(key.lower().startswith("aux") for key in state)
     if "segmentation" in module:
@@ -102,7 +98,7 @@ def _settings(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
         return {"weights_backbone": None, **auxiliary}
     if "detection" in module:
         return {"weights_backbone": None}
-    if name in ("googlenet", "inception_v3"):  # whose input is normalised as TensorFlow's was
+    if name in ("googlenet", "inception_v3"):  # their input is normalised as TensorFlow's was
         return {"init_weights": False, "transform_input": True, "aux_logits": has_auxiliary}
     return {}
 
@@ -134,7 +130,7 @@ def _timm_model(name: str, weights: str) -> LibraryModel:
         raise UserError(f"--weights {weights}: no such file; give one, or {DEFAULT} to download timm's")
     try:
         model = timm.create_model(plain, pretrained=not from_file)
-    except Exception as error:  # of its download library's many kinds
+    except Exception as error:  # its download library raises many kinds
         raise UserError(
             f"timm cannot make {plain} with its weights ({error}); give a file that was fetched otherwise"
         ) from error
