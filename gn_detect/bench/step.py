@@ -104,7 +104,7 @@ def benchmark(
     with _folder(folder) as place:
         proposals = write_workload(place, workload)
         cfg = _with_workload(cfg, place, workload)
-        device = resolve_device(cfg)
+        device = resolve_device(cfg.model.device)
         torch.manual_seed(0)
         model = build_model(cfg).to(device)
         _inject(model, proposals)

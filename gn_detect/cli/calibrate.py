@@ -10,8 +10,8 @@ from torch import nn
 
 from ..config import load_config
 from ..convert import ConversionReport, convert_norm
-from ..engine.model import make_model
 from ..errors import UserError
+from ..modeling import make_model
 from ..weights import (
     NORM_EPS,
     SUFFIXES,

@@ -15,9 +15,9 @@ from ..config.load import parse_config
 from ..config.types import to_plain
 from ..convert import ConversionReport, convert_norm, convert_state_dict
 from ..convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
-from ..engine.model import make_model
 from ..errors import UserError
 from ..files import check_writable
+from ..modeling import make_model
 from ..text import printable
 from ..weights import (
     CONFIG_KEYS,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import Config, load_config, read_overrides
 from ..data.datasets import DatasetSource
-from ..distributed.group import check_launch
+from ..distributed.launch import check_launch
 from ..engine.autoconfig import make_recipe
 from ..engine.machine import find_machine
 from ..engine.survey import survey

@@ -12,10 +12,9 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from ..data import prepare_image, read_image
 from ..distributed.group import resolve_device
 from ..errors import UserError
-from ..modeling import detection_format
+from ..modeling import detection_format, make_model
 from ..structures import Detections
 from ..weights import COCO_IDS, load_weights, read_checkpoint
-from .model import make_model
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -44,7 +43,7 @@ class Predictor:
                 "nothing to predict with: MODEL.WEIGHTS is empty; add --weights path/to/model.pth, or the key"
             )
         self.cfg = cfg
-        device = resolve_device(cfg)
+        device = resolve_device(cfg.model.device)
         self.model = make_model(cfg)
         self.model.use_memory_format(detection_format(cfg))
         checkpoint = read_checkpoint(cfg.model.weights)

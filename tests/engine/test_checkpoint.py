@@ -17,11 +17,11 @@ import torch
 
 from gn_detect.config import Config, dump_config, load_config
 from gn_detect.data import build_train_loader
-from gn_detect.distributed.group import scale_config
 from gn_detect.engine import train
 from gn_detect.engine import trainer as trainer_module
 from gn_detect.engine.checkpoint import read_last_checkpoint
 from gn_detect.engine.metrics import MetricsWriter
+from gn_detect.engine.optimizer import scale_config
 from gn_detect.engine.run import prepare
 from gn_detect.errors import UserError
 from gn_detect.visualize import is_average, is_loss, read_metrics
@@ -406,7 +406,7 @@ def test_a_category_may_be_called_as_a_loss(tmp_path: Path) -> None:
     training = {"total_loss": 1.0, "loss_cls": 1.0, "lr": 0.1}
     evaluation = {"bbox/AP": 5.0, **{f"bbox/AP-{name}": 5.0 for name in names}}
     for attempt in range(3):
-        with closing(MetricsWriter(tmp_path, attempt and 4, evaluate_first=attempt > 0)) as writer:
+        with closing(MetricsWriter(tmp_path, attempt and 4, evaluate_again=attempt > 0)) as writer:
             if attempt == 0:
                 writer.write(3, training)
             writer.write(3, evaluation)

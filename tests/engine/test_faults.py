@@ -21,14 +21,13 @@ import torch
 from gn_detect.config import Config, load_config
 from gn_detect.data import build_train_loader
 from gn_detect.distributed import launch
-from gn_detect.distributed.group import LOST_PEER, barrier, get_rank
+from gn_detect.distributed.group import barrier, get_rank
+from gn_detect.distributed.launch import LOST_PEER
 from gn_detect.engine import train
 from gn_detect.engine import trainer as trainer_module
-from gn_detect.engine.faults import compile_help
 from gn_detect.engine.interruption import Interruption
-from gn_detect.engine.meter import Meter
-from gn_detect.engine.metrics import MetricsWriter
-from gn_detect.engine.step import make_state, train_step
+from gn_detect.engine.metrics import Meter, MetricsWriter
+from gn_detect.engine.step import compile_help, make_state, train_step
 from gn_detect.errors import UserError
 from gn_detect.files import atomic_write
 from gn_detect.modeling import build_model
