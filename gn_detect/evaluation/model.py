@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data import CocoDataset
+from ..distributed.group import from_main, is_main, world_size
 from ..errors import UserError
 from ..files import atomic_write
 from ..ops import paste_one_by_one
@@ -209,7 +209,7 @@ def evaluate_model(
     path = Path(output_dir) / RESULTS_FILE
     category_ids = [dataset.spelt_categories.get(i, i) for i in dataset.category_ids]
     with _in_evaluation_mode(model):
-        if _rank() == 0:
+        if is_main():
             _write_results(model, loader, category_ids, path, stop)
         else:
             _send_results(model, loader, category_ids, stop)
@@ -236,7 +236,7 @@ def _write_results(
         for entries in _detect(model, loader, category_ids, stop):
             results.add(entries)
         _agree(stop)
-        for text in gather_text(None) if _in_group() else ():
+        for text in gather_text(None) if world_size() > 1 else ():
             results.add_text(text)
         results.end()
 
@@ -300,7 +300,7 @@ def _detect(
         seconds[part] += now - last
         last = now
 
-    for batch in progress_bar(loader, desc="evaluating", unit="batch", shown=_rank() == 0):
+    for batch in progress_bar(loader, desc="evaluating", unit="batch", shown=is_main()):
         count("data")
         with detection_memory_help(_name_images(batch), len(batch)), torch.inference_mode():
             sizes = [sample.original_size for sample in batch]
@@ -326,20 +326,9 @@ def _name_images(batch: Sequence[Sample]) -> str:
     return ", ".join(named)
 
 
-def _in_group() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _in_group() else 0
-
-
 def _from_first(outcome: Metrics | UserError | Interrupted | None) -> Metrics:
     """The first process' numbers in all of them; its error is raised in the others."""
-    if _in_group():
-        holder = [outcome]
-        dist.broadcast_object_list(holder, src=0)
-        if isinstance(holder[0], Exception) and _rank() > 0:
-            raise holder[0]
-        outcome = holder[0]
+    outcome = from_main(outcome)
+    if isinstance(outcome, Exception) and not is_main():
+        raise outcome
     return outcome if isinstance(outcome, dict) else {}
