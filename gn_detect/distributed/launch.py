@@ -218,7 +218,7 @@ def _start_processes(function: Callable[..., None], args: Sequence[Any], count: 
     while not errors.empty():
         is_user_error, text = errors.get()
         (messages if is_user_error else tracebacks).append(text)
-    if failed and messages:  # even on request: the checkpoint may be what went wrong
+    if failed and messages:  # even on request: the checkpoint may have failed
         raise UserError(messages[0])
     if received or (stopped and not failed):
         raise SystemExit(128 + received[0] if received else stopped[0])

@@ -43,7 +43,7 @@ _FARTHEST = 100  # largest distance of a polygon from its crop, in sides of the 
 
 @dataclass
 class Finding:
-    """The first places in a forward and backward pass that were not finite; None where all was finite."""
+    """The first places in a forward and backward pass that were not finite; None if all were finite."""
 
     losses: dict[str, float]
     weight: str | None  # a parameter or buffer of the model

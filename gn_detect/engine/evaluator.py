@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Results = dict[str, Any]
 
 # Subfolder of inference/<dataset> for an evaluation while a training uses the run's folder.
-BESIDE = "eval"
+EVAL_FOLDER = "eval"
 
 
 def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) -> Results:
@@ -73,7 +73,7 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
             logger.info("a training uses %s: its own results stay as they are", cfg.output_dir)
         elif is_main():
             log.open(folder / "log.txt")
-        results = evaluate_test_sets(cfg, model, tests, below=BESIDE if in_use else "")
+        results = evaluate_test_sets(cfg, model, tests, below=EVAL_FOLDER if in_use else "")
         if is_main() and not in_use and not is_in_use(folder):  # a training may have begun meanwhile
             write_results(folder / RESULTS, results)
             if not (folder / CONFIG).exists():
@@ -158,5 +158,5 @@ def scalars_of(results: Results) -> dict[str, float]:
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Write results as JSON; null stands for what COCO does not define for these data (nan)."""
+    """Write results as JSON; null stands for nan, an AP that COCO does not define for these data."""
     atomic_write_json(path, json_values(results), indent=2)

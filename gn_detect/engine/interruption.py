@@ -84,7 +84,7 @@ class Interruption:
             yield
         finally:
             self._at_once = False
-        if self._signal:  # Python may have dropped what the handler raised
+        if self._signal:  # Python may have dropped the handler's exception
             raise Interrupted
 
     def seen(self) -> bool:

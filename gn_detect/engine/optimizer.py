@@ -31,7 +31,7 @@ def build_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
         groups, lr=solver.base_lr, momentum=solver.momentum, nesterov=nesterov, fused=True
     )
     if solver.momentum > 0:
-        # PyTorch makes these in the first step, and leaves them uninitialised where that step is skipped.
+        # PyTorch makes these in the first step, and leaves them uninitialised if that step is skipped.
         for parameter in (p for group in groups for p in group["params"]):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -66,7 +66,7 @@ def parameter_groups(cfg: Config, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """Take a step, or none where ``skip``, a scalar on the device, is not zero; do not wait for the device.
+    """Take a step, or none if ``skip``, a scalar on the device, is not zero; do not wait for the device.
 
     PyTorch's fused optimisers read these two attributes, which its ``GradScaler`` sets in the same way.
     """

@@ -24,35 +24,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Keys, and groups of keys, that may change: they decide where, how long and how often, not what is computed.
+# Keys, and groups of keys, that may change: they decide about places, length and periods, not about results.
 # SOLVER.STEPS, SOLVER.WARMUP_ITERS and the like are not among them, even where MAX_ITER grows: a schedule
 # that changed by accident, as in a newly chosen config, looks like one that was changed on purpose.
 FREE = (
-    "VERSION",
-    "OUTPUT_DIR",
-    "CUDNN_BENCHMARK",
-    "VIS",
-    "VIS_PERIOD",
-    "GLOBAL",
-    "CHECKPOINT",
-    "MODEL.DEVICE",
+    "VERSION", "OUTPUT_DIR", "CUDNN_BENCHMARK", "VIS", "VIS_PERIOD", "GLOBAL", "CHECKPOINT",
     "MODEL.WEIGHTS",  # a resumed run has the checkpoint's
-    "MODEL.COMPILE",
-    "MODEL.CHANNELS_LAST",
-    "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING",
-    "DATASETS.ROOT",
+    "MODEL.DEVICE", "MODEL.COMPILE", "MODEL.CHANNELS_LAST", "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING",
     "DATASETS.REGISTER",  # the place of the data; their content is compared
-    "DATASETS.ALLOW_OUTSIDE",
-    "DATALOADER.NUM_WORKERS",
-    "SOLVER.MAX_ITER",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.LOG_PERIOD",
-    "SOLVER.NON_FINITE",
-    "TEST.EVAL_PERIOD",
-    "TEST.IMS_PER_BATCH",
-    "TEST.COCO_EVAL_BACKEND",
-    "TEST.EXPECTED_RESULTS",
-)
+    "DATASETS.ROOT", "DATASETS.ALLOW_OUTSIDE", "DATALOADER.NUM_WORKERS",
+    "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.LOG_PERIOD", "SOLVER.NON_FINITE",
+    "TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH", "TEST.COCO_EVAL_BACKEND", "TEST.EXPECTED_RESULTS",
+)  # fmt: skip
 
 # Keys that name files and folders of a machine, which a checkpoint does not hold.
 PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.ROOT", "DATASETS.REGISTER")
@@ -64,7 +47,7 @@ LISTED = 20  # most changes in an error; another base config changes some hundre
 
 DATA = "data"  # key in a checkpoint's metadata with the value of describe_data
 
-# The remedy where the classes of a checkpoint are not those of the data.
+# The remedy for a checkpoint and data of different classes.
 OTHER_CLASSES = (
     "give data of these classes, or take the classes by their position, whatever they are called, with "
     "--other-classes"

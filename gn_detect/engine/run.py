@@ -341,7 +341,7 @@ def write_run_config(cfg: Config, device: torch.device) -> None:
 
 
 def _describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return versions and hardware for whoever reads the run's numbers."""
+    """Return versions and hardware, for readers of the run's numbers."""
     described: dict[str, Any] = {
         "python": platform.python_version(),
         **{name: version for name in _PACKAGES if (version := _version(name))},

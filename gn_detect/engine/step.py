@@ -49,7 +49,7 @@ class TrainingState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model to evaluate and save: the average where there is one."""
+        """The model to evaluate and save: the average, if there is one."""
         return self.model if self.average is None else self.average.module
 
     def metadata(self) -> dict[str, Any]:

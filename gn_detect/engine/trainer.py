@@ -85,9 +85,9 @@ def train(
         return results
 
 
-def leave(number: int, what: str) -> NoReturn:
-    """End the process after signal ``number``, with the status that shells give; log ``what`` was done."""
-    logger.warning("%s: %s", signal.Signals(number).name, what)
+def leave(number: int, message: str) -> NoReturn:
+    """Log the signal and a message, and end the process with the status that shells give."""
+    logger.warning("%s: %s", signal.Signals(number).name, message)
     raise SystemExit(128 + number)
 
 
@@ -105,8 +105,9 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
     elif cfg.model.compile:
         # One kernel for all sizes: kernels of single sizes would depend on which image comes first.
         run.model.backbone.compile(dynamic=True)
-    is_known = run.writer is not None and run.writer.is_evaluated
-    run.is_evaluated = run.start < run.end and (run.start == 0 or from_main(is_known))
+    # The first process knows from metrics.jsonl; a finished run is evaluated in any case.
+    is_known = run.start == 0 or (run.writer is not None and run.writer.is_evaluated)
+    run.is_evaluated = run.start < run.end and from_main(is_known)
     model = parallelize(run.model, run.device)
     batches = iter(run.loader)
     meter = Meter(run.device, run.done, run.end, run.losses)
@@ -147,7 +148,7 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
 
 @contextmanager
 def saved_on_failure(run: Run, meter: Meter) -> Iterator[None]:
-    """Save what was trained if data cannot be read, or if a signal ends an evaluation.
+    """Save the weights if data cannot be read, or if a signal ends an evaluation.
 
     All processes notice a signal, but only one a file that cannot be read, and a checkpoint needs all.
     """
@@ -188,7 +189,7 @@ def record(run: Run, scalars: dict[str, float]) -> None:
 
 
 def check_folder(run: Run, losses: dict[str, list[float]] | None = None) -> None:
-    """If somebody deleted the run's folder, make it again, save what was trained, and raise UserError.
+    """If somebody deleted the run's folder, make it again, save the weights, and raise UserError.
 
     The folder may exist again, because something was written into it since; the file of the lock does not.
     """

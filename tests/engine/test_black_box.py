@@ -61,8 +61,8 @@ def test_training_stops_and_the_black_box_repeats_the_step(
     assert main(["replay", str(folder)]) == 0
     assert "loss_mask nan" in capsys.readouterr().out
     assert main(["replay", "--json", str(folder)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["0"]["losses"]["loss_mask"] is None and told["0"]["output"] == findings[0].output
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["0"]["losses"]["loss_mask"] is None and printed["0"]["output"] == findings[0].output
     here = str(Path(spoiled_config.output_dir).parent).encode()
     assert [path for path in folder.iterdir() if here in path.read_bytes()] == [], "it is passed on"
     # What was saved before is untouched, and finite.
