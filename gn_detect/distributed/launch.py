@@ -70,8 +70,14 @@ def launch(
         from torch.distributed.elastic.multiprocessing.errors import record
 
         with _process_group(device, "env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])):
-            with lost_peer_help():
+            try:
                 record(function)(*args)  # torchrun's summary shows the error, too
+            except RuntimeError as error:
+                if not any(words in str(error) for words in LOST_PEER):
+                    raise
+                # The message of the failed process has the cause.
+                message = "another process of the run has failed; its own message names the cause"
+                raise UserError(message) from None
         return
     check_launch(device, num_gpus, num_machines, machine_rank, dist_url)
     if num_gpus * num_machines == 1:
@@ -113,17 +119,6 @@ def check_launch(
             f"--num-gpus {num_gpus}, but PyTorch finds {found} on this machine{reason}; "
             f"{fewer}, or add MODEL.DEVICE cpu for {num_gpus} processes on the CPU"
         )
-
-
-@contextmanager
-def lost_peer_help() -> Iterator[None]:
-    """Replace the error of a lost connection by one line; the message of the failed process has the cause."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in LOST_PEER):
-            raise
-        raise UserError("another process of the run has failed; its own message names the cause") from None
 
 
 def _join_and_call(
