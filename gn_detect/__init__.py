@@ -44,8 +44,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Config", "Detections", "FineTuned", "GroupNorm", "Predictor", "UserError", "__version__", "bench",
     "build_model", "calibrate", "config", "convert", "convert_checkpoint", "convert_norm", "data",
-    "distributed", "engine", "errors", "evaluate", "evaluation", "export", "finetune", "fuse", "fuse_relu", "interop", "layers",
-    "load_config", "load_weights", "modeling", "ops", "report", "structures", "train", "visualize", "weights",
+    "distributed", "engine", "errors", "evaluate", "evaluation", "export", "finetune", "fuse",
+    "fuse_relu", "interop", "layers", "load_config", "load_weights", "modeling", "ops", "report",
+    "structures", "train", "visualize", "weights",
 ]  # fmt: skip
 
 _NAMES = {

@@ -18,11 +18,10 @@ from .convert import ConversionReport, calibrate, convert_norm, convert_state_di
 from .convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
 from .data import prepare_image, read_image, read_image_list
 from .data.image_paths import find_images
-from .engine.model import make_model
 from .errors import UserError
 from .files import check_writable
 from .interop.library_models import LibraryModel, is_library_model, load_library_model
-from .modeling import paired_outputs
+from .modeling import make_model, paired_outputs
 from .text import printable
 from .weights import (
     SUFFIXES,

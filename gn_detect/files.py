@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -149,3 +150,19 @@ def atomic_write_json(path: str | Path, content: Any, indent: int | None = None)
     """Write ``content`` as JSON; see :func:`atomic_write`."""
     with atomic_write(path) as file:
         json.dump(content, file, indent=indent)
+
+
+def json_values(value: Any, not_finite: Callable[[float], Any] = lambda number: None) -> Any:
+    """Return a copy of nested values that JSON can hold, with text as keys and for objects of other types.
+
+    Args:
+        value: mappings, sequences and plain values.
+        not_finite: gives the stand-in for nan and infinities, which JSON lacks; null by default.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_values(item, not_finite) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(item, not_finite) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return not_finite(value)
+    return value if isinstance(value, str | int | float | None) else str(value)

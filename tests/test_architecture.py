@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "progress": {"text"},
     "structures": {"errors"},
-    "distributed": {"text", "errors", "files", "config"},
+    "distributed": {"text", "errors", "files"},
     "ops": BASE,
     "layers": BASE | {"ops"},
     "config": {"text", "errors", "files"},

@@ -15,7 +15,7 @@ import torch
 
 from gn_detect import convert_norm, load_config
 from gn_detect.engine import evaluate, train
-from gn_detect.engine.model import make_model
+from gn_detect.modeling import make_model
 from gn_detect.weights import load_weights, save_weights
 
 NORMS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")

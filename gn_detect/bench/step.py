@@ -86,7 +86,7 @@ def benchmark(
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         proposals = write_workload(Path(place), workload)
         cfg = _with_workload(cfg, Path(place), workload)
-        device = resolve_device(cfg)
+        device = resolve_device(cfg.model.device)
         torch.manual_seed(0)
         model = build_model(cfg).to(device)
         _inject(model, proposals)

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> Result:
     workload = Workload(height, width, args.images, args.objects)
     folder = Path(args.workload) if args.workload else None
     report = benchmark(cfg, args.mode, workload, args.iterations, folder)
-    machine = describe_machine(resolve_device(cfg))
+    machine = describe_machine(resolve_device(cfg.model.device))
     print(f"{config} {args.mode}, {args.images} x {height} x {width}, {machine}")
     print(report)
     if args.output:

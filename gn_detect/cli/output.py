@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, TextIO, cast
 
+from ..files import json_values
 from ..text import LogFormatter, printable
 
 
@@ -71,17 +72,7 @@ def directed(quiet: bool, as_json: bool) -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """Print one line of JSON; NaN and infinity become null."""
-    print(json.dumps(_plain(value), allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    print(json.dumps(json_values(value), allow_nan=False))
 
 
 class PrintableStream:

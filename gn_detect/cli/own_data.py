@@ -7,7 +7,7 @@ import os
 import sys
 
 from ..config import Config, read_overrides
-from ..distributed.group import check_launch
+from ..distributed.launch import check_launch
 from ..engine import autoconfig
 from ..errors import UserError
 from ..progress import fitted

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..distributed.group import from_main
 from ..errors import UserError
 from ..structures import PolygonMask, Sample
 from .augmentation import Augmentation, build_augmentations, crops, prepare_image
@@ -90,7 +90,7 @@ def build_train_loader(
     dataset = join_datasets(parts)
     kept = trainable_images(dataset, cfg.dataloader.filter_empty_annotations)
     if seed is None:
-        seed = cfg.seed if cfg.seed >= 0 else _random_seed()
+        seed = cfg.seed if cfg.seed >= 0 else from_main(secrets.randbits(31))
     samples = TrainSamples(
         dataset,
         build_augmentations(cfg),
@@ -169,13 +169,6 @@ def _sampler(cfg: Config, dataset: CocoDataset, kept: Sequence[int]) -> Callable
 
 def _is_wide(dataset: CocoDataset, index: int) -> bool:
     return dataset.images[index].width > dataset.images[index].height
-
-
-def _random_seed() -> int:
-    seed = [secrets.randbits(31)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(seed)
-    return seed[0]
 
 
 class TrainSamples(Dataset[Sample]):

@@ -1,5 +1,5 @@
-"""Processes of one training: ranks, collectives and their start."""
+"""Several processes in one training: their ranks, their collectives and their start."""
 
-from .group import launch, scale_config
+from .launch import launch
 
-__all__ = ["launch", "scale_config"]
+__all__ = ["launch"]

@@ -3,9 +3,8 @@
 from .divergence import replay
 from .evaluator import evaluate
 from .image_detections import ImageDetections
-from .optimizer import build_optimizer
+from .optimizer import build_optimizer, learning_rate_factor
 from .predictor import Predictor
-from .schedule import learning_rate_factor
 from .trainer import train
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: named and numbered as detectron2 does, readable by it and by us."""
+"""The checkpoints of a run folder: named and numbered as detectron2 does, so that both programs read them."""
 
 from __future__ import annotations
 
@@ -20,34 +20,24 @@ from ..weights import Checkpoint, CheckpointMetadata, read_checkpoint, save_weig
 
 logger = logging.getLogger(__name__)
 
-LAST = "last_checkpoint"
-"""A text file with the name of the newest checkpoint; detectron2's."""
-
-HISTORY = "checkpoints.txt"
-"""The names of the run's checkpoints that are kept, the newest last. Files of other runs are not in it."""
-
+LAST = "last_checkpoint"  # detectron2's text file with the name of the newest checkpoint
+HISTORY = "checkpoints.txt"  # the checkpoints that this run keeps, the newest last
 FINAL = "model_final.pth"
 BEST = "model_best.pth"
 METRICS = "metrics.jsonl"
 INFERENCE, RESULTS, PICTURES = "inference", "results.json", "pictures"
-EARLIER = ".earlier"
-"""Ending of what an earlier run left under a name that this one uses."""
 
-DAMAGED = ".damaged"
-"""Ending of a checkpoint, or of a list of them, that could not be read and was set aside."""
+EARLIER = ".earlier"  # ending for files of an earlier run under a name that this run uses
+DAMAGED = ".damaged"  # ending for a checkpoint, or a list of them, that could not be read
 
-_OWN = r"model_([0-9]{1,18}|final)\.pth"
-"""The names in ``checkpoints.txt``."""
-
+_OWN = r"model_([0-9]{1,18}|final)\.pth"  # a name in checkpoints.txt
+# A name in last_checkpoint, which another program may have written: any file of the folder.
 _ANY = r"[^./\\\x00-\x1f\x7f\ufffd][^/\\\x00-\x1f\x7f\ufffd]{0,250}\.pth"
-"""The name in ``last_checkpoint``: a file in the folder. Another program may have written it."""
-
-_LONGEST_LIST = 1 << 22
-"""Most bytes of a list of checkpoints."""
+_LONGEST_LIST = 1 << 22  # bytes of a list of checkpoints
 
 
 def checkpoint_name(iteration: int) -> str:
-    """The file for a checkpoint that is saved after ``iteration``, counted from 0."""
+    """Return the name of the checkpoint after ``iteration``, counted from 0."""
     return f"model_{iteration:07d}.pth"
 
 
@@ -64,11 +54,11 @@ def save_checkpoint(
 
     Args:
         folder: ``OUTPUT_DIR``.
-        name: file name.
+        name: of the file.
         model: the plain model, not wrapped.
-        metadata: of the checkpoint.
-        is_last: note the name in ``last_checkpoint``.
-        keep: delete the run's checkpoints but the last so many (``CHECKPOINT.KEEP``); 0 deletes nothing.
+        metadata: everything besides the weights.
+        is_last: write the name into ``last_checkpoint``.
+        keep: number of the run's checkpoints to keep (``CHECKPOINT.KEEP``); 0 keeps all.
 
     Raises:
         Diverged: a weight is not finite.
@@ -92,9 +82,9 @@ def save_checkpoint(
 
 
 def drop_old_checkpoints(folder: Path, keep: int) -> None:
-    """Delete the run's checkpoints but the last ``keep`` up to that of ``last_checkpoint``; 0 deletes none.
+    """Delete the run's checkpoints except the last ``keep`` up to that of ``last_checkpoint``; 0 keeps all.
 
-    A name leaves the list after its file, so that a kill between the two leaves no file for ever.
+    Files are deleted before their names leave the list, so a kill in between leaves no unlisted file.
     """
     names, (last, _) = _read_names(folder / HISTORY, _OWN)[0], _read_names(folder / LAST, _OWN)
     end = names.index(last[0]) + 1 if last and last[0] in names else 0
@@ -106,19 +96,20 @@ def drop_old_checkpoints(folder: Path, keep: int) -> None:
 
 
 def read_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Checkpoint | None:
-    """The newest checkpoint that can be read, or None in a folder without any.
+    """Return the newest checkpoint that can be read, or None in a folder without any.
 
-    One that is missing, truncated or damaged is passed over with a warning, and the one before it is taken.
-    So is a list of names that holds anything but names of files in the folder.
+    A checkpoint that is missing, truncated or damaged is passed over with a warning, and the one before it is
+    taken. A list of names with anything else than names of files in the folder is passed over, too.
 
     Args:
         folder: ``OUTPUT_DIR``.
-        set_aside: rename what is damaged, so that it is not tried again.
+        set_aside: rename damaged files, so that they are not tried again.
 
     Raises:
         UserError: none of the run's checkpoints can be read.
     """
-    candidates = _candidates(Path(folder), set_aside)
+    folder = Path(folder)
+    candidates = _candidates(folder, set_aside)
     if not candidates:
         return None
     complaint = ""
@@ -127,23 +118,23 @@ def read_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Chec
             if not path.is_file():
                 raise UserError(f"{path} is missing")
             checkpoint = read_checkpoint(path)
-        except Exception as error:  # a damaged file fails in whatever it is read with
+        except Exception as error:  # a damaged file can raise any error
             reason = str(error) if isinstance(error, UserError) else f"{path} is damaged: {error!r}"
             complaint = complaint or reason
             logger.warning("%s is passed over, and the checkpoint before it is used: %s", path.name, reason)
             if set_aside and path.is_file():
                 _set_aside(path)
         else:
-            if set_aside and (path is not candidates[0] or not (Path(folder) / LAST).exists()):
-                atomic_write_text(Path(folder) / LAST, path.name)
+            if set_aside and (path is not candidates[0] or not (folder / LAST).exists()):
+                atomic_write_text(folder / LAST, path.name)
             return checkpoint
     raise UserError(f"no checkpoint in {folder} can be read ({complaint}); start anew without --resume")
 
 
 def share_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Checkpoint | None:
-    """Return what :func:`read_last_checkpoint` finds in the first process, in all processes.
+    """Return the checkpoint that :func:`read_last_checkpoint` finds in process 0, in all processes.
 
-    Each by itself could find another one, while a training goes on in the folder.
+    While a training writes to the folder, each process alone could find another one.
     """
     own: Checkpoint | None = None
 
@@ -157,32 +148,30 @@ def share_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Che
 
 
 def _candidates(folder: Path, set_aside: bool) -> list[Path]:
-    """The checkpoint that ``last_checkpoint`` names, then those before it, the newest first."""
+    """Return the checkpoint of ``last_checkpoint``, then those before it, the newest first."""
     last, last_is_whole = _read_names(folder / LAST, _ANY)
     names, names_are_whole = _read_names(folder / HISTORY, _OWN)
     if not last_is_whole or len(last) > 1:
-        _warn_of_names(folder / LAST, set_aside)
+        _pass_over_names(folder / LAST, set_aside)
         last, last_is_whole = [], False
     if not names_are_whole:
-        _warn_of_names(folder / HISTORY, set_aside)
-        if set_aside and names:  # those that can still be read
-            _write_history(folder, names)
+        _pass_over_names(folder / HISTORY, set_aside)
+        if set_aside and names:
+            _write_history(folder, names)  # the valid ones
     if not names and not (last_is_whole and names_are_whole):
         names = _checkpoints_in(folder)
     if last and names and last[0] != names[-1] and last[0] in names:
         logger.warning("%s names %s, though %s is newer", LAST, last[0], names[-1])
         names = names[: names.index(last[0])]
-    # Between the writing of the two lists, the first checkpoint of a run stands in one of them alone.
+    # The first checkpoint of a run is in one list only until the other list is written.
     before = [name for name in names if name not in last]
     return [folder / name for name in [*last, *reversed(before)]]
 
 
 def _read_names(path: Path, pattern: str) -> tuple[list[str], bool]:
-    """Return the valid names in a list of checkpoints, and whether all are valid.
+    """Return the names in a list of checkpoints that match ``pattern``, and whether all do.
 
-    Args:
-        path: one name in each line; may be missing.
-        pattern: of the names.
+    The list has one name in each line; it may be missing.
     """
     if not path.exists():
         return [], True
@@ -192,15 +181,14 @@ def _read_names(path: Path, pattern: str) -> tuple[list[str], bool]:
     except OSError:
         return [], False
     lines = content.decode("utf-8", "replace").strip(" \n").split("\n")
-    names = [line for line in lines if re.fullmatch(pattern, line)]
-    unique = list(dict.fromkeys(names))
-    return unique, len(unique) == len(lines) and len(content) < _LONGEST_LIST
+    names = list(dict.fromkeys(line for line in lines if re.fullmatch(pattern, line)))
+    return names, len(names) == len(lines) and len(content) < _LONGEST_LIST
 
 
 def _checkpoints_in(folder: Path) -> list[str]:
-    """The checkpoints in a folder without a list, in the order of their iterations."""
+    """Return the checkpoints in a folder without a list, in the order of their iterations."""
     names = sorted(path.name for path in folder.glob("model_*.pth") if re.fullmatch(_OWN, path.name))
-    if FINAL in names and len(names) > 1:  # it need not be the newest: a longer run may have followed
+    if FINAL in names and len(names) > 1:  # a longer run may have followed the final one
         names.remove(FINAL)
         try:
             iteration = read_checkpoint(folder / FINAL).metadata.iteration
@@ -210,7 +198,7 @@ def _checkpoints_in(folder: Path) -> list[str]:
     return names
 
 
-def _warn_of_names(path: Path, set_aside: bool) -> None:
+def _pass_over_names(path: Path, set_aside: bool) -> None:
     logger.warning("%s is damaged, and passed over: it holds more than names of checkpoints", path)
     if set_aside and path.exists():
         _set_aside(path)
@@ -225,16 +213,16 @@ def _write_history(folder: Path, names: list[str]) -> None:
 
 
 def start_anew(folder: Path) -> None:
-    """Forget the checkpoints of an earlier run, which ``--resume`` would take for this one's.
+    """Set the files of an earlier run aside, and forget its checkpoints, so that this run cannot resume them.
 
     Its best and last weights, metrics, evaluations and pictures, which this run writes under the same names,
-    are kept aside, and the config that they need. A kill in the midst of it leaves the earlier run, or a
-    folder without a config, of which the rest is kept aside by the next attempt.
+    and their config get the ending ``.earlier``. A kill in between leaves the earlier run, or a folder
+    without a config; the next attempt sets the rest aside.
     """
     kept = [name for name in (FINAL, BEST, METRICS, INFERENCE, RESULTS, PICTURES) if (folder / name).exists()]
     kept = [name for name in (CONFIG, ENVIRONMENT) if kept and (folder / name).exists()] + kept
     for name in kept:
-        shutil.rmtree(folder / f"{name}{EARLIER}", ignore_errors=True)  # a folder takes no other's place
+        shutil.rmtree(folder / f"{name}{EARLIER}", ignore_errors=True)  # os.replace replaces no folder
         os.replace(folder / name, folder / f"{name}{EARLIER}")
         if name == FINAL:
             _forget(folder)
@@ -254,7 +242,7 @@ def _forget(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of a process that was killed while it wrote; only for who holds the lock."""
+    """Delete the temporary files of a process that was killed while writing. The caller holds the lock."""
     for place in ("", "inference/*/", "inference/*/*/", "pictures/", "black_box/*/"):
         for path in folder.glob(f"{place}.*.tmp"):
             path.unlink(missing_ok=True)

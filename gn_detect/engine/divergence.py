@@ -1,12 +1,14 @@
-"""The black box: what is kept of a step whose loss or gradient is not finite, and its replay."""
+"""The black box: a record of a step whose loss or gradient is not finite, and its replay."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,94 +17,106 @@ import torch
 from torch import Tensor, nn
 
 from ..config import dump_config, load_config, without_paths
-from ..distributed.group import resolve_device
+from ..distributed.group import gather, get_rank, is_main, resolve_device
 from ..errors import UserError
-from ..files import atomic_write_json, atomic_write_text
+from ..files import atomic_write_json, atomic_write_text, json_values
+from ..layers import FrozenBatchNorm2d
+from ..modeling import make_model
+from ..modeling.mask_rcnn import MaskRCNN
 from ..structures import Sample, Target
-from ..weights import CheckpointMetadata, load_weights, read_checkpoint, save_weights, set_norm_eps
-from .model import make_model
-from .step import autocast, split
+from ..weights import CheckpointMetadata, load_weights, norm_settings, read_checkpoint, save_weights
+from .checkpoint import CONFIG
+from .metrics import NotFinite
+from .run import Run
+from .step import autocast, seed_iteration, split
 
 if TYPE_CHECKING:
     from ..config import Config
 
 logger = logging.getLogger(__name__)
 
-STATE, CONFIG, REPORT = "state.pth", "config.yaml", "report.json"
-
-_FARTHEST = 100
-"""Most distance of a polygon from its crop, in sides of the image."""
-
+STATE, REPORT = "state.pth", "report.json"
 THE_MODEL = "the losses, which no module computes"
+
+_FARTHEST = 100  # largest distance of a polygon from its crop, in sides of the image
 
 
 @dataclass
 class Finding:
-    """What was not finite in one process' forward and backward pass; None where everything was.
-
-    Attributes:
-        losses: by name, as floats.
-        weight: the first parameter or buffer of the model.
-        output: the first module whose output was not finite.
-        gradient: the module at whose output the gradient was first not finite, going backwards.
-    """
+    """The first places in a forward and backward pass that were not finite; None if all were finite."""
 
     losses: dict[str, float]
-    weight: str | None
-    output: str | None
-    gradient: str | None
+    weight: str | None  # a parameter or buffer of the model
+    output: str | None  # a module
+    gradient: str | None  # the module at whose output the gradient was not finite, going backwards
 
     @property
     def is_finite(self) -> bool:
-        """Whether nothing was found."""
         losses = all(math.isfinite(value) for value in self.losses.values())
         return losses and self.weight is None and self.output is None and self.gradient is None
 
     def __str__(self) -> str:
-        places = [
-            (self.weight, "the weight {} is not finite"),
-            (self.output, "the first output that is not finite is that of {}"),
-            (self.gradient, "the first gradient that is not finite is at the output of {}"),
-        ]
-        for place, text in places:
-            if place is not None:
-                return text.format(place)
+        if self.weight is not None:
+            return f"the weight {self.weight} is not finite"
+        if self.output is not None:
+            return f"the first output that is not finite is that of {self.output}"
+        if self.gradient is not None:
+            return f"the first gradient that is not finite is at the output of {self.gradient}"
         return "everything is finite"
 
 
-def seed_iteration(seed: int, iteration: int, rank: int) -> None:
-    """Random numbers of the model as a function of the iteration.
+def keep_black_box(run: Run, error: NotFinite) -> str:
+    """Write ``OUTPUT_DIR/black_box/iteration_N/``; all processes take part.
 
-    Nothing that happens between iterations, an evaluation or a break, can change them, and no random state
-    has to be saved.
+    Returns:
+        One line about the cause, with a remedy.
     """
-    torch.manual_seed((seed * 1_000_003 + iteration) * 4093 + rank)
+    run.state.optimizer.zero_grad(set_to_none=True)
+    items = next(islice(run.loader.batches(), error.iteration - run.start, None))
+    batch: list[Sample] = [run.loader.samples[item] for item in items]
+    scale = run.state.scaler.get_scale()
+    finding = examine(run.cfg, run.model, batch, error.iteration, get_rank(), scale)
+    findings = dict(enumerate(gather(finding)))
+    guilty = [rank for rank, found in findings.items() if not found.is_finite] or list(findings)
+    batches = dict(enumerate(gather(batch if get_rank() in guilty else [])))
+    batches = {rank: batches[rank] for rank in guilty}
+    findings = {rank: findings[rank] for rank in guilty}
+    folder = run.folder / "black_box" / f"iteration_{error.iteration:07d}"
+    if is_main():
+        write_black_box(folder, run.cfg, run.model, error.iteration, batches, findings, scale)
+    values = ", ".join(f"{name} {value:.4g}" for name, value in error.losses.items())
+    ids = ", ".join(str(sample.image_id) for part in batches.values() for sample in part)
+    return (
+        f"training diverged at iteration {error.iteration}: {values} (image ids {ids}); "
+        f"{findings[guilty[0]]}; {_remedy(run)}; {replay_command(folder)} repeats the step"
+    )
+
+
+def _remedy(run: Run) -> str:
+    frozen = any(isinstance(module, FrozenBatchNorm2d) for module in run.model.modules())
+    if frozen and not run.cfg.model.weights and run.start == 0:
+        return "FrozenBN without MODEL.WEIGHTS normalises nothing: set MODEL.RESNETS.NORM GN, or give weights"
+    return (
+        f"lower SOLVER.BASE_LR ({run.cfg.solver.base_lr:g}), warm up longer with SOLVER.WARMUP_ITERS "
+        f"or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+    )
 
 
 def examine(
-    cfg: Config,
-    weights: dict[str, Tensor],
-    batch: Sequence[Sample],
-    iteration: int,
-    rank: int,
-    scale: float,
-    eps: dict[str, float],
+    cfg: Config, model: MaskRCNN, batch: Sequence[Sample], iteration: int, rank: int, scale: float
 ) -> Finding:
-    """Repeat a step on a fresh copy of the model, with an eye on every module.
+    """Repeat a step on a copy of the model and check the output and gradient of each module.
 
     Args:
-        cfg: whole config, its seed decided.
-        weights: state dict before the step.
-        batch: of this process.
-        iteration, rank: decide the random numbers.
+        cfg: with the seed of the run, which decides the random numbers, together with iteration and rank.
+        model: with the weights before the step, on its device.
+        batch: of the process ``rank``.
+        iteration: of the step.
+        rank: of the process.
         scale: of the loss, in float16; otherwise 1.
-        eps: of group norms by name, where it is not the config's.
     """
-    model = make_model(cfg)
-    model.load_state_dict(weights)
-    set_norm_eps(model, eps)
-    device = resolve_device(cfg)
-    model.to(device).train()
+    model = copy.deepcopy(model).train()
+    device = next(model.parameters()).device
     named = [*model.named_parameters(), *model.named_buffers()]
     broken = next((name for name, value in named if not value.isfinite().all()), None)
     watch = _Watch(model)
@@ -120,7 +134,7 @@ def examine(
 
 
 class _Watch:
-    """Notes the first module whose output, and the first whose gradient, is not finite."""
+    """Hooks that note the first module whose output, and the first whose gradient, is not finite."""
 
     def __init__(self, model: nn.Module) -> None:
         self.output: str | None = None
@@ -141,41 +155,32 @@ class _Watch:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a module's output."""
+    """Yield the floating-point tensors in a module's output."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
 
 
 def write_black_box(
     folder: Path,
     cfg: Config,
-    weights: dict[str, Tensor],
+    model: nn.Module,
     iteration: int,
     batches: Mapping[int, Sequence[Sample]],
     findings: dict[int, Finding],
     scale: float,
-    eps: dict[str, float],
 ) -> None:
-    """Write everything that a replay needs, on any machine: of local paths the last part stays.
+    """Write everything that a replay needs, on any machine: only the last part of local paths stays.
 
-    Args:
-        folder: is made.
-        cfg, weights, iteration, scale, eps: see :func:`examine`.
-        batches, findings: by rank, of the processes where something was not finite.
-
-    Raises:
-        UserError: the folder cannot be written.
+    ``batches`` and ``findings`` are those of the processes in which something was not finite, by rank. The
+    other arguments are those of :func:`examine`.
     """
-    names = {rank: [sample.file_name for sample in batch] for rank, batch in batches.items()}
     content = {
         "iteration": iteration,
-        "findings": {str(rank): asdict(finding) for rank, finding in findings.items()},
+        "findings": {rank: asdict(finding) for rank, finding in findings.items()},
         "images": [
             {
                 "rank": rank,
@@ -193,15 +198,16 @@ def write_black_box(
     }
     packed = {rank: [_pack(sample) for sample in batch] for rank, batch in batches.items()}
     others = {"batches": packed, "scale": scale}
-    metadata = CheckpointMetadata(iteration=iteration, group_norm_eps=eps, others=others)
-    save_weights(folder / STATE, weights, metadata)
+    metadata = replace(norm_settings(model), iteration=iteration, others=others)
+    save_weights(folder / STATE, model.state_dict(), metadata)
     atomic_write_text(folder / CONFIG, dump_config(without_paths(cfg)))
-    atomic_write_json(folder / REPORT, _plain(content), indent=1)
+    atomic_write_json(folder / REPORT, json_values(content, not_finite=str), indent=1)
+    names = {rank: [sample.file_name for sample in batch] for rank, batch in batches.items()}
     logger.info("%s holds the step, of images %s", folder, names)
 
 
 def replay_command(folder: Path) -> str:
-    """What a user types to repeat the step."""
+    """Return the command that repeats the step."""
     return f"gn-detect replay {folder}"
 
 
@@ -209,7 +215,7 @@ def replay(folder: str | Path) -> dict[int, Finding]:
     """Repeat the step that a black box holds.
 
     Returns:
-        What is not finite, by rank.
+        By rank, the places that are not finite.
 
     Raises:
         UserError: the folder is not a black box.
@@ -230,10 +236,8 @@ def replay(folder: str | Path) -> dict[int, Finding]:
         raise UserError(
             f"{folder / STATE} is not what a diverged training writes: {reason}; copy the whole folder again"
         ) from error
-    return {
-        rank: examine(cfg, model.state_dict(), batch, iteration, rank, scale, checkpoint.metadata.norm_eps)
-        for rank, batch in batches.items()
-    }
+    model.to(resolve_device(cfg.model.device))
+    return {rank: examine(cfg, model, batch, iteration, rank, scale) for rank, batch in batches.items()}
 
 
 def _read_state(known: CheckpointMetadata, cfg: Config) -> tuple[int, float, dict[int, list[Sample]]]:
@@ -263,7 +267,7 @@ def _read_state(known: CheckpointMetadata, cfg: Config) -> tuple[int, float, dic
 
 
 def _pack(sample: Sample) -> dict[str, Any]:
-    """As tensors and plain values, which ``torch.load(weights_only=True)`` reads."""
+    """Return tensors and plain values, which ``torch.load(weights_only=True)`` reads."""
     target = sample.target
     masks = None if target is None or target.masks is None else [
         mask if isinstance(mask, Tensor) else [torch.from_numpy(polygon) for polygon in mask]
@@ -315,12 +319,3 @@ def _unpack_mask(mask: Any, size: tuple[int, int]) -> Tensor | list[np.ndarray]:
         if not (np.abs(polygon) <= _FARTHEST * max(size)).all():
             raise ValueError("a polygon is far outside its image")
     return polygons
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinities: what is not finite becomes text."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""One training at a time writes into a run's folder: the kernel's lock on a file in it decides."""
+"""The lock of a run's folder, into which one training at a time writes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from types import TracebackType
 
 from ..errors import UserError
 
+# The file in a run's folder. It stays when the run ends: only the kernel's lock on it means anything.
 LOCK = ".lock"
-"""The file in a run's folder. It stays when the run ends: only the kernel's lock on it means anything."""
 
+# Time after which all processes of a killed run have ended, data-loader workers too.
 PATIENCE_SECONDS = 6.0
-"""Time after which all processes of a killed run have ended, data-loader workers too."""
-
 _RETRY_SECONDS = 0.1
 
 logger = logging.getLogger(__name__)
 
-_held: set[int] = set()
-"""Descriptors of locks. A fork copies them, and the lock with them."""
+_held: set[int] = set()  # descriptors of locks; a fork copies them, and the lock with them
 
 
 def _close_in_child() -> None:
@@ -40,11 +38,11 @@ if hasattr(os, "register_at_fork"):
 
 
 class FolderLock:
-    """Held by the first process of a training from before anything is written until the end.
+    """The kernel's lock on a file of the folder, held by the first process of a training.
 
-    The kernel releases it when the process ends in whatever way, so a file that a killed run left behind
-    locks nothing, and no lock is ever broken by its age. filelock is not used: its older versions take every
-    error for a lock of somebody else, and its newer ones fall back to the mere existence of the file.
+    The kernel releases it when the process ends, even when it is killed, so a file that a killed run left
+    locks nothing, and no lock is broken by its age. filelock is not used: its older versions take every error
+    for a lock of somebody else, and its newer ones fall back to the mere existence of the file.
 
     Args:
         folder: ``OUTPUT_DIR``.
@@ -66,10 +64,10 @@ class FolderLock:
     def take(self, patience: float = PATIENCE_SECONDS) -> None:
         """Lock the folder, which must exist; a second call changes nothing.
 
-        A file system that cannot lock is warned of, and the run goes on.
+        On a file system without locks, warn and go on.
 
         Args:
-            patience: seconds that another process has to leave.
+            patience: seconds to wait for another process.
 
         Raises:
             UserError: another training holds the lock.
@@ -106,14 +104,13 @@ class FolderLock:
             _sign(self._descriptor)
 
     def is_there(self) -> bool:
-        """Return whether the file that was locked is still in the folder; False once somebody deleted it."""
+        """Return whether the locked file is still in the folder; False once somebody deleted it."""
         if self._descriptor < 0:
             return self.folder.is_dir()
         was_deleted = self._links > 0 and os.fstat(self._descriptor).st_nlink == 0
         return self._path.exists() and not was_deleted
 
     def release(self) -> None:
-        """Unlock the folder."""
         if self._descriptor in _held:  # not in a process that was forked, which has closed it
             _held.remove(self._descriptor)
             os.close(self._descriptor)
@@ -121,9 +118,9 @@ class FolderLock:
 
 
 def is_in_use(folder: str | Path) -> bool:
-    """Return whether a training holds the lock of ``folder``; False where nobody can know.
+    """Return whether a training holds the lock of ``folder``; False where the system cannot say.
 
-    The lock that is tried is a shared one, so that two who ask at once do not take each other for a training.
+    This tries a shared lock, so that two callers at once do not take each other for a training.
     """
     try:
         descriptor = os.open(Path(folder) / LOCK, os.O_RDONLY)
@@ -138,7 +135,7 @@ def is_in_use(folder: str | Path) -> bool:
 
 
 def _open(path: Path) -> int:
-    """Open the file to lock; one of another user may only be readable, which is enough for the kernel."""
+    """Open the file to lock. Another user's file may be readable only, which is enough for the kernel."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
@@ -146,23 +143,15 @@ def _open(path: Path) -> int:
 
 
 def _try_lock(descriptor: int, shared: bool = False) -> bool:
-    """Lock an open file until it is closed.
+    """Lock an open file until it is closed; return False if another process holds the lock.
 
-    Args:
-        descriptor: of the file.
-        shared: others may have a shared lock at the same time; Windows has none.
-
-    Returns:
-        False where another process has it.
-
-    Raises:
-        OSError: this file system cannot lock.
+    A shared lock, which Windows lacks, allows other shared ones. A file system without locks raises OSError.
     """
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # after the text, which others read
+            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # after the text, which others may read
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -178,13 +167,13 @@ def _try_lock(descriptor: int, shared: bool = False) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Write the holder's process and host, for the message to others."""
+    """Write the holder's process and host, for the message of other processes."""
     text = f"process {os.getpid()} on {socket.gethostname()}\n"
     try:
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, text.encode())
-    except OSError:  # the disk is full: the next write says so
+    except OSError:  # the disk is full: the next write reports it
         pass
 
 

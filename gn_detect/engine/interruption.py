@@ -20,18 +20,17 @@ from ..evaluation import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+# A terminal and a launcher both pass one Ctrl-C on; signals within this time are one request.
 ECHO_SECONDS = 1.0
-"""A terminal and a launcher both pass one Ctrl-C on: what follows within this time is the same request."""
 
-
+# Numbers of the Interruptions, equal in all processes of a group, which create theirs together.
 _numbers = itertools.count()
-"""Numbers of the Interruptions: equal in all processes of a group, which create theirs together."""
 
 
 class Interruption:
-    """Notes a request to stop, and tells all processes of a group at the same iteration.
+    """Note a request to stop, and share it with all processes of a group at the same iteration.
 
-    While the context is active, the first SIGTERM or SIGINT is only noted, but within :meth:`at_once`; a
+    While the context is active, the first SIGTERM or SIGINT is only noted, except within :meth:`at_once`; a
     second one ends the process at once. Outside the main thread, where Python allows no handlers, nothing is
     noted.
     """
@@ -41,11 +40,14 @@ class Interruption:
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
         self._at_once = False
-        # Processes compare notes on the CPU, so that no step waits for the GPU.
-        self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if is_distributed() else None
-        # A note that the others may read at any time; a comparison has to wait for all processes.
-        self._store = dist.distributed_c10d._get_default_store() if is_distributed() else None
-        self._key, self._is_told = f"gn_detect/stop/{next(_numbers)}", False
+        self._group: Any = None
+        self._store: Any = None
+        if is_distributed():
+            # The signals are reduced on the CPU, so that no step waits for the GPU.
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            # Others read the store at any time, while a reduction waits for all processes.
+            self._store = dist.distributed_c10d._get_default_store()
+        self._key, self._is_stored = f"gn_detect/stop/{next(_numbers)}", False
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -53,10 +55,7 @@ class Interruption:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -73,7 +72,7 @@ class Interruption:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal end the block at once: a long computation that may end anywhere.
+        """Let a signal end the block, a long computation that may end anywhere, at once.
 
         Raises:
             Interrupted: a signal came, before or within.
@@ -85,20 +84,20 @@ class Interruption:
             yield
         finally:
             self._at_once = False
-        if self._signal:  # Python may have dropped what the handler raised
+        if self._signal:  # Python may have dropped the handler's exception
             raise Interrupted
 
     def seen(self) -> bool:
-        """Return whether this process knows of a signal to any process; it does not wait for the others."""
+        """Return whether this process knows of a signal to any process, without waiting for the others."""
         if self._store is None:
             return bool(self._signal)
-        if self._signal and not self._is_told:
+        if self._signal and not self._is_stored:
             self._store.set(self._key, str(self._signal))
-            self._is_told = True
-        return bool(self._signal) or self._store.check([self._key])
+            self._is_stored = True
+        return bool(self._signal) or bool(self._store.check([self._key]))
 
     def requested(self) -> int:
-        """The signal that any process has received, in all of them; 0 if there was none."""
+        """Return the signal that any process has received, in all of them; 0 if there was none."""
         if self._group is None:
             return self._signal
         number = torch.tensor(self._signal)

@@ -17,11 +17,10 @@ from ..data import prepare_image, read_image
 from ..data.images import image_pixels
 from ..distributed.group import resolve_device
 from ..errors import UserError
-from ..modeling import detection_format
+from ..modeling import detection_format, make_model
 from ..structures import Detections
 from ..weights import COCO_IDS, Checkpoint, load_weights, read_checkpoint
 from .image_detections import ImageDetections
-from .model import make_model
 from .pretrained import as_pairs, read_pretrained
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ class Predictor(ImagePredictor):
                 "nothing to predict with: MODEL.WEIGHTS is empty; add --weights path/to/model.pth, or the key"
             )
         self.cfg = cfg
-        device = resolve_device(cfg)
+        device = resolve_device(cfg.model.device)
         self.model = make_model(cfg)
         self.model.use_memory_format(detection_format(cfg))
         checkpoint = checkpoint or read_checkpoint(cfg.model.weights)

@@ -1,4 +1,4 @@
-"""Checks of a run that is resumed: its config and data are compared with those of its checkpoint."""
+"""Checks before a run is resumed: its config and data are compared with those of its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,56 +13,43 @@ from ..config import load_config, with_absolute_paths
 from ..config.load import parse_config
 from ..config.types import to_plain
 from ..data import CocoDataset, list_names
-from ..distributed.group import restart_count, scale_config, world_size
+from ..distributed.group import restart_count, world_size
 from ..errors import UserError
 from ..weights import Checkpoint
 from .checkpoint import CONFIG
+from .optimizer import scale_config
 
 if TYPE_CHECKING:
     from ..config import Config
 
 logger = logging.getLogger(__name__)
 
+# Keys, and groups of keys, that may change: they decide about places, length and periods, not about results.
+# SOLVER.STEPS, SOLVER.WARMUP_ITERS and the like are not among them, even where MAX_ITER grows: a schedule
+# that changed by accident, as in a newly chosen config, looks like one that was changed on purpose.
 FREE = (
-    "VERSION",
-    "OUTPUT_DIR",
-    "CUDNN_BENCHMARK",
-    "VIS",
-    "VIS_PERIOD",
-    "GLOBAL",
-    "CHECKPOINT",
-    "MODEL.DEVICE",
+    "VERSION", "OUTPUT_DIR", "CUDNN_BENCHMARK", "VIS", "VIS_PERIOD", "GLOBAL", "CHECKPOINT",
     "MODEL.WEIGHTS",  # a resumed run has the checkpoint's
-    "MODEL.COMPILE",
-    "MODEL.CHANNELS_LAST",
-    "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING",
-    "DATASETS.ROOT",
-    "DATASETS.REGISTER",  # where the data are; their content is compared
-    "DATASETS.ALLOW_OUTSIDE",
-    "DATALOADER.NUM_WORKERS",
-    "SOLVER.MAX_ITER",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.LOG_PERIOD",
-    "SOLVER.NON_FINITE",
-    "TEST.EVAL_PERIOD",
-    "TEST.IMS_PER_BATCH",
-    "TEST.COCO_EVAL_BACKEND",
-    "TEST.EXPECTED_RESULTS",
-)
-"""Keys, and groups of keys, that may change: they say where, how long and how often, not what is computed.
+    "MODEL.DEVICE", "MODEL.COMPILE", "MODEL.CHANNELS_LAST", "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING",
+    "DATASETS.REGISTER",  # the place of the data; their content is compared
+    "DATASETS.ROOT", "DATASETS.ALLOW_OUTSIDE", "DATALOADER.NUM_WORKERS",
+    "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.LOG_PERIOD", "SOLVER.NON_FINITE",
+    "TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH", "TEST.COCO_EVAL_BACKEND", "TEST.EXPECTED_RESULTS",
+)  # fmt: skip
 
-SOLVER.STEPS, SOLVER.WARMUP_ITERS and the like are not among them, also where MAX_ITER grows: a schedule that
-is changed by accident, as by a config that was chosen anew, looks like one that was changed on purpose.
-"""
-
+# Keys that name files and folders of a machine, which a checkpoint does not hold.
 PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.ROOT", "DATASETS.REGISTER")
-"""Keys that name files and folders of a machine, which a checkpoint does not hold."""
 
+# Keys that scale_config rounds, so that scaling twice may move them by one.
 COUNTED_IN_ITERATIONS = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
-"""Keys that :func:`scale_config` rounds, so that scaling twice may move them by one."""
 
-LISTED = 20
-"""Most changes that an error names; another base config changes some hundred keys."""
+LISTED = 20  # most changes in an error; another base config changes some hundred keys
+
+# The remedy for a checkpoint and data of different classes.
+OTHER_CLASSES = (
+    "give data of these classes, or take the classes by their position, whatever they are called, with "
+    "--other-classes"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,6 @@ class Change:
 
     @property
     def is_free(self) -> bool:
-        """Return whether a resumed run may have it."""
         return any(self.key == key or self.key.startswith(f"{key}.") for key in FREE)
 
     def __str__(self) -> str:
@@ -83,45 +69,36 @@ class Change:
 
 
 def describe_data(train: CocoDataset, tests: Mapping[str, CocoDataset]) -> dict[str, str]:
-    """Return what the datasets of a run hold, as text, by config key and name; see ``fingerprint``."""
+    """Return the fingerprints of a run's datasets, by config key and name."""
     found = {"DATASETS.TRAIN": train.fingerprint()}
     return found | {f"DATASETS.TEST {name}": dataset.fingerprint() for name, dataset in tests.items()}
 
 
-def check_classes_of_run(dataset: CocoDataset, checkpoint: Checkpoint, remedy: str) -> None:
-    """Refuse to resume on data of other classes, or of the same in another order.
-
-    Raises:
-        UserError: the checkpoint knows its classes, and they are not the dataset's.
-    """
+def check_classes_of_run(dataset: CocoDataset, checkpoint: Checkpoint) -> None:
+    """Refuse to resume on data of other classes, or of the same in another order."""
     trained = checkpoint.metadata.class_names
     if trained not in ([], dataset.class_names):
         raise UserError(
             f"{checkpoint.path} was trained on the classes {list_names(trained)}, and dataset "
-            f"{dataset.name} ({dataset.annotations_path}) has {list_names(dataset.class_names)}; {remedy}"
+            f"{dataset.name} ({dataset.annotations_path}) has {list_names(dataset.class_names)}; "
+            f"{OTHER_CLASSES}"
         )
 
 
-def check_changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str], allow: bool) -> list[Change]:
-    """Compare a run with the one that a checkpoint was saved from, and log what may change.
+def check_changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str], allow: bool) -> None:
+    """Refuse to resume with other settings or data than the checkpoint's, and log changes that are fine.
 
     Args:
         cfg: of the run, not scaled to the number of processes.
-        checkpoint: the one to resume from.
+        checkpoint: to resume from.
         data: :func:`describe_data` of the run.
-        allow: changes of what may not change are logged as well.
-
-    Returns:
-        The changes of what may not change.
-
-    Raises:
-        UserError: there are some, and they are not allowed.
+        allow: log all changes, and refuse none.
     """
-    changes = list(_changes(cfg, checkpoint, data))
-    free = [change for change in changes if change.is_free]
+    found = list(changes(cfg, checkpoint, data))
+    free = [change for change in found if change.is_free]
     if free:
         logger.info("resuming with other settings: %s", "; ".join(map(str, free)))
-    others = [change for change in changes if not change.is_free]
+    others = [change for change in found if not change.is_free]
     if others and not allow:
         named = "; ".join(map(str, others[:LISTED]))
         more = f"; and {len(others) - LISTED} more" if len(others) > LISTED else ""
@@ -131,10 +108,10 @@ def check_changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str], 
         )
     if others:
         logger.warning("resuming a changed run: %s", "; ".join(map(str, others)))
-    return others
 
 
-def _changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str]) -> Iterator[Change]:
+def changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str]) -> Iterator[Change]:
+    """Yield the differences between a run and a checkpoint; see :func:`check_changes`."""
     metadata = checkpoint.metadata
     file = Path(cfg.output_dir) / CONFIG
     saved = saved_config(checkpoint, file)
@@ -182,19 +159,12 @@ def _path_changes(cfg: Config, file: Path) -> Iterator[Change]:
 
 
 def _are_equal(key: str, before: Any, now: Any, rescaled: bool) -> bool:
-    if not rescaled:
-        return bool(before == now)
-    if key in COUNTED_IN_ITERATIONS:
-        pairs = list(zip(_as_list(before), _as_list(now), strict=False))
-        same_length = len(_as_list(before)) == len(_as_list(now))
-        return same_length and all(abs(one - other) <= 1 for one, other in pairs)
-    if isinstance(before, float) and isinstance(now, float):
+    if rescaled and key in COUNTED_IN_ITERATIONS:
+        old, new = (value if isinstance(value, list) else [value] for value in (before, now))
+        return len(old) == len(new) and all(abs(a - b) <= 1 for a, b in zip(old, new, strict=True))
+    if rescaled and isinstance(before, float) and isinstance(now, float):
         return math.isclose(before, now, rel_tol=1e-9)
     return bool(before == now)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -208,14 +178,9 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def saved_config(checkpoint: Checkpoint, file: Path | None = None) -> Config | None:
-    """Return the config that a checkpoint was saved with; keys that it lacks have their defaults.
+    """Return the config of a checkpoint, or of the run's ``config.yaml`` if the checkpoint has none.
 
-    Args:
-        checkpoint: of a run.
-        file: the run's ``config.yaml``, for a checkpoint that holds none.
-
-    Returns:
-        None where neither can be read, as with files of other programs.
+    Missing keys have their defaults. None means that neither can be read, as with files of other programs.
     """
     try:
         if checkpoint.metadata.config is not None:
@@ -227,11 +192,7 @@ def saved_config(checkpoint: Checkpoint, file: Path | None = None) -> Config | N
 
 
 def refuse_no_run(folder: str | Path) -> None:
-    """Refuse to resume where no run has begun; one without a checkpoint yet begins again, with a warning.
-
-    Raises:
-        UserError: the folder has no ``config.yaml``.
-    """
+    """Refuse to resume where no run has begun; one without a checkpoint yet begins again, with a warning."""
     if restart_count() > 0:
         logger.info("%s has no checkpoint to resume from: training starts at iteration 0", folder)
     elif (Path(folder) / CONFIG).is_file():
@@ -244,5 +205,5 @@ def refuse_no_run(folder: str | Path) -> None:
 
 
 def _shown(value: Any) -> str:
-    text = str(value) if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,22 +1,29 @@
-"""The parts of a run, made and checked before anything is written."""
+"""The parts of a run, built and checked before anything is written, and the first files of its folder."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import os
+import platform
 import secrets
+import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..config import dump_config, load_config, without_paths
+from ..config import dump_config, load_config, with_absolute_paths, without_paths
+from ..config.paths import FOLDER
 from ..data import (
     CocoDataset,
     SampleLoader,
+    build_test_loader,
     build_train_loader,
     check_classes,
+    datasets_root,
     match_classes,
     warn_of_faults,
 )
@@ -25,23 +32,44 @@ from ..distributed.group import (
     check_synchronised_norms,
     from_main,
     get_rank,
+    is_main,
     resolve_device,
     restart_count,
-    scale_config,
     world_size,
 )
 from ..errors import UserError
 from ..evaluation import METRICS
-from ..files import check_writable
+from ..files import atomic_write_json, atomic_write_text, check_writable, remedy
+from ..modeling import make_model
 from ..modeling.mask_rcnn import MaskRCNN
-from ..weights import Checkpoint, CheckpointMetadata, InputConvention, load_weights, norm_settings
-from .checkpoint import CONFIG, drop_old_checkpoints, remove_leftovers, share_last_checkpoint, start_anew
-from .evaluator import OTHER_CLASSES, TestSets, load_test_sets, make_folder
+from ..weights import (
+    Checkpoint,
+    CheckpointMetadata,
+    InputConvention,
+    load_weights,
+    norm_settings,
+    read_checkpoint,
+)
+from .checkpoint import (
+    BEST,
+    CONFIG,
+    ENVIRONMENT,
+    drop_old_checkpoints,
+    remove_leftovers,
+    share_last_checkpoint,
+    start_anew,
+)
 from .folder_lock import FolderLock
-from .model import make_model
-from .resume import check_changes, check_classes_of_run, describe_data, refuse_no_run, saved_config
-from .run_config import write_run_config
-from .schedule import learning_rate_factor, set_learning_rate
+from .metrics import MetricsWriter
+from .optimizer import learning_rate_factor, scale_config, set_learning_rate
+from .resume import (
+    changes,
+    check_changes,
+    check_classes_of_run,
+    describe_data,
+    refuse_no_run,
+    saved_config,
+)
 from .step import TrainingState, make_state
 
 if TYPE_CHECKING:
@@ -49,66 +77,66 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# When one of these keys, or the content of the test data, has changed, the best AP so far does not count.
 BEST_IS_OF = ("DATASETS.TEST", "SOLVER.BEST_CHECKPOINT_METRIC")
-"""Keys that the best value so far depends on; when one has changed, that value does not count."""
+
+TestSets = dict[str, tuple[SampleLoader, CocoDataset]]  # by name
+
+_PACKAGES = ("gn-detect", "torch", "torchvision", "numpy", "pillow", "pycocotools", "hotcoco", "triton")
 
 
 @dataclass
 class Run:
-    """All parts of a run, made before anything is written.
+    """All parts of a run, and its progress."""
 
-    Attributes:
-        cfg: scaled to the processes, its seed decided.
-        device: of this process.
-        model: the plain model on the device.
-        state: optimiser and whatever else a step changes.
-        loader, dataset: training batches, from ``start`` on.
-        tests: the test sets.
-        data: :func:`describe_data` of both.
-        start: the first iteration; 0 unless the run is resumed.
-        best: best value of ``SOLVER.BEST_CHECKPOINT_METRIC`` so far.
-        losses: those since the last report, where the run was interrupted between two.
-        evaluate_first: the run was interrupted before an evaluation that was due.
-        skipped: steps of this process that were left out as they were not finite.
-    """
-
-    cfg: Config
+    cfg: Config  # scaled to the processes, with a seed that is not negative
     device: torch.device
-    model: MaskRCNN
+    model: MaskRCNN  # the plain model on the device
     state: TrainingState
-    loader: SampleLoader
-    dataset: CocoDataset
-    tests: TestSets
-    data: dict[str, str]
-    start: int = 0
-    best: float = -1.0
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    evaluate_first: bool = False
-    skipped: int = 0
-    folder: Path = field(init=False)
-    lock: FolderLock = field(init=False)
+    loader: SampleLoader  # training batches, from iteration ``start`` on
+    dataset: CocoDataset  # training data
+    tests: TestSets  # this process's share
+    data: dict[str, str]  # describe_data() of both
+    start: int = 0  # the first iteration; 0 unless the run is resumed
+    best: float = -1.0  # in the first process: the metric of model_best.pth
+    losses: dict[str, list[float]] = field(default_factory=dict)  # from the checkpoint: since the last report
+    skipped: int = 0  # steps that were skipped because something was not finite
+    is_evaluated: bool = True  # the weights after ``done`` iterations need no evaluation
+    done: int = field(init=False)  # iterations that are done
+    saved: int = field(init=False)  # iterations in the newest checkpoint
+    lock: FolderLock = field(init=False, repr=False)
+    writer: MetricsWriter | None = field(init=False, default=None)  # in the first process
 
     def __post_init__(self) -> None:
-        self.folder = Path(self.cfg.output_dir)
-        self.lock = FolderLock(self.folder)
+        self.done = self.saved = self.start
 
-    def metadata(self, iteration: int, losses: dict[str, list[float]]) -> CheckpointMetadata:
-        """Return the metadata of a checkpoint to resume from; ``iteration`` is the last one, from 0."""
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.output_dir)
+
+    @property
+    def end(self) -> int:
+        return self.cfg.solver.max_iter
+
+    def is_due(self, period: int) -> bool:
+        """Return whether a periodic action follows the last iteration; at the end, each action does."""
+        return self.done >= self.end or (period > 0 and self.done % period == 0)
+
+    def metadata(self, losses: dict[str, list[float]]) -> CheckpointMetadata:
+        """Return everything that a checkpoint holds in addition to the weights."""
         return replace(
             self.origin(),
-            iteration=iteration,
+            iteration=self.done - 1,
             seed=self.cfg.seed,
-            best=self.best,
             losses=losses,
-            evaluate_first=self.evaluate_first,
-            data=self.data,
             **self.state.metadata(),
         )
 
     def origin(self) -> CheckpointMetadata:
-        """Return the metadata with which a checkpoint can be used without the run's config and data."""
+        """Return config, data, input, classes and norms, so that weights can be used without the run."""
         return replace(
             norm_settings(self.model),
+            data=self.data,
             config=dump_config(without_paths(self.cfg)),
             input=InputConvention.of_config(self.cfg),
             class_names=list(self.dataset.class_names),
@@ -117,13 +145,11 @@ class Run:
 
 
 def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_classes: bool = False) -> Run:
-    """Check everything that can be checked, and build all parts; no new file is written.
+    """Check everything that can be checked, and build all parts; write no new file.
 
-    Args:
-        cfg: whole config.
-        resume, allow_changes, other_classes: see :func:`gn_detect.train`.
+    Arguments are those of :func:`gn_detect.train`.
     """
-    device = resolve_device(cfg)
+    device = resolve_device(cfg.model.device)
     given = cfg
     cfg = scale_config(cfg, world_size())
     checkpoint = share_last_checkpoint(cfg.output_dir, set_aside=True) if resume else None
@@ -133,20 +159,21 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     cfg = _decide_seed(cfg, known)
     start = _first_iteration(cfg, checkpoint)
 
-    check_parts(cfg)
+    _check_accumulation(cfg)
     loader, dataset = build_train_loader(cfg, rank=get_rank(), world_size=world_size(), start_iteration=start)
     if checkpoint is not None and not other_classes:
-        check_classes_of_run(dataset, checkpoint, OTHER_CLASSES)
+        check_classes_of_run(dataset, checkpoint)
     check_classes(dataset, cfg.model.roi_heads.num_classes)
     tests = load_test_sets(cfg)
     test_sets = {name: test_set for name, (_, test_set) in tests.items()}
     for test_set in test_sets.values():
         owner = f"dataset {dataset.name}, which is trained on,"
-        remedy = "give both the same names, or leave out of the test set what is not trained"
-        match_classes(test_set, dataset.class_names, owner, remedy)
-    check_best_metric(cfg, next(iter(test_sets.values()), dataset))
+        advice = "give both the same names, or leave out of the test set what is not trained"
+        match_classes(test_set, dataset.class_names, owner, advice)
+    _check_best_metric(cfg, next(iter(test_sets.values()), dataset))
     data = describe_data(dataset, test_sets)
-    changes = [] if checkpoint is None else check_changes(given, checkpoint, data, allow_changes)
+    if checkpoint is not None:
+        check_changes(given, checkpoint, data, allow_changes)
     warn_of_faults(dataset, list(test_sets.values()))
 
     torch.manual_seed(cfg.seed)
@@ -163,20 +190,23 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     run = Run(cfg, device, model, make_state(cfg, model), loader, dataset, tests, data, start)
     if checkpoint is not None:
         run.state.restore(known, str(checkpoint.path))
-        # The rate of the last iteration: without anything left to train, it is saved again.
         set_learning_rate(run.state.optimizer, learning_rate_factor(cfg, max(start - 1, 0)))
-        if not any(change.key.removeprefix("the content of ").startswith(BEST_IS_OF) for change in changes):
-            run.best = -1.0 if known.best is None else float(known.best)
         run.losses = known.losses or {}
-        run.evaluate_first = bool(known.evaluate_first)
+        run.best = _best_so_far(given, data) if is_main() else -1.0
     return run
+
+
+def load_test_sets(cfg: Config) -> TestSets:
+    """Return loader and dataset for this process's share of each set of ``DATASETS.TEST``."""
+    build = partial(build_test_loader, cfg, rank=get_rank(), world_size=world_size())
+    return {name: build(name) for name in cfg.datasets.test}
 
 
 def _first_iteration(cfg: Config, checkpoint: Checkpoint | None) -> int:
     """Return the iteration after that of a checkpoint.
 
-    With ``SOLVER.REFERENCE_WORLD_SIZE`` and other processes than before, iterations are of another batch: it
-    is the one before which as many images were seen, rounded down.
+    With ``SOLVER.REFERENCE_WORLD_SIZE`` and another number of processes than before, iterations have another
+    batch size: the result is the iteration before which as many images were seen, rounded down.
     """
     if checkpoint is None or checkpoint.metadata.iteration is None:
         return 0
@@ -199,19 +229,14 @@ def _first_iteration(cfg: Config, checkpoint: Checkpoint | None) -> int:
 
 
 def _decide_seed(cfg: Config, known: CheckpointMetadata) -> Config:
-    """A negative ``SEED`` becomes a random one, equal in all processes; a resumed run keeps its own."""
+    """Replace a negative ``SEED``: by the checkpoint's, or by a random one, equal in all processes."""
     if cfg.seed >= 0:
         return cfg
     seed = from_main(secrets.randbelow(2**31))
     return cfg.replace({"SEED": seed if known.seed is None else known.seed})
 
 
-def check_parts(cfg: Config) -> None:
-    """Refuse a batch that cannot be divided over processes and parts.
-
-    Raises:
-        UserError: ``SOLVER.IMS_PER_BATCH`` does not fit.
-    """
+def _check_accumulation(cfg: Config) -> None:
     solver, unit = cfg.solver, world_size() * cfg.solver.accumulate
     if solver.accumulate > 1 and solver.ims_per_batch % unit:
         raise UserError(
@@ -220,8 +245,52 @@ def check_parts(cfg: Config) -> None:
         )
 
 
+def _check_best_metric(cfg: Config, dataset: CocoDataset) -> None:
+    """Refuse a ``SOLVER.BEST_CHECKPOINT_METRIC`` that no evaluation on ``dataset`` gives."""
+    metric = cfg.solver.best_checkpoint_metric
+    if metric == "auto":
+        return
+    kind, _, name = metric.partition("/")
+    if kind == "segm" and not cfg.model.mask_on:
+        raise UserError(
+            f"SOLVER.BEST_CHECKPOINT_METRIC {metric} needs MODEL.MASK_ON True; choose bbox/{name}"
+        )
+    listed = zip(dataset.class_names, dataset.category_ids, strict=True)
+    known = [*METRICS, *(f"AP-{category}" for category, i in listed if i is not None)]
+    if name not in known:
+        raise UserError(
+            f"SOLVER.BEST_CHECKPOINT_METRIC {metric} is unknown; after {kind}/ choose {', '.join(METRICS)} "
+            f"or AP-<category>"
+        )
+
+
+def best_metric(cfg: Config) -> str:
+    """Return the name of the scalar that decides the best checkpoint, of the first test set if of several."""
+    metric = cfg.solver.best_checkpoint_metric
+    if metric == "auto":
+        metric = "segm/AP" if cfg.model.mask_on else "bbox/AP"
+    return metric if len(cfg.datasets.test) < 2 else f"{cfg.datasets.test[0]}/{metric}"
+
+
+def _best_so_far(cfg: Config, data: dict[str, str]) -> float:
+    """Return the value in ``model_best.pth``; -1 if there is none, or it is of other test data or metric."""
+    path = Path(cfg.output_dir) / BEST
+    if not path.is_file():
+        return -1.0
+    try:
+        best = read_checkpoint(path)
+    except UserError as error:
+        logger.warning("%s is passed over, and the next evaluation replaces it: %s", BEST, error)
+        return -1.0
+    for change in changes(cfg, best, data):
+        if change.key.removeprefix("the content of ").startswith(BEST_IS_OF):
+            return -1.0
+    value = best.metadata.others.get(best_metric(cfg))
+    return value if isinstance(value, float) else -1.0
+
+
 def lock_folder(lock: FolderLock) -> None:
-    """Lock ``OUTPUT_DIR``, if it is there; before anything is written.
+    """Lock ``OUTPUT_DIR`` if it exists, before anything is written.
 
     Raises:
         UserError: another training uses it, or it cannot be written.
@@ -234,9 +303,7 @@ def lock_folder(lock: FolderLock) -> None:
 def open_run_folder(run: Run, resume: bool = False) -> None:
     """Create ``OUTPUT_DIR`` and write ``config.yaml`` and ``environment.json``.
 
-    Args:
-        run: with its lock.
-        resume: what lies there belongs to this run, if it is of the same config.
+    With ``resume``, files in the folder belong to this run if they are of the same config.
     """
     make_folder(run.folder)
     lock_folder(run.lock)
@@ -260,35 +327,56 @@ def _is_first_attempt(run: Run) -> bool:
     return without_paths(before.replace({"SEED": run.cfg.seed})) == without_paths(run.cfg)
 
 
-def check_best_metric(cfg: Config, dataset: CocoDataset) -> None:
-    """Refuse a ``SOLVER.BEST_CHECKPOINT_METRIC`` that no evaluation gives.
-
-    Args:
-        dataset: that decides: the first of the test sets; its labels are the model's.
-
-    Raises:
-        UserError: it names masks of a model without masks, or no metric and no category.
-    """
-    metric = cfg.solver.best_checkpoint_metric
-    if metric == "auto":
-        return
-    kind, _, name = metric.partition("/")
-    if kind == "segm" and not cfg.model.mask_on:
-        raise UserError(
-            f"SOLVER.BEST_CHECKPOINT_METRIC {metric} needs MODEL.MASK_ON True; choose bbox/{name}"
-        )
-    listed = zip(dataset.class_names, dataset.category_ids, strict=True)
-    known = [*METRICS, *(f"AP-{category}" for category, i in listed if i is not None)]
-    if name not in known:
-        raise UserError(
-            f"SOLVER.BEST_CHECKPOINT_METRIC {metric} is unknown; after {kind}/ choose {', '.join(METRICS)} "
-            f"or AP-<category>"
-        )
+def make_folder(path: str | Path) -> None:
+    """Create a run folder, or raise UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {path} cannot be created: {error.strerror}; {remedy(error)}") from error
 
 
-def best_metric(cfg: Config) -> str:
-    """The scalar that decides which checkpoint is best; with several test sets, the first one's."""
-    metric = cfg.solver.best_checkpoint_metric
-    if metric == "auto":
-        metric = "segm/AP" if cfg.model.mask_on else "bbox/AP"
-    return metric if len(cfg.datasets.test) < 2 else f"{cfg.datasets.test[0]}/{metric}"
+def write_run_config(cfg: Config, device: torch.device) -> None:
+    """Write ``config.yaml``, with absolute paths, and ``environment.json`` into ``OUTPUT_DIR``."""
+    folder, named = Path(cfg.output_dir), {*cfg.datasets.train, *cfg.datasets.test}
+    if named - cfg.datasets.registered.keys():  # some are built in
+        cfg = cfg.replace({"DATASETS.ROOT": str(datasets_root(cfg))})
+    cfg = with_absolute_paths(cfg)
+    atomic_write_text(folder / CONFIG, dump_config(cfg))
+    environment = {**_describe_environment(device), FOLDER: cfg.output_dir}
+    atomic_write_json(folder / ENVIRONMENT, environment, indent=2)
+
+
+def _describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return versions and hardware, for readers of the run's numbers."""
+    described: dict[str, Any] = {
+        "python": platform.python_version(),
+        **{name: version for name in _PACKAGES if (version := _version(name))},
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(sys.argv),
+        "device": str(device),
+        "processes": world_size(),
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """Return the processor's name, which Linux has only in a file."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

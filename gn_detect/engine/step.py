@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from ..distributed.group import is_distributed
 from ..errors import UserError
 from ..structures import Sample
 from ..weights import Checkpoint, CheckpointMetadata, load_weights
-from .faults import compile_help, memory_help
 from .optimizer import build_optimizer, clip_gradients, restore_optimizer, step_unless
 
 if TYPE_CHECKING:
@@ -31,26 +30,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingState:
-    """All that a step changes. Made by :func:`make_state`.
+    """Everything that a step changes. :func:`make_state` builds it."""
 
-    Attributes:
-        model: the plain model.
-        optimizer: over its trained parameters.
-        trained: those parameters.
-        statistics: what a forward pass changes: the running statistics of BatchNorm.
-        scaler: of the loss; switched off unless training is in float16, which it never is on a CPU.
-        average: ``SOLVER.EMA``, or None.
-        broken: scalar on the device, 1 from the first loss or gradient on that was not finite, where
-            ``SOLVER.NON_FINITE`` is ``stop``: from there on the weights stay as they were.
-    """
-
-    model: nn.Module
+    model: nn.Module  # the plain model
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: AveragedModel | None
+    scaler: torch.amp.GradScaler  # of the loss; enabled only in float16 on a GPU
+    average: AveragedModel | None  # SOLVER.EMA
+    # Scalar on the device. With SOLVER.NON_FINITE stop it becomes 1 at the first loss or gradient that is not
+    # finite, and no later step changes the weights.
     broken: Tensor
     trained: list[nn.Parameter] = field(init=False)
-    statistics: list[Tensor] = field(init=False)
+    statistics: list[Tensor] = field(init=False)  # of BatchNorm, which a forward pass changes
 
     def __post_init__(self) -> None:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -59,7 +49,7 @@ class TrainingState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model whose AP counts: the average where there is one."""
+        """The model to evaluate and save: the average, if there is one."""
         return self.model if self.average is None else self.average.module
 
     def metadata(self) -> dict[str, Any]:
@@ -91,7 +81,7 @@ class TrainingState:
 
 
 def make_state(cfg: Config, model: nn.Module) -> TrainingState:
-    """Optimiser, scaler and average for a model that is on its device."""
+    """Build optimiser, scaler and average for a model that is on its device."""
     device = next(model.parameters()).device
     amp, dtype = cfg.solver.amp, mixed_dtype(cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp.enabled and dtype == torch.float16)
@@ -101,19 +91,17 @@ def make_state(cfg: Config, model: nn.Module) -> TrainingState:
             "set SOLVER.AMP.DTYPE bfloat16, or SOLVER.AMP.ENABLED False for float32",
             amp.dtype,
         )
-    average = None
-    if cfg.solver.ema.enabled:
-        average = _moving_average(model, cfg.solver.ema.decay)
+    average = _moving_average(model, cfg.solver.ema.decay) if cfg.solver.ema.enabled else None
     broken = torch.zeros((), device=device)
     return TrainingState(model, build_optimizer(cfg, model), scaler, average, broken)
 
 
 def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights that soon forgets those it began with.
+    """Return an exponential moving average of the weights that soon forgets the initial ones.
 
-    After n updates ``min(decay, (1 + n) / (10 + n))`` of it stays at the next, as in TensorFlow's
-    ``ExponentialMovingAverage`` with ``num_updates``: of a run that is short beside ``1 / (1 - decay)``, the
-    average would otherwise be the initial weights.
+    Update n multiplies it by ``min(decay, (1 + n) / (10 + n))``, as TensorFlow's
+    ``ExponentialMovingAverage`` does with ``num_updates``. With a constant decay, the average of a run much
+    shorter than ``1 / (1 - decay)`` would remain near the initial weights.
     """
     average = AveragedModel(model)
     average.requires_grad_(False)
@@ -130,27 +118,39 @@ def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
     return average
 
 
+def seed_iteration(seed: int, iteration: int, rank: int) -> None:
+    """Seed the model's random numbers by the iteration.
+
+    An evaluation or an interruption between two iterations cannot change them, and checkpoints need no random
+    state.
+    """
+    torch.manual_seed((seed * 1_000_003 + iteration) * 4093 + rank)
+
+
 def train_step(
     cfg: Config, model: nn.Module, batch: Sequence[Sample], state: TrainingState
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One update of the weights and running statistics, or none where a loss or gradient is not finite.
+    """Update the weights and running statistics once, or not at all if a loss or gradient is not finite.
 
     Args:
         cfg: whole config.
-        model: ``state.model``, or what wraps it.
+        model: ``state.model``, or its wrapper.
         batch: of this process; it goes through the model in ``SOLVER.ACCUMULATE`` parts.
         state: is changed.
 
     Returns:
-        The losses, and 1 where something is not finite (0 where not), still on the device. float16 gradients
-        that are too large do not count: the scaler lowers their scale, and the step is left out.
+        The losses, and 1 if something is not finite (0 if everything is), still on the device. float16
+        gradients that are too large do not count: the scaler lowers their scale, and the step is skipped.
     """
     state.optimizer.zero_grad(set_to_none=True)
     statistics = [value.clone() for value in state.statistics]
     parts = split(batch, cfg.solver.accumulate)
     collected = []
     for part in parts:
-        with _communicate(model, part is parts[-1]), compile_help():
+        synchronisation: AbstractContextManager[Any] = nullcontext()
+        if isinstance(model, DistributedDataParallel) and part is not parts[-1]:
+            synchronisation = model.no_sync()  # processes average their gradients with the last part
+        with synchronisation, compile_help():
             with memory_help(cfg, part, "in the forward pass"), autocast(cfg, state.broken.device):
                 losses = model([sample.image for sample in part], [sample.target for sample in part])
                 total = torch.stack(list(losses.values())).sum() / len(parts)
@@ -176,13 +176,13 @@ def train_step(
 
 
 def split(batch: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
-    """A batch in equal parts."""
+    """Split a batch into equal parts."""
     size = len(batch) // parts
     return [batch[i * size : (i + 1) * size] for i in range(parts)]
 
 
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
-    """``SOLVER.AMP`` for a forward pass."""
+    """Return the context of ``SOLVER.AMP`` for a forward pass."""
     return torch.autocast(device.type, dtype=mixed_dtype(cfg, device), enabled=cfg.solver.amp.enabled)
 
 
@@ -193,12 +193,9 @@ def mixed_dtype(cfg: Config, device: torch.device) -> torch.dtype:
 
 
 def judge(scaler: torch.amp.GradScaler, losses: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether something is wrong with this step, and whether to skip it: 0 or 1, the same in all processes.
+    """Return whether the step is broken, and whether to skip it: 0 or 1, the same in all processes.
 
-    Args:
-        scaler: of the loss.
-        losses: (L,) of this process.
-        norm: of the gradients, which all processes share.
+    ``losses`` (L,) are those of this process; the ``norm`` of the gradients is the same in all.
     """
     bad_loss = 1 - losses.isfinite().all().float()
     if is_distributed():
@@ -206,13 +203,56 @@ def judge(scaler: torch.amp.GradScaler, losses: Tensor, norm: Tensor) -> tuple[T
     bad_gradient = 1 - norm.isfinite().float()
     skip = torch.maximum(bad_loss, bad_gradient)
     if scaler.is_enabled():
-        exhausted = scaler.scale(torch.ones_like(bad_loss)) <= 1  # there is no scale left to lower
+        exhausted = scaler.scale(torch.ones_like(bad_loss)) <= 1  # the scale cannot be lowered further
         bad_gradient = bad_gradient * exhausted
     return torch.maximum(bad_loss, bad_gradient), skip
 
 
-def _communicate(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
-    """Gradients of several parts are summed here, and averaged over the processes with the last part."""
-    if now or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
+@contextmanager
+def memory_help(cfg: Config, batch: Sequence[Sample], doing: str) -> Iterator[None]:
+    """Replace CUDA's out-of-memory error by one that names the batch and the keys that reduce memory."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        height, width = max((s.image.shape[-2:] for s in batch), key=lambda size: size[0] * size[1])
+        objects = [len(s.target) if s.target is not None else 0 for s in batch]
+        raise UserError(
+            f"out of GPU memory {doing}: {len(batch)} images in this process, the largest {width}x{height} "
+            f"(width x height), {sum(objects)} instances ({max(objects)} in one image; image ids "
+            f"{', '.join(str(s.image_id) for s in batch)}); {_memory_remedies(cfg, len(batch))}"
+        ) from error
+
+
+def _memory_remedies(cfg: Config, images: int) -> str:
+    """List the unused ways to reduce memory, those that change the result least first."""
+    solver, model = cfg.solver, cfg.model
+    choices = []
+    if images > 1:
+        choices.append(f"raise SOLVER.ACCUMULATE ({solver.accumulate}), which gives the same update")
+    if not model.backbone.activation_checkpointing and model.resnets.norm not in ("BN", "SyncBN"):
+        choices.append("set MODEL.BACKBONE.ACTIVATION_CHECKPOINTING True")
+    if not solver.amp.enabled:
+        choices.append("set SOLVER.AMP.ENABLED True")
+    choices.append(
+        f"lower INPUT.MAX_SIZE_TRAIN ({cfg.input.max_size_train}) and INPUT.MIN_SIZE_TRAIN "
+        f"({max(cfg.input.min_size_train)})"
+    )
+    choices.append(f"lower MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE ({model.roi_heads.batch_size_per_image})")
+    return "; or ".join(choices)
+
+
+@contextmanager
+def compile_help() -> Iterator[None]:
+    """Replace a failure of ``torch.compile`` by an error that names the key."""
+    try:
+        yield
+    except RuntimeError as error:
+        # The module of the exception takes a second to import, so its name is compared.
+        if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+            raise
+        cause = getattr(error, "inner_exception", error)
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise UserError(
+            f"MODEL.COMPILE True, but PyTorch cannot compile the model here: {reason.strip()}; on a CPU it "
+            "needs a C++ compiler, such as Debian's package g++; MODEL.COMPILE False trains without"
+        ) from error

@@ -1,4 +1,4 @@
-"""Training: everything is checked first, then the run folder is written, then one step follows the other."""
+"""Training: check everything, write the run folder, then train, save and evaluate to the last iteration."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from ..distributed.group import (
     barrier,
     by_main,
-    gather,
+    from_main,
     get_rank,
     is_main,
     parallelize,
@@ -24,30 +22,24 @@ from ..distributed.group import (
 )
 from ..errors import Diverged, UserError
 from ..evaluation import Interrupted
-from ..layers import FrozenBatchNorm2d
 from ..modeling.mask_rcnn import MaskRCNN
-from ..structures import Sample
-from ..weights import norm_settings
-from .checkpoint import BEST, FINAL, RESULTS, checkpoint_name, save_checkpoint
-from .divergence import examine, replay_command, seed_iteration, write_black_box
+from .checkpoint import BEST, FINAL, PICTURES, RESULTS, checkpoint_name, save_checkpoint
+from .divergence import keep_black_box
 from .drawing import draw_curves, draw_test_images
-from .evaluator import Results, evaluate_test_sets, make_folder, scalars_of, write_results
+from .evaluator import Results, evaluate_test_sets, scalars_of, write_results
 from .folder_lock import FolderLock
 from .interruption import Interruption
-from .meter import Meter, NotFinite
-from .metrics import MetricsWriter, run_log
-from .run import Run, best_metric, lock_folder, open_run_folder, prepare
-from .run_config import write_run_config
-from .schedule import learning_rate_factor, set_learning_rate
-from .step import train_step
+from .metrics import Meter, MetricsWriter, NotFinite, run_log
+from .optimizer import learning_rate_factor, set_learning_rate
+from .run import Run, best_metric, lock_folder, make_folder, open_run_folder, prepare, write_run_config
+from .step import seed_iteration, train_step
 
 if TYPE_CHECKING:
     from ..config import Config
 
 logger = logging.getLogger(__name__)
 
-MAX_SKIPPED = 20
-"""With ``SOLVER.NON_FINITE skip``: so many steps that are not finite end a run after all."""
+MAX_SKIPPED = 20  # with SOLVER.NON_FINITE skip, this number of steps that are not finite ends a run
 
 
 def train(
@@ -84,180 +76,149 @@ def train(
         by_main(partial(open_run_folder, run, resume))
         if is_main():
             log.open(run.folder / "log.txt")
-        again = run.evaluate_first or run.start >= run.cfg.solver.max_iter
-        metrics = closing(MetricsWriter(run.folder, run.start, again)) if is_main() else nullcontext()
-        with metrics as writer, Interruption() as interruption:
+            run.writer = MetricsWriter(run.folder, run.start, evaluate_again=run.start >= run.end)
+        with closing(run.writer) if run.writer else nullcontext(), Interruption() as interruption:
             try:
-                training_loop(run, writer, interruption)
-                results = finish(run, writer, interruption)
+                results = training_loop(run, interruption)
+                finish(run, results, interruption)
             except Interrupted:
-                # Weights are saved before they are evaluated.
                 leave(interruption.requested(), "during an evaluation; --resume repeats it")
         return results
 
 
-def leave(number: int, what: str) -> NoReturn:
-    """End the process after a signal.
-
-    Args:
-        number: of the signal.
-        what: was done.
-
-    Raises:
-        SystemExit: with the status that shells give.
-    """
-    logger.warning("%s: %s", signal.Signals(number).name, what)
+def leave(number: int, message: str) -> NoReturn:
+    """Log the signal and a message, and end the process with the status that shells give."""
+    logger.warning("%s: %s", signal.Signals(number).name, message)
     raise SystemExit(128 + number)
 
 
-def training_loop(run: Run, writer: MetricsWriter | None, interruption: Interruption) -> None:
-    """From ``run.start`` to ``SOLVER.MAX_ITER``, with reports, checkpoints and evaluations on the way."""
+def training_loop(run: Run, interruption: Interruption) -> Results:
+    """Train, save and evaluate from iteration ``run.start`` to ``SOLVER.MAX_ITER``; return the last results.
+
+    An evaluation follows the checkpoint of the same iteration. It ends with a line in ``metrics.jsonl``; if
+    that line is missing, a resumed run begins with this evaluation.
+    """
     cfg, solver = run.cfg, run.cfg.solver
-    if run.start >= solver.max_iter:
-        logger.info("iteration %d of %d: nothing left to train", run.start, solver.max_iter)
-        return
-    if run.evaluate_first:
-        evaluate_and_keep_best(run, writer, run.start - 1, interruption)
-        run.evaluate_first = False
-        if is_due(run.start, solver.checkpoint_period):
-            save(run, writer, run.losses, run.start - 1)
-    if cfg.model.compile:
+    results: Results = {}
+    if run.start >= run.end:
+        logger.info("iteration %d of %d: nothing left to train", run.start, run.end)
+        run.done = run.end
+    elif cfg.model.compile:
         # One kernel for all sizes: kernels of single sizes would depend on which image comes first.
         run.model.backbone.compile(dynamic=True)
+    # The first process knows from metrics.jsonl; a finished run is evaluated in any case.
+    is_known = run.start == 0 or (run.writer is not None and run.writer.is_evaluated)
+    run.is_evaluated = run.start < run.end and from_main(is_known)
     model = parallelize(run.model, run.device)
     batches = iter(run.loader)
-    meter = Meter(run.device, run.start, solver.max_iter, run.losses)
-    logger.info("training on %s, processes: %d, seed: %d", run.device, world_size(), cfg.seed)
+    meter = Meter(run.device, run.done, run.end, run.losses)
+    if run.done < run.end:
+        logger.info("training on %s, processes: %d, seed: %d", run.device, world_size(), cfg.seed)
 
-    for iteration in range(run.start, solver.max_iter):
-        done = iteration + 1
-        last = done == solver.max_iter
-        save_now = last or is_due(done, solver.checkpoint_period)
-        evaluate_now = bool(run.tests) and not last and is_due(done, cfg.test.eval_period)
+    while True:
+        with saved_on_failure(run, meter):
+            if run.tests and not run.is_evaluated and run.is_due(cfg.test.eval_period):
+                with meter.pause():
+                    results = evaluate_and_keep_best(run, interruption)
+            if run.done >= run.end:
+                return results
+            with meter.waiting_for_data():
+                batch = next(batches)
 
-        with saved_if_unreadable(run, writer, meter, iteration), meter.waiting_for_data():
-            batch = next(batches)
-        factor = learning_rate_factor(cfg, iteration)
+        factor = learning_rate_factor(cfg, run.done)
         set_learning_rate(run.state.optimizer, factor)
-        seed_iteration(cfg.seed, iteration, get_rank())
+        seed_iteration(cfg.seed, run.done, get_rank())
         losses, broken = train_step(cfg, model, batch, run.state)
         meter.add(losses, broken, batch)
+        run.done += 1
+        run.is_evaluated = False
 
         stop = interruption.requested()
-        report_now = is_due(done, solver.log_period) or save_now or evaluate_now
-        check_finite(run, meter, now=report_now or bool(stop))
-        # The checkpoint is saved before the evaluation, which may fail or be killed, and again after it.
-        run.evaluate_first = evaluate_now or (last and bool(run.tests))
+        save_now = bool(stop) or run.is_due(solver.checkpoint_period)
+        evaluate_now = bool(run.tests) and run.is_due(cfg.test.eval_period)
+        report_now = run.is_due(solver.log_period) or run.is_due(solver.checkpoint_period) or evaluate_now
+        check_finite(run, meter, now=report_now or save_now)
         if report_now:
-            check_folder(run, writer, iteration, meter.state())
-            scalars = meter.report(solver.base_lr * factor)
-            if writer is not None:
-                writer.write(iteration, scalars)
-        with meter.pause():
-            if save_now or stop:
-                save(run, writer, meter.state(), iteration)
-            if evaluate_now and not stop:
-                try:
-                    evaluate_and_keep_best(run, writer, iteration, interruption)
-                except Interrupted:
-                    if not save_now:
-                        save(run, writer, meter.state(), iteration)
-                    raise
-                run.evaluate_first = False
-                if save_now:
-                    save(run, writer, meter.state(), iteration)
+            record(run, meter.report(solver.base_lr * factor))
+        if save_now:
+            with meter.pause():
+                save(run, meter.state())
         if stop:
-            leave(stop, f"saved after iteration {done}; --resume continues")
-
-
-def is_due(done: int, period: int) -> bool:
-    """Whether something happens after ``done`` iterations; a period of 0 means never."""
-    return period > 0 and done % period == 0
+            leave(stop, f"saved after iteration {run.done}; --resume continues")
 
 
 @contextmanager
-def saved_if_unreadable(
-    run: Run, writer: MetricsWriter | None, meter: Meter, iteration: int
-) -> Iterator[None]:
-    """A file that cannot be read in the middle of a run costs no iteration that was done.
+def saved_on_failure(run: Run, meter: Meter) -> Iterator[None]:
+    """Save the weights if data cannot be read, or if a signal ends an evaluation.
 
-    Of several processes one alone sees the fault, and a checkpoint needs all.
+    All processes notice a signal, but only one a file that cannot be read, and a checkpoint needs all.
     """
     try:
         yield
-    except UserError:
-        if world_size() == 1 and iteration > run.start:
+    except (UserError, Interrupted) as error:
+        if run.done > run.saved and (world_size() == 1 or isinstance(error, Interrupted)):
             check_finite(run, meter, now=True)
-            save(run, writer, meter.state(), iteration - 1)
-            logger.warning(
-                "saved after iteration %d; once the data are mended, --resume continues", iteration
-            )
+            save(run, meter.state())
+            if isinstance(error, UserError):
+                logger.warning(
+                    "saved after iteration %d; once the data are mended, --resume continues", run.done
+                )
         raise
 
 
-def save(run: Run, writer: MetricsWriter | None, losses: dict[str, list[float]], iteration: int) -> None:
-    """The checkpoint after an iteration, by the first process; the others wait for it.
-
-    Args:
-        losses: since the last report.
-    """
-    check_folder(run, writer, iteration, losses)
-    if writer is not None:
-        writer.sync()
-        write_checkpoint(run, losses, iteration)
+def save(run: Run, losses: dict[str, list[float]]) -> None:
+    """Write a checkpoint in the first process, with the losses since the last report; the others wait."""
+    check_folder(run, losses)
+    if run.writer is not None:
+        run.writer.sync()
+        _write_checkpoint(run, losses)
+    run.saved = run.done
     barrier()
 
 
-def write_checkpoint(run: Run, losses: dict[str, list[float]], iteration: int) -> None:
-    """Write the checkpoint after an iteration, in the first process."""
-    last = iteration + 1 == run.cfg.solver.max_iter
-    save_checkpoint(
-        run.folder,
-        FINAL if last else checkpoint_name(iteration),
-        run.state.evaluated,
-        run.metadata(iteration, losses),
-        keep=run.cfg.checkpoint.keep,
-    )
+def _write_checkpoint(run: Run, losses: dict[str, list[float]]) -> None:
+    name = FINAL if run.done == run.end else checkpoint_name(run.done - 1)
+    metadata = run.metadata(losses)
+    save_checkpoint(run.folder, name, run.state.evaluated, metadata, keep=run.cfg.checkpoint.keep)
 
 
-def check_folder(
-    run: Run, writer: MetricsWriter | None, iteration: int, losses: dict[str, list[float]] | None = None
-) -> None:
-    """Save what was trained and stop, where somebody deleted the run's folder.
+def record(run: Run, scalars: dict[str, float]) -> None:
+    """Write scalars of the last iteration in the first process."""
+    check_folder(run)
+    if run.writer is not None:
+        run.writer.write(run.done - 1, scalars)
 
-    Args:
-        run: its folder may be gone, or be made again by what was written since.
-        writer: in the first process.
-        iteration: the last that was done.
-        losses: see :func:`save`.
 
-    Raises:
-        UserError: the folder was deleted.
+def check_folder(run: Run, losses: dict[str, list[float]] | None = None) -> None:
+    """If somebody deleted the run's folder, make it again, save the weights, and raise UserError.
+
+    The folder may exist again, because something was written into it since; the file of the lock does not.
     """
-    if writer is None or run.lock.is_there():
+    if run.writer is None or run.lock.is_there():
         return
     run.lock.release()
     make_folder(run.folder)
     run.lock.take(patience=0)  # another run may have begun there
     write_run_config(run.cfg, run.device)
-    write_checkpoint(run, losses or {}, iteration)
+    _write_checkpoint(run, losses or {})
+    run.saved = run.done
     raise UserError(
         f"OUTPUT_DIR {run.folder} was deleted while the run went on, with all that it held; it is made again "
-        f"with the checkpoint after iteration {iteration + 1}: --resume continues from there"
+        f"with the checkpoint after iteration {run.done}: --resume continues from there"
     )
 
 
 def check_finite(run: Run, meter: Meter, now: bool) -> None:
-    """Stop at, or note, a step whose loss or gradient was not finite, with a black box.
+    """Write a black box of a step whose loss or gradient was not finite; then stop, or log the skipped step.
 
-    Args:
-        now: read the losses from the device. Where such steps are skipped, they are read in each iteration:
-            the next step changes the weights that the black box holds.
+    Losses are read from the device if ``now``. With ``SOLVER.NON_FINITE skip`` they are read after each step,
+    because the next step changes the weights that the black box needs.
 
     Raises:
-        Diverged: as it says.
+        Diverged: with ``SOLVER.NON_FINITE stop``, or after too many skipped steps.
     """
-    if not now and run.cfg.solver.non_finite == "stop":
+    stops = run.cfg.solver.non_finite == "stop"
+    if stops and not now:
         return
     try:
         meter.state()
@@ -265,94 +226,44 @@ def check_finite(run: Run, meter: Meter, now: bool) -> None:
         with meter.pause():
             message = keep_black_box(run, error)
         run.skipped += 1
-        if run.cfg.solver.non_finite == "stop" or run.skipped >= MAX_SKIPPED:
+        if stops or run.skipped >= MAX_SKIPPED:
             raise Diverged(message) from None
         logger.warning("step skipped: %s", message)
 
 
-def keep_black_box(run: Run, error: NotFinite) -> str:
-    """Write ``OUTPUT_DIR/black_box/``; all processes take part. Returns one line about it."""
-    run.state.optimizer.zero_grad(set_to_none=True)
-    items = next(islice(run.loader.batches(), error.iteration - run.start, None))
-    batch: list[Sample] = [run.loader.samples[item] for item in items]
-    weights, scale = run.model.state_dict(), run.state.scaler.get_scale()
-    eps = norm_settings(run.model).norm_eps
-    finding = examine(run.cfg, weights, batch, error.iteration, get_rank(), scale, eps)
-    findings = dict(enumerate(gather(finding)))
-    guilty = [rank for rank, found in findings.items() if not found.is_finite] or list(findings)
-    batches = dict(enumerate(gather(batch if get_rank() in guilty else [])))
-    folder = run.folder / "black_box" / f"iteration_{error.iteration:07d}"
-    kept = {rank: batches[rank] for rank in guilty}
-    if is_main():
-        found = {rank: findings[rank] for rank in guilty}
-        write_black_box(folder, run.cfg, weights, error.iteration, kept, found, scale, eps)
-    values = ", ".join(f"{name} {value:.4g}" for name, value in error.losses.items())
-    ids = ", ".join(str(sample.image_id) for part in kept.values() for sample in part)
-    return (
-        f"training diverged at iteration {error.iteration}: {values} (image ids {ids}); "
-        f"{findings[guilty[0]]}; {_remedy(run)}; {replay_command(folder)} repeats the step"
-    )
+def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
+    """Evaluate on all test sets, and write ``model_best.pth`` if the model is better than before.
 
-
-def _remedy(run: Run) -> str:
-    """What to do when training diverges."""
-    frozen = any(isinstance(module, FrozenBatchNorm2d) for module in run.model.modules())
-    if frozen and not run.cfg.model.weights and run.start == 0:
-        return "FrozenBN without MODEL.WEIGHTS normalises nothing: set MODEL.RESNETS.NORM GN, or give weights"
-    return (
-        f"lower SOLVER.BASE_LR ({run.cfg.solver.base_lr:g}), warm up longer with SOLVER.WARMUP_ITERS "
-        f"or set SOLVER.CLIP_GRADIENTS.ENABLED True"
-    )
-
-
-def evaluate_and_keep_best(
-    run: Run, writer: MetricsWriter | None, iteration: int, interruption: Interruption
-) -> Results:
-    """Evaluate on all test sets and write ``model_best.pth`` if the model is better than before.
-
-    Raises:
-        Interrupted: a signal came before there were results.
+    The scalars are written last: they mark an evaluation that is complete.
     """
     model = cast(MaskRCNN, run.state.evaluated)
     results = evaluate_test_sets(run.cfg, model, run.tests, interruption)
+    check_folder(run)
     scalars = scalars_of(results)
-    check_folder(run, writer, iteration)
-    if writer is not None:
-        writer.write(iteration, scalars)
     metric = best_metric(run.cfg)
     value = scalars.get(metric, float("nan"))
-    if value > run.best:
+    if is_main() and value > run.best:
         run.best = value
-        if is_main():
-            metadata = replace(run.origin(), iteration=iteration, others={metric: value})
-            save_checkpoint(run.folder, BEST, model, metadata, is_last=False)
-            logger.info("best %s so far: %.2f, saved as %s", metric, value, BEST)
+        metadata = replace(run.origin(), iteration=run.done - 1, others={metric: value})
+        save_checkpoint(run.folder, BEST, model, metadata, is_last=False)
+        logger.info("best %s so far: %.2f, saved as %s", metric, value, BEST)
+    record(run, scalars)
+    run.is_evaluated = True
     return results
 
 
-def finish(run: Run, writer: MetricsWriter | None, interruption: Interruption) -> Results:
-    """Final evaluation, ``results.json`` and pictures.
-
-    Raises:
-        Interrupted: a signal came before the end.
-    """
-    results: Results = {}
-    last = run.cfg.solver.max_iter - 1
-    if run.tests:
-        results = evaluate_and_keep_best(run, writer, last, interruption)
-        if run.evaluate_first and run.start <= last + 1:
-            run.evaluate_first = False
-            save(run, writer, {}, last)  # with what is best now
+def finish(run: Run, results: Results, interruption: Interruption) -> None:
+    """Write ``results.json`` and pictures; a signal ends this with Interrupted."""
     if is_main():
         write_results(run.folder / RESULTS, results)
         with suppress(Interrupted), interruption.at_once():
-            draw_curves(run.folder, run.folder / "pictures" / "curves.png")
+            folder = run.folder / PICTURES
+            draw_curves(run.folder, folder / "curves.png")
             for _, test_set in run.tests.values():
                 model = cast(MaskRCNN, run.state.evaluated)
-                show = None if writer is None else partial(writer.add_picture, iteration=last)
-                draw_test_images(run.cfg, model, test_set, Path(run.folder) / "pictures", show)
+                show = None if run.writer is None else partial(run.writer.add_picture, iteration=run.done - 1)
+                draw_test_images(run.cfg, model, test_set, folder, show)
     if interruption.requested():  # the other processes wait here for the first
         raise Interrupted
-    check_folder(run, writer, last)
+    check_folder(run)
     logger.info("finished: see %s", run.folder)
-    return results

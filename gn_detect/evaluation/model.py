@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data import CocoDataset
-from ..distributed.group import from_main, is_distributed, is_main
+from ..distributed.group import from_main, is_main, world_size
 from ..errors import UserError
 from ..files import atomic_write
 from ..ops import paste_one_by_one
@@ -214,7 +214,7 @@ def _write_results(found: Iterable[list[dict[str, Any]]], path: Path, stop: Stop
         for entries in found:
             results.add(entries)
         _agree(stop)
-        for text in gather_text(None) if is_distributed() else ():
+        for text in gather_text(None) if world_size() > 1 else ():
             results.add_text(text)
         results.end()
 

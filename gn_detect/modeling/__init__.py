@@ -1,7 +1,7 @@
 """Mask R-CNN with any norm, in detectron2's names and numerics."""
 
-from .build import build_model, detection_format
+from .build import build_model, detection_format, make_model
 from .mask_rcnn import MaskRCNN
 from .paired_outputs import paired_outputs
 
-__all__ = ["MaskRCNN", "build_model", "detection_format", "paired_outputs"]
+__all__ = ["MaskRCNN", "build_model", "detection_format", "make_model", "paired_outputs"]

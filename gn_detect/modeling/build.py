@@ -7,6 +7,7 @@ from torch import nn
 
 from ..config import Config
 from ..config.schema import ROIBoxHead, ROIMaskHead
+from ..errors import UserError
 from ..layers import make_norm
 from .anchors import AnchorGenerator
 from .box_head import BoxHead, BoxPredictor
@@ -19,6 +20,29 @@ from .roi_pooling import RoIPooler
 from .rpn import RPN, RPNHead
 
 Features = dict[str, tuple[int, int]]  # name -> channels and stride
+
+MOST_PARAMETERS = 2**29  # 2 GB in float32; the largest published Mask R-CNN has 2e8
+
+
+def make_model(cfg: Config) -> MaskRCNN:
+    """Build the model for training, evaluation or prediction, on the CPU, after a check of its size.
+
+    ``FLOAT32_PRECISION`` and ``CUDNN_BENCHMARK`` are in effect from then on.
+
+    Raises:
+        UserError: numbers of channels, groups or levels in the config do not fit together, or are too large.
+    """
+    if cfg.float32_precision:
+        torch.set_float32_matmul_precision(cfg.float32_precision)
+    torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
+    try:
+        with torch.device("meta"):  # shapes alone, before memory is taken
+            count = sum(parameter.numel() for parameter in build_model(cfg).parameters())
+        if count > MOST_PARAMETERS:
+            raise ValueError(f"they make {count:.1e} parameters, more than {MOST_PARAMETERS:.1e}")
+        return build_model(cfg)
+    except ValueError as error:
+        raise UserError(f"the MODEL keys do not fit together: {error}") from error
 
 
 def build_model(cfg: Config) -> MaskRCNN:

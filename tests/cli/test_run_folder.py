@@ -15,7 +15,7 @@ import yaml
 from gn_detect.cli import main
 from gn_detect.config import dump_config, load_config, with_absolute_paths, without_paths
 from gn_detect.data import resolve_dataset
-from gn_detect.engine.run_config import write_run_config
+from gn_detect.engine.run import write_run_config
 from gn_detect.errors import UserError
 from tests.engine.tiny import make_dataset
 from tests.test_docs import SMALL_MODEL

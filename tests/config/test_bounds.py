@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gn_detect.config import load_config
-from gn_detect.engine.model import make_model
 from gn_detect.errors import UserError
+from gn_detect.modeling import make_model
 from tests.engine.tiny import write_config
 
 DIVIDES_OR_SIZES = [

@@ -33,21 +33,13 @@ KEYS = ["SOLVER.LOG_PERIOD", "4", "SOLVER.CHECKPOINT_PERIOD", "3", "CHECKPOINT.K
 
 @dataclass
 class Outcome:
-    """What happened to the disturbed run.
+    """The history of the disturbed run."""
 
-    Attributes:
-        kills: signals sent.
-        in_checkpoint: those sent while a checkpoint was being written.
-        statuses: exit status of each attempt; negative for a signal.
-        steps: steps that were computed, in all attempts together.
-        resumed_at: iterations at which attempts began to train.
-    """
-
-    kills: int = 0
-    in_checkpoint: int = 0
-    statuses: list[int] = field(default_factory=list)
-    steps: int = 0
-    resumed_at: list[int] = field(default_factory=list)
+    kills: int = 0  # signals sent
+    in_checkpoint: int = 0  # signals sent while a checkpoint was being written
+    statuses: list[int] = field(default_factory=list)  # exit status of each attempt; negative for a signal
+    steps: int = 0  # computed in all attempts together
+    resumed_at: list[int] = field(default_factory=list)  # iterations
 
 
 def start(
@@ -112,7 +104,7 @@ def wait_for(children: Sequence[int]) -> list[int]:
 
 
 def is_running(child: int) -> bool:
-    """Whether a child has not ended; it is not reaped."""
+    """Return whether a child has not ended, without reaping it."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
@@ -176,7 +168,7 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Where two nested checkpoints are not equal, bit for bit."""
+    """Return the places where two nested checkpoints are not equal, bit for bit."""
     if isinstance(one, torch.Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
         return [] if same else [name]

@@ -126,7 +126,7 @@ def attempt(folder: Path, processes: int, target: int, after: bool = False) -> t
 
 
 def compare_folders(one: Path, other: Path) -> list[str]:
-    """What two finished runs have left that is not equal."""
+    """Return the files of two finished runs that are not equal."""
     files = [{str(p.relative_to(f / "run")) for p in (f / "run").rglob("*")} for f in (one, other)]
     names, found_names = ({n for n in part if not n.startswith(VARYING[0])} for part in files)
     found = sorted(names ^ found_names)

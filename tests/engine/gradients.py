@@ -1,4 +1,4 @@
-"""Gradients of two processes, or of two parts, beside those of one process with the whole batch.
+"""Compare gradients of two processes, or of two parts, with those of one process with the whole batch.
 
 ``python -m tests.engine.gradients`` prints the differences, max |a - b| / max |b| over all parameters.
 """
@@ -26,7 +26,7 @@ SAMPLE_ALL = [
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "5000", "MODEL.RPN.POSITIVE_FRACTION", "1.0",
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "500", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0",
 ]  # fmt: skip
-"""Of anchors and RoIs none is left to chance."""
+"""All anchors and RoIs are taken, none by chance."""
 
 
 def make_config(folder: Path, norm: str) -> Config:
@@ -40,7 +40,7 @@ def make_config(folder: Path, norm: str) -> Config:
 
 
 def of_backbone(cfg: Config, parts: int) -> dict[str, Tensor]:
-    """Of a loss that is summed over all images, in float64; the batch goes through in ``parts``."""
+    """Return gradients of a loss summed over all images, in float64, with the batch in ``parts``."""
     torch.manual_seed(0)
     backbone: nn.Module = build_model(cfg).backbone.double()
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def of_backbone(cfg: Config, parts: int) -> dict[str, Tensor]:
 
 
 def of_detector(cfg: Config, parts: int) -> dict[str, Tensor]:
-    """Of the whole detector's losses, by the training step itself."""
+    """Return gradients of the whole detector's losses, by the training step itself."""
     torch.manual_seed(0)
     cfg = cfg.replace({"SOLVER.ACCUMULATE": parts})
     model = build_model(cfg).train()

@@ -10,7 +10,7 @@ import torch
 
 from gn_detect.cli import main
 from gn_detect.config import Config
-from gn_detect.engine import replay, train
+from gn_detect.engine import divergence, replay, train
 from gn_detect.engine import trainer as trainer_module
 from gn_detect.errors import UserError
 from gn_detect.modeling.mask_head import MaskHead
@@ -28,16 +28,16 @@ def spoiled_config(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Conf
         images[:] = [sample.image_id for sample in batch]
         return real_step(cfg, model, batch, state)  # type: ignore[arg-type]
 
-    def examine(cfg: Config, weights: object, batch: list[Sample], *rest: object) -> object:
+    def examine(cfg: Config, model: object, batch: list[Sample], *rest: object) -> object:
         images[:] = [sample.image_id for sample in batch]
-        return real_examine(cfg, weights, batch, *rest)  # type: ignore[arg-type]
+        return real_examine(cfg, model, batch, *rest)  # type: ignore[arg-type]
 
     def forward(self: MaskHead, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return real_forward(self, x / (0.0 if 4 in images else 1.0), labels)
 
-    real_examine = trainer_module.examine
+    real_examine = divergence.examine
     monkeypatch.setattr(trainer_module, "train_step", step)
-    monkeypatch.setattr(trainer_module, "examine", examine)
+    monkeypatch.setattr(divergence, "examine", examine)
     monkeypatch.setattr(MaskHead, "forward", forward)
     keys = {"DATASETS.TEST": [], "SOLVER.LOG_PERIOD": 3, "SOLVER.CHECKPOINT_PERIOD": 1}
     return tiny_config.replace(keys)
@@ -61,8 +61,8 @@ def test_training_stops_and_the_black_box_repeats_the_step(
     assert main(["replay", str(folder)]) == 0
     assert "loss_mask nan" in capsys.readouterr().out
     assert main(["replay", "--json", str(folder)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["0"]["losses"]["loss_mask"] is None and told["0"]["output"] == findings[0].output
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["0"]["losses"]["loss_mask"] is None and printed["0"]["output"] == findings[0].output
     here = str(Path(spoiled_config.output_dir).parent).encode()
     assert [path for path in folder.iterdir() if here in path.read_bytes()] == [], "it is passed on"
     # What was saved before is untouched, and finite.

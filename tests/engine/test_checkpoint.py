@@ -17,11 +17,11 @@ import torch
 
 from gn_detect.config import Config, dump_config, load_config
 from gn_detect.data import build_train_loader
-from gn_detect.distributed.group import scale_config
 from gn_detect.engine import train
 from gn_detect.engine import trainer as trainer_module
 from gn_detect.engine.checkpoint import read_last_checkpoint
 from gn_detect.engine.metrics import MetricsWriter
+from gn_detect.engine.optimizer import scale_config
 from gn_detect.engine.run import prepare
 from gn_detect.errors import UserError
 from gn_detect.visualize import is_average, is_loss, read_metrics
@@ -310,7 +310,7 @@ def test_checkpoints_that_a_kill_left_are_dropped_later(finished: Config, keep: 
 def test_a_damaged_bit_never_loads_something_else(
     finished: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it is: in content, in headers, in the directory, in the lists."""
+    """The bit may be in content, headers, the directory or the lists."""
     monkeypatch.setattr("gn_detect.files.os.fsync", lambda _: None)
     folder, choose = Path(finished.output_dir), random.Random(1)
     files = ["model_final.pth"] * 3 + ["last_checkpoint", "checkpoints.txt", "metrics.jsonl"]
@@ -402,12 +402,12 @@ def test_an_evaluation_that_was_killed_changes_no_checkpoint(
 
 
 def test_a_category_may_be_called_as_a_loss(tmp_path: Path) -> None:
-    """Of the lines of an evaluation that is repeated, none is left."""
+    """No line of an evaluation that is repeated is left."""
     names = ("total_loss", "iteration", "lr", "a/AP")
     training = {"total_loss": 1.0, "loss_cls": 1.0, "lr": 0.1}
     evaluation = {"bbox/AP": 5.0, **{f"bbox/AP-{name}": 5.0 for name in names}}
     for attempt in range(3):
-        with closing(MetricsWriter(tmp_path, attempt and 4, evaluate_first=attempt > 0)) as writer:
+        with closing(MetricsWriter(tmp_path, attempt and 4, evaluate_again=attempt > 0)) as writer:
             if attempt == 0:
                 writer.write(3, training)
             writer.write(3, evaluation)

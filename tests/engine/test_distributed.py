@@ -10,15 +10,11 @@ import pytest
 import torch
 
 from gn_detect.config import Config, load_config
-from gn_detect.distributed import launch, scale_config
-from gn_detect.distributed.group import (
-    check_launch,
-    check_synchronised_norms,
-    gather,
-    get_rank,
-    mean_over_processes,
-)
+from gn_detect.distributed import launch
+from gn_detect.distributed.group import check_synchronised_norms, gather, get_rank, mean_over_processes
+from gn_detect.distributed.launch import check_launch
 from gn_detect.engine import evaluate, train
+from gn_detect.engine.optimizer import scale_config
 from gn_detect.errors import UserError
 from gn_detect.modeling import build_model
 from gn_detect.weights import read_checkpoint

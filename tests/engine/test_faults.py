@@ -1,4 +1,4 @@
-"""What fails while a run goes on: one clear line, and the newest good checkpoint stays."""
+"""Failures in the middle of a run give one clear line, and the newest good checkpoint stays."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ import torch
 from gn_detect.config import Config, load_config
 from gn_detect.data import build_train_loader
 from gn_detect.distributed import launch
-from gn_detect.distributed.group import LOST_PEER, barrier, get_rank
+from gn_detect.distributed.group import barrier, get_rank
+from gn_detect.distributed.launch import LOST_PEER
 from gn_detect.engine import train
 from gn_detect.engine import trainer as trainer_module
-from gn_detect.engine.faults import compile_help
 from gn_detect.engine.interruption import Interruption
-from gn_detect.engine.meter import Meter
-from gn_detect.engine.metrics import MetricsWriter
-from gn_detect.engine.step import make_state, train_step
+from gn_detect.engine.metrics import Meter, MetricsWriter
+from gn_detect.engine.step import compile_help, make_state, train_step
 from gn_detect.errors import UserError
 from gn_detect.files import atomic_write
 from gn_detect.modeling import build_model
@@ -273,7 +272,7 @@ def test_out_of_gpu_memory_names_the_batch_and_the_keys(tiny_config: Config) -> 
 
 
 def _die(folder: str) -> None:
-    """Runs in each of two processes: one is killed, the other is told to stop and waits for it."""
+    """Runs in each of two processes: one is killed, the other gets a signal and waits for it."""
     with Interruption() as interruption:
         barrier()
         os.kill(os.getpid(), signal.SIGKILL if get_rank() == 1 else signal.SIGTERM)
@@ -286,7 +285,7 @@ def _die(folder: str) -> None:
 
 
 def test_killed_process_ends_the_others(tmp_path: Path) -> None:
-    """Also one that was told to stop: it does not wait for the dead to finish the step."""
+    """Also one with a signal does not wait for the dead to finish the step."""
     with pytest.raises(UserError, match="process 1 of this machine was killed by SIGKILL.*--resume"):
         launch(_die, (str(tmp_path),), device="cpu", num_gpus=2)
     assert any(words in (tmp_path / "noticed.txt").read_text() for words in LOST_PEER)
@@ -304,7 +303,7 @@ def _cannot_save() -> None:
         raise UserError("cannot write model_0000003.pth: no space left")
 
 
-def test_what_went_wrong_while_stopping_is_told(tmp_path: Path) -> None:
+def test_a_failure_while_stopping_is_reported(tmp_path: Path) -> None:
     """Status 143 means that a checkpoint was saved."""
     with pytest.raises(UserError, match="cannot write model_0000003.pth"):
         launch(_cannot_save, device="cpu", num_gpus=2)
@@ -335,7 +334,7 @@ def test_waiting_for_the_device_counts_as_time_of_training(
 
 
 def test_a_compiler_that_fails_is_named_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a small function, as the detector takes a minute."""
+    """A small function stands for the detector, which takes a minute."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Two trainings in one folder, and an evaluation beside one."""
+"""Two trainings in one folder, and an evaluation during a training."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_where_nothing_can_be_locked_the_run_warns_and_goes_on(
     assert (folder / "model_final.pth").is_file() and (folder / ".leftover.x.tmp").exists()
 
 
-def test_eval_beside_a_training_leaves_its_results(
+def test_eval_during_a_training_leaves_its_results(
     tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = tiny_config.replace({"SOLVER.MAX_ITER": 1})

@@ -31,7 +31,7 @@ class Gone(BaseException):
 
 @pytest.fixture
 def signals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What this process, and its data-loader workers, get in the second step."""
+    """Signals that this process and its data-loader workers get in the second step."""
     real, steps, signals = trainer_module.train_step, iter(range(100)), list[int]()
 
     def step(*args: object) -> object:
@@ -125,7 +125,7 @@ def test_signal_in_an_evaluation_ends_it_and_resuming_repeats_it(
     ]
 
 
-def _told_in_an_evaluation(cfg: Config, rank: int) -> None:
+def _stopped_in_an_evaluation(cfg: Config, rank: int) -> None:
     """Runs in each of two processes; one of them alone gets the signal."""
     if get_rank() == rank:
         stop_at(pytest.MonkeyPatch(), "detections_to_coco", 2)
@@ -137,7 +137,7 @@ def test_all_processes_leave_an_evaluation_together(tiny_config: Config, rank: i
     """Also the one that had fewer images, and waits."""
     cfg = tiny_config.replace({"SOLVER.MAX_ITER": 1, "DATASETS.TEST": ["tiny_train"]})
     with pytest.raises(SystemExit) as left:
-        launch(_told_in_an_evaluation, (cfg, rank), device="cpu", num_gpus=2)
+        launch(_stopped_in_an_evaluation, (cfg, rank), device="cpu", num_gpus=2)
     assert left.value.code == 143
     folder = Path(cfg.output_dir)
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"

@@ -20,7 +20,7 @@ def config(*overrides: object) -> Config:
 
 
 class Net(nn.Module):
-    """A convolution with each kind of norm behind it, and a frozen layer."""
+    """A convolution with each kind of norm after it, and a frozen layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,8 +14,8 @@ import yaml
 
 from gn_detect.config import Config, dump_config, load_config
 from gn_detect.config.load import known_keys
-from gn_detect.distributed.group import scale_config
 from gn_detect.engine import train
+from gn_detect.engine.optimizer import scale_config
 from gn_detect.engine.resume import COUNTED_IN_ITERATIONS, FREE
 from gn_detect.engine.run import BEST_IS_OF, prepare
 from gn_detect.errors import UserError
@@ -39,9 +39,9 @@ def copied(begun: Config, tmp_path: Path) -> Config:
     return begun.replace({"OUTPUT_DIR": str(tmp_path / "copy")})
 
 
-def edit(cfg: Config, **changes: Any) -> None:
-    """Change or, with None, remove what the last checkpoint holds."""
-    path = Path(cfg.output_dir) / "model_final.pth"
+def edit(cfg: Config, name: str = "model_final.pth", **changes: Any) -> None:
+    """Change entries of a checkpoint; None removes one."""
+    path = Path(cfg.output_dir) / name
     content = {**torch.load(path, weights_only=True), **changes}
     torch.save({key: value for key, value in content.items() if value is not None}, path)
 
@@ -128,10 +128,18 @@ def test_allowed_changes_are_said(begun: Config, caplog: pytest.LogCaptureFixtur
 
 
 def test_what_was_best_on_other_data_does_not_count(copied: Config) -> None:
-    edit(copied, best=90.0)
+    edit(copied, "model_best.pth", **{"segm/AP": 90.0})
     assert prepare(copied, resume=True).best == 90.0
     other = copied.replace({"DATASETS.TEST": list(copied.datasets.train)})
     assert prepare(other, resume=True, allow_changes=True).best == -1.0
+    other = copied.replace({"SOLVER.BEST_CHECKPOINT_METRIC": "bbox/AP"})
+    assert prepare(other, resume=True, allow_changes=True).best == -1.0
+
+
+def test_a_damaged_best_checkpoint_is_passed_over(copied: Config, caplog: pytest.LogCaptureFixture) -> None:
+    (Path(copied.output_dir) / "model_best.pth").write_bytes(b"half")
+    assert prepare(copied, resume=True).best == -1.0
+    assert "model_best.pth is passed over, and the next evaluation replaces it" in caplog.text
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

@@ -9,7 +9,7 @@ import torch
 
 from gn_detect.config import Config, load_config
 from gn_detect.engine import learning_rate_factor
-from gn_detect.engine.schedule import set_learning_rate
+from gn_detect.engine.optimizer import set_learning_rate
 
 
 def config(**solver: object) -> Config:

@@ -152,7 +152,7 @@ def test_new_run_forgets_an_old_runs_checkpoint(tiny_config: Config, monkeypatch
     assert not (Path(cfg.output_dir) / "last_checkpoint").exists()
 
 
-def test_best_checkpoint_is_kept_and_told(
+def test_best_checkpoint_is_kept_and_printed(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     values = iter([10.0, 30.0, 20.0])

@@ -15,7 +15,7 @@ from gn_detect.weights import read_checkpoint
 from tests.engine.tiny import make_dataset, write_config
 
 NETWORK = "198.18.77"
-"""Of the range for tests (RFC 2544); nothing outside the namespaces sees it."""
+"""An address of the range for tests (RFC 2544); nothing outside the namespaces sees it."""
 
 
 def ip(*words: str) -> bool:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from gn_detect.config import load_config
 from gn_detect.engine import Predictor, train
-from gn_detect.engine.model import make_model
 from gn_detect.engine.run import prepare
 from gn_detect.errors import UserError
 from gn_detect.export.write import ExportMetadata
 from gn_detect.export.write import _metadata_of as metadata_of
+from gn_detect.modeling import make_model
 from gn_detect.weights import (
     Checkpoint,
     implied_keys,

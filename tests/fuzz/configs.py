@@ -13,9 +13,9 @@ from gn_detect.config import Config, dump_config, load_config
 from gn_detect.config.load import known_keys
 from gn_detect.config.types import to_plain, value_at
 from gn_detect.data import build_train_loader, check_classes
-from gn_detect.engine.model import make_model
 from gn_detect.engine.optimizer import build_optimizer
 from gn_detect.errors import UserError
+from gn_detect.modeling import make_model
 from tests.fuzz.trial import Tally
 
 JUNK: list[Any] = [

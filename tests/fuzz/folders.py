@@ -14,8 +14,8 @@ import yaml
 from gn_detect.config import load_config
 from gn_detect.engine import train
 from gn_detect.engine.divergence import Finding, write_black_box
-from gn_detect.engine.model import make_model
 from gn_detect.engine.run import prepare
+from gn_detect.modeling import make_model
 from tests.engine.tiny import make_dataset, write_config
 from tests.fuzz.checkpoints import damage_checkpoint
 from tests.fuzz.configs import damage_config
@@ -39,8 +39,7 @@ def make_run(folder: Path) -> Path:
     run = prepare(cfg, False)
     batch = [run.loader.samples[i, i] for i in range(2)]
     finding = Finding({"loss_mask": float("nan")}, None, "backbone", None)
-    weights = dict(make_model(cfg).state_dict())
-    write_black_box(folder / "run" / BOX, run.cfg, weights, 1, {0: batch}, {0: finding}, 1.0, {})
+    write_black_box(folder / "run" / BOX, run.cfg, make_model(cfg), 1, {0: batch}, {0: finding}, 1.0)
     return folder / "run"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gn_detect.config import load_config
-from gn_detect.engine.model import make_model
+from gn_detect.modeling import make_model
 from tests.engine.tiny import write_config
 from tests.fuzz.annotations import mutate, write_base
 from tests.fuzz.checkpoints import prepare_checkpoints

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gn_detect.config import load_config
-from gn_detect.engine.model import make_model
+from gn_detect.modeling import make_model
 from tests.engine.tiny import write_config
 from tests.fuzz.__main__ import NEEDED
 from tests.fuzz.annotations import changed_ids, mutate, write_base

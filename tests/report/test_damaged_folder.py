@@ -16,7 +16,7 @@ import torch
 from gn_detect.cli import main
 from gn_detect.config import load_config
 from gn_detect.engine.divergence import CONFIG, STATE, Finding, write_black_box
-from gn_detect.engine.model import make_model
+from gn_detect.modeling import make_model
 from gn_detect.structures import Sample, Target
 from gn_detect.visualize import metric_points, read_metrics
 
@@ -181,8 +181,7 @@ def black_box(make_run: MakeRun, tmp_path: Path) -> Path:
     sample = Sample(torch.zeros(3, 64, 80, dtype=torch.uint8), 7, "7.png", (64, 80), target)
     folder = tmp_path / "box"
     finding = Finding({"loss_mask": float("nan")}, None, None, None)
-    weights = dict(make_model(cfg).state_dict())
-    write_black_box(folder, cfg, weights, 3, {0: [sample]}, {0: finding}, 1.0, {})
+    write_black_box(folder, cfg, make_model(cfg), 3, {0: [sample]}, {0: finding}, 1.0)
     text = (folder / CONFIG).read_text().replace("IMS_PER_BATCH: 2", "IMS_PER_BATCH: 1", 1)
     (folder / CONFIG).write_text(text)
     return folder
