@@ -66,7 +66,7 @@ def test_keeps_more_of_the_function_the_larger(original: nn.Module) -> None:
         for part in (0.0, 0.1, 0.3, 1.0)
     ]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.9 * errors[0], "0.55 to 0.81 for three seeds"
+    assert errors[-1] < 0.9 * errors[0], "0.55 to 0.82 for ten seeds"
 
 
 def test_of_nothing_changes_nothing(original: nn.Module) -> None:
@@ -191,7 +191,7 @@ def test_a_rescaled_layer_is_trained_in_proportion(original: nn.Module) -> None:
     for index in (0, 3):
         ratio = converted[index].weight.flatten(1).norm(dim=1) / original[index].weight.flatten(1).norm(dim=1)
         size = ratio.log().mean().exp().item()
-        assert abs(size - 1) > 0.02, "0.04 to 0.13 for three seeds"
+        assert abs(size - 1) > 0.02, "0.06 and 0.11; nine other seeds: 0.017 to 0.32"
         assert (
             rate[converted[index].weight]
             == rate[converted[index].bias]

@@ -24,12 +24,11 @@ def with_one_class(annotations: Path) -> Path:
 
 
 def test_a_detector_of_other_classes_is_worth_much(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """``MODEL.WEIGHTS`` is all that it takes; the class layers start afresh, and the log says so.
+    """``MODEL.WEIGHTS`` is enough: the class layers start from random weights, and the log says so.
 
-    The RPN, which knows no classes, keeps what it learned: over the first 10 iterations its classification
-    loss was 0.03 to 0.11 of that from random weights for ten seeds of data and training (for two of them with
-    two threads, too). AP after so short a training says little: 10 to 65 against 7 to 17, for one seed the
-    smaller.
+    The RPN knows no classes and keeps its weights. Over the first 10 iterations its classification loss was
+    0.03 to 0.12 of the loss from random weights, for ten seeds of data and training, with one thread and with
+    two. AP after so short a training says little: 10 to 65 against 7 to 17, and for one seed it was smaller.
     """
     train = make_dataset(tmp_path / "train", 16, seed=1)
     config = write_config(tmp_path, train)
