@@ -192,11 +192,13 @@ def crop_mask(mask: np.ndarray, top: int = 0, left: int = 0) -> Crop | None:
     return Crop(top + int(rows[0]), left + int(columns[0]), inside)
 
 
-def mask_outline(mask: Crop, scale: float) -> Outline:
-    """Return smooth closed curves around a mask and its holes, times ``scale``."""
+def mask_outline(mask: Crop | None, scale: float) -> Outline | None:
+    """Return smooth closed curves around a mask and its holes, times ``scale``; None without a mask."""
     from contourpy import contour_generator
     from matplotlib.path import Path as Outline
 
+    if mask is None:
+        return None
     pad, step = 3, int(np.ceil((mask.inside.size / _OUTLINE_PIXELS) ** 0.5))
     inside = np.pad(mask.inside[::step, ::step], pad)
     blurred = Image.fromarray(inside * np.uint8(255)).filter(ImageFilter.GaussianBlur(1.0))

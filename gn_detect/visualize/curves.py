@@ -26,7 +26,7 @@ _FORMATS = (".png", ".svg", ".jpg", ".jpeg", ".webp")
 _AP_STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # markers show a run with one evaluation
 _LOSS, _AP, _RATE = "loss", "AP (%)", "learning rate"
 _MOST_POINTS = 8000  # of a curve: ten per column of pixels
-_MOST_CHART_POINTS = 400
+_MOST_CHART_POINTS = 300  # of a curve on a page
 _LEAST_TOP = 1e-30  # smaller values, such as subnormal ones, give no axis
 
 
@@ -159,13 +159,13 @@ def _thinned(line: np.ndarray, most: int = _MOST_POINTS) -> np.ndarray:
     stretch = math.ceil(2 * len(line) / most)
     if stretch <= 2:
         return line
-    whole = len(line) // stretch * stretch
-    heights = line[:whole, 1].reshape(-1, stretch)
+    missing = -len(line) % stretch
+    heights = np.pad(line[:, 1], (0, missing), constant_values=math.nan).reshape(-1, stretch)
     known = np.isfinite(heights)
-    ends = [np.where(known, heights, np.inf).argmin(axis=1), np.where(known, heights, -np.inf).argmax(axis=1)]
-    first = np.arange(0, whole, stretch)
-    kept = [0, *(first + ends[0]), *(first + ends[1]), *range(whole, len(line)), len(line) - 1]
-    return line[np.unique(kept)]
+    lowest = np.where(known, heights, np.inf).argmin(axis=1)
+    highest = np.where(known, heights, -np.inf).argmax(axis=1)
+    first = np.arange(0, len(line), stretch)
+    return line[np.unique([0, *(first + lowest), *(first + highest), len(line) - 1])]
 
 
 @dataclass(frozen=True)

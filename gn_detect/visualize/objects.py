@@ -152,14 +152,13 @@ def draw_objects(
     labelled, fills = boxes.copy(), thinned(masks, (height, width), [style.fill for style in styles])
     on_top = np.array([style.on_top for style in styles])
     for index in np.lexsort((-box_area(boxes), on_top)):
-        mask, style = masks[index], styles[index]
-        if mask is not None:
-            outline = mask_outline(mask, scale)
+        outline, style = mask_outline(masks[index], scale), styles[index]
+        if outline is not None:
             canvas.draw_mask(outline, style, fills[index])
             if not with_boxes:  # a poor mask may be far from the box's corners
                 labelled[index] = outline.get_extents().extents
-        if mask is None or with_boxes:
-            canvas.draw_box(boxes[index], style, faint=mask is not None)
+        if outline is None or with_boxes:
+            canvas.draw_box(boxes[index], style, faint=outline is not None)
     draw_labels(canvas, labelled, labels, [style.colour for style in styles])
     return canvas.flatten()
 
