@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .structures import Detections
     from .weights import load_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Config", "Detections", "FineTuned", "GroupNorm", "Predictor", "UserError", "__version__", "bench",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import graphlib
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,7 +51,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """For each file or folder of the package, what else of the package it may import (itself always)."""
 
-VAGUE_NAMES = {"utils", "util", "helpers", "misc", "common", "core", "tools"}
 SLOW_IMPORTS = ("tensorboard", "matplotlib", "hotcoco", "faster_coco_eval", "scipy", "pytest", "jinja2", "av")
 SLOW_IMPORTS += ("onnx", "onnxscript", "onnxruntime", "detectron2")
 
@@ -100,13 +98,6 @@ def wrong_imports(package: Path) -> list[str]:
     return complaints
 
 
-def bad_names(package: Path) -> list[str]:
-    names = {path: path.stem for path in python_files(package)}
-    names |= {path.parent: path.parent.name for path in python_files(package) if path.parent != package}
-    plain = re.compile(r"(__init__|__main__|_?[a-z][a-z0-9_]*)$")
-    return [str(path) for path, name in names.items() if not plain.match(name) or name in VAGUE_NAMES]
-
-
 def unsafe_readers(package: Path) -> list[str]:
     """Calls that run what a file contains, such as eval or torch.load without weights_only=True, or that let
     something small become large: YAML and images have one reader each, which bounds them.
@@ -135,10 +126,6 @@ def package(repository: Path) -> Path:
 
 def test_imports_run_one_way(package: Path) -> None:
     assert wrong_imports(package) == []
-
-
-def test_names_say_what_a_file_is_for(package: Path) -> None:
-    assert bad_names(package) == []
 
 
 def test_no_file_is_read_by_running_it(package: Path) -> None:
@@ -228,14 +215,11 @@ def test_imports_along_the_direction_are_fine(tmp_path: Path) -> None:
     assert wrong_imports(write_tree(tmp_path, files)) == []
 
 
-def test_vague_and_unsafe_files_are_found(tmp_path: Path) -> None:
+def test_unsafe_files_are_found(tmp_path: Path) -> None:
     files = {
-        "ops/utils.py": '"""Doc."""\nx = 1\n',
-        "ops/CamelCase.py": '"""D."""\nclass A:\n  """D."""\n  def method(self): ...\n  def _own(self): ...',
         "ops/reads.py": "import torch\ndef f(p):\n    return torch.load(p), eval(p)\n"
         "Image.open(1), yaml.load(1)",
     }
     package = write_tree(tmp_path, files)
-    assert [Path(name).name for name in bad_names(package)] == ["CamelCase.py", "utils.py"]
     calls = ["3: torch.load", "3: eval", "4: Image.open", "4: yaml.load"]
     assert sorted(unsafe_readers(package)) == sorted(f"ops/reads.py:{call}" for call in calls)
