@@ -1,7 +1,7 @@
 """Bytes that GPUs exchange in a training step and the efficiency to expect; and the overlap of two processes.
 
 ``python -m benchmarks.scaling`` writes ``benchmarks/scaling.md``. The table is arithmetic; how much of the
-exchange hides behind the backward pass is measured on two gloo processes of this machine.
+exchange the backward pass hides is measured on two gloo processes of this machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gn_detect.modeling import build_model
 CONFIG = "GN/mask_rcnn_R_50_FPN_3x_gn.yaml"
 BUCKET = 25 * 2**20  # bytes; DistributedDataParallel's default
 STEP_SECONDS = 0.309  # detectron2's model zoo: this model, 2 images of 800 pixels per V100, 8 GPUs
-BACKWARD_SHARE = 0.6  # of a step: what the exchange can hide behind
+BACKWARD_SHARE = 0.6  # of a step; it hides the exchange
 
 
 @dataclass(frozen=True)
