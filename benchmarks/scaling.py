@@ -1,7 +1,7 @@
 """Bytes that GPUs exchange in a training step and the efficiency to expect; and the overlap of two processes.
 
 ``python -m benchmarks.scaling`` writes ``benchmarks/scaling.md``. The table is arithmetic; how much of the
-exchange hides behind the backward pass is measured on two gloo processes of this machine.
+exchange the backward pass hides is measured on two gloo processes of this machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gn_detect.modeling import build_model
 CONFIG = "GN/mask_rcnn_R_50_FPN_3x_gn.yaml"
 BUCKET = 25 * 2**20  # bytes; DistributedDataParallel's default
 STEP_SECONDS = 0.309  # detectron2's model zoo: this model, 2 images of 800 pixels per V100, 8 GPUs
-BACKWARD_SHARE = 0.6  # of a step: what the exchange can hide behind
+BACKWARD_SHARE = 0.6  # of a step; it hides the exchange
 
 
 @dataclass(frozen=True)
@@ -146,29 +146,35 @@ def main() -> None:
 
 Made by `python -m benchmarks.scaling`. **No GPU was used: the table is arithmetic.**
 
-`{CONFIG}` has {gradients / 4e6:.1f} million trained parameters: {gradients / 1e6:.0f} MB of
-float32 gradients per step, in {-(-gradients // BUCKET)} buckets of 25 MiB.
-A ring all-reduce sends 2 (N - 1) / N of that from each GPU. Assumed: {STEP_SECONDS} s for a step of 2 images
-per GPU (what detectron2 publishes for this model on V100s), of which {BACKWARD_SHARE:.0%} is the backward
-pass that the exchange hides behind, but for the last bucket. Beside the gradients a step exchanges less than
-100 bytes: a flag for losses that are not finite, one for a request to stop, and the pixel statistics. A rank
-that waits for data or has more objects than others costs more than the exchange; that is not in the table.
+`{CONFIG}` has {gradients / 4e6:.1f} million trained parameters: {gradients / 1e6:.0f} MB of float32 gradients
+per step, in {-(-gradients // BUCKET)} buckets of 25 MiB. A ring all-reduce sends 2 (N - 1) / N of that from
+each GPU. Assumptions:
+
+| | |
+|---|---|
+| step of 2 images per GPU, as detectron2 publishes for this model on V100s | {STEP_SECONDS} s |
+| share of the backward pass, which hides the exchange of all buckets but the last | {BACKWARD_SHARE:.0%} |
+| other data: flags for a non-finite loss and a request to stop, pixel statistics | under 100 bytes per step |
+
+A rank that waits for data, or has more objects than others, costs more than the exchange. The table leaves
+that out.
 
 {table(gradients)}
 
 With 64 GPUs the ring goes through each node's network card once. `SOLVER.ACCUMULATE` k divides the exchange
-per image by k when `SOLVER.IMS_PER_BATCH` grows with it.
+per image by k if `SOLVER.IMS_PER_BATCH` grows with it.
 
-Measured: two gloo processes with a thread each, {platform.processor() or platform.machine()}, PyTorch
-{torch.__version__}, backbone + FPN of the same model ({s["bytes"] / 1e6:.0f} MB of gradients), one image of
+## Measured on a CPU
+Two gloo processes with a thread each, {platform.processor() or platform.machine()}, PyTorch
+{torch.__version__}; backbone + FPN of the same model ({s["bytes"] / 1e6:.0f} MB of gradients), one image of
 {args.side} x {args.side}, medians of {args.steps} steps:
 
 | forward and backward without exchange | with it | the exchange alone | hidden |
 |---|---|---|---|
 | {s["alone"]:.3f} s | {s["together"]:.3f} s | {s["exchange"]:.3f} s | {hidden:.0%} |
 
-Two processes on CPU cores that also compute cannot hide the exchange as a GPU's copy engines do: gloo's
-threads take their time from the backward pass.
+CPU processes cannot hide the exchange as a GPU's copy engines do: gloo's threads take time from the backward
+pass.
 """
     )
     print(args.output.read_text())
