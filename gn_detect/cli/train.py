@@ -112,8 +112,7 @@ def print_end(cfg: Config, results: dict[str, Any]) -> None:
     if (folder / "pictures").is_dir():
         print(f"pictures of predictions, and the curves: {folder / 'pictures'}")
     best = next((folder / name for name in (BEST, FINAL) if (folder / name).is_file()), folder / FINAL)
-    used = ["--config-file", str(folder / "config.yaml"), "--weights", str(best)]
-    print("next: " + command("predict", *used, _image_of(cfg)))
+    print("next: " + command("predict", str(best), _image_of(cfg)))
     print("      " + command("report", str(folder)))
     if "demo_train" in cfg.datasets.train:
         own = "--train-json train.json --train-images images --val-json val.json --val-images images"

@@ -307,7 +307,7 @@ def _model(recipe: Recipe, weights: str) -> None:
     depth = 50 if machine.on_gpu else 18
     size = "" if machine.on_gpu else ", narrow enough for a CPU,"
     reason = (
-        f"R-{depth}-FPN with GN{size} from random weights: possible with GN, but pretrained ones, such as "
+        f"R-{depth}-FPN with GN{size} from random weights, which GN allows; pretrained weights, such as "
         "--weights zoo://R-50-GN, need fewer images and iterations"
     )
     recipe.choose("model", reason, {"MODEL.RESNETS.DEPTH": depth})
@@ -444,7 +444,7 @@ def _housekeeping(recipe: Recipe, has_val: bool) -> None:
     reason = "none: without --val-json nobody will know how good the model is"
     if has_val:
         keys["TEST.EVAL_PERIOD"] = third
-        reason = f"{-(-iterations // third)} times; the best is kept as model_best.pth"
+        reason = f"{-(-iterations // third)} evaluations; the best model is kept as model_best.pth"
     recipe.choose("evaluation", reason, keys)
     data, machine = recipe.data, recipe.machine
     recipe.set({"DATALOADER.NUM_WORKERS": min(4, machine.cores - 1) if machine.on_gpu else 0})

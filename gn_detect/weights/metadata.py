@@ -18,7 +18,7 @@ USUAL_EPS = 1e-5  # the default eps of GroupNorm in PyTorch, detectron2 and the 
 
 _VERSION_KEY, _AUTHOR_KEY, _PROGRAM_KEY = "format_version", "__author__", "gn_detect_version"
 _OURS = "gn_detect"
-_TRAINING_STATE = {"optimizer", "losses", "evaluate_first"}  # a file with one of these is from a training
+_TRAINING_STATE = {"optimizer", "losses"}  # a file with one of these is from a training
 _MAX_COUNT = 2**40  # iterations and updates, far beyond any training
 _MAX_FLOAT32 = 3.4e38  # GroupNorm adds eps in float32
 
@@ -97,9 +97,7 @@ class CheckpointMetadata:
         group_norm_groups: number of groups by name of the norm.
         iteration: the last one that was done, from 0.
         seed: of the run.
-        best: value of ``SOLVER.BEST_CHECKPOINT_METRIC`` so far.
         losses: losses since the last report.
-        evaluate_first: an evaluation was due when the run was interrupted.
         data: fingerprints of the datasets, by config key and name.
         optimizer, scaler: state dicts.
         trained: the trained weights, where those of the checkpoint are their average.
@@ -123,11 +121,9 @@ class CheckpointMetadata:
     )
     iteration: int | None = _entry("a whole number", _is_count, refuse="training")
     seed: int | None = _entry("a whole number", _is_count, refuse="training")
-    best: float | None = _entry("a number", _is_number, refuse="training")
     losses: dict[str, list[float]] | None = _entry(
         "numbers by name", _is_dict_of(_is_list_of(_is_number)), refuse="training"
     )
-    evaluate_first: bool | None = _entry("True or False", _is_a(bool), refuse="training")
     data: dict[str, Any] | None = _entry("values by name", _IS_DICT, refuse="training")
     optimizer: dict[str, Any] | None = _entry("an optimiser's state", _IS_DICT, refuse="training")
     scaler: dict[str, Any] | None = _entry("numbers by name", _is_dict_of(_is_number), refuse="training")

@@ -62,7 +62,7 @@ def test_files_that_are_in_both_parts(
     train, val = (CocoDataset(write_dataset(small_coco)) for _ in range(2))
     with caplog.at_level(logging.WARNING):
         warn_of_faults(train, [val])
-    assert "small: 4 x pictures that are in two parts" in caplog.text
+    assert "small: 4 x images in two files" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         warn_of_faults(train, [train])

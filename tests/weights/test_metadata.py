@@ -22,9 +22,9 @@ WRONG: list[tuple[str, Any]] = [
 
 WRONG_OF_TRAINING: list[tuple[str, Any]] = [
     ("iteration", "99"), ("iteration", -1), ("iteration", 1.5), ("iteration", None), ("iteration", 2**62),
-    ("iteration", torch.tensor(3)), ("seed", "1"), ("seed", [1]), ("best", "40"), ("best", None),
-    ("losses", [1.0]), ("losses", {"loss": 1.0}), ("losses", {"loss": ["x"]}), ("evaluate_first", "no"),
-    ("evaluate_first", 1), ("optimizer", [1]), ("optimizer", None), ("scaler", {"scale": "x"}),
+    ("iteration", torch.tensor(3)), ("seed", "1"), ("seed", [1]),
+    ("losses", [1.0]), ("losses", {"loss": 1.0}), ("losses", {"loss": ["x"]}),
+    ("optimizer", [1]), ("optimizer", None), ("scaler", {"scale": "x"}),
     ("trained", [1]),
     ("trained", {"weight": 1}), ("averaged_steps", "3"), ("averaged_steps", 2.5),
 ]  # fmt: skip

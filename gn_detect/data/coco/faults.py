@@ -162,7 +162,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "leak": Fault(
         ERROR,
-        "pictures that are in two parts: AP on them says nothing about new pictures",
+        "images in two files, such as training and validation: AP on them says nothing about new ones",
         "remove them from one part",
         removal="them and their annotations from the first part",
     ),
