@@ -48,12 +48,14 @@ def predictor(folder: Path) -> gn_detect.Predictor:
 @pytest.fixture(scope="module")
 def found(predictor: gn_detect.Predictor, folder: Path) -> ImageDetections:
     found = predictor(folder / "photo.png")
-    assert len(found) > 3 and len(found.labels.unique()) == 2
+    assert len(found) > 3
+    assert len(found.labels.unique()) == 2
     return found
 
 
 def same(one: gn_detect.Detections, other: gn_detect.Detections) -> bool:
-    assert one.masks is not None and other.masks is not None
+    assert one.masks is not None
+    assert other.masks is not None
     pairs = (one.boxes, other.boxes), (one.scores, other.scores), (one.labels, other.labels)
     return all(torch.equal(a, b) for a, b in (*pairs, (one.masks, other.masks)))
 
@@ -68,11 +70,12 @@ def test_every_kind_of_image_gives_the_same(
     for image in (str(path), picture, picture.convert("RGBA"), pixels, tensor):
         assert same(predictor(image), found)
     several = predictor([path, pixels, tensor])
-    assert [type(one) for one in several] == [ImageDetections] * 3 and all(
-        same(one, found) for one in several
-    )
-    assert predictor([]) == [] and isinstance(found, gn_detect.Detections)
-    assert np.array_equal(found.image, pixels) and found.category_ids == [3, 7]
+    assert [type(one) for one in several] == [ImageDetections] * 3
+    assert all(same(one, found) for one in several)
+    assert predictor([]) == []
+    assert isinstance(found, gn_detect.Detections)
+    assert np.array_equal(found.image, pixels)
+    assert found.category_ids == [3, 7]
 
 
 def test_grey_and_turned_images(predictor: gn_detect.Predictor, folder: Path, tmp_path: Path) -> None:
@@ -87,7 +90,8 @@ def test_grey_and_turned_images(predictor: gn_detect.Predictor, folder: Path, tm
     turned = tmp_path / "turned.png"
     Image.open(folder / "photo.png").save(turned, exif=exif)
     opened = Image.open(turned)
-    assert same(predictor(opened), predictor(turned)) and predictor(turned).image.shape == (80, 64, 3)
+    assert same(predictor(opened), predictor(turned))
+    assert predictor(turned).image.shape == (80, 64, 3)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +119,17 @@ def test_a_picture_of_floats_is_refused(predictor: gn_detect.Predictor) -> None:
 
 def test_objects_are_chosen_by_mask_slice_and_position(found: ImageDetections) -> None:
     high = found[found.scores >= found.scores[1]]
-    assert same(high, found[:2]) and same(high, found[[0, 1]]) and same(found[1], found[1:2])
-    assert same(found[np.int64(1)], found[1:2]) and same(
-        high, found[(found.scores >= high.scores[1]).numpy()]
-    )
-    assert same(high, found[np.array([0, 1])]) and same(high, found[torch.tensor([0, 1])])
-    assert high.image is found.image and high.class_names == ["square", "bar"]
-    assert len(found[:0]) == 0 == len(found[[]]) and len(list(found)) == len(found)
+    assert same(high, found[:2])
+    assert same(high, found[[0, 1]])
+    assert same(found[1], found[1:2])
+    assert same(found[np.int64(1)], found[1:2])
+    assert same(high, found[(found.scores >= high.scores[1]).numpy()])
+    assert same(high, found[np.array([0, 1])])
+    assert same(high, found[torch.tensor([0, 1])])
+    assert high.image is found.image
+    assert high.class_names == ["square", "bar"]
+    assert len(found[:0]) == 0 == len(found[[]])
+    assert len(list(found)) == len(found)
     with pytest.raises(IndexError):
         found[len(found)]
 
@@ -167,8 +175,10 @@ def test_detections_for_supervision(found: ImageDetections, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "supervision", stand_in)
     for few in (found, found[:0]):
         given = few.to_supervision()
-        assert given.xyxy.shape == (len(few), 4) and given.mask.shape == (len(few), 64, 80)
-        assert given.mask.dtype == bool and given.class_id.tolist() == few.labels.tolist()
+        assert given.xyxy.shape == (len(few), 4)
+        assert given.mask.shape == (len(few), 64, 80)
+        assert given.mask.dtype == bool
+        assert given.class_id.tolist() == few.labels.tolist()
         assert given.confidence.tolist() == few.scores.tolist()
         assert given.data["class_name"].tolist() == [few.class_names[i] for i in few.labels]
 
@@ -182,7 +192,8 @@ def test_a_model_is_called_for_losses_and_for_detections(folder: Path) -> None:
     )
     assert set(model.train()(images, [target] * 2)) >= {"loss_cls", "loss_mask"}
     found = model.eval()(images)
-    assert len(found) == 2 and all(isinstance(one, gn_detect.Detections) for one in found)
+    assert len(found) == 2
+    assert all(isinstance(one, gn_detect.Detections) for one in found)
     with pytest.raises(ValueError, match=r"needs targets; call model.eval\(\)"):
         model.train()(images)
 
@@ -236,8 +247,12 @@ def test_tensors_imply_a_config_where_nothing_holds_one(
     path = copy_of(folder / "model_best.pth", tmp_path / "alone.pth")
     predictor = gn_detect.Predictor.from_pretrained(path, {"MODEL.DEVICE": "cpu"})
     model = predictor.cfg.model
-    assert model.roi_heads.num_classes == 2 and model.mask_on and model.gn.num_groups == 4
-    assert model.resnets.depth == 18 and model.fpn.out_channels == 16 and not model.resnets.stride_in_1x1
+    assert model.roi_heads.num_classes == 2
+    assert model.mask_on
+    assert model.gn.num_groups == 4
+    assert model.resnets.depth == 18
+    assert model.fpn.out_channels == 16
+    assert not model.resnets.stride_in_1x1
     assert "alone.pth holds no config: the network comes from its tensors" in caplog.text
     assert len(predictor(folder / "photo.png").class_names) == 2
 
@@ -301,17 +316,23 @@ def test_finetune_gives_a_predictor_results_reasons_and_a_report(
         output_dir=tmp_path / "run",
         overrides={**overrides, "SOLVER.MAX_ITER": 1, "INPUT.MIN_SIZE_TRAIN": [64], "SEED": 3},
     )
-    assert isinstance(run, gn_detect.FineTuned) and run.folder == tmp_path / "run"
-    assert set(run.results) == {"bbox", "segm"} and 0 <= run.results["bbox"]["AP"] <= 100
-    assert run.config.solver.max_iter == 1 and run.config.model.roi_heads.num_classes == 2
+    assert isinstance(run, gn_detect.FineTuned)
+    assert run.folder == tmp_path / "run"
+    assert set(run.results) == {"bbox", "segm"}
+    assert 0 <= run.results["bbox"]["AP"] <= 100
+    assert run.config.solver.max_iter == 1
+    assert run.config.model.roi_heads.num_classes == 2
     assert run.reasons["classes"] == "2 in annotations.json: square, bar"
     assert run.reasons["schedule"].startswith("SOLVER.MAX_ITER as given")
     printed = capsys.readouterr().out
-    assert "chosen for 2 images, 4 objects and CPU" in printed and "anchors: " in printed
+    assert "chosen for 2 images, 4 objects and CPU" in printed
+    assert "anchors: " in printed
     found = run.predictor([val.parent / "images/001.png"])
-    assert run.predictor.class_names == ["square", "bar"] and found[0].category_ids == [3, 7]
+    assert run.predictor.class_names == ["square", "bar"]
+    assert found[0].category_ids == [3, 7]
     assert run.predictor.cfg.model.weights == str(run.folder / "model_best.pth")
-    assert run.report() == run.folder / "report.html" and (run.folder / "report.html").is_file()
+    assert run.report() == run.folder / "report.html"
+    assert (run.folder / "report.html").is_file()
     stored = json.loads((run.folder / "results.json").read_text())
     assert stored["bbox"]["AP"] == run.results["bbox"]["AP"]
 
@@ -322,7 +343,8 @@ def test_finetune_gives_a_predictor_results_reasons_and_a_report(
         output_dir=tmp_path / "again",
         overrides={"SOLVER.MAX_ITER": 1, "MODEL.DEVICE": "cpu", "VIS.NUM_IMAGES": 0},
     )
-    assert again.results == {} and again.config.model.fpn == run.config.model.fpn
+    assert again.results == {}
+    assert again.config.model.fpn == run.config.model.fpn
     assert again.predictor.cfg.model.weights == str(again.folder / "model_final.pth")
 
 
@@ -342,7 +364,8 @@ def test_finetune_refuses_in_one_line(tmp_path: Path, changes: dict[str, Any], c
     given = {"train_json": train, "train_images": train.parent / "images", "output_dir": tmp_path / "run"}
     with pytest.raises(gn_detect.UserError, match=complaint) as caught:
         gn_detect.finetune(**{**given, **changes})
-    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 # The package
@@ -352,11 +375,12 @@ def test_every_public_name_and_folder_is_there_after_a_light_import() -> None:
     code = "import sys, gn_detect; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert all(getattr(gn_detect, name) is not None for name in gn_detect.__all__)
-    assert callable(gn_detect.report.write_report) and callable(gn_detect.finetune)
+    assert callable(gn_detect.report.write_report)
+    assert callable(gn_detect.finetune)
     folders = {path.parent.name for path in Path(gn_detect.__file__).parent.glob("*/__init__.py")}
     assert folders - {"cli"} <= set(gn_detect.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        gn_detect.nothing  # noqa: B018
+        gn_detect.nothing
 
 
 def test_the_page_speaks_of_names_that_exist(repository: Path) -> None:

@@ -201,7 +201,8 @@ def test_an_import_against_the_direction_is_found(
     others = {f"{name}/b.py": "" for name in ("layers", "weights", "modeling")}
     package = write_tree(tmp_path, {**others, "structures.py": "", file: text})
     found = wrong_imports(package)
-    assert len(found) == 1 and complaint in found[0]
+    assert len(found) == 1
+    assert complaint in found[0]
 
 
 def test_imports_along_the_direction_are_fine(tmp_path: Path) -> None:

@@ -31,11 +31,13 @@ def source(tmp_path):
 def test_the_report_tells_the_norms_and_how_to_load_the_file(source, tmp_path) -> None:
     target = tmp_path / "gn.pth"
     report = gn_detect.convert_checkpoint(source, target, eps=1e-4, num_groups=1)
-    assert isinstance(report, CheckpointReport) and report.weights == str(target)
+    assert isinstance(report, CheckpointReport)
+    assert report.weights == str(target)
     assert [(layer.name, layer.groups, layer.eps) for layer in report.layers] == [("1", 1, 1e-4)]
     lines = str(report).splitlines()
     assert lines[1].split() == ["1", "BatchNorm2d", "32", "1", "0.0001", "match", "yes"]
-    assert lines[-1] == f"wrote {target}; {report.usage}" and "num_groups=1" in report.usage
+    assert lines[-1] == f"wrote {target}; {report.usage}"
+    assert "num_groups=1" in report.usage
     assert set(report.to_dict()) == {
         "layers", "parameters_before", "parameters_after", "similarity", "warnings", "weights"
     }  # fmt: skip
@@ -67,7 +69,8 @@ def test_a_librarys_model_is_calibrated_further(tmp_path) -> None:
         steps=0,
         report_file=tmp_path / "report.json",
     )
-    assert "converted" in report.similarity and (tmp_path / "report.png").exists()
+    assert "converted" in report.similarity
+    assert (tmp_path / "report.png").exists()
     assert set(read_checkpoint(second).metadata.group_norm_eps.values()) == {1e-3}
 
 

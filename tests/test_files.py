@@ -81,8 +81,10 @@ def test_a_full_disk_is_a_users_error(tmp_path: Path) -> None:
 )
 def test_the_remedy_fits_the_error(code: int, words: str) -> None:
     message = str(cannot_write("run/log.txt", OSError(code, os.strerror(code)), ", then --resume"))
-    assert message.startswith(f"cannot write run/log.txt: {os.strerror(code)}; ") and words in message
-    assert message.endswith(", then --resume") and ("make room" in message) == (words == "make room")
+    assert message.startswith(f"cannot write run/log.txt: {os.strerror(code)}; ")
+    assert words in message
+    assert message.endswith(", then --resume")
+    assert ("make room" in message) == (words == "make room")
 
 
 def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path: Path) -> None:

@@ -137,7 +137,9 @@ def test_ci_runs_what_contributors_run(repository: Path) -> None:
     script = repository / ".ci" / "run"
     assert os.access(script, os.X_OK)
     lines = script.read_text(encoding="utf-8").splitlines()
-    assert "set -euo pipefail" in lines and "make lint" in lines and "make test" in lines
+    assert "set -euo pipefail" in lines
+    assert "make lint" in lines
+    assert "make test" in lines
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -153,5 +155,6 @@ def test_make_refuses_an_interpreter_that_does_not_fit(repository: Path, tmp_pat
         check=False,
     )
     assert result.returncode != 0
-    assert "error: this needs Python 3.10 to 3.13" in result.stderr and str(old) in result.stderr
+    assert "error: this needs Python 3.10 to 3.13" in result.stderr
+    assert str(old) in result.stderr
     assert not (tmp_path / "venv").exists()

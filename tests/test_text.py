@@ -41,12 +41,14 @@ def test_hidden_characters_become_escapes() -> None:
     for good in ("Müller", "人", "🐈‍⬛", "a b", "$5_^\\", "عربي"):
         assert printable(good) == good
     assert not HIDDEN.search(printable(EVIL))
-    assert shortened("x" * 100 + " 0.93") == "x" * 51 + "…xxx 0.93" and shortened("short") == "short"
+    assert shortened("x" * 100 + " 0.93") == "x" * 51 + "…xxx 0.93"
+    assert shortened("short") == "short"
 
 
 def test_errors_are_one_line() -> None:
     for error in (UserError(f"category {EVIL}"), DataError(f"category {EVIL}", "malformed")):
-        assert not HIDDEN.search(str(error)) and r"cat\n12:00:00 ERROR forged\x1b[2J" in str(error)
+        assert not HIDDEN.search(str(error))
+        assert r"cat\n12:00:00 ERROR forged\x1b[2J" in str(error)
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
@@ -61,7 +63,8 @@ def log_of(message: str, *arguments: object) -> str:
 def test_a_name_makes_no_line_of_a_log() -> None:
     for argument in (EVIL, Path("folder", EVIL), ValueError(EVIL)):
         text = log_of("%s: %d found, %.1f s", argument, 3, 1.5)
-        assert not HIDDEN.search(text) and text.endswith(": 3 found, 1.5 s")
+        assert not HIDDEN.search(text)
+        assert text.endswith(": 3 found, 1.5 s")
     assert log_of("%s\n%s", EVIL, Lines("a\n\tb")).count("\n") == 2
     assert log_of("two\nlines") == "WARNING two\nlines"
     assert "\x1b" not in log_of("own lines: %s", LoadReport(Path(EVIL)))
@@ -72,21 +75,25 @@ def test_log_files_take_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[s
         log.open(tmp_path / "log.txt")
         logging.getLogger("gn_detect.test").warning("class %s", EVIL)
     (line,) = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
-    assert r"WARNING class cat\n12:00:00 ERROR forged" in line and not HIDDEN.search(line)
+    assert r"WARNING class cat\n12:00:00 ERROR forged" in line
+    assert not HIDDEN.search(line)
 
 
 def test_tables_have_a_row_for_a_name() -> None:
     rows = {f"AP-{name}": 1.0 for name in ("dog", EVIL)}
-    numbers = {name: 1.0 for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")}
-    numbers |= {name: 1.0 for name in ("ARs", "ARm", "ARl")}
+    numbers = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100"), 1.0)
+    numbers |= dict.fromkeys(("ARs", "ARm", "ARl"), 1.0)
     plain = format_results({"bbox": {**numbers, "AP-dog": 1.0, "AP-cat": 1.0}})
     table = format_results({"bbox": {**numbers, **rows}})
-    assert table.count("\n") == plain.count("\n") and not HIDDEN.search(table.replace("\n", ""))
+    assert table.count("\n") == plain.count("\n")
+    assert not HIDDEN.search(table.replace("\n", ""))
     layer = LayerReport(EVIL, "BatchNorm2d", channels=4, groups=2, eps=1e-5, init="own", trainable=True)
     text = str(ConversionReport([layer]))
-    assert not HIDDEN.search(text.replace("\n", "")) and text.count("\n") == 2
+    assert not HIDDEN.search(text.replace("\n", ""))
+    assert text.count("\n") == 2
     report = LoadReport(Path(EVIL), matched=["a"], missing=[EVIL], unexpected=[EVIL])
-    assert str(report).count("\n") == 2 and not HIDDEN.search(str(report).replace("\n", ""))
+    assert str(report).count("\n") == 2
+    assert not HIDDEN.search(str(report).replace("\n", ""))
 
 
 def test_output_shows_what_a_terminal_lacks_as_escapes() -> None:
@@ -120,7 +127,8 @@ def test_the_doctor_shows_names_as_text(
     printed = capsys.readouterr()
     assert not HIDDEN.search((printed.out + printed.err).replace("\n", ""))
     assert not any(line.startswith("0 errors") for line in (printed.out + printed.err).splitlines())
-    assert report.with_suffix(".png").is_file() and sys.stdout is not None
+    assert report.with_suffix(".png").is_file()
+    assert sys.stdout is not None
 
 
 def test_an_error_of_the_command_line_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +136,8 @@ def test_an_error_of_the_command_line_is_one_line(tmp_path: Path, capsys: pytest
     path.write_text("{")
     assert main(["doctor", str(path), "--no-images"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and r"a\nerror: all is well\x1b[2J.json is not JSON" in error
+    assert error.count("\n") == 1
+    assert r"a\nerror: all is well\x1b[2J.json is not JSON" in error
 
 
 NAMES = [
@@ -155,7 +164,8 @@ def test_any_name_of_a_dataset_or_a_run_is_drawn(tmp_path: Path, name: str, suff
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plot_curves(metrics, tmp_path / f"one{suffix}")
     plot_curves({name: metrics, "_other": metrics}, tmp_path / f"two{suffix}")
-    assert (tmp_path / f"one{suffix}").stat().st_size and (tmp_path / f"two{suffix}").stat().st_size
+    assert (tmp_path / f"one{suffix}").stat().st_size
+    assert (tmp_path / f"two{suffix}").stat().st_size
 
 
 def test_a_legend_lists_names_as_they_are(tmp_path: Path) -> None:
@@ -168,7 +178,8 @@ def test_a_legend_lists_names_as_they_are(tmp_path: Path) -> None:
     names = ["_hidden", "cost_$5_$9", "a\nb", "y" * 500]
     add_legend(figure, [Line2D([], []) for _ in names], names)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts[:3] == ["_hidden", "cost_$5_$9", r"a\nb"] and len(texts[3]) == 60
+    assert texts[:3] == ["_hidden", "cost_$5_$9", r"a\nb"]
+    assert len(texts[3]) == 60
     assert not any(text.get_parse_math() or text.get_usetex() for text in figure.legends[0].get_texts())
 
 

@@ -63,7 +63,9 @@ class BatchNormOfWorkers(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
         channels, pixels = input.shape[1], input.shape[2:]
         workers = len(input) // self.batch
         # Every worker's channels become channels of their own.

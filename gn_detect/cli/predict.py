@@ -195,7 +195,7 @@ def keep_listed(paths: list[Path], texts: list[str], truth: Truth) -> list[Path]
 
 
 def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None) -> list[Task]:
-    """Number the images from 1, or as the ground truth does."""
+    """Assign numbers to the images, from 1 or as the ground truth does."""
     from ..engine.predict_files import Task
 
     tasks: list[Task] = []

@@ -45,7 +45,7 @@ class Config(Root):
         tree = to_plain(self)
         for key, value in changes.items():
             merge(tree, nested(key, to_plain(value)), replace_mappings=True)
-        return validate(tree, {key: "changes" for key in changes})
+        return validate(tree, dict.fromkeys(changes, "changes"))
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

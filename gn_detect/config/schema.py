@@ -5,6 +5,7 @@ A key has one declaration: its type, bounds, default, description and implemente
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -26,7 +27,7 @@ _LONGEST_NAME = 150
 
 
 def _increasing(values: tuple[float, ...]) -> tuple[float, ...]:
-    if any(b <= a for a, b in zip(values, values[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(values)):
         raise ValueError("must increase from left to right")
     return values
 

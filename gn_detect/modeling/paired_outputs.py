@@ -30,7 +30,8 @@ def paired_outputs(
         deltas (R, 4 K), and for the best proposals mask logits (M, 1, S, S) of the class that is most likely
         for the original.
     """
-    assert isinstance(original, MaskRCNN) and isinstance(converted, MaskRCNN)
+    assert isinstance(original, MaskRCNN)
+    assert isinstance(converted, MaskRCNN)
     sizes = [image_size(image) for image in images]
     with torch.no_grad():
         features = original.backbone(original.preprocess(images))

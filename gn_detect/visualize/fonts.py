@@ -49,10 +49,10 @@ def set_text(text: Any, name: str) -> None:
 
 
 def drawable(text: str) -> tuple[str, list[str]]:
-    """Return a text as it can be drawn, on one line of bounded length, and the font families for it.
+    r"""Return a text as it can be drawn, on one line of bounded length, and the font families for it.
 
     A character that no font has would be an empty box, the same for all. It is replaced by its escape, such
-    as ``\\u4eba``, and logged once.
+    as ``\u4eba``, and logged once.
     """
     text = shortened(printable(text))
     families = {character: _family_of(character) for character in text}

@@ -23,9 +23,20 @@ from .canvas import (
 from .labels import draw_labels
 
 # Colours of instances, in turn: bright, and each far from the next.
-COLOURS = (
-    "#ff4d4d #3fa7ff #48d65a #ffc02e #c56bff #12d3d3 #ff7ac6 #ff8a3d #a5e02a #8186ff #f2ee4a #1fc495".split()
-)
+COLOURS = [
+    "#ff4d4d",
+    "#3fa7ff",
+    "#48d65a",
+    "#ffc02e",
+    "#c56bff",
+    "#12d3d3",
+    "#ff7ac6",
+    "#ff8a3d",
+    "#a5e02a",
+    "#8186ff",
+    "#f2ee4a",
+    "#1fc495",
+]
 # With more objects, masks are drawn without boxes, and objects of a single class without names.
 CROWDED = 15
 

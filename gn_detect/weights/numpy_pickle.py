@@ -142,8 +142,7 @@ class _Follower:
                 popped.append(value)
             self.marks -= 1
             before = [] if name == "POP" else before[: before.index(pickletools.markobject)]
-        for _ in before:
-            popped.append(_value(self.stack.pop()))
+        popped += [_value(self.stack.pop()) for _ in before]
         if name in _GROWING:
             result = popped[-1]
             result.add(popped[:-1])

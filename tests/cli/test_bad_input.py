@@ -172,7 +172,8 @@ def test_degenerate_box_is_dropped_with_one_counted_warning(
     assert main(["train", "--config-file", str(case.config), *keys]) == 0
     log = (case.output / "log.txt").read_text()
     warnings = [line for line in log.splitlines() if "WARNING" in line]
-    assert len(warnings) == 1 and "2" in warnings[0]
+    assert len(warnings) == 1
+    assert "2" in warnings[0]
     assert capsys.readouterr().err == ""
 
 
@@ -194,5 +195,6 @@ def test_too_little_gpu_memory_names_the_keys_of_the_command(
 
     monkeypatch.setattr(load_command(arguments[0]), "run", run)
     error = refused(*arguments)
-    assert "out of GPU memory; " in error and LESS_MEMORY[arguments] in error
+    assert "out of GPU memory; " in error
+    assert LESS_MEMORY[arguments] in error
     assert ("TRAIN" in error) == (arguments == ("train",))

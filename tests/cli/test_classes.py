@@ -103,8 +103,10 @@ def test_evaluation_on_classes_that_the_checkpoint_does_not_know(
 ) -> None:
     words = evaluation(trained, cases, val, tmp_path / "out")
     message = refused(*words)
-    assert f"{val}) has the categories {names}, and" in message and "model_final.pth has cat, dog" in message
-    assert f"not among them: {new};" in message and "--other-classes" in message
+    assert f"{val}) has the categories {names}, and" in message
+    assert "model_final.pth has cat, dog" in message
+    assert f"not among them: {new};" in message
+    assert "--other-classes" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -113,7 +115,8 @@ def test_evaluation_by_position(
 ) -> None:
     assert main([*evaluation(trained, cases, "renamed.json", tmp_path / "out"), "--other-classes"]) == 0
     results, found = read(tmp_path / "out")
-    assert found == as_trained[1] and "AP-horse" in results["bbox"]
+    assert found == as_trained[1]
+    assert "AP-horse" in results["bbox"]
     words = evaluation(trained, cases, "three.json", tmp_path / "three")
     assert "has 3 categories" in refused(*words, "--other-classes")
 
@@ -178,7 +181,8 @@ def test_prediction_next_to_ground_truth_of_other_classes(
     words = prediction(trained, cases, "renamed.json", tmp_path / "out")
     message = refused(*words)
     assert "has the categories cat, horse, and the model was trained on cat, dog" in message
-    assert "--other-classes" in message and not (tmp_path / "out").exists()
+    assert "--other-classes" in message
+    assert not (tmp_path / "out").exists()
     assert main([*words, "--other-classes"]) == 0
     assert "cow" in refused(*prediction(trained, cases, "three.json", tmp_path / "three"))
     assert "--annotations" in refused(
@@ -208,11 +212,13 @@ def test_a_run_is_resumed_by_position_and_on_other_objects_only_on_request(
     words += ["OUTPUT_DIR", str(tmp_path / "copy"), "SOLVER.MAX_ITER", "3"]
     half = ["--train-json", str(cases / "half.json"), "--val-json", str(cases / "val.json")]
     message = refused(*words, *half)
-    assert "content of DATASETS.TRAIN was 6 images, 12 objects" in message and "is 3 images, 6" in message
+    assert "content of DATASETS.TRAIN was 6 images, 12 objects" in message
+    assert "is 3 images, 6" in message
     other = ["--train-json", str(cases / "renamed.json"), "--val-json", str(cases / "renamed.json")]
     assert main([*words, *other, "--other-classes"]) == 0
     log = (tmp_path / "copy" / "log.txt").read_text()
-    assert "SOLVER.MAX_ITER was 2 and is 3" in log and "renamed.json" in log
+    assert "SOLVER.MAX_ITER was 2 and is 3" in log
+    assert "renamed.json" in log
 
 
 @pytest.mark.parametrize("val", ["reordered.json", "val_onlycat.json", "val_from0.json", "val_empty.json"])
@@ -231,7 +237,9 @@ def test_a_test_set_of_classes_that_are_not_trained(
 ) -> None:
     assert run(tmp_path, cases, "train.json", val, 1) == 2
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and f"not among them: {new}" in message and val in message
+    assert message.count("\n") == 1
+    assert f"not among them: {new}" in message
+    assert val in message
     assert not (tmp_path / "run").exists()
 
 

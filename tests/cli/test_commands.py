@@ -52,7 +52,8 @@ def test_train_then_eval_predict_and_plot(
         "predictions.json",
     ]
     found = json.loads((output / "predictions.json").read_text())
-    assert {r["image_id"] for r in found} == {1, 2} and {r["category_id"] for r in found} <= {3, 7}
+    assert {r["image_id"] for r in found} == {1, 2}
+    assert {r["category_id"] for r in found} <= {3, 7}
     assert all(Path(r["file_name"]).is_file() and r["segmentation"]["size"] == [64, 80] for r in found)
 
     assert run("plot", trained.output) == 0
@@ -71,7 +72,8 @@ def test_datasets_by_flags_decide_the_classes(case: Case, tmp_path: Path) -> Non
     assert run("train", "--config-file", case.config, *flags, "SOLVER.MAX_ITER", 1) == 0
     written = yaml.safe_load((case.output / "config.yaml").read_text())
     assert written["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 2
-    assert written["DATASETS"]["TRAIN"] == ["train"] and written["DATASETS"]["TEST"] == ["val"]
+    assert written["DATASETS"]["TRAIN"] == ["train"]
+    assert written["DATASETS"]["TEST"] == ["val"]
     assert (case.output / "inference" / "val" / "coco_instances_results.json").is_file()
 
 
@@ -99,7 +101,8 @@ def test_public_names_are_there() -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
-    assert caught.value.code == 0 and __version__ in capsys.readouterr().out
+    assert caught.value.code == 0
+    assert __version__ in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,8 @@ def test_programs(command: list[str], repository: Path, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert result.returncode == 0 and "--config-file" in result.stdout
+    assert result.returncode == 0
+    assert "--config-file" in result.stdout
 
 
 def test_images_and_keys_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

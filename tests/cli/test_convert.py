@@ -70,8 +70,10 @@ def test_without_data(checkpoint, tmp_path, capsys) -> None:
     metadata = read_checkpoint(target).metadata
     groups = metadata.group_norm_groups
     assert metadata.to_dict().keys() == {"class_names", "category_ids", "group_norm_groups"}
-    assert metadata.class_names == ["nucleus"] and metadata.category_ids == [1]
-    assert len(groups) == 37 and groups["backbone.bottom_up.res5.1.conv2.norm"] == 16
+    assert metadata.class_names == ["nucleus"]
+    assert metadata.category_ids == [1]
+    assert len(groups) == 37
+    assert groups["backbone.bottom_up.res5.1.conv2.norm"] == 16
     assert "MODEL.GN.MIN_CHANNELS_PER_GROUP 16" in capsys.readouterr().out
     assert len(json.loads(report.read_text())["layers"]) == 37
 
@@ -84,7 +86,8 @@ def test_a_converted_file_holds_the_config_of_its_model(words, checkpoint, tmp_p
         save_weights(checkpoint, read_checkpoint(checkpoint).tensors, {"config": dump_config(cfg)})
     assert main(["convert", str(checkpoint), str(target), *words]) == 0
     text = read_checkpoint(target).metadata.config
-    assert text is not None and str(tmp_path) not in text
+    assert text is not None
+    assert str(tmp_path) not in text
     (tmp_path / "config.yaml").write_text(text)
     cfg = gn_detect.load_config(tmp_path / "config.yaml")
     assert cfg.model.resnets.norm == cfg.model.roi_mask_head.norm == "GN"
@@ -96,7 +99,8 @@ def test_the_eps_that_a_checkpoint_was_trained_with_is_told(checkpoint, tmp_path
     target = tmp_path / "gn.pth"
     assert main(["convert", str(checkpoint), str(target), "--eps", "0.001"]) == 0
     eps = read_checkpoint(target).metadata.group_norm_eps
-    assert len(eps) == 37 and set(eps.values()) == {1e-3}
+    assert len(eps) == 37
+    assert set(eps.values()) == {1e-3}
     assert loads(target)
 
 
@@ -159,7 +163,8 @@ def test_anothers_state_dict_loads_into_its_own_model(make, prefix, tmp_path, ca
     again, _ = gn_detect.convert_norm(model, init="reset", eps=1.0)
     gn_detect.load_weights(again, target)
     eps = {name: m.eps for name, m in again.named_modules() if isinstance(m, torch.nn.GroupNorm)}
-    assert eps == content["group_norm_eps"] and set(eps.values()) == {0.002}
+    assert eps == content["group_norm_eps"]
+    assert set(eps.values()) == {0.002}
     for name, tensor in expected.state_dict().items():  # the statistics are 0 and 1: of BatchNorm's own eps
         assert torch.allclose(own.state_dict()[name], tensor, rtol=2e-3)
         assert torch.equal(again.state_dict()[name], own.state_dict()[name])
@@ -180,7 +185,9 @@ def test_a_detectors_names_lose_their_wrapper(prefix, checkpoint, tmp_path, caps
     torch.save(tensors, tmp_path / "bn.pth")
     assert main(["convert", str(tmp_path / "bn.pth"), str(tmp_path / "gn.pth")]) == 0
     told = capsys.readouterr().out
-    assert "MODEL.WEIGHTS" in told and "convert_norm" not in told and "--eps" not in told
+    assert "MODEL.WEIGHTS" in told
+    assert "convert_norm" not in told
+    assert "--eps" not in told
     content = torch.load(tmp_path / "gn.pth", weights_only=True)
     assert all(name.startswith(("backbone.", "proposal", "roi_heads.")) for name in content["model"])
     assert loads(tmp_path / "gn.pth")
@@ -227,7 +234,8 @@ def test_relative_eps_of_a_detector(checkpoint, folder, tmp_path, capsys) -> Non
     part = ["--relative-eps", "0.3", "--report", str(report)]
     assert main(["convert", str(checkpoint), str(target), *part, *words]) == 0
     told = {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]}
-    assert min(told.values()) > 0.01 and len(set(told.values())) > 30
+    assert min(told.values()) > 0.01
+    assert len(set(told.values())) > 30
     cfg = gn_detect.load_config(CONFIG, [*SMALL, "MODEL.GN.MIN_CHANNELS_PER_GROUP", "16"])
     model = gn_detect.build_model(cfg)
     gn_detect.load_weights(model, target)
@@ -255,7 +263,8 @@ def test_errors_write_nothing(checkpoint, tmp_path, capsys) -> None:
     assert main(["convert", str(checkpoint), str(target)]) == 0
     again = tmp_path / "again.pth"
     assert main(["convert", str(target), str(again)]) == 2
-    assert "no BatchNorm" in capsys.readouterr().err and not again.exists()
+    assert "no BatchNorm" in capsys.readouterr().err
+    assert not again.exists()
 
 
 def test_no_output_replaces_another_file(checkpoint, folder, tmp_path, capsys) -> None:
@@ -263,7 +272,8 @@ def test_no_output_replaces_another_file(checkpoint, folder, tmp_path, capsys) -
 
     def refused(*words: object) -> str:
         assert main(["convert", *map(str, words)]) == 2
-        assert checkpoint.read_bytes() == before and not target.is_file()
+        assert checkpoint.read_bytes() == before
+        assert not target.is_file()
         return capsys.readouterr().err
 
     assert "would replace" in refused(checkpoint, checkpoint)
@@ -301,7 +311,8 @@ def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
     with monkeypatch.context() as patch:
         patch.setattr("gn_detect.conversion.calibrate", lambda *_, **__: pytest.fail("told too late"))
         assert main(words) == 2
-    assert "cannot write" in capsys.readouterr().err and not progress.exists()
+    assert "cannot write" in capsys.readouterr().err
+    assert not progress.exists()
     target.rmdir()
 
     def full(*_: object) -> None:
@@ -310,9 +321,11 @@ def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
     with monkeypatch.context() as patch:
         patch.setattr("gn_detect.conversion.save_weights", full)
         assert main(words) == 2
-    assert progress.exists() and not target.exists()
+    assert progress.exists()
+    assert not target.exists()
     assert main(words) == 0
-    assert loads(target) and not progress.exists()
+    assert loads(target)
+    assert not progress.exists()
 
 
 def test_the_groups_of_a_converted_file_are_kept(checkpoint, folder, tmp_path, capsys) -> None:
@@ -338,7 +351,8 @@ def test_groups_that_no_config_gives_are_refused(tmp_path, capsys) -> None:
     save_weights(source, model.state_dict())
     words = ["convert", str(source), str(target), "--config-file", CONFIG]
     assert main([*words, *keys]) == 2
-    assert "no MODEL.GN gives these" in capsys.readouterr().err and not target.exists()
+    assert "no MODEL.GN gives these" in capsys.readouterr().err
+    assert not target.exists()
     assert main([*words, "--min-channels-per-group", "1", *keys]) == 0
     assert "MODEL.GN.MIN_CHANNELS_PER_GROUP 1" in capsys.readouterr().out
     gn_detect.load_weights(gn_detect.build_model(gn_detect.load_config(CONFIG, SMALL)), target)
@@ -387,7 +401,9 @@ def test_images_of_a_coco_json(checkpoint, folder, tmp_path, capsys) -> None:
     keys = [*BATCH_NORM, "INPUT.MIN_SIZE_TEST", "64"]
     assert main(words + keys) == 2
     said = capsys.readouterr().err
-    assert "3 of 3 images are missing" in said and "--image-folder" in said and not target.exists()
+    assert "3 of 3 images are missing" in said
+    assert "--image-folder" in said
+    assert not target.exists()
     assert main([*words, "--image-folder", str(folder), *keys]) == 0
     assert loads(target)
     annotations.write_text('{"annotations": []}')
@@ -459,7 +475,8 @@ def test_the_first_detectors_of_torchvision_have_eps_0(torchvision_detector, tmp
     for name, keys in {"alone": [], "zero": ["--eps", "0"], "usual": ["--eps", "1e-5"]}.items():
         assert main(["convert", str(tmp_path / "v1.pth"), str(tmp_path / "gn.pth"), *keys]) == 0
         found[name] = read_checkpoint(tmp_path / "gn.pth").tensors["backbone.body.layer1.0.bn1.weight"]
-    assert torch.equal(found["alone"], found["zero"]) and not torch.equal(found["alone"], found["usual"])
+    assert torch.equal(found["alone"], found["zero"])
+    assert not torch.equal(found["alone"], found["usual"])
 
 
 def test_standardised_weights_are_folded_before_they_are_converted(
@@ -482,7 +499,8 @@ def test_norms_of_unknown_groups_are_not_given_those_of_the_converted(tmp_path, 
     torch.save(model.state_dict(), source)
     assert main(["convert", str(source), str(target)]) == 2
     told = capsys.readouterr().err
-    assert "are GroupNorms already, such as 'backbone.fpn_lateral2.norm'" in told and not target.exists()
+    assert "are GroupNorms already, such as 'backbone.fpn_lateral2.norm'" in told
+    assert not target.exists()
     assert main(["convert", str(source), str(target), "--min-channels-per-group", "1"]) == 0
     found = read_architecture(read_checkpoint(target)).keys
     assert (found["MODEL.GN.NUM_GROUPS"], found["MODEL.GN.MIN_CHANNELS_PER_GROUP"]) == (32, 1)
@@ -494,7 +512,7 @@ def test_norms_of_unknown_groups_are_not_given_those_of_the_converted(tmp_path, 
 
 @pytest.mark.parametrize("words", [["--keep-norm"], []])
 def test_what_tensors_do_not_tell_stays_with_them(words, torchvision_detector, tmp_path) -> None:
-    """torchvision's RoIAlign, under other names, and a config's anchors, without the config."""
+    """Torchvision's RoIAlign, under other names, and a config's anchors, without the config."""
     assert main(["convert", *words, str(torchvision_detector), str(tmp_path / "new.pth")]) == 0
     found = read_architecture(read_checkpoint(tmp_path / "new.pth")).keys
     assert found["MODEL.ROI_BOX_HEAD.POOLER_TYPE"] == "ROIAlign"
@@ -519,4 +537,5 @@ def test_calibrate_takes_the_eps_of_a_file_with_other_names(folder, tmp_path) ->
     assert main(["calibrate", str(tmp_path / "bn.pth"), str(target), str(better), *words]) == 0
     told = read_checkpoint(better).metadata
     assert set(told.group_norm_eps.values()) == {1e-3}
-    assert told.config_keys["MODEL.ANCHOR_GENERATOR.SIZES"] and "MODEL.GN.EPS" not in told.config_keys
+    assert told.config_keys["MODEL.ANCHOR_GENERATOR.SIZES"]
+    assert "MODEL.GN.EPS" not in told.config_keys

@@ -33,12 +33,14 @@ def test_a_good_dataset(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     val = (case.val, "--images", case.val.parent / "images")
     assert doctor(case, *val, "--strict") == 0
     out, err = capsys.readouterr()
-    assert out.endswith("0 errors, 0 warnings, 0 notes\n") and err == ""
+    assert out.endswith("0 errors, 0 warnings, 0 notes\n")
+    assert err == ""
 
 
 def test_strict_tells_by_the_exit_status(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     case.edit(spoil)
-    assert doctor(case) == 0 and doctor(case, "--strict") == 1
+    assert doctor(case) == 0
+    assert doctor(case, "--strict") == 1
     out = capsys.readouterr().out
     assert "1 x boxes outside the image [box-outside]\n      001.png: annotation 1 of image 1 has its" in out
     assert "2 errors, 0 warnings, 0 notes; --fix OUT.json repairs 2 in a copy" in out
@@ -65,7 +67,8 @@ def test_shared_pictures_leave_the_first_part(case: Case, tmp_path: Path) -> Non
     (case.val.parent / "images" / "001.png").write_bytes((images / "003.png").read_bytes())
     val = (case.val, "--images", case.val.parent / "images")
     fixed = tmp_path / "fixed.json"
-    assert doctor(case, *val, "--fix", fixed) == 2 and not fixed.exists()
+    assert doctor(case, *val, "--fix", fixed) == 2
+    assert not fixed.exists()
     assert doctor(case, *val, "--strict", "--fix", fixed, "--drop") == 1
     content = json.loads(fixed.read_text())
     assert [image["id"] for image in content["images"]] == [1, 2, 4]
@@ -78,7 +81,8 @@ def test_report_and_picture(case: Case, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "new" / "report.json").read_text())
     assert set(report["summary"]) == {"box-outside", "duplicate-annotation-id"}
     with Image.open(tmp_path / "new" / "report.png") as picture:
-        assert picture.size[0] > 1000 and picture.getcolors(1 << 20) is not None
+        assert picture.size[0] > 1000
+        assert picture.getcolors(1 << 20) is not None
 
 
 def test_a_dataset_without_any_object_is_drawn_too(case: Case, tmp_path: Path) -> None:
@@ -94,19 +98,18 @@ def test_many_removals_are_listed_in_a_file(case: Case, capsys: pytest.CaptureFi
     case.edit(repeat)
     fixed = case.train.with_name("fixed.json")
     before = set(fixed.parent.iterdir())
-    assert doctor(case, "--fix", fixed) == 2 and set(fixed.parent.iterdir()) == before
+    assert doctor(case, "--fix", fixed) == 2
+    assert set(fixed.parent.iterdir()) == before
     out, err = capsys.readouterr()
-    assert (
-        "and 12 more: --report FILE has the ids" in out
-        and "--fix OUT.json removes 32 in a copy" in out
-        and "\n--fix removes 32:\n" in out
-    )
-    assert (
-        "--fix would remove 32 of 40 annotations (id 8 counted from 0, 9 counted" in err and "--drop" in err
-    )
+    assert "and 12 more: --report FILE has the ids" in out
+    assert "--fix OUT.json removes 32 in a copy" in out
+    assert "\n--fix removes 32:\n" in out
+    assert "--fix would remove 32 of 40 annotations (id 8 counted from 0, 9 counted" in err
+    assert "--drop" in err
     assert doctor(case, "--fix", fixed, "--drop") == 0
     out = capsys.readouterr().out
-    assert len(json.loads(fixed.read_text())["annotations"]) == 8 and "0 repaired, 32 removed of" in out
+    assert len(json.loads(fixed.read_text())["annotations"]) == 8
+    assert "0 repaired, 32 removed of" in out
     assert len(case.train.with_name("fixed_removals.txt").read_text().splitlines()) == 32
     assert "and 12 more: see" in out
 
@@ -134,7 +137,8 @@ def test_a_few_objects_may_go_without_being_asked(case: Case, capsys: pytest.Cap
 
     fixed = case.train.with_name("fixed.json")
     spread(3)
-    assert doctor(case, "--fix", fixed) == 2 and not fixed.exists()
+    assert doctor(case, "--fix", fixed) == 2
+    assert not fixed.exists()
     assert "remove 3 of 50 annotations (id 1, 2, 3) of" in capsys.readouterr().err
     spread(2)
     assert doctor(case, "--fix", fixed) == 0
@@ -144,7 +148,8 @@ def test_a_few_objects_may_go_without_being_asked(case: Case, capsys: pytest.Cap
 def test_nothing_is_emptied(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     fixed = case.train.with_name("fixed.json")
     case.edit(lambda content: [entry.update(category_id=99) for entry in content["annotations"]])
-    assert doctor(case, "--fix", fixed, "--drop") == 2 and not fixed.exists()
+    assert doctor(case, "--fix", fixed, "--drop") == 2
+    assert not fixed.exists()
     assert "--fix would leave none of the 8 annotations" in capsys.readouterr().err
 
 
@@ -172,7 +177,8 @@ def test_categories_without_an_object_go_where_there_are_too_many(
 
     fixed.unlink()
     case.edit(all_used)
-    assert doctor(case, "--no-masks", "--fix", fixed) == 2 and not fixed.exists()
+    assert doctor(case, "--no-masks", "--fix", fixed) == 2
+    assert not fixed.exists()
     assert "categories, more than the 20" in capsys.readouterr().err
 
 
@@ -208,4 +214,6 @@ def test_the_tool_in_a_checkout(repository: Path, case: Case, tmp_path: Path) ->
     images = case.train.parent / "images"
     command = [sys.executable, repository / "tools" / "doctor.py", case.train, "--images", images]
     result = subprocess.run([*map(str, command), "--strict"], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1 and "[box-outside]" in result.stdout and result.stderr == ""
+    assert result.returncode == 1
+    assert "[box-outside]" in result.stdout
+    assert result.stderr == ""

@@ -79,7 +79,8 @@ def test_the_file_finds_what_the_model_finds_at_every_size(folder: Path, name: s
     found = ExportedPredictor(folder / name, trust=True)
     parity = compare(Predictor(cfg), found, sorted((folder / "images").iterdir()))
     assert parity.within_tolerances and parity.detections > 20, str(parity)
-    assert found.class_names == ["square", "bar"] and found.category_ids == [3, 7]
+    assert found.class_names == ["square", "bar"]
+    assert found.category_ids == [3, 7]
     nothing = found._program(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.tensor([0, 0]))
     assert [tuple(t.shape) for t in nothing] == [(0, 4), (0,), (0,), (0, 14, 14)]
 
@@ -95,8 +96,10 @@ def test_the_result_as_json(
     words += ["--check", folder / "images", "--weights", folder / "model.pth"]
     assert main(list(map(str, words))) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["output"] == str(copy) and told["bytes"] == copy.stat().st_size
-    assert told["parity"]["within_tolerances"] and told["parity"]["images"] == len(SIZES)
+    assert told["output"] == str(copy)
+    assert told["bytes"] == copy.stat().st_size
+    assert told["parity"]["within_tolerances"]
+    assert told["parity"]["images"] == len(SIZES)
 
 
 def test_an_image_that_the_file_cannot_take_is_named_and_the_others_are_done(
@@ -107,7 +110,8 @@ def test_an_image_that_the_file_cannot_take_is_named_and_the_others_are_done(
     words += [tmp_path / "flat.png", folder / "images"]
     assert main(list(map(str, words))) == 1
     message = capsys.readouterr().err
-    assert f"error: {tmp_path / 'flat.png'}: 120 x 40 pixels" in message and "needs sides of 64" in message
+    assert f"error: {tmp_path / 'flat.png'}: 120 x 40 pixels" in message
+    assert "needs sides of 64" in message
     assert len(json.loads((tmp_path / "out" / "images.json").read_text())["images"]) == len(SIZES)
 
 
@@ -126,23 +130,27 @@ def test_predict_with_the_file_writes_what_predict_with_the_config_writes(
     assert len(found["eager"]) == len(found["file"]) > 0
     for a, b in zip(found["eager"], found["file"], strict=True):
         assert (a["file_name"], a["category_id"]) == (b["file_name"], b["category_id"])
-        assert a["bbox"] == pytest.approx(b["bbox"], abs=0.05) and a["score"] == pytest.approx(
-            b["score"], abs=1e-4
-        )
+        assert a["bbox"] == pytest.approx(b["bbox"], abs=0.05)
+        assert a["score"] == pytest.approx(b["score"], abs=1e-4)
 
 
 def test_the_onnx_file_is_self_contained_and_tells_what_it_is(folder: Path) -> None:
     model = onnx.load(folder / "model.onnx")
     told = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(told["class_names"]) == ["square", "bar"] and json.loads(told["category_ids"]) == [3, 7]
-    assert json.loads(told["pixel_mean"]) == [103.53, 116.28, 123.675] and told["input_format"] == "BGR"
-    assert "FPN" in told["config"] and told["gn_detect_version"]
-    assert {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"} and len(model.functions) == 0
+    assert json.loads(told["class_names"]) == ["square", "bar"]
+    assert json.loads(told["category_ids"]) == [3, 7]
+    assert json.loads(told["pixel_mean"]) == [103.53, 116.28, 123.675]
+    assert told["input_format"] == "BGR"
+    assert "FPN" in told["config"]
+    assert told["gn_detect_version"]
+    assert {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
+    assert len(model.functions) == 0
     assert "GroupNormalization" in {node.op_type for node in model.graph.node} or any(
         node.op_type == "InstanceNormalization" for node in model.graph.node
     )
     height, width = model.graph.input[0].type.tensor_type.shape.dim[2:]
-    assert height.dim_param and width.dim_param
+    assert height.dim_param
+    assert width.dim_param
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
@@ -264,7 +272,8 @@ def test_a_failing_exporter_is_reported_in_one_line(
     monkeypatch.setattr(torch.export, "export", fail)
     keys = ["--config-file", folder / "tiny.yaml", "MODEL.WEIGHTS", folder / "model.pth"]
     error = refused("export", "--output", tmp_path / "a.pt2", *keys)
-    assert "cannot take this detector: cannot trace;" in error and list(tmp_path.iterdir()) == []
+    assert "cannot take this detector: cannot trace;" in error
+    assert list(tmp_path.iterdir()) == []
 
     def fail_as_onnx(*_: object, **__: object) -> None:
         try:
@@ -320,10 +329,12 @@ def test_detectors_of_full_width_on_real_images(
     parity = compare(predictor, exported.ExportedPredictor(path, trust=True), images)
     other = compare(predictor, Predictor(predictor.cfg.replace({"MODEL.CHANNELS_LAST": True})), images)
     print(config, suffix, parity, "; another memory order:", other)
-    assert not parity.unequal and parity.detections > 100
+    assert not parity.unequal
+    assert parity.detections > 100
     if suffix == ".pt2":
         assert (parity.box, parity.score, parity.mask) == (0, 0, 1)
-    assert parity.box <= max(0.05, 4 * other.box) and parity.score <= max(1e-4, 4 * other.score)
+    assert parity.box <= max(0.05, 4 * other.box)
+    assert parity.score <= max(1e-4, 4 * other.score)
     assert parity.mask >= 0.999 or parity.flipped <= max(1, 4 * other.flipped)
 
 
@@ -340,6 +351,7 @@ def test_a_trained_detector_on_real_images(shared_dir: Path, tmp_path: Path, suf
     images = sorted((shared_dir / "data/coco80/images").iterdir())[:12]
     parity = compare(predictor, exported.ExportedPredictor(path, trust=True), images)
     print(parity)
-    assert parity.within_tolerances and parity.detections > 100
+    assert parity.within_tolerances
+    assert parity.detections > 100
     if suffix == ".pt2":
         assert (parity.box, parity.score, parity.mask) == (0, 0, 1)

@@ -39,4 +39,5 @@ def test_outputs(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     fixed = looped(tmp_path / "fixed.json")
     given = [case.train, "--images", case.train.parent / "images", "--fix", fixed]
     assert main(["doctor", *map(str, given)]) == 0
-    assert fixed.is_file() and not fixed.is_symlink()
+    assert fixed.is_file()
+    assert not fixed.is_symlink()

@@ -30,11 +30,13 @@ def test_one_command_trains_says_why_and_leaves_its_config(
     assert main(["train", *flags(case), "--json", *keys]) == 0
     printed = capsys.readouterr()
     result = json.loads(printed.out)  # alone on standard output
-    assert set(result["results"]) == {"bbox", "segm"} and Path(result["weights"]).is_file()
+    assert set(result["results"]) == {"bbox", "segm"}
+    assert Path(result["weights"]).is_file()
     for topic in ("classes: 2", "anchors:", "SOLVER.MAX_ITER as given", "learning rate:"):
         assert topic in printed.err
     cfg = load_config(case.output / "config.yaml")
-    assert cfg.model.roi_heads.num_classes == 2 and cfg.solver.max_iter == 1
+    assert cfg.model.roi_heads.num_classes == 2
+    assert cfg.solver.max_iter == 1
     again = [
         "train",
         "--config-file",
@@ -75,8 +77,11 @@ def test_weights_decide_about_the_network_and_no_val_is_said(
     keys = ["OUTPUT_DIR", str(tmp_path / "two"), "SOLVER.MAX_ITER", "1", "MODEL.DEVICE", "cpu"]
     assert main(["train", *flags(case, val=False), "--weights", str(weights), *keys]) == 0
     printed = capsys.readouterr().out
-    assert "Mask R-CNN R-18-FPN with GN, as the weights are" in printed and "without --val-json" in printed
+    assert "Mask R-CNN R-18-FPN with GN, as the weights are" in printed
+    assert "without --val-json" in printed
     before, after = load_config(case.output / "config.yaml"), load_config(tmp_path / "two" / "config.yaml")
-    assert after.model.gn == before.model.gn and after.model.fpn == before.model.fpn
-    assert after.model.resnets.depth == 18 and after.model.resnets.res2_out_channels == 8
+    assert after.model.gn == before.model.gn
+    assert after.model.fpn == before.model.fpn
+    assert after.model.resnets.depth == 18
+    assert after.model.resnets.res2_out_channels == 8
     assert after.model.pixel_std == before.model.pixel_std

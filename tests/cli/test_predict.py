@@ -92,7 +92,8 @@ def test_what_to_try_where_nothing_reaches_the_threshold(
     found = re.search(r"the best score is (\S+), in (\S+); try --threshold (\S+)(.*)", text)
     assert found and text.count("no object scores 0.97 (--threshold) or more") == 1, text
     score, name, lower = float(found[1]), found[2], found[3]
-    assert float(lower) < score < 0.97 and name in map(str, images.iterdir())
+    assert float(lower) < score < 0.97
+    assert name in map(str, images.iterdir())
     assert (key in found[4]) == (score <= float(least))
     advice = ["--weights", weights, "--no-pictures", "--threshold", lower, name, key, min(lower, least)]
     assert predict(case, tmp_path / "again", *advice) == 0
@@ -124,7 +125,8 @@ def test_the_best_score_is_told(case: Case, tmp_path: Path, capsys: pytest.Captu
     image = case.train.parent / "images/001.png"
     assert predict(case, tmp_path / "out", "--json", "--threshold", 0.5, image) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["best_score"] == pytest.approx(0.9) and told["best_input"] == str(image)
+    assert told["best_score"] == pytest.approx(0.9)
+    assert told["best_input"] == str(image)
 
 
 @pytest.mark.usefixtures("stub")
@@ -136,7 +138,9 @@ def test_a_damaged_image_is_named_and_the_others_are_done(
     (images / "002.png").write_bytes(b"no picture")
     assert predict(case, output, "--workers", workers, images) == 1
     error = capsys.readouterr().err
-    assert "error: cannot read image" in error and "002.png" in error and "1 of 4 inputs" in error
+    assert "error: cannot read image" in error
+    assert "002.png" in error
+    assert "1 of 4 inputs" in error
     names = sorted(path.name for path in output.iterdir())
     assert names == ["001.png", "003.png", "004.png", "images.json", "predictions.json"]
     found = json.loads((output / "predictions.json").read_text())
@@ -154,7 +158,8 @@ def test_quiet_is_quiet_about_large_images(
         Image.open(image).close()
     with warnings.catch_warnings(record=True) as caught:
         assert predict(case, tmp_path / "out", "--quiet", "--workers", 0, image) == 0
-    assert not caught and capsys.readouterr() == ("", "")
+    assert not caught
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.usefixtures("stub")
@@ -164,10 +169,12 @@ def test_the_results_are_read_by_coco_s_tools(case: Case, tmp_path: Path) -> Non
     assert sorted(path.name for path in output.iterdir()) == ["images.json", "predictions.json"]
     truth = COCO(str(output / "images.json"))
     found = truth.loadRes(str(output / "predictions.json"))
-    assert len(found.anns) == 4 and set(found.cats) == {3, 7}
+    assert len(found.anns) == 4
+    assert set(found.cats) == {3, 7}
     for entry in found.anns.values():
         record = truth.imgs[entry["image_id"]]
-        assert record["file_name"] == entry["file_name"] and entry["score"] > 0.5
+        assert record["file_name"] == entry["file_name"]
+        assert entry["score"] > 0.5
         pixels = np.array(Image.open(record["file_name"]))
         assert np.array_equal(found.annToMask(entry).astype(bool), pixels.max(axis=2) > 150)
 
@@ -182,7 +189,8 @@ def test_ground_truth_gives_the_ids_and_stands_beside(case: Case, tmp_path: Path
     found = json.loads((beside / "predictions.json").read_text())
     assert [entry["image_id"] for entry in found] == [52]
     with Image.open(alone / "002.png") as one, Image.open(beside / "002.png") as two:
-        assert two.width > 1.9 * one.width and two.height > one.height
+        assert two.width > 1.9 * one.width
+        assert two.height > one.height
 
 
 @pytest.mark.usefixtures("stub")
@@ -215,7 +223,8 @@ def test_a_folder_of_more_images_than_the_ground_truth_lists(
     (tmp_path / "others").mkdir()
     (images / "other.png").rename(tmp_path / "others" / "other.png")
     message = refused(*arguments, "--annotations", case.train, tmp_path / "others")
-    assert f"lists no image of {tmp_path / 'others'}" in message and not (tmp_path / "none").exists()
+    assert f"lists no image of {tmp_path / 'others'}" in message
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.usefixtures("stub")
@@ -261,7 +270,9 @@ def test_categories_in_another_order(case: Case, tmp_path: Path, refused: Any) -
     assert {entry["category_id"] for entry in found} == {7}, "squares by the id that they have here"
     case.edit(lambda content: [entry.update(name=entry["name"] + "s") for entry in content["categories"]])
     said = refused(*arguments)
-    assert "squares" in said and "was trained on square, bar" in said and "--other-classes" in said
+    assert "squares" in said
+    assert "was trained on square, bar" in said
+    assert "--other-classes" in said
     assert main([*map(str, arguments), "--other-classes"]) == 0
     found = json.loads((tmp_path / "out/predictions.json").read_text())
     assert {entry["category_id"] for entry in found} == {3}, "by position"
@@ -292,9 +303,8 @@ def test_no_input_is_replaced(
     video = tmp_path / "own.mp4"
     video.write_bytes(b"a video")
     assert "own.mp4 is an input" in refused(*arguments, tmp_path, video)
-    assert {
-        path: path.read_bytes() for path in images.iterdir()
-    } == before and video.read_bytes() == b"a video"
+    assert {path: path.read_bytes() for path in images.iterdir()} == before
+    assert video.read_bytes() == b"a video"
 
 
 @pytest.mark.usefixtures("stub")
@@ -365,7 +375,8 @@ def test_an_image_that_is_too_large_for_the_gpu_is_named_and_the_others_are_done
     ):
         assert key in error
     found = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert [entry["image_id"] for entry in found] == [1, 3, 4] and emptied == [True]
+    assert [entry["image_id"] for entry in found] == [1, 3, 4]
+    assert emptied == [True]
 
 
 def test_masks_below_the_threshold_are_left_out_without_a_copy(
@@ -386,7 +397,8 @@ def test_masks_below_the_threshold_are_left_out_without_a_copy(
     monkeypatch.setattr("gn_detect.engine.Predictor", Watched)
     monkeypatch.setattr(prediction, "detections_to_coco", note)
     assert predict(case, tmp_path / "out", "--workers", 0, case.train.parent / "images/001.png") == 0
-    assert len(made[0]) == 2 and len(written[0]) == 1
+    assert len(made[0]) == 2
+    assert len(written[0]) == 1
     assert written[0].masks.data_ptr() == made[0].masks.data_ptr()
 
 
@@ -419,11 +431,13 @@ def test_videos_are_drawn_and_listed_frame_by_frame(case: Case, tmp_path: Path, 
     assert [line["time"] for line in lines] == pytest.approx([i / 10 for i in range(8)], abs=1e-3)
     for line, left in zip(lines, lefts, strict=True):
         (found,) = line["objects"]
-        assert found["bbox"][0] == pytest.approx(left, abs=1.5) and found["category_id"] == 3
+        assert found["bbox"][0] == pytest.approx(left, abs=1.5)
+        assert found["category_id"] == 3
     with av.open(str(output / "clip.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         times = [frame.time for frame in av.open(str(output / "clip.mp4")).decode(video=0)]
-    assert len(frames) == 8 and len({frame.shape for frame in frames}) == 1
+    assert len(frames) == 8
+    assert len({frame.shape for frame in frames}) == 1
     assert times == pytest.approx([i / 10 for i in range(8)], abs=1e-3)
     assert frames[0].shape[0] >= 480, "small videos are enlarged as images are"
     assert (np.ptp(frames[0].astype(int), axis=-1) > 60).any(), "something is drawn in colour"
@@ -440,7 +454,9 @@ def test_a_damaged_video_is_named_and_the_others_are_done(
     (folder / "a.mp4").write_bytes(b"no video at all")
     assert predict(case, output, folder) == 1
     error = capsys.readouterr().err
-    assert "cannot read video" in error and "a.mp4" in error and "1 of 2 inputs" in error
+    assert "cannot read video" in error
+    assert "a.mp4" in error
+    assert "1 of 2 inputs" in error
     assert sorted(path.name for path in output.iterdir()) == ["b.jsonl", "b.mp4"]
 
 
@@ -470,7 +486,8 @@ def test_without_pyav_the_remedy_is_named(
     monkeypatch.setitem(sys.modules, "av", None)
     assert predict(case, tmp_path / "out", tmp_path / "clip.mov") == 1
     error = capsys.readouterr().err
-    assert "clip.mov" in error and "pip install av" in error
+    assert "clip.mov" in error
+    assert "pip install av" in error
     assert not (tmp_path / "out").exists()
 
 

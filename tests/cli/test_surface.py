@@ -31,7 +31,8 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
         or f"  gn-detect --json {command} " in printed
         or "completion" in command
     )
-    assert "exit status:" in printed and "--quiet" in printed
+    assert "exit status:" in printed
+    assert "--quiet" in printed
 
 
 @pytest.mark.parametrize(
@@ -75,13 +76,15 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
 def test_a_mistake_gets_advice(command: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and advice in line
+    assert line.startswith("error: ")
+    assert advice in line
 
 
 def test_every_key_that_is_advised_exists() -> None:
     answers = {answer for answers in parser._HABITS.values() for answer in answers}
     named = {key for answer in answers for key in re.findall(r"[A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)+", answer)}
-    assert len(named) > 25 and named <= set(known_keys())
+    assert len(named) > 25
+    assert named <= set(known_keys())
     flags = {flag for command in COMMANDS for flag in flags_of(load_command(command))}
     assert {answer for answer in answers if answer.startswith("--")} <= flags
     names = [name for names in parser._HABITS for name in names.split()]
@@ -98,7 +101,9 @@ def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as caught:
         main([])
     printed = capsys.readouterr()
-    assert caught.value.code == 0 and printed.err == "" and "usage: gn-detect" in printed.out
+    assert caught.value.code == 0
+    assert printed.err == ""
+    assert "usage: gn-detect" in printed.out
     assert all(re.search(f"^    {command}\\b", printed.out, re.MULTILINE) for command in COMMANDS)
 
 
@@ -114,7 +119,8 @@ def test_after_two_dashes_nothing_is_a_flag() -> None:
 def test_a_merged_config_is_printed(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--config-file", str(case.config), "SOLVER.BASE_LR", "0.5"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["SOLVER"]["BASE_LR"] == 0.5 and printed["MODEL"]["GN"]["NUM_GROUPS"] == 4
+    assert printed["SOLVER"]["BASE_LR"] == 0.5
+    assert printed["MODEL"]["GN"]["NUM_GROUPS"] == 4
 
 
 @pytest.mark.parametrize(
@@ -203,13 +209,15 @@ def test_the_old_json_of_the_doctor_works(case: Case, capsys: pytest.CaptureFixt
     words = [("--json", str(path), "--images", str(path.parent / "images")) for path in parts]
     assert main(["doctor", *words[0], *words[1]]) == 0
     printed = capsys.readouterr()
-    assert "0 errors" in printed.out and "deprecated" in printed.err
+    assert "0 errors" in printed.out
+    assert "deprecated" in printed.err
 
 
 def test_the_zoo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["zoo", "info", "R-50-GN", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
-    assert entry["name"] == "R-50-GN" and entry["is_downloaded"] in (True, False)
+    assert entry["name"] == "R-50-GN"
+    assert entry["is_downloaded"] in (True, False)
 
 
 def test_plot_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

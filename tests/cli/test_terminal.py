@@ -60,12 +60,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> tuple
 def test_training_has_a_live_bar(trained: tuple[str, Path]) -> None:
     text, _ = trained
     assert re.search(r"\rtraining: .*2/6 \[\d\d:\d\d<\d\d:\d\d, .*, loss [\d.]+, lr [\d.e-]+\]", text)
-    assert re.search(r"\revaluating: ", text) and re.search(r"\rdrawing pictures of tiny_test: ", text)
+    assert re.search(r"\revaluating: ", text)
+    assert re.search(r"\rdrawing pictures of tiny_test: ", text)
     assert all(len(part) < 100 for part in re.split(r"[\r\n]", text) if "it/s" in part or "iter/s" in part)
 
 
 def test_a_bar_below_another_moves_the_cursor(trained: tuple[str, Path]) -> None:
-    assert "\x1b[A" in trained[0] and "\\x1b" not in trained[0]
+    assert "\x1b[A" in trained[0]
+    assert "\\x1b" not in trained[0]
 
 
 def test_lines_in_a_terminal_are_short_and_not_torn(trained: tuple[str, Path]) -> None:
@@ -85,7 +87,8 @@ def test_a_training_ends_with_what_to_try_next(trained: tuple[str, Path]) -> Non
     assert end[1] == f"pictures of predictions, and the curves: {run / 'pictures'}"
     assert end[2].startswith("next: ")
     predict = end[2].split()
-    assert predict[2:5:2] == ["predict", str(run / "config.yaml")] and Path(predict[-1]).suffix == ".png"
+    assert predict[2:5:2] == ["predict", str(run / "config.yaml")]
+    assert Path(predict[-1]).suffix == ".png"
     assert all(Path(path).is_file() for path in (predict[4], predict[6], predict[7]))
     assert end[3].split()[1:] == ["report", str(run)]
 
@@ -106,8 +109,10 @@ def test_without_a_terminal_there_is_no_bar(case: Case, repository: Path) -> Non
         check=True,
         cwd=repository,
     )
-    assert done.stderr == "" and "\r" not in done.stdout
-    assert "loss_mask" in done.stdout and "drawing pictures of tiny_test: " in done.stdout
+    assert done.stderr == ""
+    assert "\r" not in done.stdout
+    assert "loss_mask" in done.stdout
+    assert "drawing pictures of tiny_test: " in done.stdout
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

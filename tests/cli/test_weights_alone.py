@@ -49,7 +49,8 @@ def test_predict_takes_a_checkpoint_or_a_run_first(case: Case, weights: Path, tm
             main(["predict", *words, "--output", str(output), *tail, "TEST.DETECTIONS_PER_IMAGE", "4"]) == 0
         )
         found.append(json.loads((output / "predictions.json").read_text()))
-    assert len(found[0]) == 8 and all(entries == found[0] for entries in found)
+    assert len(found[0]) == 8
+    assert all(entries == found[0] for entries in found)
 
 
 def test_an_exported_file_may_stand_first(case: Case, tmp_path: Path, refused: Any) -> None:
@@ -71,7 +72,8 @@ def test_eval_needs_only_weights_and_data(
     for words in (["--config-file", str(case.config), "--weights", str(weights)], [str(weights)]):
         assert main(["eval", *words, "--json", *data, "OUTPUT_DIR", "output"]) == 0
         results.append(json.loads(capsys.readouterr().out))
-    assert results[0] == results[1] and set(results[0]["results"]) == {"bbox", "segm"}
+    assert results[0] == results[1]
+    assert set(results[0]["results"]) == {"bbox", "segm"}
 
 
 def test_eval_of_a_checkpoint_in_its_run_needs_no_flags(
@@ -98,7 +100,8 @@ def test_export_needs_only_weights(weights: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(export, "export_detector", write)
     words = [str(weights), "--output", str(tmp_path / "m.pt2"), "TEST.DETECTIONS_PER_IMAGE", "7"]
-    assert main(["export", *words]) == 0 and exported == [7]
+    assert main(["export", *words]) == 0
+    assert exported == [7]
 
 
 def test_without_config_and_weights_both_are_named(case: Case, refused: Any) -> None:

@@ -111,13 +111,16 @@ def test_info_and_path(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
         "training step 0.309 s for 16 images on 8 GPUs",
     ):
         assert words in printed
-    assert "bytes" not in printed and "size" not in printed  # not published
+    assert "bytes" not in printed
+    assert "size" not in printed
     file = find_entry("R-50-GN").file
     file.parent.mkdir(parents=True)
     file.write_bytes(bytes(2_345_678))
     assert "size          2.3 MB" in run(capsys, "zoo", "info", "R-50-GN")
     path = run(capsys, "zoo", "path", "R-50-GN").strip()
-    assert path == str(find_entry("R-50-GN").file) and path.startswith(str(cache)) and path in printed
+    assert path == str(find_entry("R-50-GN").file)
+    assert path.startswith(str(cache))
+    assert path in printed
 
 
 def test_the_table_in_the_readme_is_that_of_the_catalogue(repository: Path) -> None:
@@ -194,9 +197,11 @@ def test_other_input_than_the_weights_were_trained_with(
     assert not case.output.exists()
     assert main([str(word) for word in [*words, "--fix-config"]]) == 0
     cfg = gn_detect.load_config(case.output / "config.yaml")
-    assert cfg.input.format == "BGR" and list(cfg.model.pixel_std) == [57.4, 57.1, 58.4]
+    assert cfg.input.format == "BGR"
+    assert list(cfg.model.pixel_std) == [57.4, 57.1, 58.4]
     target = tmp_path / "gn.pth"
-    assert "none" not in refused("convert", "zoo://nothing", target) and not target.exists()
+    assert "none" not in refused("convert", "zoo://nothing", target)
+    assert not target.exists()
 
 
 def test_formats_of_convert(entry: ZooEntry, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -232,8 +237,10 @@ def test_safetensors_say_what_they_are(
     run(capsys, "convert", "--keep-norm", case.output / "model_final.pth", tmp_path / "m.safetensors")
     with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
         printed = {key: json.loads(text) for key, text in file.metadata().items()}
-    assert printed["class_names"] == ["square", "bar"] and printed["category_ids"] == [3, 7]
-    assert printed["input"]["pixel_std"] == [57.4, 57.1, 58.4] and printed["format_version"] == 1
+    assert printed["class_names"] == ["square", "bar"]
+    assert printed["category_ids"] == [3, 7]
+    assert printed["input"]["pixel_std"] == [57.4, 57.1, 58.4]
+    assert printed["format_version"] == 1
     assert printed["gn_detect_version"] == gn_detect.__version__
     (tmp_path / "config.yaml").write_text(printed["config"])
     cfg = gn_detect.load_config(tmp_path / "config.yaml", ["MODEL.WEIGHTS", str(tmp_path / "m.safetensors")])

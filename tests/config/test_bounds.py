@@ -45,7 +45,7 @@ def test_no_key_makes_something_huge(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key, value",
+    ("key", "value"),
     [
         ("MODEL.ANCHOR_GENERATOR.SIZES", str([[8.0] * 10_000])),
         ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", str([[0.0]])),

@@ -21,18 +21,32 @@ from gn_detect.layers import NORM_NAMES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
-EXPECTED = """
-COCO-Detection/faster_rcnn_R_101_FPN_1x COCO-Detection/faster_rcnn_R_101_FPN_3x
-COCO-Detection/faster_rcnn_R_50_FPN_1x COCO-Detection/faster_rcnn_R_50_FPN_3x
-COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_1x COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x
-COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x
-COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x GN/mask_rcnn_R_50_C4_gn
-GN/mask_rcnn_R_50_FPN_2x_gn GN/mask_rcnn_R_50_FPN_3x_gn GN/mask_rcnn_R_101_FPN_2x_gn
-GN/mask_rcnn_R_101_FPN_3x_gn
-GN/faster_rcnn_R_50_FPN_2x_gn GN/faster_rcnn_R_50_FPN_3x_gn GN/faster_rcnn_R_101_FPN_2x_gn
-GN/faster_rcnn_R_101_FPN_3x_gn GN/scratch_mask_rcnn_R_50_FPN_3x_gn GN/scratch_mask_rcnn_R_101_FPN_3x_gn
-GN/scratch_mask_rcnn_R_50_FPN_9x_gn quick/demo quick/nuclei_r18_gn quick/coco80_r18_gn
-""".split()
+EXPECTED = [
+    "COCO-Detection/faster_rcnn_R_101_FPN_1x",
+    "COCO-Detection/faster_rcnn_R_101_FPN_3x",
+    "COCO-Detection/faster_rcnn_R_50_FPN_1x",
+    "COCO-Detection/faster_rcnn_R_50_FPN_3x",
+    "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_1x",
+    "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x",
+    "GN/mask_rcnn_R_50_C4_gn",
+    "GN/mask_rcnn_R_50_FPN_2x_gn",
+    "GN/mask_rcnn_R_50_FPN_3x_gn",
+    "GN/mask_rcnn_R_101_FPN_2x_gn",
+    "GN/mask_rcnn_R_101_FPN_3x_gn",
+    "GN/faster_rcnn_R_50_FPN_2x_gn",
+    "GN/faster_rcnn_R_50_FPN_3x_gn",
+    "GN/faster_rcnn_R_101_FPN_2x_gn",
+    "GN/faster_rcnn_R_101_FPN_3x_gn",
+    "GN/scratch_mask_rcnn_R_50_FPN_3x_gn",
+    "GN/scratch_mask_rcnn_R_101_FPN_3x_gn",
+    "GN/scratch_mask_rcnn_R_50_FPN_9x_gn",
+    "quick/demo",
+    "quick/nuclei_r18_gn",
+    "quick/coco80_r18_gn",
+]
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -67,7 +81,8 @@ def test_shipped_configs_are_what_their_names_say() -> None:
     assert not gn.model.resnets.stride_in_1x1
     frozen = load_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml")
     assert (frozen.model.resnets.norm, frozen.model.resnets.stride_in_1x1) == ("FrozenBN", True)
-    assert frozen.model.mask_on and frozen.solver.max_iter == 270000
+    assert frozen.model.mask_on
+    assert frozen.solver.max_iter == 270000
     assert not load_config("GN/faster_rcnn_R_50_FPN_3x_gn.yaml").model.mask_on
     scratch = load_config("GN/scratch_mask_rcnn_R_50_FPN_9x_gn.yaml")
     assert (scratch.model.weights, scratch.model.backbone.freeze_at) == ("", 0)
@@ -77,7 +92,8 @@ def test_shipped_configs_are_what_their_names_say() -> None:
 def test_a_full_config_of_detectron2_loads_as_it_is(shared_dir: Path) -> None:
     path = shared_dir / "oracles/dsb_r18_gn/config.yaml"
     cfg = load_config(path)
-    assert cfg.model.resnets.depth == 18 and cfg.model.roi_heads.num_classes == 1
+    assert cfg.model.resnets.depth == 18
+    assert cfg.model.roi_heads.num_classes == 1
     # Every key of the file is in the config with the file's value.
     ours, theirs = to_plain(cfg), yaml.safe_load(path.read_text())
     for key in leaves(theirs):
@@ -121,7 +137,9 @@ def test_bases_overrides_and_tuples(tmp_path: Path) -> None:
         path, ["SEED", "5", "SOLVER.STEPS", "(7,)", "DATASETS.TEST", "one", "MODEL.MASK_ON", "True"]
     )
     assert (cfg.solver.max_iter, cfg.solver.base_lr, cfg.solver.steps, cfg.seed) == (2, 1e-3, (7,), 5)
-    assert cfg.datasets.train == ("a", "b") and cfg.datasets.test == ("one",) and cfg.model.mask_on
+    assert cfg.datasets.train == ("a", "b")
+    assert cfg.datasets.test == ("one",)
+    assert cfg.model.mask_on
     assert load_config(path).solver.steps == (3, 4)
 
 
@@ -212,7 +230,8 @@ def test_bad_overrides(key: str, value: str, parts: list[str]) -> None:
 def test_bad_files(text: str, part: str, tmp_path: Path) -> None:
     path = write(tmp_path, "c.yaml", text)
     message = error_of(path)
-    assert message.startswith(str(path)) and part in message
+    assert message.startswith(str(path))
+    assert part in message
 
 
 def test_errors_name_the_file_that_sets_the_key(tmp_path: Path) -> None:
@@ -253,8 +272,11 @@ def test_norms_are_those_of_the_layers() -> None:
 def test_both_spellings_of_a_key_read() -> None:
     cfg = load_config("quick/demo.yaml", ["SOLVER.MAX_ITER", "7"])
     assert cfg.SOLVER.MAX_ITER == cfg.solver.max_iter == cfg.SOLVER.max_iter == 7
-    assert cfg.DATASETS.REGISTER == cfg.datasets.registered and cfg.GLOBAL.HACK == 1.0
-    assert cfg.MODEL.RPN is cfg.model.rpn and not hasattr(cfg, "SOLVERS") and not hasattr(cfg.SOLVER, "max")
+    assert cfg.datasets.registered == cfg.DATASETS.REGISTER
+    assert cfg.GLOBAL.HACK == 1.0
+    assert cfg.MODEL.RPN is cfg.model.rpn
+    assert not hasattr(cfg, "SOLVERS")
+    assert not hasattr(cfg.SOLVER, "max")
     assert cfg == pickle.loads(pickle.dumps(cfg)) == copy.deepcopy(cfg)
     with pytest.raises(ValidationError):
         cfg.SOLVER.max_iter = 3
@@ -310,7 +332,10 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 def test_a_small_file_does_not_become_large_or_slow(text: str, part: str, tmp_path: Path) -> None:
     path = write(tmp_path, "c.yaml", text)
     message = error_of(path)
-    assert message.startswith(str(path)) and part in message and len(message) < 1000 and "\n" not in message
+    assert message.startswith(str(path))
+    assert part in message
+    assert len(message) < 1000
+    assert "\n" not in message
 
 
 def test_a_text_that_looks_like_a_bomb_stays_a_text() -> None:

@@ -60,4 +60,6 @@ def test_a_constant_group_stays_finite() -> None:
     with annealing.applied():
         y = nn.functional.relu(norm(x), inplace=True)
     y.sum().backward()
-    assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+    assert y.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()

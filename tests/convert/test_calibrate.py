@@ -83,12 +83,14 @@ def test_each_stage_comes_closer(original: nn.Module, images: Tensor) -> None:
     distances = [1 - found[stage] for stage in ("converted", "balanced", "calibrated")]
     # 0.70 of the distance is left, then 0.37 of that, with one thread and with two. For nine other seeds 0.25
     # to 0.75 of the distance is left at the end, but one of the two parts may add to it.
-    assert distances[1] < 0.85 * distances[0] and distances[2] < 0.6 * distances[1]
+    assert distances[1] < 0.85 * distances[0]
+    assert distances[2] < 0.6 * distances[1]
     errors = [sum(layer.errors[stage] for layer in report.layers) for stage in found]
     assert errors[0] > errors[1]  # of each norm alone; what follows is about the outputs
     for name, tensor in original.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
-    assert not original.training and all(p.grad is None for p in model.parameters())
+    assert not original.training
+    assert all(p.grad is None for p in model.parameters())
     # The report's figure is that of the outputs on the held-out images, the last ones.
     cosine = F.cosine_similarity(original(images[-8:]), model(images[-8:])).mean().item()
     assert cosine == pytest.approx(found["calibrated"], abs=1e-5)
@@ -200,7 +202,8 @@ def test_affine_alone(original: nn.Module, images: Tensor) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, after, strict=True))
     changed = [p for name, p in model.named_parameters() if ".bn1." in name]
     assert not any(torch.equal(a, b) for a, b in zip(affine, changed, strict=True))
-    assert not model[0].weight.requires_grad and model[3].conv1.weight.requires_grad
+    assert not model[0].weight.requires_grad
+    assert model[3].conv1.weight.requires_grad
 
 
 @pytest.mark.parametrize(("still", "moves"), [("learning_rate", "bn1"), ("norm_learning_rate", "conv1")])
@@ -232,7 +235,8 @@ def test_the_weight_of_blocks_brings_them_closer(original: nn.Module, images: Te
 
     ignored, alike, counted = map(errors_of_blocks, (0.0, 1.0, 30.0))
     # 1.70, 0.93 and 0.79, with one thread and with two; eight of nine other seeds are in this order, too.
-    assert sum(ignored) > 1.3 * sum(alike) and sum(alike) > 1.05 * sum(counted)
+    assert sum(ignored) > 1.3 * sum(alike)
+    assert sum(alike) > 1.05 * sum(counted)
 
 
 class ReadsTheConvolution(nn.Module):
@@ -367,10 +371,12 @@ def test_constant_channels_of_norms_behind_no_convolution_stay_constants(images:
         original.train()(images)
     original.eval()
     new, report = convert_norm(original, num_groups=2)
-    assert report.layers[0].constant == 1 and new.norm.weight[2] == 0
+    assert report.layers[0].constant == 1
+    assert new.norm.weight[2] == 0
     calibrate(original, new, images, 0, report=report, progress=False)
     assert set(report.similarity) == {"converted", "balanced"}
-    assert new.norm.weight[2] == 0 and new.norm.bias[2] == original.norm.bias[2]
+    assert new.norm.weight[2] == 0
+    assert new.norm.bias[2] == original.norm.bias[2]
 
 
 def test_outputs_that_cannot_be_paired_are_refused_by_name() -> None:

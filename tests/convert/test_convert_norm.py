@@ -218,14 +218,17 @@ def test_keeps_mode_type_hooks_and_everything_else() -> None:
     assert isinstance(model[1], nn.BatchNorm2d)
     weight = model[0].weight
     same, _ = convert_norm(model, inplace=True)
-    assert same is model and model[0].weight is weight and isinstance(model[1], GroupNorm)
+    assert same is model
+    assert model[0].weight is weight
+    assert isinstance(model[1], GroupNorm)
 
 
 def test_requires_grad() -> None:
     frozen = trained(nn.BatchNorm2d(8)).requires_grad_(False)
     assert convert_norm(frozen)[0].weight.requires_grad
     kept, report = convert_norm(frozen, requires_grad=None)
-    assert not kept.weight.requires_grad and not report.layers[0].trainable
+    assert not kept.weight.requires_grad
+    assert not report.layers[0].trainable
     half = trained(nn.BatchNorm2d(8))
     half.weight.requires_grad_(False)
     kept, _ = convert_norm(half, requires_grad=None)
@@ -237,13 +240,17 @@ def test_requires_grad() -> None:
 def test_include_exclude_and_dry_run() -> None:
     model = nn.Sequential(*(trained(nn.BatchNorm2d(8)) for _ in range(3)))
     new, report = convert_norm(model, exclude="1")
-    assert [layer.name for layer in report.layers] == ["0", "2"] and isinstance(new[1], nn.BatchNorm2d)
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    assert isinstance(new[1], nn.BatchNorm2d)
     assert [layer.name for layer in convert_norm(model, include=["2"])[1].layers] == ["2"]
     same, report = convert_norm(model, dry_run=True)
-    assert same is model and isinstance(model[0], nn.BatchNorm2d) and len(report.layers) == 3
+    assert same is model
+    assert isinstance(model[0], nn.BatchNorm2d)
+    assert len(report.layers) == 3
     frozen = nn.Sequential(nn.Conv2d(3, 8, 1), trained(torchvision.ops.FrozenBatchNorm2d(8)))
     dry, real = convert_norm(frozen, dry_run=True)[1], convert_norm(frozen)[1]
-    assert dry == real and (dry.parameters_before, dry.parameters_after) == (32, 48)
+    assert dry == real
+    assert (dry.parameters_before, dry.parameters_after) == (32, 48)
     with pytest.raises(UserError, match="'head.*' fits no module"):
         convert_norm(model, exclude="head.*")
 
@@ -279,10 +286,12 @@ def test_affine_only_norms_are_measured_on_images() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 3), trained(AffineChannel(32))).eval()
     images = [torch.randn(4, 3, 16, 16) for _ in range(4)]
     blind, report = convert_norm(model)
-    assert "hold no running statistics" in report.warnings[0] and "images=" in report.warnings[0]
+    assert "hold no running statistics" in report.warnings[0]
+    assert "images=" in report.warnings[0]
     assert report.layers[0].init == "copy, no statistics"
     measured, report = convert_norm(model, images=images)
-    assert report.layers[0].init == "match, measured" and not report.warnings
+    assert report.layers[0].init == "match, measured"
+    assert not report.warnings
     expected = model(images[0])
 
     def error(new: nn.Module) -> float:
@@ -304,7 +313,8 @@ def test_timm_batch_norm_with_activation() -> None:
             if isinstance(activation, nn.Identity):  # of the projections
                 assert type(module) is GroupNorm
             else:
-                assert type(module) is GroupNormAct and type(module.act) is type(activation)
+                assert type(module) is GroupNormAct
+                assert type(module.act) is type(activation)
                 acts += 1
     assert acts > 20
     new(torch.randn(1, 3, 64, 64)).sum().backward()
@@ -360,8 +370,10 @@ def test_channels_that_hardly_vary_stay_constants(relative_eps: float) -> None:
     model.train()(images)
     model.eval()
     new, report = convert_norm(model, num_groups=1, relative_eps=relative_eps)
-    assert report.layers[0].constant == 3 and "3 channels in 1 norms, from '1' on, hardly vary" in str(report)
-    assert torch.equal(new[1].weight[:3], torch.zeros(3)) and torch.equal(new[1].bias[:3], model[1].bias[:3])
+    assert report.layers[0].constant == 3
+    assert "3 channels in 1 norms, from '1' on, hardly vary" in str(report)
+    assert torch.equal(new[1].weight[:3], torch.zeros(3))
+    assert torch.equal(new[1].bias[:3], model[1].bias[:3])
     with torch.no_grad():
         expected = model(images)
         error = ((new(images) - expected).norm() / expected.norm()).item()
@@ -389,7 +401,8 @@ def test_afresh_a_norm_without_affine_takes_matched_weights() -> None:
 def test_uninitialised_layers_next_to_norms() -> None:
     model = nn.Sequential(nn.LazyConv2d(4, 1), trained(nn.BatchNorm2d(4)))
     new, report = convert_norm(model)
-    assert isinstance(new[1], GroupNorm) and report.parameters_after == 8
+    assert isinstance(new[1], GroupNorm)
+    assert report.parameters_after == 8
     assert new(torch.randn(1, 3, 4, 4)).shape == (1, 4, 4, 4)
 
 

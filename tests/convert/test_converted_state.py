@@ -23,7 +23,8 @@ def test_full_backward_hooks_are_called() -> None:
     model[1].register_full_backward_pre_hook(lambda module, grad_output: seen.append(grad_output))
     new, _ = convert_norm(model)
     new(torch.randn(1, 3, 8, 8)).sum().backward()
-    assert len(seen) == 2 and torch.equal(seen[0][0], torch.ones(1, 8, 6, 6))
+    assert len(seen) == 2
+    assert torch.equal(seen[0][0], torch.ones(1, 8, 6, 6))
 
 
 class BatchNormAct(nn.BatchNorm2d):
@@ -59,7 +60,8 @@ def test_a_channel_that_hardly_varies_with_another_eps_taken_off(kind: type[nn.M
     norm.running_var.sub_(1e-5)
     assert norm.running_var.min() < 0
     converted, _ = convert_norm(norm, num_groups=2)
-    assert converted.weight.isfinite().all() and converted.bias.isfinite().all()
+    assert converted.weight.isfinite().all()
+    assert converted.bias.isfinite().all()
     same = trained(kind(32)).eval()
     same.running_var[3] = 1e-7
     same.eps = 0.0
@@ -87,6 +89,5 @@ def test_a_whole_converted_model_is_saved(fused: bool) -> None:
     file.seek(0)
     found = torch.load(file, weights_only=False)
     image, features = torch.rand(1, 3, 32, 32), torch.rand(1, 8, 4, 4)
-    assert torch.equal(found[0](image), model[0](image)) and torch.equal(
-        found[1](features), model[1](features)
-    )
+    assert torch.equal(found[0](image), model[0](image))
+    assert torch.equal(found[1](features), model[1](features))

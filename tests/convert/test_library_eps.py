@@ -73,7 +73,10 @@ def test_names_of_two_eps_give_a_warning() -> None:
     assert tensors.keys() == timm.create_model("tf_efficientnet_b0").state_dict().keys()
     report = convert_state_dict(tensors)[1]
     (warning,) = [text for text in report.warnings if "eps" in text and "49 BatchNorms" in text]
-    assert "1e-05" in warning and "0.001" in warning and "--eps 0.001" in warning and "'bn1'" in warning
+    assert "1e-05" in warning
+    assert "0.001" in warning
+    assert "--eps 0.001" in warning
+    assert "'bn1'" in warning
     assert {layer.eps for layer in report.layers} == {1e-5}
     for eps in (1e-5, 1e-3):
         report = convert_state_dict(tensors, eps=eps)[1]
@@ -144,7 +147,8 @@ def test_a_library_inside_a_model_of_ones_own() -> None:
     model.encoder, model.decoder = torchvision.models.mobilenet_v3_small(), nn.BatchNorm2d(16)
     report = convert_state_dict(model.state_dict())[1]
     eps = {layer.name: layer.eps for layer in report.layers}
-    assert eps.pop("decoder") == 1e-5 and set(eps.values()) == {1e-3}
+    assert eps.pop("decoder") == 1e-5
+    assert set(eps.values()) == {1e-3}
     assert any("eps of 1 BatchNorms, such as 'decoder'" in text for text in report.warnings)
 
 

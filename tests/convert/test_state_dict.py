@@ -94,11 +94,12 @@ def test_an_eps_that_is_none(eps: float) -> None:
 def test_copying_a_norm_without_affine_reports_it_once() -> None:
     tensors = nn.Sequential(nn.BatchNorm2d(16, affine=False)).state_dict()
     converted, report = convert_state_dict(tensors, init="copy")
-    assert not converted and [layer.name for layer in report.layers] == ["0"]
+    assert not converted
+    assert [layer.name for layer in report.layers] == ["0"]
 
 
 def test_batch_norms_with_eps_0() -> None:
-    """torchvision's published detectors: the group norms get an eps all the same."""
+    """Torchvision's published detectors: the group norms get an eps all the same."""
     norm = nn.BatchNorm2d(32, eps=0.0)
     norm.running_var.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
     expected, by_model = convert_norm(nn.Sequential(norm))

@@ -55,7 +55,7 @@ def test_half_of_the_images_are_flipped(vertical: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, amount, heights, widths",
+    ("kind", "amount", "heights", "widths"),
     [
         ("relative", (0.5, 0.25), (20, 20), (15, 15)),
         ("relative_range", (0.5, 0.5), (20, 40), (30, 60)),
@@ -67,7 +67,8 @@ def test_crop_sizes(kind: str, amount: tuple, heights: tuple, widths: tuple) -> 
     random, crop = np.random.default_rng(0), RandomCrop(kind, amount)
     sizes = np.array([crop(scene(), random).size for _ in range(200)])
     for found, (low, high) in zip(sizes.T, (heights, widths), strict=True):
-        assert low <= found.min() and found.max() <= high
+        assert low <= found.min()
+        assert found.max() <= high
         assert low == high or found.max() - found.min() > 0.8 * (high - low)
 
 
@@ -95,7 +96,8 @@ def test_ring_whose_centre_is_empty_is_kept_too() -> None:
 def test_crop_of_an_image_without_objects() -> None:
     empty = LabelledImage(np.zeros((40, 60, 3), np.uint8), np.zeros((0, 4)), np.zeros(0, np.int64), [])
     cropped = RandomCrop("absolute", (6, 7))(empty, np.random.default_rng(0))
-    assert cropped.size == (6, 7) and len(to_target(cropped, boxes_from_masks=True)) == 0
+    assert cropped.size == (6, 7)
+    assert len(to_target(cropped, boxes_from_masks=True)) == 0
 
 
 CROP = "INPUT.CROP"

@@ -172,7 +172,8 @@ def test_other_forms_of_the_same_file(write_dataset: Write, small_coco: dict, na
             assert evaluated(given, iou_type) == truth
     assert json.dumps(other) == before
     again = survey(source)
-    assert again.has_masks and again.boxes.tolist() == surveyed.boxes.tolist()
+    assert again.has_masks
+    assert again.boxes.tolist() == surveyed.boxes.tolist()
     errors = [f for f in examine([source], open_images=False).findings if f.severity == ERROR]
     assert errors == []
     file = read_canonical(source.annotations)
@@ -196,17 +197,22 @@ def test_text_ids_are_numbered_in_order(write_dataset: Write, small_coco: dict) 
     dataset = CocoDataset(source, evaluation=True)
     assert [record.id for record in dataset.images] == [1, 2, 3, 4]
     assert [Path(record.file_name).name for record in dataset.images] == ["7.png", "2.png", "5.png", "11.png"]
-    assert dataset.category_ids == [1, 2, 3] and dataset.class_names == ["cat", "ant", "dog"]
+    assert dataset.category_ids == [1, 2, 3]
+    assert dataset.class_names == ["cat", "ant", "dog"]
     assert sorted(dataset.objects.annotation_ids.tolist()) == [1, 2, 3, 5]
     assert dataset.target(0).boxes.tolist() == [[10, 10, 40, 30], [50, 30, 70, 50]]
-    assert dataset.labels(0).tolist() == [0, 1] and len(expected) == len(described(source))
-    assert dataset.spelt_images[2] == "img_2.jpg" and dataset.spelt_categories == {
+    assert dataset.labels(0).tolist() == [0, 1]
+    assert len(expected) == len(described(source))
+    assert dataset.spelt_images[2] == "img_2.jpg"
+    assert dataset.spelt_categories == {
         1: "cat",
         2: "ant",
         3: "dog",
     }
     (note,) = read_canonical(source.annotations).notes
-    assert note.kind == "text-id" and note.count == 12 and "(image img_7.jpg and 11 more)" in str(note)
+    assert note.kind == "text-id"
+    assert note.count == 12
+    assert "(image img_7.jpg and 11 more)" in str(note)
     truth = read_truth(source.annotations)
     assert truth.file_names == {1: "7.png", 2: "2.png", 3: "5.png", 4: "11.png"}
 
@@ -249,9 +255,8 @@ def test_results_name_ids_as_the_file_or_as_numbers(
         for r in results
     ]
     found = evaluate_results(other, spelt, "bbox", backend)
-    assert found["AP"] == pytest.approx(expected["AP"]) and found["AP-ant"] == pytest.approx(
-        expected["AP-ant"]
-    )
+    assert found["AP"] == pytest.approx(expected["AP"])
+    assert found["AP-ant"] == pytest.approx(expected["AP-ant"])
     truth = prepare_ground_truth(other, "bbox")
     images = {file_id: i for i, file_id in truth.file.image_ids.items()}
     categories = {file_id: i for i, file_id in truth.file.category_ids.items()}
@@ -264,7 +269,7 @@ def test_results_name_ids_as_the_file_or_as_numbers(
 
 
 @pytest.mark.parametrize(
-    "encoding, mark",
+    ("encoding", "mark"),
     [("utf-8", codecs.BOM_UTF8), ("utf-16-le", codecs.BOM_UTF16_LE), ("utf-16-be", codecs.BOM_UTF16_BE)],
 )
 def test_byte_order_marks(write_dataset: Write, small_coco: dict, encoding: str, mark: bytes) -> None:
@@ -294,7 +299,8 @@ def test_files_without_masks_are_boxes_alone(write_dataset: Write, small_coco: d
     assert not has_masks(load_coco(source.annotations))
     assert not survey(source).has_masks
     dataset = CocoDataset(source, masks=None, evaluation=True)
-    assert dataset.objects.masks is None and len(dataset.objects.labels) == 4
+    assert dataset.objects.masks is None
+    assert len(dataset.objects.labels) == 4
     found = examine([source], open_images=False).findings
     assert [finding for finding in found if finding.severity == ERROR] == []
     prepare_ground_truth(source.annotations, "bbox")
@@ -346,7 +352,9 @@ UNREADABLE = [
 ]
 
 
-@pytest.mark.parametrize("part, key, value", UNREADABLE, ids=[f"{p} {k} {v!s:.20}" for p, k, v in UNREADABLE])
+@pytest.mark.parametrize(
+    ("part", "key", "value"), UNREADABLE, ids=[f"{p} {k} {v!s:.20}" for p, k, v in UNREADABLE]
+)
 def test_all_readers_refuse_what_has_no_obvious_reading(
     write_dataset: Write, small_coco: dict, part: str, key: str, value: Any
 ) -> None:
@@ -358,7 +366,8 @@ def test_all_readers_refuse_what_has_no_obvious_reading(
     with pytest.raises(UserError) as evaluation:
         prepare_ground_truth(source.annotations, "segm")
     for caught in (training, evaluation):
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500
     assert training.value.kind == evaluation.value.kind
     assert str(evaluation.value).split(": ", 1)[1].split(" of image")[0] in str(training.value)
     errors = [f for f in examine([source], open_images=False).findings if f.severity == ERROR]
@@ -366,7 +375,7 @@ def test_all_readers_refuse_what_has_no_obvious_reading(
 
 
 @pytest.mark.parametrize(
-    "given, expected",
+    ("given", "expected"),
     [
         ("1", 1),
         (" 12.5 ", 12.5),
@@ -391,7 +400,8 @@ def test_short_polygons_keep_their_form() -> None:
     """A box or two points among polygons are left out later, and said."""
     for mask in ([[1, 2], [3, 4]], [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]], [[]], [[1, 2, 3, 4, 5]]):
         kinds: set[str] = set()
-        assert read_mask(mask, kinds) == mask and not kinds
+        assert read_mask(mask, kinds) == mask
+        assert not kinds
 
 
 class TestFractions:
@@ -402,7 +412,9 @@ class TestFractions:
         for entry in content["annotations"][:number]:
             entry["bbox"] = [0.25, 0.125, 0.5, 0.5]
 
-    @pytest.mark.parametrize("number, refused", [(40, True), (20, True), (3, True), (2, False), (1, False)])
+    @pytest.mark.parametrize(
+        ("number", "refused"), [(40, True), (20, True), (3, True), (2, False), (1, False)]
+    )
     def test_part_of_a_file(self, write_dataset: Write, small_coco: dict, number: int, refused: bool) -> None:
         """A few in a hundred may be objects in the corner of an image."""
         some = small_coco["annotations"]
@@ -439,7 +451,7 @@ class TestFractions:
 
 
 @pytest.mark.parametrize(
-    "polygon, refused",
+    ("polygon", "refused"),
     [
         ([0, 0, 80, 50] * 4, False),
         ([0, 0, 80, 50] * 2000, True),  # a small file, and much memory

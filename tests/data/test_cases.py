@@ -55,7 +55,8 @@ def test_masks_are_read(shared_dir: Path, name: str) -> None:
     source = case(shared_dir, name)
     dataset = CocoDataset(source, evaluation=True)
     dataset.check_files()
-    assert len(dataset) == 4 and dataset.num_crowds == 0
+    assert len(dataset) == 4
+    assert dataset.num_crowds == 0
     for index in range(4):
         target = dataset.target(index)
         assert target.boxes.tolist() == BOXES[index]
@@ -63,7 +64,9 @@ def test_masks_are_read(shared_dir: Path, name: str) -> None:
         assert [np.ptp(points, axis=0).prod() for points in polygons] == [480, 750]
         assert dataset.read(index).size == (64, 96)
     found = survey(source)
-    assert found.has_masks and not found.has_bitmaps and len(found.boxes) == 8
+    assert found.has_masks
+    assert not found.has_bitmaps
+    assert len(found.boxes) == 8
     assert found.images.tolist() == [[64, 96]] * 4
 
 
@@ -76,7 +79,8 @@ def test_masks_are_evaluated(shared_dir: Path, name: str) -> None:
     results = perfect_results(truth)
     for iou_type in ("bbox", "segm"):
         numbers = evaluate_results(source.annotations, results, iou_type, "pycocotools")
-        assert numbers["AP"] == pytest.approx(100) and numbers["APs"] == pytest.approx(100)
+        assert numbers["AP"] == pytest.approx(100)
+        assert numbers["APs"] == pytest.approx(100)
         assert math.isnan(numbers["APl"])
         half = evaluate_results(source.annotations, results[:4], iou_type, "pycocotools")
         assert half["AR100"] == pytest.approx(50)
@@ -91,7 +95,8 @@ def test_a_name_that_is_a_number(shared_dir: Path) -> None:
 def test_boxes_alone(shared_dir: Path) -> None:
     source = case(shared_dir, "boxes_only")
     found = survey(source)
-    assert not found.has_masks and len(found.boxes) == 8
+    assert not found.has_masks
+    assert len(found.boxes) == 8
     dataset = CocoDataset(source, masks=None, evaluation=True)
     assert dataset.objects.masks is None
     assert [dataset.target(i).boxes.tolist() for i in range(4)] == BOXES
@@ -114,7 +119,8 @@ def test_boxes_that_are_fractions(shared_dir: Path) -> None:
     ):
         with pytest.raises(DataError, match=message) as caught:
             read()
-        assert caught.value.kind == "fractions" and "\n" not in str(caught.value)
+        assert caught.value.kind == "fractions"
+        assert "\n" not in str(caught.value)
 
 
 def test_objects_of_a_brush_that_are_crowds(shared_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -122,7 +128,8 @@ def test_objects_of_a_brush_that_are_crowds(shared_dir: Path, caplog: pytest.Log
     with caplog.at_level(logging.INFO):
         dataset = CocoDataset(source)
         survey(source)  # the training that follows reads the file again
-    assert dataset.num_crowds == 4 and len(dataset.objects.labels) == 4
+    assert dataset.num_crowds == 4
+    assert len(dataset.objects.labels) == 4
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "4 of 8 objects are crowds ('iscrowd' 1) and left out of training; 4 of the 4 " in record.message
@@ -152,7 +159,7 @@ def test_a_val_file_without_area_and_iscrowd(shared_dir: Path, iou_type: str) ->
 
 
 @pytest.mark.parametrize(
-    "name, note",
+    ("name", "note"),
     [
         ("via_string_image_id", "numbers that are text are read as numbers (annotation 1 and 7 more)"),
         ("via_flat_polygon", "are read as polygons (annotation 1 and 7 more)"),

@@ -57,7 +57,8 @@ def test_targets_mix_polygons_and_rle(write_dataset: Write, small_coco: dict) ->
     for mask in target.masks:
         torch.testing.assert_close(mask, torch.from_numpy(bitmap).bool())
     target = dataset.target(2)
-    assert target.boxes.dtype == torch.float32 and target.labels.dtype == torch.int64
+    assert target.boxes.dtype == torch.float32
+    assert target.labels.dtype == torch.int64
     assert target.boxes.tolist() == [[10, 10, 40, 30], [50, 30, 70, 50]]
     assert [[len(polygon) for polygon in mask] for mask in target.masks] == [[8], [6, 6]]
     assert len(dataset.target(3)) == 0
@@ -162,7 +163,7 @@ BAD: dict[str, tuple[Callable[[dict], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("spoil, message", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize(("spoil", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_content_is_named(
     write_dataset: Write, small_coco: dict, spoil: Callable[[dict], Any], message: str
 ) -> None:
@@ -171,11 +172,12 @@ def test_bad_content_is_named(
     source = write_dataset(content)
     with pytest.raises(UserError, match=message) as caught:
         CocoDataset(source)
-    assert str(source.annotations) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(source.annotations) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("", r"is not JSON \(Expecting value, line 1, column 1\)"),
         ('{"images": [1,', "is not JSON"),
@@ -238,7 +240,7 @@ NEVER_LEARNED: dict[str, tuple[dict[str, Any], str]] = {
 """What is done to the first annotation, which then is no object to learn from, and how it is refused."""
 
 
-@pytest.mark.parametrize("fields, message", NEVER_LEARNED.values(), ids=NEVER_LEARNED.keys())
+@pytest.mark.parametrize(("fields", "message"), NEVER_LEARNED.values(), ids=NEVER_LEARNED.keys())
 def test_masks_that_only_the_evaluation_reads_are_checked_as_it_does(
     write_dataset: Write, small_coco: dict, fields: dict[str, Any], message: str
 ) -> None:
@@ -250,7 +252,8 @@ def test_masks_that_only_the_evaluation_reads_are_checked_as_it_does(
     found = examine([source], open_images=False).findings
     errors = [(finding.annotation_id, finding.kind) for finding in found if finding.severity == ERROR]
     if not message:
-        assert len(CocoDataset(source, evaluation=True)) == 4 and errors == []
+        assert len(CocoDataset(source, evaluation=True)) == 4
+        assert errors == []
         prepare_ground_truth(source.annotations, "segm")
         return
     with pytest.raises(DataError, match=f"annotation 1 of image 7 {message}") as caught:
@@ -299,7 +302,9 @@ def test_joined_datasets(write_dataset: Write, small_coco: dict) -> None:
     first = CocoDataset(write_dataset(small_coco))
     second = CocoDataset(write_dataset(small_coco))
     joined = join_datasets([first, second])
-    assert joined.name == "small+small" and len(joined) == 8 and joined.num_crowds == 2
+    assert joined.name == "small+small"
+    assert len(joined) == 8
+    assert joined.num_crowds == 2
     for i in range(8):
         expected, found = first.target(i % 4), joined.target(i)
         torch.testing.assert_close(found.boxes, expected.boxes)
@@ -333,7 +338,8 @@ def test_names_that_several_classes_share(write_dataset: Write, small_coco: dict
     dataset = CocoDataset(write_dataset(small_coco))
     names, ids = list(dataset.class_names), dataset.category_ids
     match_classes(dataset, names, "w.pth", "remedy")
-    assert dataset.category_ids == ids and len(set(names)) == 2
+    assert dataset.category_ids == ids
+    assert len(set(names)) == 2
     with pytest.raises(UserError, match="several share the name"):
         match_classes(dataset, names[::-1], "w.pth", "remedy")
 
@@ -353,7 +359,7 @@ def test_fingerprint_is_of_the_content_and_not_of_its_place(
 
 
 def test_an_rle_that_ends_early_is_refused(write_dataset: Write, small_coco: dict) -> None:
-    """pycocotools would take the rest of the mask from memory that nobody wrote."""
+    """Pycocotools would take the rest of the mask from memory that nobody wrote."""
     whole = coco_mask.frPyObjects({"size": [60, 90], "counts": [100, 40, 5260]}, 60, 90)["counts"].decode()
     last = coco_mask.frPyObjects({"size": [60, 90], "counts": [100, 40]}, 60, 90)["counts"].decode()
     small_coco["annotations"][0]["segmentation"] = {"size": [60, 90], "counts": whole}
@@ -377,7 +383,9 @@ def test_repeated_ids_in_coco_minival_files_are_accepted(write_dataset: Write, s
     assert len(CocoDataset(replace(source, annotations=minival)).objects.labels) == 4
 
 
-@pytest.mark.parametrize("part, images, annotations, crowds", [("train", 92, 829, 9), ("val", 66, 560, 8)])
+@pytest.mark.parametrize(
+    ("part", "images", "annotations", "crowds"), [("train", 92, 829, 9), ("val", 66, 560, 8)]
+)
 def test_coco80(shared_dir: Path, part: str, images: int, annotations: int, crowds: int) -> None:
     root = shared_dir / "data" / "coco80"
     path = root / "annotations" / f"instances_{part}.json"
@@ -385,7 +393,8 @@ def test_coco80(shared_dir: Path, part: str, images: int, annotations: int, crow
     dataset.check_files()
     assert (len(dataset), dataset.num_crowds) == (images, crowds)
     assert len(dataset.objects.labels) == annotations - crowds
-    assert len(dataset.class_names) == 80 and dataset.category_ids[-1] == 90
+    assert len(dataset.class_names) == 80
+    assert dataset.category_ids[-1] == 90
     by_id = {annotation["id"]: annotation for annotation in json.loads(path.read_text())["annotations"]}
     for row, annotation_id in enumerate(dataset.objects.annotation_ids.tolist()):
         annotation = by_id[annotation_id]
@@ -401,7 +410,8 @@ def test_dsb2018(shared_dir: Path) -> None:
     root = shared_dir / "data" / "dsb2018"
     path = root / "annotations" / "instances_val.json"
     dataset = CocoDataset(DatasetSource("dsb", path, root / "images"))
-    assert len(dataset) == 41 and len(dataset.objects.labels) == 1131
+    assert len(dataset) == 41
+    assert len(dataset.objects.labels) == 1131
     first = min(json.loads(path.read_text())["images"], key=lambda image: image["id"])
     labelled = dataset.read(0)
     assert labelled.size == (first["height"], first["width"])

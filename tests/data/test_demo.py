@@ -61,13 +61,16 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
 def test_sizes_and_counts_are_as_specified(layouts: list[demo.Scene]) -> None:
     assert len(CATEGORIES) == 8
     sides = {side for scene in layouts for side in (scene.height, scene.width)}
-    assert 192 <= min(sides) < 200 and 312 < max(sides) <= 320
+    assert 192 <= min(sides) < 200
+    assert 312 < max(sides) <= 320
     counts = {len(scene.objects) for scene in layouts}
-    assert counts >= set(range(13)) - {11, 12} and max(counts) <= 12
+    assert counts >= set(range(13)) - {11, 12}
+    assert max(counts) <= 12
     annotations = [annotation for scene in layouts for annotation in demo.annotate(scene)]
     assert {annotation["category_id"] for annotation in annotations} == set(CATEGORIES)
     longer = [max(annotation["bbox"][2:]) for annotation in annotations]
-    assert 12 <= min(longer) < 20 and 140 < max(longer) <= 160
+    assert 12 <= min(longer) < 20
+    assert 140 < max(longer) <= 160
 
 
 def test_every_kind_of_difficulty_occurs(layouts: list[demo.Scene]) -> None:
@@ -124,7 +127,8 @@ def test_at_least_half_of_each_object_is_visible(layouts: list[demo.Scene]) -> N
         for scene in layouts
         for thing, annotation in zip(scene.objects, demo.annotate(scene), strict=True)
     ]
-    assert 0.5 <= min(shares) < 0.6 and max(shares) == 1
+    assert 0.5 <= min(shares) < 0.6
+    assert max(shares) == 1
 
 
 def test_objects_are_painted_exactly_where_their_masks_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +170,8 @@ def test_objects_stand_out_from_their_surroundings(pictures: list[Picture]) -> N
         for mask in masks:
             anything |= mask
         distances += [np.linalg.norm(image[mask].mean(0) - image[~anything].mean(0)) for mask in masks]
-    assert np.median(distances) > 70 and np.quantile(distances, 0.02) > 15
+    assert np.median(distances) > 70
+    assert np.quantile(distances, 0.02) > 15
 
 
 def test_colour_does_not_tell_the_category(pictures: list[Picture]) -> None:
@@ -219,12 +224,15 @@ def test_files_are_complete_and_agree(written: Path) -> None:
         assert {category["id"]: category["name"] for category in content["categories"]} == CATEGORIES
         for record in content["images"]:
             with Image.open(written / f"images_{part}" / record["file_name"]) as picture:
-                assert picture.mode == "RGB" and picture.size == (record["width"], record["height"])
+                assert picture.mode == "RGB"
+                assert picture.size == (record["width"], record["height"])
         ids = [annotation["id"] for annotation in content["annotations"]]
-        assert len(set(ids)) == len(ids) and min(ids) > 0
+        assert len(set(ids)) == len(ids)
+        assert min(ids) > 0
         image_ids |= {record["id"] for record in content["images"]}
         annotation_count += len(ids)
-    assert len(image_ids) == 32 and annotation_count > 60
+    assert len(image_ids) == 32
+    assert annotation_count > 60
     seed_and_index = divmod(content["images"][4]["id"], 100_000)
     with Image.open(written / "images_val" / content["images"][4]["file_name"]) as picture:
         stored = np.asarray(picture).astype(float)
@@ -277,7 +285,8 @@ def test_an_outdated_or_incomplete_copy_is_replaced(
         (tmp_path / "demo" / "instances_train.json").unlink()
     ensure_demo_dataset(tmp_path, 3, 2)
     after = snapshot(tmp_path / "demo")
-    assert after.keys() == before.keys() and (after == before) == (damage != "version")
+    assert after.keys() == before.keys()
+    assert (after == before) == (damage != "version")
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 

@@ -131,7 +131,8 @@ def test_each_fault_is_found_and_named(write_dataset: Write, small_coco: dict, n
     assert any(all(getattr(f, key) == value for key, value in about.items()) for f in found), (
         diagnosis.findings
     )
-    assert f"[{kind}]" in str(diagnosis) and FAULTS[kind].remedy in str(diagnosis)
+    assert f"[{kind}]" in str(diagnosis)
+    assert FAULTS[kind].remedy in str(diagnosis)
 
 
 def test_every_kind_of_fault_is_tried() -> None:
@@ -142,7 +143,8 @@ def test_every_kind_of_fault_is_tried() -> None:
 def test_a_good_dataset_is_healthy(write_dataset: Write, small_coco: dict) -> None:
     small_coco["annotations"].pop(3)  # of a handful a crowd is many
     diagnosis = examine([write_dataset(small_coco)])
-    assert diagnosis.healthy and {f.kind for f in diagnosis.findings} == {"empty-image"}
+    assert diagnosis.healthy
+    assert {f.kind for f in diagnosis.findings} == {"empty-image"}
     assert str(diagnosis).startswith("small: 4 images, 4 annotations, 0 crowds, 3 categories\n")
     assert str(diagnosis).endswith("0 errors, 0 warnings, 1 note")
 
@@ -162,10 +164,10 @@ def test_files_that_cannot_be_read_and_pictures_that_are_equal(
     small_coco["images"].append({**small_coco["images"][0], "id": 99, "file_name": "copy.png"})
     found = {f.kind: f for f in faults(examine([write_rest(source, small_coco)]))}
     assert found.keys() == {"unreadable-image", "duplicate-picture"}
-    assert found["unreadable-image"].image_id == 2 and found["unreadable-image"].file_name == "2.png"
-    assert (
-        found["duplicate-picture"].image_id == 99 and "image 7 (7.png)" in found["duplicate-picture"].detail
-    )
+    assert found["unreadable-image"].image_id == 2
+    assert found["unreadable-image"].file_name == "2.png"
+    assert found["duplicate-picture"].image_id == 99
+    assert "image 7 (7.png)" in found["duplicate-picture"].detail
 
 
 def save_deep(source: DatasetSource, largest: int, *images: int) -> None:
@@ -177,7 +179,7 @@ def save_deep(source: DatasetSource, largest: int, *images: int) -> None:
         Image.fromarray(values).save(source.images / f"{image_id}.png")
 
 
-@pytest.mark.parametrize("largest, greys", [(255, 0), (4095, 15), (16383, 63)])
+@pytest.mark.parametrize(("largest", "greys"), [(255, 0), (4095, 15), (16383, 63)])
 def test_16_bit_images_that_use_a_small_part_of_their_range(
     write_dataset: Write, small_coco: dict, largest: int, greys: int
 ) -> None:
@@ -189,7 +191,8 @@ def test_16_bit_images_that_use_a_small_part_of_their_range(
         f"no pixel of 2 16-bit greyscale image(s) is {largest + 1} or more of 65535: "
         f"they are read as 0 to {greys} of 255"
     ]
-    assert not diagnosis.healthy and "-> scale all of them by one factor, to the whole 16" in str(diagnosis)
+    assert not diagnosis.healthy
+    assert "-> scale all of them by one factor, to the whole 16" in str(diagnosis)
 
 
 def test_16_bit_images_are_judged_together(write_dataset: Write, small_coco: dict) -> None:
@@ -240,7 +243,8 @@ def test_without_images_or_masks_less_is_looked_at(write_dataset: Write, small_c
     small_coco["annotations"][1]["segmentation"] = []
     write_rest(source, small_coco)
     diagnosis = examine([source], open_images=False, masks=False)
-    assert faults(diagnosis) == [] and "images were not opened" in str(diagnosis)
+    assert faults(diagnosis) == []
+    assert "images were not opened" in str(diagnosis)
 
 
 def mended(source: DatasetSource, diagnosis: Diagnosis) -> tuple[dict[str, Any], list[str]]:
@@ -265,19 +269,23 @@ def test_fix_does_what_the_doctor_says(write_dataset: Write, small_coco: dict, n
     if fault.removal and not fault.repair:
         assert fix.removals
     if not any(other.repair for other in found):
-        assert fix.changes == [] and fix.num_changes == 0
+        assert fix.changes == []
+        assert fix.num_changes == 0
     if not any(other.removal for other in found):
         assert fix.removals == []
         assert [len(fix.content[k]) for k in fix.before] == [len(small_coco[k]) for k in fix.before]
     if not any(other.fix for other in found):
-        assert fix.content == small_coco and "--fix OUT.json" not in str(diagnosis).splitlines()[-1]
+        assert fix.content == small_coco
+        assert "--fix OUT.json" not in str(diagnosis).splitlines()[-1]
     counts = (("repairs", fix.num_changes), ("removes", len(fix.removals)))
     hint = " and ".join(f"{verb} {count}" for verb, count in counts if count)
     assert (f"; --fix OUT.json {hint} in a copy" if hint else " note") in str(diagnosis).splitlines()[-1]
     write_rest(source, fix.content)
     again = examine([source])
     assert kind not in {f.kind for f in again.findings} or not fault.fix
-    assert again.fix.content == fix.content and not again.fix.changes and not again.fix.removals
+    assert again.fix.content == fix.content
+    assert not again.fix.changes
+    assert not again.fix.removals
 
 
 @pytest.mark.parametrize("name", [n for n, (kind, _, _) in FOUND.items() if FAULTS[kind].fix])
@@ -323,7 +331,8 @@ def test_boxes_stay_where_nobody_needs_their_masks(write_dataset: Write, small_c
     done = examine([source], masks=False).fix
     kept = {entry["id"]: entry for entry in done.content["annotations"]}
     assert len(kept) == 5 and "segmentation" not in kept[3], done.removals
-    assert kept[2]["segmentation"] and len(done.removals) == 1
+    assert kept[2]["segmentation"]
+    assert len(done.removals) == 1
 
 
 def resized(source: DatasetSource, image_id: int, height: int, width: int) -> None:
@@ -334,7 +343,7 @@ def resized(source: DatasetSource, image_id: int, height: int, width: int) -> No
 
 
 @pytest.mark.parametrize(
-    "image_id, size, factor",
+    ("image_id", "size", "factor"),
     [(7, (120, 180), "2.00"), (7, (91, 136), "1.51"), (2, (900, 600), "10.00"), (5, (32, 32), "0.50")],
 )
 def test_a_resized_picture_is_not_taken_for_a_wrong_size(
@@ -351,7 +360,7 @@ def test_a_resized_picture_is_not_taken_for_a_wrong_size(
 
 
 @pytest.mark.parametrize(
-    "image_id, size",
+    ("image_id", "size"),
     [(7, (120, 190)), (7, (62, 90)), (7, (61, 91)), (11, (100, 160))],
     ids=["other shape", "one side", "a pixel", "nothing annotated"],
 )
@@ -375,7 +384,8 @@ def test_annotations_that_were_made_on_the_larger_file_are_kept(
     source = write_dataset(small_coco)
     content, changes = mended(source, examine([source]))
     assert [image["height"] for image in content["images"]] == [60, 90, 64, 50]
-    assert len(changes) == 2 and len(content["annotations"]) == 5
+    assert len(changes) == 2
+    assert len(content["annotations"]) == 5
 
 
 @pytest.mark.parametrize("polygon", [[1, 1, 5, 5], [1, 1, 0, 5, 1, 0, 5, 5, 0]], ids=["two points", "odd"])
@@ -389,7 +399,8 @@ def test_objects_without_a_polygon_do_not_count(
     assert len(CocoDataset(source).objects.labels) == 0
     diagnosis = examine([source])
     assert {"nothing", "short-polygon"} <= diagnosis.kinds().keys()
-    assert not diagnosis.parts[0].sizes and diagnosis.parts[0].crowds == 1
+    assert not diagnosis.parts[0].sizes
+    assert diagnosis.parts[0].crowds == 1
     assert len(examine([source], masks=False).parts[0].sizes) == 4
 
 
@@ -403,7 +414,8 @@ def test_the_report_for_machines(write_dataset: Write, small_coco: dict) -> None
     small_coco["annotations"][0]["area"] = float("inf")
     report = json.loads(json.dumps(examine([write_dataset(small_coco)]).as_json()))
     assert report["parts"][0]["images"] == 4
-    assert report["summary"]["bad-area"]["count"] == 1 and report["summary"]["bad-area"]["severity"] == ERROR
+    assert report["summary"]["bad-area"]["count"] == 1
+    assert report["summary"]["bad-area"]["severity"] == ERROR
     assert [f["annotation_id"] for f in report["findings"] if f["kind"] == "bad-area"] == [1]
 
 

@@ -51,7 +51,8 @@ def test_faults_are_counted_with_an_example(
         warn_of_faults(CocoDataset(source))
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 4
-    assert messages[0].startswith("small: 1 x boxes that reach out") and "annotation 52;" in messages[0]
+    assert messages[0].startswith("small: 1 x boxes that reach out")
+    assert "annotation 52;" in messages[0]
     assert messages[-1].startswith("gn-detect doctor FILE")
 
 

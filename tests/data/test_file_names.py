@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name, found",
+    ("name", "found"),
     [
         ("Capture%20d%C3%A9cran%201.png", "Capture décran 1.png"),
         ("Capture%2520d%25C3%25A9cran%25201.png", "Capture décran 1.png"),
@@ -91,7 +91,8 @@ def test_a_file_answers_one_name_alone(folder: Path) -> None:
 def test_a_path_alone(folder: Path) -> None:
     assert nearby_file(folder / "IM1.png") == folder / "im1.png"
     assert nearby_file(folder / "gone" / "im1.png") == folder / "im1.png"
-    assert nearby_file(folder / "im1.png") is None and nearby_file(folder / "no.png") is None
+    assert nearby_file(folder / "im1.png") is None
+    assert nearby_file(folder / "no.png") is None
 
 
 def test_many_names_take_seconds(folder: Path) -> None:

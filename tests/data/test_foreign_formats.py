@@ -66,7 +66,10 @@ JSONS: dict[str, tuple[Any, str]] = {
 def test_json_of_other_formats(name: str) -> None:
     content, word = JSONS[name]
     text = describe_foreign_content(content)
-    assert text.startswith("it is ") and word in text and "; " in text and "\n" not in text
+    assert text.startswith("it is ")
+    assert word in text
+    assert "; " in text
+    assert "\n" not in text
 
 
 @pytest.mark.parametrize("content", [{}, [], 1, None, "x", {"images": IMAGES}, [[1]], {"a": {"b": 1}}])
@@ -113,7 +116,8 @@ def test_folders(tmp_path: Path, name: str) -> None:
     (folder / name).write_text(text)
     for number in range(50):
         (folder / f"{number}.jpg").touch()
-    assert word in describe_foreign(tmp_path) and "folder" in describe_foreign(tmp_path)
+    assert word in describe_foreign(tmp_path)
+    assert "folder" in describe_foreign(tmp_path)
 
 
 def test_a_folder_that_holds_coco_names_the_file(tmp_path: Path, small_coco: dict) -> None:

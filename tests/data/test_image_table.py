@@ -17,7 +17,10 @@ RECORDS = [ImageRecord(7, "a/ä b.png", 3, 4), ImageRecord(2, "", 1, 2), ImageRe
 
 def test_records_come_back() -> None:
     table = ImageTable(RECORDS)
-    assert list(table) == RECORDS and len(table) == 3 and table[-1] == RECORDS[2] and table[:2] == RECORDS[:2]
+    assert list(table) == RECORDS
+    assert len(table) == 3
+    assert table[-1] == RECORDS[2]
+    assert table[:2] == RECORDS[:2]
     assert type(table[0].id) is int
     with pytest.raises(IndexError):
         table[3]

@@ -59,7 +59,7 @@ def test_some_rows_at_a_time_are_what_all_are(
 
 @pytest.mark.parametrize("largest", [255, 256, 4095, 65535])
 @pytest.mark.parametrize(
-    "name, kind", [("a.png", "uint16"), ("a.tiff", "uint16"), ("a.tiff", ">u2"), ("a.tiff", "int32")]
+    ("name", "kind"), [("a.png", "uint16"), ("a.tiff", "uint16"), ("a.tiff", ">u2"), ("a.tiff", "int32")]
 )
 def test_more_than_8_bits_are_read_alike_whatever_the_picture_holds(
     tmp_path: Path, name: str, kind: str, largest: int
@@ -174,7 +174,8 @@ def test_formats_that_pillow_reads_and_we_do_not(tmp_path: Path, monkeypatch: py
 def test_every_format_is_read_whatever_the_file_is_called(tmp_path: Path, kind: str) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.dat", format=kind)
     found = read_image(tmp_path / "a.dat", "RGB").astype(int)
-    assert found.shape == (20, 30, 3) and np.abs(found - picture()).mean() < 8
+    assert found.shape == (20, 30, 3)
+    assert np.abs(found - picture()).mean() < 8
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes and devices here")

@@ -60,8 +60,10 @@ def test_train_samples(small: DatasetSource, make_cfg: MakeCfg) -> None:
         assert len(batch) == 2
         assert len({s.original_size[1] > s.original_size[0] for s in batch}) == 1
         for sample in batch:
-            assert sample.image.dtype == torch.uint8 and sample.image.is_contiguous()
-            assert min(sample.image.shape[1:]) in (48, 64) and sample.image.shape[0] == 3
+            assert sample.image.dtype == torch.uint8
+            assert sample.image.is_contiguous()
+            assert min(sample.image.shape[1:]) in (48, 64)
+            assert sample.image.shape[0] == 3
             assert sample.original_size == sizes[sample.image_id]
             assert Path(sample.file_name) == small.images / f"{sample.image_id}.png"
             for mask in sample.target.masks:
@@ -74,7 +76,9 @@ def test_bitmask_format_draws_polygons(small: DatasetSource, make_cfg: MakeCfg) 
     loader, _ = build_train_loader(make_cfg(small, input__mask_format="bitmask"))
     for sample in sum(take(loader, 8), []):
         for mask in sample.target.masks:
-            assert mask.dtype == torch.bool and mask.shape == sample.image.shape[1:] and mask.any()
+            assert mask.dtype == torch.bool
+            assert mask.shape == sample.image.shape[1:]
+            assert mask.any()
 
 
 def test_model_without_masks(small: DatasetSource, make_cfg: MakeCfg) -> None:
@@ -204,9 +208,12 @@ def test_test_loader_yields_every_image_in_order(
     loader, dataset = build_test_loader(cfg, "small")
     batches = list(loader)
     assert [[s.image_id for s in batch] for batch in batches] == [[2, 5, 7], [11]]
-    assert len(loader) == 2 and len(dataset) == 4
+    assert len(loader) == 2
+    assert len(dataset) == 4
     first = batches[0][0]
-    assert first.target is None and first.original_size == (90, 60) and first.image.shape == (3, 96, 64)
+    assert first.target is None
+    assert first.original_size == (90, 60)
+    assert first.image.shape == (3, 96, 64)
     parts = [build_test_loader(cfg, "small", rank=rank, world_size=3)[0] for rank in range(3)]
     assert [[s.image_id for batch in part for s in batch] for part in parts] == [[2, 5], [7], [11]]
 
@@ -222,9 +229,26 @@ def test_real_config_has_the_keys_that_are_read(small: DatasetSource, repository
     register = f"{{small: {{annotations: {small.annotations}, images: {small.images}}}}}"
     cfg = load_config(
         None,
-        ["DATASETS.REGISTER", register, "DATASETS.TRAIN", "['small']", "DATASETS.TEST", "['small']"]
-        + ["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "INPUT.CROP.ENABLED", "True"]
-        + ["INPUT.MIN_SIZE_TRAIN", "[64]", "INPUT.COLOR_JITTER.ENABLED", "True", "MODEL.MASK_ON", "True"],
+        [
+            "DATASETS.REGISTER",
+            register,
+            "DATASETS.TRAIN",
+            "['small']",
+            "DATASETS.TEST",
+            "['small']",
+            "SOLVER.IMS_PER_BATCH",
+            "2",
+            "DATALOADER.NUM_WORKERS",
+            "0",
+            "INPUT.CROP.ENABLED",
+            "True",
+            "INPUT.MIN_SIZE_TRAIN",
+            "[64]",
+            "INPUT.COLOR_JITTER.ENABLED",
+            "True",
+            "MODEL.MASK_ON",
+            "True",
+        ],
     )
     assert resolve_dataset(cfg, "small").images == small.images
     assert len(take(build_train_loader(cfg)[0], 2)) == 2

@@ -49,7 +49,8 @@ def test_rle_are_decoded_by_the_first_transform_that_needs_pixels(
     """To the same bits as if all had been decoded before; only one is whole in memory at a time."""
     small_coco["annotations"] = [{**small_coco["annotations"][2], "id": i} for i in range(1, 4)]
     lazy = CocoDataset(write_dataset(small_coco)).read(0)
-    assert lazy.masks is not None and all(isinstance(mask, RleMask) for mask in lazy.masks)
+    assert lazy.masks is not None
+    assert all(isinstance(mask, RleMask) for mask in lazy.masks)
     eager = replace(lazy, masks=[mask.decode() for mask in lazy.masks if isinstance(mask, RleMask)])
     for transform in (
         lambda scene: resize(scene, 45, 40),
@@ -60,9 +61,13 @@ def test_rle_are_decoded_by_the_first_transform_that_needs_pixels(
     ):
         found, expected = (to_target(transform(scene), boxes_from_masks=True) for scene in (lazy, eager))
         torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=0)
-        assert found.masks is not None and expected.masks is not None and len(found.masks) >= 2
+        assert found.masks is not None
+        assert expected.masks is not None
+        assert len(found.masks) >= 2
         for a, b in zip(found.masks, expected.masks, strict=True):
-            assert isinstance(a, torch.Tensor) and a.is_contiguous() and torch.equal(a, b)
+            assert isinstance(a, torch.Tensor)
+            assert a.is_contiguous()
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

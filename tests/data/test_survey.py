@@ -26,15 +26,21 @@ def test_best_anchor_is_that_of_all_anchors() -> None:
     expected = box_iou(torch.from_numpy(boxes), anchors.double()).amax(dim=1)
     found = best_anchor_iou(boxes, sizes, ratios, strides)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
-    assert anchor_recall(found) == (found >= 0.5).mean() and anchor_recall(found[:0]) == 0
+    assert anchor_recall(found) == (found >= 0.5).mean()
+    assert anchor_recall(found[:0]) == 0
 
 
 def test_figures_of_a_dataset(tmp_path: Path) -> None:
     path = make_dataset(tmp_path / "data", 4)
     data = survey(DatasetSource("tiny", path, path.parent / "images"))
-    assert data.class_names == ["square", "bar"] and len(data.images) == 4 and len(data.boxes) == 8
-    assert data.short_edge == 64 and data.elongation == 80 / 64 and data.most_objects == 2
-    assert data.has_masks and not data.has_bitmaps
+    assert data.class_names == ["square", "bar"]
+    assert len(data.images) == 4
+    assert len(data.boxes) == 8
+    assert data.short_edge == 64
+    assert data.elongation == 80 / 64
+    assert data.most_objects == 2
+    assert data.has_masks
+    assert not data.has_bitmaps
     assert data.image_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     doubled = data.resized_boxes(128, 1000)
     np.testing.assert_allclose(doubled, 2 * data.boxes)
@@ -57,7 +63,8 @@ def test_boxes_without_masks_are_seen_as_such(tmp_path: Path) -> None:
 def test_what_is_given_decides_whether_masks_are_read(tmp_path: Path) -> None:
     path = make_dataset(tmp_path / "data", 2)
     source = DatasetSource("tiny", path, path.parent / "images")
-    assert survey(source, masks=True).has_masks and not survey(source, masks=False).has_masks
+    assert survey(source, masks=True).has_masks
+    assert not survey(source, masks=False).has_masks
     content = json.loads(path.read_text())
     del content["annotations"][1]["segmentation"]
     path.write_text(json.dumps(content))

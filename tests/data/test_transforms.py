@@ -71,7 +71,7 @@ def test_resize_is_detectron2s_to_the_bit(shared_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "size, length, longest, expected",
+    ("size", "length", "longest", "expected"),
     [
         ((480, 640), 800, 1333, (800, 1067)),
         ((640, 480), 800, 1333, (1067, 800)),
@@ -162,7 +162,8 @@ def test_polygon_bounds_agree_with_drawing(points: list[tuple[int, int]]) -> Non
     if drawn.any():
         expected = bitmap_bounds(drawn) / fine
         # Drawing leaves out slivers thinner than a pixel of the fine grid, so it can only be smaller.
-        assert (found[:2] <= expected[:2] + 0.1).all() and (found[2:] >= expected[2:] - 0.1).all()
+        assert (found[:2] <= expected[:2] + 0.1).all()
+        assert (found[2:] >= expected[2:] - 0.1).all()
 
 
 def test_polygon_bounds_of_special_shapes() -> None:
@@ -197,13 +198,17 @@ def test_empty_objects_are_left_out_of_the_target() -> None:
     scene = labelled(10, 12, np.array([[1, 1, 3, 3], [4, 4, 9, 9]]), bitmaps=True)
     scene.masks[0][:] = False
     target = to_target(scene)
-    assert target.labels.tolist() == [1] and len(target.masks) == 1
-    assert target.masks[0].dtype == torch.bool and target.boxes.dtype == torch.float32
+    assert target.labels.tolist() == [1]
+    assert len(target.masks) == 1
+    assert target.masks[0].dtype == torch.bool
+    assert target.boxes.dtype == torch.float32
     none = to_target(crop(scene, 0, 0, 1, 1), boxes_from_masks=True)
-    assert none.boxes.shape == (0, 4) and none.masks == []
+    assert none.boxes.shape == (0, 4)
+    assert none.masks == []
 
 
 def test_images_without_masks() -> None:
     scene = LabelledImage(np.zeros((9, 9, 3), np.uint8), np.array([[1.0, 1, 20, 8]]), np.array([2]))
     target = to_target(flip_horizontal(resize(crop(scene, 1, 0, 8, 8), 16, 16)))
-    assert target.masks is None and target.boxes.tolist() == [[0, 2, 16, 16]]
+    assert target.masks is None
+    assert target.boxes.tolist() == [[0, 2, 16, 16]]

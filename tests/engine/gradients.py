@@ -80,7 +80,7 @@ def _save(measure: Callable[[Config, int], dict[str, Tensor]], cfg: Config, path
 
 
 def relative_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """max |a - b| / max |b| over all parameters together."""
+    """Max |a - b| / max |b| over all parameters together."""
     largest = max(float(value.abs().max()) for value in expected.values())
     return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
 

@@ -33,16 +33,20 @@ def test_parts_of_a_step(
     path = tmp_path / "report.json"
     assert main(["bench", mode, *SMALL, "--output", str(path), "MODEL.DEVICE", "cpu"]) == 0
     report = json.loads(path.read_text())
-    assert set(report["parts"]) >= parts - {"losses"} and all(ms > 0 for ms in report["parts"].values())
-    assert len(report["seconds"]) == 2 and report["summary"] > 0
+    assert set(report["parts"]) >= parts - {"losses"}
+    assert all(ms > 0 for ms in report["parts"].values())
+    assert len(report["seconds"]) == 2
+    assert report["summary"] > 0
     printed = capsys.readouterr().out
-    assert "one step, without data: median" in printed and "backbone" in printed
+    assert "one step, without data: median" in printed
+    assert "backbone" in printed
 
 
 def test_the_workload_is_the_same_each_time(tmp_path: Path) -> None:
     first = write_workload(tmp_path / "a", Workload(64, 96))
     second = write_workload(tmp_path / "b", Workload(64, 96))
-    assert (first[0] == second[0]).all() and first[0].shape == (1000, 4)
+    assert (first[0] == second[0]).all()
+    assert first[0].shape == (1000, 4)
     assert (tmp_path / "a/1.png").read_bytes() == (tmp_path / "b/1.png").read_bytes()
     assert (tmp_path / "a/annotations.json").read_text() == (tmp_path / "b/annotations.json").read_text()
 
@@ -78,7 +82,8 @@ def test_norms_one_by_one() -> None:
     timings = list(benchmark_norms(torch.device("cpu"), layers=["p5"], compiled=False, rounds=1))
     assert len(timings) == 2 * 2 * 2
     for timing in timings:
-        assert timing.bandwidth > 0 and all(seconds > 0 for seconds in timing.seconds.values())
+        assert timing.bandwidth > 0
+        assert all(seconds > 0 for seconds in timing.seconds.values())
         assert ("autocast native" in timing.seconds) == (timing.dtype == "bfloat16")
 
 
@@ -87,12 +92,15 @@ def test_bench_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     some = ["--no-compile", "--layer", "p5", "--dtype", "float32", "--order", "channels_last"]
     command = ["bench", "norm", "--device", "cpu", "--iterations", "1", "--steps", "0", "--output", str(path)]
     assert main([*command, *some, "SOLVER.NO_KEY", "1"]) == 2, "config keys stand at the end, as everywhere"
-    assert "SOLVER.NO_KEY: unknown key" in capsys.readouterr().err and not path.exists()
+    assert "SOLVER.NO_KEY: unknown key" in capsys.readouterr().err
+    assert not path.exists()
     assert main([*command, *some, "SEED", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "p5" in printed and "least against native" in printed
+    assert "p5" in printed
+    assert "least against native" in printed
     figures = json.loads(path.read_text())
-    assert [n["backward"] for n in figures["norms"]] == [False, True] and figures["steps"] == {}
+    assert [n["backward"] for n in figures["norms"]] == [False, True]
+    assert figures["steps"] == {}
 
 
 def test_figures_of_a_run_that_is_cut_off_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +127,7 @@ def test_training_steps_side_by_side() -> None:
     *_, steps = compare_steps("quick/demo.yaml", small, rounds=1)
     assert steps.keys() == VARIANTS.keys()
     for step in steps.values():
-        assert step.seconds[0] > 0 and " MB (" in str(step)
+        assert step.seconds[0] > 0
+        assert " MB (" in str(step)
     with pytest.raises(UserError, match="fused GN failed"):
         next(compare_steps("quick/demo.yaml", ["NO.SUCH_KEY", "1"], rounds=1))

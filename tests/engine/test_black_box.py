@@ -57,19 +57,22 @@ def test_training_stops_and_the_black_box_repeats_the_step(
     assert report["findings"]["0"]["losses"]["loss_mask"] == "nan"
     assert report["findings"]["0"]["output"].startswith("roi_heads.mask_head")
     findings = replay(folder)
-    assert findings[0].output == report["findings"]["0"]["output"] and findings[0].gradient is not None
+    assert findings[0].output == report["findings"]["0"]["output"]
+    assert findings[0].gradient is not None
     assert main(["replay", str(folder)]) == 0
     assert "loss_mask nan" in capsys.readouterr().out
     assert main(["replay", "--json", str(folder)]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["0"]["losses"]["loss_mask"] is None and printed["0"]["output"] == findings[0].output
+    assert printed["0"]["losses"]["loss_mask"] is None
+    assert printed["0"]["output"] == findings[0].output
     here = str(Path(spoiled_config.output_dir).parent).encode()
     assert [path for path in folder.iterdir() if here in path.read_bytes()] == [], "it is passed on"
     # What was saved before is untouched, and finite.
     last = (Path(spoiled_config.output_dir) / "last_checkpoint").read_text()
     saved = torch.load(Path(spoiled_config.output_dir) / last, weights_only=True)
     kept = torch.load(folder / "state.pth", weights_only=True)
-    assert differences(kept["model"], saved["model"]) == [] and saved["iteration"] == kept["iteration"] - 1
+    assert differences(kept["model"], saved["model"]) == []
+    assert saved["iteration"] == kept["iteration"] - 1
 
 
 def test_replay_refuses_another_folder(tmp_path: Path) -> None:

@@ -19,5 +19,7 @@ def test_killed_and_resumed_run_is_bit_identical(repository: Path, name: str, lo
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(rf"{name} (\d+) times", done.stdout)
-    assert found and int(found[1]) >= 1 and "equal, bit for bit" in done.stdout
+    assert found
+    assert int(found[1]) >= 1
+    assert "equal, bit for bit" in done.stdout
     assert lost or "steps computed: 12 for 12 iterations" in done.stdout

@@ -264,11 +264,12 @@ def test_lists_of_checkpoints_name_files_of_the_folder_alone(
     victim.write_bytes(b"of somebody else")
     (folder / listing).write_text(name.format(tmp=tmp_path), encoding="latin1")
     checkpoint = read_last_checkpoint(folder, set_aside=True)
-    assert checkpoint is not None and checkpoint.path == folder / "model_final.pth"
-    assert victim.read_bytes() == b"of somebody else" and not list(tmp_path.glob("*.damaged"))
-    assert (
-        folder / f"{listing}.damaged"
-    ).is_file() and f"{listing} is damaged, and passed over" in caplog.text
+    assert checkpoint is not None
+    assert checkpoint.path == folder / "model_final.pth"
+    assert victim.read_bytes() == b"of somebody else"
+    assert not list(tmp_path.glob("*.damaged"))
+    assert (folder / f"{listing}.damaged").is_file()
+    assert f"{listing} is damaged, and passed over" in caplog.text
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
 
 
@@ -278,7 +279,8 @@ def test_a_checkpoint_of_another_program_has_any_plain_name(finished: Config) ->
     (folder / "checkpoints.txt").unlink()
     (folder / "last_checkpoint").write_text("epoch-3.pth\n")
     checkpoint = read_last_checkpoint(folder, set_aside=True)
-    assert checkpoint is not None and checkpoint.path.name == "epoch-3.pth"
+    assert checkpoint is not None
+    assert checkpoint.path.name == "epoch-3.pth"
 
 
 def test_without_its_lists_a_folder_has_the_newest_of_its_checkpoints(finished: Config) -> None:
@@ -289,7 +291,8 @@ def test_without_its_lists_a_folder_has_the_newest_of_its_checkpoints(finished: 
         newer = torch.load(folder / "model_final.pth", weights_only=True) | {"iteration": 7}
         torch.save(newer, folder / "model_0000007.pth")  # of a longer run than that of model_final.pth
         checkpoint = read_last_checkpoint(folder, set_aside=True)
-        assert checkpoint is not None and checkpoint.path.name == "model_0000007.pth"
+        assert checkpoint is not None
+        assert checkpoint.path.name == "model_0000007.pth"
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -332,7 +335,8 @@ def test_a_damaged_bit_never_loads_something_else(
         assert differences(found.tensors, expected.tensors) == []
         assert differences(found.metadata.to_dict(), expected.metadata.to_dict()) == []
         if name == "model_final.pth":
-            assert found.path.name == "model_0000003.pth" and "model_final.pth is passed over" in caplog.text
+            assert found.path.name == "model_0000003.pth"
+            assert "model_final.pth is passed over" in caplog.text
             with pytest.raises(UserError) as caught:
                 (folder / f"{name}.damaged").rename(folder / "moved.pth")
                 read_checkpoint(folder / "moved.pth")

@@ -49,5 +49,7 @@ def test_every_place(repository: Path, processes: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"(\d+) places: (\d+) kills", done.stdout)
-    assert found and int(found[1]) > 100 and int(found[2]) == 2 * int(found[1])
+    assert found
+    assert int(found[1]) > 100
+    assert int(found[2]) == 2 * int(found[1])
     assert "differences: 0" in done.stdout

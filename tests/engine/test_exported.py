@@ -57,7 +57,8 @@ def read(path: Path) -> list[tuple[str, bytes]]:
 def as_pickles(content: bytes) -> bytes:
     """The same number of bytes, and weights that would be unpickled."""
     changed = content.replace(b'"use_pickle": false', b'"use_pickle":true  ')
-    assert changed != content and len(changed) == len(content)
+    assert changed != content
+    assert len(changed) == len(content)
     return changed
 
 
@@ -137,7 +138,7 @@ def test_small_metadata_do_not_become_large(changes: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "key, text",
+    ("key", "text"),
     [
         ("size_divisibility", "0"), ("size_divisibility", "-32"), ("size_divisibility", "1" + "0" * 400),
         ("size_divisibility", "x"), ("size_divisibility", "1e9"), ("class_names", "[1, 2]"),
@@ -158,7 +159,8 @@ def test_metadata_of_other_types_are_refused(tmp_path: Path, key: str, text: str
 
 def test_outputs_that_are_no_detections_are_told_from_detections() -> None:
     boxes, scores, labels = torch.zeros(2, 4), torch.zeros(2), torch.tensor([0, 1])
-    assert _is_of(2, [boxes, scores, labels]) and _is_of(2, [boxes, scores, labels, torch.zeros(2, 28, 28)])
+    assert _is_of(2, [boxes, scores, labels])
+    assert _is_of(2, [boxes, scores, labels, torch.zeros(2, 28, 28)])
     assert _is_of(2, [boxes[:0], scores[:0], labels[:0]])
     for outputs in (
         [boxes, scores], [boxes, scores, labels + 1], [boxes, scores, labels - 1],

@@ -109,8 +109,10 @@ def test_where_nothing_can_be_locked_the_run_warns_and_goes_on(
     (folder / ".leftover.x.tmp").write_bytes(b"of another run, perhaps")
     with caplog.at_level(logging.WARNING, logger="gn_detect"):
         train(tiny_config.replace(SHORT))
-    assert "cannot lock" in caplog.text and "see to it that no other run uses it" in caplog.text
-    assert (folder / "model_final.pth").is_file() and (folder / ".leftover.x.tmp").exists()
+    assert "cannot lock" in caplog.text
+    assert "see to it that no other run uses it" in caplog.text
+    assert (folder / "model_final.pth").is_file()
+    assert (folder / ".leftover.x.tmp").exists()
 
 
 def test_eval_during_a_training_leaves_its_results(

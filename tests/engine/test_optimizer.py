@@ -42,7 +42,8 @@ def test_norms_do_not_decay_by_default() -> None:
     found = settings(build_optimizer(config(), model), model)
     assert found["conv.weight"] == found["conv.bias"] == (0.1, 1e-4)
     norms = {name: value for name, value in found.items() if name.startswith("norms.")}
-    assert len(norms) == 12 and set(norms.values()) == {(0.1, 0.0)}
+    assert len(norms) == 12
+    assert set(norms.values()) == {(0.1, 0.0)}
     assert not any(name.startswith(("frozen.", "norms.FrozenBN")) for name in found)
 
 
@@ -85,7 +86,8 @@ def test_two_steps_of_sgd_by_hand(nesterov: bool) -> None:
 
 def test_adamw_is_chosen_by_name() -> None:
     optimizer = build_optimizer(config("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BETAS", "(0.8, 0.9)"), Net())
-    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == (0.8, 0.9)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
 
 
 @pytest.mark.parametrize(

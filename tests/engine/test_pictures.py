@@ -26,9 +26,12 @@ def test_test_images_are_drawn_for_the_folder_and_for_tensorboard(tmp_path: Path
     picture = np.asarray(Image.open(folder / "pictures" / "tiny_test_1.png").convert("RGB")).astype(int)
     amber = np.abs(picture - (255, 192, 46)).sum(axis=-1) < 12  # what an untrained model misses
     middle = picture.shape[1] // 2
-    assert amber[:, :middle].sum() > 100 and not amber[:, middle + 10 :].any()
+    assert amber[:, :middle].sum() > 100
+    assert not amber[:, middle + 10 :].any()
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     assert sorted(events.Tags()["images"]) == ["tiny_test/1", "tiny_test/2"]
     assert events.Images("tiny_test/1")[0].width > 900
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment["device"] == "cpu" and environment["processes"] == 1 and environment["torch"]
+    assert environment["device"] == "cpu"
+    assert environment["processes"] == 1
+    assert environment["torch"]

@@ -152,7 +152,8 @@ def test_float16_on_a_cpu_is_bfloat16_and_says_so(
     assert not caplog.records
     assert differences(one_step(tiny_config.replace(AMP["fp16"])), expected) == []
     (record,) = caplog.records
-    assert "SOLVER.AMP.DTYPE is float16" in record.message and "bfloat16 is used" in record.message
+    assert "SOLVER.AMP.DTYPE is float16" in record.message
+    assert "bfloat16 is used" in record.message
 
 
 def test_a_run_in_float16_goes_on_on_a_cpu(tiny_config: Config) -> None:
@@ -161,7 +162,8 @@ def test_a_run_in_float16_goes_on_on_a_cpu(tiny_config: Config) -> None:
     state = make_state(cfg, build_model(cfg))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     state.restore(CheckpointMetadata(**state.metadata(), scaler=scaler.state_dict()), "model.pth")
-    assert not state.scaler.is_enabled() and "scaler" not in state.metadata()
+    assert not state.scaler.is_enabled()
+    assert "scaler" not in state.metadata()
 
 
 def test_on_a_gpu_the_dtype_is_as_set(tiny_config: Config) -> None:
@@ -183,7 +185,8 @@ def test_float16_gradients_that_overflow_lower_the_scale_and_skip_the_step(
     loader, _ = build_train_loader(cfg)
     batch = next(iter(loader))
     _, broken = train_step(cfg, model, batch, state)
-    assert not broken and state.scaler.get_scale() == 2.0**39
+    assert not broken
+    assert state.scaler.get_scale() == 2.0**39
     assert differences(dict(model.state_dict()), before) == []
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     train_step(cfg, model, batch, state)

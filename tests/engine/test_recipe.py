@@ -48,7 +48,8 @@ def test_every_recipe_is_a_valid_config_with_a_reason_for_each_choice(
 ) -> None:
     recipe = make_recipe(make_survey(), machine, "model.pth" if architecture else "", architecture)
     cfg = as_config(recipe)
-    assert cfg.model.roi_heads.num_classes == 2 and cfg.model.mask_on
+    assert cfg.model.roi_heads.num_classes == 2
+    assert cfg.model.mask_on
     assert cfg.model.resnets.norm == "GN"
     assert cfg.model.resnets.depth == (50 if machine.on_gpu or architecture else 18)
     topics = {choice.topic for choice in recipe.choices}
@@ -66,7 +67,8 @@ def test_small_objects_get_small_anchors_and_larger_images() -> None:
 
 def test_long_objects_get_other_aspect_ratios() -> None:
     found = make_recipe(make_survey(80, ratio=5.0), CPU).keys["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"]
-    assert len(found[0]) == 3 and max(found[0]) > 3
+    assert len(found[0]) == 3
+    assert max(found[0]) > 3
 
 
 def test_a_trained_rpn_keeps_its_anchors_where_they_serve() -> None:
@@ -86,21 +88,25 @@ def test_given_keys_win_and_the_rest_follows() -> None:
     recipe = make_recipe(make_survey(), CPU, given=given)
     assert {key: recipe.keys[key] for key in given} == given
     assert recipe.keys["SOLVER.BASE_LR"] == pytest.approx(0.02)  # 0.005 for each of 4
-    assert recipe.keys["SOLVER.WARMUP_ITERS"] == 5 and recipe.keys["TEST.EVAL_PERIOD"] == 17
-    assert "SOLVER.MAX_ITER as given" in str(recipe) and "evaluation: 3 times;" in str(recipe)
+    assert recipe.keys["SOLVER.WARMUP_ITERS"] == 5
+    assert recipe.keys["TEST.EVAL_PERIOD"] == 17
+    assert "SOLVER.MAX_ITER as given" in str(recipe)
+    assert "evaluation: 3 times;" in str(recipe)
 
 
 def test_little_memory_makes_images_smaller() -> None:
     small = Machine(True, 1, 6 * 2**30, 16)
     sizes = [make_recipe(make_survey(), m).keys["INPUT.MIN_SIZE_TEST"] for m in (GPU, small)]
-    assert sizes[0] == 800 and sizes[1] < 600
+    assert sizes[0] == 800
+    assert sizes[1] < 600
     assert "6 GB" in str(make_recipe(make_survey(), small))
 
 
 def test_boxes_alone_many_objects_and_no_val() -> None:
     data = make_survey(has_masks=False, most_objects=240)
     recipe = make_recipe(data, CPU, has_val=False)
-    assert recipe.keys["MODEL.MASK_ON"] is False and "TEST.EVAL_PERIOD" not in recipe.keys
+    assert recipe.keys["MODEL.MASK_ON"] is False
+    assert "TEST.EVAL_PERIOD" not in recipe.keys
     assert recipe.keys["TEST.DETECTIONS_PER_IMAGE"] == 300
     assert "--val-json" in str(recipe)
 
@@ -119,11 +125,13 @@ def test_other_classes_start_afresh_and_are_said_to() -> None:
             .reason
         )
 
-    assert "afresh" in classes_of(["a", "b"]) and "afresh" not in classes_of(["cat", "dog"])
+    assert "afresh" in classes_of(["a", "b"])
+    assert "afresh" not in classes_of(["cat", "dog"])
 
 
 def test_a_detector_without_a_pyramid_has_one_level_of_anchors() -> None:
     keys = {"MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.NORM": "FrozenBN"}
     recipe = make_recipe(make_survey(40), GPU, "c4.pth", Architecture(keys, True, True, "FrozenBN"))
     cfg = as_config(recipe)
-    assert cfg.model.roi_heads.name == "Res5ROIHeads" and len(cfg.model.anchor_generator.sizes) == 1
+    assert cfg.model.roi_heads.name == "Res5ROIHeads"
+    assert len(cfg.model.anchor_generator.sizes) == 1

@@ -71,7 +71,9 @@ def test_what_changes_the_weights_or_the_order_of_the_data_is_refused(begun: Con
     with pytest.raises(UserError) as caught:
         prepare(begun.replace({key: CHANGED[key]}), resume=True)
     message = str(caught.value)
-    assert f"{key} was " in message and " and is " in message and "--allow-changes" in message
+    assert f"{key} was " in message
+    assert " and is " in message
+    assert "--allow-changes" in message
     assert "\n" not in message
 
 
@@ -106,7 +108,8 @@ def test_length_periods_device_workers_and_paths_may_change(
     with caplog.at_level(logging.INFO, logger="gn_detect"):
         assert prepare(begun.replace({**free, "DATASETS.REGISTER": entries}), resume=True).start == 2
     (line,) = [line for line in caplog.messages if line.startswith("resuming with other settings")]
-    assert "SOLVER.MAX_ITER was 2 and is 8" in line and all(f"{key} was" in line for key in free)
+    assert "SOLVER.MAX_ITER was 2 and is 8" in line
+    assert all(f"{key} was" in line for key in free)
     assert str(moved) in line
     assert set(FREE) | set(COUNTED_IN_ITERATIONS) | set(BEST_IS_OF) <= set(known_keys())
 
@@ -116,14 +119,16 @@ def test_the_spelling_of_a_value_does_not_matter(begun: Config, caplog: pytest.L
     keys = ["SOLVER.MAX_ITER", "2", "SOLVER.BASE_LR", "2e-2", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SEED", "-1"]
     with caplog.at_level(logging.INFO, logger="gn_detect"):
         run = prepare(load_config(path, keys), resume=True)
-    assert run.start == 2 and run.cfg.seed == 1
+    assert run.start == 2
+    assert run.cfg.seed == 1
     assert "other settings" not in caplog.text
     assert prepare(load_config(Path(begun.output_dir) / "config.yaml"), resume=True).start == 2
 
 
 def test_allowed_changes_are_said(begun: Config, caplog: pytest.LogCaptureFixture) -> None:
     run = prepare(begun.replace({"SOLVER.BASE_LR": 0.01, "SEED": 5}), resume=True, allow_changes=True)
-    assert run.start == 2 and run.cfg.seed == 5
+    assert run.start == 2
+    assert run.cfg.seed == 5
     assert "resuming a changed run: SOLVER.BASE_LR was 0.02 and is 0.01; SEED was 1 and is 5" in caplog.text
 
 
@@ -189,7 +194,8 @@ def test_a_config_for_other_processes_is_compared_unscaled(copied: Config) -> No
     """It was saved by three processes, and this is one."""
     cfg = copied.replace({"SOLVER.REFERENCE_WORLD_SIZE": 2, "SOLVER.STEPS": [7, 9], "SOLVER.MAX_ITER": 10})
     saved = scale_config(cfg, 3)
-    assert saved.solver.ims_per_batch == 3 and saved.solver.steps == (5, 6)
+    assert saved.solver.ims_per_batch == 3
+    assert saved.solver.steps == (5, 6)
     edit(copied, config=dump_config(saved))
     assert prepare(cfg, resume=True).start == 2 * 3
     assert prepare(saved, resume=True).start == 2 * 3

@@ -54,7 +54,8 @@ def test_run_folder(tiny_config: Config, caplog: pytest.LogCaptureFixture) -> No
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not [name for name in names if name.endswith(".tmp")]
-    assert set(results) == {"bbox", "segm"} and "AP" in results["segm"]
+    assert set(results) == {"bbox", "segm"}
+    assert "AP" in results["segm"]
     assert set(json.loads((folder / "results.json").read_text())) == {"bbox", "segm"}
     assert (folder / "inference" / "tiny_test" / "coco_instances_results.json").is_file()
     assert (folder / "inference" / "tiny_test" / "results.json").is_file()
@@ -64,13 +65,15 @@ def test_run_folder(tiny_config: Config, caplog: pytest.LogCaptureFixture) -> No
     assert [row["iteration"] for row in rows if "segm/AP" in row] == [3, 5]
     training = [row for row in rows if "total_loss" in row]
     assert [row["iteration"] for row in training] == [1, 2, 3, 5]
-    assert training[-1]["lr"] == pytest.approx(0.02) and training[-1]["images_per_second"] > 0
+    assert training[-1]["lr"] == pytest.approx(0.02)
+    assert training[-1]["images_per_second"] > 0
     assert training[-1]["total_loss"] == pytest.approx(
         sum(v for k, v in training[-1].items() if k.startswith("loss_"))
     )
     log = (folder / "log.txt").read_text()
     for word in ("iter 6/6", "eta", "data", "images/s", "memory", "of tiny_test", "segm"):
-        assert word in log and word in caplog.text
+        assert word in log
+        assert word in caplog.text
 
 
 def test_checkpoint_is_safe_to_load_and_has_detectron2s_keys(tiny_config: Config) -> None:
@@ -79,7 +82,8 @@ def test_checkpoint_is_safe_to_load_and_has_detectron2s_keys(tiny_config: Config
     content = torch.load(Path(cfg.output_dir) / "model_final.pth", weights_only=True)
     assert {"model", "optimizer", "iteration"} <= set(content)
     assert content["iteration"] == 0
-    assert content["class_names"] == ["square", "bar"] and content["category_ids"] == [3, 7]
+    assert content["class_names"] == ["square", "bar"]
+    assert content["category_ids"] == [3, 7]
     assert set(content["model"]) == set(build_model(cfg).state_dict())
 
 
@@ -128,7 +132,8 @@ def test_run_is_reproducible_and_depends_on_the_seed(tiny_config: Config) -> Non
     for seed in (1, 1, 2):
         train(cfg.replace({"SEED": seed}))
         found.append(weights_of(cfg)["backbone.fpn_output2.weight"])
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_finished_run_is_only_evaluated(tiny_config: Config) -> None:
@@ -166,7 +171,8 @@ def test_best_checkpoint_is_kept_and_printed(
     assert main(["train", "--config-file", str(config), "TEST.EVAL_PERIOD", "2"]) == 0
     assert "segm/AP was best after 4 iterations: 30.00, kept as model_best.pth" in capsys.readouterr().out
     best = read_checkpoint(Path(tiny_config.output_dir) / "model_best.pth")
-    assert best.metadata.iteration == 3 and best.metadata.others["segm/AP"] == 30.0
+    assert best.metadata.iteration == 3
+    assert best.metadata.others["segm/AP"] == 30.0
 
 
 def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detections(
@@ -175,7 +181,8 @@ def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detecti
     cfg = tiny_config.replace({"SOLVER.MAX_ITER": 80, "SOLVER.CLIP_GRADIENTS.ENABLED": True})
     trained = train(cfg)
     # 13 to 44, both, for ten seeds of data and training, with one thread and with two: something is found.
-    assert trained["bbox"]["AP"] > 2 and trained["segm"]["AP"] > 2
+    assert trained["bbox"]["AP"] > 2
+    assert trained["segm"]["AP"] > 2
     path = str(Path(cfg.output_dir) / "model_final.pth")
     keys = {"MODEL.WEIGHTS": path, "OUTPUT_DIR": cfg.output_dir + "_again", "TEST.IMS_PER_BATCH": 2}
     again = evaluate(cfg.replace(keys))
@@ -192,7 +199,8 @@ def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detecti
         evaluate(cfg.replace({"DATASETS.REGISTER": elsewhere}), resume=True)
 
     predictor = Predictor(cfg.replace({"MODEL.WEIGHTS": path}))
-    assert predictor.class_names == ["square", "bar"] and predictor.category_ids == [3, 7]
+    assert predictor.class_names == ["square", "bar"]
+    assert predictor.category_ids == [3, 7]
     file = Path(cfg.output_dir) / "inference" / "tiny_test" / "coco_instances_results.json"
     results = json.loads(file.read_text())
     _, dataset = build_test_loader(cfg, "tiny_test")
@@ -201,7 +209,8 @@ def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detecti
         found = predictor(record.file_name)
         scores = [r["score"] for r in results if r["image_id"] == record.id]
         assert found.scores.tolist() == pytest.approx(scores, abs=1e-5)
-        assert found.masks is not None and found.masks.shape[1:] == (record.height, record.width)
+        assert found.masks is not None
+        assert found.masks.shape[1:] == (record.height, record.width)
 
 
 def test_published_weights_of_coco_have_its_categories(tmp_path: Path) -> None:
@@ -211,10 +220,13 @@ def test_published_weights_of_coco_have_its_categories(tmp_path: Path) -> None:
     save_weights(tmp_path / "model.pth", build_model(cfg).state_dict())
     cfg = cfg.replace({"MODEL.WEIGHTS": str(tmp_path / "model.pth")})
     predictor = Predictor(cfg)
-    assert predictor.class_names[0] == "person" and predictor.class_names[79] == "toothbrush"
-    assert predictor.category_ids[11:13] == [13, 14] and predictor.category_ids[79] == 90
+    assert predictor.class_names[0] == "person"
+    assert predictor.class_names[79] == "toothbrush"
+    assert predictor.category_ids[11:13] == [13, 14]
+    assert predictor.category_ids[79] == 90
     own = Predictor(cfg.replace({"DATASETS.TRAIN": ["own"]}))
-    assert own.class_names[0] == "class 0" and own.category_ids[79] == 80
+    assert own.class_names[0] == "class 0"
+    assert own.category_ids[79] == 80
 
 
 @pytest.mark.parametrize(("choice", "channels_last"), [("auto", False), (True, True), (False, False)])
@@ -239,7 +251,9 @@ def test_detection_is_in_nchw_unless_channels_last_is_asked_for(
     during = len(seen)
     trained = cfg.replace({"MODEL.WEIGHTS": str(Path(cfg.output_dir) / "model_final.pth")})
     evaluate(trained)
-    assert during > 1 and len(seen) > during and set(seen) == {(wanted, True)}
+    assert during > 1
+    assert len(seen) > during
+    assert set(seen) == {(wanted, True)}
     assert Predictor(trained).model.memory_format is wanted
     assert build_model(cfg).memory_format is (torch.channels_last if choice else torch.contiguous_format)
 
@@ -275,7 +289,8 @@ def test_divergence_is_reported_with_iteration_losses_and_images(tiny_config: Co
     with pytest.raises(UserError) as caught:
         train(cfg)
     message = str(caught.value)
-    assert "diverged" in message and "\n" not in message
+    assert "diverged" in message
+    assert "\n" not in message
     assert not list(Path(cfg.output_dir).glob("model_*.pth"))
 
 

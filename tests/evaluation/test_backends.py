@@ -40,4 +40,5 @@ def test_auto_takes_only_versions_that_are_proven(
 def test_nothing_is_printed(backend: str, capfd: pytest.CaptureFixture[str]) -> None:
     evaluate_results(*random_data(1), "bbox", backend)
     printed = capfd.readouterr()
-    assert printed.out == "" and printed.err == ""
+    assert printed.out == ""
+    assert printed.err == ""

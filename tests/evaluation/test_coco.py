@@ -67,7 +67,8 @@ def test_numbers_of_detectron2(backend: str, shared_dir: Path) -> None:
         )
         for name in ("AP", "AP50", "AP75", "APs", "APm"):
             assert numbers[name] == pytest.approx(expected[iou_type][name], abs=0.02)
-        assert math.isnan(numbers["APl"]) and math.isnan(expected[iou_type]["APl"])
+        assert math.isnan(numbers["APl"])
+        assert math.isnan(expected[iou_type]["APl"])
 
 
 @pytest.mark.parametrize("name", ["coco80", "dsb2018", "coco_person1"])
@@ -119,7 +120,8 @@ def test_categories_without_ground_truth_or_detections(backend: str, tmp_path: P
     detections = [d for d in detections if d["category_id"] != 90]
     assert_equal_to_pycocotools(truth, detections, backend, tmp_path)
     numbers = evaluate_results(truth, detections, "bbox", backend)
-    assert math.isnan(numbers["AP-kind 3"]) and numbers["AP-kind 90"] == 0
+    assert math.isnan(numbers["AP-kind 3"])
+    assert numbers["AP-kind 90"] == 0
 
 
 def test_perfect_and_no_detections(backend: str) -> None:
@@ -132,7 +134,8 @@ def test_perfect_and_no_detections(backend: str) -> None:
     assert evaluate_results(truth, perfect, "bbox", backend)["AP"] == pytest.approx(100)
     assert evaluate_results(truth, perfect, "segm", backend)["AP"] == pytest.approx(100)
     nothing = evaluate_results(truth, [], "segm", backend)
-    assert nothing["AP"] == 0 and nothing["AR100"] == 0
+    assert nothing["AP"] == 0
+    assert nothing["AR100"] == 0
     empty = evaluate_results({**truth, "annotations": []}, perfect, "bbox", backend)
     assert all(math.isnan(value) for value in empty.values())
     no_images = evaluate_results({**truth, "annotations": [], "images": []}, [], "segm", backend)
@@ -168,6 +171,5 @@ def test_table() -> None:
     lines = format_results(numbers).splitlines()
     assert lines[1].split()[:2] == ["bbox", f"{numbers['bbox']['AP']:.1f}"]
     assert lines[2].split()[0] == "segm"
-    assert "kind 90" in "\n".join(lines[4:]) and f"{numbers['segm']['AP-kind 90']:.1f}" in "\n".join(
-        lines[4:]
-    )
+    assert "kind 90" in "\n".join(lines[4:])
+    assert f"{numbers['segm']['AP-kind 90']:.1f}" in "\n".join(lines[4:])

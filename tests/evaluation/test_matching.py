@@ -20,7 +20,8 @@ def test_high_scores_choose_first_and_each_object_is_given_once() -> None:
     found = [entry(2, score=0.5), entry(1, score=0.9), entry(101, score=0.1), entry(50, score=0.8)]
     matched, iou = match_objects(objects, found, "bbox")
     assert matched.tolist() == [NOTHING, 0, 1, NOTHING]
-    assert iou[[1, 2]] == pytest.approx([90 / 110, 90 / 110]) and not iou[[0, 3]].any()
+    assert iou[[1, 2]] == pytest.approx([90 / 110, 90 / 110])
+    assert not iou[[0, 3]].any()
 
 
 def test_the_same_category_is_preferred_to_a_higher_iou() -> None:
@@ -43,7 +44,8 @@ def test_crowds_take_any_number_and_give_nothing() -> None:
 @pytest.mark.parametrize(("objects", "found"), [([], []), ([entry(0)], []), ([], [entry(0, score=1.0)])])
 def test_nothing_on_one_side(objects: list, found: list) -> None:
     matched, iou = match_objects(objects, found, "bbox")
-    assert matched.tolist() == [NOTHING] * len(found) and iou.tolist() == [0.0] * len(found)
+    assert matched.tolist() == [NOTHING] * len(found)
+    assert iou.tolist() == [0.0] * len(found)
 
 
 def test_confusion_counts_pairs_misses_and_false_alarms() -> None:
@@ -67,7 +69,8 @@ def test_truth_finds_images_by_the_end_of_their_path(tmp_path: Any) -> None:
     content = {"images": images, "annotations": [], "categories": [{"id": 3, "name": "star"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
     truth = read_truth(tmp_path / "a.json", "bbox")
-    assert truth.image_id_of("/data/a/x.png") == 5 and truth.image_id_of("b/x.png") == 6
+    assert truth.image_id_of("/data/a/x.png") == 5
+    assert truth.image_id_of("b/x.png") == 6
     for name in ("x.png", "c/x.png", "ax.png"):
         with pytest.raises(UserError, match=r"a\.json does not list the image"):
             truth.image_id_of(name)

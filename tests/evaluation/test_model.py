@@ -34,9 +34,9 @@ class PerfectModel(torch.nn.Module):
     """Finds in every image what is there."""
 
     def detect(self, images: list, original_sizes: list, paste: bool = True) -> list[Detections]:
-        assert (
-            not self.training and torch.is_inference_mode_enabled() and original_sizes == [SIZE] * len(images)
-        )
+        assert not self.training
+        assert torch.is_inference_mode_enabled()
+        assert original_sizes == [SIZE] * len(images)
         return [make_detections() for _ in images]
 
 
@@ -67,7 +67,8 @@ def test_entries_are_cocos() -> None:
     found = make_detections()
     entries = detections_to_coco(found, 42, [7, 20])
     assert [entry["category_id"] for entry in entries] == [20, 7]
-    assert entries[1]["bbox"] == [5.25, 20, 4.75, 10] and entries[0]["score"] == pytest.approx(0.9)
+    assert entries[1]["bbox"] == [5.25, 20, 4.75, 10]
+    assert entries[0]["score"] == pytest.approx(0.9)
     assert {entry["image_id"] for entry in entries} == {42}
     for entry, mask in zip(json.loads(json.dumps(entries)), found.masks, strict=True):
         assert np.array_equal(coco_mask.decode(entry["segmentation"]), mask.numpy())
@@ -151,8 +152,10 @@ def test_too_little_gpu_memory_names_the_images_and_the_keys(
             evaluate_model(Hungry(), [batch], dataset, tmp_path)
         message = str(caught.value)
         assert not held, "the tensors are freed before the cache is"
-        assert all(word in message for word in words) and ("IMS_PER_BATCH" in message) == (len(batch) > 1)
-        assert "INPUT.MAX_SIZE_TEST" in message and "TEST.DETECTIONS_PER_IMAGE" in message
+        assert all(word in message for word in words)
+        assert ("IMS_PER_BATCH" in message) == (len(batch) > 1)
+        assert "INPUT.MAX_SIZE_TEST" in message
+        assert "TEST.DETECTIONS_PER_IMAGE" in message
     assert "photos/5.png (60 x 40 pixels, resized to 30 x 20)" in message
 
 
@@ -161,7 +164,8 @@ def test_a_perfect_model(dataset: SimpleNamespace, tmp_path: Path) -> None:
     folder = tmp_path / "run/inference"
     metrics = evaluate_model(model, make_loader(), dataset, folder)
     assert model.training
-    assert metrics["bbox"]["AP"] == pytest.approx(100) and metrics["segm"]["AP"] == pytest.approx(100)
+    assert metrics["bbox"]["AP"] == pytest.approx(100)
+    assert metrics["segm"]["AP"] == pytest.approx(100)
     written = folder / "coco_instances_results.json"
     assert len(json.loads(written.read_text())) == 6
     assert evaluate_results(dataset.annotations_path, written, "segm") == pytest.approx(
@@ -190,7 +194,8 @@ def test_the_log_has_numbers_and_speed(
 ) -> None:
     with caplog.at_level("INFO", logger="gn_detect"):
         evaluate_model(PerfectModel(), make_loader(), dataset, tmp_path)
-    assert "3 images, " in caplog.text and "images/s (data " in caplog.text
+    assert "3 images, " in caplog.text
+    assert "images/s (data " in caplog.text
     assert "segm   100.0  100.0  100.0" in caplog.text
 
 
@@ -223,7 +228,8 @@ def test_two_processes_return_the_same_numbers_and_raise_the_same_error(
     torch.multiprocessing.spawn(in_one_process, (tmp_path,), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    assert first[0] == pytest.approx(100) and "nowhere.json is missing" in first[1]
+    assert first[0] == pytest.approx(100)
+    assert "nowhere.json is missing" in first[1]
     written = json.loads((tmp_path / "out/coco_instances_results.json").read_text())
     assert [entry["image_id"] for entry in written] == [1, 1, 2, 2, 3, 3]
 
@@ -242,4 +248,5 @@ def test_a_failing_model_keeps_its_mode_and_leaves_no_file(dataset: SimpleNamesp
     model = Broken()
     with pytest.raises(RuntimeError, match="no"):
         evaluate_model(model, make_loader(), dataset, tmp_path / "out")
-    assert model.training and not list((tmp_path / "out").iterdir())
+    assert model.training
+    assert not list((tmp_path / "out").iterdir())

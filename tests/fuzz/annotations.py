@@ -272,8 +272,16 @@ def _spell(value: Any, chance: random.Random) -> Any:
 
 def _numbers_as_text(content: Content, chance: random.Random) -> None:
     keys = chance.choice(
-        [("id", "image_id"), ("id", "category_id"), ("height", "width"), ("bbox",), ("area",), ("iscrowd",)]
-        + [("segmentation",), ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "height", "width")]
+        [
+            ("id", "image_id"),
+            ("id", "category_id"),
+            ("height", "width"),
+            ("bbox",),
+            ("area",),
+            ("iscrowd",),
+            ("segmentation",),
+            ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "height", "width"),
+        ]
     )
     for entry in _entries(content, chance, *LISTS):
         for key in keys:

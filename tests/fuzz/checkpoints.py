@@ -246,9 +246,20 @@ def _damage_tensors(content: dict[str, Any], chance: random.Random) -> Any:
     kind = chance.random()
     if kind < 0.1:
         return chance.choice(
-            [state, {"state_dict": state}, {"blobs": state}, {"model": content}, {"model": {}}, [state], {}]
-            + [{"model": None}, state[names[0]], {"model": [*state.values()]}, {"model": state, "blobs": {}}]
-        )  # fmt: skip
+            [
+                state,
+                {"state_dict": state},
+                {"blobs": state},
+                {"model": content},
+                {"model": {}},
+                [state],
+                {},
+                {"model": None},
+                state[names[0]],
+                {"model": [*state.values()]},
+                {"model": state, "blobs": {}},
+            ]
+        )
     if kind < 0.25:
         prefix = chance.choice(["module.", "_orig_mod.", "model.", "backbone.", "\n", "", "x." * 100])
         content["model"] = {f"{prefix}{name}": value for name, value in state.items()}

@@ -82,8 +82,18 @@ def damage_text(text: bytes, chance: random.Random) -> bytes:
             b"null",
             b"\xef\xbb\xbf",
             b'"',
+            b"\x00",
+            b"\n",
+            b"\r\n",
+            b"\xff\xfe",
+            b"\x1b[31m",
+            b"\xe2\x80\xa8",
+            b"0",
+            b"-",
+            b"}",
+            b"]",
+            b",",
         ]
-        + [b"\0", b"\n", b"\r\n", b"\xff\xfe", b"\x1b[31m", b"\xe2\x80\xa8", b"0", b"-", b"}", b"]", b","]
     )
     return chance.choice(
         [

@@ -95,8 +95,17 @@ def _words(command: str, run: Path, folder: Path) -> list[str]:
             str(folder / "kept" / WEIGHTS),
         ],
         "last": ["eval", "--config-file", str(run / "config.yaml"), "--resume"],
-        "predict": ["predict", "--config-file", str(run / "config.yaml"), "--weights", str(run / WEIGHTS)]
-        + ["--output", str(folder / "found"), "--no-pictures", str(folder / "data" / "images" / "001.png")],
+        "predict": [
+            "predict",
+            "--config-file",
+            str(run / "config.yaml"),
+            "--weights",
+            str(run / WEIGHTS),
+            "--output",
+            str(folder / "found"),
+            "--no-pictures",
+            str(folder / "data" / "images" / "001.png"),
+        ],
     }[command]
 
 

@@ -149,8 +149,19 @@ def _counts(masks: list[dict[str, Any]], chance: random.Random) -> None:
 
 def _size(masks: list[dict[str, Any]], chance: random.Random) -> None:
     chance.choice(masks)["size"] = chance.choice(
-        [[10**9, 10**9], [-5, 80], [64, float("inf")], ["64", "80"], [64.5, 80], [0, 0], 64, None]
-        + [[64, 80, 3], [2**70, 1], [10**400, 1]]
+        [
+            [10**9, 10**9],
+            [-5, 80],
+            [64, float("inf")],
+            ["64", "80"],
+            [64.5, 80],
+            [0, 0],
+            64,
+            None,
+            [64, 80, 3],
+            [2**70, 1],
+            [10**400, 1],
+        ]
     )
 
 

@@ -32,27 +32,34 @@ def refuses_or_uses(tally: Tally) -> bool:
 @pytest.mark.parametrize("kind", list(FAILED_ONCE))
 def test_what_failed_once(kind: str) -> None:
     tally = fuzz(kind, FAILED_ONCE[kind])
-    assert refuses_or_uses(tally) and tally.unnamed == []
+    assert refuses_or_uses(tally)
+    assert tally.unnamed == []
 
 
 def test_annotation_files() -> None:
     tally = fuzz("annotations", range(5000, 5060))
-    assert refuses_or_uses(tally) and tally.refused > 20 and tally.repaired > 20
+    assert refuses_or_uses(tally)
+    assert tally.refused > 20
+    assert tally.repaired > 20
     assert tally.named >= NEEDED * tally.refused, tally.unnamed
 
 
 def test_images() -> None:
     tally = fuzz("images", range(5000, 5060))
-    assert refuses_or_uses(tally) and tally.refused > 10 and tally.passed > 10
+    assert refuses_or_uses(tally)
+    assert tally.refused > 10
+    assert tally.passed > 10
     assert tally.named == tally.refused, tally.unnamed
 
 
 @pytest.mark.parametrize(
-    "kind, count", [("configs", 30), ("results", 40), ("folders", 12), ("checkpoints", 16)]
+    ("kind", "count"), [("configs", 30), ("results", 40), ("folders", 12), ("checkpoints", 16)]
 )
 def test_a_few(kind: str, count: int) -> None:
     tally = fuzz(kind, range(5000, 5000 + count))
-    assert refuses_or_uses(tally) and tally.refused > count / 8 and tally.passed > 1
+    assert refuses_or_uses(tally)
+    assert tally.refused > count / 8
+    assert tally.passed > 1
 
 
 @pytest.mark.slow
@@ -82,7 +89,8 @@ def test_mutations_are_functions_of_their_seed(tmp_path: Path) -> None:
     content = json.loads(json.dumps(base))
     content["annotations"][3]["bbox"] = [0, 0, 1, 1]
     changed = changed_ids(base, json.dumps(content))
-    assert changed is not None and changed["annotations"] == {104, "3 (counted from 0)"}
+    assert changed is not None
+    assert changed["annotations"] == {104, "3 (counted from 0)"}
 
 
 def prepare_bad_cases(folder: Path) -> Case:
@@ -111,5 +119,6 @@ def prepare_bad_cases(folder: Path) -> Case:
 def test_each_failure_is_that_of_its_case() -> None:
     tally = run_cases("bad", prepare_bad_cases, range(5), seconds=8)
     assert (tally.cases, tally.passed, tally.tracebacks) == (5, 2, 1)
-    assert tally.slow == ["bad 1"] and [label[:5] for label in tally.large] == ["bad 3"]
+    assert tally.slow == ["bad 1"]
+    assert [label[:5] for label in tally.large] == ["bad 3"]
     assert [failure[:5] for failure in tally.failures] == ["bad 0", "bad 1", "bad 2"]

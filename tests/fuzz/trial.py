@@ -252,7 +252,8 @@ class AnnotationTrial:
 
 def _wrong_with(sample: Sample, classes: int) -> list[str]:
     target, wrong = sample.target, []
-    assert target is not None and target.masks is not None
+    assert target is not None
+    assert target.masks is not None
     height, width = sample.image.shape[1:]
     boxes, labels = target.boxes, target.labels
     if not torch.isfinite(boxes).all() or (boxes < 0).any():

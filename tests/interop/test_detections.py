@@ -115,7 +115,8 @@ def test_both_find_the_same(name: str, threads: int, shared_dir: Path, tmp_path:
         path = tmp_path / file
         write(path, theirs, state)
         predictor = Predictor(ours.replace({"MODEL.WEIGHTS": str(path)}))
-        assert not predictor.report.missing and not predictor.report.unexpected
+        assert not predictor.report.missing
+        assert not predictor.report.unexpected
         parity = compare(predictor, their_predictor(theirs, path), images)
         print(f"{name}, {file}, threads {threads}: {parity}")
         assert (parity.unequal, parity.box, parity.score, parity.mask) == ([], 0, 0, 1), str(parity)

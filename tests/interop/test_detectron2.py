@@ -86,7 +86,8 @@ def test_a_fused_model_is_the_same_function_with_one_call_for_norm_shortcut_and_
     seen: list[Any] = []
     block.conv2.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1:]))
     fused.backbone(x)
-    assert seen[0][1] == "relu" and (seen[0][0] is None) == (depth == 50)
+    assert seen[0][1] == "relu"
+    assert (seen[0][0] is None) == (depth == 50)
     assert isinstance(fused.roi_heads.mask_head.mask_fcn1.norm, GroupNorm)
     assert fused.roi_heads.mask_head.mask_fcn1.norm.activation == "relu"
 
@@ -143,7 +144,8 @@ def test_a_model_is_converted_and_calibrated_on_its_own_inputs(name: str, norm: 
     model = make_model(make_config(name, norm, depth=50 if name == C4 else 18))
     converted, report = partner.convert(model, make_batches(3), steps=3, progress=False)
     left = [type(m).__name__ for m in converted.modules() if "BatchNorm" in type(m).__name__]
-    assert not left and sum(isinstance(m, GroupNorm) for m in converted.modules()) == len(report.layers)
+    assert not left
+    assert sum(isinstance(m, GroupNorm) for m in converted.modules()) == len(report.layers)
     assert set(report.similarity) >= {"converted", "calibrated"}
     with torch.no_grad():
         assert len(converted(make_batches(1)[0])[0]["instances"]) == 10
@@ -228,5 +230,6 @@ def test_our_ap_is_that_of_its_own_evaluator_on_real_images(shared_dir: Path, tm
     for batch in list(loader)[:3]:
         expected = partner.as_detections(model(batch)[0]["instances"])
         found = own(batch[0]["file_name"])
-        assert len(found) == len(expected) and len(ids) == 3
+        assert len(found) == len(expected)
+        assert len(ids) == 3
         torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=0.05)

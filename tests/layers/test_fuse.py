@@ -54,7 +54,8 @@ def test_norm_and_relu_in_a_sequential(relus: list[nn.Module]) -> None:
     assert type(model[1]) is nn.GroupNorm and type(model) is nn.Sequential, "the original is untouched"
     fused.load_state_dict(model.state_dict())
     again = fuse_relu(fused)
-    assert type(again) is type(fused) and torch.equal(again(x), fused(x))
+    assert type(again) is type(fused)
+    assert torch.equal(again(x), fused(x))
 
 
 def test_the_norm_gives_what_the_relu_gave(relus: list[nn.Module]) -> None:
@@ -81,7 +82,8 @@ def test_a_hook_still_sees_what_it_saw(index: int) -> None:
     fused = fuse_relu(model)
     torch.testing.assert_close(fused(x), model(x))
     torch.testing.assert_close(seen[0], seen[1])
-    assert (seen[0].min() < 0) == (index == 1) and type(fused[2]) is nn.ReLU
+    assert (seen[0].min() < 0) == (index == 1)
+    assert type(fused[2]) is nn.ReLU
 
 
 def test_the_old_name_warns(relus: list[nn.Module]) -> None:
@@ -101,7 +103,8 @@ def test_copies_pickles_compiled_and_exported(make: Callable[[], nn.Sequential],
     others = [copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))]
     others.append(torch.load(tmp_path / "whole.pth", weights_only=False))
     for other in others:
-        assert type(other) is type(fused) and other[0] is not fused[0]
+        assert type(other) is type(fused)
+        assert other[0] is not fused[0]
         torch.testing.assert_close(other(x), expected)
     torch.testing.assert_close(torch.compile(fused, backend="eager", fullgraph=True)(x), expected)
     torch.testing.assert_close(torch.export.export(fused, (x,)).module()(x), expected)
@@ -125,7 +128,8 @@ def test_in_place_keeps_the_parameters() -> None:
     parameters = list(model.parameters())
     assert fuse_relu(model, inplace=True) is model
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert not model[1].weight.requires_grad and not model[1].training
+    assert not model[1].weight.requires_grad
+    assert not model[1].training
 
 
 def test_torchvision_models(relus: list[nn.Module]) -> None:
@@ -141,7 +145,8 @@ def test_torchvision_models(relus: list[nn.Module]) -> None:
     for model in models:
         fused = fuse_relu(model)
         kinds = [type(m) for m in fused.modules()]
-        assert kinds.count(nn.GroupNorm) == 0 and kinds.count(GroupNorm) > 10
+        assert kinds.count(nn.GroupNorm) == 0
+        assert kinds.count(GroupNorm) > 10
         relus.clear()
         found = fused(x)
         alone = len(relus)
@@ -156,7 +161,9 @@ def test_settings_survive(affine: dict[str, bool]) -> None:
     except TypeError:
         pytest.skip("this PyTorch's GroupNorm has no bias switch")
     fused = fuse_relu(norm)
-    assert isinstance(fused, GroupNorm) and fused.eps == 0.01 and fused.affine == norm.affine
+    assert isinstance(fused, GroupNorm)
+    assert fused.eps == 0.01
+    assert fused.affine == norm.affine
     assert fused.state_dict().keys() == norm.state_dict().keys()
     x = torch.randn(2, 6, 4, dtype=torch.float64)
     torch.testing.assert_close(fused(x), norm(x))
@@ -195,14 +202,16 @@ def test_shared_norms_hooks_and_blocks_of_their_own() -> None:
 def test_other_kinds_of_containers() -> None:
     model = nn.ModuleDict({"a": nn.GroupNorm(2, 4), "b": nn.ModuleList([nn.GroupNorm(4, 4)])})
     fused = fuse_relu(model)
-    assert type(fused["a"]) is GroupNorm and type(fused["b"][0]) is GroupNorm
+    assert type(fused["a"]) is GroupNorm
+    assert type(fused["b"][0]) is GroupNorm
 
 
 def test_detectron2_convolutions() -> None:
     wrappers = pytest.importorskip("detectron2.layers", reason="needs detectron2")
     conv = wrappers.Conv2d(3, 8, 3, norm=nn.GroupNorm(2, 8), activation=F.relu)
     fused, x = fuse_relu(conv), torch.randn(2, 3, 6, 6)
-    assert fused.activation is None and fused.norm.activation == "relu"
+    assert fused.activation is None
+    assert fused.norm.activation == "relu"
     torch.testing.assert_close(fused(x), conv(x))
 
 

@@ -26,7 +26,8 @@ def test_group_norm_is_nn_group_norm() -> None:
 @pytest.mark.parametrize("name", [name for name in NORM_NAMES if name not in ("", "SyncBN")])
 def test_every_name_normalises(name: str) -> None:
     norm = make_norm(name, 8, num_groups=4)
-    assert norm is not None and is_norm(norm)
+    assert norm is not None
+    assert is_norm(norm)
     y = norm(make_input())
     assert y.shape == (2, 8, 5, 6)
     group = {"BN": (0, 2, 3), "GN1": (1, 2, 3), "IN": (2, 3), "LN": (1,)}.get(name)

@@ -79,15 +79,15 @@ def test_every_architecture_trains_and_detects(
     detections = model.detect(images, [(192, 256), (50, 50)])
     for found, (height, width) in zip(detections, [(192, 256), (50, 50)], strict=True):
         assert 0 < len(found) <= 100
-        assert (
-            (found.boxes >= 0).all()
-            and (found.boxes[:, 2] <= width).all()
-            and (found.boxes[:, 3] <= height).all()
-        )
-        assert (found.scores.diff() <= 0).all() and found.labels.max() < 3
+        assert (found.boxes >= 0).all()
+        assert (found.boxes[:, 2] <= width).all()
+        assert (found.boxes[:, 3] <= height).all()
+        assert (found.scores.diff() <= 0).all()
+        assert found.labels.max() < 3
         assert (found.masks is not None) == model.has_masks
         if model.has_masks:
-            assert found.masks.shape == (len(found), height, width) and found.masks.dtype == torch.bool
+            assert found.masks.shape == (len(found), height, width)
+            assert found.masks.dtype == torch.bool
 
 
 def test_a_batch_without_objects_reaches_every_parameter(small_model, make_images, empty_target) -> None:
@@ -95,7 +95,8 @@ def test_a_batch_without_objects_reaches_every_parameter(small_model, make_image
     model = small_model()
     losses = model(make_images((96, 128), (96, 96)), [empty_target, empty_target])
     sum(losses.values()).backward()
-    assert losses["loss_mask"] == 0 and losses["loss_box_reg"] == 0
+    assert losses["loss_mask"] == 0
+    assert losses["loss_box_reg"] == 0
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -118,11 +119,11 @@ def test_norm_keys_choose_the_layers(norm: str, small_model, make_images, empty_
         model.roi_heads.mask_head,
     ):
         norms = [m for m in part.modules() if is_norm(m)]
-        assert norms and len({type(m) for m in norms}) == 1
+        assert norms
+        assert len({type(m) for m in norms}) == 1
     groups = {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)}
-    assert (groups == {"GN": {32}, "GN1": {1}}.get(norm, groups)) and bool(groups) == (
-        norm in ("GN", "GN1", "IN")
-    )
+    assert groups == {"GN": {32}, "GN1": {1}}.get(norm, groups)
+    assert bool(groups) == (norm in ("GN", "GN1", "IN"))
     losses = model(make_images((64, 64)), [empty_target])
     assert torch.isfinite(sum(losses.values()))
 
@@ -135,12 +136,13 @@ def test_group_size_and_eps_come_from_the_config(small_model) -> None:
 
 def test_a_convolution_has_a_bias_where_it_has_no_norm(small_model) -> None:
     model = small_model({"MODEL.FPN.NORM": ""})
-    assert model.backbone.fpn_output2.bias is not None and model.backbone.fpn_output2.norm is None
+    assert model.backbone.fpn_output2.bias is not None
+    assert model.backbone.fpn_output2.norm is None
     assert model.roi_heads.mask_head.mask_fcn1.bias is None
     assert model.backbone.bottom_up.stem.conv1.bias is None
 
 
-@pytest.mark.parametrize("freeze_at, first_trained", [(0, "stem"), (1, "res2"), (2, "res3"), (5, None)])
+@pytest.mark.parametrize(("freeze_at", "first_trained"), [(0, "stem"), (1, "res2"), (2, "res3"), (5, None)])
 def test_freeze_at(freeze_at: int, first_trained: str | None, small_model) -> None:
     model = small_model({"MODEL.BACKBONE.FREEZE_AT": freeze_at, "MODEL.RESNETS.NORM": "BN"})
     stages = ["stem", "res2", "res3", "res4", "res5"]
@@ -176,7 +178,8 @@ def test_an_image_without_proposals_or_a_diverged_model_finds_nothing(
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     found = model.detect(images)[0]
-    assert len(found) == 0 and found.masks.shape == (0, 96, 128)
+    assert len(found) == 0
+    assert found.masks.shape == (0, 96, 128)
 
 
 def test_detections_are_where_their_masks_were_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,11 +220,14 @@ def test_a_model_takes_another_memory_format_and_its_own_again(name: str, small_
     with model.in_memory_format(torch.contiguous_format):
         found, expected = model.detect(images)[0], other.detect(images)[0]
         features, wanted = (m.backbone(m.preprocess(images)) for m in (model, other))
-    assert len(found) > 0 and torch.equal(found.boxes, expected.boxes)
+    assert len(found) > 0
+    assert torch.equal(found.boxes, expected.boxes)
     assert all(torch.equal(features[key], wanted[key]) for key in wanted)
     for parameter, (same, stride, grad, place) in zip(model.parameters(), before, strict=True):
-        assert parameter is same and parameter.stride() == stride
-        assert parameter.grad is grad and (grad is None or grad.data_ptr() == place)
+        assert parameter is same
+        assert parameter.stride() == stride
+        assert parameter.grad is grad
+        assert grad is None or grad.data_ptr() == place
 
 
 def test_float_and_uint8_images_are_the_same(small_model, make_images) -> None:

@@ -33,7 +33,8 @@ def test_every_object_keeps_its_best_boxes() -> None:
 
 def test_no_objects() -> None:
     index, label = match(torch.zeros(0, 5), (0.5,), (0, 1))
-    assert index.tolist() == [0] * 5 and label.tolist() == [0] * 5
+    assert index.tolist() == [0] * 5
+    assert label.tolist() == [0] * 5
 
 
 def boxes_on_a_grid(count: int, seed: int) -> Tensor:
@@ -61,7 +62,8 @@ def test_matching_part_by_part_is_the_same(
     expected = match(box_iou(truth, others), *RPN_LABELS, keep_best_of_each_object=keep)
     found = match_boxes(truth, others, *RPN_LABELS, keep_best_of_each_object=keep)
     for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
     if objects == 7:
         assert keep == (expected[1] != match(box_iou(truth, others), *RPN_LABELS)[1]).any()
 
@@ -97,7 +99,8 @@ def test_memory_of_matching_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_pairs(monkeypatch, 10_000)
     with Sizes() as parts:
         match_boxes(truth, boxes, *RPN_LABELS, keep_best_of_each_object=True)
-    assert whole.largest == 2 * 50 * 4000 and parts.largest == 2 * 10_000
+    assert whole.largest == 2 * 50 * 4000
+    assert parts.largest == 2 * 10_000
 
 
 def test_few_pairs_are_matched_at_once() -> None:
@@ -115,11 +118,15 @@ def test_sample_takes_foreground_first_and_fills_with_background() -> None:
     torch.manual_seed(0)
     label = torch.tensor([3] * 10 + [7] * 50 + [-1] * 40)
     foreground, background = sample(label, 32, 0.25, background=7)
-    assert len(foreground) == 8 and len(background) == 24
-    assert (label[foreground] == 3).all() and (label[background] == 7).all()
-    assert len(set(foreground.tolist())) == 8 and len(set(background.tolist())) == 24
+    assert len(foreground) == 8
+    assert len(background) == 24
+    assert (label[foreground] == 3).all()
+    assert (label[background] == 7).all()
+    assert len(set(foreground.tolist())) == 8
+    assert len(set(background.tolist())) == 24
     foreground, background = sample(label, 1000, 1.0, background=7)
-    assert len(foreground) == 10 and len(background) == 50
+    assert len(foreground) == 10
+    assert len(background) == 50
 
 
 def test_samples_differ_with_the_random_state() -> None:

@@ -76,7 +76,8 @@ def test_inference_stage_by_stage(model: MaskRCNN, expected: dict[str, np.ndarra
     stored_proposals = torch.from_numpy(expected["proposals"])
     # Proposals of nearly equal scores may change places.
     distance = torch.cdist(proposals, stored_proposals, p=torch.inf)
-    assert distance.amin(dim=1).max() < 0.05 and distance.amin(dim=0).max() < 0.05
+    assert distance.amin(dim=1).max() < 0.05
+    assert distance.amin(dim=0).max() < 0.05
     pooled = heads.box_pooler(heads.levels(features), [stored_proposals])
     assert relative(pooled[:8], expected["roi_feat_first8"]) < 1e-4
     hidden = heads.box_head(pooled)

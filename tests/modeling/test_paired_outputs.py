@@ -26,10 +26,12 @@ def test_pairs_of_one_model_are_equal_and_of_the_documented_shapes(detector) -> 
     pairs = paired_outputs(detector, detector, images)
     for expected, found in pairs:
         torch.testing.assert_close(expected, found, rtol=0, atol=0)
-        assert found.requires_grad and not expected.requires_grad
+        assert found.requires_grad
+        assert not expected.requires_grad
     shapes = [tuple(expected.shape) for expected, _ in pairs]
     assert shapes[0] == (1, 32, 24, 32)
-    assert shapes[5][:2] == (1, 1) and shapes[10][:2] == (1, 4)
+    assert shapes[5][:2] == (1, 1)
+    assert shapes[10][:2] == (1, 4)
     regions = shapes[-2][0]
     assert shapes[-3:] == [(regions, 4), (regions, 12), (min(regions, 32), 1, 28, 28)]
     assert 32 < regions <= 128
@@ -47,7 +49,8 @@ def test_every_convolution_of_a_detector_is_rescaled(detector, monkeypatch) -> N
             paired_outputs(detector, detector, batch)
     model, report = convert_norm(detector.eval())
     calibrate(detector, model, batches, 0, outputs=paired_outputs, report=report, progress=False)
-    assert not report.warnings and "balanced" in report.similarity
+    assert not report.warnings
+    assert "balanced" in report.similarity
     for name in norms:
         layer = name.removesuffix(".norm")
         before, after = (m.get_submodule(layer).weight for m in (detector, model))

@@ -59,7 +59,8 @@ def run(sparse: bool) -> tuple[dict, list[torch.Tensor], list[torch.Tensor]]:
 
 def test_sparse_losses_and_gradients_are_the_dense_ones() -> None:
     sparse, dense = run(True), run(False)
-    assert sparse[0]["loss_rpn_cls"] > 0 and sparse[0]["loss_rpn_loc"] > 0
+    assert sparse[0]["loss_rpn_cls"] > 0
+    assert sparse[0]["loss_rpn_loc"] > 0
     for name in sparse[0]:
         torch.testing.assert_close(sparse[0][name], dense[0][name], rtol=1e-5, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(sparse[1], dense[1], strict=True))
@@ -69,7 +70,8 @@ def test_sparse_losses_and_gradients_are_the_dense_ones() -> None:
 
 def test_the_sparse_path_is_taken_with_few_samples_only() -> None:
     rpn = make_rpn()
-    assert rpn._is_sparse(512, 100_000) and not rpn._is_sparse(512, 2000)
+    assert rpn._is_sparse(512, 100_000)
+    assert not rpn._is_sparse(512, 2000)
     rpn.rpn_head = RPNHead(8, 3, (-1, -1))
     assert not rpn._is_sparse(512, 100_000)
 
@@ -79,7 +81,9 @@ def test_proposals_lie_in_the_image_and_are_as_many_as_asked() -> None:
     proposals = rpn.propose(make_features(False), SIZES)
     assert [len(p) for p in proposals] == [20, 20]
     for boxes, (height, width) in zip(proposals, SIZES, strict=True):
-        assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+        assert (boxes >= 0).all()
+        assert (boxes[:, 2] <= width).all()
+        assert (boxes[:, 3] <= height).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
     rpn.train()
     assert len(rpn.losses(make_features(), SIZES, make_targets())[0][0]) == 30
@@ -88,7 +92,8 @@ def test_proposals_lie_in_the_image_and_are_as_many_as_asked() -> None:
 def test_an_image_without_objects_has_only_background() -> None:
     rpn = make_rpn()
     losses = rpn.losses(make_features(), SIZES, [make_targets()[1]] * 2)[1]
-    assert losses["loss_rpn_cls"] > 0 and losses["loss_rpn_loc"] == 0
+    assert losses["loss_rpn_cls"] > 0
+    assert losses["loss_rpn_loc"] == 0
     sum(losses.values()).backward()
     assert rpn.rpn_head.conv.weight.grad is not None
 
@@ -98,7 +103,9 @@ def test_boundary_threshold_ignores_anchors_outside() -> None:
     anchors = torch.cat(inside.anchor_generator([(16, 24), (8, 12), (4, 6)]))
     labels, _ = inside._label(anchors, [(64, 96)], make_targets()[:1])
     outside = (anchors[:, :2] < 0).any(1) | (anchors[:, 2] >= 96) | (anchors[:, 3] >= 64)
-    assert outside.any() and (labels[0][outside] == -1).all() and (labels[0][~outside] != -1).any()
+    assert outside.any()
+    assert (labels[0][outside] == -1).all()
+    assert (labels[0][~outside] != -1).any()
 
 
 def test_labels_do_not_depend_on_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +116,8 @@ def test_labels_do_not_depend_on_the_memory(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(matching, "_MATCH_BYTES", 100 * matching._PAIR_BYTES)
     monkeypatch.setattr(matching, "match", lambda iou, *rest: parts.append(iou.numel()) or match(iou, *rest))
     in_parts = rpn._label(anchors, SIZES, make_targets())
-    assert max(parts) == 100 and sum(parts) == 2 * len(anchors)
+    assert max(parts) == 100
+    assert sum(parts) == 2 * len(anchors)
     for whole, part in zip(at_once, in_parts, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=True))
 

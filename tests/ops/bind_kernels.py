@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gn_detect.ops.group_norm_triton import backward, forward, launch  # noqa: E402
-from gn_detect.ops.group_norm_triton.binding import compiled_kernels, has_known_launcher  # noqa: E402
+from gn_detect.ops.group_norm_triton import backward, forward, launch
+from gn_detect.ops.group_norm_triton.binding import compiled_kernels, has_known_launcher
 
 SHAPES = [
     ((1, 64, 200, 336), torch.channels_last),
@@ -135,7 +135,8 @@ def check_unknown_launcher() -> None:
     Launcher.launched.clear()
     for _ in range(2):
         launch.forward(x, 8, None, None, 1e-5, None, True, False)
-    assert len(Launcher.launched) == 2 and all(call[5][0] is x for call in Launcher.launched)
+    assert len(Launcher.launched) == 2
+    assert all(call[5][0] is x for call in Launcher.launched)
     forget()
 
 

@@ -23,8 +23,8 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gn_detect.bench.norms import LAYERS, Layer  # noqa: E402
-from gn_detect.ops.group_norm_triton import backward, forward, launch  # noqa: E402
+from gn_detect.bench.norms import LAYERS, Layer
+from gn_detect.ops.group_norm_triton import backward, forward, launch
 
 KERNELS = {
     forward: ("forward_groups", "partial_statistics", "normalize"),

@@ -54,7 +54,8 @@ def test_gradients_and_inputs_survive_the_in_place_steps() -> None:
     assert torch.autograd.gradcheck(
         lambda x, r, w, b: group_norm(x, 2, w, b, residual=r, activation="relu"), (x, residual, weight, bias)
     )
-    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
 
 
 def test_memory_format_and_empty_batch() -> None:

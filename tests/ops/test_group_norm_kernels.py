@@ -84,7 +84,8 @@ def run(
     dx, d_residual, d_affine = launch.backward(
         dy, x, saved, weight, bias, statistics, relu, channels_last, needs
     )
-    assert y.stride() == x.stride() == dx.stride() and y.dtype == dx.dtype == x.dtype  # type: ignore[union-attr]
+    assert y.stride() == x.stride() == dx.stride()
+    assert y.dtype == dx.dtype == x.dtype
     ours = {"y": y, "dx": dx, "d_residual": d_residual, "d_affine": d_affine, "statistics": statistics}
 
     leaves = {"dx": x, "d_residual": extra, "weight": weight, "bias": bias}
@@ -141,7 +142,7 @@ def test_without_affine_parameters(channels_last: bool, tiles: str) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_large_means_cost_no_more_than_their_rounding(channels_last: bool, tiles: str) -> None:
-    """x = 1e4 + noise: float32 holds the mean to 5e-4, and no step may lose more than that."""
+    """X = 1e4 + noise: float32 holds the mean to 5e-4, and no step may lose more than that."""
     x = torch.randn(1, 4, 24, 25, generator=torch.Generator().manual_seed(0)) + 1e4
     ours, expected = run(x, 2, residual=True, relu=False, channels_last=channels_last)
     torch.testing.assert_close(

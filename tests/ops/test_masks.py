@@ -91,7 +91,9 @@ def test_masks_that_the_gpu_cannot_hold_are_pasted_on_the_cpu(monkeypatch: pytes
 
     monkeypatch.setattr(masks_module, "_paste_in_chunks", fail)
     pasted = paste_masks(masks.as_subclass(OnGpu), boxes.as_subclass(OnGpu), (90, 120))
-    assert tried and type(pasted) is Tensor and pasted.device.type == "cpu"
+    assert tried
+    assert type(pasted) is Tensor
+    assert pasted.device.type == "cpu"
     assert torch.equal(pasted, paste_masks(masks, boxes, (90, 120)))
 
 
@@ -119,7 +121,10 @@ def test_pasting_on_a_gpu_equals_the_cpu() -> None:
 def test_polygons_are_joined() -> None:
     left, right = np.array([0.0, 0, 4, 0, 4, 4, 0, 4]), np.array([6.0, 0, 10, 0, 10, 4, 6, 4])
     mask = rasterize_polygons([left, right], 6, 12)
-    assert mask[:4, :4].all() and mask[:4, 6:10].all() and not mask[:, 4:6].any() and not mask[4:].any()
+    assert mask[:4, :4].all()
+    assert mask[:4, 6:10].all()
+    assert not mask[:, 4:6].any()
+    assert not mask[4:].any()
     assert not rasterize_polygons([], 6, 12).any()
 
 
@@ -130,10 +135,13 @@ def test_mixed_masks_agree_with_each_other() -> None:
     bitmap[8:32, 8:40] = True
     boxes = torch.tensor([[8.0, 8, 40, 32], [0, 0, 56, 56], [8, 8, 40, 32], [0, 0, 56, 56]])
     targets = rasterize_masks([polygon, bitmap], torch.tensor([0, 0, 1, 1]), boxes, 28)
-    assert targets.dtype == torch.bool and targets[0].all() and targets[2].all()
+    assert targets.dtype == torch.bool
+    assert targets[0].all()
+    assert targets[2].all()
     # COCO's polygon fill and RoIAlign place the edge at most one cell apart.
     assert (targets[1] != targets[3]).sum() <= 28
-    assert targets[3, 4:16, 4:20].all() and targets[3].sum() == 12 * 16
+    assert targets[3, 4:16, 4:20].all()
+    assert targets[3].sum() == 12 * 16
 
 
 def test_crop_of_a_shared_bitmap() -> None:
@@ -142,7 +150,8 @@ def test_crop_of_a_shared_bitmap() -> None:
     boxes = torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 10], [0, 0, 20, 20]])
     crops = crop_bitmaps(bitmaps, torch.tensor([0, 0, 1]), boxes, 4)
     assert crops[0].tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
-    assert crops[1].all() and not crops[2].any()
+    assert crops[1].all()
+    assert not crops[2].any()
 
 
 def test_no_rois() -> None:

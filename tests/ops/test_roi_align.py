@@ -92,7 +92,8 @@ def test_prediction_has_the_bits_of_torchvision(
             inside = [f.clone() for f in features]
             found = roi_align(inside, boxes, image, level, STRIDES, 7)
             expected = reference(features, boxes, image, level, 7, 0, True)
-            assert torch.equal(found, expected) and found.is_contiguous()
+            assert torch.equal(found, expected)
+            assert found.is_contiguous()
             turned = [f.contiguous(memory_format=torch.channels_last) for f in inside]
             sparse = roi_align(turned, boxes, image, level, STRIDES, 7)
     finally:

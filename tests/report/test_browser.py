@@ -125,7 +125,8 @@ def browse(page: Path, profile: Path, width: int = 1240) -> tuple[str, str]:
 def test_filters_tables_and_pictures_work(make_run: Callable[..., Path], tmp_path: Path) -> None:
     page = write_report(make_run(), pictures=2)
     untouched, log = browse(page, tmp_path / "profile")
-    assert "CONSOLE" not in log and 'id="config"' in untouched
+    assert "CONSOLE" not in log
+    assert 'id="config"' in untouched
 
     text = page.read_text(encoding="utf-8").replace(
         '<meta charset="utf-8">', f'<meta charset="utf-8">{LISTEN}'
@@ -143,7 +144,9 @@ def test_filters_tables_and_pictures_work(make_run: Callable[..., Path], tmp_pat
         "sorted_down": pytest.approx(qualities[::-1]),
     }
     by_ap = checks.pop("categories_by_ap")
-    assert len(by_ap) == 2 and by_ap == sorted(by_ap, reverse=True) and by_ap[0] > by_ap[1]
+    assert len(by_ap) == 2
+    assert by_ap == sorted(by_ap, reverse=True)
+    assert by_ap[0] > by_ap[1]
     assert checks == {
         "title": "run",
         "pictures_loaded": [True] * 4,
@@ -179,4 +182,5 @@ def test_an_empty_run_and_a_narrow_window_raise_no_error(
 ) -> None:
     page = write_report(make_run(evaluated=False, trained=False))
     content, log = browse(page, tmp_path / "profile", width=400)
-    assert "has not been evaluated yet" in content and "CONSOLE" not in log
+    assert "has not been evaluated yet" in content
+    assert "CONSOLE" not in log

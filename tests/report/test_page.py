@@ -54,7 +54,8 @@ def test_the_command_writes_one_page(make_run: MakeRun, capsys: pytest.CaptureFi
     page = read(folder / "report.html")
     for words in ("box AP", "mask AP50", "Precision by recall", "Confusion", "Worst and best", "By category"):
         assert words in page.words
-    assert "SOLVER:" in page.words and "images per second" in page.words
+    assert "SOLVER:" in page.words
+    assert "images per second" in page.words
     text = (folder / "report.html").read_text()
     metrics = json.loads((folder / "inference" / "tiny_test" / "results.json").read_text())
     for row in metrics.values():
@@ -99,12 +100,14 @@ def test_the_page_needs_no_network_and_no_other_file(make_run: MakeRun) -> None:
     assert len([a for a in addresses if a.startswith("data:image/webp;base64,")]) == 4
     assert all(a.startswith(("data:", "#")) for a in addresses)
     style = re.sub(r"data:[^)]*", "", "".join(re.findall(r"<style>(.*?)</style>", page.rawdata, re.S)))
-    assert "url(" not in style and "@import" not in style
+    assert "url(" not in style
+    assert "@import" not in style
 
 
 def test_missing_parts_are_said(make_run: MakeRun) -> None:
     page = read(write_report(make_run(evaluated=False, trained=False)))
-    assert "has not been evaluated yet" in page.words and "no metrics.jsonl" in page.words
+    assert "has not been evaluated yet" in page.words
+    assert "no metrics.jsonl" in page.words
     assert "did not record its environment" in page.words
 
 
@@ -112,7 +115,8 @@ def test_a_dataset_that_is_gone_leaves_the_numbers(make_run: MakeRun, tmp_path: 
     folder = make_run()
     (tmp_path / "val" / "annotations.json").rename(tmp_path / "moved.json")
     page = read(write_report(folder))
-    assert "annotations.json is missing" in page.words and "mask AP50" in page.words
+    assert "annotations.json is missing" in page.words
+    assert "mask AP50" in page.words
     assert "Worst and best" not in page.words
 
 
@@ -146,7 +150,8 @@ def test_every_test_set_has_a_part_of_its_own(make_run: MakeRun, tmp_path: Path)
     page = read(write_report(folder))
     ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
-    assert "tiny_test" in page.words and "other" in page.words
+    assert "tiny_test" in page.words
+    assert "other" in page.words
     assert page.words.count("Precision by recall") == 2
     assert pictures_of(page) == 2 * 4
 
@@ -164,7 +169,8 @@ def test_results_of_masks_alone_are_drawn(make_run: MakeRun, polygons: bool) -> 
     metrics = json.loads((inference / "results.json").read_text())
     (inference / "results.json").write_text(json.dumps({"segm": metrics["segm"]}))
     page = read(write_report(folder))
-    assert "mask AP50" in page.words and pictures_of(page) == 4
+    assert "mask AP50" in page.words
+    assert pictures_of(page) == 4
 
 
 def test_mistakes_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
@@ -178,7 +184,8 @@ def test_mistakes_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
     assert counts == [(2, 2, 0, 0, 0), (2, 1, 0, 1, 1), (2, 1, 1, 0, 0), (2, 0, 0, 2, 0)]
     assert [image.quality for image in analysis.images] == pytest.approx([1, 0.5, 0.5, 0])
     assert analysis.confusion.tolist() == [[3, 0, 1], [1, 1, 2], [0, 1, 0]]
-    assert analysis.object_counts == [4, 4] and sum(analysis.size_counts.values()) == 8
+    assert analysis.object_counts == [4, 4]
+    assert sum(analysis.size_counts.values()) == 8
     metrics = json.loads((folder / "inference" / "tiny_test" / "results.json").read_text())
     for kind, curves in analysis.curves.items():
         for key, name in (("AP", "0.50:0.95"), ("AP50", "0.50"), ("AP75", "0.75")):
@@ -205,6 +212,8 @@ def test_large_confusion_matrices_keep_the_worst_categories() -> None:
     confusion[3, 7] = confusion[30, 9] = 5
     condensed, names = condense(confusion, [f"c{i}" for i in range(30)], most=3)
     assert names == ["c3", "c7", "c9", "27 others"]
-    assert condensed.shape == (5, 5) and condensed.sum() == confusion.sum()
-    assert condensed[0, 1] == 5 and condensed[4, 2] == 5
+    assert condensed.shape == (5, 5)
+    assert condensed.sum() == confusion.sum()
+    assert condensed[0, 1] == 5
+    assert condensed[4, 2] == 5
     assert condense(confusion, ["c"] * 30, most=29)[0] is confusion

@@ -56,7 +56,10 @@ def test_the_legend_fits_above_elongated_pictures(height: int, width: int) -> No
     assert len(strip) <= 200, "for 200 rows of the picture"
     ink = (strip < 128).any(axis=(0, 2))
     middle = strip.shape[1] // 2
-    assert ink.any() and not ink[:2].any() and not ink[-2:].any() and not ink[middle - 6 : middle + 6].any()
+    assert ink.any()
+    assert not ink[:2].any()
+    assert not ink[-2:].any()
+    assert not ink[middle - 6 : middle + 6].any()
 
 
 @pytest.mark.usefixtures("unnamed")
@@ -90,7 +93,8 @@ def test_nothing_in_an_image_gives_two_plain_halves() -> None:
     target = Target(BOXES[:0], nothing, None)
     found = Detections(BOXES[:0], torch.zeros(0), nothing, None)
     picture = draw_comparison(image, target, found, NAMES, np.zeros(0, dtype=np.int64))
-    assert np.array_equal(picture[-SIDE:, :SIDE], image) and np.array_equal(picture[-SIDE:, -SIDE:], image)
+    assert np.array_equal(picture[-SIDE:, :SIDE], image)
+    assert np.array_equal(picture[-SIDE:, -SIDE:], image)
 
 
 def test_in_a_crowd_mistakes_alone_are_named() -> None:
@@ -106,7 +110,8 @@ def test_detections_without_masks_are_compared() -> None:
     boxes = [[20.0, 20, 100, 100], [200, 20, 100, 100], [20, 200, 100, 100]]
     entries = [{"bbox": box, "category_id": 3, "score": 0.9, "iscrowd": 0} for box in boxes]
     picture = draw_entries(image, entries, Classes(["disc"], [3]), entries)
-    assert picture[-SIDE:, :SIDE].any() and picture[-SIDE:, -SIDE:].any()
+    assert picture[-SIDE:, :SIDE].any()
+    assert picture[-SIDE:, -SIDE:].any()
 
 
 def test_real_nuclei_are_compared(shared_dir: Path) -> None:
@@ -117,7 +122,8 @@ def test_real_nuclei_are_compared(shared_dir: Path) -> None:
     objects = max(truth.objects.values(), key=len)
     found = [{**entry, "score": 0.9} for entry in objects]
     matched, iou = match_objects(objects, found, "segm")
-    assert matched.tolist() == list(range(len(objects))) and iou.min() == 1
+    assert matched.tolist() == list(range(len(objects)))
+    assert iou.min() == 1
 
 
 def test_a_name_stands_at_the_mask_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

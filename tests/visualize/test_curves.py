@@ -38,7 +38,8 @@ def test_curves_are_plotted(tmp_path: Path) -> None:
     with Image.open(tmp_path / "curves.png") as picture:
         pixels = np.asarray(picture).astype(int)
     assert pixels.shape[1] > pixels.shape[0] > 300
-    assert (pixels.min(axis=-1) < 128).any() and (np.ptp(pixels, axis=-1) > 60).any()
+    assert (pixels.min(axis=-1) < 128).any()
+    assert (np.ptp(pixels, axis=-1) > 60).any()
     assert pixels[0].min() == 255
     assert dict(matplotlib.rcParams) == settings
 
@@ -59,7 +60,8 @@ def test_the_highest_point_stands_below_the_upper_edge(
 
     monkeypatch.setattr(Figure, "savefig", note)
     plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    assert tops["AP (%)"] > 41.0 * 1.05 and tops["loss"] > 3.0 * 1.05
+    assert tops["AP (%)"] > 41.0 * 1.05
+    assert tops["loss"] > 3.0 * 1.05
 
 
 @pytest.mark.parametrize("content", [None, "", '{"iteration": 3, "time": 1.0}\n', "\x00\n[1]\n"])
@@ -87,7 +89,9 @@ def test_several_runs_share_one_figure(tmp_path: Path) -> None:
     }
     plot_curves(runs, tmp_path / "curves.svg")
     svg = (tmp_path / "curves.svg").read_text()
-    assert svg.count("<!-- gn -->") == 1 and svg.count("<!-- $b_n$ -->") == 1 and svg.count("a&lt;b") == 1
+    assert svg.count("<!-- gn -->") == 1
+    assert svg.count("<!-- $b_n$ -->") == 1
+    assert svg.count("a&lt;b") == 1
     assert all(svg.count(f"<!-- {name} -->") == 1 for name in ("loss", "bbox/AP", "segm/AP", "learning rate"))
     again = tmp_path / "again.svg"
     plot_curves(runs, again)
@@ -144,8 +148,11 @@ def test_the_highest_point_of_a_long_curve_is_drawn() -> None:
     line = np.stack([np.arange(100_001.0), np.zeros(100_001)], axis=1)
     line[77_777, 1], line[88_888, 1], line[90_000:95_000, 1] = 5, -3, math.nan
     thinned = _thinned(line)
-    assert len(thinned) < 9000 and thinned[0, 0] == 0 and thinned[-1, 0] == 100_000
-    assert np.nanmax(thinned[:, 1]) == 5 and np.nanmin(thinned[:, 1]) == -3
+    assert len(thinned) < 9000
+    assert thinned[0, 0] == 0
+    assert thinned[-1, 0] == 100_000
+    assert np.nanmax(thinned[:, 1]) == 5
+    assert np.nanmin(thinned[:, 1]) == -3
     assert np.isnan(thinned[:, 1]).any()
 
 
@@ -206,7 +213,8 @@ def test_lines_are_read_together_as_one_by_one(tmp_path: Path, line: str) -> Non
         path = tmp_path / "metrics.jsonl"
         path.write_text("\n".join(lines) + "\n")
         metrics, expected = read_metrics(path), points_of(lines)
-        assert metrics.names == list(expected) and metrics.last == 98
+        assert metrics.names == list(expected)
+        assert metrics.last == 98
         for name, points in expected.items():
             np.testing.assert_array_equal(metric_points(metrics, name), points)
 
@@ -217,9 +225,13 @@ def test_charts_break_at_missing_values_and_show_names_as_text() -> None:
     svg = draw_chart([Curve(name, points, 9), Curve("b", points, 1, "3")], "recall", "key", x_range=(0, 3))
     first, second = re.findall(r'<g class="line colour1".*?</g>', svg, re.S)
     path = re.search(r' d="([^"]*)"', first)
-    assert path and path[1].count("M") == 2 and path[1].count("L") == 1
+    assert path
+    assert path[1].count("M") == 2
+    assert path[1].count("L") == 1
     assert "<title>&lt;/title&gt;&lt;script&gt;$x_{$ id=&quot;a_1&quot;</title>" in first
-    assert 'data-group="3" hidden' in second and "hidden" not in first
+    assert 'data-group="3" hidden' in second
+    assert "hidden" not in first
     assert re.findall(r">([^<>\n]+)</text>", svg)[:3] == ["0.0", "0.5", "1.0"]
     empty = draw_chart([Curve("a", np.full((2, 2), np.nan), 0)], "recall", "key", x_range=(0, 1))
-    assert "NaN" not in empty and "nan" not in empty
+    assert "NaN" not in empty
+    assert "nan" not in empty

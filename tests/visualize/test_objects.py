@@ -112,7 +112,8 @@ def test_boxes_are_drawn_without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     difference = changed(
         draw_detections(image, detections([[100, 60, 300, 200]], [0.9], masks=False), NAMES), image
     )
-    assert difference[60, 100:300].all() and difference[60:200, 300].all()
+    assert difference[60, 100:300].all()
+    assert difference[60:200, 300].all()
     assert not difference[64:196, 104:296].any()
 
 
@@ -130,7 +131,8 @@ def test_labels_stay_inside_and_do_not_cover_each_other(plates: list[tuple[str, 
     draw_detections(noise(), detections(boxes.tolist(), [0.9] * 40), NAMES, scale=1)
     places = np.array([place for _, place in plates])
     assert len(places) > 15
-    assert places.min() >= 0 and places.max() <= SIDE
+    assert places.min() >= 0
+    assert places.max() <= SIDE
     overlap = canvas.box_overlap(places, places)
     np.fill_diagonal(overlap, 0)
     assert overlap.max() < 0.05 * canvas.box_area(places).min()
@@ -195,7 +197,8 @@ def test_small_images_are_enlarged(size: tuple[int, int]) -> None:
     picture = draw_detections(
         image, Detections(box, torch.ones(1), torch.zeros(1, dtype=torch.int64), masks), NAMES
     )
-    assert picture.dtype == np.uint8 and picture.shape[2] == 3
+    assert picture.dtype == np.uint8
+    assert picture.shape[2] == 3
     scale = picture.shape[0] / height
     assert picture.shape[1] == pytest.approx(width * scale, abs=4)
     assert min(picture.shape[:2]) >= 480 or max(picture.shape[:2]) == 1600

@@ -26,9 +26,9 @@ def test_pictures_stand_side_by_side_under_their_titles() -> None:
     titled = side_by_side([low, high], ["truth", "found"])
     assert np.array_equal(titled[-200:], row)
     strip = titled[:-200]
-    assert (
-        (strip[:, 100:200] < 100).any() and (strip[:, -70:-30] < 100).any() and (strip[:, :50] == 255).all()
-    )
+    assert (strip[:, 100:200] < 100).any()
+    assert (strip[:, -70:-30] < 100).any()
+    assert (strip[:, :50] == 255).all()
     with pytest.raises(ValueError, match="1 titles for 2 pictures"):
         side_by_side([low, high], ["truth"])
 
@@ -38,8 +38,10 @@ def test_grid_rows_have_one_width(tmp_path: Path) -> None:
         tmp_path / "new" / "grid.png", [[noise(100, 150), noise(50, 80)], [noise(200, 100)], []]
     )
     with Image.open(tmp_path / "new" / "grid.png") as picture:
-        assert picture.format == "PNG" and picture.mode == "RGB"
-        assert picture.width > 150 and picture.height > 150
+        assert picture.format == "PNG"
+        assert picture.mode == "RGB"
+        assert picture.width > 150
+        assert picture.height > 150
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["grid.png"]
 
 
@@ -47,7 +49,8 @@ def test_picture_formats_follow_the_suffix(tmp_path: Path) -> None:
     for suffix, kind in ((".png", "PNG"), (".JPG", "JPEG"), (".webp", "WEBP")):
         save_picture(tmp_path / f"a{suffix}", noise(20, 30))
         with Image.open(tmp_path / f"a{suffix}") as picture:
-            assert picture.format == kind and picture.size == (30, 20)
+            assert picture.format == kind
+            assert picture.size == (30, 20)
     with pytest.raises(UserError, match=r"a\.bmpp: its name must end in \.png"):
         save_picture(tmp_path / "a.bmpp", noise(20, 30))
 
@@ -74,8 +77,10 @@ def test_legends_stand_above_their_pictures() -> None:
     strip = row[:-200].astype(int)
     blue = (strip[..., 2] > 200) & (strip[..., 0] < 50)
     red = (strip[..., 0] > 200) & (strip[..., 2] < 50)
-    assert blue[:, :400].any() and not blue[:, 408:].any()
-    assert red[:, 408:].any() and not red[:, :400].any()
+    assert blue[:, :400].any()
+    assert not blue[:, 408:].any()
+    assert red[:, 408:].any()
+    assert not red[:, :400].any()
     with pytest.raises(ValueError, match="1 legends for 2 pictures"):
         side_by_side([noise(20, 30), noise(20, 30)], ["truth", "found"], legends[:1])
 
@@ -84,7 +89,8 @@ def test_pictures_are_encoded_at_a_limited_width(tmp_path: Path) -> None:
     for width, expected in ((300, (300, 100)), (900, (600, 67))):
         (tmp_path / "a.webp").write_bytes(encode_picture(noise(100, width), 600))
         with Image.open(tmp_path / "a.webp") as picture:
-            assert picture.format == "WEBP" and picture.size == expected
+            assert picture.format == "WEBP"
+            assert picture.size == expected
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,8 @@ def test_npz_of_tensorpack_and_bit(tmp_path: Path, save: Any) -> None:
     arrays = {name: np.random.default_rng(i).normal(size=(3, 4)) for i, name in enumerate(names)}
     save(tmp_path / "m.npz", **arrays)
     found = read_checkpoint(tmp_path / "m.npz")
-    assert found.format == "npz" and set(found.tensors) == set(names)
+    assert found.format == "npz"
+    assert set(found.tensors) == set(names)
     assert all(np.array_equal(found.tensors[name].numpy(), array) for name, array in arrays.items())
     with pytest.raises(UserError, match="names its tensors in another way.*'conv0/W:0'"):
         load_weights(torch.nn.Linear(2, 2), found)
@@ -254,7 +255,9 @@ def test_truncated_files_are_refused_in_one_line(tmp_path: Path, share: float) -
         with pytest.raises(UserError) as caught:
             read_checkpoint(path)
         message = str(caught.value)
-        assert str(path) in message and "again" in message and "\n" not in message
+        assert str(path) in message
+        assert "again" in message
+        assert "\n" not in message
 
 
 @pytest.mark.parametrize(

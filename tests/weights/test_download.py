@@ -93,7 +93,8 @@ def test_what_cannot_be_mended_says_where_to_put_the_file(site: Site, tmp_path: 
     with pytest.raises(UserError, match=message) as caught:
         fetch(site, target, *answers, size=len(DATA), checksum=SHA)
     text = str(caught.value)
-    assert text.startswith(f"cannot download {site.url}/weights.pkl: ") and "\n" not in text
+    assert text.startswith(f"cannot download {site.url}/weights.pkl: ")
+    assert "\n" not in text
     assert text.endswith(f"fetch it by other means and put it at {target}")
     assert not target.exists()
     assert len(site.requests) >= requests
@@ -235,7 +236,8 @@ def test_a_second_process_waits_for_the_first(site: Site, tmp_path: Path) -> Non
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert [out.strip() for out, _ in outputs] == [str(target)] * 2
-    assert len(site.requests) == 1 and target.read_bytes() == DATA
+    assert len(site.requests) == 1
+    assert target.read_bytes() == DATA
 
 
 def test_threads_of_one_process_share_a_download(site: Site, tmp_path: Path) -> None:
@@ -246,7 +248,8 @@ def test_threads_of_one_process_share_a_download(site: Site, tmp_path: Path) -> 
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert target.read_bytes() == DATA and len(site.requests) == 1
+    assert target.read_bytes() == DATA
+    assert len(site.requests) == 1
 
 
 def test_no_room(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

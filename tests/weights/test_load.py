@@ -65,7 +65,10 @@ def test_a_checkpoint_of_the_same_model_loads_whole(tmp_path: Path, for_training
     model, state = Detector(), randomised(Detector())
     report = load_weights(model, write(tmp_path / "m.pth", state), for_training=for_training)
     assert set(report.matched) == set(state)
-    assert not (report.missing or report.unexpected or report.mismatched or report.ignored)
+    assert not (report.missing)
+    assert not (report.unexpected)
+    assert not (report.mismatched)
+    assert not (report.ignored)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert str(report) == f"loaded {len(state)} of {len(state)} tensors from {tmp_path / 'm.pth'}"
 
@@ -90,7 +93,8 @@ def test_buffers_that_change_no_result_may_be_on_one_side(tmp_path: Path) -> Non
     state["pixel_std"] = torch.ones(3, 1, 1)
     state["proposal_generator.anchor_generator.cell_anchors.0"] = torch.zeros(3, 4)
     report = load_weights(model, write(tmp_path / "m.pth", state))
-    assert not (report.missing or report.unexpected)
+    assert not (report.missing)
+    assert not (report.unexpected)
     assert len(report.ignored) == 4
 
 
@@ -120,7 +124,8 @@ def test_other_classes_start_afresh_in_training(tmp_path: Path) -> None:
     assert skipped == {name for name in fresh if name.startswith("roi_heads")}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, fresh[name] if name in skipped else state[name])
-    assert "6 start afresh" in str(report) and "(81, 8)" in str(report)
+    assert "6 start afresh" in str(report)
+    assert "(81, 8)" in str(report)
 
 
 @pytest.mark.parametrize("for_training", [True, False])
@@ -139,7 +144,8 @@ def test_another_architecture_is_refused(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=message) as caught:
         load_weights(model, write(tmp_path / "m.pth", randomised(other)), for_training=for_training)
-    assert "\n" not in str(caught.value) and str(tmp_path / "m.pth") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "m.pth") in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -153,8 +159,10 @@ def test_the_backbone_alone_is_a_starting_point_but_not_a_detector(tmp_path: Pat
     state = {name: t for name, t in randomised(Detector()).items() if name.startswith("backbone")}
     path = write(tmp_path / "m.pth", {**state, "stem.fc.weight": torch.ones(2)})
     report = load_weights(Detector(), path, for_training=True)
-    assert len(report.matched) == len(state) and report.left_out == ["stem.fc.weight"]
-    assert "1 are of no use to a detector: 'stem.fc.weight'" in str(report) and not report.unexpected
+    assert len(report.matched) == len(state)
+    assert report.left_out == ["stem.fc.weight"]
+    assert "1 are of no use to a detector: 'stem.fc.weight'" in str(report)
+    assert not report.unexpected
     assert "6 not in the file, start afresh: 'roi_heads" in str(report)
     with pytest.raises(UserError, match="lacks 6 of the model's 11 tensors, such as 'roi_heads"):
         load_weights(Detector(), path)
@@ -180,7 +188,8 @@ def test_a_linear_layer_takes_a_1x1_convolution(tmp_path: Path) -> None:
         "roi_heads.box_predictor.cls_score.weight",
         "backbone.norm.num_batches_tracked",
     }
-    assert set(report.matched) == set(state) and "2 reshaped: 'backbone.norm" in str(report)
+    assert set(report.matched) == set(state)
+    assert "2 reshaped: 'backbone.norm" in str(report)
     assert torch.equal(model.state_dict()["roi_heads.box_predictor.cls_score.weight"], weight)
     state["backbone.conv2.weight"] = state["backbone.conv2.weight"].reshape(8, 1, 8, 1)
     with pytest.raises(UserError, match=r"backbone.conv2.weight is \(8, 1, 8, 1\)"):
@@ -230,7 +239,9 @@ def test_detectron2s_checkpoint_fits_its_configuration(shared_dir: Path) -> None
     oracle = shared_dir / "oracles" / "dsb_r18_gn"
     model = build_model(load_config(oracle / "config.yaml"))
     report = load_weights(model, oracle / "model_final.pth")
-    assert not (report.missing or report.unexpected or report.mismatched)
+    assert not (report.missing)
+    assert not (report.unexpected)
+    assert not (report.mismatched)
     assert len(report.matched) == 124
 
 

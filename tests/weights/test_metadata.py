@@ -30,7 +30,7 @@ WRONG_OF_TRAINING: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("key, value", WRONG + WRONG_OF_TRAINING)
+@pytest.mark.parametrize(("key", "value"), WRONG + WRONG_OF_TRAINING)
 def test_a_wrong_type_in_our_file_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
     training = {"optimizer": {}, "losses": {}} if (key, value) in WRONG_OF_TRAINING else {}
     save_weights(tmp_path / "m.pth", {"weight": torch.ones(2)}, {**training, key: value})
@@ -38,13 +38,14 @@ def test_a_wrong_type_in_our_file_is_one_line(tmp_path: Path, key: str, value: A
         read_checkpoint(tmp_path / "m.pth")
 
 
-@pytest.mark.parametrize("key, value", WRONG)
+@pytest.mark.parametrize(("key", "value"), WRONG)
 def test_another_programs_value_of_that_name_is_not_taken_for_ours(
     tmp_path: Path, key: str, value: Any
 ) -> None:
     torch.save({"model": {"weight": torch.ones(2)}, key: value, "epoch": 7}, tmp_path / "m.pth")
     found = read_checkpoint(tmp_path / "m.pth").metadata
-    assert replace(found, others={}) == CheckpointMetadata() and found.others["epoch"] == 7
+    assert replace(found, others={}) == CheckpointMetadata()
+    assert found.others["epoch"] == 7
 
 
 def test_what_a_user_saves_under_the_names_of_a_training_is_his_own(tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ def test_weight_standardisation_is_folded(version: int, text: str, key: str, tmp
     state = write(path, text, version, key)
     model = detector()
     report = load_weights(model, path)
-    assert not report.missing and not report.unexpected
+    assert not report.missing
+    assert not report.unexpected
     own = model.state_dict()
     folded = {name for name in state if not torch.equal(own[name], state[name])}
     assert f"weight standardisation (ConvWS) folded into {len(folded)} convolutions" in report.converted
@@ -109,7 +110,8 @@ def test_only_the_parts_that_have_it(tmp_path: Path) -> None:
     state = write(path, text, 2)
     found = translate(read_checkpoint(path)).tensors
     changed = [name for name, tensor in found.items() if not torch.equal(tensor, state[name])]
-    assert len(changed) == 8 and all(".fpn_" in name for name in changed)
+    assert len(changed) == 8
+    assert all(".fpn_" in name for name in changed)
     weight = state["backbone.fpn_output3.weight"]
     flat = weight.flatten(1)
     expected = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 0.5)
@@ -164,7 +166,8 @@ def test_batch_norms_have_no_groups(tmp_path: Path) -> None:
     tensors = {f"{name}.weight": torch.ones(4) for name in ("backbone.bn1", "neck.fpn_convs.0.gn")}
     torch.save({"meta": {"config": text}, "state_dict": tensors}, tmp_path / "m.pth")
     found = read_checkpoint(tmp_path / "m.pth").metadata
-    assert found.group_norm_groups == {"neck.fpn_convs.0.gn": 2} and found.group_norm_eps == {}
+    assert found.group_norm_groups == {"neck.fpn_convs.0.gn": 2}
+    assert found.group_norm_eps == {}
 
 
 def test_our_own_file_of_it_is_not_folded_twice(tmp_path: Path) -> None:
@@ -172,7 +175,8 @@ def test_our_own_file_of_it_is_not_folded_twice(tmp_path: Path) -> None:
     once = translate(read_checkpoint(tmp_path / "ws.pth")).tensors
     save_weights(tmp_path / "ours.pth", once)
     again = translate(read_checkpoint(tmp_path / "ours.pth"))
-    assert not again.changes and all(torch.equal(tensor, once[n]) for n, tensor in again.tensors.items())
+    assert not again.changes
+    assert all(torch.equal(tensor, once[n]) for n, tensor in again.tensors.items())
 
 
 def test_later_texts_replace_former_ones() -> None:
@@ -185,7 +189,8 @@ def test_later_texts_replace_former_ones() -> None:
     sections = read_sections(text)
     norm = {"type": '"GN"', "requires_grad": "True", "num_groups": "8"}
     assert sections["model.backbone.norm_cfg"] == norm
-    assert "model.backbone.conv_cfg" not in sections and "model.neck" not in sections
+    assert "model.backbone.conv_cfg" not in sections
+    assert "model.neck" not in sections
 
 
 MANY = "".join(f"k{i}=1," for i in range(30_000))

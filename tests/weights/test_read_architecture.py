@@ -52,9 +52,11 @@ MODELS = {
     ),
     "other heads": (
         "GN/mask_rcnn_R_50_FPN_2x_gn.yaml",
-        ["MODEL.ROI_MASK_HEAD.NUM_CONV", "2", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "5"]
-        + ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True", "MODEL.RPN.CONV_DIMS", "[-1, -1]"]
-        + ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
+        [
+            *["MODEL.ROI_MASK_HEAD.NUM_CONV", "2", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "5"],
+            *["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True", "MODEL.RPN.CONV_DIMS", "[-1, -1]"],
+            *["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
+        ],
     ),
 }  # fmt: skip
 
@@ -100,8 +102,10 @@ def test_a_backbone_of_another_library(tmp_path: Path, norm: str) -> None:
     state = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.bottom_up.")}
     torch.save(schemes.torchvision_backbone(state, norm), tmp_path / "resnet.pth")
     found = read_architecture(read_checkpoint(tmp_path / "resnet.pth"))
-    assert not found.is_detector and found.norm == ("GN" if norm == "gn" else "FrozenBN")
-    assert found.keys["MODEL.RESNETS.DEPTH"] == 50 and found.keys["MODEL.RESNETS.WIDTH_PER_GROUP"] == 4
+    assert not found.is_detector
+    assert found.norm == ("GN" if norm == "gn" else "FrozenBN")
+    assert found.keys["MODEL.RESNETS.DEPTH"] == 50
+    assert found.keys["MODEL.RESNETS.WIDTH_PER_GROUP"] == 4
     assert str(found) == f"backbone R-50 with {found.norm}"
 
 
@@ -124,7 +128,8 @@ def test_weights_of_odd_shapes_are_one_line_at_most(name: str, shape: tuple[int,
             read_architecture(damaged)
         except UserError as error:
             refused += 1
-            assert str(error).startswith("a.pth: ") and "\n" not in str(error)
+            assert str(error).startswith("a.pth: ")
+            assert "\n" not in str(error)
     assert refused > 3 or len(shape) == 4
 
 

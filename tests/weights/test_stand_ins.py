@@ -48,7 +48,8 @@ def read(content: Any, folder: Path, zipped: bool = True) -> Any:
     for name in [name for name in sys.modules if name.split(".")[0] in ("mmengine", "omegaconf")]:
         del sys.modules[name]
     checkpoint = read_checkpoint(folder / "m.pth")
-    assert list(checkpoint.tensors) == ["w"] and torch.equal(checkpoint.tensors["w"], WEIGHTS["w"])
+    assert list(checkpoint.tensors) == ["w"]
+    assert torch.equal(checkpoint.tensors["w"], WEIGHTS["w"])
     assert not any(name.split(".")[0] in ("mmengine", "omegaconf") for name in sys.modules)
     return checkpoint.metadata.to_dict()
 
@@ -64,8 +65,10 @@ def test_the_message_hub_of_mmengine(zipped: bool, tmp_path: Path, monkeypatch: 
     }
     found = read({"meta": {"epoch": 3}, "state_dict": WEIGHTS, "message_hub": hub}, tmp_path, zipped)
     log = found["message_hub"]["log_scalars"]["train/loss"]
-    assert log["max_length"] == 10 and log["_log_history"].tolist() == [0, 1, 2]
-    assert found["message_hub"]["runtime_info"] == {"epoch": 3, "best": 0.5} and found["meta"] == {"epoch": 3}
+    assert log["max_length"] == 10
+    assert log["_log_history"].tolist() == [0, 1, 2]
+    assert found["message_hub"]["runtime_info"] == {"epoch": 3, "best": 0.5}
+    assert found["meta"] == {"epoch": 3}
 
 
 def config(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -134,9 +137,11 @@ def test_numbers_of_numpy_and_options(zipped: bool, tmp_path: Path) -> None:
     options = argparse.Namespace(lr=0.1, sizes=[1, 2], more=argparse.Namespace(**NUMBERS))
     found = read({"model": WEIGHTS, "args": options, **NUMBERS}, tmp_path, zipped)
     assert found == {"args": {"lr": 0.1, "sizes": [1, 2], "more": PLAIN}, **PLAIN}
-    assert type(found["float"]) is float and type(found["int"]) is int
+    assert type(found["float"]) is float
+    assert type(found["int"]) is int
     flat = read({**WEIGHTS, "epoch": np.int64(4), "args": options}, tmp_path, zipped)
-    assert flat["epoch"] == 4 and flat["args"]["lr"] == 0.1
+    assert flat["epoch"] == 4
+    assert flat["args"]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"])
@@ -180,7 +185,8 @@ def test_a_constructors_arguments_do_nothing(tmp_path: Path) -> None:
 def test_dicts_beside_the_weights_stay_what_they_are(tmp_path: Path) -> None:
     state = torch.nn.BatchNorm2d(2).state_dict()
     found = read({"model": WEIGHTS, "trained": state, "best": np.float64(1)}, tmp_path)
-    assert type(found["trained"]) is collections.OrderedDict and found["trained"]._metadata
+    assert type(found["trained"]) is collections.OrderedDict
+    assert found["trained"]._metadata
 
 
 def test_what_else_pytorch_was_told_to_trust_is_refused_here_and_trusted_afterwards(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ def model_of(cfg: gn_detect.Config) -> torch.nn.Module:
 
 
 def assert_loaded(model: torch.nn.Module, state: schemes.State, report: gn_detect.weights.LoadReport) -> None:
-    assert not report.missing and not report.unexpected and not report.mismatched
+    assert not report.missing
+    assert not report.unexpected
+    assert not report.mismatched
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=0, msg=name)
 
@@ -52,7 +54,8 @@ def test_detectron(name: str, tmp_path: Path) -> None:
     schemes.write_pickle(tmp_path / "m.pkl", {"blobs": blobs, "cfg": "MODEL: {}"})
     report = load_weights(model, tmp_path / "m.pkl", config=cfg)
     assert_loaded(model, state, report)
-    assert report.scheme == "Detectron" and "pred_w" in report.left_out
+    assert report.scheme == "Detectron"
+    assert "pred_w" in report.left_out
     assert any("background moved" in change for change in report.converted)
 
 
@@ -72,7 +75,8 @@ def test_mmdetection(name: str, version: int, tmp_path: Path) -> None:
     torch.save({"meta": {"epoch": 24}, "state_dict": theirs, "optimizer": {}}, tmp_path / "m.pth")
     report = load_weights(model, tmp_path / "m.pth", config=cfg)
     assert_loaded(model, state, report)
-    assert report.scheme == "mmdetection" and bool(report.converted) == (version == 1)
+    assert report.scheme == "mmdetection"
+    assert bool(report.converted) == (version == 1)
 
 
 def test_input_that_mmdetection_states(tmp_path: Path) -> None:
@@ -86,7 +90,7 @@ def test_input_that_mmdetection_states(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("norm", "order"), [("bn", "RGB"), ("gn", "BGR")])
 def test_backbone_of_timm_or_mmdetection(norm: str, order: str, tmp_path: Path) -> None:
-    """timm calls its group norms bn, and takes RGB; mmdetection's copies of Detectron's are gn and BGR."""
+    """Timm calls its group norms bn, and takes RGB; mmdetection's copies of Detectron's are gn and BGR."""
     cfg = config(GN)
     model = model_of(cfg)
     state = schemes.backbone_of(schemes.randomised(model))
@@ -104,7 +108,8 @@ def test_backbone_of_timm_or_mmdetection(norm: str, order: str, tmp_path: Path) 
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[name])
     report = load_weights(model, tmp_path / "m.pth", for_training=True, config=cfg.replace(keys))
-    assert set(report.matched) == set(state) and set(report.left_out) == {"fc.weight", "fc.bias"}
+    assert set(report.matched) == set(state)
+    assert set(report.left_out) == {"fc.weight", "fc.bias"}
     for name, tensor in state.items():
         assert torch.equal(model.state_dict()[name], tensor)
 
@@ -152,7 +157,8 @@ def test_torchvisions_own_detectors(version: int) -> None:
     cfg = gn_detect.load_config(FROZEN, keys)
     model = model_of(cfg).eval()
     report = load_weights(model, gn_detect.weights.Checkpoint(dict(original.state_dict())), config=cfg)
-    assert not report.missing and not report.unexpected
+    assert not report.missing
+    assert not report.unexpected
     image, regions = torch.randn(1, 3, 64, 96), torch.randn(3, 256, 7, 7)
     labels = torch.tensor([0, 11, 79])  # contiguous; COCO's 1, 13 and 90
     with torch.no_grad():
@@ -186,7 +192,9 @@ def test_faster_rcnn_of_torchvision() -> None:
     model = model_of(cfg)
     theirs = dict(original.state_dict())
     report = load_weights(model, gn_detect.weights.Checkpoint(theirs), config=cfg)
-    assert not report.missing and not report.unexpected and not report.mismatched
+    assert not report.missing
+    assert not report.unexpected
+    assert not report.mismatched
     ours = model.state_dict()["roi_heads.box_predictor.cls_score.bias"]
     assert torch.equal(ours, theirs["roi_heads.box_predictor.cls_score.bias"][[1, 2, 3, 0]])
 
@@ -213,7 +221,8 @@ def test_backbone_alone_in_detectron2s_names(tmp_path: Path) -> None:
     content = {"model": schemes.arrays(plain), "__author__": "torchvision", "matching_heuristics": True}
     schemes.write_pickle(tmp_path / "R-50.pkl", content)
     keys = implied_keys(cfg, tmp_path / "R-50.pkl")
-    assert keys["INPUT.FORMAT"] == "RGB" and keys["MODEL.RESNETS.STRIDE_IN_1X1"] is False
+    assert keys["INPUT.FORMAT"] == "RGB"
+    assert keys["MODEL.RESNETS.STRIDE_IN_1X1"] is False
     report = load_weights(model, tmp_path / "R-50.pkl", for_training=True, config=cfg.replace(keys))
     assert set(report.matched) == set(state)
 
@@ -267,9 +276,11 @@ def test_formats_hold_the_same_and_a_version(tmp_path: Path) -> None:
         assert found.metadata.to_dict() == {"class_names": ["a"]}
         assert set(found.tensors) == set(state)
         for name, tensor in state.items():
-            assert torch.equal(found.tensors[name], tensor) and found.tensors[name].shape == tensor.shape
+            assert torch.equal(found.tensors[name], tensor)
+            assert found.tensors[name].shape == tensor.shape
     content = pickle.loads((tmp_path / "m.pkl").read_bytes())
-    assert content["__author__"] == "gn_detect" and content["format_version"] == 1
+    assert content["__author__"] == "gn_detect"
+    assert content["format_version"] == 1
     assert "matching_heuristics" not in content
     content = {"model": {"w": torch.ones(1)}, "__author__": "gn_detect", "format_version": 9}
     torch.save(content, tmp_path / "9.pth")
@@ -282,14 +293,16 @@ def test_names_that_fit_stay(tmp_path: Path) -> None:
     model = torchvision.models.resnet18()
     torch.save(model.state_dict(), tmp_path / "m.pth")
     report = load_weights(torchvision.models.resnet18(), tmp_path / "m.pth")
-    assert report.scheme == "detectron2" and not report.missing
+    assert report.scheme == "detectron2"
+    assert not report.missing
 
 
 def test_real_resnets_are_recognised(shared_dir: Path) -> None:
     """CIFAR's have other shapes, but torchvision's names; they mean RGB."""
     path = next((shared_dir / "weights" / "resnet_cifar10_bn").glob("resnet20*"))
     found = translate(read_checkpoint(path))
-    assert found.scheme == "torchvision" and found.convention.format == "RGB"
+    assert found.scheme == "torchvision"
+    assert found.convention.format == "RGB"
     assert {"backbone.bottom_up.res2.0.conv1.weight", "backbone.bottom_up.stem.conv1.weight"} <= set(
         found.tensors
     )

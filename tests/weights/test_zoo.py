@@ -48,7 +48,7 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         raise UserError(f"no network: {url}")
 
     monkeypatch.setattr("gn_detect.weights.zoo.download", refuse)
-    yield asked
+    return asked
 
 
 def config_of(entry: ZooEntry, *keys: str) -> Config:
@@ -76,14 +76,18 @@ def check_entry(entry: ZooEntry, cfg: Config, least: int = 10) -> None:
     if entry.kind == "backbone":
         backbone = build(cfg).backbone
         report = load_weights(getattr(backbone, "bottom_up", backbone), f"zoo://{entry.name}")
-        assert not report.missing and not report.unexpected and not report.mismatched
+        assert not report.missing
+        assert not report.unexpected
+        assert not report.mismatched
         assert not [name for name in report.ignored if not name.endswith("num_batches_tracked")]
         state = {**own.state_dict(), **published.schemes.backbone_of(state)}
     own.load_state_dict(state)
     model = build(cfg)
     training = entry.kind == "backbone"
     report = load_weights(model, cfg.model.weights, for_training=training, config=cfg)
-    assert report.scheme == entry.scheme and not report.unexpected and not report.mismatched
+    assert report.scheme == entry.scheme
+    assert not report.unexpected
+    assert not report.mismatched
     assert training or not report.missing
     assert all(name.startswith(("backbone.fpn", "proposal", "roi_heads")) for name in report.missing)
     for name, tensor in model.state_dict().items():
@@ -117,7 +121,9 @@ def test_every_entry_is_whole(no_downloads: list[str]) -> None:
     assert len(files) == len(NAMES) == 26
     for entry in read_catalog().values():
         cfg = gn_detect.load_config(entry.config, entry.overrides)
-        assert cfg.input.format in ("BGR", "RGB") and entry.licence and entry.source.startswith("https://")
+        assert cfg.input.format in ("BGR", "RGB")
+        assert entry.licence
+        assert entry.source.startswith("https://")
         assert (entry.box_ap is None) == (entry.mask_ap is None) == (entry.kind == "backbone")
         facebook = "fbaipublicfiles" in entry.url
         assert not facebook or entry.licence == "CC BY-SA 3.0"
@@ -149,7 +155,8 @@ def test_names_that_mean_an_entry(text: str, no_downloads: list[str]) -> None:
     assert no_downloads == [entry.url]
     entry.file.parent.mkdir(parents=True)
     entry.file.write_bytes(b"put there by hand")
-    assert resolve(text) == entry.file and entry_of(entry.file) == entry
+    assert resolve(text) == entry.file
+    assert entry_of(entry.file) == entry
     assert len(no_downloads) == 1
 
 
@@ -158,7 +165,8 @@ def test_other_files_of_detectron2(no_downloads: list[str], cache: Path) -> None
         resolve("detectron2://Misc/other%3Athing/../model.pkl")
     assert no_downloads == ["https://dl.fbaipublicfiles.com/detectron2/Misc/other%3Athing/../model.pkl"]
     entry = find_entry("Detectron-mask-R-50-FPN-GN-2x")
-    assert cache in entry.file.parents and "coco_2014_train_coco_2014" in str(entry.file)
+    assert cache in entry.file.parents
+    assert "coco_2014_train_coco_2014" in str(entry.file)
 
 
 TWINS = [
@@ -186,7 +194,8 @@ def test_no_two_urls_share_a_file(
     monkeypatch.setattr("gn_detect.weights.zoo.download", write_url)
     for url in (first, second, first):
         file = resolve(url)
-        assert file.read_text() == url and cache in file.parents
+        assert file.read_text() == url
+        assert cache in file.parents
         assert file.suffix == ".pth" or "model" not in url
 
 

@@ -209,7 +209,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _number_ids(entries: list[Any]) -> dict[Any, int]:
-    """Number the ids that are no integers of 64 bits, in order of appearance, after the largest integer."""
+    """Assign numbers to ids that are not integers of 64 bits, by appearance, after the largest integer."""
     ids: list[Any] = [entry.get("id") for entry in entries if isinstance(entry, dict)]
     if {int}.issuperset(map(type, ids)) and all(map(is_integer, [min(ids, default=0), max(ids, default=0)])):
         return {}

@@ -15,10 +15,10 @@ _DEEPEST = 20  # components of a path that are looked for
 
 
 def missing_names(folder: Path, names: Iterable[str], outside: bool = True) -> dict[str, str | None]:
-    """Return the names that no file has, each with the name of the file that it obviously means.
+    r"""Return the names that no file has, each with the name of the file that it obviously means.
 
     A name is read again without a query (``?d=path/x.jpg`` means ``path/x.jpg``), with ``%20`` and ``+``
-    decoded, with ``/`` for ``\\``, without leading folders that are not here, and in another case or Unicode
+    decoded, with ``/`` for ``\``, without leading folders that are not here, and in another case or Unicode
     form. Folders are listed once, and only those that a name leads to; no file is opened.
 
     Args:

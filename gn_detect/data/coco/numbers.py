@@ -51,5 +51,5 @@ def extent_of(numbers: Sequence[Any]) -> tuple[float, float] | None:
         return None
     low, high = min(numbers), max(numbers)
     # A nan is the least if it comes first, and in the sum otherwise.
-    near = -FARTHEST <= low and high <= FARTHEST and math.isfinite(sum(numbers))
+    near = low >= -FARTHEST and high <= FARTHEST and math.isfinite(sum(numbers))
     return (low, high) if near else None

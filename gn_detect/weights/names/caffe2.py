@@ -37,7 +37,7 @@ def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list
     """Fill ``tensors`` and ``left_out``, and yield the changes of values in words."""
     for name, tensor in checkpoint.tensors.items():
         ours = _translated(name)
-        if name.endswith("_momentum") or ours is None and _CLASSIFIER.fullmatch(name):
+        if name.endswith("_momentum") or (ours is None and _CLASSIFIER.fullmatch(name)):
             left_out.append(name)
         elif ours == "stem.conv1.bias":
             # The norm after the convolution cancels it; Detectron never reads it.
