@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     model = gn_detect.build_model(cfg)
     names = {"class_names": ["square", "bar"], "category_ids": [3, 7]}
-    save_weights(folder / "model_best.pth", model.state_dict(), {**norm_settings(model), **names})
+    save_weights(folder / "model_best.pth", model.state_dict(), replace(norm_settings(model), **names))
     shutil.copy(train.parent / "images/001.png", folder / "photo.png")
     return folder
 
@@ -204,7 +205,7 @@ def test_a_model_is_called_for_losses_and_for_detections(folder: Path) -> None:
 def copy_of(source: Path, target: Path, **metadata: Any) -> Path:
     """The checkpoint in another place, with other metadata."""
     content = gn_detect.weights.read_checkpoint(source)
-    save_weights(target, content.tensors, {**content.metadata, **metadata})
+    save_weights(target, content.tensors, replace(content.metadata, **metadata))
     return target
 
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ..config import Config
     from ..weights import Checkpoint
 
+NO_CONFIG = (
+    "no config: add --config-file FILE, such as the config.yaml of the training run, or a checkpoint that "
+    "holds its config, as gn-detect's do"
+)
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 
 
@@ -140,10 +144,7 @@ def read_config_file(args: argparse.Namespace) -> Config:
 
         cfg, _ = read_pretrained(weights, args.overrides)
     else:
-        raise UserError(
-            "no config: add --config-file FILE, such as the config.yaml of the training run, or a checkpoint "
-            "that holds its config, as gn-detect's do"
-        )
+        raise UserError(NO_CONFIG)
     return fix_config(cfg, cfg.model.weights) if args.fix_config and cfg.model.weights else cfg
 
 

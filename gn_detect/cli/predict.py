@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..text import printable
 from .options import (
+    NO_CONFIG,
     add_fix_argument,
     add_other_classes_argument,
     add_weights_argument,
@@ -99,6 +100,8 @@ def run(args: argparse.Namespace) -> Result:
         args.model, *texts = texts
     elif not args.model and "MODEL.WEIGHTS" not in overrides[::2]:
         texts = take_checkpoint(args, texts)
+        if not (args.weights or args.config_file):
+            raise UserError(NO_CONFIG)
     if "OUTPUT_DIR" in overrides[::2]:
         raise UserError("predict writes into the folder of --output, and OUTPUT_DIR has no effect")
     if args.weights and args.weights.endswith(EXPORTED):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ def weights(case: Case, tmp_path: Path) -> Path:
     cfg = load_config(case.config)
     torch.manual_seed(3)
     model = build_model(cfg)
-    metadata = {
-        "config": dump_config(without_paths(cfg)),
-        "class_names": ["square", "bar"],
-        "category_ids": [3, 7],
-        **norm_settings(model),
-    }
+    metadata = replace(
+        norm_settings(model),
+        config=dump_config(without_paths(cfg)),
+        class_names=["square", "bar"],
+        category_ids=[3, 7],
+    )
     path = tmp_path / "elsewhere" / "best.pth"
     path.parent.mkdir()
     save_weights(path, model.state_dict(), metadata)
