@@ -31,7 +31,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation with the API reference into site/"
 	@echo "make bench   time a training step, part by part"
-	@echo "make clean   remove $(VENV) and what tools left behind"
+	@echo "make clean   remove $(VENV) and files of the tools"
 
 $(BIN)/python:
 	@if ! $(or $(PYTHON),false) -c '$(VERSION_FITS)' >/dev/null 2>&1; then \

@@ -104,7 +104,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--norm-learning-rate", type=float, default=2e-3)
-    parser.add_argument("--block-weight", type=float, default=30.0, help="beside the outputs'")
+    parser.add_argument("--block-weight", type=float, default=30.0, help="relative to the outputs' weight")
     parser.add_argument("--parameters", choices=("all", "affine"), default="all", help="to train")
     parser.add_argument("--random-crops", type=int, default=0, help="windows of train photos, in addition")
     parser.add_argument(

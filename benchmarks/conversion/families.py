@@ -3,7 +3,7 @@
 With random weights. Ours: are all norms converted, is the parameters' arithmetic right, does a forward and
 a backward pass of one input in training mode work, does ``torch.compile`` with ``aot_eager`` give the same
 (of detectors the backbone is compiled, as their post-processing depends on data). Opacus'
-``ModuleValidator.fix``: how many norms stay behind, and how many lose their weights and biases. timm's
+``ModuleValidator.fix``: how many norms are left, and how many lose their weights and biases. timm's
 ``convert_sync_batchnorm``, the only conversion of norms that it has: how many batch norms stay batch norms.
 """
 
@@ -36,7 +36,7 @@ BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2
 
 
 def main() -> None:
-    """Print a line for each model, and save all after each; a run with the same file goes on behind it."""
+    """Print a line for each model, and save all after each; a run with the same file continues there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion.families", description=__doc__)
     parser.add_argument("--only", default="", help="part of the names")
     parser.add_argument("--largest", type=float, default=200, help="millions of parameters to compile")

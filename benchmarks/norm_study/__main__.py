@@ -80,7 +80,7 @@ def _run(cells: list[Cell], args: argparse.Namespace) -> Iterator[tuple[Cell, di
 
 
 def _end_with_parent() -> None:
-    """A study that is killed leaves no training behind."""
+    """End all trainings of a study that is killed."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

@@ -14,7 +14,7 @@ BATCHES = (1, 2, 4, 8, 16)
 """Images per worker: over so many a norm may look."""
 
 GROUPS = (2, 4, 8, 16)
-"""Numbers of groups beside 1 (``GN1``), the default (``GN``) and one for each channel (``IN``)."""
+"""Numbers of groups besides 1 (``GN1``), the default (``GN``) and one for each channel (``IN``)."""
 
 GROUP_SIZES = (2, 4, 8, 16)
 """Channels in a group, the other half of the paper's table 3."""
