@@ -249,7 +249,7 @@ def _read_state(known: CheckpointMetadata, cfg: Config) -> tuple[int, float, dic
     """
     iteration, scale, packed = known.iteration, known.others["scale"], known.others["batches"]
     if iteration is None:
-        raise ValueError("its iteration is not a number")
+        raise KeyError("iteration")
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise ValueError("its scale is not a number above 0")
     if cfg.seed < 0:

@@ -91,7 +91,7 @@ def test_given_keys_win_and_the_rest_follows() -> None:
     assert recipe.keys["SOLVER.WARMUP_ITERS"] == 5
     assert recipe.keys["TEST.EVAL_PERIOD"] == 17
     assert "SOLVER.MAX_ITER as given" in str(recipe)
-    assert "evaluation: 3 times;" in str(recipe)
+    assert "evaluation: 3 evaluations;" in str(recipe)
 
 
 def test_little_memory_makes_images_smaller() -> None:
