@@ -20,7 +20,6 @@ from gn_detect.engine import Predictor, train
 from gn_detect.engine.run import prepare
 from gn_detect.errors import UserError
 from gn_detect.export.write import ExportMetadata
-from gn_detect.export.write import _metadata_of as metadata_of
 from gn_detect.modeling import make_model
 from gn_detect.weights import (
     Checkpoint,
@@ -57,7 +56,9 @@ def prepare_checkpoints(folder: Path) -> Case:
         save_weights(path, model.state_dict(), settings)
         bases[suffix] = path.read_bytes()
     image = np.zeros((64, 80, 3), dtype=np.uint8)
-    exported = metadata_of(Predictor(cfg.replace({"MODEL.WEIGHTS": str(last)}))).to_strings()
+    found = Predictor(cfg.replace({"MODEL.WEIGHTS": str(last)}))
+    stride = found.model.size_divisibility
+    exported = ExportMetadata(cfg, found.class_names, found.category_ids, stride, "0").to_strings()
     names = last.name
 
     def case(seed: int, tally: Tally) -> None:

@@ -64,7 +64,7 @@ def build(cfg: Config) -> torch.nn.Module:
 def detect(model: torch.nn.Module, cfg: Config) -> Detections:
     """In one picture of noise."""
     predictor = gn_detect.Predictor.__new__(gn_detect.Predictor)
-    predictor.model, predictor.cfg = model, cfg
+    predictor.model, predictor.cfg, predictor.class_names, predictor.category_ids = model, cfg, [], []
     return predictor(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
 
 
