@@ -310,6 +310,7 @@ def test_checkpoints_that_a_kill_left_are_dropped_later(finished: Config, keep: 
     assert (folder / "checkpoints.txt").read_text().split() == names[-keep:]
 
 
+@pytest.mark.slow
 def test_a_damaged_bit_never_loads_something_else(
     finished: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

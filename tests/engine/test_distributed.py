@@ -132,6 +132,7 @@ def test_processes_talk_and_a_user_error_in_one_ends_all(tmp_path: Path) -> None
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["0.5", "0.5"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
     """All images are equal and all anchors and RoIs are taken, so that no share differs from the other."""
     data = make_dataset(tmp_path / "train", 4, same=True)

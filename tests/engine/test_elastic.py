@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 def test_restarted_workers_end_with_the_same_weights(repository: Path) -> None:
     """The first process is killed: the others reach the restarted ones through it."""

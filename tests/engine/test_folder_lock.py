@@ -165,6 +165,7 @@ def _train(cfg: Config) -> None:
     train(cfg)
 
 
+@pytest.mark.slow
 def test_all_processes_of_a_refused_run_end(tiny_config: Config) -> None:
     with (
         another_training(Path(tiny_config.output_dir)),

@@ -55,6 +55,7 @@ def hosts() -> Iterator[list[str]]:
             ip("netns", "delete", name)
 
 
+@pytest.mark.slow
 def test_two_hosts_train_one_model(hosts: list[str], tmp_path: Path, repository: Path) -> None:
     """Each has a folder of its own, and only the first one writes."""
     data = make_dataset(tmp_path / "train", 4)

@@ -163,6 +163,7 @@ def test_autocast_keeps_the_dtype_and_statistics_in_float32(dtype: torch.dtype) 
     torch.testing.assert_close(y.double(), expected, rtol=8e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients() -> None:
     leaves = [
         random(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate([(2, 4, 2, 2)] * 2 + [(4,)] * 2)
