@@ -86,6 +86,23 @@ FORMS |= {
     "bbox as text": all_of("annotations", "bbox", json.dumps),
     "bbox as plain text": all_of("annotations", "bbox", lambda box: ",".join(map(str, box))),
     "bbox as a tuple in text": all_of("annotations", "bbox", lambda box: str(tuple(box))),
+    "bbox with named numbers": all_of(
+        "annotations", "bbox", lambda box: dict(zip(("x", "y", "width", "height"), box, strict=True))
+    ),
+    "bbox with short names": all_of(
+        "annotations", "bbox", lambda box: dict(zip("xywh", map(str, box), strict=True))
+    ),
+    "points with named coordinates": masks(
+        lambda mask: [[{"x": x, "y": y} for x, y in pairs(polygon)] for polygon in mask], list
+    ),
+    "categories by name": lambda c: [
+        a.update(category_id=next(k["name"] for k in c["categories"] if k["id"] == a["category_id"]))
+        for a in c["annotations"]
+    ],
+    "images by file name": lambda c: [
+        a.update(image_id=next(i["file_name"] for i in c["images"] if i["id"] == a["image_id"]))
+        for a in c["annotations"]
+    ],
     "bbox as an empty list in text": all_of("annotations", "bbox", lambda box: "[]"),
     "bbox missing": lambda c: [a.pop("bbox") for a in c["annotations"]],
     "bbox null": all_of("annotations", "bbox", lambda box: None),

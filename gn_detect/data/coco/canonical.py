@@ -12,6 +12,7 @@ take more than the entry itself.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ NOTES = {
     "flag": "flags that are true, false or text are read as 1 and 0",
     "mask-form": "segmentations that are a flat list, pairs, nested deeper or text are read as polygons",
     "text-list": "lists that are text are read as lists",
+    "named-numbers": "boxes and points with named coordinates are read as lists",
+    "by-name": "an image or a category that is given by its name is read as its id",
     "number-name": "category names that are numbers are read as text",
     "no-iscrowd": "a missing 'iscrowd' is 0",
     "no-area": "a missing 'area' is the mask's, or else the box's",
@@ -108,6 +111,7 @@ class _Reader:
         self.numbers: dict[str, dict[Any, int]] = {}  # by list: the number of each id that is no integer
         self.own_ids: dict[str, dict[int, Any]] = {"images": {}, "categories": {}, "annotations": {}}
         self.images: dict[int, dict[str, Any]] = {}
+        self.names: dict[str, dict[str, int]] = {}  # by list: the id of each name that is there once
 
     def read_list(self, key: str, entries: list[Any]) -> list[Any]:
         """Return the entries of a list; the same list where nothing changes."""
@@ -129,6 +133,9 @@ class _Reader:
                 else:
                     self.notes[kind] = Note(kind, f"{noun} {entry.get('id', position)!s:.60}")
             found.append(new)
+        name = {"images": "file_name", "categories": "name"}.get(key)
+        if name:
+            self.names[key] = _ids_by_name(found, name)
         if key == "images":
             self.images = {e["id"]: e for e in found if isinstance(e, dict) and is_integer(e.get("id"))}
         return entries if all(map(operator.is_, found, entries)) else found
@@ -190,10 +197,13 @@ class _Reader:
             return read_integer(given, kinds)
         name = given if number is None else number
         numbers = self.numbers.get(owner, {})
-        if not _is_name(given) or name not in numbers:
-            return given
-        kinds.add("text-id")
-        return numbers[name]
+        if _is_name(given) and name in numbers:
+            kinds.add("text-id")
+            return numbers[name]
+        if key != "id" and isinstance(given, str) and given in self.names.get(owner, {}):
+            kinds.add("by-name")
+            return self.names[owner][given]
+        return given
 
 
 def _with(entry: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -206,6 +216,15 @@ def _with(entry: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 def _is_name(value: Any) -> bool:
     """Return whether a value can be an id that gets a number: text, or an integer of any length."""
     return isinstance(value, str) or type(value) is int
+
+
+def _ids_by_name(entries: list[Any], key: str) -> dict[str, int]:
+    """Return the id of each name that exactly one entry has."""
+    named = [
+        e for e in entries if isinstance(e, dict) and isinstance(e.get(key), str) and is_integer(e.get("id"))
+    ]
+    counts = Counter(entry[key] for entry in named)
+    return {entry[key]: entry["id"] for entry in named if counts[entry[key]] == 1}
 
 
 def _number_ids(entries: list[Any]) -> dict[Any, int]:

@@ -71,10 +71,15 @@ def read_area(given: Any, kinds: Kinds) -> Any:
 
 
 def read_box(given: Any, kinds: Kinds) -> Any:
-    """Read a ``bbox``: a list of numbers, or of numbers as text, or all of it as text."""
+    """Read a ``bbox``: a list of numbers, also as text, or numbers named x, y, width (w) and height (h)."""
     if is_blank(given):
         return given if given is NOTHING else None
     found = _parsed(given) if isinstance(given, str) else given
+    if isinstance(found, dict):
+        found = _named(found, "x", "y", "width", "height") or _named(found, "x", "y", "w", "h")
+        if found and _numbers(found, kinds) is not None:
+            kinds.add("named-numbers")
+            return _numbers(found, kinds)
     numbers = _numbers(found, kinds) if isinstance(found, _LISTS) else None
     if numbers is None:
         return given
@@ -155,6 +160,12 @@ def _outlines(given: Any, kinds: Kinds, depth: int) -> list[list[float]] | None:
         return None
     if depth == 0 and not len(given):
         return []
+    if len(given) and all(isinstance(point, dict) for point in given):
+        points = [_named(point, "x", "y") for point in given]
+        if None in points:
+            return None
+        kinds.add("named-numbers")
+        given = points
     numbers = _numbers(given, kinds)
     if numbers is not None:
         # A box or a point among polygons is too short for one, and left out; alone it may mean anything.
@@ -175,6 +186,11 @@ def _outlines(given: Any, kinds: Kinds, depth: int) -> list[list[float]] | None:
             return None
         found += polygons
     return found
+
+
+def _named(given: dict[str, Any], *names: str) -> list[Any] | None:
+    """Return the values of these names; None if the object has others."""
+    return [given[name] for name in names] if given.keys() == set(names) else None
 
 
 def _parsed(text: str) -> Any:
