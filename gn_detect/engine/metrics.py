@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -61,7 +61,13 @@ class _LogFile(logging.FileHandler):
         """Drop a line that a full disk refuses; the next checkpoint reports the disk."""
 
 
-class _Console(logging.StreamHandler):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # Python 3.10 cannot subscript it
+    _StreamHandler = logging.StreamHandler
+
+
+class _Console(_StreamHandler):
     """Write lines above a progress bar. A terminal gets a record's attribute ``short`` for its message."""
 
     def emit(self, record: logging.LogRecord) -> None:
