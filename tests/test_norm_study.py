@@ -35,9 +35,9 @@ def test_what_tells_most_comes_first() -> None:
     parts = ["groups" if c.groups or c.group_size else "main" for c in cells]
     first = parts.index("groups")
     for seed in (1, 2):
-        told = {(c.norm, c.batch) for c in cells[:first] if c.seed == seed}
-        assert told >= {(norm, batch) for norm in ("BN", "GN") for batch in BATCHES}
-        assert told >= {(norm, 2) for norm in NORMS}
+        reported = {(c.norm, c.batch) for c in cells[:first] if c.seed == seed}
+        assert reported >= {(norm, batch) for norm in ("BN", "GN") for batch in BATCHES}
+        assert reported >= {(norm, 2) for norm in NORMS}
     rest = (len(parts) - first) // 2
     assert parts == ["main"] * first + (["groups"] * 8 + ["main"] * (rest - 8)) * 2
     assert [c.seed for c in cells[first:]] == [1] * rest + [2] * rest

@@ -250,7 +250,8 @@ def _read_torch(path: Path) -> Any:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     with _reading(path, " as safetensors"), safetensors.safe_open(path, framework="pt", device="cpu") as file:
-        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file}
+        names = file.keys()  # the file itself cannot be iterated over
+        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in names}
         header = file.metadata() or {}
     return {key: _from_json(text) for key, text in header.items()} | tensors
 

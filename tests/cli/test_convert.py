@@ -151,9 +151,9 @@ def test_anothers_state_dict_loads_into_its_own_model(make, prefix, tmp_path, ca
     source, target = tmp_path / "bn.pth", tmp_path / "gn.pth"
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, source)
     assert main(["convert", str(source), str(target), "--eps", "0.002"]) == 0
-    told = capsys.readouterr().out
-    assert "gn_detect.convert_norm(model, init='reset'" in told
-    assert ("MODEL.WEIGHTS" in told) == (make is not OwnModel and prefix != "net.")
+    reported = capsys.readouterr().out
+    assert "gn_detect.convert_norm(model, init='reset'" in reported
+    assert ("MODEL.WEIGHTS" in reported) == (make is not OwnModel and prefix != "net.")
     content = torch.load(target, weights_only=True)
     model.eval()
     expected, _ = gn_detect.convert_norm(model, eps=0.002)
@@ -184,10 +184,10 @@ def test_a_detectors_names_lose_their_wrapper(prefix, checkpoint, tmp_path, caps
     tensors = {prefix + name: tensor for name, tensor in read_checkpoint(checkpoint).tensors.items()}
     torch.save(tensors, tmp_path / "bn.pth")
     assert main(["convert", str(tmp_path / "bn.pth"), str(tmp_path / "gn.pth")]) == 0
-    told = capsys.readouterr().out
-    assert "MODEL.WEIGHTS" in told
-    assert "convert_norm" not in told
-    assert "--eps" not in told
+    reported = capsys.readouterr().out
+    assert "MODEL.WEIGHTS" in reported
+    assert "convert_norm" not in reported
+    assert "--eps" not in reported
     content = torch.load(tmp_path / "gn.pth", weights_only=True)
     assert all(name.startswith(("backbone.", "proposal", "roi_heads.")) for name in content["model"])
     assert loads(tmp_path / "gn.pth")
@@ -210,9 +210,12 @@ def test_the_eps_of_a_library_is_taken_and_another_is_asked_for(tmp_path, capsys
     assert "--eps" not in capsys.readouterr().out
     assert set(read_checkpoint(tmp_path / "gn.pth").metadata.group_norm_eps.values()) == {1e-3}
     assert main(["convert", str(tmp_path / "own.pth"), str(tmp_path / "gn.pth")]) == 0
-    told = capsys.readouterr().out
-    assert "warning: the eps of 2 BatchNorms, such as 'stem.1', does not follow from the names: 1e-05" in told
-    assert "convert with --eps 0.001" in told
+    reported = capsys.readouterr().out
+    assert (
+        "warning: the eps of 2 BatchNorms, such as 'stem.1', does not follow from the names: 1e-05"
+        in reported
+    )
+    assert "convert with --eps 0.001" in reported
     assert main(["convert", str(tmp_path / "own.pth"), str(tmp_path / "gn.pth"), "--eps", "1e-5"]) == 0
     assert "--eps" not in capsys.readouterr().out
 
@@ -233,19 +236,19 @@ def test_relative_eps_of_a_detector(checkpoint, folder, tmp_path, capsys) -> Non
     words = ["--config-file", CONFIG, *BATCH_NORM, "INPUT.MIN_SIZE_TEST", "64"]
     part = ["--relative-eps", "0.3", "--report", str(report)]
     assert main(["convert", str(checkpoint), str(target), *part, *words]) == 0
-    told = {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]}
-    assert min(told.values()) > 0.01
-    assert len(set(told.values())) > 30
+    reported = {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]}
+    assert min(reported.values()) > 0.01
+    assert len(set(reported.values())) > 30
     cfg = gn_detect.load_config(CONFIG, [*SMALL, "MODEL.GN.MIN_CHANNELS_PER_GROUP", "16"])
     model = gn_detect.build_model(cfg)
     gn_detect.load_weights(model, target)
-    assert {n: m.eps for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)} == told
+    assert {n: m.eps for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)} == reported
     images = ["--images", str(folder), "--steps", "1", "--report", str(report)]
     assert main(["calibrate", str(checkpoint), str(target), str(better), *images, *words]) == 0
-    assert {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]} == told
-    assert read_checkpoint(better).metadata.group_norm_eps == told
+    assert {layer["name"]: layer["eps"] for layer in json.loads(report.read_text())["layers"]} == reported
+    assert read_checkpoint(better).metadata.group_norm_eps == reported
     assert main(["convert", "--keep-norm", str(better), str(tmp_path / "gn.safetensors")]) == 0
-    assert read_checkpoint(tmp_path / "gn.safetensors").metadata.group_norm_eps == told
+    assert read_checkpoint(tmp_path / "gn.safetensors").metadata.group_norm_eps == reported
     capsys.readouterr()
     assert main(["convert", str(checkpoint), str(tmp_path / "no.pth"), *part]) == 2
     assert "--relative-eps needs the detector's --config-file" in capsys.readouterr().err
@@ -498,8 +501,8 @@ def test_norms_of_unknown_groups_are_not_given_those_of_the_converted(tmp_path, 
     source, target = tmp_path / "mixed.pth", tmp_path / "gn.pth"
     torch.save(model.state_dict(), source)
     assert main(["convert", str(source), str(target)]) == 2
-    told = capsys.readouterr().err
-    assert "are GroupNorms already, such as 'backbone.fpn_lateral2.norm'" in told
+    reported = capsys.readouterr().err
+    assert "are GroupNorms already, such as 'backbone.fpn_lateral2.norm'" in reported
     assert not target.exists()
     assert main(["convert", str(source), str(target), "--min-channels-per-group", "1"]) == 0
     found = read_architecture(read_checkpoint(target)).keys
@@ -535,7 +538,7 @@ def test_calibrate_takes_the_eps_of_a_file_with_other_names(folder, tmp_path) ->
     words = ["--images", str(folder), "--steps", "1", "--config-file", CONFIG, *BATCH_NORM]
     words += ["INPUT.MIN_SIZE_TEST", "64", "--fix-config"]
     assert main(["calibrate", str(tmp_path / "bn.pth"), str(target), str(better), *words]) == 0
-    told = read_checkpoint(better).metadata
-    assert set(told.group_norm_eps.values()) == {1e-3}
-    assert told.config_keys["MODEL.ANCHOR_GENERATOR.SIZES"]
-    assert "MODEL.GN.EPS" not in told.config_keys
+    reported = read_checkpoint(better).metadata
+    assert set(reported.group_norm_eps.values()) == {1e-3}
+    assert reported.config_keys["MODEL.ANCHOR_GENERATOR.SIZES"]
+    assert "MODEL.GN.EPS" not in reported.config_keys

@@ -95,11 +95,11 @@ def test_the_result_as_json(
     words = ["export", "--json", "--config-file", folder / "tiny.yaml", "--output", copy]
     words += ["--check", folder / "images", "--weights", folder / "model.pth"]
     assert main(list(map(str, words))) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["output"] == str(copy)
-    assert told["bytes"] == copy.stat().st_size
-    assert told["parity"]["within_tolerances"]
-    assert told["parity"]["images"] == len(SIZES)
+    reported = json.loads(capsys.readouterr().out)
+    assert reported["output"] == str(copy)
+    assert reported["bytes"] == copy.stat().st_size
+    assert reported["parity"]["within_tolerances"]
+    assert reported["parity"]["images"] == len(SIZES)
 
 
 def test_an_image_that_the_file_cannot_take_is_named_and_the_others_are_done(
@@ -136,13 +136,13 @@ def test_predict_with_the_file_writes_what_predict_with_the_config_writes(
 
 def test_the_onnx_file_is_self_contained_and_tells_what_it_is(folder: Path) -> None:
     model = onnx.load(folder / "model.onnx")
-    told = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(told["class_names"]) == ["square", "bar"]
-    assert json.loads(told["category_ids"]) == [3, 7]
-    assert json.loads(told["pixel_mean"]) == [103.53, 116.28, 123.675]
-    assert told["input_format"] == "BGR"
-    assert "FPN" in told["config"]
-    assert told["gn_detect_version"]
+    reported = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(reported["class_names"]) == ["square", "bar"]
+    assert json.loads(reported["category_ids"]) == [3, 7]
+    assert json.loads(reported["pixel_mean"]) == [103.53, 116.28, 123.675]
+    assert reported["input_format"] == "BGR"
+    assert "FPN" in reported["config"]
+    assert reported["gn_detect_version"]
     assert {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
     assert len(model.functions) == 0
     assert "GroupNormalization" in {node.op_type for node in model.graph.node} or any(

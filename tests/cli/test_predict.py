@@ -124,9 +124,9 @@ def test_hidden_files_and_those_of_other_kinds_are_no_images(tmp_path: Path) -> 
 def test_the_best_score_is_told(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = case.train.parent / "images/001.png"
     assert predict(case, tmp_path / "out", "--json", "--threshold", 0.5, image) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["best_score"] == pytest.approx(0.9)
-    assert told["best_input"] == str(image)
+    reported = json.loads(capsys.readouterr().out)
+    assert reported["best_score"] == pytest.approx(0.9)
+    assert reported["best_input"] == str(image)
 
 
 @pytest.mark.usefixtures("stub")

@@ -148,13 +148,13 @@ def test_small_metadata_do_not_become_large(changes: dict[str, str]) -> None:
     ],
 )  # fmt: skip
 def test_metadata_of_other_types_are_refused(tmp_path: Path, key: str, text: str) -> None:
-    told = {
+    reported = {
         "config": (write_config(tmp_path)).read_text(), "class_names": '["a", "b"]', "category_ids": "[1, 2]",
         "size_divisibility": "32", "gn_detect_version": "1",
     }  # fmt: skip
-    assert ExportMetadata.from_strings(told, Path("m.onnx")).size_divisibility == 32
+    assert ExportMetadata.from_strings(reported, Path("m.onnx")).size_divisibility == 32
     with pytest.raises(UserError, match=r"m\.onnx is no detector that gn_detect exported"):
-        ExportMetadata.from_strings(told | {key: text}, Path("m.onnx"))
+        ExportMetadata.from_strings(reported | {key: text}, Path("m.onnx"))
 
 
 def test_outputs_that_are_no_detections_are_told_from_detections() -> None:

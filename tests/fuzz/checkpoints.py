@@ -65,13 +65,13 @@ def prepare_checkpoints(folder: Path) -> Case:
         chance = random.Random(seed)
         tally.cases += 1
         if chance.random() < 0.1:
-            told = {**exported}
-            key = chance.choice(list(told))
-            told[key] = chance.choice(
-                [_text(chance), damage_text(told[key].encode(), chance).decode("utf-8", "replace")]
+            reported = {**exported}
+            key = chance.choice(list(reported))
+            reported[key] = chance.choice(
+                [_text(chance), damage_text(reported[key].encode(), chance).decode("utf-8", "replace")]
             )
             outcome = tally.attempt(
-                f"checkpoints {seed} (ONNX's {key})", ExportMetadata.from_strings, told, Path("m.onnx")
+                f"checkpoints {seed} (ONNX's {key})", ExportMetadata.from_strings, reported, Path("m.onnx")
             )
             tally.refused += isinstance(outcome, UserError)
             tally.passed += isinstance(outcome, ExportMetadata)
@@ -159,8 +159,8 @@ def _rewritten(data: bytes, chance: random.Random, damage: Callable[[Any, random
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     if chance.random() < 0.5:
-        told = header["__metadata__"]
-        told[chance.choice(list(told))] = _text(chance)
+        reported = header["__metadata__"]
+        reported[chance.choice(list(reported))] = _text(chance)
     else:
         names = [name for name in header if name != "__metadata__"]
         entry = header[chance.choice(names)]
@@ -178,28 +178,28 @@ def _damage_metadata(content: dict[str, Any], chance: random.Random) -> Any:
     """Another value at, or somewhere below, a key beside the weights."""
     keys = [key for key in content if key != "model"]
     key = chance.choice([*keys, "config", "class_names", "group_norm_eps", "group_norm_groups", "input"])
-    told: Any = content
+    reported: Any = content
     while (
-        isinstance(told.get(key) if isinstance(told, dict) else told[key], dict | list)
+        isinstance(reported.get(key) if isinstance(reported, dict) else reported[key], dict | list)
         and chance.random() < 0.6
     ):
-        inner = told[key]
+        inner = reported[key]
         if not inner:
             break
-        told = inner
-        key = chance.choice(list(told)) if isinstance(told, dict) else chance.randrange(len(told))
-        if isinstance(told, list) and not told:
+        reported = inner
+        key = chance.choice(list(reported)) if isinstance(reported, dict) else chance.randrange(len(reported))
+        if isinstance(reported, list) and not reported:
             break
-    usual = told.get(key) if isinstance(told, dict) else told[key]
+    usual = reported.get(key) if isinstance(reported, dict) else reported[key]
     kind = chance.random()
     if kind < 0.1 and usual is not None:
-        del told[key]
+        del reported[key]
     elif isinstance(usual, Tensor) and kind < 0.7:
-        told[key] = _other_tensor(usual, chance)
+        reported[key] = _other_tensor(usual, chance)
     elif isinstance(usual, str) and kind < 0.5:
-        told[key] = damage_text(usual.encode(), chance).decode("utf-8", "replace")
+        reported[key] = damage_text(usual.encode(), chance).decode("utf-8", "replace")
     else:
-        told[key] = chance.choice(
+        reported[key] = chance.choice(
             [
                 junk(chance),
                 junk(chance),

@@ -60,18 +60,18 @@ def prepare_folders(folder: Path) -> Case:
         remove(annotations)
         annotations.write_bytes(truth)
         names = chance.choices(list(_DAMAGE), _WEIGHTS, k=chance.choice([1, 1, 1, 2]))
-        told = []
+        reported = []
         for name in dict.fromkeys(names):
             path = run / name
             if chance.random() < 0.12:
-                told.append(f"{name}: {replace_file(path, chance)}")
+                reported.append(f"{name}: {replace_file(path, chance)}")
                 continue
             original = truth if name == _TRUTH else originals[name]
             path.unlink()  # never through the link
             path.write_bytes(_DAMAGE[name][0](original, chance))
-            told.append(name)
+            reported.append(name)
         tally.cases += 1
-        label = f"folders {seed} ({', '.join(told)})"
+        label = f"folders {seed} ({', '.join(reported)})"
         commands = dict.fromkeys(command for name in names for command in _DAMAGE[name][1])
         statuses = [tally.command(label, *_words(command, run, folder)) for command in commands]
         tally.refused += 2 in statuses

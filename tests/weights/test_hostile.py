@@ -37,9 +37,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     process = subprocess.run(
         [*command, str(folder / "list.json")], cwd=folder, env=_environment(), capture_output=True, text=True
     )
-    told = [json.loads(line) for line in process.stdout.splitlines()]
-    ended = {line["file"]: line for line in told if "outcome" in line}
-    assert process.returncode == 0, f"crashed at {told[-1:]}: {process.stderr[-2000:]}"
+    reported = [json.loads(line) for line in process.stdout.splitlines()]
+    ended = {line["file"]: line for line in reported if "outcome" in line}
+    assert process.returncode == 0, f"crashed at {reported[-1:]}: {process.stderr[-2000:]}"
     assert not victim.exists()
     assert {path.name for path in folder.iterdir()} == {"list.json", *(file.name for file in files.values())}
     return {name: ended.get(str(file), {}) for name, file in files.items()}
