@@ -52,8 +52,8 @@ def calibrate(
     variance.
 
     Then the model is distilled. It starts as exactly the original, because its norms use the statistics of
-    BatchNorm; over the first 30% of the steps each image's own replace them, by degrees. Outputs, blocks and
-    the norms outside blocks are compared. The state that does best on the held-out images is kept: one after
+    BatchNorm; over the first 30% of the steps each image's own statistics gradually replace them. Outputs,
+    blocks and the norms outside blocks are compared. The state that does best on the held-out images is kept: one after
     these 30%, or the one before the first step.
 
     Both models run in evaluation mode; their modes and ``requires_grad`` are restored. On one machine the
@@ -64,12 +64,12 @@ def calibrate(
         converted: the model that :func:`convert_norm` made of it with ``init="match"``; it is changed.
         images: (N, C, H, W), or an iterable of images (C, H, W) of one size, which are drawn in batches; or
             an iterable of batches of any kind that the models accept.
-        steps: of the distillation (Adam, warm-up and cosine schedule); 0 only rescales.
-        batch_size: single images in each step.
-        learning_rate: the highest one of all parameters but the norms'. A layer that was rescaled has it in
-            proportion to its size.
-        norm_learning_rate: the highest one of the converted norms' weights and biases. They are larger than
-            convolutions' weights, and few: they mend much before the others overfit to the images.
+        steps: number of distillation steps (Adam, warm-up and cosine schedule); 0 only rescales.
+        batch_size: images per step, if ``images`` are single images.
+        learning_rate: peak learning rate of all parameters but the norms'. A rescaled layer has it times the
+            mean factor of its weights.
+        norm_learning_rate: peak learning rate of the converted norms' weights and biases. They are larger
+            than convolutions' weights, and few: they adapt before the others overfit to the images.
         block_weight: weight of the blocks' mean difference relative to the outputs'. Blocks hold more
             information about an image than outputs do, so a large weight generalises better than 1.
         parameters: the parameters to train: ``"all"``, or only the norms' (``"affine"``).
@@ -78,7 +78,7 @@ def calibrate(
         rescale: do the first part. Convolutions that differ from the original's are left out.
         outputs: (original, converted, batch) -> pairs of tensors to compare, for models whose outputs cannot
             be paired, such as detectors (see :func:`gn_detect.modeling.paired_outputs`).
-        seed: of the order of images and of the augmentation.
+        seed: decides the order of images and the augmentation.
         checkpoint: file to write the progress to, and to continue from. The same call, with a model that
             :func:`convert_norm` made anew, continues; of a finished calibration it gives the result at once.
             Delete the file when the result is saved.

@@ -36,8 +36,8 @@ class ImagePredictor(ABC):
 
     Attributes:
         cfg: config of the model.
-        class_names: by label; ``class 0``, ``class 1``, ... where the names are not known.
-        category_ids: by label, in the annotation file that the model was trained on.
+        class_names: names indexed by label; ``class 0``, ``class 1``, ... if the names are not known.
+        category_ids: ids of the training JSON, indexed by label.
     """
 
     cfg: Config
@@ -86,7 +86,7 @@ class ImagePredictor(ABC):
         """Return the objects in one image on the model's device.
 
         Args:
-            image: see :meth:`__call__`; errors too.
+            image: see :meth:`__call__`, which also lists the errors.
             paste: make bitmaps of the masks; otherwise they are probabilities inside the boxes, which take
                 as much memory for a large image as for a small one.
         """
@@ -106,10 +106,10 @@ class ImagePredictor(ABC):
 
 
 class Predictor(ImagePredictor):
-    """Finds objects as the evaluation does: same resizing, same thresholds.
+    """Find objects as the evaluation does: same resizing, same thresholds.
 
     Args:
-        cfg: ``MODEL.WEIGHTS`` names the checkpoint; ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` bounds the scores.
+        cfg: ``MODEL.WEIGHTS`` names the checkpoint; ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` is the least score.
         checkpoint: the content of ``MODEL.WEIGHTS``, if it has been read already.
 
     Attributes:

@@ -70,14 +70,14 @@ def _entry(
     refuse: str = "ours",
     remedy: str = "copy it again",
 ) -> Any:
-    """Return a field for an entry of the file with the name of the field.
+    """Return a dataclass field that reads the entry of the same name from a file.
 
     Args:
         words: the kind of its values, for the error message.
         is_valid: the check of a value from a file.
         default: makes the value of files without this entry.
-        refuse: the files in which another value is an error: ``"ours"``, ``"training"`` (ours, from a
-            training; elsewhere the names are free) or ``"any"``.
+        refuse: files in which an invalid value is an error: ``"ours"``, ``"training"`` (ours, written by a
+            training; in other files the name is free) or ``"any"``.
         remedy: for the error message.
     """
     kind = {"words": words, "is_valid": is_valid, "refuse": refuse, "remedy": remedy}
@@ -89,18 +89,18 @@ class CheckpointMetadata:
     """Everything that a checkpoint says besides its weights. Entries with their default are not in the file.
 
     Attributes:
-        class_names, category_ids: by label; the ids are those of the training JSON.
+        class_names, category_ids: indexed by label; the ids are those of the training JSON.
         input: format, mean and deviation of the images, and the place of the stride.
         config: the model's whole config as YAML, without local paths.
         config_keys: in a file without a config, the config keys that no tensor implies.
         group_norm_eps: by name of the norm; empty if all norms have :data:`USUAL_EPS`.
         group_norm_groups: number of groups by name of the norm.
         iteration: the last one that was done, from 0.
-        seed: of the run.
+        seed: random seed of the run.
         losses: losses since the last report.
         data: fingerprints of the datasets, by config key and name.
         optimizer, scaler: state dicts.
-        trained: the trained weights, where those of the checkpoint are their average.
+        trained: raw weights, if the checkpoint's tensors are their moving average.
         averaged_steps: number of updates of the average.
         author: another program's name, such as ``"torchvision"``.
         others: all other values of the file.

@@ -5,8 +5,8 @@ polygon. Each such change is counted in a :class:`Note`. A value without an obvi
 and the rules refuse it.
 
 :func:`canonical` reads the three lists of a file, images first. ``_Reader`` reads their entries, and
-:mod:`.values` reads the values. Ids that are text get numbers, and missing boxes come from masks, which both
-take more than the entry itself.
+:mod:`.values` reads the values. Two steps need other entries, too: ids that are text get numbers, and a
+missing box comes from the mask, whose image gives its size.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ class CocoFile:
 
     Attributes:
         path: of the file, for messages.
-        content: the JSON's, its lists ``images``, ``annotations`` and ``categories`` in COCO's form.
+        content: the file's content, with the lists ``images``, ``annotations`` and ``categories`` in COCO's
+            form.
         notes: one for each kind of change.
-        image_ids, category_ids: the file's own id by id, where the two differ.
+        image_ids, category_ids: canonical id -> id as the file spells it, where the two differ.
     """
 
     path: Path
@@ -116,9 +117,9 @@ class _Reader:
     def read_list(self, key: str, entries: list[Any]) -> list[Any]:
         """Return the entries of a list; the same list where nothing changes."""
         noun, read = {
-            "images": ("image", self.image),
-            "categories": ("category", self.category),
-            "annotations": ("annotation", self.annotation),
+            "images": ("image", self.read_image),
+            "categories": ("category", self.read_category),
+            "annotations": ("annotation", self.read_annotation),
         }[key]
         self.numbers[key] = _number_ids(entries)
         found: list[Any] = []
@@ -142,11 +143,11 @@ class _Reader:
 
     # Each of these returns the values of an entry, NOTHING for a key that it does not have.
 
-    def image(self, entry: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+    def read_image(self, entry: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
         sides = {key: read_integer(entry.get(key, NOTHING), kinds) for key in ("width", "height")}
         return {"id": self.id_of(entry, "id", "images", kinds), **sides}
 
-    def category(self, entry: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+    def read_category(self, entry: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
         name = entry.get("name", NOTHING)
         if type(name) in NUMBERS:
             kinds.add("number-name")
@@ -154,7 +155,7 @@ class _Reader:
             name = str(name if whole is None else whole)
         return {"id": self.id_of(entry, "id", "categories", kinds), "name": name}
 
-    def annotation(self, entry: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+    def read_annotation(self, entry: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
         get = entry.get
         values = {
             "id": self.id_of(entry, "id", "annotations", kinds),
@@ -182,7 +183,7 @@ class _Reader:
             record = ImageRecord(0, "", *self.rules.size(self.images[image_id], ""))
             found = self.rules.segmentation(mask, record, "")
         except DataError:
-            return None  # whoever asks the rules again names the entry
+            return None  # the check of the annotation reports the fault
         x0, y0, x1, y1 = found.box if found else (0, 0, 0, 0)
         if x1 <= x0 or y1 <= y0:
             return None
