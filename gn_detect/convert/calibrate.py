@@ -53,8 +53,8 @@ def calibrate(
 
     Then the model is distilled. It starts as exactly the original, because its norms use the statistics of
     BatchNorm; over the first 30% of the steps each image's own statistics gradually replace them. Outputs,
-    blocks and the norms outside blocks are compared. The state that does best on the held-out images is kept: one after
-    these 30%, or the one before the first step.
+    blocks and the norms outside blocks are compared. The state that does best on the held-out images is kept:
+    one after these 30%, or the one before the first step.
 
     Both models run in evaluation mode; their modes and ``requires_grad`` are restored. On one machine the
     same arguments give the same result.
