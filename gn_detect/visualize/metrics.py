@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 from array import array
 from collections import defaultdict
@@ -24,6 +25,7 @@ _LARGEST = 3.5e38  # training computes in float32, where anything above is infin
 _LAST_ITERATION = 10**12  # far beyond any training
 _NUMBERS = frozenset((int, float, type(None)))
 _LINES_AT_ONCE = 1000
+_MOST_BYTES = 64_000_000  # of a file that is read line by line; about 250,000 lines
 _COMMA_PER_LINE = bytes.maketrans(b"\n", b",")
 
 
@@ -78,7 +80,8 @@ class Metrics:
 def read_metrics(path: str | Path) -> Metrics:
     """Read a ``metrics.jsonl``. Values that are null or not finite become nan.
 
-    A damaged line, such as the last one of a killed run, is left out with a warning.
+    A damaged line, such as the last one of a killed run, is left out with a warning. A file above 64 MB has
+    more lines than a curve can show: every second (third, ...) one is read, and each line of an evaluation.
 
     Raises:
         UserError: the file cannot be read, or no line in it is valid.
@@ -87,11 +90,16 @@ def read_metrics(path: str | Path) -> Metrics:
     damaged: list[int] = []
     try:
         with open_file(path) as file:
+            step = 1 + os.fstat(file.fileno()).st_size // _MOST_BYTES
             while lines := [*islice(file, _LINES_AT_ONCE)]:
-                for names, values in _parse(lines):
-                    bad = np.flatnonzero(~metrics.add(names, values)) + count
-                    damaged += [i + 1 for i in bad.tolist() if lines[i % _LINES_AT_ONCE].strip()]
-                    count += len(values)
+                last = len(lines) - 1
+                kept = [i for i, line in enumerate(lines) if i % step == 0 or i == last or b"/AP" in line]
+                done = 0
+                for names, values in _parse([lines[i] for i in kept]):
+                    bad = np.flatnonzero(~metrics.add(names, values)) + done
+                    damaged += [count + kept[i] + 1 for i in bad.tolist() if lines[kept[i]].strip()]
+                    done += len(values)
+                count += len(lines)
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; give the metrics.jsonl of a run's folder"

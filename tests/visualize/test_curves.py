@@ -235,3 +235,18 @@ def test_charts_break_at_missing_values_and_show_names_as_text() -> None:
     empty = draw_chart([Curve("a", np.full((2, 2), np.nan), 0)], "recall", "key", x_range=(0, 1))
     assert "NaN" not in empty
     assert "nan" not in empty
+
+
+def test_of_a_huge_file_some_lines_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluation and the end are among them."""
+    lines = [
+        {"iteration": i, "total_loss": 1.0} | ({"segm/AP": 30.0} if i % 700 == 699 else {})
+        for i in range(5000)
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr("gn_detect.visualize.metrics._MOST_BYTES", path.stat().st_size // 4)
+    metrics = read_metrics(path)
+    assert metrics.last == 4999
+    assert metric_points(metrics, "segm/AP")[:, 0].tolist() == list(range(699, 5000, 700))
+    assert 900 < len(metric_points(metrics, "total_loss")) < 1300
