@@ -20,7 +20,7 @@ SMALL = {
     f"overrides = {dict(zip(SMALL_MODEL[::2], SMALL_MODEL[1::2], strict=True))}",
     "convert": "name, weights, timm_name = 'resnet18', None, 'resnet18'\nnum_images, size, steps = 4, 32, 2",
 }
-"""What takes the place of the cell with the tag ``parameters``."""
+"""Values for the cell with the tag ``parameters``."""
 
 RUN = """
 import json, sys

@@ -312,7 +312,9 @@ def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
     words += ["--checkpoint", str(progress), "--config-file", CONFIG, "INPUT.MIN_SIZE_TEST", "64"]
     words += BATCH_NORM
     with monkeypatch.context() as patch:
-        patch.setattr("gn_detect.conversion.calibrate", lambda *_, **__: pytest.fail("told too late"))
+        patch.setattr(
+            "gn_detect.conversion.calibrate", lambda *_, **__: pytest.fail("calibrated before the check")
+        )
         assert main(words) == 2
     assert "cannot write" in capsys.readouterr().err
     assert not progress.exists()

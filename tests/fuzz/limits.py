@@ -31,7 +31,7 @@ _ROOM = 3 * MOST_MEMORY
 
 
 def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int], seconds: int = SECONDS) -> Tally:
-    """Try cases one after the other, and begin again behind one that ends the process.
+    """Try cases in turn; a new process continues after one that ended the process.
 
     Args:
         seconds: of the processor, for a case; of several commands, each may take as many.

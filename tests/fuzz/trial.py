@@ -29,7 +29,7 @@ from gn_detect.structures import Sample
 from tests.fuzz.annotations import Content, changed_ids
 
 SECONDS = 20
-"""Of the processor, after which a case counts as hanging: what else the machine does counts for nothing."""
+"""Processor seconds after which a case counts as hanging; other work on the machine does not count."""
 
 PATIENCE = 15
 """Times as many seconds of the clock, for a case that waits, or that no alarm interrupts."""
