@@ -201,7 +201,7 @@ class Meter:
             "memory_mb": memory_in_use(self.device),
         }
         self._log(scalars, list(means))
-        self._bar.set_postfix_str(f"loss {scalars['total_loss']:.4g}, lr {learning_rate:.3g}", refresh=False)
+        self._bar.set_postfix_str(f"loss {scalars['total_loss']:.4g}, lr {learning_rate:.3g}")
         if self._iteration >= self.end:
             self._bar.close()
         self._history, self._images, self._count = {}, 0, 0
