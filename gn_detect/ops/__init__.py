@@ -3,10 +3,12 @@
 from .batch_norm import frozen_batch_norm
 from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, nms_by_group, scale_boxes
 from .group_norm import group_norm
-from .masks import crop_bitmaps, paste_masks, paste_one_by_one, rasterize_masks, rasterize_polygons
+from .mask_targets import PaddedMasks, mask_targets, pad_masks, rasterize_masks
+from .masks import crop_bitmaps, paste_masks, paste_one_by_one, rasterize_polygons
 from .roi_align import roi_align, rows_by_value
 
 __all__ = [
+    "PaddedMasks",
     "box_area",
     "clip_boxes",
     "crop_bitmaps",
@@ -14,7 +16,9 @@ __all__ = [
     "encode_boxes",
     "frozen_batch_norm",
     "group_norm",
+    "mask_targets",
     "nms_by_group",
+    "pad_masks",
     "paste_masks",
     "paste_one_by_one",
     "rasterize_masks",

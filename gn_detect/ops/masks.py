@@ -33,14 +33,6 @@ def rasterize_polygons(polygons: PolygonMask, height: int, width: int) -> np.nda
     return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
 
 
-def rasterize_polygons_in_box(polygons: PolygonMask, box: np.ndarray, side: int) -> np.ndarray:
-    """Draw the part of an object inside ``box`` (4,) ``xyxy`` on a grid of cells: bool (side, side)."""
-    width, height = max(box[2] - box[0], 0.1), max(box[3] - box[1], 0.1)
-    scale = np.array([side / width, side / height])
-    moved = [((p.reshape(-1, 2) - box[:2]) * scale).reshape(-1) for p in polygons]
-    return rasterize_polygons(moved, side, side)
-
-
 def crop_bitmaps(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
     """Crop bitmaps by boxes and resize them with RoIAlign, as detectron2's BitMasks does.
 
@@ -59,37 +51,6 @@ def crop_bitmaps(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Te
 
 def _align(x: Tensor, rois: Tensor, side: int) -> Tensor:
     return torchvision.ops.roi_align(x, rois, side, spatial_scale=1.0, sampling_ratio=0, aligned=True)
-
-
-def rasterize_masks(masks: Sequence[PolygonMask | Tensor], which: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Return the mask targets of RoIs: draw polygons for each RoI, crop bitmaps, both as detectron2 does.
-
-    Args:
-        masks: one mask for each ground-truth object of one image (polygons or bool (H, W) bitmaps).
-        which: (N,) int64, the index of each RoI's object.
-        boxes: (N, 4) ``xyxy`` RoIs in pixels.
-        side: size of the target.
-
-    Returns:
-        (N, side, side) bool on ``boxes``' device.
-    """
-    drawn = np.zeros((len(boxes), side, side), dtype=bool)
-    if len(boxes) == 0:
-        return torch.from_numpy(drawn).to(boxes.device)
-    used = which.tolist()
-    is_bitmap = torch.tensor([isinstance(masks[i], Tensor) for i in used])
-    polygon_rows = (~is_bitmap).nonzero()[:, 0].tolist()
-    if polygon_rows:
-        corners = boxes.detach().cpu().numpy().astype(np.float64)
-        for row in polygon_rows:
-            drawn[row] = rasterize_polygons_in_box(masks[used[row]], corners[row], side)
-    targets = torch.from_numpy(drawn).to(boxes.device)
-    if len(polygon_rows) < len(used):
-        bitmap_rows = is_bitmap.nonzero()[:, 0].to(boxes.device)
-        objects, position = torch.unique(which[bitmap_rows], return_inverse=True)
-        bitmaps = torch.stack([masks[i] for i in objects.tolist()]).to(boxes.device)
-        targets[bitmap_rows] = crop_bitmaps(bitmaps, position, boxes[bitmap_rows], side)
-    return targets
 
 
 def _interpolation_matrix(start: Tensor, stop: Tensor, cells: int, pixels: Tensor) -> Tensor:
