@@ -4,6 +4,7 @@ from .batch_norm import frozen_batch_norm
 from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, nms_by_group, scale_boxes
 from .group_norm import group_norm
 from .masks import crop_bitmaps, paste_masks, paste_one_by_one, rasterize_masks, rasterize_polygons
+from .nms import keep_best
 from .roi_align import roi_align, rows_by_value
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "encode_boxes",
     "frozen_batch_norm",
     "group_norm",
+    "keep_best",
     "nms_by_group",
     "paste_masks",
     "paste_one_by_one",
