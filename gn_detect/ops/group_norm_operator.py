@@ -5,9 +5,7 @@ An operator cannot return None, so results that are not needed are empty tensors
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -15,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Maybe = Tensor | None
+from .kernels import kernels_run_on
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU, slowly
-LEAST_CAPABILITY = (8, 0)  # the kernels are compiled and tested for Ampere and later
+Maybe = Tensor | None
 
 
 def fused_group_norm(
@@ -65,7 +62,7 @@ def _forward(
     x = _in_order(x, last)
     if x.numel() == 0:
         return torch.empty_like(x), _empty_statistics(x, num_groups).zero_()
-    if not _kernels_run_on(x.device):
+    if not kernels_run_on(x.device):
         return _native_forward(x, num_groups, weight, bias, eps, residual, relu)
     for tensor in (weight, bias, residual):  # on this device kernels would read another address
         if tensor is not None and tensor.device != x.device:
@@ -95,7 +92,7 @@ def _backward(
     found: tuple[Maybe, ...]
     if x.numel() == 0:
         found = torch.empty_like(x), torch.empty_like(x), statistics.new_zeros((2, x.shape[1]))
-    elif not _kernels_run_on(x.device):
+    elif not kernels_run_on(x.device):
         found = _native_backward(dy, x, y, weight, bias, statistics, relu)
     else:
         y = None if y is None else _in_order(y, last)
@@ -218,14 +215,6 @@ def _kernels() -> ModuleType:
     from .group_norm_triton import launch
 
     return launch
-
-
-@lru_cache(maxsize=64)
-def _kernels_run_on(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return INTERPRETED
-    capable = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
-    return find_spec("triton") is not None and capable
 
 
 def _native_forward(

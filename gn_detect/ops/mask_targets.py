@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..structures import PolygonMask
+from .kernels import kernels_run_on
 from .masks import crop_bitmaps
 
 STEPS = 5  # of the walk, in a pixel
@@ -122,7 +123,6 @@ def mask_targets(masks: PaddedMasks, which: Tensor, boxes: Tensor, side: int) ->
     return torch.where((bitmap >= 0)[:, None, None], cropped, drawn)
 
 
-@torch.library.custom_op("gn_detect::draw_polygons", mutates_args=(), device_types="cpu")
 def draw_polygons(
     corners: Tensor, polygons: Tensor, objects: Tensor, which: Tensor, boxes: Tensor, side: int
 ) -> Tensor:
@@ -131,23 +131,34 @@ def draw_polygons(
     Returns:
         (R, side, side) bool; False for an object without polygons.
     """
-    arrays = (tensor.numpy() for tensor in (corners, polygons, objects, which, boxes))
-    return torch.from_numpy(_draw(*arrays, side=side))
+    return torch.ops.gn_detect.draw_polygons(corners, polygons, objects, which, boxes, side)
 
 
-@draw_polygons.register_fake
-def _(corners: Tensor, polygons: Tensor, objects: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
-    return boxes.new_empty((len(boxes), side, side), dtype=torch.bool)
+def _draw_on_cpu(*tensors_and_side: Any) -> Tensor:
+    *tensors, side = tensors_and_side
+    return torch.from_numpy(_draw(*(tensor.numpy() for tensor in tensors), side=side))
 
 
-@draw_polygons.register_kernel("cuda")
-def _(corners: Tensor, polygons: Tensor, objects: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
-    if find_spec("triton") is None:
-        hosted = (tensor.cpu() for tensor in (corners, polygons, objects, which, boxes))
-        return draw_polygons(*hosted, side).to(boxes.device)
-    from .mask_targets_triton import draw
+def _draw_on_gpu(*tensors_and_side: Any) -> Tensor:
+    *tensors, side = tensors_and_side
+    device = tensors[0].device
+    if not kernels_run_on(device):
+        return _draw_on_cpu(*(tensor.cpu() for tensor in tensors), side).to(device)
+    from . import mask_targets_triton
 
-    return draw(corners, polygons, objects, which, boxes, side)
+    return mask_targets_triton.draw(*tensors, side)
+
+
+torch.library.define(
+    "gn_detect::draw_polygons",
+    "(Tensor corners, Tensor polygons, Tensor objects, Tensor which, Tensor boxes, int side) -> Tensor",
+)
+torch.library.impl("gn_detect::draw_polygons", "cpu", _draw_on_cpu)
+torch.library.impl("gn_detect::draw_polygons", "cuda", _draw_on_gpu)
+torch.library.register_fake(
+    "gn_detect::draw_polygons",
+    lambda *inputs: inputs[4].new_empty((len(inputs[4]), inputs[5], inputs[5]), dtype=torch.bool),
+)
 
 
 def _draw(

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernels import on_device
 from .mask_targets import LEAST_SIDE, STEPS
 
 CELLS = 8192  # edges * columns * rows that a program compares at a time
@@ -18,23 +19,14 @@ def draw(
     """Launch the kernel; see :func:`gn_detect.ops.mask_targets.draw_polygons`."""
     targets = torch.empty((len(boxes), side, side), dtype=torch.bool, device=boxes.device)
     block = triton.next_power_of_2(side)
-    if len(boxes):
+    if len(boxes) == 0:
+        return targets
+    tensors = corners, polygons, objects, which, boxes.contiguous(), targets
+    edges = max(1, min(16, CELLS // block**2))
+    sizes = {"BLOCK": block, "EDGES": edges, "STEPS": STEPS, "LEAST": LEAST_SIDE}
+    with on_device(boxes.device):
         # Fused multiplications and additions would round otherwise than pycocotools.
-        _draw[(len(boxes),)](
-            corners,
-            polygons,
-            objects,
-            which,
-            boxes.contiguous(),
-            targets,
-            side,
-            BLOCK=block,
-            EDGES=max(1, min(16, CELLS // block**2)),
-            STEPS=STEPS,
-            LEAST=LEAST_SIDE,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+        _draw[(len(boxes),)](*tensors, side, **sizes, num_warps=4, enable_fp_fusion=False)
     return targets
 
 

@@ -63,7 +63,7 @@ def assert_all_close(ours: list[Tensor], theirs: list[Tensor], tolerance: float 
 
 def test_tensors_of_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels take addresses: that of another device would be read on this one."""
-    monkeypatch.setattr(operator, "_kernels_run_on", lambda device: True)
+    monkeypatch.setattr(operator, "kernels_run_on", lambda device: True)
     x, weight = random(2, 8, 5, 6), random(8)
     for elsewhere in (
         (weight.to("meta"), None, 1e-5, None),
@@ -81,7 +81,7 @@ def test_opcheck(
     residual: bool, order: torch.memory_format, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Schema, fake tensors, autograd registration and ahead-of-time dispatch, of both implementations."""
-    monkeypatch.setattr(operator, "_kernels_run_on", lambda device: kernels)
+    monkeypatch.setattr(operator, "kernels_run_on", lambda device: kernels)
     x, extra = (random(2, 8, 5, 6, seed=i).contiguous(memory_format=order) for i in range(2))
     weight, bias = random(8, seed=2), random(8, seed=3)
     for t in (x, extra, weight, bias):
@@ -107,7 +107,7 @@ def test_both_implementations_agree(
     """Kernels, and PyTorch's operators where the kernels do not run."""
     found = []
     for kernels in (True, False):
-        monkeypatch.setattr(operator, "_kernels_run_on", lambda device, use=kernels: use)
+        monkeypatch.setattr(operator, "kernels_run_on", lambda device, use=kernels: use)
         x, extra = (random(2, 8, 5, 6, seed=i).contiguous(memory_format=order) for i in range(2))
         leaves = [t.requires_grad_() for t in (x, extra, random(8, seed=2), random(8, seed=3))]
         y = group_norm(x, 4, leaves[2], leaves[3], residual=extra if residual else None, activation="relu")

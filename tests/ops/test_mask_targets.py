@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gn_detect.ops.mask_targets import PaddedMasks, draw_polygons, mask_targets, pad_masks
+from gn_detect.ops.mask_targets import PaddedMasks, mask_targets, pad_masks
 from gn_detect.ops.masks import crop_bitmaps
 from gn_detect.structures import PolygonMask
 
@@ -113,4 +113,4 @@ def test_shapes_do_not_depend_on_the_objects() -> None:
 
 def test_the_operator_is_well_formed() -> None:
     masks, which, boxes = arguments(random_case(0))
-    torch.library.opcheck(draw_polygons, (masks.corners, masks.polygons, masks.objects, which, boxes, 28))
+    torch.library.opcheck(torch.ops.gn_detect.draw_polygons, (masks.corners, masks.polygons, masks.objects, which, boxes, 28))

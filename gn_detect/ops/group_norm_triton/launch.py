@@ -7,7 +7,6 @@ kernel, 10 to 40 us, only once (:class:`Launch`).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..group_norm_operator import Maybe, accumulator
+from ..kernels import on_device
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .binding import Launch, compiled_kernels
@@ -67,7 +67,7 @@ def forward(
     dtype = accumulator(x.dtype)
     statistics = torch.empty((2, shape[0], num_groups), dtype=dtype, device=device)
     sizes = recipe.sizes
-    with _on_device(device):
+    with on_device(device):
         if recipe.second is None:
             own: tuple[Maybe, ...] = (x, residual, weight, bias, y, statistics)
             recipe.first(forward_kernels.forward_groups, own, (*sizes, eps))
@@ -111,7 +111,7 @@ def backward(
     d_residual = torch.empty_like(x) if keeps_residual else None
     partials = torch.empty((recipe.runs, 2, shape[1]), dtype=dtype, device=device) if needs_affine else None
     inputs = (weight, bias, statistics)
-    with _on_device(device):
+    with on_device(device):
         if recipe.one_launch:
             own: tuple[Maybe, ...] = (dy, x, y, *inputs, dx, d_residual, partials)
             recipe.first(backward_kernels.backward_groups, own, recipe.sizes)
@@ -197,10 +197,3 @@ def _planned(
 
 def _dtype(x: Maybe) -> torch.dtype | None:
     return None if x is None else x.dtype
-
-
-def _on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make the tensors' device the current one, on which Triton launches."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
