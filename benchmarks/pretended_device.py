@@ -1,0 +1,352 @@
+"""A GPU that is only pretended: its tensors compute on the CPU, and a trace lists what a GPU would do.
+
+    with pretended_device() as trace:
+        model = build_model(cfg).to(DEVICE)      # parameters whose device is cuda:0
+        region = trace.record(lambda: model(images, targets))
+    waits(region)       # Counter: (file, function) -> times that the host waits for the device
+    copies(region)      # Counter: (file, function, "pageable" or "pinned") -> copies to the device
+    launches(region)    # Counter: phase -> launched operators; a phase is a name of torch's record_function
+    views(region)       # number of views and allocations, which launch nothing
+    region == other     # operators, shapes, strides, dtypes and all other arguments: capturable if equal
+
+Inside the ``with`` block Python sees a GPU: ``x.device``, ``x.is_cuda``, ``torch.cuda.is_available()``, and
+``device=DEVICE`` in factories. So the code takes the path of the GPU, forward and backward, and mixed devices
+raise an error as there. ``pin_memory()`` and ``is_pinned()`` of host tensors are pretended as well.
+
+The limits: C++ sees CPU tensors, so autocast follows the CPU's lists, memory formats of results may differ
+from cuDNN's, and there are no streams, events or graphs. Python's view holds in the thread of the block alone.
+An operator counts as one launch, though some launch several kernels; the fused norm counts as its plan says,
+with the sum of the affine gradients.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.profiler import record_function
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+import gn_detect
+from gn_detect.ops import group_norm_operator as norm_operator
+from gn_detect.ops.group_norm_triton.plan import make_plan
+
+DEVICE = torch.device("cuda", 0)
+PACKAGE = Path(gn_detect.__file__).parent
+LIBRARIES = (str(Path(torch.__file__).parent), "torchvision", __file__, mock.__file__)
+
+# Operators whose result, or its shape, the host reads.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "repeat_interleave", "nms"}
+UNIQUE = {"_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+FROM_HOST = {"tensor", "as_tensor", "new_tensor", "asarray"}  # functions whose data a copy brings
+
+
+class Pretended(Tensor):
+    """A tensor on the pretended device; ``inner`` holds its values on the CPU."""
+
+    inner: Tensor
+    device = property(lambda self: DEVICE)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls: type[Pretended], inner: Tensor) -> Pretended:
+        x: Pretended = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+        )
+        x.inner = inner
+        return x
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({self.inner!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        operator = func.overloadpacket.__name__
+        hosted = [t for t in tensors if not isinstance(t, Pretended)]
+        if any(t.dim() for t in hosted) and operator != "copy_" and operator not in INDEXING:
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device, but some are on the CPU")
+        if _active:
+            _active[-1].note(func, args, kwargs, hosted)
+        results = func(*_unwrap(args), **_unwrap(kwargs))
+        same = {id(t.inner) if isinstance(t, Pretended) else id(t): t for t in tensors}  # of in-place operators
+        return tree_map_only(Tensor, lambda t: same[id(t)] if id(t) in same else Pretended(t), results)
+
+
+def _unwrap(tree: Any) -> Any:
+    return tree_map_only(Pretended, lambda t: t.inner, tree)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One operator, or one copy between host and device.
+
+    Attributes:
+        operator: name without its namespace.
+        arguments: (shape, strides, dtype) of tensors, the values of all else.
+        phase: innermost phase of the model or the step.
+        place: file and function of the innermost frame in gn_detect, else in the first file of no library.
+        launches: operators that the device runs; 0 for views, allocations and copies.
+        waits: the host waits for the device.
+        copied_from: ``"pageable"`` or ``"pinned"`` for a copy to the device, else empty.
+    """
+
+    operator: str
+    arguments: tuple[Any, ...]
+    phase: str
+    place: tuple[str, str]
+    launches: int = 0
+    waits: bool = False
+    copied_from: str = ""
+
+
+def waits(events: Sequence[Event]) -> Counter[tuple[str, str]]:
+    """Return how often the host waits in each function."""
+    return Counter(e.place for e in events if e.waits)
+
+
+def copies(events: Sequence[Event]) -> Counter[tuple[str, str, str]]:
+    """Return how often each function copies pageable or pinned memory to the device."""
+    return Counter((*e.place, e.copied_from) for e in events if e.copied_from)
+
+
+def launches(events: Sequence[Event]) -> Counter[str]:
+    """Return the number of launched operators of each phase."""
+    counts: Counter[str] = Counter()
+    for event in events:
+        counts[event.phase] += event.launches
+    return counts
+
+
+def views(events: Sequence[Event]) -> int:
+    """Return the number of views and allocations."""
+    return sum(not (e.launches or e.waits or e.copied_from) for e in events)
+
+
+@dataclass
+class Trace(TorchFunctionMode):
+    """Every event since the block began."""
+
+    events: list[Event] = field(default_factory=list)
+    phases: list[str] = field(default_factory=lambda: ["inputs"])
+    pinned: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def record(self, region: Callable[[], object]) -> list[Event]:
+        """Run a function and return its events."""
+        begin = len(self.events)
+        region()
+        return self.events[begin:]
+
+    def add(self, operator: str, arguments: Any = (), **what: Any) -> None:
+        """Append an event at the present phase and place."""
+        described = tree_map_only(Tensor, _describe, tree_flatten(arguments)[0])
+        self.events.append(Event(operator, tuple(described), self.phases[-1], _place(), **what))
+
+    def note(self, func: Any, args: Any, kwargs: Any, hosted: Sequence[Tensor]) -> None:
+        """Append the event of an operator."""
+        operator = func.overloadpacket.__name__
+        arguments = (args, kwargs)
+        if operator == "copy_" and hosted:
+            waiting = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+            origin = "" if hosted[0] is args[0] else self.kind(hosted[0])
+            self.add(operator, arguments, waits=waiting, copied_from=origin)
+            return
+        if operator in INDEXING:
+            indices = [t for t in args[1] if t is not None]
+            for index in indices:
+                if not isinstance(index, Pretended):
+                    self.add("copy_", index, waits=True, copied_from=self.kind(index))
+            waiting = any(t.dtype in (torch.bool, torch.uint8) for t in indices)
+        else:
+            waiting = operator in WAITING | UNIQUE and kwargs.get("output_size") is None
+        self.add(operator, arguments, launches=_launches(func, args), waits=waiting)
+
+    def kind(self, host: Tensor) -> str:
+        """Return the kind of memory of a host tensor."""
+        return "pinned" if host.untyped_storage().data_ptr() in self.pinned else "pageable"
+
+    def pin(self, host: Tensor) -> Tensor:
+        """Return a copy in memory that counts as pinned."""
+        copy = host.clone()
+        self.pinned[copy.untyped_storage().data_ptr()] = copy.untyped_storage()
+        return copy
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        x = args[0] if args else None
+        if func is Tensor.backward:
+            with self:  # this mode is off inside this method, but holds in the backward of our functions
+                names = {"gradient": "grad_tensors"}
+                return torch.autograd.backward(x, *args[1:], **{names.get(k, k): v for k, v in kwargs.items()})
+        if func in (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.tolist, Tensor.numpy):
+            return self._moved(func, *args, **kwargs)
+        if name in FROM_HOST and _is_ours(kwargs.get("device", getattr(x, "device", None))):
+            kwargs.pop("device", None)
+            if name == "as_tensor" and isinstance(x, Pretended):
+                return func(*args, **kwargs)
+            if name == "new_tensor":
+                func, args = torch.tensor, args[1:]
+                kwargs.setdefault("dtype", x.dtype)
+            return self._to_device(func(*args, **kwargs), False)
+        if _is_ours(kwargs.get("device")):
+            del kwargs["device"]
+            kwargs.pop("pin_memory", None)
+            made = func(*args, **kwargs)
+            if isinstance(made, Pretended):  # as zeros_like, which has been noted
+                return made
+            self.add(name, (args, kwargs), launches=int(name not in ALLOCATIONS))
+            return Pretended(made)
+        if kwargs.pop("pin_memory", False):
+            return self.pin(func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    def _moved(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run a method that may change the device."""
+        on_device = isinstance(x, Pretended)
+        if func in (Tensor.tolist, Tensor.numpy):
+            if on_device and func is Tensor.numpy:
+                raise TypeError("can't convert cuda:0 device type tensor to numpy")
+            return func(self._to_host(x, False) if isinstance(x, Pretended) else x, *args, **kwargs)
+        copy = kwargs.pop("copy", False)
+        if func is not Tensor.to:
+            target, dtype = DEVICE if func is Tensor.cuda else torch.device("cpu"), None
+            non_blocking, layout = kwargs.get("non_blocking", False), kwargs.get("memory_format")
+        elif args and isinstance(args[0], Tensor):
+            target, dtype, layout = args[0].device, args[0].dtype, kwargs.get("memory_format")
+            non_blocking = kwargs.get("non_blocking", len(args) > 1 and args[1])
+        else:
+            target, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
+        if target is not None and _is_ours(target) != on_device:
+            x = self._to_host(x, non_blocking) if isinstance(x, Pretended) else self._to_device(x, non_blocking)
+            copy = False
+        options = {} if layout is None else {"memory_format": layout}
+        return Tensor.to(x, dtype or x.dtype, copy=copy, **options)
+
+    def _to_device(self, host: Tensor, non_blocking: bool) -> Tensor:
+        _check_no_gradient(host)
+        self.add("_to_copy", host, waits=not non_blocking, copied_from=self.kind(host))
+        return Pretended(host.detach().clone())
+
+    def _to_host(self, x: Pretended, non_blocking: bool) -> Tensor:
+        _check_no_gradient(x)
+        self.add("_to_copy", x, waits=not non_blocking)
+        return x.inner.detach().clone()
+
+
+_active: list[Trace] = []
+
+
+def _check_no_gradient(x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("a pretended copy between devices has no gradient")
+
+
+def _is_ours(device: Any) -> bool:
+    return device is not None and not isinstance(device, int) and torch.device(device).type == DEVICE.type
+
+
+def _describe(x: Tensor) -> Any:
+    """Return what a captured graph fixes: the value of a number on the host, the shape of all else."""
+    if not isinstance(x, Pretended) and x.dim() == 0:
+        return x.item()
+    return tuple(x.shape), x.stride(), x.dtype
+
+
+def _place() -> tuple[str, str]:
+    """Return file and function of the innermost frame in the package, else of one in no library."""
+    frame, elsewhere = sys._getframe(1), ("", "")
+    while frame is not None:
+        path, function = frame.f_code.co_filename, frame.f_code.co_name
+        if not function.startswith("<"):  # a comprehension
+            if path.startswith(str(PACKAGE)):
+                return Path(path).relative_to(PACKAGE).as_posix(), function
+            if not elsewhere[0] and not any(library in path for library in LIBRARIES):
+                elsewhere = Path(path).name, function
+        frame = frame.f_back  # type: ignore[assignment]
+    return elsewhere
+
+
+def _launches(func: Any, args: Any) -> int:
+    operator = func.overloadpacket.__name__
+    returns = func._schema.returns
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    if is_view or operator in ALLOCATIONS or operator == "_local_scalar_dense":
+        return 0
+    if func.namespace != "gn_detect" or args[0].numel() == 0:
+        return 1
+    backward = operator == "group_norm_backward"
+    x, groups = (args[1], args[5].shape[2]) if backward else args[:2]
+    direction, last = "backward" if backward else "forward", norm_operator._is_channels_last(x)
+    samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2:].numel()
+    plan = make_plan(direction, samples, channels, pixels, groups, x.dtype.itemsize, last)
+    if not backward:
+        return 1 if plan.one_launch else 2
+    needs_x, _, needs_affine = args[7]
+    runs = -(-samples // plan.samples) if plan.one_launch else samples * plan.splits
+    return 1 + (needs_x and not plan.one_launch) + (needs_affine and runs > 1)
+
+
+@contextmanager
+def pretended_device() -> Iterator[Trace]:
+    """Let Python see a GPU inside the ``with`` block, and record what it is asked to do."""
+    trace = Trace()
+    group = torch._C._group_tensors_by_device_and_dtype  # type: ignore[attr-defined]
+    autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
+
+    def cpu(device: str = "cuda") -> str:
+        return "cpu" if device == DEVICE.type else device
+
+    def grouped(*args: Any) -> Any:
+        lists = args[0]
+        ours = any(isinstance(t, Pretended) for t in lists[0])
+        return {(DEVICE if ours else key[0], key[1]): value for key, value in group(*args).items()}
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (record_function, "__enter__", lambda self: trace.phases.append(_phase(self.name, trace.phases[-1]))),
+        (record_function, "__exit__", lambda self, *_: trace.phases.pop() and None),
+        (torch, "autocast", lambda device_type, *args, **kw: autocast(cpu(device_type), *args, **kw)),
+        (torch, "is_autocast_enabled", lambda *device: is_autocast_enabled(cpu(*device))),
+        (torch._C, "_group_tensors_by_device_and_dtype", grouped),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True),
+        (Tensor, "pin_memory", lambda host, *_: trace.pin(host)),
+        (Tensor, "is_pinned", lambda x, *_: not isinstance(x, Pretended) and trace.kind(x) == "pinned"),
+        (import_module("gn_detect.ops.group_norm"), "FUSED", True),
+        (norm_operator, "_kernels_run_on", lambda device: False),
+    ]
+    with ExitStack() as stack:
+        for owner, name, value in replaced:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        for module in map(import_module, ("torch.optim.optimizer", "torch.utils._foreach_utils")):
+            known = [*module._foreach_supported_types, Pretended]  # type: ignore[attr-defined]
+            stack.enter_context(mock.patch.object(module, "_foreach_supported_types", known))
+        _active.append(trace)
+        stack.callback(_active.pop)
+        stack.enter_context(trace)
+        yield trace
+
+
+def _phase(name: str, present: str) -> str:
+    """Return the phase inside a ``record_function`` of this name; PyTorch's own are no phases."""
+    return present if "#" in name else "losses" if name.endswith("_losses") else name
