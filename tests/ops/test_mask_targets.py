@@ -113,4 +113,6 @@ def test_shapes_do_not_depend_on_the_objects() -> None:
 
 def test_the_operator_is_well_formed() -> None:
     masks, which, boxes = arguments(random_case(0))
-    torch.library.opcheck(torch.ops.gn_detect.draw_polygons, (masks.corners, masks.polygons, masks.objects, which, boxes, 28))
+    torch.library.opcheck(
+        torch.ops.gn_detect.draw_polygons, (masks.corners, masks.polygons, masks.objects, which, boxes, 28)
+    )

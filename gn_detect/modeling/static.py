@@ -1,0 +1,360 @@
+"""The losses of a batch with fixed shapes: nothing waits for the device, and a CUDA graph can hold all of it.
+
+The functions are those of :mod:`.rpn`, :mod:`.roi_heads` and :mod:`.matching`, with the same results for the
+same random choice. Where those make tensors of as many rows as there are objects, proposals or samples, here
+the rows are as many as there can be, and a mask says which are valid. A group norm of RoI features takes its
+statistics from one RoI, so rows that are not valid change nothing; BatchNorm would see them
+(:func:`refusal`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import record_function
+from torchvision.ops import box_iou
+
+from ..ops import PaddedMasks, decode_boxes, encode_boxes, keep_best, mask_targets, pad_masks
+from ..structures import Target
+from .box_head import BoxPredictor, smooth_l1_sum
+from .matching import match
+from .roi_heads import RoIHeads
+from .rpn import RPN
+
+if TYPE_CHECKING:
+    from .mask_rcnn import MaskRCNN
+
+OBJECTS = (32, 100, 200, 400)  # rows of objects; beyond, multiples of the last
+
+
+@dataclass
+class PaddedTargets:
+    """Ground truth of N images, each with room for M objects.
+
+    Attributes:
+        boxes: (N, M, 4) float32 ``xyxy`` in pixels of the network's input.
+        labels: (N, M) int64.
+        valid: (N, M) bool, the first rows of each image.
+        sizes: (N, 2) float32 height and width of each image.
+        masks: of N * M objects, or None.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+    sizes: Tensor
+    masks: PaddedMasks | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name."""
+        own = {"boxes": self.boxes, "labels": self.labels, "valid": self.valid, "sizes": self.sizes}
+        return own | (self.masks.tensors() if self.masks is not None else {})
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> PaddedTargets:
+        """Return the same record with the tensors of :meth:`tensors` replaced, such as by copies."""
+        own = {name: tensors[name] for name in ("boxes", "labels", "valid", "sizes")}
+        masks = self.masks
+        if masks is not None:
+            masks = replace(masks, **{name: tensors[name] for name in masks.tensors()})
+        return replace(self, **own, masks=masks)
+
+
+@dataclass
+class RandomKeys:
+    """Random numbers that decide which anchors and RoIs are sampled: those of the largest keys.
+
+    Attributes:
+        anchors: (N, A) float32 in [0, 1).
+        rois: (N, P + M), of P proposals and M objects.
+    """
+
+    anchors: Tensor
+    rois: Tensor
+
+
+def pad_targets(
+    targets: Sequence[Target], sizes: Sequence[tuple[int, int]], with_masks: bool
+) -> PaddedTargets:
+    """Return the targets of images of (height, width) ``sizes`` with fixed shapes, on the CPU.
+
+    Raises:
+        ValueError: ``with_masks``, and a target has no masks.
+    """
+    most = max(map(len, targets), default=0)
+    room = next((size for size in OBJECTS if most <= size), -(-most // OBJECTS[-1]) * OBJECTS[-1])
+    boxes = torch.zeros(len(targets), room, 4)
+    labels = torch.zeros(len(targets), room, dtype=torch.int64)
+    valid = torch.zeros(len(targets), room, dtype=torch.bool)
+    masks = []
+    for n, target in enumerate(targets):
+        count = len(target)
+        boxes[n, :count], labels[n, :count], valid[n, :count] = target.boxes, target.labels, True
+        if with_masks:
+            if target.masks is None:
+                raise ValueError("a model with a mask head needs targets with masks")
+            masks += [*target.masks, *([[]] * (room - count))]
+    padded = pad_masks(masks) if with_masks else None
+    return PaddedTargets(boxes, labels, valid, torch.tensor(sizes, dtype=torch.float32), padded)
+
+
+def refusal(model: MaskRCNN) -> str | None:
+    """Return why a model cannot be trained with fixed shapes, or None."""
+    heads = model.roi_heads.modules()
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in heads):
+        return "BatchNorm in the RoI heads takes statistics from all rows"
+    return None
+
+
+def losses(
+    rpn: RPN, heads: RoIHeads, features: dict[str, Tensor], targets: PaddedTargets, keys: RandomKeys
+) -> dict[str, Tensor]:
+    """Return the losses of :meth:`MaskRCNN.losses`."""
+    with record_function("rpn"):
+        proposals, valid, found = rpn_losses(rpn, features, targets, keys.anchors)
+    with record_function("roi_heads"):
+        return found | roi_losses(heads, features, proposals, valid, targets, keys.rois)
+
+
+def rpn_losses(
+    rpn: RPN, features: dict[str, Tensor], targets: PaddedTargets, keys: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return (N, P, 4) proposals, best first, (N, P) which of them are valid, and the RPN's losses."""
+    s = rpn.settings
+    levels = [features[name] for name in rpn.in_features]
+    by_level = rpn.anchor_generator([f.shape[-2:] for f in levels])
+    anchors = torch.cat(by_level)
+    logits, deltas = rpn.rpn_head(levels)
+    with torch.no_grad():
+        label, matched = _label_anchors(rpn, anchors, targets)
+        chosen, positive, valid = sample(
+            label, keys, s.batch_size_per_image, s.positive_fraction, background=0
+        )
+        proposals, is_proposal = select_proposals(rpn, by_level, logits, deltas, targets.sizes)
+        reference = anchors[chosen]
+        truth = _rows(targets.boxes, matched.gather(1, chosen))
+        wanted = encode_boxes(reference.flatten(0, 1), truth.flatten(0, 1), s.bbox_reg_weights)
+    with record_function("rpn_losses"):
+        logit = torch.cat(logits, dim=1).gather(1, chosen)
+        delta = _rows(torch.cat(deltas, dim=1), chosen).flatten(0, 1)
+        wanted, delta = (torch.where(positive.view(-1, 1), value, 0) for value in (wanted, delta))
+        classification = F.binary_cross_entropy_with_logits(
+            logit, positive.to(logit.dtype), valid.to(logit.dtype), reduction="sum"
+        )
+        localization = smooth_l1_sum(delta, wanted, s.smooth_l1_beta)
+        weight = s.loss_weight / (s.batch_size_per_image * len(chosen))
+        found = {
+            "loss_rpn_cls": classification * weight,
+            "loss_rpn_loc": localization * (weight * s.bbox_reg_loss_weight),
+        }
+    return proposals, is_proposal, found
+
+
+def _label_anchors(rpn: RPN, anchors: Tensor, targets: PaddedTargets) -> tuple[Tensor, Tensor]:
+    """Return (N, A) labels 1, 0 and -1, and the object that each anchor is matched to."""
+    s = rpn.settings
+    index, label = match_padded(
+        targets.boxes, targets.valid, [anchors] * len(targets.boxes), s.iou_thresholds, s.iou_labels, True
+    )
+    if s.boundary_thresh >= 0:
+        limit = targets.sizes.flip(1)[:, None] + s.boundary_thresh
+        inside = (anchors[:, :2] >= -s.boundary_thresh).all(1) & (anchors[:, 2:] < limit).all(2)
+        label.masked_fill_(~inside, -1)
+    return label, index
+
+
+def match_padded(
+    objects: Tensor,
+    valid: Tensor,
+    boxes: Sequence[Tensor] | Tensor,
+    thresholds: Sequence[float],
+    labels: Sequence[int],
+    keep_best_of_each_object: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Match (R, 4) boxes of each image with its (N, M, 4) objects, of which (N, M) are ``valid``.
+
+    Returns:
+        (N, R) index of the object, and int8 label; see :func:`match`.
+    """
+    found = []
+    for some, real, box in zip(objects, valid, boxes, strict=True):
+        iou = torch.where(real[:, None], box_iou(some, box), -1)
+        found.append(match(iou, thresholds, labels, keep_best_of_each_object=keep_best_of_each_object))
+    return torch.stack([index for index, _ in found]), torch.stack([label for _, label in found])
+
+
+def sample(
+    label: Tensor, keys: Tensor, count: int, positive_fraction: float, background: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample the foreground and background of the largest keys, foreground first.
+
+    Args:
+        label: (N, R) integer labels; -1 is ignored.
+        keys: (N, R) in [0, 1).
+        count: samples of an image, K.
+        positive_fraction: largest share of foreground; background fills the rest.
+        background: the label of background.
+
+    Returns:
+        (N, K) int64 positions, and which of these are foreground, and which are samples at all.
+    """
+    most = int(count * positive_fraction)
+    foreground, rest = (label != -1) & (label != background), label == background
+    first = torch.where(foreground, keys, -1).topk(min(most, keys.shape[1])).indices
+    second = torch.where(rest, keys, -1).topk(min(count, keys.shape[1])).indices
+    num_first = foreground.sum(1, keepdim=True).clamp(max=most)
+    num_second = torch.minimum(rest.sum(1, keepdim=True), count - num_first)
+    row = torch.arange(count, device=keys.device).expand(len(keys), -1)
+    positive = row < num_first
+    first = first.gather(1, row.clamp(max=first.shape[1] - 1)) if most else row
+    second = second.gather(1, (row - num_first).clamp(0, second.shape[1] - 1))
+    return torch.where(positive, first, second), positive, row < num_first + num_second
+
+
+def select_proposals(
+    rpn: RPN, anchors: Sequence[Tensor], logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (N, P, 4) boxes, best first, and which are valid; see :meth:`RPN.select_proposals`."""
+    s = rpn.settings
+    before = s.pre_nms_topk_train if rpn.training else s.pre_nms_topk_test
+    after = s.post_nms_topk_train if rpn.training else s.post_nms_topk_test
+    count = len(sizes)
+    most = max(min(before, level.shape[1]) for level in logits)
+    limit = sizes.flip(1).repeat(1, 2)[:, None]
+    boxes, scores = [], []
+    for anchor, logit, delta in zip(anchors, logits, deltas, strict=True):
+        top = logit.detach().topk(min(before, logit.shape[1]), dim=1)
+        decoded = decode_boxes(
+            _rows(delta.detach(), top.indices).flatten(0, 1),
+            anchor[top.indices].flatten(0, 1),
+            s.bbox_reg_weights,
+        ).view(count, -1, 4)
+        finite = decoded.isfinite().all(2) & top.values.isfinite()
+        decoded = torch.minimum(decoded.clamp(min=0), limit)
+        large = ((decoded[..., 2:] - decoded[..., :2]) > rpn.min_size).all(2)
+        score = torch.where(finite & large, top.values.float(), -torch.inf)
+        room = most - score.shape[1]  # all levels get as many rows
+        boxes.append(F.pad(decoded, (0, 0, 0, room)))
+        scores.append(F.pad(score, (0, room), value=-torch.inf))
+    grouped, score = torch.stack(boxes, 1).flatten(0, 1), torch.stack(scores, 1).flatten(0, 1)
+    keep = keep_best(grouped, score > -torch.inf, s.nms_thresh)
+    score = torch.where(keep, score, -torch.inf).view(count, -1)
+    best = score.topk(min(after, score.shape[1]), dim=1)
+    valid = best.values > -torch.inf
+    proposals = _rows(grouped.view(count, -1, 4), best.indices)
+    return torch.where(valid[..., None], proposals, 0), valid
+
+
+def roi_losses(
+    heads: RoIHeads,
+    features: dict[str, Tensor],
+    proposals: Tensor,
+    valid: Tensor,
+    targets: PaddedTargets,
+    keys: Tensor,
+) -> dict[str, Tensor]:
+    """Return the losses of :meth:`RoIHeads.losses` for (N, P, 4) proposals, of which (N, P) are valid."""
+    s = heads.settings
+    levels = heads.levels(features)
+    with torch.no_grad():
+        rois = _sample_rois(heads, proposals, valid, targets, keys)
+    x, shared = heads.box_features(levels, list(rois.boxes))
+    logits, deltas = heads.box_predictor(x)
+    with record_function("roi_losses"):
+        found = _box_losses(heads.box_predictor, logits, deltas, rois)
+    if heads.mask_head is None or targets.masks is None:
+        return found
+    most = int(s.batch_size_per_image * s.positive_fraction)
+    boxes, labels, matched, positive = (
+        value[:, :most] for value in (rois.boxes, rois.labels, rois.matched, rois.positive)
+    )
+    if shared is None:
+        x = heads.mask_features(levels, list(boxes))
+    else:
+        x = shared.view(*rois.labels.shape, *shared.shape[1:])[:, :most].flatten(0, 1)
+    masks = heads.mask_head(x, labels.clamp(max=s.num_classes - 1).flatten())
+    with record_function("roi_losses"):
+        row = torch.arange(len(boxes), device=boxes.device)[:, None] * targets.labels.shape[1]
+        wanted = mask_targets(targets.masks, (matched + row).flatten(), boxes.flatten(0, 1), masks.shape[-1])
+        weight = positive.flatten()[:, None, None].to(masks.dtype)
+        entropy = F.binary_cross_entropy_with_logits(masks, wanted.to(masks.dtype), weight, reduction="sum")
+        found["loss_mask"] = entropy / (positive.sum().clamp(min=1) * masks.shape[-1] ** 2)
+    return found
+
+
+@dataclass
+class PaddedRoIs:
+    """K RoIs of each of N images, foreground first.
+
+    Attributes:
+        boxes: (N, K, 4).
+        labels: (N, K) class, ``num_classes`` for background and padding.
+        matched: (N, K) object.
+        truth: (N, K, 4) its box.
+        positive, valid: (N, K) bool.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    matched: Tensor
+    truth: Tensor
+    positive: Tensor
+    valid: Tensor
+
+
+def _sample_rois(
+    heads: RoIHeads, proposals: Tensor, valid: Tensor, targets: PaddedTargets, keys: Tensor
+) -> PaddedRoIs:
+    s = heads.settings
+    if s.proposal_append_gt:
+        proposals, valid = torch.cat([proposals, targets.boxes], 1), torch.cat([valid, targets.valid], 1)
+    background = s.num_classes
+    index, label = match_padded(targets.boxes, targets.valid, proposals, s.iou_thresholds, s.iou_labels)
+    classes = targets.labels.gather(1, index)
+    classes = torch.where(label == 0, background, classes)
+    classes = torch.where((label == -1) | ~valid, -1, classes)
+    keys = keys[:, : proposals.shape[1]]
+    chosen, positive, used = sample(classes, keys, s.batch_size_per_image, s.positive_fraction, background)
+    matched = index.gather(1, chosen)
+    unit = proposals.new_tensor([0.0, 0.0, 1.0, 1.0])
+    return PaddedRoIs(
+        torch.where(used[..., None], _rows(proposals, chosen), unit),
+        torch.where(positive, classes.gather(1, chosen), background),
+        matched,
+        _rows(targets.boxes, matched),
+        positive,
+        used,
+    )
+
+
+def _box_losses(
+    predictor: BoxPredictor, logits: Tensor, deltas: Tensor, rois: PaddedRoIs
+) -> dict[str, Tensor]:
+    """See :meth:`BoxPredictor.losses`."""
+    settings = predictor.box
+    labels, positive, valid = rois.labels.flatten(), rois.positive.view(-1, 1), rois.valid.flatten()
+    total = valid.sum().clamp(min=1)
+    if deltas.shape[1] > 4:
+        column = labels.clamp(max=predictor.heads.num_classes - 1)[:, None, None].expand(-1, 1, 4)
+        deltas = deltas.view(len(deltas), -1, 4).gather(1, column)[:, 0]
+    with torch.no_grad():
+        wanted = encode_boxes(rois.boxes.flatten(0, 1), rois.truth.flatten(0, 1), settings.bbox_reg_weights)
+    wanted, deltas = (torch.where(positive, value, 0) for value in (wanted, deltas))
+    ignored = -100
+    classification = F.cross_entropy(
+        logits, torch.where(valid, labels, ignored), ignore_index=ignored, reduction="sum"
+    )
+    regression = smooth_l1_sum(deltas, wanted, settings.smooth_l1_beta)
+    return {
+        "loss_cls": classification / total,
+        "loss_box_reg": regression / total * settings.bbox_reg_loss_weight,
+    }
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Return the rows (N, K, D) at (N, K) of each image's (R, D)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
