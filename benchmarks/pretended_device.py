@@ -24,7 +24,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -291,7 +291,7 @@ def _launches(func: Any, args: Any) -> int:
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     if is_view or operator in ALLOCATIONS or operator == "_local_scalar_dense":
         return 0
-    if func.namespace != "gn_detect" or args[0].numel() == 0:
+    if not operator.startswith("group_norm") or args[0].numel() == 0:
         return 1
     backward = operator == "group_norm_backward"
     x, groups = (args[1], args[5].shape[2]) if backward else args[:2]
@@ -329,11 +329,15 @@ def pretended_device() -> Iterator[Trace]:
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "Stream", mock.Mock()),
+        (torch.cuda, "stream", lambda stream: nullcontext()),
+        (torch.cuda, "current_stream", mock.Mock()),
+        (Tensor, "record_stream", lambda x, stream: None),
         (torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True),
         (Tensor, "pin_memory", lambda host, *_: trace.pin(host)),
         (Tensor, "is_pinned", lambda x, *_: not isinstance(x, Pretended) and trace.kind(x) == "pinned"),
         (import_module("gn_detect.ops.group_norm"), "FUSED", True),
-        (norm_operator, "_kernels_run_on", lambda device: False),
+        (norm_operator, "kernels_run_on", lambda device: False),
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:

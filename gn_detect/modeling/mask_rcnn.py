@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..ops import clip_boxes, paste_masks, scale_boxes
 from ..structures import Detections, Target
+from . import static
+from .inputs import Inputs, send
 from .roi_heads import RoIHeads
 from .rpn import RPN
 
@@ -115,6 +116,8 @@ class MaskRCNN(nn.Module):
             Scalars ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``, ``loss_box_reg`` and, for a model with
             masks, ``loss_mask``; training minimises their sum.
         """
+        if self.device.type != "cpu" and static.refusal(self) is None:
+            return self.static_losses(self.prepare(images, targets))
         sizes = [image_size(image) for image in images]
         targets = [target.to(self.device, non_blocking=True) for target in targets]
         features = self.backbone(self.preprocess(images))
@@ -122,6 +125,16 @@ class MaskRCNN(nn.Module):
             proposals, losses = self.proposal_generator.losses(features, sizes, targets)
         with record_function("roi_heads"):
             return losses | self.roi_heads.losses(features, proposals, targets)
+
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Inputs:
+        """Bring a batch to the device for :meth:`static_losses`, without waiting for the device."""
+        sent, padded = send(images, targets, self.has_masks, self.device)
+        return Inputs(self.preprocess(sent), padded)
+
+    def static_losses(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Return :meth:`losses` by operators whose shapes follow from those of ``inputs`` alone."""
+        features = self.backbone(inputs.images)
+        return static.losses(self.proposal_generator, self.roi_heads, features, inputs.targets)
 
     @torch.no_grad()
     def detect(
@@ -160,15 +173,12 @@ class MaskRCNN(nn.Module):
 
     def preprocess(self, images: Sequence[Tensor]) -> Tensor:
         """Return normalised images, padded with zeros at the right and the bottom: (N, 3, H, W) float32."""
-        height, width = self._padded_size([image_size(image) for image in images])
-        batch = [
-            F.pad(
-                (image.to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std,
-                (0, width - image.shape[-1], 0, height - image.shape[-2]),
-            )
-            for image in images
-        ]
-        return torch.stack(batch).contiguous(memory_format=self.memory_format)
+        shape = len(images), 3, *self._padded_size([image_size(image) for image in images])
+        batch = self.pixel_mean.new_zeros(shape).contiguous(memory_format=self.memory_format)
+        for place, image in zip(batch, images, strict=True):
+            pixels = image.to(self.device, non_blocking=True)
+            place[:, : image.shape[-2], : image.shape[-1]] = (pixels - self.pixel_mean) / self.pixel_std
+        return batch
 
     def _padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         unit = self.size_divisibility

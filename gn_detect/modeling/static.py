@@ -29,7 +29,7 @@ from .rpn import RPN
 if TYPE_CHECKING:
     from .mask_rcnn import MaskRCNN
 
-OBJECTS = (32, 100, 200, 400)  # rows of objects; beyond, multiples of the last
+OBJECTS = (100, 200, 400)  # rows of objects; beyond, multiples of the last
 
 
 @dataclass
@@ -70,7 +70,7 @@ class RandomKeys:
 
     Attributes:
         anchors: (N, A) float32 in [0, 1).
-        rois: (N, P + M), of P proposals and M objects.
+        rois: (N, P + M), of P proposals and M objects; (N, P) if objects are not added to the proposals.
     """
 
     anchors: Tensor
@@ -111,17 +111,21 @@ def refusal(model: MaskRCNN) -> str | None:
 
 
 def losses(
-    rpn: RPN, heads: RoIHeads, features: dict[str, Tensor], targets: PaddedTargets, keys: RandomKeys
+    rpn: RPN,
+    heads: RoIHeads,
+    features: dict[str, Tensor],
+    targets: PaddedTargets,
+    keys: RandomKeys | None = None,
 ) -> dict[str, Tensor]:
-    """Return the losses of :meth:`MaskRCNN.losses`."""
+    """Return the losses of :meth:`MaskRCNN.losses`; without ``keys``, PyTorch's random state chooses."""
     with record_function("rpn"):
-        proposals, valid, found = rpn_losses(rpn, features, targets, keys.anchors)
+        proposals, valid, found = rpn_losses(rpn, features, targets, keys.anchors if keys else None)
     with record_function("roi_heads"):
-        return found | roi_losses(heads, features, proposals, valid, targets, keys.rois)
+        return found | roi_losses(heads, features, proposals, valid, targets, keys.rois if keys else None)
 
 
 def rpn_losses(
-    rpn: RPN, features: dict[str, Tensor], targets: PaddedTargets, keys: Tensor
+    rpn: RPN, features: dict[str, Tensor], targets: PaddedTargets, keys: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return (N, P, 4) proposals, best first, (N, P) which of them are valid, and the RPN's losses."""
     s = rpn.settings
@@ -188,13 +192,13 @@ def match_padded(
 
 
 def sample(
-    label: Tensor, keys: Tensor, count: int, positive_fraction: float, background: int
+    label: Tensor, keys: Tensor | None, count: int, positive_fraction: float, background: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample the foreground and background of the largest keys, foreground first.
 
     Args:
         label: (N, R) integer labels; -1 is ignored.
-        keys: (N, R) in [0, 1).
+        keys: (N, R) in [0, 1), or None for random ones.
         count: samples of an image, K.
         positive_fraction: largest share of foreground; background fills the rest.
         background: the label of background.
@@ -202,6 +206,8 @@ def sample(
     Returns:
         (N, K) int64 positions, and which of these are foreground, and which are samples at all.
     """
+    if keys is None:
+        keys = torch.rand(label.shape, device=label.device)
     most = int(count * positive_fraction)
     foreground, rest = (label != -1) & (label != background), label == background
     first = torch.where(foreground, keys, -1).topk(min(most, keys.shape[1])).indices
@@ -222,31 +228,27 @@ def select_proposals(
     s = rpn.settings
     before = s.pre_nms_topk_train if rpn.training else s.pre_nms_topk_test
     after = s.post_nms_topk_train if rpn.training else s.post_nms_topk_test
-    count = len(sizes)
-    most = max(min(before, level.shape[1]) for level in logits)
-    limit = sizes.flip(1).repeat(1, 2)[:, None]
-    boxes, scores = [], []
-    for anchor, logit, delta in zip(anchors, logits, deltas, strict=True):
-        top = logit.detach().topk(min(before, logit.shape[1]), dim=1)
-        decoded = decode_boxes(
-            _rows(delta.detach(), top.indices).flatten(0, 1),
-            anchor[top.indices].flatten(0, 1),
-            s.bbox_reg_weights,
-        ).view(count, -1, 4)
-        finite = decoded.isfinite().all(2) & top.values.isfinite()
-        decoded = torch.minimum(decoded.clamp(min=0), limit)
-        large = ((decoded[..., 2:] - decoded[..., :2]) > rpn.min_size).all(2)
-        score = torch.where(finite & large, top.values.float(), -torch.inf)
-        room = most - score.shape[1]  # all levels get as many rows
-        boxes.append(F.pad(decoded, (0, 0, 0, room)))
-        scores.append(F.pad(score, (0, room), value=-torch.inf))
-    grouped, score = torch.stack(boxes, 1).flatten(0, 1), torch.stack(scores, 1).flatten(0, 1)
-    keep = keep_best(grouped, score > -torch.inf, s.nms_thresh)
-    score = torch.where(keep, score, -torch.inf).view(count, -1)
-    best = score.topk(min(after, score.shape[1]), dim=1)
+    counts = [level.shape[1] for level in logits]
+    most, first = min(before, max(counts)), 0
+    scores, index = [], []
+    for logit, count in zip(logits, counts, strict=True):  # all levels get as many rows
+        top = logit.detach().topk(min(before, count), dim=1)
+        room = most - top.values.shape[1]
+        scores.append(F.pad(top.values, (0, room), value=-torch.inf))
+        index.append(F.pad(top.indices + first, (0, room)))
+        first += count
+    score, chosen = torch.stack(scores, 1), torch.cat(index, 1)  # (N, L, most), (N, L * most)
+    deltas = _rows(torch.cat([delta.detach() for delta in deltas], 1), chosen).flatten(0, 1)
+    boxes = decode_boxes(deltas, torch.cat(list(anchors))[chosen].flatten(0, 1), s.bbox_reg_weights)
+    boxes = boxes.view(*chosen.shape, 4)
+    finite = boxes.isfinite().all(2)
+    boxes = torch.minimum(boxes.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None])
+    large = ((boxes[..., 2:] - boxes[..., :2]) > rpn.min_size).all(2)
+    valid = (finite & large).view(score.shape) & score.isfinite()
+    keep = keep_best(boxes.view(-1, most, 4), valid.flatten(0, 1), s.nms_thresh).view(score.shape)
+    best = torch.where(keep, score.float(), -torch.inf).flatten(1).topk(min(after, chosen.shape[1]), dim=1)
     valid = best.values > -torch.inf
-    proposals = _rows(grouped.view(count, -1, 4), best.indices)
-    return torch.where(valid[..., None], proposals, 0), valid
+    return torch.where(valid[..., None], _rows(boxes, best.indices), 0), valid
 
 
 def roi_losses(
@@ -255,7 +257,7 @@ def roi_losses(
     proposals: Tensor,
     valid: Tensor,
     targets: PaddedTargets,
-    keys: Tensor,
+    keys: Tensor | None,
 ) -> dict[str, Tensor]:
     """Return the losses of :meth:`RoIHeads.losses` for (N, P, 4) proposals, of which (N, P) are valid."""
     s = heads.settings
@@ -307,7 +309,7 @@ class PaddedRoIs:
 
 
 def _sample_rois(
-    heads: RoIHeads, proposals: Tensor, valid: Tensor, targets: PaddedTargets, keys: Tensor
+    heads: RoIHeads, proposals: Tensor, valid: Tensor, targets: PaddedTargets, keys: Tensor | None
 ) -> PaddedRoIs:
     s = heads.settings
     if s.proposal_append_gt:
@@ -317,12 +319,10 @@ def _sample_rois(
     classes = targets.labels.gather(1, index)
     classes = torch.where(label == 0, background, classes)
     classes = torch.where((label == -1) | ~valid, -1, classes)
-    keys = keys[:, : proposals.shape[1]]
     chosen, positive, used = sample(classes, keys, s.batch_size_per_image, s.positive_fraction, background)
     matched = index.gather(1, chosen)
-    unit = proposals.new_tensor([0.0, 0.0, 1.0, 1.0])
     return PaddedRoIs(
-        torch.where(used[..., None], _rows(proposals, chosen), unit),
+        torch.where(used[..., None], _rows(proposals, chosen), 0),
         torch.where(positive, classes.gather(1, chosen), background),
         matched,
         _rows(targets.boxes, matched),

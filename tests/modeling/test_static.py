@@ -75,13 +75,14 @@ def both_ways(
             losses = model.losses(images, targets)
         else:
             padded = static.pad_targets(targets, SIZES, model.has_masks)
-            room = padded.labels.shape[1]
+            appends = model.roi_heads.settings.proposal_append_gt
+            room = padded.labels.shape[1] if appends else 0
             features = model.backbone(model.preprocess(images))
             levels = [features[name] for name in model.proposal_generator.in_features]
             anchors = sum(map(len, model.proposal_generator.anchor_generator([f.shape[-2:] for f in levels])))
             places = []
             for (count, *_), target in zip(choice.taken["rois"], targets, strict=True):
-                objects = len(target) if model.roi_heads.settings.proposal_append_gt else 0
+                objects = len(target) if appends else 0
                 places.append(torch.cat([torch.arange(count - objects), MOST + torch.arange(objects)]))
             keys = static.RandomKeys(
                 choice.keys("anchors", [torch.arange(anchors)] * 2, anchors),
