@@ -534,6 +534,11 @@ class Solver(Section):
         1,
         "Parts of IMS_PER_BATCH that go through the model one after the other: less memory, the same update.",
     )
+    cuda_graphs: BoolOrAuto = key(
+        "auto",
+        "Launch forward and backward of a step as one CUDA graph for each padded shape; auto: where this was "
+        "proven with the installed PyTorch, so far nowhere.",
+    )
     ema: EMA = EMA()
     non_finite: Literal["stop", "skip"] = key(
         "stop", "Stop at, or skip, a step with a non-finite loss or gradient."

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.profiler import record_function
 
-from ..distributed.group import is_distributed
+from ..distributed.group import average_gradients, is_distributed
 from ..errors import UserError
-from ..structures import Sample
+from ..modeling.mask_rcnn import MaskRCNN
+from ..structures import Sample, Target
 from ..weights import Checkpoint, CheckpointMetadata, load_weights
+from .graphs import StepGraphs, make_graphs
 from .optimizer import build_optimizer, clip_gradients, restore_optimizer, step_unless
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class TrainingState:
     # Scalar on the device. With SOLVER.NON_FINITE stop it becomes 1 at the first loss or gradient that is not
     # finite, and no later step changes the weights.
     broken: Tensor
+    graphs: StepGraphs | None = None  # SOLVER.CUDA_GRAPHS
     trained: list[nn.Parameter] = field(init=False)
     statistics: list[Tensor] = field(init=False)  # of BatchNorm, which a forward pass changes
 
@@ -93,7 +97,8 @@ def make_state(cfg: Config, model: nn.Module) -> TrainingState:
         )
     average = _moving_average(model, cfg.solver.ema.decay) if cfg.solver.ema.enabled else None
     broken = torch.zeros((), device=device)
-    return TrainingState(model, build_optimizer(cfg, model), scaler, average, broken)
+    optimizer = build_optimizer(cfg, model)
+    return TrainingState(model, optimizer, scaler, average, broken, make_graphs(cfg, model))
 
 
 def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -142,22 +147,28 @@ def train_step(
         The losses, and 1 if something is not finite (0 if everything is), still on the device. float16
         gradients that are too large do not count: the scaler lowers their scale, and the step is skipped.
     """
-    state.optimizer.zero_grad(set_to_none=True)
+    # A graph adds to the gradients' memory, so that stays.
+    state.optimizer.zero_grad(set_to_none=state.graphs is None)
     statistics = [value.clone() for value in state.statistics]
     parts = split(batch, cfg.solver.accumulate)
+    plain = cast(MaskRCNN, state.model)
     collected = []
     for part in parts:
-        synchronisation: AbstractContextManager[Any] = nullcontext()
-        if isinstance(model, DistributedDataParallel) and part is not parts[-1]:
-            synchronisation = model.no_sync()  # processes average their gradients with the last part
-        with synchronisation, compile_help():
-            with memory_help(cfg, part, "in the forward pass"), autocast(cfg, state.broken.device):
-                losses = model([sample.image for sample in part], [sample.target for sample in part])
-                total = torch.stack(list(losses.values())).sum() / len(parts)
-            with memory_help(cfg, part, "in the backward pass"), record_function("backward"):
-                state.scaler.scale(total).backward()
-        collected.append({name: loss.detach().float() for name, loss in losses.items()})
-    losses = {name: torch.stack([part[name] for part in collected]).mean() for name in losses}
+        images = [sample.image for sample in part]
+        targets = [cast(Target, sample.target) for sample in part]
+        if state.graphs is not None:
+            inputs = plain.prepare(images, targets)
+            found = state.graphs.run(inputs, partial(forward_backward, cfg, state, part, plain.static_losses))
+        else:
+            synchronisation: AbstractContextManager[Any] = nullcontext()
+            if isinstance(model, DistributedDataParallel) and part is not parts[-1]:
+                synchronisation = model.no_sync()  # processes average their gradients with the last part
+            with synchronisation, compile_help():
+                found = forward_backward(cfg, state, part, model, images, targets)
+        collected.append(found)
+    if state.graphs is not None:
+        average_gradients(state.trained)
+    losses = {name: torch.stack([each[name] for each in collected]).mean() for name in collected[0]}
 
     with memory_help(cfg, batch, "in the optimiser's step"), record_function("optimizer"):
         state.scaler.unscale_(state.optimizer)
@@ -173,6 +184,22 @@ def train_step(
         if state.average is not None:
             state.average.update_parameters(state.model)
     return losses, broken
+
+
+def forward_backward(
+    cfg: Config,
+    state: TrainingState,
+    part: Sequence[Sample],
+    forward: Callable[..., dict[str, Tensor]],
+    *inputs: Any,
+) -> dict[str, Tensor]:
+    """Add the gradients of the losses ``forward(*inputs)`` of a part of the batch, and return the losses."""
+    with memory_help(cfg, part, "in the forward pass"), autocast(cfg, state.broken.device):
+        losses = forward(*inputs)
+        total = torch.stack(list(losses.values())).sum() / cfg.solver.accumulate
+    with memory_help(cfg, part, "in the backward pass"), record_function("backward"):
+        state.scaler.scale(total).backward()
+    return {name: loss.detach().float() for name, loss in losses.items()}
 
 
 def split(batch: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:

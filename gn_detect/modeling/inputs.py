@@ -56,7 +56,7 @@ def send(
 
 def _copy(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values()]
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for place, tensor in zip(_views(buffer, tensors, sizes), tensors.values(), strict=True):
         place.copy_(tensor)
     with _own_stream(device) as stream:

@@ -238,8 +238,8 @@ def select_proposals(
         index.append(F.pad(top.indices + first, (0, room)))
         first += count
     score, chosen = torch.stack(scores, 1), torch.cat(index, 1)  # (N, L, most), (N, L * most)
-    deltas = _rows(torch.cat([delta.detach() for delta in deltas], 1), chosen).flatten(0, 1)
-    boxes = decode_boxes(deltas, torch.cat(list(anchors))[chosen].flatten(0, 1), s.bbox_reg_weights)
+    delta = _rows(torch.cat([level.detach() for level in deltas], 1), chosen).flatten(0, 1)
+    boxes = decode_boxes(delta, torch.cat(list(anchors))[chosen].flatten(0, 1), s.bbox_reg_weights)
     boxes = boxes.view(*chosen.shape, 4)
     finite = boxes.isfinite().all(2)
     boxes = torch.minimum(boxes.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None])

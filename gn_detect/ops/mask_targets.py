@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
@@ -134,19 +133,23 @@ def draw_polygons(
     return torch.ops.gn_detect.draw_polygons(corners, polygons, objects, which, boxes, side)
 
 
-def _draw_on_cpu(*tensors_and_side: Any) -> Tensor:
-    *tensors, side = tensors_and_side
-    return torch.from_numpy(_draw(*(tensor.numpy() for tensor in tensors), side=side))
+def _draw_on_cpu(
+    corners: Tensor, polygons: Tensor, objects: Tensor, which: Tensor, boxes: Tensor, side: int
+) -> Tensor:
+    arrays = corners.numpy(), polygons.numpy(), objects.numpy(), which.numpy(), boxes.numpy()
+    return torch.from_numpy(_draw(*arrays, side))
 
 
-def _draw_on_gpu(*tensors_and_side: Any) -> Tensor:
-    *tensors, side = tensors_and_side
-    device = tensors[0].device
-    if not kernels_run_on(device):
-        return _draw_on_cpu(*(tensor.cpu() for tensor in tensors), side).to(device)
+def _draw_on_gpu(
+    corners: Tensor, polygons: Tensor, objects: Tensor, which: Tensor, boxes: Tensor, side: int
+) -> Tensor:
+    if not kernels_run_on(boxes.device):
+        hosted = corners.cpu(), polygons.cpu(), objects.cpu(), which.cpu(), boxes.cpu()
+        return _draw_on_cpu(*hosted, side).to(boxes.device)
     from . import mask_targets_triton
 
-    return mask_targets_triton.draw(*tensors, side)
+    drawn: Tensor = mask_targets_triton.draw(corners, polygons, objects, which, boxes, side)
+    return drawn
 
 
 torch.library.define(
