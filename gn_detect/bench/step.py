@@ -176,14 +176,20 @@ def _with_workload(cfg: Config, folder: Path, workload: Workload) -> Config:
 def _inject(model: MaskRCNN, proposals: list[Tensor]) -> None:
     """Let the RPN do all its work, then replace its proposals by the workload's."""
     rpn = model.proposal_generator
-    own = rpn.select_proposals
+    own, own_padded = rpn.select_proposals, rpn.select_padded_proposals
     given = [p.to(model.device) for p in proposals]
+    padded = torch.stack(given), torch.ones(len(given), len(given[0]), dtype=torch.bool, device=model.device)
 
     def select_proposals(*args: Any) -> list[Tensor]:
         own(*args)
         return given
 
+    def select_padded_proposals(*args: Any) -> tuple[Tensor, Tensor]:
+        own_padded(*args)
+        return padded
+
     rpn.select_proposals = select_proposals  # type: ignore[method-assign,assignment]
+    rpn.select_padded_proposals = select_padded_proposals  # type: ignore[method-assign,assignment]
 
 
 Step = Callable[[], tuple[float, Tensor]]  # does one step; returns the seconds for data, and the summary

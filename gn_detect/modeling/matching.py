@@ -107,3 +107,8 @@ def sample(label: Tensor, count: int, positive_fraction: float, background: int)
     chosen = torch.randperm(len(positive), device=label.device)[:num_positive]
     rest = torch.randperm(len(negative), device=label.device)[:num_negative]
     return positive[chosen], negative[rest]
+
+
+def take_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Return (N, K, D) rows of (N, R, D) ``values``, for each of N at its (N, K) positions."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))

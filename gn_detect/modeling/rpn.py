@@ -13,11 +13,11 @@ from torch.profiler import record_function
 
 from ..config.schema import RPN as RPNSettings
 from ..layers import Conv2d, init_normal
-from ..ops import clip_boxes, decode_boxes, encode_boxes, nms_by_group, rows_by_value
+from ..ops import clip_boxes, decode_boxes, encode_boxes, keep_best, nms_by_group, rows_by_value
 from ..structures import Target
 from .anchors import AnchorGenerator
 from .box_head import smooth_l1_sum
-from .matching import match_boxes, sample
+from .matching import match_boxes, sample, take_rows
 
 
 class RPNHead(nn.Module):
@@ -227,6 +227,44 @@ class RPN(nn.Module):
             best = nms_by_group(boxes[keep], score, level, len(top), s.nms_thresh, after)
             proposals.append(boxes[keep[best]])
         return proposals
+
+    def select_padded_proposals(
+        self,
+        anchors: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        sizes: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return :meth:`select_proposals` in fixed shapes: (N, P, 4), best first, and (N, P) which are valid.
+
+        ``sizes`` is (N, 2), height and width of each image.
+        """
+        s = self.settings
+        before = s.pre_nms_topk_train if self.training else s.pre_nms_topk_test
+        after = s.post_nms_topk_train if self.training else s.post_nms_topk_test
+        counts = [level.shape[1] for level in logits]
+        most, first = min(before, max(counts)), 0
+        scores, index = [], []
+        for logit, count in zip(logits, counts, strict=True):  # all levels get as many rows
+            top = logit.detach().topk(min(before, count), dim=1)
+            room = most - top.values.shape[1]
+            scores.append(F.pad(top.values, (0, room), value=-torch.inf))
+            index.append(F.pad(top.indices + first, (0, room)))
+            first += count
+        score, chosen = torch.stack(scores, 1), torch.cat(index, 1)  # (N, L, most), (N, L * most)
+        delta = take_rows(torch.cat([level.detach() for level in deltas], 1), chosen).flatten(0, 1)
+        boxes = decode_boxes(delta, torch.cat(list(anchors))[chosen].flatten(0, 1), s.bbox_reg_weights)
+        boxes = boxes.view(*chosen.shape, 4)
+        finite = boxes.isfinite().all(2)
+        boxes = torch.minimum(boxes.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None])
+        large = ((boxes[..., 2:] - boxes[..., :2]) > self.min_size).all(2)
+        valid = (finite & large).view(score.shape) & score.isfinite()
+        keep = keep_best(boxes.view(-1, most, 4), valid.flatten(0, 1), s.nms_thresh).view(score.shape)
+        best = (
+            torch.where(keep, score.float(), -torch.inf).flatten(1).topk(min(after, chosen.shape[1]), dim=1)
+        )
+        valid = best.values > -torch.inf
+        return torch.where(valid[..., None], take_rows(boxes, best.indices), 0), valid
 
 
 def _take(values: Sequence[Tensor] | Tensor, chosen: Sequence[Tensor]) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torchvision.ops import box_iou
 
-from ..ops import PaddedMasks, decode_boxes, encode_boxes, keep_best, mask_targets, pad_masks
+from ..ops import PaddedMasks, encode_boxes, mask_targets, pad_masks
 from ..structures import Target
 from .box_head import BoxPredictor, smooth_l1_sum
-from .matching import match
+from .matching import match, take_rows
 from .roi_heads import RoIHeads
 from .rpn import RPN
 
@@ -138,13 +138,13 @@ def rpn_losses(
         chosen, positive, valid = sample(
             label, keys, s.batch_size_per_image, s.positive_fraction, background=0
         )
-        proposals, is_proposal = select_proposals(rpn, by_level, logits, deltas, targets.sizes)
+        proposals, is_proposal = rpn.select_padded_proposals(by_level, logits, deltas, targets.sizes)
         reference = anchors[chosen]
-        truth = _rows(targets.boxes, matched.gather(1, chosen))
+        truth = take_rows(targets.boxes, matched.gather(1, chosen))
         wanted = encode_boxes(reference.flatten(0, 1), truth.flatten(0, 1), s.bbox_reg_weights)
     with record_function("rpn_losses"):
         logit = torch.cat(logits, dim=1).gather(1, chosen)
-        delta = _rows(torch.cat(deltas, dim=1), chosen).flatten(0, 1)
+        delta = take_rows(torch.cat(deltas, dim=1), chosen).flatten(0, 1)
         wanted, delta = (torch.where(positive.view(-1, 1), value, 0) for value in (wanted, delta))
         classification = F.binary_cross_entropy_with_logits(
             logit, positive.to(logit.dtype), valid.to(logit.dtype), reduction="sum"
@@ -221,36 +221,6 @@ def sample(
     return torch.where(positive, first, second), positive, row < num_first + num_second
 
 
-def select_proposals(
-    rpn: RPN, anchors: Sequence[Tensor], logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (N, P, 4) boxes, best first, and which are valid; see :meth:`RPN.select_proposals`."""
-    s = rpn.settings
-    before = s.pre_nms_topk_train if rpn.training else s.pre_nms_topk_test
-    after = s.post_nms_topk_train if rpn.training else s.post_nms_topk_test
-    counts = [level.shape[1] for level in logits]
-    most, first = min(before, max(counts)), 0
-    scores, index = [], []
-    for logit, count in zip(logits, counts, strict=True):  # all levels get as many rows
-        top = logit.detach().topk(min(before, count), dim=1)
-        room = most - top.values.shape[1]
-        scores.append(F.pad(top.values, (0, room), value=-torch.inf))
-        index.append(F.pad(top.indices + first, (0, room)))
-        first += count
-    score, chosen = torch.stack(scores, 1), torch.cat(index, 1)  # (N, L, most), (N, L * most)
-    delta = _rows(torch.cat([level.detach() for level in deltas], 1), chosen).flatten(0, 1)
-    boxes = decode_boxes(delta, torch.cat(list(anchors))[chosen].flatten(0, 1), s.bbox_reg_weights)
-    boxes = boxes.view(*chosen.shape, 4)
-    finite = boxes.isfinite().all(2)
-    boxes = torch.minimum(boxes.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None])
-    large = ((boxes[..., 2:] - boxes[..., :2]) > rpn.min_size).all(2)
-    valid = (finite & large).view(score.shape) & score.isfinite()
-    keep = keep_best(boxes.view(-1, most, 4), valid.flatten(0, 1), s.nms_thresh).view(score.shape)
-    best = torch.where(keep, score.float(), -torch.inf).flatten(1).topk(min(after, chosen.shape[1]), dim=1)
-    valid = best.values > -torch.inf
-    return torch.where(valid[..., None], _rows(boxes, best.indices), 0), valid
-
-
 def roi_losses(
     heads: RoIHeads,
     features: dict[str, Tensor],
@@ -322,10 +292,10 @@ def _sample_rois(
     chosen, positive, used = sample(classes, keys, s.batch_size_per_image, s.positive_fraction, background)
     matched = index.gather(1, chosen)
     return PaddedRoIs(
-        torch.where(used[..., None], _rows(proposals, chosen), 0),
+        torch.where(used[..., None], take_rows(proposals, chosen), 0),
         torch.where(positive, classes.gather(1, chosen), background),
         matched,
-        _rows(targets.boxes, matched),
+        take_rows(targets.boxes, matched),
         positive,
         used,
     )
@@ -353,8 +323,3 @@ def _box_losses(
         "loss_cls": classification / total,
         "loss_box_reg": regression / total * settings.bbox_reg_loss_weight,
     }
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """Return the rows (N, K, D) at (N, K) of each image's (R, D)."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
