@@ -14,9 +14,9 @@ Inside the ``with`` block Python sees a GPU: ``x.device``, ``x.is_cuda``, ``torc
 raise an error as there. ``pin_memory()`` and ``is_pinned()`` of host tensors are pretended as well.
 
 The limits: C++ sees CPU tensors, so autocast follows the CPU's lists, memory formats of results may differ
-from cuDNN's, and there are no streams, events or graphs. Python's view holds in the thread of the block alone.
-An operator counts as one launch, though some launch several kernels; the fused norm counts as its plan says,
-with the sum of the affine gradients.
+from cuDNN's, and there are no streams, events or graphs. Other threads than that of the block see no GPU. An
+operator counts as one launch, though some launch several kernels; the fused norm counts as its plan says,
+with the sum of the affine gradients. A copy with ``non_blocking`` is no wait, also from pageable memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -80,11 +82,12 @@ class Pretended(Tensor):
         operator = func.overloadpacket.__name__
         hosted = [t for t in tensors if not isinstance(t, Pretended)]
         if any(t.dim() for t in hosted) and operator != "copy_" and operator not in INDEXING:
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device, but some are on the CPU")
+            raise RuntimeError(f"{func}: all tensors must be on the same device, but some are on the CPU")
         if _active:
             _active[-1].note(func, args, kwargs, hosted)
         results = func(*_unwrap(args), **_unwrap(kwargs))
-        same = {id(t.inner) if isinstance(t, Pretended) else id(t): t for t in tensors}  # of in-place operators
+        # An operator in place returns its argument.
+        same = {id(t.inner) if isinstance(t, Pretended) else id(t): t for t in tensors}
         return tree_map_only(Tensor, lambda t: same[id(t)] if id(t) in same else Pretended(t), results)
 
 
@@ -194,9 +197,10 @@ class Trace(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         x = args[0] if args else None
         if func is Tensor.backward:
+            if "gradient" in kwargs:
+                kwargs["grad_tensors"] = kwargs.pop("gradient")
             with self:  # this mode is off inside this method, but holds in the backward of our functions
-                names = {"gradient": "grad_tensors"}
-                return torch.autograd.backward(x, *args[1:], **{names.get(k, k): v for k, v in kwargs.items()})
+                return torch.autograd.backward(*args, **kwargs)
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.tolist, Tensor.numpy):
             return self._moved(func, *args, **kwargs)
         if name in FROM_HOST and _is_ours(kwargs.get("device", getattr(x, "device", None))):
@@ -225,7 +229,7 @@ class Trace(TorchFunctionMode):
         if func in (Tensor.tolist, Tensor.numpy):
             if on_device and func is Tensor.numpy:
                 raise TypeError("can't convert cuda:0 device type tensor to numpy")
-            return func(self._to_host(x, False) if isinstance(x, Pretended) else x, *args, **kwargs)
+            return func(self._to_host(x, False) if on_device else x, *args, **kwargs)
         copy = kwargs.pop("copy", False)
         if func is not Tensor.to:
             target, dtype = DEVICE if func is Tensor.cuda else torch.device("cpu"), None
@@ -236,8 +240,7 @@ class Trace(TorchFunctionMode):
         else:
             target, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
         if target is not None and _is_ours(target) != on_device:
-            x = self._to_host(x, non_blocking) if isinstance(x, Pretended) else self._to_device(x, non_blocking)
-            copy = False
+            x, copy = (self._to_host if on_device else self._to_device)(x, non_blocking), False
         options = {} if layout is None else {"memory_format": layout}
         return Tensor.to(x, dtype or x.dtype, copy=copy, **options)
 
@@ -246,10 +249,11 @@ class Trace(TorchFunctionMode):
         self.add("_to_copy", host, waits=not non_blocking, copied_from=self.kind(host))
         return Pretended(host.detach().clone())
 
-    def _to_host(self, x: Pretended, non_blocking: bool) -> Tensor:
+    def _to_host(self, x: Tensor, non_blocking: bool) -> Tensor:
         _check_no_gradient(x)
         self.add("_to_copy", x, waits=not non_blocking)
-        return x.inner.detach().clone()
+        host: Tensor = _unwrap(x).clone()
+        return host
 
 
 _active: list[Trace] = []
@@ -273,16 +277,25 @@ def _describe(x: Tensor) -> Any:
 
 def _place() -> tuple[str, str]:
     """Return file and function of the innermost frame in the package, else of one in no library."""
-    frame, elsewhere = sys._getframe(1), ("", "")
+    frame: FrameType | None = sys._getframe(1)
+    elsewhere = "", ""
     while frame is not None:
-        path, function = frame.f_code.co_filename, frame.f_code.co_name
-        if not function.startswith("<"):  # a comprehension
-            if path.startswith(str(PACKAGE)):
-                return Path(path).relative_to(PACKAGE).as_posix(), function
-            if not elsewhere[0] and not any(library in path for library in LIBRARIES):
-                elsewhere = Path(path).name, function
-        frame = frame.f_back  # type: ignore[assignment]
+        name, in_package = _file(frame.f_code.co_filename)
+        function = frame.f_code.co_name
+        if name and not function.startswith("<"):  # a comprehension or a lambda
+            if in_package:
+                return name, function
+            elsewhere = elsewhere if elsewhere[0] else (name, function)
+        frame = frame.f_back
     return elsewhere
+
+
+@cache
+def _file(path: str) -> tuple[str, bool]:
+    """Return the name of a file of code, empty in a library, and whether it belongs to the package."""
+    if path.startswith(f"{PACKAGE}/"):
+        return Path(path).relative_to(PACKAGE).as_posix(), True
+    return "" if any(library in path for library in LIBRARIES) else Path(path).name, False
 
 
 def _launches(func: Any, args: Any) -> int:
