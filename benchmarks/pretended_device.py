@@ -102,7 +102,7 @@ class Event:
     Attributes:
         operator: name without its namespace.
         arguments: (shape, strides, dtype) of tensors, the values of all else.
-        phase: innermost phase of the model or the step.
+        phase: innermost part of the model or the step; ``"inputs"`` outside all of them.
         place: file and function of the innermost frame in gn_detect, else in the first file of no library.
         launches: operators that the device runs; 0 for views, allocations and copies.
         waits: the host waits for the device.
