@@ -131,7 +131,8 @@ def test_backbone_is_capturable_and_sampling_is_not(cfg: Config) -> None:
         features, losses = [], []
         for seed, objects in enumerate(([3, 2], [0, 5])):
             batch = make_batch(objects, (SIZE[0] - seed, SIZE[1]), 2, seed=seed)
-            images, targets = [s.image for s in batch], [s.target for s in batch if s.target]
+            images = [s.image for s in batch]
+            targets = [s.target for s in batch if s.target is not None]
             x = model.preprocess(images)
             model.zero_grad()  # a second gradient would be added to the first
             features.append(trace.record(partial(_backbone_gradient, model, x)))
