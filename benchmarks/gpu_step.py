@@ -1,6 +1,6 @@
-"""Training steps of R-50-FPN on a GPU: with and without graphs, GN and frozen BN, and torchvision's Mask R-CNN.
+"""Training steps of R-50-FPN on a GPU: graphs or none, GN and frozen BN, and torchvision's Mask R-CNN.
 
-    python -m benchmarks.gpu_step                        # everything, some minutes; writes results/gpu-step.json
+    python -m benchmarks.gpu_step                    # everything, some minutes; writes results/gpu-step.json
     python -m benchmarks.gpu_step --only step --images 2 --steps 20
     python -m benchmarks.gpu_step --size 64 96 --images 1 --steps 1 --device cpu       # does it run
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +110,10 @@ def torchvision_steps(case: dict[str, Any]) -> Callable[[int], None]:
         samples = make_batch(case["images"], (height, width), 7, seed)
         targets = []
         for sample in samples:
-            assert sample.target is not None and sample.target.masks is not None
-            masks = [torch.from_numpy(rasterize_polygons(m, height, width)) for m in sample.target.masks]  # type: ignore[arg-type]
-            targets.append(
-                {
-                    "boxes": sample.target.boxes,
-                    "labels": sample.target.labels + 1,
-                    "masks": torch.stack(masks).byte(),
-                }
-            )
+            target: Any = sample.target
+            drawn = np.stack([rasterize_polygons(mask, height, width) for mask in target.masks])
+            masks = torch.from_numpy(drawn).byte()
+            targets.append({"boxes": target.boxes, "labels": target.labels + 1, "masks": masks})
         batches.append(([sample.image.float() / 255 for sample in samples], targets))
 
     def step(number: int) -> None:
@@ -161,10 +157,10 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     launched = (time.perf_counter() - begin) / (case["steps"] + 1)
     if device.type == "cuda":
         torch.cuda.synchronize()
-        times = [a.elapsed_time(b) for a, b in zip(ends, ends[1:], strict=False)]
+        times = [a.elapsed_time(b) for a, b in pairwise(ends)]
         peak = torch.cuda.max_memory_allocated()
     else:
-        times, peak = [1e3 * (b - a) for a, b in zip(ends, ends[1:], strict=False)], 0
+        times, peak = [1e3 * (b - a) for a, b in pairwise(ends)], 0
     ordered = sorted(times)
     found = {
         "ms": round(statistics.median(times), 2),
@@ -179,7 +175,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def hit_rate(iterations: int = 2000, images: int = 2, limit: int = 24) -> dict[str, Any]:
-    """Return how many steps of a multi-scale schedule find a graph, by the rule of :class:`StepGraphs` alone."""
+    """Return the share of a multi-scale schedule's steps that find a graph, by the rule of StepGraphs."""
     random = np.random.default_rng(0)
     kept: list[tuple[int, int]] = []
     seen, hits = set(), 0
@@ -230,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("step", "norms", "case"), help="a part of it")
+    parser.add_argument("--only", choices=("step", "norms"), help="a part of it")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1344), metavar=("H", "W"))
     parser.add_argument("--images", type=int, nargs="+", default=[2, 1, 4, 8])
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])

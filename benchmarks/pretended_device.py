@@ -14,9 +14,9 @@ Inside the ``with`` block Python sees a GPU: ``x.device``, ``x.is_cuda``, ``torc
 raise an error as there. ``pin_memory()`` and ``is_pinned()`` of host tensors are pretended as well.
 
 The limits: C++ sees CPU tensors, so autocast follows the CPU's lists, memory formats of results may differ
-from cuDNN's, and there are no streams, events or graphs. Python's view holds in the thread of the block alone.
-An operator counts as one launch, though some launch several kernels; the fused norm counts as its plan says,
-with the sum of the affine gradients.
+from cuDNN's, and there are no streams, events or graphs. Other threads than that of the block see no GPU. An
+operator counts as one launch, though some launch several kernels; the fused norm counts as its plan says,
+with the sum of the affine gradients. A copy with ``non_blocking`` is no wait, also from pageable memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -46,50 +48,55 @@ PACKAGE = Path(gn_detect.__file__).parent
 LIBRARIES = (str(Path(torch.__file__).parent), "torchvision", __file__, mock.__file__)
 
 # Operators whose result, or its shape, the host reads.
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "repeat_interleave", "nms"}
-UNIQUE = {"_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"}
-INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
-FROM_HOST = {"tensor", "as_tensor", "new_tensor", "asarray"}  # functions whose data a copy brings
+WAITING = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.bincount"}
+WAITING |= {"aten._unique", "aten._unique2", "aten.unique_dim", "aten.unique_consecutive"}
+WAITING |= {"aten.repeat_interleave", "torchvision.nms"}
+INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_", "aten._unsafe_index"}
+FREE = {"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided"}
+FREE |= {"aten._unsafe_view", "aten._local_scalar_dense"}  # a view in all but name, and a copy to the host
+FROM_HOST = {torch.tensor, torch.as_tensor}  # functions whose data a copy brings
 
 
 class Pretended(Tensor):
-    """A tensor on the pretended device; ``inner`` holds its values on the CPU."""
+    """A tensor on the pretended device; ``host`` holds its values on the CPU."""
 
-    inner: Tensor
-    device = property(lambda self: DEVICE)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    host: Tensor
+    device = property(lambda self: DEVICE)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls: type[Pretended], inner: Tensor) -> Pretended:
-        x: Pretended = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+    def __new__(cls: type[Pretended], host: Tensor) -> Pretended:
+        x: Pretended = Tensor._make_wrapper_subclass(
+            cls, host.shape, strides=host.stride(), dtype=host.dtype, device=host.device
         )
-        x.inner = inner
+        x.host = host
         return x
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"{type(self).__name__}({self.inner!r})"
+        return f"{type(self).__name__}({self.host!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        operator = func.overloadpacket.__name__
+        operator = str(func.overloadpacket)
         hosted = [t for t in tensors if not isinstance(t, Pretended)]
-        if any(t.dim() for t in hosted) and operator != "copy_" and operator not in INDEXING:
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device, but some are on the CPU")
+        if any(t.dim() for t in hosted) and operator != "aten.copy_" and operator not in INDEXING:
+            raise RuntimeError(f"{func}: all tensors must be on the same device, but some are on the CPU")
         if _active:
             _active[-1].note(func, args, kwargs, hosted)
         results = func(*_unwrap(args), **_unwrap(kwargs))
-        same = {id(t.inner) if isinstance(t, Pretended) else id(t): t for t in tensors}  # of in-place operators
+        # An operator in place returns its argument.
+        same = {id(t.host) if isinstance(t, Pretended) else id(t): t for t in tensors}
         return tree_map_only(Tensor, lambda t: same[id(t)] if id(t) in same else Pretended(t), results)
 
 
 def _unwrap(tree: Any) -> Any:
-    return tree_map_only(Pretended, lambda t: t.inner, tree)
+    return tree_map_only(Pretended, lambda t: t.host, tree)
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,9 @@ class Event:
     """One operator, or one copy between host and device.
 
     Attributes:
-        operator: name without its namespace.
+        operator: namespace and name.
         arguments: (shape, strides, dtype) of tensors, the values of all else.
-        phase: innermost phase of the model or the step.
+        phase: innermost part of the model or the step; ``"inputs"`` outside all of them.
         place: file and function of the innermost frame in gn_detect, else in the first file of no library.
         launches: operators that the device runs; 0 for views, allocations and copies.
         waits: the host waits for the device.
@@ -162,9 +169,9 @@ class Trace(TorchFunctionMode):
 
     def note(self, func: Any, args: Any, kwargs: Any, hosted: Sequence[Tensor]) -> None:
         """Append the event of an operator."""
-        operator = func.overloadpacket.__name__
+        operator = str(func.overloadpacket)
         arguments = (args, kwargs)
-        if operator == "copy_" and hosted:
+        if operator == "aten.copy_" and hosted:
             waiting = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
             origin = "" if hosted[0] is args[0] else self.kind(hosted[0])
             self.add(operator, arguments, waits=waiting, copied_from=origin)
@@ -173,10 +180,10 @@ class Trace(TorchFunctionMode):
             indices = [t for t in args[1] if t is not None]
             for index in indices:
                 if not isinstance(index, Pretended):
-                    self.add("copy_", index, waits=True, copied_from=self.kind(index))
+                    self.add("aten.copy_", index, waits=True, copied_from=self.kind(index))
             waiting = any(t.dtype in (torch.bool, torch.uint8) for t in indices)
         else:
-            waiting = operator in WAITING | UNIQUE and kwargs.get("output_size") is None
+            waiting = operator in WAITING and kwargs.get("output_size") is None
         self.add(operator, arguments, launches=_launches(func, args), waits=waiting)
 
     def kind(self, host: Tensor) -> str:
@@ -191,21 +198,18 @@ class Trace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
         x = args[0] if args else None
         if func is Tensor.backward:
+            if "gradient" in kwargs:
+                kwargs["grad_tensors"] = kwargs.pop("gradient")
             with self:  # this mode is off inside this method, but holds in the backward of our functions
-                names = {"gradient": "grad_tensors"}
-                return torch.autograd.backward(x, *args[1:], **{names.get(k, k): v for k, v in kwargs.items()})
+                return torch.autograd.backward(*args, **kwargs)
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.tolist, Tensor.numpy):
             return self._moved(func, *args, **kwargs)
-        if name in FROM_HOST and _is_ours(kwargs.get("device", getattr(x, "device", None))):
-            kwargs.pop("device", None)
-            if name == "as_tensor" and isinstance(x, Pretended):
-                return func(*args, **kwargs)
-            if name == "new_tensor":
-                func, args = torch.tensor, args[1:]
-                kwargs.setdefault("dtype", x.dtype)
+        if func is Tensor.new_tensor and isinstance(x, Pretended):
+            func, args, kwargs = torch.tensor, args[1:], {"dtype": x.dtype, "device": DEVICE} | kwargs
+        if func in FROM_HOST and _is_ours(kwargs.get("device")) and not isinstance(args[0], Pretended):
+            del kwargs["device"]
             return self._to_device(func(*args, **kwargs), False)
         if _is_ours(kwargs.get("device")):
             del kwargs["device"]
@@ -213,7 +217,8 @@ class Trace(TorchFunctionMode):
             made = func(*args, **kwargs)
             if isinstance(made, Pretended):  # as zeros_like, which has been noted
                 return made
-            self.add(name, (args, kwargs), launches=int(name not in ALLOCATIONS))
+            operator = f"aten.{func.__name__}"
+            self.add(operator, (args, kwargs), launches=int(operator not in FREE))
             return Pretended(made)
         if kwargs.pop("pin_memory", False):
             return self.pin(func(*args, **kwargs))
@@ -225,7 +230,7 @@ class Trace(TorchFunctionMode):
         if func in (Tensor.tolist, Tensor.numpy):
             if on_device and func is Tensor.numpy:
                 raise TypeError("can't convert cuda:0 device type tensor to numpy")
-            return func(self._to_host(x, False) if isinstance(x, Pretended) else x, *args, **kwargs)
+            return func(self._to_host(x, False) if on_device else x, *args, **kwargs)
         copy = kwargs.pop("copy", False)
         if func is not Tensor.to:
             target, dtype = DEVICE if func is Tensor.cuda else torch.device("cpu"), None
@@ -236,20 +241,20 @@ class Trace(TorchFunctionMode):
         else:
             target, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
         if target is not None and _is_ours(target) != on_device:
-            x = self._to_host(x, non_blocking) if isinstance(x, Pretended) else self._to_device(x, non_blocking)
-            copy = False
+            x, copy = (self._to_host if on_device else self._to_device)(x, non_blocking), False
         options = {} if layout is None else {"memory_format": layout}
         return Tensor.to(x, dtype or x.dtype, copy=copy, **options)
 
     def _to_device(self, host: Tensor, non_blocking: bool) -> Tensor:
         _check_no_gradient(host)
-        self.add("_to_copy", host, waits=not non_blocking, copied_from=self.kind(host))
+        self.add("aten._to_copy", host, waits=not non_blocking, copied_from=self.kind(host))
         return Pretended(host.detach().clone())
 
-    def _to_host(self, x: Pretended, non_blocking: bool) -> Tensor:
+    def _to_host(self, x: Tensor, non_blocking: bool) -> Tensor:
         _check_no_gradient(x)
-        self.add("_to_copy", x, waits=not non_blocking)
-        return x.inner.detach().clone()
+        self.add("aten._to_copy", x, waits=not non_blocking)
+        host: Tensor = _unwrap(x).clone()
+        return host
 
 
 _active: list[Trace] = []
@@ -273,27 +278,36 @@ def _describe(x: Tensor) -> Any:
 
 def _place() -> tuple[str, str]:
     """Return file and function of the innermost frame in the package, else of one in no library."""
-    frame, elsewhere = sys._getframe(1), ("", "")
+    frame: FrameType | None = sys._getframe(1)
+    elsewhere = "", ""
     while frame is not None:
-        path, function = frame.f_code.co_filename, frame.f_code.co_name
-        if not function.startswith("<"):  # a comprehension
-            if path.startswith(str(PACKAGE)):
-                return Path(path).relative_to(PACKAGE).as_posix(), function
-            if not elsewhere[0] and not any(library in path for library in LIBRARIES):
-                elsewhere = Path(path).name, function
-        frame = frame.f_back  # type: ignore[assignment]
+        name, in_package = _file(frame.f_code.co_filename)
+        function = frame.f_code.co_name
+        if name and not function.startswith("<"):  # a comprehension or a lambda
+            if in_package:
+                return name, function
+            elsewhere = elsewhere if elsewhere[0] else (name, function)
+        frame = frame.f_back
     return elsewhere
 
 
+@cache
+def _file(path: str) -> tuple[str, bool]:
+    """Return the name of a file of code, empty in a library, and whether it belongs to the package."""
+    if path.startswith(f"{PACKAGE}/"):
+        return Path(path).relative_to(PACKAGE).as_posix(), True
+    return "" if any(library in path for library in LIBRARIES) else Path(path).name, False
+
+
 def _launches(func: Any, args: Any) -> int:
-    operator = func.overloadpacket.__name__
+    operator = str(func.overloadpacket)
     returns = func._schema.returns
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    if is_view or operator in ALLOCATIONS or operator == "_local_scalar_dense":
+    if is_view or operator in FREE:
         return 0
-    if not operator.startswith("group_norm") or args[0].numel() == 0:
+    backward = operator == "gn_detect.group_norm_backward"
+    if not (backward or operator == "gn_detect.group_norm") or args[0].numel() == 0:
         return 1
-    backward = operator == "group_norm_backward"
     x, groups = (args[1], args[5].shape[2]) if backward else args[:2]
     direction, last = "backward" if backward else "forward", norm_operator._is_channels_last(x)
     samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2:].numel()
@@ -309,7 +323,7 @@ def _launches(func: Any, args: Any) -> int:
 def pretended_device() -> Iterator[Trace]:
     """Let Python see a GPU inside the ``with`` block, and record what it is asked to do."""
     trace = Trace()
-    group = torch._C._group_tensors_by_device_and_dtype  # type: ignore[attr-defined]
+    group = torch._C._group_tensors_by_device_and_dtype
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
 
     def cpu(device: str = "cuda") -> str:
@@ -343,7 +357,7 @@ def pretended_device() -> Iterator[Trace]:
         for owner, name, value in replaced:
             stack.enter_context(mock.patch.object(owner, name, value))
         for module in map(import_module, ("torch.optim.optimizer", "torch.utils._foreach_utils")):
-            known = [*module._foreach_supported_types, Pretended]  # type: ignore[attr-defined]
+            known = [*module._foreach_supported_types, Pretended]
             stack.enter_context(mock.patch.object(module, "_foreach_supported_types", known))
         _active.append(trace)
         stack.callback(_active.pop)

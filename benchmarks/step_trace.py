@@ -25,9 +25,11 @@ CONFIG = "GN/mask_rcnn_R_50_FPN_2x_gn.yaml"
 
 def main() -> None:
     """Trace a step, print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", default=CONFIG, help="%(default)s")
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1344), metavar=("H", "W"), help="in pixels")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(800, 1344), metavar=("H", "W"), help="in pixels"
+    )
     parser.add_argument("--images", type=int, default=2, help="in the batch")
     parser.add_argument("--bitmaps", action="store_true", help="masks as bitmaps instead of polygons")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="keys of the config")
@@ -72,7 +74,10 @@ def describe(events: Sequence[Event]) -> str:
     """Return a table of the counts."""
     by_phase, waiting, copied = launches(events), waits(events), copies(events)
     lines = [f"{name:<12} {count:6}" for name, count in by_phase.items()]
-    lines += [f"{'operators':<12} {by_phase.total():6}", f"{'views':<12} {views(events):6}  (and allocations)"]
+    lines += [
+        f"{'operators':<12} {by_phase.total():6}",
+        f"{'views':<12} {views(events):6}  (and allocations)",
+    ]
     lines += [f"{'waits':<12} {waiting.total():6}"]
     lines += [f"{count:19}  {file}:{function}" for (file, function), count in waiting.items()]
     lines += [f"{'copies':<12} {copied.total():6}"]

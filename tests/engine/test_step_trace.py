@@ -1,0 +1,252 @@
+"""Waits, copies and launches of a step on a pretended GPU, and the pretended GPU itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+from torch.utils._pytree import tree_map_only
+
+from benchmarks.pretended_device import (
+    DEVICE,
+    Event,
+    Pretended,
+    copies,
+    launches,
+    pretended_device,
+    views,
+    waits,
+)
+from benchmarks.step_trace import describe, make_batch, trace_step
+from gn_detect.config import Config, load_config
+from gn_detect.engine.step import make_state, train_step
+from gn_detect.modeling import build_model
+from gn_detect.modeling.mask_rcnn import MaskRCNN
+from gn_detect.ops import group_norm
+from tests.engine.tiny import write_config
+
+# Each wait of the host in one step of two images with polygons, by file and function.
+WAITS = {
+    ("modeling/matching.py", "sample"): 8,
+    ("modeling/rpn.py", "select_proposals"): 2,
+    ("modeling/rpn.py", "_sampled_losses"): 1,
+    ("modeling/box_head.py", "losses"): 1,
+    ("ops/boxes.py", "nms_by_group"): 4,
+    ("ops/roi_align.py", "rows_by_value"): 3,
+    ("ops/masks.py", "rasterize_masks"): 6,
+}
+# More of them with bitmaps.
+BITMAP_WAITS = {("ops/masks.py", "rasterize_masks"): 6 + 4}
+COPIES = {
+    ("structures.py", "to", "pageable"): 4,
+    ("modeling/mask_rcnn.py", "preprocess", "pageable"): 2,
+    ("ops/boxes.py", "nms_by_group", "pageable"): 2,
+    ("ops/masks.py", "rasterize_masks", "pageable"): 2,
+}
+# Most launched operators of each phase.
+LAUNCHES = {
+    "inputs": 20,
+    "backbone": 41,
+    "fpn": 23,
+    "rpn": 433,
+    "roi_heads": 159,
+    "losses": 71,
+    "backward": 209,
+    "optimizer": 23,
+}
+VIEWS = 556  # and allocations, at most
+
+SIZE = (64, 96)
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return load_config(write_config(tmp_path_factory.mktemp("trace")))
+
+
+@pytest.fixture(scope="module")
+def events(cfg: Config) -> list[Event]:
+    """A step of two images with polygons."""
+    return trace_step(cfg, make_batch([3, 2], SIZE, 2))
+
+
+def on_host(tree: Any) -> Any:
+    return tree_map_only(Pretended, lambda x: x.host, tree)
+
+
+def test_waits_of_a_step(events: list[Event]) -> None:
+    assert waits(events) == WAITS
+
+
+def test_copies_of_a_step(events: list[Event]) -> None:
+    assert copies(events) == COPIES
+
+
+def test_launches_of_a_step(events: list[Event]) -> None:
+    counts = launches(events)
+    assert counts.keys() == LAUNCHES.keys()
+    assert {name: count for name, count in counts.items() if count > LAUNCHES[name]} == {}
+    assert 0 < views(events) <= VIEWS
+
+
+def test_waits_with_bitmaps(cfg: Config) -> None:
+    found = trace_step(cfg, make_batch([3, 2], SIZE, 2, bitmaps=True))
+    assert waits(found) == WAITS | BITMAP_WAITS
+
+
+def test_a_step_equals_that_of_the_cpu(cfg: Config) -> None:
+    """Only the order of sums differs: the CPU has its own RoIAlign and group norm."""
+    batch = make_batch([3, 0], SIZE, 2)
+
+    def step(device: torch.device) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        torch.manual_seed(0)
+        model = build_model(cfg).to(device).train()
+        state = make_state(cfg, model)
+        losses, _ = train_step(cfg, model, batch, state)
+        return losses, [p.grad for p in state.trained], [p.detach() for p in state.trained]
+
+    losses, gradients, weights = step(torch.device("cpu"))
+    with pretended_device():
+        found = step(DEVICE)
+    assert found[2][0].device == DEVICE
+    torch.testing.assert_close(on_host(found[0]), losses)
+    torch.testing.assert_close(on_host(found[1]), gradients, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(on_host(found[2]), weights, rtol=1e-4, atol=1e-5)
+
+
+def _backbone_gradient(model: MaskRCNN, x: Tensor) -> None:
+    model.backbone(x)["p2"].sum().backward()
+
+
+def test_backbone_is_capturable_and_sampling_is_not(cfg: Config) -> None:
+    """Two batches of one padded shape with other objects: a graph of the backbone serves both."""
+    with pretended_device() as trace:
+        model = build_model(cfg).to(DEVICE).train()
+        features, losses = [], []
+        for seed, objects in enumerate(([3, 2], [0, 5])):
+            batch = make_batch(objects, (SIZE[0] - seed, SIZE[1]), 2, seed=seed)
+            images = [s.image for s in batch]
+            targets = [s.target for s in batch if s.target is not None]
+            x = model.preprocess(images)
+            model.zero_grad()  # a second gradient would be added to the first
+            features.append(trace.record(partial(_backbone_gradient, model, x)))
+            losses.append(trace.record(partial(model.losses, images, targets)))
+    assert len(features[0]) > 100
+    assert features[0] == features[1]
+    assert not waits(features[0])
+    assert not copies(features[0])
+    assert losses[0] != losses[1]
+
+
+CPU = torch.arange(4.0)
+WAITING: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x[0].item(),
+    "bool": lambda x: bool(x[0] > 1),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu", torch.float64),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 1),
+    "mask": lambda x: x[x > 1],
+    "assigned mask": lambda x: x.index_put_((x > 1,), x[:2] + 1),
+    "masked_select": lambda x: x.masked_select(x > 1),
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "copied to the host": lambda x: CPU.clone().copy_(x),
+    "copied to the device": lambda x: x.copy_(CPU),
+    "tensor": lambda x: torch.tensor([1.0], device=x.device),
+    "new_tensor": lambda x: x.new_tensor([1.0]),
+    "index of the host": lambda x: x[[0, 2]],
+}
+QUIET: dict[str, Callable[[Tensor], Tensor]] = {
+    "arithmetic": lambda x: (x + 1).sum(),
+    "index": lambda x: x[x.long()],
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long(), output_size=6),
+    "factory": lambda x: torch.arange(3, device=x.device),
+    "number of the host": lambda x: x * torch.tensor(2.0),
+    "non_blocking": lambda x: CPU.to(x.device, non_blocking=True),
+    "same device": lambda x: x.to(x.device),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_a_wait_is_found(name: str) -> None:
+    with pretended_device() as trace:
+        x = CPU.to(DEVICE)
+        found = trace.record(lambda: WAITING[name](x))
+    assert waits(found) == Counter({("test_step_trace.py", "test_a_wait_is_found"): 1})
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_no_wait_is_found(name: str) -> None:
+    with pretended_device() as trace:
+        x = CPU.to(DEVICE)
+        result: list[Tensor] = []
+        found = trace.record(lambda: result.append(QUIET[name](x)))
+    assert not waits(found)
+    assert result[0].device == DEVICE
+    torch.testing.assert_close(on_host(result[0]), QUIET[name](CPU))
+
+
+def test_memory_of_copies() -> None:
+    with pretended_device() as trace:
+        pinned, empty = CPU.pin_memory(), torch.empty(3, pin_memory=True)
+        assert pinned[1:].is_pinned()
+        assert empty.is_pinned()
+        assert not CPU.is_pinned()
+        found = trace.record(lambda: [x.to(DEVICE, non_blocking=True) for x in (CPU, pinned, empty)])
+    assert [event.copied_from for event in found] == ["pageable", "pinned", "pinned"]
+
+
+def test_counts_and_phases() -> None:
+    def region() -> None:
+        with record_function("fpn"):
+            (x.view(2, 2).t() * 2).add_(1)
+        torch.zeros(2, device=DEVICE), torch.empty(2, device=DEVICE)
+
+    with pretended_device() as trace:
+        x = CPU.to(DEVICE)
+        found = trace.record(region)
+    assert launches(found) == {"fpn": 2, "inputs": 1}
+    assert views(found) == 3
+    assert "operators         3" in describe(found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward", "backward"),
+    [((1, 32, 4, 4), 1, 1), ((2, 32, 4, 4), 1, 2), ((1, 32, 256, 256), 2, 3)],
+)
+def test_fused_norm_counts_its_launches(shape: tuple[int, ...], forward: int, backward: int) -> None:
+    weight, bias = torch.rand(32), torch.rand(32)
+    x, dy = torch.randn(shape), torch.randn(shape)
+
+    def gradients(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        inputs = a, b, c = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = group_norm(a, 8, b, c, residual=x, activation="relu")
+        return torch.autograd.grad(y, inputs, dy)
+
+    expected = gradients(x, weight, bias, dy)
+    with pretended_device() as trace:
+        tensors = [t.to(DEVICE) for t in (x, weight, bias, dy)]
+        results: list[Tensor] = []
+        found = trace.record(lambda: results.extend(gradients(*tensors)))
+    counts = {e.operator: e.launches for e in found if e.operator.startswith("gn_detect.")}
+    assert counts == {"gn_detect.group_norm": forward, "gn_detect.group_norm_backward": backward}
+    torch.testing.assert_close(on_host(results), list(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_devices_cannot_be_mixed() -> None:
+    with pretended_device():
+        x = CPU.to(DEVICE)
+        with pytest.raises(RuntimeError, match="same device"):
+            x + CPU
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
+    assert not torch.cuda.is_available()
