@@ -1,4 +1,4 @@
-"""``python -m benchmarks.memory``: memory of a long training and of a large evaluation, as curves and figures.
+"""``python -m benchmarks.memory``: memory of a long training and a large evaluation, as curves and figures.
 
 Each part runs in a process of its own, which is watched from outside together with its loader workers.
 """
