@@ -208,7 +208,7 @@ def prepare_detections(
     name = str(source) if isinstance(source, str | Path) else "results"
     data = read_entries(source) if isinstance(source, str | Path) else source
     if not isinstance(data, Iterable) or isinstance(data, str | Mapping):
-        raise UserError(f"{name}: not COCO results; it needs a list of detections")
+        raise UserError("not-results", f"{name}: not COCO results; it needs a list of detections")
     reader = _DetectionReader(name, truth, iou_type)
     read = (reader.read(given, number) for number, given in enumerate(data, start=1))
     while detections := list(islice(read, _MASKS_AT_ONCE)):
