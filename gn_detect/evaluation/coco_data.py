@@ -172,16 +172,16 @@ def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
     if size is None and isinstance(given, dict):
         found = given.get("size")
         if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int and n > 0 for n in found):
-            raise rules.error(f"{what} has an RLE without a proper 'size'; encode the mask again", "rle-size")
+            raise rules.error("rle-size", f"{what} has an RLE without a proper 'size'; encode the mask again")
         if found[0] * found[1] > MOST_PIXELS:
             raise rules.error(
-                f"{what} has an RLE of 'size' {shown(found)}, larger than images are", "rle-size"
+                "rle-size", f"{what} has an RLE of 'size' {shown(found)}, larger than images are"
             )
         size = found[0], found[1]
     if size is None:
         if given:
             raise rules.error(
-                f"{what}: its image has no 'height' or 'width', which polygons need", "image-size"
+                "image-size", f"{what}: its image has no 'height' or 'width', which polygons need"
             )
         size = (1, 1)  # the rule says what is missing
     mask = rules.segmentation(given, ImageRecord(0, "", *size), what)
@@ -278,7 +278,7 @@ class _DetectionReader:
         return encoded
 
     def _refusal(self, what: str, reason: str) -> UserError:
-        return self.rules.error(f"{what} cannot be evaluated: {reason}; correct or remove it", "malformed")
+        return self.rules.error("malformed", f"{what} cannot be evaluated: {reason}; correct or remove it")
 
 
 def _is_near(value: Any) -> bool:

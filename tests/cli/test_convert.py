@@ -321,7 +321,7 @@ def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
     target.rmdir()
 
     def full(*_: object) -> None:
-        raise UserError("the disk is full")
+        raise UserError("cannot-write", "the disk is full")
 
     with monkeypatch.context() as patch:
         patch.setattr("gn_detect.conversion.save_weights", full)

@@ -334,7 +334,7 @@ def test_an_image_that_the_predictor_refuses_is_named_and_the_others_are_done(
     class Fussy(Stub):
         def __call__(self, image: np.ndarray) -> Detections:
             if min(image.shape[:2]) < 8:
-                raise UserError("too thin")
+                raise UserError("thin-image", "too thin")
             return super().__call__(image)
 
     monkeypatch.setattr("gn_detect.engine.Predictor", Fussy)

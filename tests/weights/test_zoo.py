@@ -45,7 +45,7 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def refuse(url: str, *args: object, **kwargs: object) -> None:
         asked.append(url)
-        raise UserError(f"no network: {url}")
+        raise UserError("download-failed", f"no network: {url}")
 
     monkeypatch.setattr("gn_detect.weights.zoo.download", refuse)
     return asked
