@@ -46,10 +46,10 @@ def test_each_code_is_raised(repository: Path) -> None:
     assert set(CODES) - set(texts([file for file in sources(repository) if file.name not in LISTS])) == set()
 
 
-def test_each_message_of_the_page_is_one_of_the_package(repository: Path) -> None:
+def test_each_clause_of_the_page_is_one_of_the_package(repository: Path) -> None:
     known = "\n".join(texts([*sources(repository), Path(argparse.__file__)]))
-    rows = [(message, re.split(r"\.\.\.", message)) for _, message in documented(repository)]
-    assert [message for message, parts in rows if any(part.strip() not in known for part in parts)] == []
+    clauses = [part.strip() for _, row in documented(repository) for part in re.split(r"\.\.\.|[;:,]", row)]
+    assert [clause for clause in clauses if clause not in known] == []
 
 
 def test_errors_of_entries_are_faults_that_the_doctor_finds() -> None:
