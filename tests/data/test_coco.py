@@ -28,7 +28,7 @@ from gn_detect.data import (
 )
 from gn_detect.data.coco.faults import ERROR, DataError
 from gn_detect.data.doctor.report import examine
-from gn_detect.errors import UserError
+from gn_detect.errors import Code, UserError
 from gn_detect.evaluation.coco_data import prepare_ground_truth
 from tests.refusal import refusal
 
@@ -178,17 +178,17 @@ def test_bad_content_is_named(
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "named"),
     [
-        ("", r"is not JSON \(Expecting value, line 1, column 1\)"),
-        ('{"images": [1,', "is not JSON"),
-        ("[]", r"is not COCO: it holds a list; give"),
-        ("3", "is not COCO: it holds an integer"),
-        ("{}", "is not COCO: it has no 'images'"),
+        ("", "not-json", "line 1, column 1"),
+        ('{"images": [1,', "not-json", "line 1"),
+        ("[]", "not-coco", "a list"),
+        ("3", "not-coco", "an integer"),
+        ("{}", "not-coco", "'images'"),
     ],
 )
-def test_files_that_are_not_coco(write_dataset: Write, text: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_files_that_are_not_coco(write_dataset: Write, text: str, code: Code, named: str) -> None:
+    with refusal(code, named):
         CocoDataset(write_dataset(text))
 
 
