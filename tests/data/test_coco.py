@@ -259,10 +259,10 @@ def test_masks_that_only_the_evaluation_reads_are_checked_as_it_does(
         return
     with pytest.raises(DataError, match=f"annotation 1 of image 7 {message}") as caught:
         CocoDataset(source, evaluation=True)
-    assert errors == [(1, caught.value.kind)]
+    assert errors == [(1, caught.value.code)]
     with pytest.raises(DataError, match=f"annotation 1 of image 7 {message}") as refused:
         prepare_ground_truth(source.annotations, "segm")
-    assert refused.value.kind == caught.value.kind
+    assert refused.value.code == caught.value.code
 
 
 def test_missing_images_are_found_without_opening_any(write_dataset: Write, small_coco: dict) -> None:
