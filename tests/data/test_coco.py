@@ -287,7 +287,7 @@ def test_a_missing_image_that_is_there_under_another_name(write_dataset: Write, 
     dataset = CocoDataset(source)
     with refusal("misnamed-image", "a%205.png", "a 5.png", "doctor --fix"):
         dataset.check_files()
-    with refusal("misnamed-image", "7.png"):
+    with refusal("missing-image", "7.png"):
         read_image(source.images / "7.PNG")
 
 
