@@ -187,7 +187,7 @@ def test_an_evaluation_that_fails_costs_no_checkpoint(
 
     def fails_at_first(*args: object) -> object:
         if next(calls) == 0:
-            raise UserError("image 3 cannot be read")
+            raise UserError("unreadable-image", "image 3 cannot be read")
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trainer_module, "evaluate_test_sets", fails_at_first)

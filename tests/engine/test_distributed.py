@@ -122,7 +122,7 @@ def _talk_and_fail(folder: str) -> None:
     (Path(folder) / f"{get_rank()}.txt").write_text(str(float(mean)))
     gather(0)
     if get_rank() == 1:
-        raise UserError("image 7 is damaged")
+        raise UserError("unreadable-image", "image 7 is damaged")
     gather(0)
 
 

@@ -300,7 +300,7 @@ def _cannot_save() -> None:
         while not interruption.requested():
             time.sleep(0.01)
     if get_rank() == 0:
-        raise UserError("cannot write model_0000003.pth: no space left")
+        raise UserError("cannot-write", "cannot write model_0000003.pth: no space left")
 
 
 def test_a_failure_while_stopping_is_reported(tmp_path: Path) -> None:
