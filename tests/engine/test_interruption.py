@@ -82,9 +82,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> list[st
         done.append(where)
         if len(done) == number:
             os.kill(os.getpid(), signal.SIGTERM)
-            end = time.monotonic() + 60
-            while where == "evaluate_results" and time.monotonic() < end:
-                pass
+            end = time.process_time() + 60
+            while where == "evaluate_results":
+                assert time.process_time() < end, "the signal has not ended the evaluation"
         return real(*args)
 
     monkeypatch.setattr(evaluation_module, where, called)
@@ -123,12 +123,10 @@ def test_signal_in_an_evaluation_ends_it_and_resuming_repeats_it(
     cfg = tiny_config.replace(SHORT)
     folders = [Path(cfg.output_dir), undisturbed]
     done = stop_at(monkeypatch, where, number)
-    begin = time.monotonic()
     with pytest.raises(SystemExit) as left:
         train(cfg)
     assert left.value.code == 143
     assert len(done) == number, "the rest of the images is left out"
-    assert time.monotonic() - begin < 50
     monkeypatch.undo()
     assert (folders[0] / "last_checkpoint").read_text() == last
     assert not list(folders[0].rglob("*.tmp"))
