@@ -153,10 +153,10 @@ def test_a_checkpoint_that_knows_no_names_is_evaluated_by_position(
 
 
 def prediction(trained: Path, cases: Path, truth: str, output: Path) -> list[str]:
-    """The command; it writes everything down."""
+    """The command, without pictures."""
     words = ["predict", "--config-file", str(trained / "config.yaml"), "--weights"]
     words += [str(trained / "model_final.pth"), "--annotations", str(cases / truth), "--output", str(output)]
-    return [*words, "--threshold", "0.05", "--workers", "0", str(cases / "images")]
+    return [*words, "--threshold", "0.05", "--no-pictures", str(cases / "images")]
 
 
 @pytest.mark.parametrize("truth", ["val.json", "reordered.json", "val_from0.json", "val_onlycat.json"])

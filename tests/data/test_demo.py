@@ -197,6 +197,7 @@ def test_annotations_are_the_same_on_every_machine() -> None:
     assert digest[:16] == "d26eaa2947a53e44"
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_in_another_process(repository: Path, pictures: list[Picture]) -> None:
     code = (
         "import hashlib; from gn_detect.data.demo.dataset import make_image;"
