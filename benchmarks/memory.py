@@ -1,4 +1,4 @@
-"""``python -m benchmarks.memory``: memory of a long training and of a large evaluation, as curves.
+"""``python -m benchmarks.memory``: memory of a long training and a large evaluation, as curves and figures.
 
 Each part runs in a process of its own, which is watched from outside together with its loader workers.
 """
@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import logging
+import platform
 import resource
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from gn_detect.evaluation import evaluate_results
 from gn_detect.evaluation.backends import choose_backend
 from gn_detect.evaluation.coco import IOU_TYPES
 from gn_detect.evaluation.results_file import ResultsWriter
-from gn_detect.files import atomic_write
+from gn_detect.files import atomic_write, atomic_write_text
 from tests.engine.tiny import TINY, make_dataset
 
 MEGABYTE = 1 << 20
@@ -50,6 +51,10 @@ class Curve:
     resident: list[float] = field(default_factory=list)
     private: list[float] = field(default_factory=list)
 
+    def figures(self) -> dict[str, dict[str, list[float]]]:
+        """Return the peak for ``benchmarks/results``."""
+        return {"peak resident, MB": {"runs": [round(max(self.resident))]}}
+
     def slope(self, which: str) -> float:
         """Kilobytes for each iteration, once it has settled, and before the workers end."""
         x, y = np.array(self.progress), np.array(getattr(self, which))
@@ -58,7 +63,7 @@ class Curve:
 
 
 def main() -> None:
-    """Run both parts, print the figures, draw the curves."""
+    """Run both parts, write the figures, draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", nargs="?", choices=["train", "evaluate"], help="run it here, unwatched")
     parser.add_argument("--folder", type=Path, help="of a part")
@@ -67,6 +72,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5000, help="in the evaluation")
     parser.add_argument("--masks", type=int, default=100, help="detections in each of them")
     parser.add_argument("--picture", type=Path, default=Path("benchmarks/memory.png"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/memory.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -211,7 +217,7 @@ def _family(process: psutil.Process) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def report(args: argparse.Namespace, folder: Path) -> None:
-    """Watch both parts; print and draw."""
+    """Watch both parts; write the figures and draw."""
     command = [sys.executable, "-m", "benchmarks.memory"]
     metrics = folder / "train" / "run" / "metrics.jsonl"
 
@@ -230,11 +236,27 @@ def report(args: argparse.Namespace, folder: Path) -> None:
         first = pool.submit(watch, training, folder / "t.log", iteration, 2.0)
         second = pool.submit(watch, evaluation, folder / "e.log", lambda: time.perf_counter() - begin, 0.5)
         trained, evaluated = first.result(), second.result()
+    imported = watch(
+        [sys.executable, "-c", "import time, torchvision; time.sleep(2)"], folder / "i.log", iteration, 0.5
+    )
+    found = {"import of PyTorch and torchvision alone": imported["main process"].figures()}
     for name, curve in trained.items():
-        print(
-            f"training, {name}: peak {max(curve.resident):.0f} MB resident; per iteration "
-            f"{curve.slope('resident'):+.2f} kB resident, {curve.slope('private'):+.2f} kB private"
-        )
+        slopes = {
+            f"{which}, kB per iteration": {"runs": [round(curve.slope(which), 2)]}
+            for which in ("resident", "private")
+        }
+        found[f"training, {name}"] = curve.figures() | slopes
+    detections = f"{args.images * args.masks:,}"
+    found[f"evaluation, with COCO's AP of {detections} detections"] = evaluated["main process"].figures()
+    content = {
+        "statistic": "median",
+        "digits": 2,
+        "machine": platform.machine(),
+        "versions": {"Python": platform.python_version(), "PyTorch": torch.__version__},
+        "command": "python -m benchmarks.memory",
+        "records": [{"what": what, "figures": figures} for what, figures in found.items()],
+    }
+    atomic_write_text(args.output, json.dumps(content, indent=1) + "\n")
     print((folder / "e.log").read_text().partition("RESULT ")[2].strip())
     draw(args.picture, trained, evaluated["main process"])
 

@@ -137,9 +137,11 @@ def convert_checkpoint(
     source, target = str(source), Path(target)
     groups: dict[str, Any] = {"num_groups": num_groups, "min_channels_per_group": min_channels_per_group}
     if min(groups.values()) < 1:
-        raise UserError("--num-groups and --min-channels-per-group are at least 1")
+        raise UserError("bad-argument", "--num-groups and --min-channels-per-group are at least 1")
     if checkpoint and not (images and steps):
-        raise UserError("--checkpoint belongs to a calibration; give --images and --steps, or leave it out")
+        raise UserError(
+            "lone-flag", "--checkpoint belongs to a calibration; give --images and --steps, or leave it out"
+        )
     picture = Path(report_file).with_suffix(".png") if report_file and images else None
     config_file = None if isinstance(config, Config) else config
     _check_files(
@@ -148,15 +150,20 @@ def convert_checkpoint(
     )
     is_model = not Path(source).exists() and is_library_model(source)
     if weights and not is_model:
-        raise UserError(f"--weights is for the name of a model, and {source} is none")
+        raise UserError("conflicting-flags", f"--weights is for the name of a model, and {source} is none")
     if images and not config and not is_model:
         raise UserError(
-            f"--images needs the detector's --config-file, the one that {source} was trained with"
+            "no-config",
+            f"--images needs the detector's --config-file, the one that {source} was trained with",
         )
     if relative_eps and not config and not is_model:
-        raise UserError("--relative-eps needs the detector's --config-file, or the name of a model")
+        raise UserError(
+            "no-config", "--relative-eps needs the detector's --config-file, or the name of a model"
+        )
     if converted and (eps is not None or relative_eps):
-        raise UserError(f"{converted} has its own eps; leave --eps and --relative-eps out")
+        raise UserError(
+            "conflicting-flags", f"{converted} has its own eps; leave --eps and --relative-eps out"
+        )
     rates = {"learning_rate": learning_rate, "norm_learning_rate": norm_learning_rate}
     settings: dict[str, Any] = {**rates, "block_weight": block_weight, "checkpoint": checkpoint}
 
@@ -214,14 +221,16 @@ def _check_files(
     """Check, before anything is computed, that each output can be written and replaces no other file."""
     target = Path(written["DST"] or "")
     if target.suffix not in SUFFIXES:
-        raise UserError(f"{target} must end in {', '.join(SUFFIXES)}")
+        raise UserError("wrong-ending", f"{target} must end in {', '.join(SUFFIXES)}")
     places = {os.path.realpath(str(path)): path for path in read if path}
     for name, path in written.items():
         if path is None:
             continue
         place = os.path.realpath(path)
         if place in places:
-            raise UserError(f"{name} {path} would replace {places[place]}; choose another name")
+            raise UserError(
+                "replaced-file", f"{name} {path} would replace {places[place]}; choose another name"
+            )
         places[place] = path
         check_writable(path)
 
@@ -244,8 +253,9 @@ def _convert_tensors(
     """Convert a state dict. A detector's gets detectron2's names; another keeps those of its own model."""
     if standardised_convs(checkpoint):  # its config says so, and the new file has none
         raise UserError(
+            "unconvertible-model",
             f"{checkpoint.path} standardises weights (ConvWS); fold that first with gn-detect convert "
-            "--keep-norm, and convert what it writes"
+            "--keep-norm, and convert what it writes",
         )
     named = checkpoint.tensors if translation.is_detector else checkpoint.stored
     if eps is None and computes_with_eps_0(checkpoint):
@@ -254,9 +264,10 @@ def _convert_tensors(
     unknown = norms_of_unspecified_groups(checkpoint)
     if unknown and groups["min_channels_per_group"] > 1:
         raise UserError(
+            "unknown-groups",
             f"{len(unknown)} norms of {checkpoint.path} are GroupNorms already, such as '{unknown[0]}', and "
             "keep their groups, which the file does not give; give its --config-file, or "
-            "--min-channels-per-group 1 if they are detectron2's 32 groups"
+            "--min-channels-per-group 1 if they are detectron2's 32 groups",
         )
     known = norms_of(checkpoint, named)
     norms = norm_metadata(
@@ -271,9 +282,10 @@ def _refuse_mixed_groups(model: nn.Module) -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
     if norms and group_keys({(norm.num_channels, norm.num_groups) for norm in norms}) is None:
         raise UserError(
+            "unknown-groups",
             "the detector's own GroupNorms keep their groups, and no MODEL.GN gives these and those of the "
             "converted norms; add --num-groups and --min-channels-per-group as in its config, mostly "
-            "--min-channels-per-group 1"
+            "--min-channels-per-group 1",
         )
 
 
@@ -330,15 +342,17 @@ def _usage(target: Path, groups: dict[str, Any], for_config: bool, for_module: b
 def _prepare_images(found: LibraryModel, name: str, images: str | Path, paths: list[Path]) -> Tensor:
     if found.prepare is None:
         raise UserError(
+            "calibration-images",
             f"{name} does not take single pictures, so --images cannot calibrate it; leave them out, or "
-            "call gn_detect.calibrate with the model's own inputs"
+            "call gn_detect.calibrate with the model's own inputs",
         )
     inputs = [found.prepare(Image.fromarray(read_image(path, "RGB"))) for path in paths]
     shapes = sorted({tuple(image.shape[-2:]) for image in inputs})
     if len(shapes) > 1:  # a segmenter's are resized and not cropped
         raise UserError(
+            "calibration-images",
             f"{name} takes images of any size, and those of {images} become {len(shapes)} sizes, "
-            f"such as {shapes[0]} and {shapes[-1]} (height, width); give images of one size"
+            f"such as {shapes[0]} and {shapes[-1]} (height, width); give images of one size",
         )
     return torch.stack(inputs)
 
@@ -348,19 +362,20 @@ def _find_images(
 ) -> list[Path]:
     """Return at most ``most`` files, spread evenly over the folder or the COCO JSON."""
     if most < 2:
-        raise UserError(f"--max-images {most}: a calibration needs two images at least")
+        raise UserError("bad-argument", f"--max-images {most}: a calibration needs two images at least")
     if Path(images).suffix == ".json":
         paths = read_image_list(Path(images), Path(folder or Path(images).parent), outside)
     elif folder:
-        raise UserError("--image-folder belongs to --images FILE.json")
+        raise UserError("lone-flag", "--image-folder belongs to --images FILE.json")
     else:
         paths = find_images([str(images)])
     count = min(most, len(paths))
     paths = [paths[i * len(paths) // count] for i in range(count)]
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(
+            "missing-image",
             f"{images}: {len(missing)} of {count} images are missing, such as {missing[0]}; name "
-            "their folder with --image-folder"
+            "their folder with --image-folder",
         )
     return paths
 

@@ -33,7 +33,7 @@ def remedy(error: OSError) -> str:
 
 def cannot_write(path: str | Path, error: OSError, then: str = "") -> UserError:
     """Return the error for a ``path`` that cannot be written; ``then`` follows after the remedy."""
-    return UserError(f"cannot write {path}: {error.strerror or error}; {remedy(error)}{then}")
+    return UserError("cannot-write", f"cannot write {path}: {error.strerror or error}; {remedy(error)}{then}")
 
 
 def open_file(path: str | Path) -> IO[bytes]:
@@ -59,7 +59,9 @@ def _check_regular(path: str | Path, found: os.stat_result) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path} is a device, a pipe or a socket; give a regular file, or a link to one")
+        raise UserError(
+            "not-a-file", f"{path} is a device, a pipe or a socket; give a regular file, or a link to one"
+        )
 
 
 def read_text(path: str | Path, largest: int | None = None) -> str:
@@ -77,7 +79,10 @@ def read_text(path: str | Path, largest: int | None = None) -> str:
     with open_file(path) as file:
         content = file.read(-1 if largest is None else largest + 1)
     if largest is not None and len(content) > largest:
-        raise UserError(f"{path} has more than {largest} bytes, too many for such a file; check its name")
+        raise UserError(
+            "oversized-file",
+            f"{path} has more than {largest} bytes, too many for such a file; check its name",
+        )
     return content.decode("utf-8-sig")
 
 

@@ -80,7 +80,7 @@ def finetune(
         SystemExit: SIGTERM (status 143) or SIGINT (130) came, and the run is saved.
     """
     if (val_json is None) != (val_images is None):
-        raise UserError("val_json and val_images belong together; give both")
+        raise UserError("lone-flag", "val_json and val_images belong together; give both")
     keys = {**(overrides or {}), "OUTPUT_DIR": output_dir}
     if weights:
         keys["MODEL.WEIGHTS"] = weights

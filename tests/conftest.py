@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +41,39 @@ def shared_dir() -> Path:
 def repository() -> Path:
     """Root of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_curves() -> Iterator[None]:
+    """Leave the picture of a run's curves empty: it takes longer than the training of a small model.
+
+    The fixture ``real_curves`` draws it, as processes that a test starts do.
+    """
+    from gn_detect.files import atomic_write_text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gn_detect.engine.drawing.plot_curves", lambda _, path: atomic_write_text(path, ""))
+        yield
+
+
+@pytest.fixture
+def real_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the curves of the test's runs."""
+    from gn_detect.visualize import plot_curves
+
+    monkeypatch.setattr("gn_detect.engine.drawing.plot_curves", plot_curves)
+
+
+@pytest.fixture
+def quick_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``launch`` fork its processes from one that has imported everything, which takes each seconds.
+
+    They do not see patches, environment variables and standard output of the test.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gn_detect.cli.train", "gn_detect.engine.trainer"])
+    module = importlib.import_module("gn_detect.distributed.launch")
+    monkeypatch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
 
 
 @pytest.hookimpl(wrapper=True)

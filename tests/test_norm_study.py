@@ -59,10 +59,10 @@ def test_a_detector_that_diverges_counts_with_nothing(monkeypatch: pytest.Monkey
         return train
 
     cell = Cell("detector", "FrozenBN", 2, 1)
-    monkeypatch.setattr(detector, "train", fails(UserError("no such file")))
+    monkeypatch.setattr(detector, "train", fails(UserError("missing-config", "no such file")))
     with pytest.raises(UserError, match="no such file"):
         detector.average_precisions(cell, Path("shared"), quick=True)
-    monkeypatch.setattr(detector, "train", fails(Diverged("training diverged at iteration 24")))
+    monkeypatch.setattr(detector, "train", fails(Diverged("diverged", "training diverged at iteration 24")))
     found = detector.average_precisions(cell, Path("shared"), quick=True)
     assert found["mask AP"] == found["box AP75"] == 0
     text = drawn.tables({cell: found})

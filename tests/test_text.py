@@ -46,7 +46,7 @@ def test_hidden_characters_become_escapes() -> None:
 
 
 def test_errors_are_one_line() -> None:
-    for error in (UserError(f"category {EVIL}"), DataError(f"category {EVIL}", "malformed")):
+    for error in (UserError("malformed", f"category {EVIL}"), DataError("malformed", f"category {EVIL}")):
         assert not HIDDEN.search(str(error))
         assert r"cat\n12:00:00 ERROR forged\x1b[2J" in str(error)
         assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -43,7 +43,6 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--table", type=Path, help="file for a table in Markdown")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows: dict[str, dict[str, Any]] = {}
@@ -65,24 +64,6 @@ def main() -> None:
                 print(_line(name, rows[name]), flush=True)
     with_norms = [row for row in rows.values() if row["norms"]]
     print(f"{len(rows)} models, {len(with_norms)} with BatchNorm or FrozenBatchNorm")
-    if args.table:
-        args.table.write_text(_table(rows))
-
-
-def _table(rows: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "| family | model | norms | ours | compiled | Opacus: left | affine lost | timm: left |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        if row["norms"]:
-            compiled = ", ".join(row.get("compiled", [])) or "-"
-            cells = (
-                row["family"], name, row["norms"], row["ours"], compiled, row["opacus_left"],
-                row["opacus_affine_lost"], row["timm_left"],
-            )  # fmt: skip
-            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def _line(name: str, row: dict[str, Any]) -> str:

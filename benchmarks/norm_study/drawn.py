@@ -87,7 +87,7 @@ def _values(done: Results, wanted: Callable[[Cell], bool], key: str) -> list[flo
     return [found[key] for cell, found in done.items() if wanted(cell)]
 
 
-def _in_words(values: list[float]) -> str:
+def in_words(values: list[float]) -> str:
     """Mean and standard deviation over the seeds, and how many where they are not three."""
     if not values:
         return ""
@@ -104,7 +104,7 @@ def _by_batch(done: Results, task: Task, key: str, title: str) -> str:
         if any(found):
             counts = sorted({len(values) for values in found if values})
             seeds = "-".join(str(count) for count in sorted({counts[0], counts[-1]}))
-            lines.append(f"| {LABELS[norm]} | " + " | ".join(map(_in_words, found)) + f" | {seeds} |")
+            lines.append(f"| {LABELS[norm]} | " + " | ".join(map(in_words, found)) + f" | {seeds} |")
     if len(lines) <= 2:
         return ""
     if not depends_on_batch(task, "GN"):
@@ -122,7 +122,7 @@ def _by_groups(done: Results, task: Task, key: str, title: str) -> str:
     columns["1 channel"] = _main(task, "IN", 2)
     for size in GROUP_SIZES:
         columns[f"{size} channels"] = _split(task, 0, size)
-    found = {name: _in_words(_values(done, wanted, key)) for name, wanted in columns.items()}
+    found = {name: in_words(_values(done, wanted, key)) for name, wanted in columns.items()}
     if not any(_values(done, columns[str(groups)], key) for groups in GROUPS):
         return ""
     return "\n".join(
@@ -143,7 +143,7 @@ def _coco_table(done: Results) -> str:
     keys = [f"{kind} {key}" for kind in ("box", "mask") for key in ("AP", "AP50", "AP75")]
     lines = ["| detector, 2 images per worker | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for norm in NORMS:
-        found = [_in_words(_values(done, _main("detector", norm, 2), key)) for key in keys]
+        found = [in_words(_values(done, _main("detector", norm, 2), key)) for key in keys]
         if any(found):
             lines.append(f"| {LABELS[norm]} | " + " | ".join(found) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""

@@ -59,7 +59,9 @@ def compare_steps(config: str, arguments: Sequence[str], rounds: int) -> Iterato
                 command += ["--output", str(report), *arguments, *keys]
                 done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
                 if done.returncode:
-                    raise UserError(f"the training step with {name} failed:\n{done.stderr.strip()}")
+                    raise UserError(
+                        "process-failed", f"the training step with {name} failed:\n{done.stderr.strip()}"
+                    )
                 figures = json.loads(report.read_text())
                 step = steps.setdefault(name, Step())
                 step.seconds.append(statistics.median(figures["seconds"]))

@@ -100,7 +100,7 @@ def _run_norms(args: argparse.Namespace, config: str) -> Result:
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu")
+        raise UserError("no-gpu", "--device cuda: PyTorch finds no GPU here; use --device cpu")
     print(
         f"norms of R-50-FPN, {args.images} x 800 x 1344, {describe_machine(device)}; ratios: time over ours"
     )

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> Result:
     try:
         import shtab
     except ImportError:
-        raise UserError("shell completion needs shtab: pip install shtab") from None
+        raise UserError("missing-package", "shell completion needs shtab: pip install shtab") from None
     script = shtab.complete(make_parser(COMMANDS), shell=args.shell)
     print(script)
     return Result({"shell": args.shell, "script": script})

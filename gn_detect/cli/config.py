@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> Result:
     words = args.overrides
     if words[:1] == ["explain"]:
         if len(words) < 2:
-            raise UserError("explain needs a key or words, such as gn-detect config explain SOLVER.BASE_LR")
+            raise UserError(
+                "missing-argument",
+                "explain needs a key or words, such as gn-detect config explain SOLVER.BASE_LR",
+            )
         facts = _explain(" ".join(words[1:]))
         return Result([vars(fact) for fact in facts])
     if words == ["reference"]:

@@ -96,7 +96,10 @@ def run(args: argparse.Namespace) -> Result:
     target = _with_ending(Path(args.target), args.format)
     if args.keep_norm:
         if args.relative_eps:
-            raise UserError("--relative-eps converts norms, and --keep-norm keeps them; leave one out")
+            raise UserError(
+                "conflicting-flags",
+                "--relative-eps converts norms, and --keep-norm keeps them; leave one out",
+            )
         rewritten = rewrite_checkpoint(args.source, target)
         print(rewritten)
         return Result(rewritten.to_dict())
@@ -111,8 +114,10 @@ def run(args: argparse.Namespace) -> Result:
 def _with_ending(target: Path, ending: str | None) -> Path:
     if target.suffix[1:] not in FORMATS:
         if ending is None:
-            raise UserError(f"{target} must end in {', '.join(f'.{e}' for e in FORMATS)}, or add --format")
+            raise UserError(
+                "wrong-ending", f"{target} must end in {', '.join(f'.{e}' for e in FORMATS)}, or add --format"
+            )
         return target.with_name(f"{target.name}.{ending}")
     if ending and target.suffix != f".{ending}":
-        raise UserError(f"--format {ending}, but {target} ends in {target.suffix}")
+        raise UserError("conflicting-flags", f"--format {ending}, but {target} ends in {target.suffix}")
     return target

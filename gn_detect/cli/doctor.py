@@ -63,9 +63,13 @@ def run(args: argparse.Namespace) -> Result:
     written = [Path(path) for path in (args.fix, args.report) if path]
     pictures = [Path(args.report).with_suffix(".png")] if args.report else []
     if len(set(map(os.path.realpath, written + pictures))) < len(written + pictures):
-        raise UserError("--fix, --report and the picture of --report (.png) need different names")
+        raise UserError(
+            "replaced-file", "--fix, --report and the picture of --report (.png) need different names"
+        )
     if any(output_is_input(path, [source.annotations for source in sources]) for path in written):
-        raise UserError("--fix and --report must not name an input: the doctor never changes it")
+        raise UserError(
+            "replaced-file", "--fix and --report must not name an input: the doctor never changes it"
+        )
     diagnosis = examine(
         sources, open_images=not args.no_images, masks=not args.no_masks, crowds=not args.no_crowds
     )
@@ -83,14 +87,17 @@ def run(args: argparse.Namespace) -> Result:
 
 def _check_files(args: argparse.Namespace) -> None:
     if not args.files:
-        raise UserError("no annotation file: gn-detect doctor train.json --images FOLDER")
+        raise UserError("missing-argument", "no annotation file: gn-detect doctor train.json --images FOLDER")
     if args.images is None:
         if not args.no_images:
-            raise UserError("--images FOLDER is missing, one for each annotation file; or add --no-images")
+            raise UserError(
+                "missing-argument",
+                "--images FOLDER is missing, one for each annotation file; or add --no-images",
+            )
         args.images = [Path(file).parent for file in args.files]
     if len(args.files) != len(args.images):
         counts = f"{len(args.files)} annotation files but {len(args.images)} --images"
-        raise UserError(f"{counts}; give each annotation file its folder")
+        raise UserError("missing-argument", f"{counts}; give each annotation file its folder")
 
 
 def _sources(args: argparse.Namespace) -> list[DatasetSource]:
@@ -99,7 +106,10 @@ def _sources(args: argparse.Namespace) -> list[DatasetSource]:
     sources: list[DatasetSource] = []
     for file, images in zip(map(Path, args.files), map(Path, args.images), strict=True):
         if not images.is_dir() and not args.no_images:
-            raise UserError(f"images folder {images} is missing; correct --images, or add --no-images")
+            raise UserError(
+                "missing-images-folder",
+                f"images folder {images} is missing; correct --images, or add --no-images",
+            )
         known = any(other.name == file.name for other in sources)
         name = str(file) if known else file.name
         sources.append(DatasetSource(name, file, images, args.allow_outside))

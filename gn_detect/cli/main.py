@@ -13,7 +13,6 @@ from types import ModuleType
 from .. import __version__
 from ..errors import UserError
 from ..files import remedy
-from ..text import printable
 from .output import Result, add_output_arguments, directed, print_json, printable_output
 from .parser import Parser, check_flags, check_keys, without_old_json
 
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parse(arguments)
     except UserError as error:
-        return _fail(str(error))
+        return _fail(error)
     try:
         with printable_output(), directed(args.quiet, args.as_json), warnings.catch_warnings():
             # Pillow warns of images half as large as those that it refuses.
@@ -73,16 +72,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_json(outcome.value)
         return outcome.status
     except UserError as error:
-        return _fail(str(error))
+        return _fail(error)
     except BrokenPipeError:  # the reader of standard output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         name = f": {error.filename}" if error.filename else ""
-        return _fail(f"{(error.strerror or str(error)).lower()}{name}; {remedy(error)}")
+        message = f"{(error.strerror or str(error)).lower()}{name}; {remedy(error)}"
+        return _fail(UserError("system-error", message))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported here
             raise
-        return _fail(f"out of GPU memory; {_less_memory(args)}")
+        return _fail(UserError("out-of-memory", f"out of GPU memory; {_less_memory(args)}"))
     except KeyboardInterrupt:
         hint = "; --resume continues from the last checkpoint" if _trains(args) else ""
         print(f"interrupted{hint}", file=sys.stderr)
@@ -105,7 +105,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     rest = [word for word in rest if word != "--"]
     lists = [name for name in ("overrides", "inputs", "runs", "names", "files") if hasattr(args, name)]
     if rest and not lists:
-        raise UserError(f"{rest[0]!r} is a word too many; gn-detect {args.command} --help shows how")
+        raise UserError(
+            "extra-argument", f"{rest[0]!r} is a word too many; gn-detect {args.command} --help shows how"
+        )
     if rest:
         getattr(args, lists[0]).extend(rest)
     if not (args.command == "config" and args.overrides[:1] == ["explain"]):
@@ -166,6 +168,6 @@ def _less_memory(args: argparse.Namespace) -> str:
     return LESS_MEMORY
 
 
-def _fail(message: str) -> int:
-    print(f"error: {printable(message)}", file=sys.stderr)
+def _fail(error: UserError) -> int:
+    print(f"error: {error.line}", file=sys.stderr)
     return BAD_INPUT

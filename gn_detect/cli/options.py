@@ -81,7 +81,10 @@ def take_weights(args: argparse.Namespace) -> None:
     """
     if args.weights:
         if "MODEL.WEIGHTS" in args.overrides[::2]:
-            raise UserError(f"--weights {args.weights} and MODEL.WEIGHTS name the same thing; give one")
+            raise UserError(
+                "conflicting-flags",
+                f"--weights {args.weights} and MODEL.WEIGHTS name the same thing; give one",
+            )
         args.overrides = ["MODEL.WEIGHTS", args.weights, *args.overrides]
 
 
@@ -97,7 +100,7 @@ def take_checkpoint(args: argparse.Namespace, words: list[str]) -> list[str]:
 
 def check_threshold(value: float) -> None:
     if not 0 <= value <= 1:
-        raise UserError(f"--threshold {value:g}: it must be from 0 to 1, as scores are")
+        raise UserError("bad-argument", f"--threshold {value:g}: it must be from 0 to 1, as scores are")
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,8 +125,9 @@ def read_config(args: argparse.Namespace) -> Config:
         return _with_datasets(choose_config(args), args)
     if not args.config_file and not args.eval_only:
         raise UserError(
+            "no-config",
             "no config: add --config-file FILE, such as quick/demo.yaml, or --train-json FILE and "
-            "--train-images FOLDER to have one made for your data"
+            "--train-images FOLDER to have one made for your data",
         )
     return _with_datasets(read_config_file(args), args)
 
@@ -144,7 +148,7 @@ def read_config_file(args: argparse.Namespace) -> Config:
 
         cfg, _ = read_pretrained(weights, args.overrides)
     else:
-        raise UserError(NO_CONFIG)
+        raise UserError("no-config", NO_CONFIG)
     return fix_config(cfg, cfg.model.weights) if args.fix_config and cfg.model.weights else cfg
 
 
@@ -184,7 +188,7 @@ def _evaluated(cfg: Config, resume: bool) -> Checkpoint | None:
 def _pair(args: argparse.Namespace, part: str) -> tuple[str, str] | None:
     annotations, images = getattr(args, f"{part}_json"), getattr(args, f"{part}_images")
     if (annotations is None) != (images is None):
-        raise UserError(f"--{part}-json and --{part}-images belong together; give both")
+        raise UserError("lone-flag", f"--{part}-json and --{part}-images belong together; give both")
     return None if annotations is None else (annotations, images)
 
 

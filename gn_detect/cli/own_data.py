@@ -26,7 +26,7 @@ def choose_config(args: argparse.Namespace) -> Config:
         device = str(given.get("MODEL.DEVICE", "auto"))
         check_launch(device, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     if not args.train_images:
-        raise UserError("--train-json and --train-images belong together; give both")
+        raise UserError("lone-flag", "--train-json and --train-images belong together; give both")
     cfg, recipe = autoconfig.choose_config(
         args.train_json,
         args.train_images,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from ..errors import UserError
+from ..errors import Code, UserError
 
 _ITERATIONS = "SOLVER.MAX_ITER, in iterations: epochs x images / SOLVER.IMS_PER_BATCH"
 _SIZES = "INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST, the shorter side, and INPUT.MAX_SIZE_TRAIN and _TEST"
@@ -100,8 +100,15 @@ class Parser(argparse.ArgumentParser):
         choices = [str(choice) for action in self._actions for choice in action.choices or ()]
         near = get_close_matches(wrong[2], choices, 1) if wrong else []
         if wrong and near:
-            raise UserError(f"{wrong[1]}; did you mean {near[0]}?")
-        raise UserError(f"{message}; {self.prog} --help shows how")
+            raise UserError(_code(message), f"{wrong[1]}; did you mean {near[0]}?")
+        raise UserError(_code(message), f"{message}; {self.prog} --help shows how")
+
+
+def _code(message: str) -> Code:
+    """Return the code of one of argparse's messages."""
+    if message.startswith("argument command: "):
+        return "unknown-command"
+    return "missing-argument" if re.search("required|expected .*argument", message) else "bad-argument"
 
 
 def check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -124,7 +131,7 @@ def check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         scope = command if command is not None and index > position else parser
         if not re.match("--?[A-Za-z]", word) or flag in scope._option_string_actions:
             continue
-        raise UserError(f"unknown flag {flag}; {_meant(scope, flag)}")
+        raise UserError("unknown-flag", f"unknown flag {flag}; {_meant(scope, flag)}")
 
 
 def without_old_json(command: str, words: list[str]) -> list[str]:
@@ -187,9 +194,12 @@ def check_keys(words: Sequence[str]) -> None:
         is_key = key in known_keys() or ("." in key and key.upper() in known_keys())
         meant = key.upper() if is_key else key_of_habit(key)
         if equals and meant:
-            raise UserError(f"{word}: key and value stand apart here, as in {meant.split(',')[0]} {value}")
+            raise UserError(
+                "key-with-equals",
+                f"{word}: key and value stand apart here, as in {meant.split(',')[0]} {value}",
+            )
         if meant and not is_key:
-            raise UserError(f"{key}: unknown key; its name here is {meant}")
+            raise UserError("unknown-key", f"{key}: unknown key; its name here is {meant}")
 
 
 def key_of_habit(name: str) -> str:

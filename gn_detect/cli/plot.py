@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     if args.smooth < 1:
-        raise UserError(f"--smooth {args.smooth}: it must be 1 or more log lines")
+        raise UserError("bad-argument", f"--smooth {args.smooth}: it must be 1 or more log lines")
     paths = [Path(text) for text in args.runs]
     metrics = [path / "metrics.jsonl" if path.is_dir() else path for path in paths]
     folder = metrics[0].parent if len(metrics) == 1 else Path()
@@ -48,7 +48,7 @@ def name_runs(metrics: list[Path]) -> list[str]:
     """
     folders = [Path(os.path.realpath(path)).parent.parts for path in metrics]
     if len(set(folders)) < len(folders):
-        raise UserError("the same run is given twice; name each once")
+        raise UserError("extra-argument", "the same run is given twice; name each once")
     lengths = range(1, max(map(len, folders)) + 1)
     named = (["/".join(parts[-length:]) for parts in folders] for length in lengths)
     return next(names for names in named if len(set(names)) == len(names))

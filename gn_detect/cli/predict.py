@@ -94,22 +94,26 @@ def run(args: argparse.Namespace) -> Result:
 
     check_threshold(args.threshold)
     if args.other_classes and not args.annotations:
-        raise UserError("--other-classes says how --annotations are read; give them, too")
+        raise UserError("lone-flag", "--other-classes says how --annotations are read; give them, too")
     texts, overrides = split_overrides(args.inputs)
     if not args.model and texts and texts[0].endswith(EXPORTED):
         args.model, *texts = texts
     elif not args.model and "MODEL.WEIGHTS" not in overrides[::2]:
         texts = take_checkpoint(args, texts)
         if not (args.weights or args.config_file):
-            raise UserError(NO_CONFIG)
+            raise UserError("no-config", NO_CONFIG)
     if "OUTPUT_DIR" in overrides[::2]:
-        raise UserError("predict writes into the folder of --output, and OUTPUT_DIR has no effect")
+        raise UserError(
+            "conflicting-flags", "predict writes into the folder of --output, and OUTPUT_DIR has no effect"
+        )
     if args.weights and args.weights.endswith(EXPORTED):
-        raise UserError(f"{args.weights} was exported: give it by --model, without --config-file")
+        raise UserError(
+            "conflicting-flags", f"{args.weights} was exported: give it by --model, without --config-file"
+        )
     found = find_images(texts, videos=True)
     workers = default_workers() if args.workers is None else args.workers
     if workers < 0:
-        raise UserError(f"--workers {workers}: it must be 0 or more")
+        raise UserError("bad-argument", f"--workers {workers}: it must be 0 or more")
     truth = read_truth(args.annotations) if args.annotations else None
     paths = found if truth is None else keep_listed(found, texts, truth)
     output = Path(args.output)
@@ -140,7 +144,8 @@ def run(args: argparse.Namespace) -> Result:
     if counts["images"] and not counts["objects"]:
         print(fitted(nothing_found(predictor, best, args.threshold), sys.stdout))
     scores = {"best_score": best.best_score, "best_input": best.best_input}
-    value = {**counts, **scores, "output": str(output), "failures": failures}
+    described = [{"code": failure.code, "message": str(failure)} for failure in failures]
+    value = {**counts, **scores, "output": str(output), "failures": described}
     return Result(value, UNREADABLE if failures else 0)
 
 
@@ -172,7 +177,10 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
             ["--config-file"] * bool(args.config_file) + ["--weights"] * bool(args.weights) + overrides[:1]
         )
         if given:
-            raise UserError(f"--model holds its own config, so {given[0]} has no effect; leave it out")
+            raise UserError(
+                "conflicting-flags",
+                f"--model holds its own config, so {given[0]} has no effect; leave it out",
+            )
         return ExportedPredictor(args.model, trust=args.trust)
     args.overrides = overrides
     take_weights(args)
@@ -191,7 +199,9 @@ def keep_listed(paths: list[Path], texts: list[str], truth: Truth) -> list[Path]
     images = [path for path in paths if not is_video(path)]
     others = {path for path in images if path not in named and not truth.lists(path)}
     if images and len(others) == len(images):
-        raise UserError(f"{truth.path} lists no image of {', '.join(texts[:3])}; give its own images")
+        raise UserError(
+            "unlisted-image", f"{truth.path} lists no image of {', '.join(texts[:3])}; give its own images"
+        )
     if others:
         print(f"{len(others)} of {len(images)} images are left out: {truth.path} does not list them")
     return [path for path in paths if path not in others]
@@ -207,7 +217,8 @@ def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None)
         image_id = number if truth is None else truth.image_id_of(path)
         if truth is not None and by_id.setdefault(image_id, path) is not path:
             raise UserError(
-                f"{path} and {by_id[image_id]} are both image {image_id} of {truth.path}; give one of them"
+                "ambiguous-image",
+                f"{path} and {by_id[image_id]} are both image {image_id} of {truth.path}; give one of them",
             )
         objects = None if truth is None else truth.objects[image_id]
         size = None if truth is None else truth.sizes.get(image_id)
@@ -232,16 +243,18 @@ def match_categories(predictor: ImagePredictor, truth: Truth, other_classes: boo
     if other_classes or known == unnamed_classes(len(known)):
         if len(names) != len(known):
             raise UserError(
+                "num-classes-differ",
                 f"{truth.path} has {len(names)} categories ({list_names(names)}), and the model has "
-                f"{len(known)} classes; give its own annotations"
+                f"{len(known)} classes; give its own annotations",
             )
         return list(truth.category_ids)
     try:
         places = match_names(names, known)
     except ValueError as error:
         raise UserError(
+            "classes-differ",
             f"{truth.path} has the categories {list_names(names)}, and the model was trained on "
-            f"{list_names(known)}: {error}; {OTHER_CLASSES}"
+            f"{list_names(known)}: {error}; {OTHER_CLASSES}",
         ) from None
     category_ids: list[int | None] = [None] * len(known)
     for place, category_id in zip(places, truth.category_ids, strict=True):
@@ -272,7 +285,10 @@ def check_replaces_nothing(
     lists = [output / "predictions.json", output / "images.json", *(v.with_suffix(".jsonl") for v in videos)]
     for written in [*pictures, *videos, *lists]:
         if os.path.realpath(written) in read:
-            raise UserError(f"{written} is an input and would be replaced; choose another --output folder")
+            raise UserError(
+                "replaced-file",
+                f"{written} is an input and would be replaced; choose another --output folder",
+            )
 
 
 def predict_one_video(predictor: ImagePredictor, path: Path, output: Path, **settings: Any) -> Outcome:
@@ -282,7 +298,7 @@ def predict_one_video(predictor: ImagePredictor, path: Path, output: Path, **set
     try:
         outcome = predict_video(predictor, path, output, **settings)
     except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return Outcome(failures=[str(error)])
+        print(f"error: {error.line}", file=sys.stderr)
+        return Outcome(failures=[error])
     print(printable(f"{outcome.objects} objects in {outcome.images} frames of {path}: see {output}"))
     return outcome

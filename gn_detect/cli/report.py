@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     check_threshold(args.threshold)
     if args.output and not args.output.lower().endswith((".html", ".htm")):
-        raise UserError(f"cannot write the page {args.output}: its name must end in .html")
+        raise UserError("wrong-ending", f"cannot write the page {args.output}: its name must end in .html")
     if args.pictures < 0:
-        raise UserError(f"--pictures {args.pictures}: it must be 0 or more")
+        raise UserError("bad-argument", f"--pictures {args.pictures}: it must be 0 or more")
     from ..report import write_report
 
     path = write_report(args.run, args.output, threshold=args.threshold, pictures=args.pictures)

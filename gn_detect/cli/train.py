@@ -92,11 +92,14 @@ def run(args: argparse.Namespace) -> Result:
 
 def _check_flags(args: argparse.Namespace) -> None:
     if args.allow_changes and (args.eval_only or not args.resume):
-        raise UserError("--allow-changes has an effect only where a training is resumed; add --resume to it")
+        raise UserError(
+            "lone-flag", "--allow-changes has an effect only where a training is resumed; add --resume to it"
+        )
     if args.other_classes and not (args.eval_only or args.resume):
         raise UserError(
+            "conflicting-flags",
             "--other-classes is for evaluation and --resume; from --weights of other classes, the layers for "
-            "them start afresh without it"
+            "them start afresh without it",
         )
 
 

@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> Result:
 
     entries = [find_entry(name) for name in args.names] or list(read_catalog().values())
     if args.action == "download" and bool(args.names) == args.all:
-        raise UserError("name what to download, such as R-50-GN (gn-detect zoo list shows all), or --all")
+        raise UserError(
+            "missing-argument",
+            "name what to download, such as R-50-GN (gn-detect zoo list shows all), or --all",
+        )
     if args.action == "verify" and not args.names:
         entries = [entry for entry in entries if entry.file.is_file()]
         if not entries:

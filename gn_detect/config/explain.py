@@ -62,7 +62,7 @@ def explain(key: str) -> list[KeyFact]:
     if not found:
         near = nearest_key(wanted)
         hint = f"did you mean {near}?" if near else "gn-detect config reference lists all"
-        raise UserError(f"{key}: unknown key; {hint}")
+        raise UserError("unknown-key", f"{key}: unknown key; {hint}")
     return found
 
 

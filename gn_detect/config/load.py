@@ -73,7 +73,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def _merge_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
     """Write ``KEY VALUE`` pairs into ``tree``; return their origins."""
     if len(overrides) % 2:
-        raise UserError(f"{COMMAND_LINE}: {overrides[-1]} has no value; give KEY VALUE pairs")
+        raise UserError(
+            "missing-value", f"{COMMAND_LINE}: {overrides[-1]} has no value; give KEY VALUE pairs"
+        )
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         merge(tree, nested(key, value), replace_mappings=True)
     return dict.fromkeys(overrides[::2], COMMAND_LINE)
@@ -106,9 +108,9 @@ def parse_config(text: str) -> Config:
     try:
         tree = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"not YAML: {' '.join(str(error).split())}") from None
+        raise UserError("not-yaml", f"not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError("not a config; it needs KEY: value lines")
+        raise UserError("not-a-config", "not a config; it needs KEY: value lines")
     return validate(tree, {})
 
 
@@ -126,7 +128,7 @@ def find_config(path: str | Path) -> Path:
     known = sorted(str(file.relative_to(folder)) for folder in folders for file in folder.rglob("*.yaml"))
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else "; give the path of a YAML file"
-    raise UserError(f"{path}: no such config file{hint}")
+    raise UserError("missing-config", f"{path}: no such config file{hint}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -139,17 +141,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = parse_yaml(read_text(path, LARGEST))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
+        raise UserError("cannot-read", f"{path}: cannot be read ({reason})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         problem = shortened(" ".join(str(getattr(error, "problem", None) or error).split()), 200)
         remedy = "correct that line" if mark else "correct the file"
-        raise UserError(f"{path}:{line} not YAML: {problem}; {remedy}") from None
+        raise UserError("not-yaml", f"{path}:{line} not YAML: {problem}; {remedy}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: not a config; it needs KEY: value lines, not a {type(values).__name__}")
+        raise UserError(
+            "not-a-config", f"{path}: not a config; it needs KEY: value lines, not a {type(values).__name__}"
+        )
     return values
 
 
@@ -170,21 +174,25 @@ def _follow(path: Path, above: tuple[Path, ...], found: dict[Path, tuple[Path, d
     """Add ``path`` and then its bases, the last first, to ``found``."""
     resolved = Path(os.path.realpath(path))
     if resolved in above:
-        raise UserError(f"{path}: _BASE_ leads back to this file; remove it from one of the files")
+        raise UserError(
+            "bad-base", f"{path}: _BASE_ leads back to this file; remove it from one of the files"
+        )
     if resolved in found:
         return
     if len(found) == MOST_FILES:
-        raise UserError(f"{path}: _BASE_ leads to more than {MOST_FILES} files; join some of them")
+        raise UserError(
+            "bad-base", f"{path}: _BASE_ leads to more than {MOST_FILES} files; join some of them"
+        )
     values = read_yaml(path)
     bases = values.pop("_BASE_", None) or []
     found[resolved] = path, values
     files = []
     for base in bases if isinstance(bases, list | tuple) else [bases]:
         if not isinstance(base, str):
-            raise UserError(f"{path}: _BASE_: {base!r} is not the name of a file")
+            raise UserError("bad-base", f"{path}: _BASE_: {base!r} is not the name of a file")
         files.append(Path(os.path.normpath(path.parent / Path(base).expanduser())))
         if not files[-1].is_file():
-            raise UserError(f"{path}: _BASE_: there is no file {files[-1]}")
+            raise UserError("missing-config", f"{path}: _BASE_: there is no file {files[-1]}")
     for file in reversed(files):
         _follow(file, (*above, resolved), found)
 
@@ -227,10 +235,13 @@ def validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
         if choices and value not in choices and not is_below(key, unread):
             fitting = ", ".join(map(_show, choices))
             raise UserError(
-                f"{_origin(key, origins)}{key}: {_show(value)} is not supported; it must be {fitting}"
+                "unsupported-value",
+                f"{_origin(key, origins)}{key}: {_show(value)} is not supported; it must be {fitting}",
             )
     for key, complaint in conflicts(cfg):
-        raise UserError(f"{_origin(key, origins)}{key}: {_show(value_at(cfg, key))} {complaint}")
+        raise UserError(
+            "conflicting-keys", f"{_origin(key, origins)}{key}: {_show(value_at(cfg, key))} {complaint}"
+        )
     return cfg
 
 
@@ -238,23 +249,24 @@ def _check_types(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_complaint(error, origins)) from None
+        raise _refusal(error, origins) from None
 
 
-def _complaint(error: ValidationError, origins: Mapping[str, str]) -> str:
-    """Return one line for the first of pydantic's errors."""
+def _refusal(error: ValidationError, origins: Mapping[str, str]) -> UserError:
+    """Return the error for the first of pydantic's errors."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         near = nearest_key(key)
         hint = f"did you mean {near}?" if near else "gn-detect config reference lists all"
-        return f"{_origin(key, origins)}{shortened(key, 200)}: unknown key; {hint}"
+        return UserError("unknown-key", f"{_origin(key, origins)}{shortened(key, 200)}: unknown key; {hint}")
     known = [group for group in known_keys() if is_below(key, [group])]
     shown = max(known, key=len, default=key)
     remedy = f"; gn-detect config explain {shown} shows what fits" if known else ""
     problem = first["msg"].removeprefix("Value error, ")
     problem = problem[:1].lower() + problem[1:]
-    return f"{_origin(shown, origins)}{shown}: {_show(first['input'])} does not fit: {problem}{remedy}"
+    message = f"{shown}: {_show(first['input'])} does not fit: {problem}{remedy}"
+    return UserError("bad-value", f"{_origin(shown, origins)}{message}")
 
 
 def _show(value: Any) -> str:

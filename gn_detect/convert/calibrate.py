@@ -163,8 +163,9 @@ def _converted_norms(original: nn.Module, converted: nn.Module) -> dict[str, Sou
     norms = {name: norm for name, norm in found.items() if norm is not None}
     if not norms:
         raise UserError(
+            "no-batchnorm",
             "no GroupNorm of the converted model has a BatchNorm of the same name in the original; calibrate "
-            "what convert_norm returned against the model it was given (not in place)"
+            "what convert_norm returned against the model it was given (not in place)",
         )
     return norms
 
@@ -212,7 +213,7 @@ def _changes_function(objective: Objective, found: dict[str, Balance], batch: An
 def _prepared(original: nn.Module, converted: nn.Module, parameters: str) -> Iterator[None]:
     """Set evaluation mode, and require gradients for the parameters to train; restore both afterwards."""
     if parameters not in ("all", "affine"):
-        raise UserError(f"parameters is {parameters!r}; choose 'all' or 'affine'")
+        raise UserError("bad-argument", f"parameters is {parameters!r}; choose 'all' or 'affine'")
     trained = {parameter: parameter.requires_grad for parameter in converted.parameters()}
     affine = {
         parameter

@@ -120,8 +120,9 @@ class Distillation:
         value, output_value = torch.stack([loss, outputs]).tolist()  # one wait for the device
         if not math.isfinite(value):
             raise UserError(
+                "diverged",
                 f"the calibration's loss is {value} at step {self.step + 1}; lower the learning rate, and "
-                "check that the images are prepared as the original expects"
+                "check that the images are prepared as the original expects",
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -172,13 +173,15 @@ class Distillation:
             same = content["identity"] == self._identity()
         except Exception as error:
             raise UserError(
-                f"{self.checkpoint} is no checkpoint of a calibration; choose another file, or none"
+                "other-run",
+                f"{self.checkpoint} is no checkpoint of a calibration; choose another file, or none",
             ) from error
         if not same:
             raise UserError(
+                "other-run",
                 f"{self.checkpoint} belongs to a calibration with other settings, images or model; "
                 "if the converted model was calibrated since, make it anew with convert_norm and call again; "
-                "else choose another file"
+                "else choose another file",
             )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])

@@ -28,7 +28,7 @@ class ImageStream:
         self, images: Tensor | Iterable[Any], batch_size: int, held_out: float, augment: bool, seed: int
     ) -> None:
         if batch_size < 1 or not 0 < held_out < 1:
-            raise UserError("batch_size is at least 1, and held_out between 0 and 1")
+            raise UserError("bad-argument", "batch_size is at least 1, and held_out between 0 and 1")
         self._generator = torch.Generator().manual_seed(seed)
         self.content = items = _as_single_images(images)
         single = isinstance(items, Tensor)
@@ -38,7 +38,8 @@ class ImageStream:
             kept = max(kept, min(batch_size, count // 2))
         if count - kept < 1:
             raise UserError(
-                f"{count} images or batches are too few to calibrate and to check with; give more"
+                "calibration-images",
+                f"{count} images or batches are too few to calibrate and to check with; give more",
             )
         # The last ones, not spread: neighbours are often of one photo, near copies of each other.
         self._items, rest = items[: count - kept], items[count - kept :]
@@ -108,7 +109,8 @@ def _as_single_images(images: Tensor | Iterable[Any]) -> Tensor | list[Any]:
         return items
     if len({item.shape for item in items}) > 1:
         raise UserError(
-            "the images differ in size; resize them to what the original expects, or give batches"
+            "calibration-images",
+            "the images differ in size; resize them to what the original expects, or give batches",
         )
     return torch.stack(items)
 

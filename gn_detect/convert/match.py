@@ -136,5 +136,8 @@ def measure_moments(
             run(model, batch)
             count += 1
     if not count:
-        raise UserError("there are no images to measure the statistics from; give some, or images=None")
+        raise UserError(
+            "calibration-images",
+            "there are no images to measure the statistics from; give some, or images=None",
+        )
     return {name: found.result() for name, found in moments.items() if found.count}

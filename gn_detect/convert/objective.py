@@ -94,8 +94,9 @@ class Objective:
             output_moments = output_moments or [RunningMoments() for _ in pairs]
             if not pairs or len(pairs) != len(output_moments):
                 raise UserError(
+                    "calibration-images",
                     f"a batch has {len(pairs)} outputs to compare, and the first had {len(output_moments)}: "
-                    "the models must return tensors, as many for each batch; give outputs=, which pairs them"
+                    "the models must return tensors, as many for each batch; give outputs=, which pairs them",
                 )
             for moments, (expected, _) in zip(output_moments, pairs, strict=True):
                 if expected.numel():

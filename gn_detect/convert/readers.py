@@ -49,8 +49,9 @@ def refuse_readers(model: nn.Module, norms: Collection[str]) -> None:
             where = f"'{name}' is a {kind}, which" if name else f"the {kind}"
             pattern = f"{name}.*" if name else inside
             raise UserError(
+                "unconvertible-norm",
                 f"{where} reads the {attribute} of its BatchNorm '{inside}', and a GroupNorm has none; leave "
-                f"it out with exclude={pattern!r}, or convert the model first, and fold or quantize it then"
+                f"it out with exclude={pattern!r}, or convert the model first, and fold or quantize it then",
             )
 
 

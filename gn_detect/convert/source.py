@@ -76,15 +76,17 @@ def read_norm(name: str, module: nn.Module) -> SourceNorm | None:
         return None
     if is_lazy:
         raise UserError(
-            f"{_called(name)} is a {type(module).__name__} without shape; run one forward pass first"
+            "unconvertible-norm",
+            f"{_called(name)} is a {type(module).__name__} without shape; run one forward pass first",
         )
     norm = _read(name, module)
     _refuse_impossible(name, module)
     stock = is_batch_norm and type(module).forward in _STOCK_FORWARDS
     if not stock and norm.tracked and not _computes(module, norm):
         raise UserError(
+            "unconvertible-norm",
             f"{_called(name)} is a {type(module).__name__}, which holds a BatchNorm's tensors but computes "
-            f"something else; leave it out with exclude={name!r}"
+            f"something else; leave it out with exclude={name!r}",
         )
     return norm
 
@@ -124,7 +126,9 @@ def _read(name: str, module: nn.Module) -> SourceNorm:
     first = next((tensor for tensor in held.values() if isinstance(tensor, Tensor)), None)
     channels = first.numel() if first is not None else int(getattr(module, "num_features", 0))
     if first is not None and first.is_meta:
-        raise UserError(f"{_called(name)} is on the meta device; load the weights before converting")
+        raise UserError(
+            "unconvertible-norm", f"{_called(name)} is on the meta device; load the weights before converting"
+        )
     double = {
         key: None if tensor is None else tensor.detach().to("cpu", torch.float64)
         for key, tensor in held.items()
@@ -175,8 +179,9 @@ def _refuse_impossible(name: str, module: nn.Module) -> None:
         tensor = getattr(module, key, None)
         if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
             raise UserError(
+                "not-finite",
                 f"{_called(name)} has a {key} with values that are not finite; take weights from before the "
-                "training diverged"
+                "training diverged",
             )
     var = getattr(module, "running_var", None)
     if isinstance(var, Tensor):
@@ -186,9 +191,10 @@ def _refuse_impossible(name: str, module: nn.Module) -> None:
         under_root = var.to(torch.promote_types(var.dtype, torch.float32)) + eps
         if bool((under_root <= 0).any()):
             raise UserError(
+                "unconvertible-norm",
                 f"{_called(name)} has a running_var of {var.min():g} and an eps of {eps:g}, and divides by "
                 "the root of their sum, which is not above 0; give weights whose variances are, or the eps "
-                "that they were trained with"
+                "that they were trained with",
             )
 
 

@@ -45,8 +45,9 @@ def convert_state_dict(
     norms = {owner for owner in owners if _is_batch_norm(tensors, owner)}
     if not norms:
         raise UserError(
+            "no-batchnorm",
             "there is no BatchNorm with running statistics among the tensors; it has another norm, or its "
-            "statistics were folded into the scale: then convert the model itself, with images"
+            "statistics were folded into the scale: then convert the model itself, with images",
         )
     _refuse_quantized(tensors, norms)
     known = library_eps(tensors, norms) if eps is None else dict.fromkeys(norms, eps)
@@ -98,8 +99,9 @@ def _refuse_quantized(tensors: Mapping[str, Tensor], norms: set[str]) -> None:
         if parent in layers:
             layer = f"'{parent.removesuffix('.')}'" if parent else "the model"
             raise UserError(
+                "unconvertible-norm",
                 f"{layer} is a quantization-aware layer (ConvBn or LinearBn), which reads the statistics of "
-                f"its BatchNorm '{norm}', and a GroupNorm has none; convert weights of before"
+                f"its BatchNorm '{norm}', and a GroupNorm has none; convert weights of before",
             )
 
 

@@ -78,11 +78,16 @@ def convert_norm(
             the model is scripted or wrapped for DDP. The model is unchanged then.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise UserError("a scripted model cannot be converted; convert it before torch.jit.script")
+        raise UserError(
+            "unconvertible-model", "a scripted model cannot be converted; convert it before torch.jit.script"
+        )
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise UserError("a model in DistributedDataParallel cannot be converted; convert it before wrapping")
+        raise UserError(
+            "unconvertible-model",
+            "a model in DistributedDataParallel cannot be converted; convert it before wrapping",
+        )
     if init not in ("match", "copy", "reset"):
-        raise UserError(f"init is {init!r}; choose 'match', 'copy' or 'reset'")
+        raise UserError("bad-argument", f"init is {init!r}; choose 'match', 'copy' or 'reset'")
     _check_eps(eps, relative_eps, init)
     norms = _find_norms(model, include, exclude)
     sources = {name: norm for name, norm in norms.items() if isinstance(norm, SourceNorm)}
@@ -91,20 +96,23 @@ def convert_norm(
     report = ConversionReport(parameters_before=size, parameters_after=size)
     rule = {"GN": (num_groups, min_channels_per_group, group_size), "GN1": (1, 1, None), "IN": (1, 1, 1)}
     if sources and to not in rule:
-        raise UserError(f"cannot convert to {to!r}; choose 'GN', 'GN1' (Layer Norm) or 'IN'")
+        raise UserError("bad-argument", f"cannot convert to {to!r}; choose 'GN', 'GN1' (Layer Norm) or 'IN'")
     groups = {}
     for name, source in sources.items():
         try:
             groups[name] = choose_groups(source.channels, *rule[to])
         except ValueError as error:
-            raise UserError(f"'{name}': {error}; leave it out with exclude={name!r}") from error
+            raise UserError(
+                "unconvertible-norm", f"'{name}': {error}; leave it out with exclude={name!r}"
+            ) from error
     measured: dict[str, tuple[Tensor, Tensor]] = {}
     if init == "match":
         for name, source in sources.items():
             if not source.tracked:
                 raise UserError(
+                    "unconvertible-norm",
                     f"'{name}' is a {source.kind} without running statistics, so it is no fixed function to "
-                    f"match; use init='copy', or leave it out with exclude={name!r}"
+                    f"match; use init='copy', or leave it out with exclude={name!r}",
                 )
         unknown = [name for name, source in sources.items() if source.mean is None]
         if images is not None and unknown:
@@ -117,7 +125,9 @@ def convert_norm(
             continue
         own_eps = eps.get(name) if isinstance(eps, Mapping) else norm.eps if eps is None else eps
         if own_eps is None:
-            raise UserError(f"eps names no '{name}'; give each converted norm's, or one for all")
+            raise UserError(
+                "no-such-module", f"eps names no '{name}'; give each converted norm's, or one for all"
+            )
         trains = norm.trainable if requires_grad is None else (requires_grad,) * 2
         new[name], layer = _group_norm(
             name, norm, groups[name], init, own_eps, relative_eps, measured.get(name), trains
@@ -141,12 +151,14 @@ def convert_norm(
 
 def _check_eps(eps: float | Mapping[str, float] | None, relative_eps: float, init: str) -> None:
     if not (math.isfinite(relative_eps) and relative_eps >= 0):
-        raise UserError(f"relative_eps is {relative_eps}; it is a part of the variance, such as 0.3")
+        raise UserError(
+            "bad-argument", f"relative_eps is {relative_eps}; it is a part of the variance, such as 0.3"
+        )
     if relative_eps and (eps is not None or init != "match"):
-        raise UserError("relative_eps is for init='match', and without eps")
+        raise UserError("bad-argument", "relative_eps is for init='match', and without eps")
     for value in eps.values() if isinstance(eps, Mapping) else [] if eps is None else [eps]:
         if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"eps is {value}; it must be 0 or more, as 1e-5 is")
+            raise UserError("bad-argument", f"eps is {value}; it must be 0 or more, as 1e-5 is")
 
 
 def _find_norms(
@@ -161,7 +173,10 @@ def _find_norms(
     names = [name for called in places.values() for name in called]
     for pattern in [*included, *excluded]:
         if not fnmatch.filter(names, pattern):
-            raise UserError(f"the pattern {pattern!r} fits no module of the model; see model.named_modules()")
+            raise UserError(
+                "no-such-module",
+                f"the pattern {pattern!r} fits no module of the model; see model.named_modules()",
+            )
 
     def fits(names: list[str], patterns: list[str]) -> bool:
         return any(fnmatch.filter(names, pattern) for pattern in patterns)
@@ -218,8 +233,9 @@ def _set_affine(name: str, norm: GroupNorm, weight: Tensor, bias: Tensor) -> Non
     norm.bias.copy_(bias)
     if not bool(norm.weight.isfinite().all() and norm.bias.isfinite().all()):
         raise UserError(
+            "unconvertible-norm",
             f"'{name}' needs weights up to {weight.abs().max():.3g} and biases up to {bias.abs().max():.3g}, "
-            f"which {str(norm.weight.dtype).removeprefix('torch.')} does not hold; convert it in float32"
+            f"which {str(norm.weight.dtype).removeprefix('torch.')} does not hold; convert it in float32",
         )
 
 

@@ -113,8 +113,9 @@ class RandomCrop:
     def __post_init__(self) -> None:
         if self.kind == "absolute_range" and self.amount[0] > self.amount[1]:
             raise UserError(
+                "bad-value",
                 f"INPUT.CROP.SIZE {list(self.amount)} does not fit TYPE {self.kind!r}; "
-                "give the least and the largest side in pixels"
+                "give the least and the largest side in pixels",
             )
 
     def __call__(self, labelled: LabelledImage, random: np.random.Generator) -> LabelledImage:

@@ -79,21 +79,28 @@ def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
         root = datasets_root(cfg)
         if name in _GENERATED:
             if cfg.datasets.root and not root.absolute().parent.is_dir():  # gone, or of another machine
-                raise UserError(f"dataset {name}: {root} is gone; correct DATASETS.ROOT")
+                raise UserError(
+                    "missing-annotations", f"dataset {name}: {root} is gone; correct DATASETS.ROOT"
+                )
             ensure_demo_dataset(root)
         annotations, images = BUILT_IN[name]
         source = DatasetSource(name, root / annotations, root / images, outside)
         key = "DATASETS.ROOT" if cfg.datasets.root else "GN_DETECT_DATASETS"
         remedy = f"put it there or set {key} to the folder that holds it"
     else:
-        raise UserError(_unknown(name, [*registered, *BUILT_IN]))
+        raise UserError("unknown-dataset", _unknown(name, [*registered, *BUILT_IN]))
     if source.annotations.is_dir():
         found = describe_foreign(source.annotations)
-        raise UserError(f"dataset {name}: {source.annotations} is no COCO file: {found}")
+        raise UserError("foreign-format", f"dataset {name}: {source.annotations} is no COCO file: {found}")
     if not source.annotations.is_file():
-        raise UserError(f"dataset {name}: annotation file {source.annotations} is missing; {remedy}")
+        raise UserError(
+            "missing-annotations",
+            f"dataset {name}: annotation file {source.annotations} is missing; {remedy}",
+        )
     if not source.images.is_dir():
-        raise UserError(f"dataset {name}: images folder {source.images} is missing; {remedy}")
+        raise UserError(
+            "missing-images-folder", f"dataset {name}: images folder {source.images} is missing; {remedy}"
+        )
     return source
 
 

@@ -38,8 +38,12 @@ def find_images(inputs: Iterable[str], videos: bool = False) -> list[Path]:
             if not path.is_dir():
                 matches = matches or shown  # a pattern such as '*.dat' names them
         if not matches:
-            raise UserError(f"no image at {text}; give image files, a folder of them or a pattern")
+            raise UserError(
+                "no-such-image", f"no image at {text}; give image files, a folder of them or a pattern"
+            )
         found.update(dict.fromkeys(matches))
     if not found:
-        raise UserError("no images: name files, a folder or a pattern before the config keys")
+        raise UserError(
+            "missing-argument", "no images: name files, a folder or a pattern before the config keys"
+        )
     return list(found)

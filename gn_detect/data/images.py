@@ -46,15 +46,15 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
     try:
         file = open_file(path)
     except UserError as error:
-        raise DataError(f"cannot read image {error}", "unreadable-image") from error
+        raise DataError("unreadable-image", f"cannot read image {error}") from error
     with file:
         try:
             image = Image.open(file, formats=formats)
         except UnidentifiedImageError as error:
             raise DataError(
+                "unreadable-image",
                 f"cannot read image {path}: it is none of {', '.join(formats)}, or damaged; convert it to "
                 "PNG or JPEG, replace or remove it",
-                "unreadable-image",
             ) from error
         with image:
             yield image
@@ -82,7 +82,9 @@ def read_image(
             the expected one.
     """
     if channel_order not in ("BGR", "RGB"):
-        raise UserError(f"INPUT.FORMAT {channel_order!r} is not supported; choose 'BGR' or 'RGB'")
+        raise UserError(
+            "unsupported-value", f"INPUT.FORMAT {channel_order!r} is not supported; choose 'BGR' or 'RGB'"
+        )
     try:
         with open_image(path) as file:
             if expected_size is not None and sorted(file.size) != sorted(expected_size):
@@ -93,11 +95,11 @@ def read_image(
         near = nearby_file(path)
         there = "" if near is None else f", but {near} is there"
         raise DataError(
-            f"image {path} is missing{there}; restore it or correct the images folder", "missing-image"
+            "missing-image", f"image {path} is missing{there}; restore it or correct the images folder"
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"cannot read image {path}: {_one_line(error)}; replace or remove it", "unreadable-image"
+            "unreadable-image", f"cannot read image {path}: {_one_line(error)}; replace or remove it"
         ) from error
     pixels = _rgb_pixels(_upright(stored, orientation, expected_size))
     if expected_size is not None and pixels.shape[:2] != tuple(expected_size):
@@ -118,16 +120,16 @@ def image_pixels(image: Image.Image) -> np.ndarray:
 
 def _other_size(path: str | Path, found: tuple[int, int], expected: tuple[int, int]) -> DataError:
     return DataError(
+        "size-differs",
         f"image {path} is {found[0]}x{found[1]} (width x height) but the annotations say "
         f"{expected[1]}x{expected[0]}; correct the size in the JSON or replace the image",
-        "size-differs",
     )
 
 
 def _loaded(image: Image.Image, path: str | Path) -> Image.Image:
     """Load the pixels, in a mode that :func:`_rgb_pixels` converts."""
     if image.mode == "F":
-        raise DataError(f"image {path} has floating-point pixels; convert it to 8 bits", "unreadable-image")
+        raise DataError("unreadable-image", f"image {path} has floating-point pixels; convert it to 8 bits")
     if is_deep(image):
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     image.load()

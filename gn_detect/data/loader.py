@@ -78,11 +78,12 @@ def build_train_loader(
     batch_size, rest = divmod(cfg.solver.ims_per_batch, world_size)
     if rest or batch_size == 0:
         raise UserError(
+            "indivisible-batch",
             f"SOLVER.IMS_PER_BATCH {cfg.solver.ims_per_batch} is not divisible by the {world_size} processes"
-            f"; set it to a multiple of {world_size}"
+            f"; set it to a multiple of {world_size}",
         )
     if not cfg.datasets.train:
-        raise UserError("DATASETS.TRAIN is empty; name the dataset to train on")
+        raise UserError("no-dataset", "DATASETS.TRAIN is empty; name the dataset to train on")
     masks = cfg.model.mask_on
     parts = [CocoDataset(resolve_dataset(cfg, n), masks=masks) for n in cfg.datasets.train]
     for part in parts:
@@ -148,8 +149,9 @@ def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
     counts = dataset.objects.counts()
     if not counts.any():
         raise UserError(
+            "no-objects",
             f"dataset {dataset.name} has no object to train on ({len(dataset)} images, {dataset.num_crowds} "
-            f"crowd annotations) in {dataset.annotations_path}; add annotations"
+            f"crowd annotations) in {dataset.annotations_path}; add annotations",
         )
     kept = np.flatnonzero(counts) if filter_empty else np.arange(len(dataset))
     empty = len(dataset) - len(kept)
@@ -321,8 +323,9 @@ def _check_workers(workers: Sequence[BaseProcess]) -> None:
         if code := worker.exitcode:
             how = f"signal {-code}: {signal.strsignal(-code)}" if code < 0 else f"exit status {code}"
             raise UserError(
+                "process-killed",
                 f"a data-loader worker died (process {worker.pid}, {how}); if the machine ran out of memory, "
-                f"lower DATALOADER.NUM_WORKERS ({len(workers)}); --resume continues from the last checkpoint"
+                f"lower DATALOADER.NUM_WORKERS ({len(workers)}); --resume continues from the last checkpoint",
             )
 
 
@@ -336,7 +339,7 @@ class _PackedSamples(Dataset[Any]):
         try:
             return _pack(self._samples[item])
         except UserError as error:
-            return UserError(str(error))
+            return error
 
 
 def _pack(sample: Sample) -> tuple[Sample, Tensor | None]:

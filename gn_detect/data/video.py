@@ -45,7 +45,7 @@ def _import_av(path: str | Path) -> Any:
     try:
         import av
     except ImportError as error:
-        raise UserError(f"{path}: videos need PyAV; pip install av") from error
+        raise UserError("missing-package", f"{path}: videos need PyAV; pip install av") from error
     return av
 
 
@@ -76,7 +76,7 @@ def read_frames(path: str | Path) -> Iterator[Frame]:
             turns = round(getattr(frame, "rotation", 0) / 90) % 4
             yield Frame(number, time - first, np.ascontiguousarray(np.rot90(pixels, turns)))
         if first is None:
-            raise DataError(f"video {path} has no frames; replace or remove it", "unreadable-image")
+            raise DataError("unreadable-image", f"video {path} has no frames; replace or remove it")
 
 
 @contextmanager
@@ -85,12 +85,12 @@ def _open(path: str | Path) -> Iterator[tuple[Any, Any]]:
     try:
         with open_file(path), av.open(f"file:{path}", options=_OPTIONS) as container:
             if not container.streams.video:
-                raise DataError(f"{path} has no pictures, sound alone; leave it out", "unreadable-image")
+                raise DataError("unreadable-image", f"{path} has no pictures, sound alone; leave it out")
             yield container, container.streams.video[0]
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
-            f"cannot read video {path}: {reason}; replace or remove it", "unreadable-image"
+            "unreadable-image", f"cannot read video {path}: {reason}; replace or remove it"
         ) from error
 
 

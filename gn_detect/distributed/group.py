@@ -64,12 +64,12 @@ def resolve_device(name: str) -> torch.device:
     if not uses_cuda(name):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"MODEL.DEVICE is {name!r} but PyTorch finds no GPU; set it to cpu or auto")
+        raise UserError("no-gpu", f"MODEL.DEVICE is {name!r} but PyTorch finds no GPU; set it to cpu or auto")
     own = is_distributed() or name in ("auto", "cuda")
     device = torch.device("cuda", local_rank()) if own else torch.device(name)
     if (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"MODEL.DEVICE is {name!r} but there are {torch.cuda.device_count()} GPUs; correct it"
+            "no-gpu", f"MODEL.DEVICE is {name!r} but there are {torch.cuda.device_count()} GPUs; correct it"
         )
     return device
 
@@ -106,15 +106,15 @@ def by_main(function: Callable[[], T]) -> T:
     """
     if not is_distributed():
         return function()
-    outcome: tuple[Any, str | None] = None, None
+    outcome: tuple[Any, UserError | None] = None, None
     if is_main():
         try:
             outcome = function(), None
         except UserError as error:
-            outcome = None, str(error)
+            outcome = None, error
     value, failure = from_main(outcome)
     if failure is not None:
-        raise UserError(failure)
+        raise failure
     return value
 
 
@@ -165,5 +165,6 @@ def check_synchronised_norms(model: nn.Module, device: torch.device) -> None:
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         if not is_distributed() or device.type != "cuda":
             raise UserError(
-                "NORM SyncBN needs several GPU processes; start with --num-gpus 2 or more, or set NORM to GN"
+                "conflicting-keys",
+                "NORM SyncBN needs several GPU processes; start with --num-gpus 2 or more, or set NORM to GN",
             )

@@ -77,7 +77,7 @@ def launch(
                     raise
                 # The message of the failed process has the cause.
                 message = "another process of the run has failed; its own message names the cause"
-                raise UserError(message) from None
+                raise UserError("process-failed", message) from None
         return
     check_launch(device, num_gpus, num_machines, machine_rank, dist_url)
     if num_gpus * num_machines == 1:
@@ -99,16 +99,20 @@ def check_launch(
     """
     if num_gpus < 1:
         raise UserError(
-            f"--num-gpus {num_gpus}: it must be at least 1; MODEL.DEVICE cpu after the command uses the CPU"
+            "bad-argument",
+            f"--num-gpus {num_gpus}: it must be at least 1; MODEL.DEVICE cpu after the command uses the CPU",
         )
     if num_machines < 1:
-        raise UserError(f"--num-machines {num_machines}: it must be at least 1")
+        raise UserError("bad-argument", f"--num-machines {num_machines}: it must be at least 1")
     if not 0 <= machine_rank < num_machines:
         raise UserError(
-            f"--machine-rank {machine_rank} must be from 0 to {num_machines - 1} (--num-machines)"
+            "bad-argument",
+            f"--machine-rank {machine_rank} must be from 0 to {num_machines - 1} (--num-machines)",
         )
     if num_machines > 1 and dist_url == "auto":
-        raise UserError("--num-machines needs --dist-url tcp://HOST:PORT with the address of machine 0")
+        raise UserError(
+            "lone-flag", "--num-machines needs --dist-url tcp://HOST:PORT with the address of machine 0"
+        )
     available = torch.cuda.device_count()
     if num_gpus > 1 and device != "cpu" and num_gpus > available:
         limit = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -116,8 +120,9 @@ def check_launch(
         found = f"{available or 'no'} GPU{'' if available == 1 else 's'}"
         fewer = f"ask for {available}" if available else "leave it out"
         raise UserError(
+            "no-gpu",
             f"--num-gpus {num_gpus}, but PyTorch finds {found} on this machine{reason}; "
-            f"{fewer}, or add MODEL.DEVICE cpu for {num_gpus} processes on the CPU"
+            f"{fewer}, or add MODEL.DEVICE cpu for {num_gpus} processes on the CPU",
         )
 
 
@@ -208,20 +213,21 @@ def _start_processes(function: Callable[..., None], args: Sequence[Any], count: 
             process.kill()
             process.join()
     stopped = [process.exitcode for process in processes if process.exitcode in STOPPED]
-    messages: list[str] = []  # of UserErrors
+    raised: list[UserError] = []
     tracebacks: list[str] = []
     while not errors.empty():
-        is_user_error, text = errors.get()
-        (messages if is_user_error else tracebacks).append(text)
-    if failed and messages:  # even on request: the checkpoint may have failed
-        raise UserError(messages[0])
+        error = errors.get()
+        (raised if isinstance(error, UserError) else tracebacks).append(error)
+    if failed and raised:  # even on request: the checkpoint may have failed
+        raise raised[0]
     if received or (stopped and not failed):
         raise SystemExit(128 + received[0] if received else stopped[0])
     for rank, code in failed.items():
         if code < 0:  # a death explains the other failures
             raise UserError(
+                "process-killed",
                 f"process {rank} of this machine was killed by {signal.Signals(-code).name}, for lack of "
-                f"memory perhaps; --resume continues from the last checkpoint"
+                f"memory perhaps; --resume continues from the last checkpoint",
             )
     if failed:
         text = tracebacks[0] if tracebacks else f"exit statuses by process: {failed}"
@@ -236,10 +242,10 @@ def _run(function: Callable[..., None], rank: int, args: Sequence[Any], errors: 
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
-        errors.put((True, str(error)))  # before the others see this process leave
+        errors.put(error)  # before the others see this process leave
         raise SystemExit(2) from None
     except Exception:
-        errors.put((False, traceback.format_exc()))
+        errors.put(traceback.format_exc())
         raise SystemExit(1) from None
 
 

@@ -486,11 +486,11 @@ def choose_config(
     given = read_overrides(overrides)
     file, folder = Path(train_json), Path(train_images)
     if not folder.is_dir():
-        raise UserError(f"images folder {folder} is missing; correct --train-images")
+        raise UserError("missing-images-folder", f"images folder {folder} is missing; correct --train-images")
     allow_outside = bool(given.get("DATASETS.ALLOW_OUTSIDE", False))
     data = survey(DatasetSource(file.name, file, folder, allow_outside), masks=given.get("MODEL.MASK_ON"))
     if not len(data.boxes):
-        raise UserError(f"{file} has no objects to learn from; annotate some")
+        raise UserError("no-objects", f"{file} has no objects to learn from; annotate some")
     weights = str(given.get("MODEL.WEIGHTS", ""))
     checkpoint = read_checkpoint(weights) if weights else None
     architecture = None if checkpoint is None else read_architecture(checkpoint)

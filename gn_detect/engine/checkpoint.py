@@ -69,7 +69,8 @@ def save_checkpoint(
     if not finite.all():
         broken = next(key for key, good in zip(state, finite.tolist(), strict=True) if not good)
         raise Diverged(
-            f"training diverged: {broken} is not finite, so {name} was not saved; lower SOLVER.BASE_LR"
+            "diverged",
+            f"training diverged: {broken} is not finite, so {name} was not saved; lower SOLVER.BASE_LR",
         )
     path = folder / name
     save_weights(path, state, metadata)
@@ -116,7 +117,7 @@ def read_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Chec
     for path in candidates:
         try:
             if not path.is_file():
-                raise UserError(f"{path} is missing")
+                raise UserError("missing-weights", f"{path} is missing")
             checkpoint = read_checkpoint(path)
         except Exception as error:  # a damaged file can raise any error
             reason = str(error) if isinstance(error, UserError) else f"{path} is damaged: {error!r}"
@@ -128,7 +129,9 @@ def read_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Chec
             if set_aside and (path is not candidates[0] or not (folder / LAST).exists()):
                 atomic_write_text(folder / LAST, path.name)
             return checkpoint
-    raise UserError(f"no checkpoint in {folder} can be read ({complaint}); start anew without --resume")
+    raise UserError(
+        "no-checkpoint", f"no checkpoint in {folder} can be read ({complaint}); start anew without --resume"
+    )
 
 
 def share_last_checkpoint(folder: str | Path, *, set_aside: bool = False) -> Checkpoint | None:

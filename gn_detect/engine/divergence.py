@@ -223,7 +223,8 @@ def replay(folder: str | Path) -> dict[int, Finding]:
     folder = Path(folder)
     if not (folder / STATE).is_file():
         raise UserError(
-            f"{folder} is not a black box: it has no {STATE}; give a folder under OUTPUT_DIR/black_box"
+            "not-a-run",
+            f"{folder} is not a black box: it has no {STATE}; give a folder under OUTPUT_DIR/black_box",
         )
     cfg = load_config(folder / CONFIG)
     checkpoint = read_checkpoint(folder / STATE)
@@ -234,7 +235,8 @@ def replay(folder: str | Path) -> dict[int, Finding]:
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(
-            f"{folder / STATE} is not what a diverged training writes: {reason}; copy the whole folder again"
+            "damaged-run-file",
+            f"{folder / STATE} is not what a diverged training writes: {reason}; copy the whole folder again",
         ) from error
     model.to(resolve_device(cfg.model.device))
     return {rank: examine(cfg, model, batch, iteration, rank, scale) for rank, batch in batches.items()}

@@ -56,10 +56,14 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
         if not weights:
             missing = f"{cfg.output_dir} has no checkpoint" if resume else "MODEL.WEIGHTS is empty"
             instead = ", in place of --resume" if resume else ", or the key"
-            raise UserError(f"nothing to evaluate: {missing}; add --weights path/to/model.pth{instead}")
+            raise UserError(
+                "no-weights", f"nothing to evaluate: {missing}; add --weights path/to/model.pth{instead}"
+            )
         tests = load_test_sets(cfg)
         if not tests:
-            raise UserError("DATASETS.TEST is empty; name the dataset to evaluate on, or give --val-json")
+            raise UserError(
+                "no-dataset", "DATASETS.TEST is empty; name the dataset to evaluate on, or give --val-json"
+            )
         model = make_model(cfg)
         checkpoint = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights)
         match_test_sets(cfg, tests, checkpoint, other_classes)
@@ -96,9 +100,10 @@ def _refuse_other_data(cfg: Config) -> None:
             continue
         if os.path.realpath(before.annotations) != os.path.realpath(now.annotations):
             raise UserError(
+                "replaced-file",
                 f"{cfg.output_dir} holds a run whose '{name}' is {before.annotations}, and its results would "
                 f"be replaced by those on {now.annotations}; add another OUTPUT_DIR, such as "
-                f"{cfg.output_dir}-{Path(now.annotations).stem}"
+                f"{cfg.output_dir}-{Path(now.annotations).stem}",
             )
 
 

@@ -90,8 +90,9 @@ class FolderLock:
             self.release()
             if refused and time.monotonic() >= end:
                 raise UserError(
+                    "folder-in-use",
                     f"OUTPUT_DIR {self.folder} is in use by another training ({_holder(self._path)}); wait "
-                    "for its end or stop it, or give this run another OUTPUT_DIR"
+                    "for its end or stop it, or give this run another OUTPUT_DIR",
                 )
             if refused and not announced:
                 logger.info("%s is in use by another training; waiting a moment for its end", self.folder)

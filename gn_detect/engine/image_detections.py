@@ -60,7 +60,8 @@ class ImageDetections(Detections):
             supervision = importlib.import_module("supervision")
         except ImportError as error:
             raise UserError(
-                "to_supervision needs the package supervision, not installed here: pip install supervision"
+                "missing-package",
+                "to_supervision needs the package supervision, not installed here: pip install supervision",
             ) from error
         found = self.to("cpu")
         names = [self.class_names[label] for label in found.labels.tolist()]

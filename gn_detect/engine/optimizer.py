@@ -119,8 +119,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], o
         fits = known and set(tensors) in (set(), wanted)
         if not fits or not all(_fits(value, parameters[index]) for value in tensors.values()):
             raise UserError(
+                "other-run",
                 f"the optimiser state in {origin} belongs to other settings; resume with the SOLVER and "
-                f"MODEL keys of that run, or start anew from it with MODEL.WEIGHTS"
+                f"MODEL keys of that run, or start anew from it with MODEL.WEIGHTS",
             )
         # Fused kernels walk through memory, so a momentum needs the strides of its parameter.
         state["state"][index] = {
@@ -182,8 +183,9 @@ def scale_config(cfg: Config, world_size: int) -> Config:
         return cfg
     if solver.ims_per_batch % reference:
         raise UserError(
+            "indivisible-batch",
             f"SOLVER.IMS_PER_BATCH {solver.ims_per_batch} is not divisible by SOLVER.REFERENCE_WORLD_SIZE "
-            f"{reference}; correct one of them"
+            f"{reference}; correct one of them",
         )
     scale = world_size / reference
     return cfg.replace(

@@ -31,7 +31,6 @@ from ..evaluation.model import detection_memory_help
 from ..files import atomic_write, atomic_write_json
 from ..modeling.mask_rcnn import MaskRCNN
 from ..progress import progress_bar
-from ..text import printable
 from ..visualize import picture_scale, save_picture
 from .drawing import Classes, draw_entries
 
@@ -64,7 +63,7 @@ class Outcome:
     objects: int = 0
     best_score: float | None = None  # the highest, also below the threshold; None without any
     best_input: str = ""  # the image or frame with the best score
-    failures: list[str] = field(default_factory=list)  # a message for each image without a result
+    failures: list[UserError] = field(default_factory=list)  # one for each image without a result
 
     def compare(self, score: float | None, name: str) -> None:
         """Keep the highest score of one image or frame if it is the best so far."""
@@ -120,9 +119,9 @@ def predict_images(
                 with detection_memory_help(f"an image of {_size_of(pixels)}"):
                     entries, best = _detect(predictor, pixels, task.image_id, classes, threshold, highest)
             except UserError as error:
-                message = str(error) if error is pixels else f"{task.path}: {error}"
-                outcome.failures.append(message)
-                tqdm.write(f"error: {printable(message)}", file=sys.stderr)
+                failure = error if error is pixels else UserError(error.code, f"{task.path}: {error}")
+                outcome.failures.append(failure)
+                tqdm.write(f"error: {failure.line}", file=sys.stderr)
                 progress.update()
                 continue
             outcome.compare(best, str(task.path))
@@ -334,7 +333,8 @@ def in_order(
             yield waiting.popleft().result()
     except BrokenExecutor as error:
         raise UserError(
-            "a drawing process was killed, mostly for want of memory; use fewer with --workers 1, or 0"
+            "process-killed",
+            "a drawing process was killed, mostly for want of memory; use fewer with --workers 1, or 0",
         ) from error
     finally:
         for future in waiting:

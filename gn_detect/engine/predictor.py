@@ -97,7 +97,7 @@ class ImagePredictor(ABC):
             return self._detect(pixels, paste)
         except UserError as error:
             if isinstance(image, str | Path):
-                raise UserError(f"{image}: {error}") from error
+                raise UserError(error.code, f"{image}: {error}") from error
             raise
 
     @abstractmethod
@@ -123,7 +123,8 @@ class Predictor(ImagePredictor):
     def __init__(self, cfg: Config, checkpoint: Checkpoint | None = None) -> None:
         if not cfg.model.weights:
             raise UserError(
-                "nothing to predict with: MODEL.WEIGHTS is empty; add --weights path/to/model.pth, or the key"
+                "no-weights",
+                "nothing to predict with: MODEL.WEIGHTS is empty; add --weights model.pth, or the key",
             )
         self.cfg = cfg
         device = resolve_device(cfg.model.device)

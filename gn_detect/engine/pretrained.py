@@ -85,7 +85,9 @@ def _find_weights(source: str | Path) -> str:
             return str(path / name)
     last = read_last_checkpoint(path)
     if last is None:
-        raise UserError(f"{path} holds no checkpoint; give the folder of a run or a checkpoint file")
+        raise UserError(
+            "missing-weights", f"{path} holds no checkpoint; give the folder of a run or a checkpoint file"
+        )
     return str(last.path)
 
 
@@ -101,8 +103,9 @@ def _implied_config(checkpoint: Checkpoint) -> Config:
     architecture = read_architecture(checkpoint)
     if not architecture.is_detector:
         raise UserError(
+            "not-a-detector",
             f"{checkpoint.path} is a {architecture} and finds no objects; train a detector from it with "
-            f"gn-detect train --weights {checkpoint.path}"
+            f"gn-detect train --weights {checkpoint.path}",
         )
     keys = {**architecture.keys, "MODEL.MASK_ON": architecture.has_masks}
     scores = translate(checkpoint).tensors.get("roi_heads.box_predictor.cls_score.weight")

@@ -80,9 +80,10 @@ def check_classes_of_run(dataset: CocoDataset, checkpoint: Checkpoint) -> None:
     trained = checkpoint.metadata.class_names
     if trained not in ([], dataset.class_names):
         raise UserError(
+            "classes-differ",
             f"{checkpoint.path} was trained on the classes {list_names(trained)}, and dataset "
             f"{dataset.name} ({dataset.annotations_path}) has {list_names(dataset.class_names)}; "
-            f"{OTHER_CLASSES}"
+            f"{OTHER_CLASSES}",
         )
 
 
@@ -104,8 +105,9 @@ def check_changes(cfg: Config, checkpoint: Checkpoint, data: Mapping[str, str], 
         named = "; ".join(map(str, others[:LISTED]))
         more = f"; and {len(others) - LISTED} more" if len(others) > LISTED else ""
         raise UserError(
+            "other-run",
             f"{checkpoint.path} is of another run: {named}{more}; set what the run began with, or add "
-            f"--allow-changes to go on with the new values"
+            f"--allow-changes to go on with the new values",
         )
     if others:
         logger.warning("resuming a changed run: %s", "; ".join(map(str, others)))
@@ -200,8 +202,9 @@ def refuse_no_run(folder: str | Path) -> None:
         logger.warning("the run in %s has no checkpoint yet: training starts again at iteration 0", folder)
     else:
         raise UserError(
+            "no-run",
             f"there is no run to resume in {folder}: it has no {CONFIG} and no checkpoint; correct "
-            f"OUTPUT_DIR, or leave out --resume to begin a run"
+            f"OUTPUT_DIR, or leave out --resume to begin a run",
         )
 
 

@@ -240,8 +240,9 @@ def _check_accumulation(cfg: Config) -> None:
     solver, unit = cfg.solver, world_size() * cfg.solver.accumulate
     if solver.accumulate > 1 and solver.ims_per_batch % unit:
         raise UserError(
+            "indivisible-batch",
             f"SOLVER.IMS_PER_BATCH {solver.ims_per_batch} is not divisible by {world_size()} processes times "
-            f"SOLVER.ACCUMULATE {solver.accumulate}; set it to a multiple of {unit}"
+            f"SOLVER.ACCUMULATE {solver.accumulate}; set it to a multiple of {unit}",
         )
 
 
@@ -253,14 +254,16 @@ def _check_best_metric(cfg: Config, dataset: CocoDataset) -> None:
     kind, _, name = metric.partition("/")
     if kind == "segm" and not cfg.model.mask_on:
         raise UserError(
-            f"SOLVER.BEST_CHECKPOINT_METRIC {metric} needs MODEL.MASK_ON True; choose bbox/{name}"
+            "conflicting-keys",
+            f"SOLVER.BEST_CHECKPOINT_METRIC {metric} needs MODEL.MASK_ON True; choose bbox/{name}",
         )
     listed = zip(dataset.class_names, dataset.category_ids, strict=True)
     known = [*METRICS, *(f"AP-{category}" for category, i in listed if i is not None)]
     if name not in known:
         raise UserError(
+            "bad-value",
             f"SOLVER.BEST_CHECKPOINT_METRIC {metric} is unknown; after {kind}/ choose {', '.join(METRICS)} "
-            f"or AP-<category>"
+            f"or AP-<category>",
         )
 
 
@@ -332,7 +335,9 @@ def make_folder(path: str | Path) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"OUTPUT_DIR {path} cannot be created: {error.strerror}; {remedy(error)}") from error
+        raise UserError(
+            "cannot-write", f"OUTPUT_DIR {path} cannot be created: {error.strerror}; {remedy(error)}"
+        ) from error
 
 
 def write_run_config(cfg: Config, device: torch.device) -> None:

@@ -75,7 +75,9 @@ class TrainingState:
         restore_optimizer(self.optimizer, metadata.optimizer or {}, origin)
         if self.scaler.is_enabled() and metadata.scaler is not None:
             if metadata.scaler.keys() != self.scaler.state_dict().keys():
-                raise UserError(f"{origin}: its 'scaler' is not that of a GradScaler; resume from another")
+                raise UserError(
+                    "other-run", f"{origin}: its 'scaler' is not that of a GradScaler; resume from another"
+                )
             self.scaler.load_state_dict(metadata.scaler)
         if self.average is not None:
             self.average.module.load_state_dict(self.model.state_dict())
@@ -244,9 +246,10 @@ def memory_help(cfg: Config, batch: Sequence[Sample], doing: str) -> Iterator[No
         height, width = max((s.image.shape[-2:] for s in batch), key=lambda size: size[0] * size[1])
         objects = [len(s.target) if s.target is not None else 0 for s in batch]
         raise UserError(
+            "out-of-memory",
             f"out of GPU memory {doing}: {len(batch)} images in this process, the largest {width}x{height} "
             f"(width x height), {sum(objects)} instances ({max(objects)} in one image; image ids "
-            f"{', '.join(str(s.image_id) for s in batch)}); {_memory_remedies(cfg, len(batch))}"
+            f"{', '.join(str(s.image_id) for s in batch)}); {_memory_remedies(cfg, len(batch))}",
         ) from error
 
 
@@ -280,6 +283,7 @@ def compile_help() -> Iterator[None]:
         cause = getattr(error, "inner_exception", error)
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise UserError(
+            "cannot-compile",
             f"MODEL.COMPILE True, but PyTorch cannot compile the model here: {reason.strip()}; on a CPU it "
-            "needs a C++ compiler, such as Debian's package g++; MODEL.COMPILE False trains without"
+            "needs a C++ compiler, such as Debian's package g++; MODEL.COMPILE False trains without",
         ) from error

@@ -203,8 +203,9 @@ def check_folder(run: Run, losses: dict[str, list[float]] | None = None) -> None
     _write_checkpoint(run, losses or {})
     run.saved = run.done
     raise UserError(
+        "deleted-folder",
         f"OUTPUT_DIR {run.folder} was deleted while the run went on, with all that it held; it is made again "
-        f"with the checkpoint after iteration {run.done}: --resume continues from there"
+        f"with the checkpoint after iteration {run.done}: --resume continues from there",
     )
 
 
@@ -227,7 +228,7 @@ def check_finite(run: Run, meter: Meter, now: bool) -> None:
             message = keep_black_box(run, error)
         run.skipped += 1
         if stops or run.skipped >= MAX_SKIPPED:
-            raise Diverged(message) from None
+            raise Diverged("diverged", message) from None
         logger.warning("step skipped: %s", message)
 
 

@@ -33,13 +33,16 @@ def choose_backend(name: str | None) -> str:
     if name in (None, "auto"):
         return next(backend for backend in BACKENDS if _is_proven(backend))
     if name not in BACKENDS:
-        raise UserError(f"TEST.COCO_EVAL_BACKEND: {name!r} is not one of auto, {', '.join(BACKENDS)}")
+        raise UserError(
+            "bad-value", f"TEST.COCO_EVAL_BACKEND: {name!r} is not one of auto, {', '.join(BACKENDS)}"
+        )
     try:
         importlib.import_module(name)
     except ImportError as error:
         package = name.replace("_", "-")
         raise UserError(
-            f"TEST.COCO_EVAL_BACKEND: {name} is not installed; pip install {package}, or choose auto"
+            "missing-package",
+            f"TEST.COCO_EVAL_BACKEND: {name} is not installed; pip install {package}, or choose auto",
         ) from error
     return name
 
@@ -83,7 +86,9 @@ def precision_and_recall(
             evaluator.accumulate()
         except ValueError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{backend} cannot evaluate these masks: {reason}; encode them again") from error
+            raise UserError(
+                "bad-rle", f"{backend} cannot evaluate these masks: {reason}; encode them again"
+            ) from error
     return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
 
 
@@ -117,6 +122,7 @@ def _load_from_disk(hotcoco: Any, ground_truth: Json, detections: Iterable[Json]
                 file.write("]}")
         except OSError as error:
             raise UserError(
-                f"cannot write detections to {folder}: {error.strerror}; set TMPDIR to a folder with room"
+                "cannot-write",
+                f"cannot write detections to {folder}: {error.strerror}; set TMPDIR to a folder with room",
             ) from error
         return hotcoco.COCO(str(path))

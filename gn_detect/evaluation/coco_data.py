@@ -172,16 +172,16 @@ def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
     if size is None and isinstance(given, dict):
         found = given.get("size")
         if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int and n > 0 for n in found):
-            raise rules.error(f"{what} has an RLE without a proper 'size'; encode the mask again", "rle-size")
+            raise rules.error("rle-size", f"{what} has an RLE without a proper 'size'; encode the mask again")
         if found[0] * found[1] > MOST_PIXELS:
             raise rules.error(
-                f"{what} has an RLE of 'size' {shown(found)}, larger than images are", "rle-size"
+                "rle-size", f"{what} has an RLE of 'size' {shown(found)}, larger than images are"
             )
         size = found[0], found[1]
     if size is None:
         if given:
             raise rules.error(
-                f"{what}: its image has no 'height' or 'width', which polygons need", "image-size"
+                "image-size", f"{what}: its image has no 'height' or 'width', which polygons need"
             )
         size = (1, 1)  # the rule says what is missing
     mask = rules.segmentation(given, ImageRecord(0, "", *size), what)
@@ -208,7 +208,7 @@ def prepare_detections(
     name = str(source) if isinstance(source, str | Path) else "results"
     data = read_entries(source) if isinstance(source, str | Path) else source
     if not isinstance(data, Iterable) or isinstance(data, str | Mapping):
-        raise UserError(f"{name}: not COCO results; it needs a list of detections")
+        raise UserError("not-results", f"{name}: not COCO results; it needs a list of detections")
     reader = _DetectionReader(name, truth, iou_type)
     read = (reader.read(given, number) for number, given in enumerate(data, start=1))
     while detections := list(islice(read, _MASKS_AT_ONCE)):
@@ -278,7 +278,7 @@ class _DetectionReader:
         return encoded
 
     def _refusal(self, what: str, reason: str) -> UserError:
-        return self.rules.error(f"{what} cannot be evaluated: {reason}; correct or remove it", "malformed")
+        return self.rules.error("malformed", f"{what} cannot be evaluated: {reason}; correct or remove it")
 
 
 def _is_near(value: Any) -> bool:

@@ -150,7 +150,7 @@ def detection_memory_help(what: str, images: int = 1) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the network
         torch.cuda.empty_cache()
         batch = f"lower TEST.IMS_PER_BATCH ({images}); or " if images > 1 else ""
-        raise UserError(f"out of GPU memory with {what}; {batch}{LESS_MEMORY}") from error
+        raise UserError("out-of-memory", f"out of GPU memory with {what}; {batch}{LESS_MEMORY}") from error
 
 
 def evaluate_model(

@@ -83,11 +83,13 @@ def read_entries(path: str | Path) -> Iterator[Any]:
             file.seek(0)
             yield from _entries(_Window(io.TextIOWrapper(file, encoding=encoding)))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a COCO JSON file") from None
+        raise UserError(
+            "cannot-read", f"{path}: cannot be read ({error.strerror}); give a COCO JSON file"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); give a COCO JSON file") from None
+        raise UserError("not-json", f"{path}: not JSON ({error}); give a COCO JSON file") from None
     except TypeError:
-        raise UserError(f"{path}: not COCO results; it needs a list of detections") from None
+        raise UserError("not-results", f"{path}: not COCO results; it needs a list of detections") from None
 
 
 def _entries(text: _Window) -> Iterator[Any]:

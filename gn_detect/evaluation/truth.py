@@ -46,11 +46,14 @@ class Truth:
         found = self._ids_of(path)
         if not found:
             raise UserError(
+                "unlisted-image",
                 f"{self.path} does not list the image {path}; leave it out, or --annotations, or give its "
-                "folder, of which the listed images are taken"
+                "folder, of which the listed images are taken",
             )
         if len(found) > 1:
-            raise UserError(f"{self.path} lists the image {path} {len(found)} times; number each once")
+            raise UserError(
+                "ambiguous-image", f"{self.path} lists the image {path} {len(found)} times; number each once"
+            )
         return found[0]
 
     def lists(self, path: str | Path) -> bool:

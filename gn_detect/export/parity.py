@@ -72,7 +72,7 @@ def compare(
         try:
             found = exported(pixels)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(error.code, f"{path}: {error}") from error
         parity.seconds.append((middle - begin, time.perf_counter() - middle))
         parity.images += 1
         parity.detections += len(expected)

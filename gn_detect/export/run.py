@@ -42,9 +42,13 @@ class ExportedPredictor(ImagePredictor):
     def __init__(self, path: str | Path, *, trust: bool = False) -> None:
         path = Path(path)
         if path.suffix not in SUFFIXES:
-            raise UserError(f"--model {path} must be {' or '.join(SUFFIXES)}, written by gn-detect export")
+            raise UserError(
+                "wrong-ending", f"--model {path} must be {' or '.join(SUFFIXES)}, written by gn-detect export"
+            )
         if not path.is_file():
-            raise UserError(f"{path}: no such file; make one with gn-detect export --output {path}")
+            raise UserError(
+                "missing-weights", f"{path}: no such file; make one with gn-detect export --output {path}"
+            )
         if path.suffix == ".onnx":
             self._program, metadata, runtime = _load_onnx(path)
         else:
@@ -65,14 +69,17 @@ class ExportedPredictor(ImagePredictor):
         height, width = (-(-side // self._divisibility) * self._divisibility for side in size)
         if min(height, width) < MIN_SIDE:
             raise UserError(
+                "thin-image",
                 f"{original[1]} x {original[0]} pixels become {size[1]} x {size[0]}, and an exported "
-                f"detector needs sides of {MIN_SIDE}; use --config-file and --weights for such images"
+                f"detector needs sides of {MIN_SIDE}; use --config-file and --weights for such images",
             )
         padded = prepared.new_zeros(1, 3, height, width)
         padded[0, :, : size[0], : size[1]] = prepared
         outputs = self._program(padded, torch.tensor(size))
         if not _is_of(len(self.class_names), outputs):
-            raise UserError(f"{self._path} gives no detections of its own classes; export it again")
+            raise UserError(
+                "not-exported", f"{self._path} gives no detections of its own classes; export it again"
+            )
         return rescale(Detections(*outputs), size, original, paste)
 
 
@@ -97,11 +104,11 @@ def _load_onnx(path: Path) -> tuple[Program, ExportMetadata, str]:
     except Exception as error:  # a dozen types without a common parent
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{path} is no ONNX model that onnxruntime can run: {reason}; export it again"
+            "not-exported", f"{path} is no ONNX model that onnxruntime can run: {reason}; export it again"
         ) from error
     metadata = ExportMetadata.from_strings(session.get_modelmeta().custom_metadata_map, path)
     if [given.name for given in session.get_inputs()] != list(INPUTS):
-        raise UserError(f"{path} has other inputs than {', '.join(INPUTS)}; export it again")
+        raise UserError("not-exported", f"{path} has other inputs than {', '.join(INPUTS)}; export it again")
 
     def run(image: Tensor, size: Tensor) -> list[Tensor]:
         found = session.run(None, dict(zip(INPUTS, (image.numpy(), size.numpy()), strict=True)))
@@ -114,15 +121,17 @@ def _load_pt2(path: Path, trust: bool) -> tuple[Program, ExportMetadata, str]:
     metadata = ExportMetadata.from_strings(_read_pt2_metadata(path), path)
     if not trust:
         raise UserError(
+            "untrusted-program",
             f"{path} is a program that PyTorch runs; add --trust if you know who exported it, "
-            "or use an ONNX file"
+            "or use an ONNX file",
         )
     try:
         module = torch.export.load(path).module()
     except Exception as error:  # many types, none of them documented
         raise UserError(
+            "not-exported",
             f"{path} cannot be loaded by PyTorch {torch.__version__}, which reads files of its own "
-            "release; export it again"
+            "release; export it again",
         ) from error
 
     def run(image: Tensor, size: Tensor) -> list[Tensor]:
@@ -151,9 +160,15 @@ def _read_pt2_metadata(path: Path) -> Any:
         roots, members = {name.partition("/")[0] for name in listed}, [n.partition("/")[2] for n in listed]
         strange = sorted(name for name in members if not _MEMBERS.fullmatch(name))
         if strange:
-            raise UserError(f"{path} holds {strange[0]}, which gn_detect does not export; it was not loaded")
+            raise UserError(
+                "not-exported",
+                f"{path} holds {strange[0]}, which gn_detect does not export; it was not loaded",
+            )
         if len(roots) > 1 or len(set(members)) < len(members):
-            raise UserError(f"{path} holds a part twice, or two programs; it was not loaded, export it again")
+            raise UserError(
+                "not-exported",
+                f"{path} holds a part twice, or two programs; it was not loaded, export it again",
+            )
         # What is read here is what will be loaded: other readers may take a crafted archive for another one.
         reader = torch._C.PyTorchFileReader(str(path))
         if sorted(reader.get_all_records()) != sorted(members):
@@ -161,9 +176,13 @@ def _read_pt2_metadata(path: Path) -> Any:
         for kind in ("weights", "constants"):
             entries = json.loads(reader.get_record(f"data/{kind}/model_{kind}_config.json"))["config"]
             if any(entry["use_pickle"] is not False for entry in entries.values()):
-                raise UserError(f"{path} holds {kind} as pickles, which are not loaded; export it again")
+                raise UserError(
+                    "unsafe-file", f"{path} holds {kind} as pickles, which are not loaded; export it again"
+                )
         if reader.get_record("data/sample_inputs/model.pt"):
-            raise UserError(f"{path} holds pickled sample inputs, which are not loaded; export it again")
+            raise UserError(
+                "unsafe-file", f"{path} holds pickled sample inputs, which are not loaded; export it again"
+            )
         return json.loads(reader.get_record(f"extra/{METADATA_FILE}"))
     except (
         OSError, zipfile.BadZipFile, RuntimeError, RecursionError, KeyError, TypeError, AttributeError,

@@ -148,7 +148,9 @@ class ExportMetadata:
 
 def not_ours(path: Path) -> UserError:
     """Return the error for a file that :func:`export_detector` did not write."""
-    return UserError(f"{path} is no detector that gn_detect exported; make one with gn-detect export")
+    return UserError(
+        "not-exported", f"{path} is no detector that gn_detect exported; make one with gn-detect export"
+    )
 
 
 def export_detector(predictor: Predictor, path: str | Path) -> None:
@@ -187,7 +189,7 @@ def check_target(path: str | Path) -> Path:
     """Return the path of a file to export; refuse another suffix or missing packages."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise UserError(f"--output {path} must end in {' or '.join(SUFFIXES)}")
+        raise UserError("wrong-ending", f"--output {path} must end in {' or '.join(SUFFIXES)}")
     if path.suffix == ".onnx":
         require("onnx", "onnxscript")
     return path
@@ -198,7 +200,8 @@ def require(*modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise UserError(
-            f"ONNX needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}"
+            "missing-package",
+            f"ONNX needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}",
         )
 
 
@@ -255,8 +258,9 @@ def _exporter(name: str) -> Iterator[None]:
             yield
     except Exception as error:  # many types, none of them documented
         raise UserError(
+            "cannot-export",
             f"{name} of PyTorch {torch.__version__} cannot take this detector: {_reason(error)}; "
-            "exports are tested with the PyTorch of constraints.txt"
+            "exports are tested with the PyTorch of constraints.txt",
         ) from error
 
 

@@ -47,7 +47,7 @@ def fuse_relu(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         from detectron2.layers import Conv2d
         from detectron2.modeling.backbone import resnet
     except ImportError as error:
-        raise UserError("detectron2 is not installed here; see its INSTALL.md") from error
+        raise UserError("missing-package", "detectron2 is not installed here; see its INSTALL.md") from error
     fused = {getattr(resnet, name.removeprefix("Fused")): name for name in _FORWARDS}
     model = layers.fuse_relu(model, inplace=inplace)
     for module in model.modules():
@@ -219,8 +219,9 @@ def _require_two_stages(model: nn.Module) -> None:
     heads = getattr(model, "roi_heads", None)
     if not (hasattr(heads, "box_pooler") or hasattr(heads, "_shared_roi_transform")):
         raise UserError(
+            "unconvertible-model",
             f"{type(model).__name__} cannot be calibrated: it is no GeneralizedRCNN with StandardROIHeads or "
-            "Res5ROIHeads; call gn_detect.calibrate with outputs of your own"
+            "Res5ROIHeads; call gn_detect.calibrate with outputs of your own",
         )
 
 
@@ -288,8 +289,9 @@ def evaluate(
                 has_masks &= found.masks is not None
                 if len(found) and int(found.labels.max()) >= len(category_ids):
                     raise UserError(
+                        "num-classes-differ",
                         f"{annotations_json} has {len(category_ids)} categories, and the model found class "
-                        f"{int(found.labels.max())}; give the annotations that it was made for"
+                        f"{int(found.labels.max())}; give the annotations that it was made for",
                     )
                 results += detections_to_coco(found, given["image_id"], category_ids)
     finally:

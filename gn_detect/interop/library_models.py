@@ -54,7 +54,8 @@ def load_library_model(name: str, weights: str | Path | None) -> LibraryModel:
     """
     if not weights:
         raise UserError(
-            f"{name} has no weights yet: add --weights FILE, or --weights {DEFAULT} to download them"
+            "no-weights",
+            f"{name} has no weights yet: add --weights FILE, or --weights {DEFAULT} to download them",
         )
     load = _timm_model if name.startswith(TIMM) else _torchvision_model
     found = load(name, str(weights))
@@ -74,7 +75,7 @@ def _torchvision_model(name: str, weights: str) -> LibraryModel:
         state = _download(name, entry)
     else:
         choices = ", ".join([DEFAULT, *(entry.name for entry in published)])
-        raise UserError(f"--weights {weights}: no such file, and {name} has {choices}")
+        raise UserError("missing-weights", f"--weights {weights}: no such file, and {name} has {choices}")
     if name == "googlenet" and entry is not None:  # torchvision drops these heads, which were never trained
         state = {key: tensor for key, tensor in state.items() if not key.startswith("aux")}
     model = models.get_model(name, weights=None, **_builder_options(name, state))
@@ -110,8 +111,9 @@ def _download(name: str, weights: Any) -> Mapping[str, Any]:
         )
     except (OSError, RuntimeError) as error:
         raise UserError(
+            "download-failed",
             f"cannot download the weights of {name} from {weights.url} ({error}); fetch the file by other "
-            "means and give its path as --weights"
+            "means and give its path as --weights",
         ) from error
     return state
 
@@ -121,18 +123,23 @@ def _timm_model(name: str, weights: str) -> LibraryModel:
         import timm
         import timm.data
     except ImportError as error:
-        raise UserError(f"{name} is a model of timm, which is not installed: pip install timm") from error
+        raise UserError(
+            "missing-package", f"{name} is a model of timm, which is not installed: pip install timm"
+        ) from error
     plain = name.removeprefix(TIMM)
     if not timm.is_model(plain):
-        raise UserError(f"timm has no model {plain!r}; timm.list_models() names them")
+        raise UserError("unknown-weights", f"timm has no model {plain!r}; timm.list_models() names them")
     from_file = Path(weights).is_file()
     if not from_file and weights != DEFAULT:
-        raise UserError(f"--weights {weights}: no such file; give one, or {DEFAULT} to download timm's")
+        raise UserError(
+            "missing-weights", f"--weights {weights}: no such file; give one, or {DEFAULT} to download timm's"
+        )
     try:
         model = timm.create_model(plain, pretrained=not from_file)
     except Exception as error:  # its download library raises many kinds
         raise UserError(
-            f"timm cannot make {plain} with its weights ({error}); give a file that was fetched otherwise"
+            "download-failed",
+            f"timm cannot make {plain} with its weights ({error}); give a file that was fetched otherwise",
         ) from error
     if from_file:
         _fill(model, read_checkpoint(weights).tensors, name, weights)
@@ -145,4 +152,4 @@ def _fill(model: nn.Module, state: Mapping[str, Any], name: str, weights: str) -
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise UserError(f"{weights} does not fit {name}: {' '.join(lines)[:300]}") from error
+        raise UserError("other-network", f"{weights} does not fit {name}: {' '.join(lines)[:300]}") from error

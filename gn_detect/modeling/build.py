@@ -42,7 +42,7 @@ def make_model(cfg: Config) -> MaskRCNN:
             raise ValueError(f"they make {count:.1e} parameters, more than {MOST_PARAMETERS:.1e}")
         return build_model(cfg)
     except ValueError as error:
-        raise UserError(f"the MODEL keys do not fit together: {error}") from error
+        raise UserError("conflicting-keys", f"the MODEL keys do not fit together: {error}") from error
 
 
 def build_model(cfg: Config) -> MaskRCNN:

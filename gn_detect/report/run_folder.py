@@ -116,7 +116,9 @@ def read_run(folder: str | Path) -> RunFolder:
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is not a run's folder: it has no config.yaml; give the run's OUTPUT_DIR")
+        raise UserError(
+            "not-a-run", f"{folder} is not a run's folder: it has no config.yaml; give the run's OUTPUT_DIR"
+        )
     metrics = folder / "metrics.jsonl"
     logged = read_metrics(metrics) if metrics.is_file() else Metrics()
     inference = folder / "inference"
@@ -149,7 +151,9 @@ def read_results(path: Path) -> dict[str, dict[str, float | None]]:
     kinds: dict[str, dict[str, float | None]] = {}
     for kind, row in found.items():
         if not isinstance(row, dict):
-            raise UserError(f"{path}: {kind!r} has no metrics by name; evaluate the run again")
+            raise UserError(
+                "damaged-run-file", f"{path}: {kind!r} has no metrics by name; evaluate the run again"
+            )
         kinds[kind] = {name: _percent(value, f"{path}: {kind!r}, {name!r}") for name, value in row.items()}
     return kinds
 
@@ -159,7 +163,10 @@ def _percent(value: Any, label: str) -> float | None:
     if value is None or value != value:
         return None
     if type(value) not in (int, float) or not -1 <= value <= 100.001:
-        raise UserError(f"{label} is {shortened(repr(value), 40)}, not a percentage; evaluate the run again")
+        raise UserError(
+            "damaged-run-file",
+            f"{label} is {shortened(repr(value), 40)}, not a percentage; evaluate the run again",
+        )
     return float(value)
 
 
@@ -167,7 +174,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); evaluate the run again") from error
+        raise UserError(
+            "damaged-run-file", f"{path} cannot be read ({error}); evaluate the run again"
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not what an evaluation writes; evaluate the run again")
+        raise UserError(
+            "damaged-run-file", f"{path} is not what an evaluation writes; evaluate the run again"
+        )
     return content

@@ -51,12 +51,17 @@ def plot_curves(
     runs = metrics_jsonl if isinstance(metrics_jsonl, Mapping) else {"": metrics_jsonl}
     suffix = Path(path).suffix.lower()
     if suffix not in _FORMATS:
-        raise UserError(f"cannot write the picture {path}: its name must end in {', '.join(_FORMATS)}")
+        raise UserError(
+            "wrong-ending", f"cannot write the picture {path}: its name must end in {', '.join(_FORMATS)}"
+        )
     read = {name: read_metrics(source) for name, source in runs.items()}
     panels = {name: _panels(metrics, several=len(runs) > 1) for name, metrics in read.items()}
     for name, panel in panels.items():
         if not any(panel.values()):
-            raise UserError(f"{runs[name]} has neither losses nor AP; wait for the first log line of the run")
+            raise UserError(
+                "no-metrics",
+                f"{runs[name]} has neither losses nor AP; wait for the first log line of the run",
+            )
     titles = [title for title in (_LOSS, _AP, _RATE) if any(panel[title] for panel in panels.values())]
     kinds = list(dict.fromkeys(name for panel in panels.values() for name in panel[_AP]))
     styles = dict(zip(kinds, _AP_STYLES * len(kinds), strict=False))

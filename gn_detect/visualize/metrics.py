@@ -102,11 +102,12 @@ def read_metrics(path: str | Path) -> Metrics:
                 count += len(lines)
     except OSError as error:
         raise UserError(
-            f"cannot read {path}: {error.strerror}; give the metrics.jsonl of a run's folder"
+            "no-metrics", f"cannot read {path}: {error.strerror}; give the metrics.jsonl of a run's folder"
         ) from error
     if damaged and not metrics:
         raise UserError(
-            f"{path} has no line with an iteration and its numbers; give the metrics.jsonl of a run's folder"
+            "no-metrics",
+            f"{path} has no line with an iteration and its numbers; give the metrics.jsonl of a run's folder",
         )
     if damaged:
         logger.warning(

@@ -105,7 +105,9 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
     """Write one uint8 RGB (H, W, 3) picture; see :func:`save_picture_grid`."""
     kind = _FORMATS.get(Path(path).suffix.lower())
     if kind is None:
-        raise UserError(f"cannot write the picture {path}: its name must end in {', '.join(_FORMATS)}")
+        raise UserError(
+            "wrong-ending", f"cannot write the picture {path}: its name must end in {', '.join(_FORMATS)}"
+        )
     with atomic_write(path, "wb") as file:
         Image.fromarray(picture).save(file, format=kind, **(_PNG if kind == "PNG" else {"quality": 92}))
 

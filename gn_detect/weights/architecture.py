@@ -100,8 +100,9 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     for name, shape in shapes.items():  # the keys are read from matrices and kernels, which are not empty
         if _MATRICES.fullmatch(name) and (len(shape) < 2 or 0 in shape):
             raise UserError(
+                "unknown-network",
                 f"{checkpoint.path}: {name} has the shape {list(shape)}, as in no detector; {_REMEDY}, "
-                "or other weights"
+                "or other weights",
             )
     keys = _backbone_keys(checkpoint, shapes)
     if is_detector and has_pyramid:
@@ -144,8 +145,9 @@ def _backbone_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
     if depth is None or len(shape("stem.conv1")) != 4 or len(middle) != 4 or len(last) != 4:
         first = next(iter(checkpoint.tensors), "nothing")
         raise UserError(
+            "unknown-network",
             f"{checkpoint.path}: no ResNet of 18 to 152 layers can be recognised in it (blocks in a stage: "
-            f"{', '.join(map(str, stages))}; its first tensor is {first}); {_REMEDY}, or other weights"
+            f"{', '.join(map(str, stages))}; its first tensor is {first}); {_REMEDY}, or other weights",
         )
     groups = max(1, middle[0] // max(1, middle[1])) if bottleneck else 1
     return {
@@ -167,7 +169,9 @@ def _norm(shapes: Shapes, layer: str) -> str:
 def _pyramid_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
     levels = [level for level in range(2, 6) if f"backbone.fpn_lateral{level}.weight" in shapes]
     if levels != [2, 3, 4, 5]:
-        raise UserError(f"{checkpoint.path}: an FPN of the levels {levels} is not deduced; {_REMEDY}")
+        raise UserError(
+            "unknown-network", f"{checkpoint.path}: an FPN of the levels {levels} is not deduced; {_REMEDY}"
+        )
     keys: dict[str, Any] = {
         "MODEL.FPN.OUT_CHANNELS": shapes["backbone.fpn_lateral2.weight"][0],
         "MODEL.FPN.NORM": _norm(shapes, "backbone.fpn_lateral2"),

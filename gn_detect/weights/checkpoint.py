@@ -87,11 +87,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     entry = entry_of(path)
     path = resolve(path)
     if path.is_dir():
-        raise UserError(f"cannot load weights from {path}: it is a folder; give a file inside it")
+        raise UserError(
+            "missing-weights", f"cannot load weights from {path}: it is a folder; give a file inside it"
+        )
     if not path.is_file():
         raise UserError(
+            "missing-weights",
             f"cannot load weights from {path}: no such file; check MODEL.WEIGHTS, or give zoo://NAME of "
-            "gn-detect zoo list"
+            "gn-detect zoo list",
         )
     content, kind = _read(path)
     stored, others = _split(content, path, nested=kind != "safetensors")
@@ -128,10 +131,14 @@ def save_weights(
     path = Path(path)
     content = metadata.to_dict() if isinstance(metadata, CheckpointMetadata) else dict(metadata or {})
     if path.suffix not in SUFFIXES:
-        raise UserError(f"cannot save weights as {path}: end the name in {', '.join(SUFFIXES)}")
+        raise UserError(
+            "wrong-ending", f"cannot save weights as {path}: end the name in {', '.join(SUFFIXES)}"
+        )
     for key in MODEL_KEYS:  # read_checkpoint would take a dict there for the weights
         if key in content and (key == "model" or isinstance(content[key], dict)):
-            raise UserError(f"cannot save {path}: the metadata key '{key}' is taken by weights; rename it")
+            raise UserError(
+                "wrong-ending", f"cannot save {path}: the metadata key '{key}' is taken by weights; rename it"
+            )
     content = {key: _without_numpy(value) for key, value in content.items()} | signature()
     tensors = {name: _whole(tensor.detach().cpu()) for name, tensor in state_dict.items()}
     if path.suffix in (".safetensors", ".pkl"):
@@ -172,7 +179,9 @@ def _as_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     try:
         header = {key: json.dumps(value) for key, value in metadata.items()}
     except (TypeError, ValueError) as error:
-        raise UserError(f"cannot save {path}: {error}; save as .pth or leave it out") from error
+        raise UserError(
+            "wrong-ending", f"cannot save {path}: {error}; save as .pth or leave it out"
+        ) from error
     # Tied tensors may not share memory in this format, and views must be dense.
     dense = torch.contiguous_format
     copies = {name: tensor.clone(memory_format=dense) for name, tensor in tensors.items()}
@@ -185,7 +194,7 @@ def _as_pickle(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
         json.dumps(metadata)  # the reader's restrictions, nearly
         arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
     except (TypeError, ValueError) as error:
-        raise UserError(f"cannot save {path}: {error}; save as .pth") from error
+        raise UserError("wrong-ending", f"cannot save {path}: {error}; save as .pth") from error
     shapes = {name: tensor.shape for name, tensor in tensors.items()}  # 0-dimensional ones became (1,)
     arrays = {name: array.reshape(shapes[name]) for name, array in arrays.items()}
     return pickle.dumps({"model": arrays, **metadata}, protocol=2)
@@ -198,7 +207,7 @@ def _read(path: Path) -> tuple[Any, str]:
             head = file.read(64)
             size = file.seek(0, 2)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError("cannot-read", f"cannot read {path}: {error.strerror}") from error
     if head.startswith((_ZIP, _TORCH_LEGACY)):
         with _reading(path):
             if head.startswith(_TORCH_LEGACY):
@@ -216,10 +225,12 @@ def _read(path: Path) -> tuple[Any, str]:
             return load_numpy_pickle(file, STAND_INS), "pickle"
     for start, remedy in _OTHERS.items():
         if head.lstrip().startswith(start):
-            raise UserError(f"{path} is {remedy}")
+            raise UserError("not-weights", f"{path} is {remedy}")
     if not head:
-        raise UserError(f"{path} is empty; copy or download it again")
-    raise UserError(f"{path} is not a .pth, .safetensors, .pkl or .npz checkpoint; {_FETCH_AGAIN}")
+        raise UserError("damaged-weights", f"{path} is empty; copy or download it again")
+    raise UserError(
+        "not-weights", f"{path} is not a .pth, .safetensors, .pkl or .npz checkpoint; {_FETCH_AGAIN}"
+    )
 
 
 @contextmanager
@@ -232,7 +243,9 @@ def _reading(path: Path, how: str = "") -> Iterator[None]:
     except RefusedPickle as error:
         raise _refusal(path, str(error)) from error
     except Exception as error:
-        raise UserError(f"cannot read {path}{how}: {_first_line(error)}; {_FETCH_AGAIN}") from error
+        raise UserError(
+            "damaged-weights", f"cannot read {path}{how}: {_first_line(error)}; {_FETCH_AGAIN}"
+        ) from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -245,7 +258,7 @@ def _read_torch(path: Path) -> Any:
                 raise _refusal(path, f"it names {refused[1].rstrip('.')!r}") from error
             reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # after much advice
             text = _first_line(error) if reason is None else reason[1].rstrip(". ")
-            raise UserError(f"cannot read {path}: {text}; {_FETCH_AGAIN}") from error
+            raise UserError("damaged-weights", f"cannot read {path}: {text}; {_FETCH_AGAIN}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -265,8 +278,9 @@ def _from_json(text: str) -> Any:
 
 def _refusal(path: Path, reason: str) -> UserError:
     return UserError(
+        "unsafe-file",
         f"refused to read {path}: {reason}, and a checkpoint may hold only tensors, arrays and "
-        f"plain containers (nothing was run); save its state dict alone with torch.save"
+        f"plain containers (nothing was run); save its state dict alone with torch.save",
     )
 
 
@@ -278,7 +292,10 @@ def _first_line(error: Exception) -> str:
 def _split(content: Any, path: Path, nested: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights, which may be ``nested`` in a dict, and the rest."""
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors; save a state dict")
+        raise UserError(
+            "not-weights",
+            f"{path} holds a {type(content).__name__}, not a dict of tensors; save a state dict",
+        )
     # A weight may itself be called "model": only a dict is a container of weights.
     containers = (key for key in MODEL_KEYS if nested and isinstance(content.get(key), dict))
     container = next(containers, None)
@@ -296,20 +313,23 @@ def _split(content: Any, path: Path, nested: bool) -> tuple[dict[str, Tensor], d
             metadata[str(key)] = value
     if not tensors:
         keys = ", ".join(repr(key) for key in list(weights)[:3]) or "none"
-        raise UserError(f"{path} holds no tensors (keys: {keys}); give a checkpoint with a state dict")
+        raise UserError(
+            "not-weights", f"{path} holds no tensors (keys: {keys}); give a checkpoint with a state dict"
+        )
     odd = next((name for name in tensors if not name.isprintable()), None)
     if odd is not None:
-        raise UserError(f"{path}: {odd!r} is no name of a tensor; save the state dict again")
+        raise UserError("not-weights", f"{path}: {odd!r} is no name of a tensor; save the state dict again")
     return tensors, metadata
 
 
 def _checked(tensor: Tensor, key: Any, path: Path) -> Tensor:
     # A file can describe a tensor of terabytes that all lie on one stored number.
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise UserError(f"{path}: {key!r} is not a dense tensor; store dense weights")
+        raise UserError("not-weights", f"{path}: {key!r} is not a dense tensor; store dense weights")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise UserError(
-            f"refused to read {path}: {key!r} has shape {tuple(tensor.shape)}, more than is stored"
+            "unsafe-file",
+            f"refused to read {path}: {key!r} has shape {tuple(tensor.shape)}, more than is stored",
         )
     return tensor
 
@@ -320,7 +340,9 @@ def _as_tensor(array: np.ndarray, key: Any, path: Path) -> Tensor:
     try:
         return torch.from_numpy(array)
     except TypeError as error:
-        raise UserError(f"{path}: {key!r} is {array.dtype}, not a type of PyTorch; store float32") from error
+        raise UserError(
+            "not-weights", f"{path}: {key!r} is {array.dtype}, not a type of PyTorch; store float32"
+        ) from error
 
 
 def strip_wrappers(tensors: dict[str, T]) -> dict[str, T]:

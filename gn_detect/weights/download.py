@@ -97,7 +97,8 @@ def download(url: str, target: Path, *, size: int | None = None, checksum: str =
             _with_ending(part, ".tag").unlink(missing_ok=True)
     except _Failure as error:
         raise UserError(
-            f"cannot download {url}: {error}; fetch it by other means and put it at {target}"
+            "download-failed",
+            f"cannot download {url}: {error}; fetch it by other means and put it at {target}",
         ) from error
     except OSError as error:
         raise cannot_write(target, error, "; GN_DETECT_CACHE names the folder") from error
@@ -112,7 +113,10 @@ def verify(file: Path, *, size: int | None = None, checksum: str = "") -> str:
     """
     found = file.stat().st_size
     if size is not None and found != size:
-        raise UserError(f"{file} has {found} bytes, and {size} were published; remove and download it again")
+        raise UserError(
+            "damaged-weights",
+            f"{file} has {found} bytes, and {size} were published; remove and download it again",
+        )
     if checksum == MD5_BESIDE:
         published = _with_ending(file, ".md5")
         checksum = f"md5:{published.read_text(encoding='ascii').strip()}" if published.is_file() else ""
@@ -127,8 +131,9 @@ def verify(file: Path, *, size: int | None = None, checksum: str = "") -> str:
             digest.update(chunk)
     if not digest.hexdigest().startswith(wanted):
         raise UserError(
+            "damaged-weights",
             f"{file} has {kind} {digest.hexdigest()}, and {wanted} was published: it is damaged or was "
-            "replaced; remove and download it again"
+            "replaced; remove and download it again",
         )
     return f"{found} bytes, {kind} {wanted} as published"
 

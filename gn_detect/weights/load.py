@@ -148,8 +148,9 @@ def load_weights(
     if config is not None and report.convention is not None:
         if keys := report.convention.differing_keys(config):
             raise UserError(
+                "other-input",
                 f"{report.path} was trained with other input than the config has, and would load and then "
-                f"find little; add --fix-config, or set {as_command_line(keys)}"
+                f"find little; add --fix-config, or set {as_command_line(keys)}",
             )
     _refuse_not_finite(report, checkpoint)
     for name in report.matched:
@@ -242,16 +243,18 @@ def _refuse_other_architecture(report: LoadReport, checkpoint: Checkpoint, own: 
     others = [mismatch for mismatch in report.mismatched if not is_of_classes(mismatch)]
     if others:
         raise UserError(
+            "other-network",
             f"{report.path} does not fit the model: {others[0]}"
             + (f", and {len(others) - 1} more" if len(others) > 1 else "")
-            + "; use the configuration that the checkpoint was trained with, or another checkpoint"
+            + "; use the configuration that the checkpoint was trained with, or another checkpoint",
         )
     known = len(report.matched) + len(report.mismatched)
     if known < MATCHED_SHARE * min(len(own), len(checkpoint.tensors)) or not report.matched:
         raise UserError(
+            "other-network",
             f"{report.path} is of another architecture, or names its tensors in another way: {known} of "
             f"the model's {len(own)} tensors are in it; the file has {_some(report.unexpected)}, the model "
-            f"wants {_some(report.missing)}; give a checkpoint of this configuration with detectron2's names"
+            f"wants {_some(report.missing)}; give a checkpoint of this configuration with detectron2's names",
         )
 
 
@@ -263,8 +266,9 @@ def _refuse_poor_backbone(report: LoadReport, own: dict[str, Tensor]) -> None:
     missing = [name for name in report.missing if is_of_backbone(name)]
     if len(missing) > (1 - BACKBONE_SHARE) * len(wanted):
         raise UserError(
+            "other-network",
             f"{report.path} has only {len(wanted) - len(missing)} of the backbone's {len(wanted)} tensors; "
-            f"it lacks {_some(missing)}; give a checkpoint of this backbone, or set MODEL.RESNETS as in it"
+            f"it lacks {_some(missing)}; give a checkpoint of this backbone, or set MODEL.RESNETS as in it",
         )
 
 
@@ -276,9 +280,10 @@ def _refuse_other_norm(report: LoadReport, own: dict[str, Tensor]) -> None:
         if leaf == "running_mean" and f"{owner}.weight" in matched:
             batch, group = ("the model", "the file") if name in own else ("the file", "the model")
             raise UserError(
+                "other-norm",
                 f"{report.path} was trained with another norm: {owner} is a BatchNorm in {batch} and "
                 f"not in {group}; set MODEL.RESNETS.NORM and the other NORM keys as in training, or "
-                "make a GroupNorm checkpoint of it with gn-detect convert"
+                "make a GroupNorm checkpoint of it with gn-detect convert",
             )
 
 
@@ -293,17 +298,21 @@ def _refuse_incomplete(report: LoadReport, own: dict[str, Tensor]) -> None:
             )
         else:
             remedy = "set CLS_AGNOSTIC_BBOX_REG and CLS_AGNOSTIC_MASK as in training"
-        raise UserError(f"{report.path} was trained for other classes: {first}; {remedy}")
+        raise UserError(
+            "num-classes-differ", f"{report.path} was trained for other classes: {first}; {remedy}"
+        )
     if report.missing:
         raise UserError(
+            "other-network",
             f"{report.path} lacks {len(report.missing)} of the model's {len(own)} tensors, such as "
-            f"{_some(report.missing)}; use the configuration that it was trained with"
+            f"{_some(report.missing)}; use the configuration that it was trained with",
         )
     extra = [name for name in report.unexpected if not _belongs_to_absent_head(name, own)]
     if extra:
         raise UserError(
+            "other-network",
             f"{report.path} has {len(extra)} tensors that the model lacks, such as {_some(extra)}; "
-            f"use the configuration that it was trained with"
+            f"use the configuration that it was trained with",
         )
 
 
@@ -322,8 +331,9 @@ def _refuse_not_finite(report: LoadReport, checkpoint: Checkpoint) -> None:
             tensor = tensor.float()  # PyTorch does not compute with 8 bits
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(
+                "not-finite",
                 f"{report.path}: '{name}' has values that are not finite, so training diverged; "
-                f"use an earlier checkpoint"
+                f"use an earlier checkpoint",
             )
 
 

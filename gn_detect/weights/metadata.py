@@ -175,8 +175,9 @@ def read_metadata(content: Mapping[str, Any], path: Path) -> CheckpointMetadata:
         found = others.pop(_VERSION_KEY, FORMAT_VERSION)
         if not isinstance(found, int) or found > FORMAT_VERSION:
             raise UserError(
+                "newer-file",
                 f"{path} has format version {found!r}, and this gn_detect reads up to {FORMAT_VERSION}; "
-                "install a newer one"
+                "install a newer one",
             )
         allowed |= {"ours"} if _TRAINING_STATE.isdisjoint(others) else {"ours", "training"}
     values: dict[str, Any] = {}
@@ -187,8 +188,9 @@ def read_metadata(content: Mapping[str, Any], path: Path) -> CheckpointMetadata:
             values[entry.name] = others.pop(entry.name)
         elif entry.metadata["refuse"] in allowed:
             raise UserError(
+                "damaged-record",
                 f"{path}: its '{entry.name}' is not {entry.metadata['words']}, so the file is damaged; "
-                f"{entry.metadata['remedy']}"
+                f"{entry.metadata['remedy']}",
             )
     if "input" in values:
         values["input"] = InputConvention.from_metadata(values["input"])

@@ -54,8 +54,9 @@ def standardised_convs(checkpoint: Checkpoint) -> dict[str, float]:
     for part, section in kinds.items():
         if _type(section) not in _PLAIN | _STANDARDISED:
             raise UserError(
+                "unknown-network",
                 f"{checkpoint.path}: its config has convolutions of the type {_type(section)} in its {part}, "
-                "which gn_detect does not compute; give a checkpoint with plain ones or ConvWS"
+                "which gn_detect does not compute; give a checkpoint with plain ones or ConvWS",
             )
     found = {}
     for name, tensor in checkpoint.tensors.items():
@@ -69,9 +70,10 @@ def standardised_convs(checkpoint: Checkpoint) -> dict[str, float]:
     if used and (strange or not found):
         place = strange[0] if strange else "conv_cfg"
         raise UserError(
+            "unknown-network",
             f"{checkpoint.path}: its config names {_type(sections[min(used)])}, and it is not clear which "
             f"convolutions standardise their weights (see {place} in it); give "
-            "one whose meta.config is the whole config, with ConvWS in the backbone, neck, bbox or mask head"
+            "one whose meta.config is the whole config, with ConvWS in the backbone, neck, bbox or mask head",
         )
     return found
 

@@ -83,7 +83,9 @@ def refuse_other_groups(model: nn.Module, checkpoint: Checkpoint, groups: Mappin
             f"calibrate: --num-groups {keys[0]} --min-channels-per-group {keys[1]})"
         )
     found, wanted = groups[other], norms[other].num_groups
-    raise UserError(f"{checkpoint.path} has {found} groups in '{other}', and the model {wanted}; {remedy}")
+    raise UserError(
+        "other-groups", f"{checkpoint.path} has {found} groups in '{other}', and the model {wanted}; {remedy}"
+    )
 
 
 def refuse_lost_norms(model: nn.Module, checkpoint: Checkpoint, named: Collection[str]) -> None:
@@ -103,9 +105,10 @@ def refuse_lost_norms(model: nn.Module, checkpoint: Checkpoint, named: Collectio
     lost, unspecified = sorted(named - norms - present), sorted((norms & present) - named)
     if lost and unspecified:
         raise UserError(
+            "damaged-record",
             f"{checkpoint.path}: its 'group_norm_groups' or 'group_norm_eps' names '{lost[0]}', which is "
             f"not in the file, and not '{unspecified[0]}', so what that norm computes is not known; write it "
-            "again with norm_settings(model) of the model that the file was made of, or without these keys"
+            "again with norm_settings(model) of the model that the file was made of, or without these keys",
         )
 
 

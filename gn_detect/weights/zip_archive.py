@@ -75,7 +75,9 @@ def _check_seal(path: Path) -> bool:
         _, end, rest = file.read().rpartition(_END)
         length = int.from_bytes(rest[_END_LENGTH - len(_END) - _LENGTH_BYTES :][:_LENGTH_BYTES], "little")
         if end and len(rest) - (_END_LENGTH - len(_END)) < length:
-            raise UserError(f"cannot read {path}: its end is missing; copy or download it again")
+            raise UserError(
+                "damaged-weights", f"cannot read {path}: its end is missing; copy or download it again"
+            )
         file.seek(size)
         sealed_length, seal = file.read(_LENGTH_BYTES), file.read()
         if not seal.startswith(_SEAL):
@@ -89,7 +91,10 @@ def _check_seal(path: Path) -> bool:
     digest.update(bytes(_LENGTH_BYTES))
     whole = int.from_bytes(sealed_length, "little") == _SEAL_LENGTH
     if not whole or seal.removeprefix(_SEAL) != digest.hexdigest().encode():
-        raise UserError(f"{path} is damaged: its content is not what was written; copy or download it again")
+        raise UserError(
+            "damaged-weights",
+            f"{path} is damaged: its content is not what was written; copy or download it again",
+        )
     return True
 
 
@@ -109,20 +114,26 @@ def is_npz(path: Path) -> bool:
         _check_torch(path, archive, entries)
         # The records' own sums, which torch.load does not read.
         if not sealed and (damaged := archive.testzip()) is not None:
-            raise UserError(f"{path} is damaged at {damaged}; copy or download it again")
+            raise UserError("damaged-weights", f"{path} is damaged at {damaged}; copy or download it again")
         return False
 
 
 def _check_torch(path: Path, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
     pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
     if not pickles:
-        raise UserError(f"{path} is a zip archive, but neither of PyTorch nor of NumPy; unpack it")
+        raise UserError(
+            "not-weights", f"{path} is a zip archive, but neither of PyTorch nor of NumPy; unpack it"
+        )
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise UserError(f"{path} is a TorchScript program, which is not run; save its state dict instead")
+        raise UserError(
+            "not-weights", f"{path} is a TorchScript program, which is not run; save its state dict instead"
+        )
     # torch.save stores without compression, so the parts are no larger than the file.
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise UserError(f"refused to read {path}: it unpacks to more than PyTorch would have stored in it")
+        raise UserError(
+            "unsafe-file", f"refused to read {path}: it unpacks to more than PyTorch would have stored in it"
+        )
     for entry in pickles:
         check_pickle(archive.read(entry))
 
@@ -138,7 +149,7 @@ def read_npz(path: Path) -> dict[str, Any]:
         entries = archive.infolist()
         total = sum(entry.file_size for entry in entries)
         if total > max(_SMALL, MAX_RATIO * path.stat().st_size):
-            raise UserError(f"refused to read {path}: it unpacks to {total} bytes")
+            raise UserError("unsafe-file", f"refused to read {path}: it unpacks to {total} bytes")
         return {entry.filename.removesuffix(".npy"): _read_array(archive.read(entry)) for entry in entries}
 
 

@@ -65,7 +65,7 @@ def read_catalog() -> dict[str, ZooEntry]:
     folders = (package / "model_zoo", package.parent / "model_zoo")
     path = next((folder / "catalog.yaml" for folder in folders if (folder / "catalog.yaml").is_file()), None)
     if path is None:
-        raise UserError("the model zoo's catalog.yaml is missing: install gn_detect again")
+        raise UserError("missing-package", "the model zoo's catalog.yaml is missing: install gn_detect again")
     content = parse_yaml(path.read_text(encoding="utf-8"))
     return {name: ZooEntry(name=name, **fields) for name, fields in content.items()}
 
@@ -82,7 +82,7 @@ def find_entry(name: str) -> ZooEntry:
         return catalog[name]
     near = difflib.get_close_matches(name, catalog, n=3, cutoff=0.3)
     hint = f"did you mean {' or '.join(near)}?" if near else "gn-detect zoo list shows all"
-    raise UserError(f"the model zoo has no {name!r}; {hint}")
+    raise UserError("unknown-weights", f"the model zoo has no {name!r}; {hint}")
 
 
 def is_remote(path: str | Path) -> bool:
@@ -130,7 +130,9 @@ def check(entry: ZooEntry) -> str:
         UserError: it is not there, or is not the published one.
     """
     if not entry.file.is_file():
-        raise UserError(f"{entry.name} is not downloaded: gn-detect zoo download {entry.name}")
+        raise UserError(
+            "missing-weights", f"{entry.name} is not downloaded: gn-detect zoo download {entry.name}"
+        )
     return verify(entry.file, size=entry.bytes, checksum=entry.checksum)
 
 
@@ -149,11 +151,16 @@ def _look_up(text: str) -> tuple[ZooEntry | None, str]:
         for entry in read_catalog().values():
             if name in entry.aliases:
                 return entry, entry.url
-        raise UserError(f"the model zoo does not know {text}; gn-detect zoo list shows what it has")
+        raise UserError(
+            "unknown-weights", f"the model zoo does not know {text}; gn-detect zoo list shows what it has"
+        )
     if text.startswith(DETECTRON2):
         text = DETECTRON2_URL + text.removeprefix(DETECTRON2)
     if not text.startswith("https://"):
-        raise UserError(f"cannot load {text}: only zoo://, detectron2://, catalog:// and https:// are known")
+        raise UserError(
+            "unknown-weights",
+            f"cannot load {text}: only zoo://, detectron2://, catalog:// and https:// are known",
+        )
     return next((entry for entry in read_catalog().values() if entry.url == text), None), text
 
 

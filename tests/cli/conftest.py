@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,12 @@ def case(tmp_path: Path) -> Case:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Calls the command line, which must refuse; returns its one line on standard error."""
+    """Calls the command line, which must refuse; returns its one line on standard error, code included."""
 
     def call(*arguments: object) -> str:
         assert main([str(a) for a in arguments]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+        assert re.fullmatch(r"error: .+ \[[a-z-]+\]\n", error), error
         return error
 
     return call

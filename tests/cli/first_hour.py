@@ -1,4 +1,4 @@
-"""Mistakes of a user's first hour: how each is made, and what its message must name and advise.
+"""Mistakes of a user's first hour: how each is made, the code of its message and what it must name.
 
 tests/cli/test_first_hour.py provokes them; docs/troubleshooting.md is checked against what they print.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from PIL import Image
 from gn_detect.cli import main
 from gn_detect.config import load_config
 from gn_detect.engine.folder_lock import FolderLock
+from gn_detect.errors import Code
 from gn_detect.modeling import build_model
 from gn_detect.weights import norm_settings
 from tests.cli.conftest import Case
@@ -31,16 +33,16 @@ Prepare = Callable[[Case], Any]
 class Mistake:
     """Attributes:
     command: arguments; {config}, {train}, {val}, {images}, {folder} and {output} are the test's files.
-    names: what the message must name.
-    remedy: words of what it must advise.
+    code: of the message.
+    names: what the message must name: the wrong thing, and the flag, key or name to use.
     prepare: what is spoiled before.
     needs_no_gpu: the mistake is none where there is a GPU.
     retries: lines about further tries stand before the message.
     """
 
     command: str
-    names: str
-    remedy: str
+    code: Code
+    names: str | tuple[str, ...]
     prepare: Prepare = field(default=lambda case: None)
     needs_no_gpu: bool = False
     retries: bool = False
@@ -154,288 +156,336 @@ EVAL = "eval --config-file {config}"
 PREDICT = "predict --config-file {config} {images}"
 
 MISTAKES = {
-    "command with a typo": Mistake("trian", "trian", "did you mean train?"),
-    "command of another tool": Mistake("test", "test", "choose from"),
+    "command with a typo": Mistake("trian", "unknown-command", ("trian", "train")),
+    "command of another tool": Mistake("test", "unknown-command", "test"),
     "flag of another tool": Mistake(
-        f"{PREDICT} --confidence-threshold 0.5", "--confidence-threshold", "did you mean --threshold?"
+        f"{PREDICT} --confidence-threshold 0.5", "unknown-flag", ("--confidence-threshold", "--threshold")
     ),
-    "key given as a flag": Mistake(f"{TRAIN} --lr 0.01", "--lr", "after the command: SOLVER.BASE_LR"),
-    "epochs as a flag": Mistake(
-        f"{TRAIN} --epochs 12", "--epochs", "SOLVER.MAX_ITER, in iterations: epochs x"
-    ),
+    "key given as a flag": Mistake(f"{TRAIN} --lr 0.01", "unknown-flag", ("--lr", "SOLVER.BASE_LR")),
+    "epochs as a flag": Mistake(f"{TRAIN} --epochs 12", "unknown-flag", ("--epochs", "SOLVER.MAX_ITER")),
     "key with an equals sign": Mistake(
-        f"{TRAIN} SOLVER.MAX_ITER=12", "SOLVER.MAX_ITER=12", "stand apart here, as in SOLVER.MAX_ITER 12"
+        f"{TRAIN} SOLVER.MAX_ITER=12", "key-with-equals", "SOLVER.MAX_ITER=12"
     ),
-    "key of another tool": Mistake(f"{TRAIN} batch 4", "batch: unknown key", "SOLVER.IMS_PER_BATCH"),
+    "key of another tool": Mistake(f"{TRAIN} batch 4", "unknown-key", ("batch", "SOLVER.IMS_PER_BATCH")),
     "images by a flag": Mistake(
-        "predict --config-file {config} --source {images}", "--source", "given without a flag"
+        "predict --config-file {config} --source {images}", "unknown-flag", "--source"
     ),
-    "flag that there is not": Mistake(f"{TRAIN} --colour red", "--colour", "gn-detect train --help"),
-    "flag before the command": Mistake("--config-file {config} train", "--config-file", "after its name"),
-    "flag without its value": Mistake("train --config-file", "--config-file", "gn-detect train --help"),
-    "word for a number": Mistake(f"{TRAIN} --num-gpus two", "--num-gpus", "gn-detect train --help"),
-    "nothing to work on": Mistake("predict --config-file {config}", "INPUT", "gn-detect predict --help"),
-    "word too many": Mistake("report {folder}/a {folder}/b", "b", "gn-detect report --help"),
-    "no config": Mistake("train", "config", "--config-file FILE"),
+    "flag that there is not": Mistake(f"{TRAIN} --colour red", "unknown-flag", "--colour"),
+    "flag before the command": Mistake("--config-file {config} train", "unknown-flag", "--config-file"),
+    "flag without its value": Mistake("train --config-file", "missing-argument", "--config-file"),
+    "word for a number": Mistake(f"{TRAIN} --num-gpus two", "bad-argument", "--num-gpus"),
+    "nothing to work on": Mistake("predict --config-file {config}", "missing-argument", "INPUT"),
+    "word too many": Mistake("report {folder}/a {folder}/b", "extra-argument", "b"),
+    "no config": Mistake("train", "no-config", ("config", "--config-file")),
     "config that is not there": Mistake(
-        "train --config-file quick/dmeo.yaml", "quick/dmeo.yaml", "quick/demo.yaml"
+        "train --config-file quick/dmeo.yaml", "missing-config", ("quick/dmeo.yaml", "quick/demo.yaml")
     ),
     "config that is no YAML": Mistake(
         "train --config-file {folder}/bad.yaml",
+        "not-yaml",
         "bad.yaml: line 2",
-        "not YAML",
         _file("bad.yaml", "MODEL: {\n :"),
     ),
     "key that stands twice": Mistake(
-        "train --config-file {folder}/twice.yaml", "SEED", "twice", _file("twice.yaml", "SEED: 1\nSEED: 2\n")
+        "train --config-file {folder}/twice.yaml",
+        "not-yaml",
+        "SEED",
+        _file("twice.yaml", "SEED: 1\nSEED: 2\n"),
     ),
-    "unknown key": Mistake(f"{TRAIN} SOLVER.BASE_RL 0.1", "SOLVER.BASE_RL", "did you mean SOLVER.BASE_LR"),
-    "value of another type": Mistake(f"{TRAIN} SOLVER.MAX_ITER many", "SOLVER.MAX_ITER", "integer"),
-    "key without a value": Mistake(f"{TRAIN} SOLVER.MAX_ITER", "SOLVER.MAX_ITER", "KEY VALUE"),
+    "unknown key": Mistake(
+        f"{TRAIN} SOLVER.BASE_RL 0.1", "unknown-key", ("SOLVER.BASE_RL", "SOLVER.BASE_LR")
+    ),
+    "value of another type": Mistake(f"{TRAIN} SOLVER.MAX_ITER many", "bad-value", "SOLVER.MAX_ITER"),
+    "key without a value": Mistake(f"{TRAIN} SOLVER.MAX_ITER", "missing-value", "SOLVER.MAX_ITER"),
     "value that is not implemented": Mistake(
-        f"{TRAIN} MODEL.KEYPOINT_ON True", "MODEL.KEYPOINT_ON", "must be False"
+        f"{TRAIN} MODEL.KEYPOINT_ON True", "unsupported-value", "MODEL.KEYPOINT_ON"
     ),
-    "nothing to explain": Mistake("config explain", "explain", "such as gn-detect config explain"),
-    "unknown key to explain": Mistake("config explain MODEL.NUM_CLASES", "NUM_CLASES", "NUM_CLASSES"),
-    "groups that do not divide": Mistake(f"{TRAIN} MODEL.GN.NUM_GROUPS 3", "MODEL.GN.NUM_GROUPS", "MODEL"),
+    "nothing to explain": Mistake("config explain", "missing-argument", "explain"),
+    "unknown key to explain": Mistake(
+        "config explain MODEL.NUM_CLASES", "unknown-key", ("NUM_CLASES", "NUM_CLASSES")
+    ),
+    "groups that do not divide": Mistake(
+        f"{TRAIN} MODEL.GN.NUM_GROUPS 3", "conflicting-keys", "MODEL.GN.NUM_GROUPS"
+    ),
     "annotation file missing": Mistake(
-        f"{TRAIN}", "annotations.json", "correct DATASETS.REGISTER", lambda case: case.train.unlink()
+        f"{TRAIN}",
+        "missing-annotations",
+        ("annotations.json", "DATASETS.REGISTER"),
+        lambda case: case.train.unlink(),
     ),
     "annotation file missing, own data": Mistake(
-        "train --train-json none.json --train-images {images}", "none.json", "correct its path"
+        "train --train-json none.json --train-images {images}", "missing-annotations", "none.json"
     ),
-    "not JSON": Mistake(OWN, "annotations.json", "give a COCO annotation file", _text("hello")),
-    "not COCO": Mistake(OWN, "annotations.json", "images", _text('{"a": 1}')),
-    "a list": Mistake(OWN, "annotations.json", "give a COCO annotation file", _text("[1, 2]")),
+    "not JSON": Mistake(OWN, "not-json", "annotations.json", _text("hello")),
+    "not COCO": Mistake(OWN, "not-coco", "annotations.json", _text('{"a": 1}')),
+    "a list": Mistake(OWN, "not-coco", "annotations.json", _text("[1, 2]")),
     "result file": Mistake(
         OWN,
-        "a file of results",
-        "give the annotations",
+        "foreign-format",
+        "results",
         _text('[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]'),
     ),
     "annotations of another tool": Mistake(
         "train --train-json {folder}/data.yaml --train-images {images}",
+        "foreign-format",
         "YOLO labels",
-        "FiftyOne or Datumaro",
         _file("data.yaml", "nc: 1\nnames: [cat]\n"),
     ),
-    "folder for a file": Mistake(
-        "doctor {images} --images {images}", "it is a folder", "give the COCO annotation file"
-    ),
+    "folder for a file": Mistake("doctor {images} --images {images}", "foreign-format", "images"),
     "boxes that are fractions": Mistake(
         OWN,
-        "boxes are fractions",
-        "--fix OUT.json",
+        "fractions",
+        ("boxes", "--fix", "OUT.json"),
         _edit(lambda c: [_make_fractions(a) for a in c["annotations"]]),
     ),
-    "no categories": Mistake(
-        OWN, "annotations.json", "add the classes", _edit(lambda c: c["categories"].clear())
-    ),
+    "no categories": Mistake(OWN, "empty-list", "annotations.json", _edit(lambda c: c["categories"].clear())),
     "no images in the JSON": Mistake(
-        OWN, "annotations.json", "give a file", _edit(lambda c: c["images"].clear())
+        OWN, "empty-list", "annotations.json", _edit(lambda c: c["images"].clear())
     ),
-    "no objects": Mistake(OWN, "annotations.json", "annotate", _edit(lambda c: c["annotations"].clear())),
+    "no objects": Mistake(OWN, "no-objects", "annotations.json", _edit(lambda c: c["annotations"].clear())),
     "unlisted category": Mistake(
-        OWN, "category id 55", "add the category", _edit(lambda c: c["annotations"][0].update(category_id=55))
+        OWN,
+        "dangling-category",
+        "category id 55",
+        _edit(lambda c: c["annotations"][0].update(category_id=55)),
     ),
     "box outside": Mistake(
-        OWN, "annotation 2", "correct", _edit(lambda c: c["annotations"][1].update(bbox=[500, 500, 9, 9]))
+        OWN, "box-outside", "annotation 2", _edit(lambda c: c["annotations"][1].update(bbox=[500, 500, 9, 9]))
     ),
     "id that occurs twice": Mistake(
-        OWN, "annotation id 1", "own id", _edit(lambda c: c["annotations"][1].update(id=1))
+        OWN, "duplicate-annotation-id", "annotation id 1", _edit(lambda c: c["annotations"][1].update(id=1))
     ),
     "object without a mask": Mistake(
-        OWN, "annotation 1", "MODEL.MASK_ON False", _edit(lambda c: c["annotations"][0].pop("segmentation"))
+        OWN,
+        "no-mask",
+        ("annotation 1", "MODEL.MASK_ON"),
+        _edit(lambda c: c["annotations"][0].pop("segmentation")),
     ),
     "images folder missing": Mistake(
-        "train --train-json {train} --train-images nowhere", "nowhere", "correct --train-images"
+        "train --train-json {train} --train-images nowhere",
+        "missing-images-folder",
+        ("nowhere", "--train-images"),
     ),
     "image under another name": Mistake(
         OWN,
-        "001.png is there",
-        "doctor --fix",
+        "misnamed-image",
+        ("001.png", "--fix"),
         _edit(lambda c: c["images"][0].update(file_name="C:\\a\\001.png")),
     ),
-    "image missing": Mistake(OWN, "001.png", "restore it", _first_image(Path.unlink)),
+    "image missing": Mistake(OWN, "missing-image", "001.png", _first_image(Path.unlink)),
     "image that is no image": Mistake(
-        f"{TRAIN} DATASETS.TEST []", "001.png", "replace", _first_image(lambda p: p.write_text("no picture"))
+        f"{TRAIN} DATASETS.TEST []",
+        "unreadable-image",
+        "001.png",
+        _first_image(lambda p: p.write_text("no picture")),
     ),
     "image that was cut off": Mistake(
-        f"{TRAIN} DATASETS.TEST []", "001.png", "replace or remove it", _first_image(_halve)
+        f"{TRAIN} DATASETS.TEST []", "unreadable-image", "001.png", _first_image(_halve)
     ),
     "image outside of the folder": Mistake(
         OWN,
-        "../images/001.png",
-        "set DATASETS.ALLOW_OUTSIDE True",
+        "image-outside",
+        ("../images/001.png", "DATASETS.ALLOW_OUTSIDE"),
         _edit(lambda c: c["images"][0].update(file_name="../images/001.png")),
     ),
     "annotations that have no end": Mistake(
-        "train --train-json /dev/zero --train-images {images}", "/dev/zero", "give a regular file"
+        "train --train-json /dev/zero --train-images {images}", "not-a-file", "/dev/zero"
     ),
     "config that grows": Mistake(
-        "train --config-file {folder}/bomb.yaml", "bomb.yaml", "correct that line", _file("bomb.yaml", BOMB)
+        "train --config-file {folder}/bomb.yaml", "not-yaml", "bomb.yaml", _file("bomb.yaml", BOMB)
     ),
     "image of another size": Mistake(
         f"{TRAIN} DATASETS.TEST []",
+        "size-differs",
         "001.png",
-        "correct",
         _first_image(lambda p: Image.new("RGB", (9, 9)).save(p)),
     ),
     "other number of classes": Mistake(
-        f"{TRAIN} MODEL.ROI_HEADS.NUM_CLASSES 5", "MODEL.ROI_HEADS.NUM_CLASSES", "set it to 2"
+        f"{TRAIN} MODEL.ROI_HEADS.NUM_CLASSES 5",
+        "num-classes-differ",
+        ("MODEL.ROI_HEADS.NUM_CLASSES", "set it to 2"),
     ),
-    "train and val of other classes": Mistake(TRAIN, "circle", "give both the same", _rename_category),
+    "train and val of other classes": Mistake(TRAIN, "classes-differ", "circle", _rename_category),
     "two training sets of other classes": Mistake(
         f"{TRAIN} DATASETS.TRAIN [tiny_train,tiny_test] DATASETS.TEST []",
+        "classes-differ",
         "circle",
-        "give both the same",
         _rename_category,
     ),
-    "half of a pair of flags": Mistake("train --train-json {train}", "--train-images", "give both"),
-    "unknown dataset": Mistake(f"{TRAIN} DATASETS.TRAIN tiny_trian", "tiny_trian", "tiny_train"),
+    "half of a pair of flags": Mistake("train --train-json {train}", "lone-flag", "--train-images"),
+    "unknown dataset": Mistake(
+        f"{TRAIN} DATASETS.TRAIN tiny_trian", "unknown-dataset", ("tiny_trian", "tiny_train")
+    ),
     "unequal flags of the doctor": Mistake(
-        "doctor {train} {val} --images {images}", "2 annotation files", "each"
+        "doctor {train} {val} --images {images}", "missing-argument", "--images"
     ),
-    "nothing to evaluate": Mistake(EVAL, "MODEL.WEIGHTS", "add --weights"),
+    "nothing to evaluate": Mistake(EVAL, "no-weights", ("MODEL.WEIGHTS", "--weights")),
     "nothing to evaluate on": Mistake(
-        f"{EVAL} --weights {{folder}}/w.pth DATASETS.TEST []", "DATASETS.TEST", "--val-json", _weights([])
+        f"{EVAL} --weights {{folder}}/w.pth DATASETS.TEST []",
+        "no-dataset",
+        ("DATASETS.TEST", "--val-json"),
+        _weights([]),
     ),
-    "nothing to predict with": Mistake(PREDICT, "MODEL.WEIGHTS", "add --weights"),
-    "weights missing": Mistake(f"{OWN} --weights none.pth", "none.pth", "check MODEL.WEIGHTS"),
-    "weights named twice": Mistake(f"{TRAIN} --weights a.pth MODEL.WEIGHTS b.pth", "a.pth", "give one"),
+    "nothing to predict with": Mistake(PREDICT, "no-weights", ("MODEL.WEIGHTS", "--weights")),
+    "weights missing": Mistake(f"{OWN} --weights none.pth", "missing-weights", ("none.pth", "MODEL.WEIGHTS")),
+    "weights named twice": Mistake(
+        f"{TRAIN} --weights a.pth MODEL.WEIGHTS b.pth", "conflicting-flags", "a.pth"
+    ),
     "weights named twice, to predict": Mistake(
-        f"{PREDICT} --weights a.pth MODEL.WEIGHTS b.pth", "a.pth", "give one"
+        f"{PREDICT} --weights a.pth MODEL.WEIGHTS b.pth", "conflicting-flags", "a.pth"
     ),
-    "weights cut short": Mistake(f"{EVAL} --weights {{folder}}/w.pth", "w.pth", "again", _weights([], _cut)),
+    "weights cut short": Mistake(
+        f"{EVAL} --weights {{folder}}/w.pth", "damaged-weights", "w.pth", _weights([], _cut)
+    ),
     "weights that are none": Mistake(
-        f"{EVAL} --weights {{folder}}/w.pth", "w.pth", "checkpoint", _file("w.pth", "not weights at all")
+        f"{EVAL} --weights {{folder}}/w.pth", "not-weights", "w.pth", _file("w.pth", "not weights at all")
     ),
     "weights that would run code": Mistake(
         f"{EVAL} --weights {{folder}}/w.pkl",
+        "unsafe-file",
         "posix",
-        "not",
         lambda case: _hostile(case.config.parent / "w.pkl"),
     ),
     "weights of another norm": Mistake(
-        f"{TRAIN} --weights {{folder}}/w.pth", "w.pth", "gn-detect convert", _weights(BN)
+        f"{TRAIN} --weights {{folder}}/w.pth", "other-norm", "w.pth", _weights(BN)
     ),
     "weights of other groups": Mistake(
         f"{EVAL} --weights {{folder}}/w.pth",
-        "w.pth",
-        "set MODEL.GN.NUM_GROUPS 1",
+        "other-groups",
+        ("w.pth", "MODEL.GN.NUM_GROUPS"),
         _weights(["MODEL.GN.NUM_GROUPS", "1"]),
     ),
     "weights of another network": Mistake(
         f"{TRAIN} --weights {{folder}}/w.pth",
+        "other-network",
         "w.pth",
-        "configuration",
         _weights(["MODEL.FPN.OUT_CHANNELS", "8"]),
     ),
     "weights of other classes": Mistake(
         f"{EVAL} --weights {{folder}}/w.pth",
-        "NUM_CLASSES",
-        "to 3",
+        "num-classes-differ",
+        ("NUM_CLASSES", "to 3"),
         _weights(["MODEL.ROI_HEADS.NUM_CLASSES", "3"]),
     ),
     "weights of classes of other names": Mistake(
         f"{EVAL} --weights {{folder}}/w.pth",
-        "bar, circle",
-        "--other-classes",
+        "classes-differ",
+        ("bar, circle", "--other-classes"),
         _weights([], lambda path: _state(path, class_names=["bar", "circle"])),
     ),
     "prediction of classes of other names": Mistake(
         f"{PREDICT} --weights {{folder}}/w.pth --annotations {{train}}",
-        "bar, circle",
-        "--other-classes",
+        "classes-differ",
+        ("bar, circle", "--other-classes"),
         _weights([], lambda path: _state(path, class_names=["bar", "circle"])),
     ),
     "weights of other input": Mistake(
-        f"{EVAL} --weights {{folder}}/w.pth", "INPUT.FORMAT RGB", "--fix-config", _weights([], _of_rgb)
+        f"{EVAL} --weights {{folder}}/w.pth",
+        "other-input",
+        ("INPUT.FORMAT RGB", "--fix-config"),
+        _weights([], _of_rgb),
     ),
     "weights that are no ResNet": Mistake(
         f"{OWN} --weights {{folder}}/v.pth",
-        "v.pth",
-        "--config-file",
+        "unknown-network",
+        ("v.pth", "--config-file"),
         lambda case: torch.save({"features.0.weight": torch.zeros(3, 3)}, case.config.parent / "v.pth"),
     ),
-    "unknown name in the zoo": Mistake(f"{OWN} --weights zoo://R-50-NG", "R-50-NG", "R-50-GN"),
+    "unknown name in the zoo": Mistake(
+        f"{OWN} --weights zoo://R-50-NG", "unknown-weights", ("R-50-NG", "R-50-GN")
+    ),
     "offline": Mistake(
         "eval --config-file {config} --weights https://127.0.0.1:9/w.pth",
+        "download-failed",
         "127.0.0.1:9/w.pth",
-        "put it at",
         retries=True,
     ),
-    "no GPU": Mistake(f"{TRAIN} MODEL.DEVICE cuda", "MODEL.DEVICE", "cpu or auto", needs_no_gpu=True),
+    "no GPU": Mistake(f"{TRAIN} MODEL.DEVICE cuda", "no-gpu", "MODEL.DEVICE", needs_no_gpu=True),
     "more GPUs than there are": Mistake(
-        f"{TRAIN} --num-gpus 99 MODEL.DEVICE auto", "--num-gpus 99, but PyTorch finds", "MODEL.DEVICE cpu"
+        f"{TRAIN} --num-gpus 99 MODEL.DEVICE auto", "no-gpu", ("--num-gpus 99", "MODEL.DEVICE")
     ),
-    "no GPU, own data": Mistake(f"{OWN} --num-gpus 0", "--num-gpus 0", "MODEL.DEVICE cpu"),
+    "no GPU, own data": Mistake(f"{OWN} --num-gpus 0", "bad-argument", ("--num-gpus 0", "MODEL.DEVICE")),
     "batch that processes do not divide": Mistake(
-        f"{TRAIN} --num-gpus 2 SOLVER.IMS_PER_BATCH 3", "SOLVER.IMS_PER_BATCH", "multiple of 2"
+        f"{TRAIN} --num-gpus 2 SOLVER.IMS_PER_BATCH 3",
+        "indivisible-batch",
+        ("SOLVER.IMS_PER_BATCH", "multiple of 2"),
     ),
     "output folder that cannot be made": Mistake(
-        f"{TRAIN} OUTPUT_DIR {{folder}}/file/run", "file/run", "choose another folder", _file("file", "")
+        f"{TRAIN} OUTPUT_DIR {{folder}}/file/run", "cannot-write", "file/run", _file("file", "")
     ),
     "resume without the checkpoint": Mistake(
-        f"{TRAIN} --resume", "model_0000009.pth", "without --resume", _last_checkpoint
+        f"{TRAIN} --resume", "no-checkpoint", ("model_0000009.pth", "--resume"), _last_checkpoint
     ),
     "resume with other settings": Mistake(
-        f"{TRAIN} --resume SOLVER.BASE_LR 0.5", "SOLVER.BASE_LR was 0.02", "--allow-changes", _run
+        f"{TRAIN} --resume SOLVER.BASE_LR 0.5",
+        "other-run",
+        ("SOLVER.BASE_LR was 0.02", "--allow-changes"),
+        _run,
     ),
     "resume with other classes": Mistake(
         f"{TRAIN} --resume",
-        "circle, bar",
-        "--other-classes",
+        "classes-differ",
+        ("circle, bar", "--other-classes"),
         lambda case: (_run(case), case.edit(lambda c: c["categories"][0].update(name="circle"))),
     ),
-    "resume of nothing": Mistake(f"{TRAIN} --resume", "run", "leave out --resume"),
-    "resume of nothing, to evaluate": Mistake(f"{EVAL} --resume", "has no checkpoint", "add --weights"),
-    "changes without a resume": Mistake(f"{TRAIN} --allow-changes", "--allow-changes", "add --resume"),
-    "no image to predict": Mistake("predict --config-file {config} nowhere", "nowhere", "give image files"),
+    "resume of nothing": Mistake(f"{TRAIN} --resume", "no-run", ("run", "--resume")),
+    "resume of nothing, to evaluate": Mistake(f"{EVAL} --resume", "no-weights", "--weights"),
+    "changes without a resume": Mistake(
+        f"{TRAIN} --allow-changes", "lone-flag", ("--allow-changes", "--resume")
+    ),
+    "no image to predict": Mistake("predict --config-file {config} nowhere", "no-such-image", "nowhere"),
     "predict into the folder of the images": Mistake(
-        "predict --config-file {config} --output {images} {images}", "001.png", "another --output folder"
+        "predict --config-file {config} --output {images} {images}", "replaced-file", ("001.png", "--output")
     ),
-    "folder of another training": Mistake(TRAIN, "OUTPUT_DIR", "or give this run another", _in_use),
+    "folder of another training": Mistake(TRAIN, "folder-in-use", "OUTPUT_DIR", _in_use),
     "weights with a damaged bit": Mistake(
-        f"{EVAL} --weights {{folder}}/w.pth", "w.pth", "copy or download it again", _weights([], _flip)
+        f"{EVAL} --weights {{folder}}/w.pth", "damaged-weights", "w.pth", _weights([], _flip)
     ),
-    "dataset with the name of a path": Mistake(f"{TRAIN} DATASETS.TEST ../x", "DATASETS.TEST", "leave out"),
+    "dataset with the name of a path": Mistake(f"{TRAIN} DATASETS.TEST ../x", "bad-value", "DATASETS.TEST"),
     "key among the images": Mistake(
-        "predict --config-file {config} SOLVER.MAX_ITER 3", "no images", "before"
+        "predict --config-file {config} SOLVER.MAX_ITER 3", "missing-argument", "images"
     ),
-    "threshold in percent": Mistake(f"{PREDICT} --threshold 50", "--threshold 50", "from 0 to 1"),
-    "output folder of predict as a key": Mistake(f"{PREDICT} OUTPUT_DIR out", "OUTPUT_DIR", "--output"),
-    "exported detector as weights": Mistake(f"{PREDICT} --weights m.onnx", "m.onnx", "by --model"),
+    "threshold in percent": Mistake(f"{PREDICT} --threshold 50", "bad-argument", "--threshold 50"),
+    "output folder of predict as a key": Mistake(
+        f"{PREDICT} OUTPUT_DIR out", "conflicting-flags", ("OUTPUT_DIR", "--output")
+    ),
+    "exported detector as weights": Mistake(
+        f"{PREDICT} --weights m.onnx", "conflicting-flags", ("m.onnx", "--model")
+    ),
     "key of predict without its value": Mistake(
-        f"{PREDICT} --weights w.pth MODEL.DEVICE", "MODEL.DEVICE", "give KEY VALUE pairs"
+        f"{PREDICT} --weights w.pth MODEL.DEVICE", "missing-value", "MODEL.DEVICE"
     ),
-    "doctor without images": Mistake("doctor {train}", "--images", "--no-images"),
+    "doctor without images": Mistake("doctor {train}", "missing-argument", ("--images", "--no-images")),
     "repair with another folder": Mistake(
-        "doctor {train} --images {folder} --fix {output}", "none of the 4 images", "is their folder"
+        "doctor {train} --images {folder} --fix {output}", "lossy-repair", "4 images"
     ),
     "repair that removes much": Mistake(
         "doctor {train} --images {images} --fix {output}",
-        "2 of 8 annotations (id 1, 2)",
-        "add --drop",
+        "lossy-repair",
+        ("2 of 8 annotations (id 1, 2)", "--drop"),
         _edit(lambda c: [a.update(category_id=55) for a in c["annotations"][:2]]),
     ),
-    "report of another kind": Mistake("report {folder} --output page.pdf", "page.pdf", "in .html"),
-    "convert without a format": Mistake("convert {folder}/w.pth gn", "gn", "--format", _weights(BN)),
+    "report of another kind": Mistake(
+        "report {folder} --output page.pdf", "wrong-ending", ("page.pdf", ".html")
+    ),
+    "convert without a format": Mistake(
+        "convert {folder}/w.pth gn", "wrong-ending", ("gn", "--format"), _weights(BN)
+    ),
     "calibrate a detector without its config": Mistake(
         "calibrate {folder}/w.pth {folder}/w.pth {folder}/c.pth --images {images}",
+        "no-config",
         "--config-file",
-        "trained with",
         _weights(BN),
     ),
     "options among the weights": Mistake(
         "convert {folder}/w.pth {folder}/gn.pth",
+        "unsafe-file",
         "w.pth",
-        "save its state dict alone",
         _weights(BN, _mix_options),
     ),
-    "model without weights": Mistake("convert resnet18 gn.pth", "resnet18", "--weights DEFAULT"),
-    "plot of no run": Mistake("plot {folder}/nowhere", "nowhere", "run"),
-    "replay of no black box": Mistake("replay {folder}/nowhere", "nowhere", "black_box"),
+    "model without weights": Mistake("convert resnet18 gn.pth", "no-weights", ("resnet18", "--weights")),
+    "plot of no run": Mistake("plot {folder}/nowhere", "no-metrics", "nowhere"),
+    "replay of no black box": Mistake("replay {folder}/nowhere", "not-a-run", "nowhere"),
 }
 
 
@@ -459,8 +509,8 @@ def arguments(mistake: Mistake, case: Case) -> list[str]:
 
 def provoke(
     mistake: Mistake, case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
-    """Make the mistake; returns the message, with the test's folder as ``FOLDER``."""
+) -> tuple[str, str]:
+    """Make the mistake; returns the message, with the test's folder as ``FOLDER``, and its code."""
     monkeypatch.chdir(case.config.parent)
     monkeypatch.setenv("GN_DETECT_CACHE", str(case.config.parent / "cache"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -468,5 +518,6 @@ def provoke(
     assert main(arguments(mistake, case)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 or mistake.retries, lines
-    assert lines[-1].startswith("error: ")
-    return lines[-1].removeprefix("error: ").replace(str(case.config.parent), "FOLDER")
+    line = re.fullmatch(r"error: (.+) \[([a-z-]+)\]", lines[-1])
+    assert line is not None, lines[-1]
+    return line[1].replace(str(case.config.parent), "FOLDER"), line[2]

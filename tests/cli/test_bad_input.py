@@ -121,6 +121,7 @@ def test_weights_of_another_architecture(case: Case, refused: Refused, tmp_path:
     assert not case.output.exists()
 
 
+@pytest.mark.usefixtures("quick_launch")
 def test_batch_that_the_processes_do_not_divide(case: Case, refused: Refused) -> None:
     keys = ("SOLVER.IMS_PER_BATCH", 3)
     assert "IMS_PER_BATCH" in refused("train", "--config-file", case.config, "--num-gpus", 2, *keys)

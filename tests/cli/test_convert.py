@@ -279,28 +279,24 @@ def test_no_output_replaces_another_file(checkpoint, folder, tmp_path, capsys) -
         assert not target.is_file()
         return capsys.readouterr().err
 
-    assert "would replace" in refused(checkpoint, checkpoint)
+    assert "[replaced-file]" in refused(checkpoint, checkpoint)
     assert "--report" in refused(checkpoint, target, "--report", target)
     images = ["--images", folder, "--config-file", CONFIG]
     assert "--checkpoint" in refused(checkpoint, target, *images, "--checkpoint", checkpoint)
-    assert "belongs to a calibration" in refused(checkpoint, target, "--checkpoint", checkpoint)
-    assert "belongs to a calibration" in refused(
-        checkpoint, target, *images, "--steps", 0, "--checkpoint", checkpoint
-    )
+    assert "[lone-flag]" in refused(checkpoint, target, "--checkpoint", checkpoint)
+    assert "[lone-flag]" in refused(checkpoint, target, *images, "--steps", 0, "--checkpoint", checkpoint)
     weights = ["resnet18", checkpoint, "--weights", checkpoint]
-    assert "would replace" in refused(*weights)
+    assert "[replaced-file]" in refused(*weights)
     json_of_images = tmp_path / "images.json"
     json_of_images.write_text("{}")
-    assert "would replace" in refused(
+    assert "[replaced-file]" in refused(
         checkpoint, target, "--images", json_of_images, "--report", json_of_images
     )
-    assert "--num-groups and --min-channels-per-group are at least 1" in refused(
-        checkpoint, target, "--num-groups", 0
-    )
+    assert "[bad-argument]" in refused(checkpoint, target, "--num-groups", 0)
     assert main(["convert", str(checkpoint), str(target)]) == 0
     words = ["calibrate", str(checkpoint), str(target), str(target), "--images", str(folder)]
     assert main([*words, "--config-file", CONFIG]) == 2
-    assert "would replace" in capsys.readouterr().err
+    assert "[replaced-file]" in capsys.readouterr().err
 
 
 def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
@@ -321,7 +317,7 @@ def test_a_calibration_is_not_lost_when_its_result_cannot_be_written(
     target.rmdir()
 
     def full(*_: object) -> None:
-        raise UserError("the disk is full")
+        raise UserError("cannot-write", "the disk is full")
 
     with monkeypatch.context() as patch:
         patch.setattr("gn_detect.conversion.save_weights", full)
@@ -458,13 +454,13 @@ def test_what_is_wrong_with_a_librarys_model(checkpoint, folder, tmp_path, capsy
         assert not (tmp_path / "gn.pth").exists()
         return capsys.readouterr().err
 
-    assert "add --weights FILE" in refused("resnet18", target)
+    assert "[no-weights]" in refused("resnet18", target)
     assert "IMAGENET1K_V1" in refused("resnet18", target, "--weights", "V9")
-    assert "does not fit resnet18" in refused("resnet18", target, "--weights", str(checkpoint))
-    assert "--weights is for the name of a model" in refused(str(checkpoint), target, "--weights", "DEFAULT")
+    assert "[other-network]" in refused("resnet18", target, "--weights", str(checkpoint))
+    assert "[conflicting-flags]" in refused(str(checkpoint), target, "--weights", "DEFAULT")
     torch.save(torchvision.models.video.r3d_18().state_dict(), tmp_path / "video.pth")
     video = ["r3d_18", target, "--weights", str(tmp_path / "video.pth")]
-    assert "does not take single pictures" in refused(*video, "--images", str(folder))
+    assert "[calibration-images]" in refused(*video, "--images", str(folder))
     assert main(["convert", *video]) == 0
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from gn_detect.cli import main
 from gn_detect.data import CocoDataset, DatasetSource
-from gn_detect.errors import UserError
 from gn_detect.evaluation import evaluate_results
+from tests.refusal import refusal
 
 Spoil = Callable[[dict[str, Any]], Any]
 
@@ -167,7 +167,7 @@ def test_absolute_names_of_this_machine_become_relative(opened: Callable[[str], 
     case.edit(rename(lambda name: str(case.images.absolute() / name)))
     assert case.doctor("--strict") == 1
     assert "4 x images whose file is there under" in case.said
-    with pytest.raises(UserError, match=r"leads out .*; im1\.png is there: gn-detect doctor --fix"):
+    with refusal("image-outside", "im1.png", "gn-detect doctor --fix"):
         CocoDataset(DatasetSource("case", case.json, case.images))
     assert case.doctor("--strict", "--allow-outside") == 0
     assert [image["file_name"] for image in case.fix()["images"]] == [f"im{i}.png" for i in range(1, 5)]

@@ -176,7 +176,7 @@ Refused = Callable[..., str]
 
 
 def test_a_program_needs_trust(folder: Path, refused: Refused) -> None:
-    assert "--trust" in refused("predict", "--model", folder / "model.pt2", folder / "images")
+    assert "[untrusted-program]" in refused("predict", "--model", folder / "model.pt2", folder / "images")
 
 
 def rewrite(
@@ -244,10 +244,10 @@ def test_bad_files_and_flags_are_refused_in_one_line(
     assert "--config-file" in refused(
         "predict", "--model", model, "--config-file", folder / "tiny.yaml", images
     )
-    assert "MODEL.WEIGHTS has no effect" in refused("predict", "--model", model, images, "MODEL.WEIGHTS", "x")
-    assert "--weights has no effect" in refused("predict", "--model", model, "--weights", "x", images)
+    assert "MODEL.WEIGHTS" in refused("predict", "--model", model, images, "MODEL.WEIGHTS", "x")
+    assert "--weights" in refused("predict", "--model", model, "--weights", "x", images)
     keys = ["--config-file", folder / "tiny.yaml", "MODEL.WEIGHTS", folder / "model.pth"]
-    assert "must end in .onnx or .pt2" in refused("export", "--output", tmp_path / "model.pb", *keys)
+    assert "[wrong-ending]" in refused("export", "--output", tmp_path / "model.pb", *keys)
     Image.new("RGB", (120, 40)).save(tmp_path / "flat.png")
     flat = ["export", "--output", tmp_path / "a.onnx", "--check", tmp_path / "flat.png", *keys]
     with monkeypatch.context() as patch:
@@ -255,8 +255,8 @@ def test_bad_files_and_flags_are_refused_in_one_line(
         assert f"{tmp_path / 'flat.png'}: 120 x 40 pixels" in refused(*flat)
     (tmp_path / "a.onnx").unlink()
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    assert "pip install onnx" in refused("predict", "--model", model, images)
-    assert "pip install onnx" in refused("export", "--output", tmp_path / "a.onnx", *keys)
+    assert "[missing-package]" in refused("predict", "--model", model, images)
+    assert "[missing-package]" in refused("export", "--output", tmp_path / "a.onnx", *keys)
     assert not (tmp_path / "a.onnx").exists()
 
 
@@ -272,7 +272,7 @@ def test_a_failing_exporter_is_reported_in_one_line(
     monkeypatch.setattr(torch.export, "export", fail)
     keys = ["--config-file", folder / "tiny.yaml", "MODEL.WEIGHTS", folder / "model.pth"]
     error = refused("export", "--output", tmp_path / "a.pt2", *keys)
-    assert "cannot take this detector: cannot trace;" in error
+    assert "cannot trace; " in error and "[cannot-export]" in error
     assert list(tmp_path.iterdir()) == []
 
     def fail_as_onnx(*_: object, **__: object) -> None:
@@ -286,7 +286,7 @@ def test_a_failing_exporter_is_reported_in_one_line(
 
     monkeypatch.setattr(torch.export, "export", fail_as_onnx)
     error = refused("export", "--output", tmp_path / "a.pt2", *keys)
-    assert "cannot take this detector: Error when translating node %le (KeyError: 'u7');" in error
+    assert "Error when translating node %le (KeyError: 'u7');" in error
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from gn_detect.data import resolve_dataset
 from gn_detect.engine.run import write_run_config
 from gn_detect.errors import UserError
 from tests.engine.tiny import make_dataset
+from tests.refusal import refusal
 from tests.test_docs import SMALL_MODEL
 
 PRIVATE = "private_place"
@@ -103,7 +104,7 @@ def test_data_that_are_gone_are_named_as_they_were(project: Path, tmp_path: Path
     run = Path(shutil.move(project / "runs" / "one", tmp_path / "alone"))
     shutil.rmtree(project)
     cfg = load_config(run / "config.yaml")
-    with pytest.raises(UserError, match="annotation file .*project/data/val/annotations.json is missing"):
+    with refusal("missing-annotations", "project/data/val/annotations.json"):
         resolve_dataset(cfg, "val")
 
 
@@ -186,10 +187,10 @@ def test_built_in_data_are_found_again_and_not_generated_elsewhere(
     run = Path(shutil.move(moved / "runs" / "one", tmp_path / "run"))
     shutil.rmtree(moved)
     cfg = load_config(run / "config.yaml")
-    with pytest.raises(UserError, match="dataset demo_val: .*datasets is gone; correct DATASETS.ROOT"):
+    with refusal("missing-annotations", "demo_val", "DATASETS.ROOT"):
         resolve_dataset(cfg, "demo_val")
     monkeypatch.setenv("GN_DETECT_DATASETS", str(tmp_path / "new"))
-    with pytest.raises(UserError, match=r"new/demo/instances_val.json is missing"):
+    with refusal("missing-annotations", "new/demo/instances_val.json"):
         resolve_dataset(cfg, "demo_val")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gn_detect.data import DatasetSource, datasets, resolve_dataset
-from gn_detect.errors import UserError
+from tests.refusal import refusal
 
 
 def put(root: Path, annotations: str, images: str) -> None:
@@ -46,21 +46,19 @@ def test_missing_files_are_named(
     tmp_path: Path, make_cfg: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GN_DETECT_DATASETS", str(tmp_path))
-    with pytest.raises(UserError, match=r"coco_2017_train: annotation file .* missing; .*GN_DETECT_DATASETS"):
+    with refusal("missing-annotations", "coco_2017_train", "GN_DETECT_DATASETS"):
         resolve_dataset(make_cfg(), "coco_2017_train")
     put(tmp_path, "mine.json", "pictures")
     (tmp_path / "pictures").rmdir()
     entry = SimpleNamespace(annotations=str(tmp_path / "mine.json"), images=str(tmp_path / "pictures"))
-    with pytest.raises(UserError, match=r"mine: images folder .*pictures is missing; .*REGISTER\.mine"):
+    with refusal("missing-images-folder", "mine", "pictures", "REGISTER.mine"):
         resolve_dataset(make_cfg(datasets__registered={"mine": entry}), "mine")
 
 
 def test_unknown_name_gets_the_nearest(make_cfg: Callable[..., Any]) -> None:
-    with pytest.raises(
-        UserError, match="unknown dataset 'coco_2017_vall'; the nearest names are coco_2017_val"
-    ):
+    with refusal("unknown-dataset", "'coco_2017_vall'", "coco_2017_val"):
         resolve_dataset(make_cfg(), "coco_2017_vall")
-    with pytest.raises(UserError, match="unknown dataset 'xyz'; known names are coco_2017_train, .*REGISTER"):
+    with refusal("unknown-dataset", "'xyz'", "coco_2017_train", "REGISTER"):
         resolve_dataset(make_cfg(), "xyz")
 
 

@@ -59,7 +59,7 @@ FOUND: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
     ),
     "list id": ("malformed", of_annotation(0, id=[1]), {}),
     "huge id": ("malformed", of_annotation(0, image_id=2**63), {"annotation_id": 1}),
-    "no objects": ("nothing", lambda c: c["annotations"].clear(), {}),
+    "no objects": ("empty-list", lambda c: c["annotations"].clear(), {}),
     "category twice": ("duplicate-category-id", again("categories"), {"category_id": 9}),
     "image twice": ("duplicate-image-id", again("images"), {"image_id": 7}),
     "annotation twice": ("duplicate-annotation-id", again("annotations", image_id=11), {"annotation_id": 1}),
@@ -398,7 +398,7 @@ def test_objects_without_a_polygon_do_not_count(
     source = write_dataset(small_coco)
     assert len(CocoDataset(source).objects.labels) == 0
     diagnosis = examine([source])
-    assert {"nothing", "short-polygon"} <= diagnosis.kinds().keys()
+    assert {"empty-list", "short-polygon"} <= diagnosis.kinds().keys()
     assert not diagnosis.parts[0].sizes
     assert diagnosis.parts[0].crowds == 1
     assert len(examine([source], masks=False).parts[0].sizes) == 4

@@ -51,10 +51,10 @@ def test_long_outlines_take_seconds() -> None:
     """Edges are compared only with those at their x; a million points on one line are not compared at all."""
     angles = np.linspace(0, 2 * np.pi, 200_000, endpoint=False)
     circle = np.column_stack([50 + 40 * np.cos(angles), 50 + 40 * np.sin(angles)])
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert not crosses_itself(circle.ravel().tolist())
     circle[1000], circle[90_000] = circle[90_000].copy(), circle[1000].copy()
     assert crosses_itself(circle.ravel().tolist())
     comb = [number for i in range(300_000) for number in (5, i % 50)]
     assert not crosses_itself(comb)
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20

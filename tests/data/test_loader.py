@@ -15,6 +15,7 @@ from torch import Tensor
 from gn_detect.data import DatasetSource, build_test_loader, build_train_loader, resolve_dataset
 from gn_detect.errors import UserError
 from gn_detect.structures import Sample
+from tests.refusal import refusal
 
 MakeCfg = Callable[..., Any]
 EVERYTHING = {
@@ -159,14 +160,14 @@ def test_images_without_objects(small: DatasetSource, make_cfg: MakeCfg) -> None
 
 
 def test_batch_that_cannot_be_divided(small: DatasetSource, make_cfg: MakeCfg) -> None:
-    with pytest.raises(UserError, match="IMS_PER_BATCH 2 is not divisible by the 4 processes; set it to a"):
+    with refusal("indivisible-batch", "IMS_PER_BATCH 2", "4 processes"):
         build_train_loader(make_cfg(small), world_size=4)
-    with pytest.raises(UserError, match="IMS_PER_BATCH 3 is not divisible by the 2 processes"):
+    with refusal("indivisible-batch", "IMS_PER_BATCH 3", "2 processes"):
         build_train_loader(make_cfg(small, solver__ims_per_batch=3), world_size=2)
 
 
 def test_no_dataset(make_cfg: MakeCfg) -> None:
-    with pytest.raises(UserError, match="DATASETS.TRAIN is empty"):
+    with refusal("no-dataset", "DATASETS.TRAIN"):
         build_train_loader(make_cfg())
 
 
@@ -188,7 +189,7 @@ def test_damaged_image_stops_with_one_line(small: DatasetSource, make_cfg: MakeC
     path.write_bytes(path.read_bytes()[:500])
     cfg = make_cfg(small, dataloader__num_workers=num_workers)
     for loader in (build_train_loader(cfg)[0], build_test_loader(cfg, "small")[0]):
-        with pytest.raises(UserError, match=r"cannot read image .*5\.png") as caught:
+        with refusal("unreadable-image", "5.png") as caught:
             take(loader, 10)
         assert "\n" not in str(caught.value)
 
@@ -196,7 +197,7 @@ def test_damaged_image_stops_with_one_line(small: DatasetSource, make_cfg: MakeC
 def test_missing_image_is_found_before_training(small: DatasetSource, make_cfg: MakeCfg) -> None:
     (small.images / "11.png").unlink()
     for build in (build_train_loader, lambda cfg: build_test_loader(cfg, "small")):
-        with pytest.raises(UserError, match=r"image .*11\.png is missing"):
+        with refusal("missing-image", "11.png"):
             build(make_cfg(small))
 
 

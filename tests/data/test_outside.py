@@ -15,6 +15,7 @@ from gn_detect.data import CocoDataset, DatasetSource, read_image_list
 from gn_detect.data.coco.reader import load_coco
 from gn_detect.data.doctor.report import examine
 from gn_detect.errors import UserError
+from tests.refusal import refusal
 
 Write = Callable[[Any], DatasetSource]
 
@@ -59,7 +60,7 @@ def test_the_doctor_does_not_open_it_either(outside: DatasetSource, monkeypatch:
 
 
 def test_neither_do_lists_of_images(outside: DatasetSource) -> None:
-    with pytest.raises(UserError, match="DATASETS.ALLOW_OUTSIDE"):
+    with refusal("image-outside", "DATASETS.ALLOW_OUTSIDE"):
         read_image_list(outside.annotations, outside.images)
     assert len(read_image_list(outside.annotations, outside.images, outside=True)) == 4
 
@@ -67,7 +68,7 @@ def test_neither_do_lists_of_images(outside: DatasetSource) -> None:
 def test_a_name_that_leads_to_nothing_is_a_missing_image(write_dataset: Write, small_coco: dict) -> None:
     small_coco["images"][0]["file_name"] = "/none/of/these/folders/is/here.png"
     dataset = CocoDataset(write_dataset(small_coco))
-    with pytest.raises(UserError, match="is missing"):
+    with refusal("missing-image"):
         dataset.check_files()
 
 

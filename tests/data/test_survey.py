@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torchvision.ops import box_iou
 
 from gn_detect.data import DatasetSource
 from gn_detect.engine.autoconfig import anchor_recall, best_anchor_iou, sizes_of, survey
-from gn_detect.errors import UserError
 from gn_detect.modeling.anchors import AnchorGenerator
 from tests.engine.tiny import make_dataset
+from tests.refusal import refusal
 
 
 def test_best_anchor_is_that_of_all_anchors() -> None:
@@ -70,5 +69,5 @@ def test_what_is_given_decides_whether_masks_are_read(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     assert len(survey(source, masks=False).boxes) == 4
     for masks in (None, True):
-        with pytest.raises(UserError, match="annotation 2 .* no segmentation; .* set MODEL.MASK_ON False"):
+        with refusal("no-mask", "annotation 2", "MODEL.MASK_ON False"):
             survey(source, masks=masks)

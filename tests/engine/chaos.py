@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from gn_detect.cli import main
-from gn_detect.engine import trainer
+from gn_detect.engine import drawing, trainer
+from gn_detect.files import atomic_write_text
 from tests.engine.tiny import make_dataset, write_config
 
 TIMINGS = {"time", "data_time", "images_per_second", "memory_mb"}
@@ -69,6 +70,7 @@ def start(
             output = os.open(folder / f"output_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            drawing.plot_curves = lambda _, path: atomic_write_text(path, "")  # half of such a run's time
             if processes > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -17,6 +17,8 @@ from gn_detect.errors import UserError
 
 SMALL = [
     *("--config-file", "quick/demo.yaml", "--size", "64", "96", "--objects", "3", "--iterations", "2"),
+    *("MODEL.DEVICE", "cpu", "MODEL.ROI_BOX_HEAD.NUM_CONV", "0", "MODEL.ROI_BOX_HEAD.NUM_FC", "1"),
+    *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "TEST.DETECTIONS_PER_IMAGE", "5"),
 ]
 
 
@@ -31,7 +33,7 @@ def test_parts_of_a_step(
     mode: str, parts: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "report.json"
-    assert main(["bench", mode, *SMALL, "--output", str(path), "MODEL.DEVICE", "cpu"]) == 0
+    assert main(["bench", mode, "--output", str(path), *SMALL]) == 0
     report = json.loads(path.read_text())
     assert set(report["parts"]) >= parts - {"losses"}
     assert all(ms > 0 for ms in report["parts"].values())

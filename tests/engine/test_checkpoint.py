@@ -30,18 +30,9 @@ from tests.engine.chaos import differences
 from tests.engine.tiny import write_config
 
 
-@pytest.fixture
-def trained(tiny_config: Config) -> Config:
-    """A run of five iterations with a checkpoint after each."""
-    keys = {"DATASETS.TEST": [], "SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 1, "CHECKPOINT.KEEP": 3}
-    cfg = tiny_config.replace(keys)
-    train(cfg)
-    return cfg
-
-
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: tuple[Path, Path]) -> Config:
-    """Such a run, for :func:`finished`."""
+    """A run of five iterations with a checkpoint after each, for :func:`finished`."""
     cfg = load_config(write_config(tmp_path_factory.mktemp("finished"), *tiny_data))
     keys = {"DATASETS.TEST": [], "SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 1, "CHECKPOINT.KEEP": 3}
     train(cfg := cfg.replace(keys))
@@ -69,46 +60,46 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_the_last_ones_are_kept(trained: Config) -> None:
-    names = sorted(path.name for path in Path(trained.output_dir).glob("model_*.pth"))
+def test_the_last_ones_are_kept(finished: Config) -> None:
+    names = sorted(path.name for path in Path(finished.output_dir).glob("model_*.pth"))
     assert names == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, os.unlink])
 def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
-    trained: Config, damage, caplog: pytest.LogCaptureFixture
+    finished: Config, damage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = Path(trained.output_dir)
+    folder = Path(finished.output_dir)
     expected = torch.load(folder / "model_final.pth", weights_only=True)
     damage(folder / "model_final.pth")
     there = (folder / "model_final.pth").exists()
     with caplog.at_level(logging.INFO, logger="gn_detect"):
-        train(trained, resume=True)
+        train(finished, resume=True)
     assert "model_final.pth is passed over" in caplog.text
     assert "model_0000003.pth at iteration 4" in caplog.text
     assert (folder / "model_final.pth.damaged").exists() == there
     assert differences(torch.load(folder / "model_final.pth", weights_only=True), expected) == []
 
 
-def test_no_readable_checkpoint_is_an_error(trained: Config) -> None:
-    for path in Path(trained.output_dir).glob("model_*.pth"):
+def test_no_readable_checkpoint_is_an_error(finished: Config) -> None:
+    for path in Path(finished.output_dir).glob("model_*.pth"):
         truncate(path)
     with pytest.raises(UserError, match="no checkpoint in .* can be read .*model_final.pth"):
-        train(trained, resume=True)
+        train(finished, resume=True)
 
 
-def test_leftovers_of_a_killed_process_are_removed(trained: Config) -> None:
-    folder = Path(trained.output_dir)
+def test_leftovers_of_a_killed_process_are_removed(finished: Config) -> None:
+    folder = Path(finished.output_dir)
     (folder / "inference/val").mkdir(parents=True)
     leftovers = [folder / ".model_0000003.pth.abc.tmp", folder / "inference/val/.results.json.abc.tmp"]
     for leftover in leftovers:
         leftover.write_bytes(b"half")
-    train(trained, resume=True)
+    train(finished, resume=True)
     assert not any(leftover.exists() for leftover in leftovers)
 
 
-def test_what_an_earlier_run_found_best_is_not_taken_for_this_ones(trained: Config) -> None:
-    folder = Path(trained.output_dir)
+def test_what_an_earlier_run_found_best_is_not_taken_for_this_ones(finished: Config) -> None:
+    folder = Path(finished.output_dir)
     (folder / "model_best.pth").write_bytes(b"of an earlier run")
     (folder / "pictures" / "val_7.png").write_bytes(b"of an earlier run")
     kept = {
@@ -117,7 +108,7 @@ def test_what_an_earlier_run_found_best_is_not_taken_for_this_ones(trained: Conf
     for name in ("inference", "inference.earlier"):
         (folder / name / "val").mkdir(parents=True)
         (folder / name / "val/results.json").write_text(name)
-    train(trained.replace({"SOLVER.MAX_ITER": 3}))
+    train(finished.replace({"SOLVER.MAX_ITER": 3}))
     assert not (folder / "inference").exists()
     assert (folder / "inference.earlier/val/results.json").read_text() == "inference"
     assert not (folder / "model_best.pth").exists(), "this one evaluated nothing"
@@ -127,15 +118,15 @@ def test_what_an_earlier_run_found_best_is_not_taken_for_this_ones(trained: Conf
     assert [path.name for path in folder.glob("pictures*/val_*")] == ["val_7.png"]
     assert (folder / "pictures.earlier" / "val_7.png").is_file()
     assert "holds an earlier run" in (folder / "log.txt").read_text()
-    train(trained.replace({"DATASETS.TEST": list(trained.datasets.train)}))
+    train(finished.replace({"DATASETS.TEST": list(finished.datasets.train)}))
     best = (folder / "model_best.pth").read_bytes()
-    train(trained.replace({"DATASETS.TEST": list(trained.datasets.train)}), resume=True)
+    train(finished.replace({"DATASETS.TEST": list(finished.datasets.train)}), resume=True)
     assert len(best) == (folder / "model_best.pth").stat().st_size
 
 
-def test_classes_in_another_order_are_not_resumed(trained: Config, tmp_path: Path) -> None:
-    (name,) = trained.datasets.train
-    registered = trained.datasets.registered[name]
+def test_classes_in_another_order_are_not_resumed(finished: Config, tmp_path: Path) -> None:
+    (name,) = finished.datasets.train
+    registered = finished.datasets.registered[name]
     content = json.loads(Path(registered.annotations).read_text())
     first, second = content["categories"]
     first["name"], second["name"] = second["name"], first["name"]
@@ -143,7 +134,7 @@ def test_classes_in_another_order_are_not_resumed(trained: Config, tmp_path: Pat
     swapped.write_text(json.dumps(content))
     keys = {"DATASETS.REGISTER": {name: {"ANNOTATIONS": str(swapped), "IMAGES": registered.images}}}
     with pytest.raises(UserError, match="trained on the classes square, bar, and .* has bar, square"):
-        train(trained.replace(keys), resume=True)
+        train(finished.replace(keys), resume=True)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -187,7 +178,7 @@ def test_an_evaluation_that_fails_costs_no_checkpoint(
 
     def fails_at_first(*args: object) -> object:
         if next(calls) == 0:
-            raise UserError("image 3 cannot be read")
+            raise UserError("unreadable-image", "image 3 cannot be read")
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trainer_module, "evaluate_test_sets", fails_at_first)
@@ -241,9 +232,9 @@ def test_an_image_that_cannot_be_read_costs_no_iteration(tiny_config: Config, tm
     assert differences(found["model"], expected["model"]) == []
 
 
-def test_other_processes_go_on_where_as_many_images_were_seen(trained: Config) -> None:
-    path = Path(trained.output_dir) / "model_final.pth"
-    cfg = trained.replace({"SOLVER.REFERENCE_WORLD_SIZE": 1, "SOLVER.MAX_ITER": 40})
+def test_other_processes_go_on_where_as_many_images_were_seen(finished: Config) -> None:
+    path = Path(finished.output_dir) / "model_final.pth"
+    cfg = finished.replace({"SOLVER.REFERENCE_WORLD_SIZE": 1, "SOLVER.MAX_ITER": 40})
     assert prepare(cfg, resume=True).start == 5  # it was saved without a reference
     content = torch.load(path, weights_only=True)
     content["config"] = dump_config(scale_config(cfg, 2))

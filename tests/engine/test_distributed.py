@@ -122,7 +122,7 @@ def _talk_and_fail(folder: str) -> None:
     (Path(folder) / f"{get_rank()}.txt").write_text(str(float(mean)))
     gather(0)
     if get_rank() == 1:
-        raise UserError("image 7 is damaged")
+        raise UserError("unreadable-image", "image 7 is damaged")
     gather(0)
 
 
@@ -133,6 +133,7 @@ def test_processes_talk_and_a_user_error_in_one_ends_all(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_launch")
 def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
     """All images are equal and all anchors and RoIs are taken, so that no share differs from the other."""
     data = make_dataset(tmp_path / "train", 4, same=True)

@@ -23,6 +23,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 def test_some_places() -> None:
     """In a process of its own, as forks of one that has computed may hang."""
     code = "from tests.engine.test_every_call import check; check()"

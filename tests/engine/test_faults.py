@@ -284,6 +284,7 @@ def _die(folder: str) -> None:
             raise
 
 
+@pytest.mark.usefixtures("quick_launch")
 def test_killed_process_ends_the_others(tmp_path: Path) -> None:
     """Also one with a signal does not wait for the dead to finish the step."""
     with pytest.raises(UserError, match="process 1 of this machine was killed by SIGKILL.*--resume"):
@@ -291,22 +292,23 @@ def test_killed_process_ends_the_others(tmp_path: Path) -> None:
     assert any(words in (tmp_path / "noticed.txt").read_text() for words in LOST_PEER)
 
 
-def _cannot_save() -> None:
+def _cannot_save(parent: int) -> None:
     """Told to stop, by way of the parent, and then the disk is full."""
     with Interruption() as interruption:
         barrier()
         if get_rank() == 0:
-            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(parent, signal.SIGTERM)
         while not interruption.requested():
             time.sleep(0.01)
     if get_rank() == 0:
-        raise UserError("cannot write model_0000003.pth: no space left")
+        raise UserError("cannot-write", "cannot write model_0000003.pth: no space left")
 
 
+@pytest.mark.usefixtures("quick_launch")
 def test_a_failure_while_stopping_is_reported(tmp_path: Path) -> None:
     """Status 143 means that a checkpoint was saved."""
     with pytest.raises(UserError, match="cannot write model_0000003.pth"):
-        launch(_cannot_save, device="cpu", num_gpus=2)
+        launch(_cannot_save, (os.getpid(),), device="cpu", num_gpus=2)
 
 
 @pytest.mark.parametrize("what", ["stop", "skip"])

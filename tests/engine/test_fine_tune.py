@@ -33,7 +33,7 @@ def test_a_detector_of_other_classes_is_worth_much(tmp_path: Path, caplog: pytes
     train = make_dataset(tmp_path / "train", 16, seed=1)
     config = write_config(tmp_path, train)
     common = ["train", "--config-file", str(config), "SOLVER.BASE_LR", "0.04", "SOLVER.LOG_PERIOD", "10"]
-    whole = ["SOLVER.MAX_ITER", "120", "SOLVER.STEPS", "[90]", "OUTPUT_DIR", str(tmp_path / "whole")]
+    whole = ["SOLVER.MAX_ITER", "80", "SOLVER.STEPS", "[60]", "OUTPUT_DIR", str(tmp_path / "whole")]
     assert main([*common, *whole]) == 0
 
     data = ["--train-json", str(with_one_class(train)), "--train-images", str(train.parent / "images")]

@@ -9,6 +9,7 @@ import pytest
 from tests.engine.gradients import compare, make_config, of_backbone, relative_difference
 
 
+@pytest.mark.usefixtures("quick_launch")
 def test_two_processes_and_two_parts_give_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
     assert all(value < 1e-6 for value in compare(of_backbone, "GN", tmp_path).values())
 

@@ -10,6 +10,7 @@ import pytest
 import gn_detect
 
 
+@pytest.mark.slow
 def test_ap_is_detectron2s(shared_dir: Path, tmp_path: Path) -> None:
     oracle, data = shared_dir / "oracles/dsb_r18_gn", shared_dir / "data/dsb2018"
     cfg = gn_detect.load_config(oracle / "config.yaml").replace(

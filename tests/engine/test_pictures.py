@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import gn_detect
@@ -13,6 +14,7 @@ from gn_detect.config import load_config
 from tests.engine.tiny import make_dataset, write_config
 
 
+@pytest.mark.usefixtures("real_curves")
 def test_test_images_are_drawn_for_the_folder_and_for_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -56,7 +56,7 @@ def test_the_pool_works_while_the_caller_does() -> None:
 def test_an_error_comes_in_its_turn(pooled: bool) -> None:
     def refuse(number: int) -> int:
         if number == 2:
-            raise UserError("item 2")
+            raise UserError("system-error", "item 2")
         return number
 
     with reading_threads(2 if pooled else 0) as pool:

@@ -225,7 +225,7 @@ def in_one_process(rank: int, folder: Path) -> None:
 def test_two_processes_return_the_same_numbers_and_raise_the_same_error(
     dataset: SimpleNamespace, tmp_path: Path
 ) -> None:
-    torch.multiprocessing.spawn(in_one_process, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(in_one_process, (tmp_path,), 2, start_method="forkserver")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert first[0] == pytest.approx(100)

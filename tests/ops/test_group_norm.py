@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 
 import pytest
 import torch
@@ -126,13 +123,16 @@ def test_vmap_over_the_residual_alone() -> None:
     torch.testing.assert_close(found, torch.stack([group_norm(x, 4, residual=r) for r in residuals]))
 
 
-def test_the_switch() -> None:
-    """``GN_DETECT_FUSED=0``, read when the package is imported."""
-    code = "import importlib; print(importlib.import_module('gn_detect.ops.group_norm').FUSED)"
-    for value, expected in (("0", "False"), ("1", str(find_spec("triton") is not None))):
-        environment = os.environ | {"GN_DETECT_FUSED": value}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.stdout.strip() == expected, done.stderr
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``GN_DETECT_FUSED=0``, read when the module is imported."""
+    spec = find_spec("gn_detect.ops.group_norm")
+    assert spec is not None
+    assert spec.loader is not None
+    for value, expected in (("0", False), ("1", find_spec("triton") is not None)):
+        monkeypatch.setenv("GN_DETECT_FUSED", value)
+        again = module_from_spec(spec)
+        spec.loader.exec_module(again)
+        assert again.FUSED is expected
 
 
 class TestPyTorchsOwnSamples:
@@ -147,7 +147,15 @@ class TestPyTorchsOwnSamples:
             monkeypatch.setattr(module, "_use_operator", lambda x: True)
         return request.param
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    # The interpreter takes seconds for each type; test_group_norm_kernels.py has all of them.
+    @pytest.mark.parametrize(
+        ("path", "dtype"),
+        [
+            *(("native", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+            *(("operator", dtype) for dtype in (torch.float32, torch.bfloat16)),
+        ],
+        indirect=["path"],
+    )
     def test_operator(self, path: str, dtype: torch.dtype) -> None:
         from torch.testing._internal.common_methods_invocations import op_db
 

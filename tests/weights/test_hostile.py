@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gn_detect.errors import UserError
 from gn_detect.weights import numpy_pickle, read_checkpoint
+from tests.refusal import refusal
 
 from .hostile import CASES
 
@@ -71,7 +71,7 @@ def test_a_pickle_of_too_many_instructions(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "m.pkl").write_bytes(pickle.dumps({"w": np.ones(2), "log": list(range(5000))}))
     assert read_checkpoint(tmp_path / "m.pkl").tensors["w"].tolist() == [1, 1]
     monkeypatch.setattr(numpy_pickle, "MAX_INSTRUCTIONS", 4000)
-    with pytest.raises(UserError, match="refused to read .*more than 4000 instructions"):
+    with refusal("unsafe-file", "4000 instructions"):
         read_checkpoint(tmp_path / "m.pkl")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from gn_detect.errors import UserError
 from gn_detect.weights import CheckpointMetadata, read_checkpoint, save_weights
+from tests.refusal import refusal
 
 WRONG: list[tuple[str, Any]] = [
     ("config", 5), ("config", {"SOLVER": 1}), ("config", None), ("class_names", "dog"),
@@ -34,7 +34,7 @@ WRONG_OF_TRAINING: list[tuple[str, Any]] = [
 def test_a_wrong_type_in_our_file_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
     training = {"optimizer": {}, "losses": {}} if (key, value) in WRONG_OF_TRAINING else {}
     save_weights(tmp_path / "m.pth", {"weight": torch.ones(2)}, {**training, key: value})
-    with pytest.raises(UserError, match=f"its '{key}' is not .*damaged; copy it again$"):
+    with refusal("damaged-record", f"'{key}'"):
         read_checkpoint(tmp_path / "m.pth")
 
 
@@ -59,20 +59,20 @@ def test_what_a_user_saves_under_the_names_of_a_training_is_his_own(tmp_path: Pa
 )
 def test_an_eps_that_is_none_is_one_line(tmp_path: Path, value: Any) -> None:
     torch.save({"model": {"n.weight": torch.ones(2)}, "group_norm_eps": value}, tmp_path / "m.pth")
-    with pytest.raises(UserError, match="'group_norm_eps' is not the eps of each norm"):
+    with refusal("damaged-record", "'group_norm_eps'"):
         read_checkpoint(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("value", [[[1]], {"n": [4]}, {"n": 0}, {"n": True}, {"n": 2**70}, {None: 4}, "n"])
 def test_groups_that_are_none_are_one_line(tmp_path: Path, value: Any) -> None:
     torch.save({"model": {"n.weight": torch.ones(2)}, "group_norm_groups": value}, tmp_path / "m.pth")
-    with pytest.raises(UserError, match="'group_norm_groups' is not the number of groups"):
+    with refusal("damaged-record", "'group_norm_groups'"):
         read_checkpoint(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "a\u2028b", "\u202eb"])
 def test_a_name_of_a_tensor_is_text_of_one_line(tmp_path: Path, name: str) -> None:
     torch.save({"weight": torch.ones(2), name: torch.ones(2)}, tmp_path / "m.pth")
-    with pytest.raises(UserError, match="is no name of a tensor") as caught:
+    with refusal("not-weights") as caught:
         read_checkpoint(tmp_path / "m.pth")
     assert str(caught.value).isprintable()

@@ -20,6 +20,7 @@ from gn_detect.weights import (
     read_checkpoint,
     save_weights,
 )
+from tests.refusal import refusal
 from tests.weights import schemes
 
 NARROW = ["MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"]
@@ -111,7 +112,7 @@ def test_a_backbone_of_another_library(tmp_path: Path, norm: str) -> None:
 
 def test_what_is_no_resnet_is_refused_by_name(tmp_path: Path) -> None:
     torch.save({"features.0.weight": torch.zeros(3, 3)}, tmp_path / "vgg.pth")
-    with pytest.raises(UserError, match=r"vgg\.pth.*features\.0\.weight.*--config-file"):
+    with refusal("unknown-network", "vgg.pth", "features.0.weight", "--config-file"):
         read_architecture(read_checkpoint(tmp_path / "vgg.pth"))
 
 

@@ -10,9 +10,9 @@ import torch
 import torchvision
 
 import gn_detect
-from gn_detect import UserError
 from gn_detect.weights import implied_keys, load_weights, read_checkpoint, save_weights, translate
 from gn_detect.weights.names.resnet import COCO_IDS
+from tests.refusal import refusal
 
 from . import schemes
 
@@ -84,7 +84,7 @@ def test_input_that_mmdetection_states(tmp_path: Path) -> None:
     theirs = schemes.mmdetection(schemes.randomised(model_of(cfg)))
     text = "img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)"
     torch.save({"meta": {"config": text}, "state_dict": theirs}, tmp_path / "m.pth")
-    with pytest.raises(UserError, match="INPUT.FORMAT RGB MODEL.PIXEL_MEAN '\\[123.675"):
+    with refusal("other-input", "INPUT.FORMAT RGB MODEL.PIXEL_MEAN '[123.675"):
         load_weights(model_of(cfg), tmp_path / "m.pth", config=cfg)
 
 
@@ -103,7 +103,7 @@ def test_backbone_of_timm_or_mmdetection(norm: str, order: str, tmp_path: Path) 
     assert keys.get("INPUT.FORMAT", "BGR") == order
     if keys:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with pytest.raises(UserError, match="add --fix-config, or set INPUT.FORMAT RGB"):
+        with refusal("other-input", "--fix-config", "INPUT.FORMAT RGB"):
             load_weights(model, tmp_path / "m.pth", for_training=True, config=cfg)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[name])
@@ -250,7 +250,7 @@ def test_a_backbone_that_matches_in_part_is_an_error(tmp_path: Path) -> None:
     blobs = schemes.as_detectron(schemes.backbone_of(schemes.randomised(model)))
     part = {name: tensor for name, tensor in blobs.items() if not name.startswith("res5")}
     schemes.write_pickle(tmp_path / "m.pkl", schemes.arrays(part))
-    with pytest.raises(UserError, match="only 129 of the backbone's 159 tensors.*'backbone.bottom_up.res5"):
+    with refusal("other-network", "129 of the backbone's 159", "'backbone.bottom_up.res5"):
         load_weights(model, tmp_path / "m.pkl", for_training=True, config=cfg)
 
 
@@ -262,7 +262,7 @@ def test_our_own_file_remembers_its_input(tmp_path: Path) -> None:
         path = tmp_path / f"m.{ending}"
         save_weights(path, model.state_dict(), entries)
         load_weights(model, path, config=cfg)
-        with pytest.raises(UserError, match="PIXEL_STD"):
+        with refusal("other-input", "PIXEL_STD"):
             load_weights(model, path, config=config(GN))
 
 
@@ -284,7 +284,7 @@ def test_formats_hold_the_same_and_a_version(tmp_path: Path) -> None:
     assert "matching_heuristics" not in content
     content = {"model": {"w": torch.ones(1)}, "__author__": "gn_detect", "format_version": 9}
     torch.save(content, tmp_path / "9.pth")
-    with pytest.raises(UserError, match="format version 9.*install a newer one"):
+    with refusal("newer-file", "version 9"):
         read_checkpoint(tmp_path / "9.pth")
 
 

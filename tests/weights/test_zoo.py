@@ -15,6 +15,7 @@ from gn_detect.config import Config
 from gn_detect.structures import Detections
 from gn_detect.weights import implied_keys, load_weights, read_checkpoint
 from gn_detect.weights.zoo import ZooEntry, entry_of, find_entry, read_catalog, resolve
+from tests.refusal import refusal
 
 from . import published
 
@@ -45,7 +46,7 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def refuse(url: str, *args: object, **kwargs: object) -> None:
         asked.append(url)
-        raise UserError(f"no network: {url}")
+        raise UserError("download-failed", f"no network: {url}")
 
     monkeypatch.setattr("gn_detect.weights.zoo.download", refuse)
     return asked
@@ -229,7 +230,7 @@ def test_a_file_of_the_zoo_brings_its_convention(no_downloads: list[str]) -> Non
     published.write(entry, cfg, published.values_for(entry, build(cfg)))
     other = cfg.replace({"MODEL.PIXEL_STD": [1.0, 1.0, 1.0]})
     for name in (f"zoo://{entry.name}", str(entry.file)):
-        with pytest.raises(UserError, match=r"add --fix-config, or set MODEL.PIXEL_STD '\[57.375, 57.12"):
+        with refusal("other-input", "--fix-config", "MODEL.PIXEL_STD '[57.375, 57.12"):
             load_weights(build(other), name, config=other)
         assert implied_keys(other, name) == {"MODEL.PIXEL_STD": [57.375, 57.12, 58.395]}
     assert read_checkpoint(entry.file).metadata.input.format == "BGR"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import Code, UserError
 from ...structures import Target
 from ..datasets import DatasetSource
 from ..images import read_image
@@ -84,7 +84,7 @@ class CocoDataset:
             self._read(file.content, rules, has_masks(file.content) if masks is None else masks)
         except DataError as error:
             hint = "" if "gn-detect doctor" in str(error) else " (gn-detect doctor lists all that is wrong)"
-            raise DataError(f"{error}{hint}", error.kind) from error
+            raise DataError(error.code, f"{error}{hint}") from error
 
     def _read(self, content: Mapping[str, Any], rules: Rules, masks: bool) -> None:
         rules.whole(content)
@@ -183,19 +183,21 @@ class CocoDataset:
             renamed = [name for name, other in missing.items() if other]
             first, others = (renamed or [*missing])[0], len(renamed or missing) - 1
             what = f"image {self.images_folder / first}" + (f" and {others} more" if others else "")
+            code: Code = "missing-image"
             remedy = "; restore it, correct the images folder or remove it from the JSON"
             if renamed:
+                code = "misnamed-image"
                 there = f", but {missing[first]} is there; correct 'file_name'"
                 remedy = f"{there} (gn-detect doctor --fix OUT.json does that)"
-            raise DataError(f"dataset {self.name}: {what} is missing{remedy}", "missing-image")
+            raise DataError(code, f"dataset {self.name}: {what} is missing{remedy}")
 
 
 def _stop_with_name(folder: Path, error: DataError, about: Mapping[str, Any]) -> None:
     """Raise an error; name the file in the images folder that a name outside of it obviously means."""
     name = str(about.get("file_name"))
-    if error.kind == "image-outside" and (near := missing_names(folder, [name], outside=False)[name]):
+    if error.code == "image-outside" and (near := missing_names(folder, [name], outside=False)[name]):
         message = f"{error}; {near} is there: gn-detect doctor --fix OUT.json renames it"
-        raise DataError(message, error.kind) from error
+        raise DataError(error.code, message) from error
     stop(error, about)
 
 
@@ -227,8 +229,9 @@ def check_same_classes(first: CocoDataset, second: CocoDataset) -> None:
     """
     if first.class_names != second.class_names:
         raise UserError(
+            "classes-differ",
             f"datasets {first.name} ({list_names(first.class_names)}) and {second.name} "
-            f"({list_names(second.class_names)}) differ in their categories; give both the same list"
+            f"({list_names(second.class_names)}) differ in their categories; give both the same list",
         )
 
 
@@ -250,8 +253,9 @@ def match_classes(dataset: CocoDataset, names: Sequence[str], owner: str, remedy
         places = match_names(dataset.class_names, names)
     except ValueError as error:
         raise UserError(
+            "classes-differ",
             f"dataset {dataset.name} ({dataset.annotations_path}) has the categories "
-            f"{list_names(dataset.class_names)}, and {owner} has {list_names(names)}: {error}; {remedy}"
+            f"{list_names(dataset.class_names)}, and {owner} has {list_names(names)}: {error}; {remedy}",
         ) from None
     category_ids: list[int | None] = [None] * len(names)
     for place, category_id in zip(places, dataset.category_ids, strict=True):
@@ -270,6 +274,7 @@ def check_classes(dataset: CocoDataset, num_classes: int) -> None:
     if found != num_classes:
         noun = "category" if found == 1 else "categories"
         raise UserError(
+            "num-classes-differ",
             f"dataset {dataset.name} has {found} {noun} ({list_names(dataset.class_names)}) but "
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: set it to {found}"
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: set it to {found}",
         )

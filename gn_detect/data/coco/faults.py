@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import UserError
+from ...errors import Code, UserError
 from ...text import printable
 
 # ERROR: training or evaluation stops, or its numbers mean nothing. WARNING: it goes on with less or other
@@ -17,13 +17,13 @@ class DataError(UserError):
     """An error in a dataset.
 
     Attributes:
-        kind: key of :data:`FAULTS`.
+        code: key of :data:`FAULTS`.
         detail: the message without the annotation file, which ``path`` puts before it.
     """
 
-    def __init__(self, message: str, kind: str = "malformed", path: Path | None = None) -> None:
-        super().__init__(message if path is None else f"{path}: {message}")
-        self.kind, self.detail = kind, printable(message)
+    def __init__(self, code: Code, message: str, path: Path | None = None) -> None:
+        super().__init__(code, message if path is None else f"{path}: {message}")
+        self.detail = printable(message)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ FAULTS: dict[str, Fault] = {
         "gives ids to annotations, names to categories and the files' sizes to images",
         "the entries, and the annotations of images and categories that go",
     ),
-    "nothing": Fault(ERROR, "empty lists", "add images, categories and annotations"),
+    "empty-list": Fault(ERROR, "empty lists", "add images, categories and annotations"),
     "fractions": Fault(
         ERROR,
         "files whose boxes or polygons are fractions of the image",

@@ -41,7 +41,7 @@ def read_image_list(path: Path, folder: Path, outside: bool = False) -> list[Pat
     """
     entries = load_coco(path, ("images",))["images"]
     if not entries:
-        raise UserError(f"{path} lists no images; give a file with images")
+        raise UserError("empty-list", f"{path} lists no images; give a file with images")
     rules = Rules(path, folder, allow_outside=outside)
     return [rules.image_path(entry, f"image {i}") for i, entry in enumerate(entries)]
 
@@ -64,11 +64,15 @@ def read_canonical(path: Path, lists: tuple[str, ...] = LISTS) -> CocoFile:
         content = json.loads(text)  # from bytes, it finds out the encoding, and leaves out a byte order mark
     except (ValueError, RecursionError) as error:
         if foreign := describe_foreign(path):
-            raise UserError(f"{path} is no COCO file: {foreign}") from error
+            raise UserError("foreign-format", f"{path} is no COCO file: {foreign}") from error
         if not isinstance(error, json.JSONDecodeError):
-            raise UserError(f"cannot read {path} as JSON: {error}; give a COCO annotation file") from error
+            raise UserError(
+                "not-json", f"cannot read {path} as JSON: {error}; give a COCO annotation file"
+            ) from error
         where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path} is not JSON ({error.msg}, {where}); give a COCO annotation file") from error
+        raise UserError(
+            "not-json", f"{path} is not JSON ({error.msg}, {where}); give a COCO annotation file"
+        ) from error
     check_lists(content, lists, path)
     file = canonical(content, path)
     if text.startswith(_MARKS):
@@ -81,11 +85,15 @@ def _read_bytes(path: Path) -> bytes:
         with open_file(path) as file:
             return file.read()
     except FileNotFoundError as error:
-        raise UserError(f"annotation file {path} is missing; correct its path") from error
+        raise UserError(
+            "missing-annotations", f"annotation file {path} is missing; correct its path"
+        ) from error
     except IsADirectoryError as error:
-        raise UserError(f"{path} is no COCO file: {describe_foreign(path)}") from error
+        raise UserError("foreign-format", f"{path} is no COCO file: {describe_foreign(path)}") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give a COCO annotation file") from error
+        raise UserError(
+            "cannot-read", f"cannot read {path}: {error.strerror}; give a COCO annotation file"
+        ) from error
 
 
 def check_lists(content: Any, lists: tuple[str, ...], path: str | Path) -> None:
@@ -97,11 +105,13 @@ def check_lists(content: Any, lists: tuple[str, ...], path: str | Path) -> None:
     foreign = describe_foreign_content(content)
     fits = isinstance(content, Mapping) and all(isinstance(content.get(key), list) for key in lists)
     if foreign and not (fits and "annotations" not in lists):
-        raise UserError(f"{path} is no COCO file: {foreign}")
+        raise UserError("foreign-format", f"{path} is no COCO file: {foreign}")
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} is not COCO: it holds {kind_of(content)}; give a COCO annotation file")
+        raise UserError(
+            "not-coco", f"{path} is not COCO: it holds {kind_of(content)}; give a COCO annotation file"
+        )
     for key in lists:
         if not isinstance(content.get(key), list):
             found = f"{key!r} is {kind_of(content[key])}" if key in content else f"it has no {key!r}"
             needed = ", ".join(map(repr, lists))
-            raise UserError(f"{path} is not COCO: {found}; it must hold the lists {needed}")
+            raise UserError("not-coco", f"{path} is not COCO: {found}; it must hold the lists {needed}")

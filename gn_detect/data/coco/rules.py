@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pycocotools.mask as coco_mask
 
+from ...errors import Code
 from ..transforms import polygon_bounds
 from .faults import ERROR, FAULTS, DataError
 from .file_names import leads_out
@@ -126,7 +127,7 @@ Report = Callable[[DataError, Mapping[str, Any]], None]
 
 def stop(error: DataError, about: Mapping[str, Any]) -> None:
     """Raise errors; pass over warnings."""
-    if FAULTS[error.kind].severity == ERROR:
+    if FAULTS[error.code].severity == ERROR:
         raise error
 
 
@@ -145,9 +146,9 @@ def image_file(folder: Path, name: str, allow_outside: bool) -> Path:
     """
     if not allow_outside and leads_out(name) and os.path.lexists(folder / name):
         raise DataError(
+            "image-outside",
             f"{shown(name)}, which leads out of the images folder {folder}; give names relative to that "
             "folder, or set DATASETS.ALLOW_OUTSIDE True (doctor: --allow-outside) if you trust the file",
-            "image-outside",
         )
     return folder / name
 
@@ -199,9 +200,9 @@ class Rules:
         """
         if len(content["categories"]) > MOST_CATEGORIES:
             raise self.error(
+                "malformed",
                 f"it lists {len(content['categories'])} categories, more than the {MOST_CATEGORIES} that a "
                 "detector can have; leave out those without an object",
-                "malformed",
             )
         if any(map(is_larger_than_fractions, content["images"])):
             entries = [entry for entry in content["annotations"] if isinstance(entry, dict)]
@@ -217,10 +218,10 @@ class Rules:
         if len(wrong) > _FEW * number:
             folder = self.folder if self.folder.name else "FOLDER"
             raise self.error(
+                "fractions",
                 f"{len(wrong)} of {number} {noun} are fractions of the image, such as that of annotation "
                 f"{shown(wrong[0].get('id'))}; COCO's are in pixels: gn-detect doctor {self.path} "
                 f"--images {folder} --fix OUT.json multiplies them by the image's size",
-                "fractions",
             )
 
     def categories(self, entries: list[Any], report: Report = stop) -> dict[int, str]:
@@ -231,13 +232,13 @@ class Rules:
                 category_id, name = self.category(entry, position)
                 if category_id in names:
                     raise self.repeated(
-                        "category", category_id, f" ({shown(names[category_id])}, {shown(name)})"
+                        "duplicate-category-id", category_id, f" ({shown(names[category_id])}, {shown(name)})"
                     )
                 names[category_id] = name
             except DataError as error:
                 report(error, {"category_id": id_of(entry)})
         if not entries:
-            report(self.error("it lists no categories; add the classes of its annotations", "nothing"), {})
+            report(self.error("empty-list", "it lists no categories; add the classes of its annotations"), {})
         return names
 
     def images(
@@ -255,7 +256,9 @@ class Rules:
             try:
                 image_id = self.image_id(entry, position)
                 if image_id in images:
-                    raise self.repeated("image", image_id, f" (entry {position} counted from 0 repeats it)")
+                    raise self.repeated(
+                        "duplicate-image-id", image_id, f" (entry {position} counted from 0 repeats it)"
+                    )
                 images[image_id] = None
                 if files:
                     images[image_id] = self.image(entry, position)
@@ -267,7 +270,7 @@ class Rules:
                     error, {"image_id": id_of(entry), "file_name": name if isinstance(name, str) else None}
                 )
         if files and not entries:
-            report(self.error("it lists no images; give a file with images", "nothing"), {})
+            report(self.error("empty-list", "it lists no images; give a file with images"), {})
         return images
 
     def annotations(
@@ -296,7 +299,7 @@ class Rules:
             about["image_id"] = image_id
             what = f"annotation {annotation_id} of image {image_id}"
             if annotation_id in seen and not self.ids_may_repeat:
-                report(self.repeated("annotation", annotation_id), about)
+                report(self.repeated("duplicate-annotation-id", annotation_id), about)
             seen.add(annotation_id)
             if image_id not in images:
                 report(self._unlisted_image(annotation_id, image_id), about)
@@ -310,9 +313,9 @@ class Rules:
 
     # Single entries
 
-    def error(self, message: str, kind: str) -> DataError:
+    def error(self, code: Code, message: str) -> DataError:
         """Return an error that names the file."""
-        return DataError(message, kind, self.path)
+        return DataError(code, message, self.path)
 
     def field(self, entry: Any, key: str, expected: type, what: str) -> Any:
         """Return ``entry[key]``, which must be of a type; ``what`` names the entry in a message."""
@@ -326,12 +329,13 @@ class Rules:
             fault = f"has a {key!r} of more than 64 bits; give it a smaller number"
         else:
             return value
-        raise self.error(f"{what} {fault}", "malformed")
+        raise self.error("malformed", f"{what} {fault}")
 
-    def repeated(self, noun: str, entry_id: int, details: str = "") -> DataError:
-        """Return the error for an id that occurs twice."""
+    def repeated(self, code: Code, entry_id: int, details: str = "") -> DataError:
+        """Return the error for an id that occurs twice; ``code`` is ``duplicate-...-id``."""
+        noun = code.split("-")[1]
         fault = f"id {entry_id} occurs twice{details}; give each {noun} its own id"
-        return self.error(f"{noun} {fault}", f"duplicate-{noun}-id")
+        return self.error(code, f"{noun} {fault}")
 
     def category(self, entry: Any, position: int) -> tuple[int, str]:
         """Return id and name of a category."""
@@ -354,18 +358,18 @@ class Rules:
         """Return the file of an image, see :func:`image_file`."""
         name = self.field(entry, "file_name", str, what)
         if not name or "\0" in name:
-            raise self.error(f"{what} has 'file_name' {name!r}; give the name of a file", "malformed")
+            raise self.error("malformed", f"{what} has 'file_name' {name!r}; give the name of a file")
         try:
             return image_file(self.folder, name, self.allow_outside)
         except DataError as error:
-            raise self.error(f"{what} has 'file_name' {error}", error.kind) from None
+            raise self.error(error.code, f"{what} has 'file_name' {error}") from None
 
     def size(self, entry: Any, what: str) -> tuple[int, int]:
         """Return height and width of an image."""
         height, width = (self.field(entry, key, int, what) for key in ("height", "width"))
         if height <= 0 or width <= 0 or height * width > MOST_PIXELS:
             fault = f"is {width}x{height} pixels (width x height); correct its size"
-            raise self.error(f"{what} {fault}", "image-size")
+            raise self.error("image-size", f"{what} {fault}")
         return height, width
 
     @property
@@ -383,7 +387,7 @@ class Rules:
 
     def _unlisted_image(self, annotation_id: int, image_id: Any) -> DataError:
         fault = f"belongs to image {image_id}, which is not listed; add the image or remove the annotation"
-        return self.error(f"annotation {annotation_id} {fault}", "dangling-image")
+        return self.error("dangling-image", f"annotation {annotation_id} {fault}")
 
     def category_id(self, annotation: dict[str, Any], known: Container[int], what: str) -> int:
         """Return the category of an annotation, one of ``known``."""
@@ -393,26 +397,26 @@ class Rules:
             if category_id in known:
                 return int(category_id)
         fault = f"category id {shown(category_id)}, which 'categories' does not list"
-        raise self.error(f"{what} has {fault}; add the category or correct the id", "dangling-category")
+        raise self.error("dangling-category", f"{what} has {fault}; add the category or correct the id")
 
     def crowd(self, annotation: dict[str, Any], what: str) -> bool:
         """Return ``iscrowd``; ``ignore`` must not say more."""
         crowd = self._flag(annotation, "iscrowd", what)
         if self._flag(annotation, "ignore", what) and not crowd:
-            raise self.error(f"{what} has 'ignore' 1, which COCO does not know; use 'iscrowd' 1", "bad-flag")
+            raise self.error("bad-flag", f"{what} has 'ignore' 1, which COCO does not know; use 'iscrowd' 1")
         return crowd
 
     def _flag(self, annotation: dict[str, Any], key: str, what: str) -> bool:
         value = annotation.get(key, 0)
         if value not in (0, 1):
-            raise self.error(f"{what} has {key!r} {shown(value)}; it must be 0 or 1", "bad-flag")
+            raise self.error("bad-flag", f"{what} has {key!r} {shown(value)}; it must be 0 or 1")
         return bool(value)
 
     def area(self, annotation: dict[str, Any], what: str) -> float | None:
         """Return ``area`` in square pixels; None stands for the mask's, or else the box's."""
         area = annotation.get("area")
         if area is not None and not is_area(area):
-            raise self.error(f"{what} has 'area' {shown(area)}; it must be a number of pixels", "bad-area")
+            raise self.error("bad-area", f"{what} has 'area' {shown(area)}; it must be a number of pixels")
         return area
 
     def box(self, annotation: dict[str, Any], image: ImageRecord | None, what: str) -> list[float]:
@@ -420,36 +424,36 @@ class Rules:
         given = self.field(annotation, "bbox", list, what)
         if len(given) != 4 or extent_of(given) is None:
             fault = f"'bbox' {shown(given)}; it must be 4 finite numbers x, y, width, height"
-            raise self.error(f"{what} has {fault}", "bad-box")
+            raise self.error("bad-box", f"{what} has {fault}")
         x, y, width, height = given
         if width < 0 or height < 0:
             fault = f"'bbox' {given} of negative size; it must be x, y, width, height"
-            raise self.error(f"{what} has {fault}", "bad-box")
+            raise self.error("bad-box", f"{what} has {fault}")
         if width == 0 or height == 0:
-            raise self.error(f"{what} has a box without width or height", "box-empty")
+            raise self.error("box-empty", f"{what} has a box without width or height")
         if image and (x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0):
             raise self.error(
+                "box-outside",
                 f"{what} has its box {given} outside the image of {image.width}x{image.height} pixels; "
                 "correct the box (x, y, width, height) or remove it",
-                "box-outside",
             )
         return [x, y, x + width, y + height]
 
     def segmentation(self, given: Any, image: ImageRecord, what: str) -> Segmentation:
         """Return the mask of an object; polygons of less than 3 points are left out."""
         if not given:
-            raise self.error(f"{what} has no segmentation; add one, or set MODEL.MASK_ON False", "no-mask")
+            raise self.error("no-mask", f"{what} has no segmentation; add one, or set MODEL.MASK_ON False")
         if isinstance(given, dict):
             return Segmentation([], self._rle(given, image, what), image.height, image.width)
         if not isinstance(given, list) or not all(isinstance(polygon, list) for polygon in given):
             fault = "a segmentation that is no list of polygons and no RLE; correct it"
-            raise self.error(f"{what} has {fault}", "bad-polygon")
+            raise self.error("bad-polygon", f"{what} has {fault}")
         reach, farthest = 0.0, _SIDES_AWAY * max(image.height, image.width) + 1000
         for polygon in given:
             extent = extent_of(polygon) if polygon else (0, 0)
             if extent is None or extent[0] < -farthest or extent[1] > farthest:
                 fault = "a polygon that is not all finite numbers near the image; mend it"
-                raise self.error(f"{what} has {fault}", "bad-polygon")
+                raise self.error("bad-polygon", f"{what} has {fault}")
             if extent[1] - extent[0] > _OUTLINE_PER_POINT:
                 reach += len(polygon) * (extent[1] - extent[0])
         polygons = [polygon for polygon in given if is_polygon(polygon)]
@@ -473,15 +477,15 @@ class Rules:
         if reason:
             remedy = "draw it again, or encode it as RLE"
             message = f"{what} has polygons with an outline of {length:.0f} pixels, {reason}; {remedy}"
-            raise self.error(message, "bad-polygon")
+            raise self.error("bad-polygon", message)
 
     def _rle(self, given: dict[str, Any], image: ImageRecord, what: str) -> bytes:
         size, counts = given.get("size"), given.get("counts")
         if size != [image.height, image.width]:
             raise self.error(
+                "rle-size",
                 f"{what} has an RLE of 'size' {shown(size)}, but the image's is "
                 f"[{image.height}, {image.width}] (height, width); correct one of them",
-                "rle-size",
             )
         if isinstance(counts, str):
             try:
@@ -501,7 +505,7 @@ class Rules:
         return encoded
 
     def _bad_rle(self, what: str, reason: str) -> DataError:
-        return self.error(f"{what} has an RLE {reason}; encode the mask again", "bad-rle")
+        return self.error("bad-rle", f"{what} has an RLE {reason}; encode the mask again")
 
 
 def is_polygon(numbers: list[float]) -> bool:

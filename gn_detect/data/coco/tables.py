@@ -165,7 +165,7 @@ def join_tables(tables: Sequence[ObjectTable]) -> ObjectTable:
     """Join tables one after the other; all have masks or none has."""
     stores = [table.masks for table in tables if table.masks is not None]
     if stores and len(stores) < len(tables):
-        raise UserError("datasets with and without masks cannot be joined")
+        raise UserError("no-mask", "datasets with and without masks cannot be joined")
     masks = MaskTable(**_join_arrays(stores)) if stores else None
     return ObjectTable(**_join_arrays(tables), masks=masks)
 

@@ -64,7 +64,7 @@ class Part:
 
     def report(self, error: DataError, about: Mapping[str, Any]) -> None:
         """Add what a rule refuses."""
-        self.add(error.kind, error.detail, **about)
+        self.add(error.code, error.detail, **about)
 
 
 def check_part(name: str, reading: Reading, probes: Probes | None) -> Part:
@@ -120,7 +120,7 @@ def _check_files(part: Part, probes: Probes) -> None:
     for record in part.images.values():
         probe = probes[record.file_name]
         if probe.error is not None:
-            part.add(probe.error.kind, f"image {record.id}: {probe.error}", image_id=record.id)
+            part.add(probe.error.code, f"image {record.id}: {probe.error}", image_id=record.id)
             continue
         if (record.height, record.width) not in probe.sizes:
             height, width = probe.sizes[0]
@@ -154,7 +154,7 @@ def _check_use(part: Part) -> None:
         if not part.image_counts[image_id]:
             part.add("empty-image", f"image {image_id}", image_id=image_id)
     if not part.category_counts:
-        part.add("nothing", "the file has no object to train on")
+        part.add("empty-list", "the file has no object to train on")
 
 
 def _check_annotation(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ...errors import UserError
+from ...errors import Code, UserError
 from ...files import open_file
 from ...progress import progress_bar
 from ..coco.faults import DataError
@@ -57,6 +57,7 @@ def probe_image(path: str) -> Probe:
     except DataError as error:
         return Probe(digest=digest, error=error)
     except (OSError, ValueError, UserError) as error:
-        kind = "missing-image" if isinstance(error, FileNotFoundError) else "unreadable-image"
+        missing = isinstance(error, FileNotFoundError)
+        code: Code = "missing-image" if missing else "unreadable-image"
         reason = getattr(error, "strerror", None) or str(error)
-        return Probe(digest=digest, error=DataError(f"image {path} cannot be read: {reason}", kind))
+        return Probe(digest=digest, error=DataError(code, f"image {path} cannot be read: {reason}"))

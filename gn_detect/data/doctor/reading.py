@@ -70,8 +70,8 @@ def read_as_meant(source: DatasetSource, *, names: bool, masks: bool) -> Reading
         rules.whole(reading.content)
         _find_some_fractions(reading)
     except DataError as error:
-        if error.kind == "fractions":  # other errors are reported by the checks
-            reading.findings.append((error.kind, error.detail, {}))
+        if error.code == "fractions":  # other errors are reported by the checks
+            reading.findings.append((error.code, error.detail, {}))
             _multiply_fractions(reading)
     return reading
 

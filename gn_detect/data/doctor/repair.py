@@ -79,16 +79,18 @@ class Repair:
             if self.before[key] and self.before[key] == len(self.removed[key]):
                 folder = f"check that --images {rules.folder} is their folder; " if key == "images" else ""
                 raise UserError(
+                    "lossy-repair",
                     f"--fix would leave none of the {self.before[key]} {key} of {rules.path}, so it wrote "
-                    f"nothing; {folder}correct what is listed"
+                    f"nothing; {folder}correct what is listed",
                 )
         rules.whole(self.content)
         shares = [len(self.removed[key]) / max(self.before[key], 1) for key in ("annotations", "images")]
         if not dropping and max(shares) > MOST_REMOVED:
             lost = " and ".join(self._lost(key) for key in _NOUNS if self.removed[key])
             raise UserError(
+                "lossy-repair",
                 f"--fix would remove {lost} of {rules.path}, so it wrote nothing; correct them, or add "
-                "--drop to go on without them"
+                "--drop to go on without them",
             )
 
     def _lost(self, key: str) -> str:
@@ -161,10 +163,11 @@ class _Mender:
     def category(self, entry: Any, position: int) -> Any:
         category_id = id_of(entry)
         if category_id is None or category_id in self.category_ids:
-            raise DataError(f"entry {position} (counted from 0) has no id of its own")
+            raise DataError("malformed", f"entry {position} (counted from 0) has no id of its own")
         if self.done.before["categories"] > MOST_CATEGORIES and category_id not in self.used_categories:
             raise DataError(
-                f"category {category_id} has no object, and more than {MOST_CATEGORIES} are too many"
+                "malformed",
+                f"category {category_id} has no object, and more than {MOST_CATEGORIES} are too many",
             )
         if not isinstance(entry.get("name"), str):
             entry = {**entry, "name": f"category {category_id}"}
@@ -176,9 +179,9 @@ class _Mender:
         entry = self._with_size_of_file(entry)
         record = self.rules.image(entry, position)
         if record.id in self.records:
-            raise DataError(f"image {record.id}: the id is another's")
+            raise DataError("duplicate-image-id", f"image {record.id}: the id is another's")
         if record.file_name in self.leaked:
-            raise DataError(f"image {record.id}: it is in another part, too")
+            raise DataError("malformed", f"image {record.id}: it is in another part, too")
         probe = None if self.probes is None else self.probes[record.file_name]
         if probe is not None and probe.error is not None:
             raise probe.error
@@ -199,11 +202,14 @@ class _Mender:
         factors = [factor for size in probe.sizes if (factor := _resize_factor(given, size))]
         if used and factors and _fit(used, *given, border=_FAR_OUT * max(given)):
             raise DataError(
+                "size-differs",
                 f"{what}: the file is the annotated picture resized by {factors[0]:.2f}; "
-                "scale its annotations or restore the file"
+                "scale its annotations or restore the file",
             )
         if not _fit(used, *probe.sizes[0]):
-            raise DataError(f"{what}: its size is wrong, and annotations do not fit into the file's")
+            raise DataError(
+                "size-differs", f"{what}: its size is wrong, and annotations do not fit into the file's"
+            )
         height, width = probe.sizes[0]
         self.done.mend(what, f"size {given} becomes {(height, width)} (height, width)")
         return {**entry, "height": height, "width": width}
@@ -220,7 +226,7 @@ class _Mender:
         annotation_id, image_id = self.rules.ids(entry, position)
         what = f"{named or f'annotation {annotation_id}'} of image {image_id}"
         if image_id not in self.records:
-            raise DataError(f"{what}, which is not there")
+            raise DataError("dangling-image", f"{what}, which is not there")
         image, entry = self.records[image_id], dict(entry)
         category_id = self.rules.category_id(entry, self.category_ids, what)
         self._mend_flags(entry, what)
@@ -229,7 +235,7 @@ class _Mender:
         self._mend_area(entry, mask, what)
         other = repeated(self.objects, (image_id, category_id, *entry["bbox"]), entry)
         if other is not None:
-            raise DataError(f"{what} repeats annotation {other['id']}")
+            raise DataError("malformed", f"{what} repeats annotation {other['id']}")
         self.annotation_ids.add(annotation_id)
         return entry
 
@@ -262,7 +268,7 @@ class _Mender:
         try:
             mask = self.rules.segmentation(given, image, what)
             if not mask or mask.area == 0:
-                raise DataError(f"{what} has a mask without a pixel")
+                raise DataError("malformed", f"{what} has a mask without a pixel")
         except DataError:
             if self.keep_masks:
                 raise
@@ -285,7 +291,7 @@ class _Mender:
         if mask:
             box = mask.box
         if not box:
-            raise DataError(f"{what} has no usable box and no mask")
+            raise DataError("bad-box", f"{what} has no usable box and no mask")
         x0, y0 = max(box[0], 0), max(box[1], 0)
         x1, y1 = min(box[2], image.width), min(box[3], image.height)
         self.done.mend(what, f"bbox {entry.get('bbox')} becomes {[x0, y0, x1 - x0, y1 - y0]}")
