@@ -115,6 +115,7 @@ Code = Literal[
     "other-run",
     "diverged",
     "cannot-compile",
+    "cannot-capture",
     "not-a-run",
     "damaged-run-file",
     "no-metrics",

@@ -140,7 +140,9 @@ def make_graphs(cfg: Config, model: nn.Module) -> StepGraphs | None:
     reason = refusal(cfg, cast("MaskRCNN", model))
     if reason is not None:
         if choice is True:
-            raise UserError(f"SOLVER.CUDA_GRAPHS True does not fit: {reason}; set SOLVER.CUDA_GRAPHS False")
+            raise UserError(
+                "cannot-capture", f"SOLVER.CUDA_GRAPHS True does not fit: {reason}; set SOLVER.CUDA_GRAPHS False"
+            )
         return None
     version = ".".join(torch.__version__.split(".")[:2])
     return StepGraphs() if choice is True or version in PROVEN else None
