@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import record_function
 from torch.utils._pytree import tree_flatten, tree_map_only
+from torchvision.ops import roi_align
 
 import gn_detect
 from gn_detect.ops import group_norm_operator as norm_operator
@@ -89,7 +90,7 @@ class Pretended(Tensor):
             raise RuntimeError(f"{func}: all tensors must be on the same device, but some are on the CPU")
         if _active:
             _active[-1].note(func, args, kwargs, hosted)
-        results = func(*_unwrap(args), **_unwrap(kwargs))
+        results = STAND_INS.get(operator, func)(*_unwrap(args), **_unwrap(kwargs))
         # An operator in place returns its argument.
         same = {id(t.host) if isinstance(t, Pretended) else id(t): t for t in tensors}
         return tree_map_only(Tensor, lambda t: same[id(t)] if id(t) in same else Pretended(t), results)
@@ -97,6 +98,52 @@ class Pretended(Tensor):
 
 def _unwrap(tree: Any) -> Any:
     return tree_map_only(Pretended, lambda t: t.host, tree)
+
+
+def _pool(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    strides: Sequence[int],
+    side: int,
+    ratio: int,
+    aligned: bool,
+) -> Tensor:
+    rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
+    pooled = torch.zeros(())
+    for i, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        found = roi_align(feature.float(), rois, side, 1 / stride, ratio, aligned)
+        pooled = torch.where((level == i)[:, None, None, None], found, pooled)
+    order = torch.contiguous_format if features[0].is_contiguous() else torch.channels_last
+    return pooled.to(features[0].dtype).contiguous(memory_format=order)
+
+
+def _pool_backward(
+    gradient: Tensor,
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    images: int,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    strides: Sequence[int],
+    ratio: int,
+    aligned: bool,
+    channels_last: bool,
+) -> Tensor:
+    rois, (_, channels, side, _) = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1), gradient.shape
+    maps = []
+    for i, (height, width, stride) in enumerate(zip(heights, widths, strides, strict=True)):
+        own = torch.where((level == i)[:, None, None, None], gradient.float(), 0).contiguous()
+        shape = side, side, images, channels, height, width, ratio, aligned
+        found = torch.ops.torchvision._roi_align_backward(own, rois, 1 / stride, *shape)
+        maps.append((found.permute(0, 2, 3, 1) if channels_last else found).flatten())
+    return torch.cat(maps).to(gradient.dtype)
+
+
+# Operators that have kernels for a GPU alone.
+STAND_INS = {"gn_detect.roi_align": _pool, "gn_detect.roi_align_backward": _pool_backward}
 
 
 @dataclass(frozen=True)
@@ -352,6 +399,7 @@ def pretended_device() -> Iterator[Trace]:
         (Tensor, "is_pinned", lambda x, *_: not isinstance(x, Pretended) and trace.kind(x) == "pinned"),
         (import_module("gn_detect.ops.group_norm"), "FUSED", True),
         (norm_operator, "kernels_run_on", lambda device: False),
+        (import_module("gn_detect.ops.roi_align"), "kernels_run_on", lambda device: True),
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:

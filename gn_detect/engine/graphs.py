@@ -141,7 +141,8 @@ def make_graphs(cfg: Config, model: nn.Module) -> StepGraphs | None:
     if reason is not None:
         if choice is True:
             raise UserError(
-                "cannot-capture", f"SOLVER.CUDA_GRAPHS True does not fit: {reason}; set SOLVER.CUDA_GRAPHS False"
+                "cannot-capture",
+                f"SOLVER.CUDA_GRAPHS True does not fit: {reason}; set SOLVER.CUDA_GRAPHS False",
             )
         return None
     version = ".".join(torch.__version__.split(".")[:2])

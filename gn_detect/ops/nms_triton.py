@@ -108,6 +108,6 @@ def keep_best(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
 
 
 def rounded_down(threshold: float) -> float:
-    """Return the largest float32 number not above: kernels compare in float32, torchvision in double."""
+    """Return the largest float32 number that is not above: torchvision compares with a double."""
     near = np.float32(threshold)
     return float(near if float(near) <= threshold else np.nextafter(near, np.float32(-math.inf)))

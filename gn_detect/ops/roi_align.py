@@ -5,6 +5,11 @@ CPU RoIAlign can be one sparse matrix times the matrix of all cells, and its gra
 both run on all cores and vectorise over the channels, where torchvision's loops visit one channel at a time.
 Training and channels-last prediction use it. Prediction in NCHW uses torchvision's loops, for the same bits
 as detectron2, and divides the boxes among threads.
+
+On a GPU Triton's kernels pool from all levels in one launch, without a wait. Their gradient is added by
+atomic operations, as torchvision's, and differs in the last digits from run to run. torchvision pools where
+Triton is missing, in programs, and under ``torch.use_deterministic_algorithms(True)``, for which it has
+another way.
 """
 
 from __future__ import annotations
@@ -18,6 +23,9 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .kernels import kernels_run_on
+from .roi_align_operator import LEVELS
 
 SHARE = 32  # boxes that a thread takes at a time: some milliseconds of work
 
@@ -47,6 +55,9 @@ def roi_align(
     Returns:
         (R, C, S, S) in the features' dtype; differentiable with respect to ``features``.
     """
+    if _takes_kernels(features):
+        arguments = (list(features), boxes, image, level, list(strides), output_size, sampling_ratio, aligned)
+        return torch.ops.gn_detect.roi_align(*arguments)
     dtype = features[0].dtype
     if dtype not in (torch.float32, torch.float64):  # half precision cannot tell neighbouring pixels apart
         wide = [f.float() for f in features]
@@ -99,6 +110,14 @@ def _runs_on_cpu(feature: Tensor) -> bool:
     """Return False also while a program is recorded: it may run elsewhere, and keeps RoIAlign as it is."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not recorded and feature.device.type == "cpu"
+
+
+def _takes_kernels(features: Sequence[Tensor]) -> bool:
+    """Return whether Triton's kernels pool: not for a program, nor where sums must have a fixed order."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    on_gpu = features[0].device.type == "cuda" and kernels_run_on(features[0].device)
+    fixed = torch.are_deterministic_algorithms_enabled()
+    return on_gpu and not recorded and not fixed and len(features) <= LEVELS
 
 
 def _takes_threads(feature: Tensor) -> bool:

@@ -78,7 +78,7 @@ def test_a_dropped_box_drops_none() -> None:
 
 @pytest.mark.parametrize("threshold", [0.6, 0.7])
 def test_an_overlap_equal_to_the_threshold_in_float32(threshold: float) -> None:
-    """The float32 number next to 0.6 is above it, that next to 0.7 below; torchvision compares in double."""
+    """The float32 number next to 0.6 is above it, and that next to 0.7 below."""
     width = threshold * 10
     boxes = torch.tensor([[[0, 0, 10, 1], [0, 0, width, 1]]])
     valid = torch.ones(1, 2, dtype=torch.bool)

@@ -1,0 +1,99 @@
+"""Compile the kernels of NMS and RoIAlign for a GPU that need not be there, and print JSON lines.
+
+    python tests/ops/compile_box_kernels.py ARCHITECTURE
+
+Each line: kernel, types of its tensors, memory order, registers a thread, bytes spilt, warps, widest load in
+bytes and atomic operations.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
+
+from compile_kernels import TYPES, Recorder, resources, widest
+
+from gn_detect.ops import nms_triton, roi_align_triton
+
+TYPES |= {torch.int64: "i64", torch.bool: "i1"}
+STRIDES = [4, 8, 16, 32]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def record() -> list[Any]:
+    """The launches of NMS and RoIAlign, forward and backward, on tensors without memory."""
+    calls: list[Any] = []
+    for module, names in {
+        nms_triton: ("compare_boxes", "settle"),
+        roi_align_triton: ("pool", "add_gradient"),
+    }.items():
+        for name in names:
+            setattr(module, name, Recorder(name, getattr(module, name), calls))
+    for count in (2000, 12000):
+        nms_triton.keep_best(meta(10, count, 4), meta(10, count, dtype=torch.bool), 0.7)
+    index = meta(512, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        for side, last in ((7, False), (7, True), (14, False), (14, True)):
+            shapes = [(800 // s, 1344 // s) for s in STRIDES]
+            maps = [meta(2, 256, *shape, dtype=dtype) for shape in shapes]
+            order = torch.channels_last if last else torch.contiguous_format
+            maps = [m.contiguous(memory_format=order) for m in maps]
+            boxes = meta(512, 4)
+            pooled = roi_align_triton.forward(maps, boxes, index, index, STRIDES, side, 0, True, last)
+            roi_align_triton.backward(pooled, boxes, index, index, 2, shapes, STRIDES, 0, True, last)
+    return calls
+
+
+def compile_call(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], architecture: int) -> Any:
+    """Compile the kernel that Triton would compile at this call."""
+    options = {name: kwargs.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in kwargs}
+    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = named[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def main(architecture: int) -> None:
+    for name, kernel, args, kwargs in record():
+        compiled = compile_call(kernel, args, dict(kwargs), architecture)
+        assert compiled.asm["cubin"].startswith(b"\x7fELF")
+        ptx = compiled.asm["ptx"]
+        registers, spilt = resources(ptx)
+        line = {
+            "kernel": name,
+            "types": sorted({TYPES[a.dtype] for a in args if isinstance(a, torch.Tensor)}),
+            "channels_last": kwargs.get("CHANNELS_LAST"),
+            "registers": registers,
+            "spilt": spilt,
+            "warps": kwargs["num_warps"],
+            "load": widest(ptx, "ld"),
+            "adds": sorted(set(re.findall(r"\b(?:red|atom)\.[\w.:]+", ptx))),
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
