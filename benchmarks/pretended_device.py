@@ -391,6 +391,7 @@ def pretended_device() -> Iterator[Trace]:
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "Stream", mock.Mock()),
+        (torch.cuda, "graph_pool_handle", lambda: None),
         (torch.cuda, "stream", lambda stream: nullcontext()),
         (torch.cuda, "current_stream", mock.Mock()),
         (Tensor, "record_stream", lambda x, stream: None),

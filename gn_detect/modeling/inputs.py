@@ -10,8 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..structures import Target
-from .static import PaddedTargets, pad_targets
+from .static import PaddedTargets
 
 ALIGNMENT = 16  # bytes, of each tensor in the buffer
 
@@ -38,20 +37,16 @@ class Inputs:
 
 
 def send(
-    images: Sequence[Tensor], targets: Sequence[Target], with_masks: bool, device: torch.device
+    images: Sequence[Tensor], targets: PaddedTargets, device: torch.device
 ) -> tuple[list[Tensor], PaddedTargets]:
     """Copy images (3, H, W) and targets to ``device`` at once.
 
     The copy has its own stream. The host is ahead of the device, so the copy runs while the device works on
     the batch before.
-
-    Raises:
-        ValueError: ``with_masks``, and a target has no masks.
     """
-    padded = pad_targets(targets, [(image.shape[-2], image.shape[-1]) for image in images], with_masks)
     hosted = {f"image {n}": image for n, image in enumerate(images) if image.device.type == "cpu"}
-    found = _copy(hosted | padded.tensors(), device)
-    return [found.get(f"image {n}", image) for n, image in enumerate(images)], padded.with_tensors(found)
+    found = _copy(hosted | targets.tensors(), device)
+    return [found.get(f"image {n}", image) for n, image in enumerate(images)], targets.with_tensors(found)
 
 
 def _copy(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -128,8 +128,10 @@ class MaskRCNN(nn.Module):
 
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Inputs:
         """Bring a batch to the device for :meth:`static_losses`, without waiting for the device."""
-        sent, padded = send(images, targets, self.has_masks, self.device)
-        return Inputs(self.preprocess(sent), padded)
+        sizes = [image_size(image) for image in images]
+        padded = static.pad_targets(targets, sizes, self._padded_size(sizes), self.has_masks)
+        images, padded = send(images, padded, self.device)
+        return Inputs(self.preprocess(images), padded)
 
     def static_losses(self, inputs: Inputs) -> dict[str, Tensor]:
         """Return :meth:`losses` by operators whose shapes follow from those of ``inputs`` alone."""

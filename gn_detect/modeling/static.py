@@ -78,9 +78,9 @@ class RandomKeys:
 
 
 def pad_targets(
-    targets: Sequence[Target], sizes: Sequence[tuple[int, int]], with_masks: bool
+    targets: Sequence[Target], sizes: Sequence[tuple[int, int]], padded: tuple[int, int], with_masks: bool
 ) -> PaddedTargets:
-    """Return the targets of images of (height, width) ``sizes`` with fixed shapes, on the CPU.
+    """Return targets in fixed shapes on the CPU; ``sizes`` of images, and ``padded``, are height and width.
 
     Raises:
         ValueError: ``with_masks``, and a target has no masks.
@@ -98,8 +98,8 @@ def pad_targets(
             if target.masks is None:
                 raise ValueError("a model with a mask head needs targets with masks")
             masks += [*target.masks, *([[]] * (room - count))]
-    padded = pad_masks(masks) if with_masks else None
-    return PaddedTargets(boxes, labels, valid, torch.tensor(sizes, dtype=torch.float32), padded)
+    collected = pad_masks(masks, padded) if with_masks else None
+    return PaddedTargets(boxes, labels, valid, torch.tensor(sizes, dtype=torch.float32), collected)
 
 
 def refusal(model: MaskRCNN) -> str | None:

@@ -51,26 +51,29 @@ class PaddedMasks:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
-def pad_masks(masks: Sequence[PolygonMask | Tensor], bucket: bool = True) -> PaddedMasks:
+def pad_masks(masks: Sequence[PolygonMask | Tensor], size: tuple[int, int] | None = None) -> PaddedMasks:
     """Collect the masks of objects, each polygons or a bool (H, W) bitmap, into tensors on the CPU.
 
     Args:
         masks: of K objects; bitmaps may differ in size.
-        bucket: round the numbers of corners, polygons and bitmaps up to powers of two, so that batches share
-            shapes.
+        size: (height, width) to which bitmaps are padded. The numbers of corners, polygons and bitmaps are
+            then rounded up to powers of two, so that batches share shapes. None: as large as need be.
     """
     polygons = [[] if isinstance(mask, Tensor) else mask for mask in masks]
     flat = [corners.reshape(-1, 2) for mask in polygons for corners in mask]
     bitmaps = [mask for mask in masks if isinstance(mask, Tensor)]
     rows, ends = iter(range(len(bitmaps))), list(accumulate(map(len, flat), initial=0))
-    corners = torch.zeros(_room(ends[-1], 1024) if bucket else ends[-1], 2, dtype=torch.float64)
+    counts = ends[-1], len(flat), len(bitmaps)
+    if size is not None:
+        counts = _room(counts[0], 4096), _room(counts[1], 512), _room(counts[2], 16)
+    corners = torch.zeros(counts[0], 2, dtype=torch.float64)
     if flat:
         corners[: ends[-1]] = torch.from_numpy(np.concatenate(flat))
-    ends += [ends[-1]] * (_room(len(flat), 128) - len(flat) if bucket else 0)
+    ends += [ends[-1]] * (counts[1] - len(flat))
     stacked = None
     if bitmaps:
-        height, width = (max(b.shape[i] for b in bitmaps) for i in (0, 1))
-        stacked = torch.zeros(_room(len(bitmaps), 16) if bucket else len(bitmaps), height, width).bool()
+        height, width = size or (max(b.shape[i] for b in bitmaps) for i in (0, 1))
+        stacked = torch.zeros(counts[2], height, width, dtype=torch.bool)
         for bitmap, place in zip(bitmaps, stacked, strict=False):
             h, w = bitmap.shape
             place[:h, :w] = bitmap
@@ -87,7 +90,7 @@ def pad_masks(masks: Sequence[PolygonMask | Tensor], bucket: bool = True) -> Pad
 
 
 def _room(count: int, least: int) -> int:
-    return max(least, 1 << (count - 1).bit_length()) if count else least
+    return max(least, 1 << max(count - 1, 0).bit_length())
 
 
 def rasterize_masks(masks: Sequence[PolygonMask | Tensor], which: Tensor, boxes: Tensor, side: int) -> Tensor:
@@ -98,7 +101,7 @@ def rasterize_masks(masks: Sequence[PolygonMask | Tensor], which: Tensor, boxes:
         which, boxes, side: see :func:`mask_targets`.
     """
     used, position = torch.unique(which, return_inverse=True)
-    padded = pad_masks([masks[i] for i in used.tolist()], bucket=False).to(boxes.device)
+    padded = pad_masks([masks[i] for i in used.tolist()]).to(boxes.device)
     return mask_targets(padded, position, boxes, side)
 
 

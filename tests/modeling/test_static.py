@@ -74,7 +74,7 @@ def both_ways(
         if path == "dynamic":
             losses = model.losses(images, targets)
         else:
-            padded = static.pad_targets(targets, SIZES, model.has_masks)
+            padded = static.pad_targets(targets, SIZES, (128, 128), model.has_masks)
             appends = model.roi_heads.settings.proposal_append_gt
             room = padded.labels.shape[1] if appends else 0
             features = model.backbone(model.preprocess(images))

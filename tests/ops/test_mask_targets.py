@@ -59,7 +59,7 @@ def by_pycocotools(case: Case, side: int) -> np.ndarray:
 
 def arguments(case: Case) -> tuple[PaddedMasks, Tensor, Tensor]:
     objects, which, boxes = case
-    return pad_masks(objects), torch.from_numpy(which), torch.from_numpy(boxes)
+    return pad_masks(objects, (100, 100)), torch.from_numpy(which), torch.from_numpy(boxes)
 
 
 @pytest.mark.parametrize("side", [14, 28, 56])
@@ -91,7 +91,7 @@ def test_bitmaps_and_polygons_in_one_batch() -> None:
     boxes = torch.tensor(
         [[0, 0, 50, 50], [3, 4, 33, 58], [0, 0, 40, 30], [1, 1, 9, 9], [50, 20, 90, 60], [20.5, 10, 40, 30]]
     )
-    found = mask_targets(pad_masks(objects), which, boxes, 28)
+    found = mask_targets(pad_masks(objects, (64, 96)), which, boxes, 28)
     assert torch.equal(found[[1, 4]], crop_bitmaps(bitmap[None], torch.zeros(2).long(), boxes[[1, 4]], 28))
     assert torch.equal(found[[2, 5]], crop_bitmaps(small[None], torch.zeros(2).long(), boxes[[2, 5]], 28))
     assert not found[3].any()
@@ -101,7 +101,7 @@ def test_bitmaps_and_polygons_in_one_batch() -> None:
 def test_shapes_do_not_depend_on_the_objects() -> None:
     shapes = []
     for objects in ([[], []], [[polygon(np.random.default_rng(0))], []]):
-        masks = pad_masks(objects)
+        masks = pad_masks(objects, (32, 32))
         shapes.append({name: value.shape for name, value in masks.tensors().items()})
         assert mask_targets(masks, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 28).shape == (
             0,
