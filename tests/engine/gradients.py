@@ -17,6 +17,7 @@ from gn_detect.config import Config, load_config
 from gn_detect.data import build_train_loader
 from gn_detect.distributed import launch
 from gn_detect.distributed.group import get_rank, parallelize, world_size
+from gn_detect.engine.graphs import StepGraphs
 from gn_detect.engine.step import make_state, split, train_step
 from gn_detect.modeling import build_model
 from gn_detect.structures import Sample
@@ -55,15 +56,22 @@ def of_backbone(cfg: Config, parts: int) -> dict[str, Tensor]:
     return {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
 
 
-def of_detector(cfg: Config, parts: int) -> dict[str, Tensor]:
+def of_detector(cfg: Config, parts: int, graphs: bool = False) -> dict[str, Tensor]:
     """Return gradients of the whole detector's losses, by the training step itself."""
     torch.manual_seed(0)
     cfg = cfg.replace({"SOLVER.ACCUMULATE": parts})
     model = build_model(cfg).train()
     batch = _whole_batch(cfg)
     own = split(batch, world_size())[get_rank()]
-    train_step(cfg, parallelize(model, torch.device("cpu")), own, make_state(cfg, model))
+    state = make_state(cfg, model)
+    state.graphs = StepGraphs() if graphs else None
+    train_step(cfg, parallelize(model, torch.device("cpu")), own, state)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def of_detector_by_graphs(cfg: Config, parts: int) -> dict[str, Tensor]:
+    """Return the same of the step with graphs, whose first pass is eager."""
+    return of_detector(cfg, parts, graphs=True)
 
 
 def _whole_batch(cfg: Config) -> list[Sample]:
