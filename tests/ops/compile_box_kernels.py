@@ -3,7 +3,7 @@
     python tests/ops/compile_box_kernels.py ARCHITECTURE
 
 Each line: kernel, types of its tensors, memory order, registers a thread, bytes spilt, warps, widest load in
-bytes and atomic operations.
+bytes, whether products and sums are fused, and atomic operations.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def main(architecture: int) -> None:
             "spilt": spilt,
             "warps": kwargs["num_warps"],
             "load": widest(ptx, "ld"),
+            "fused": "fma.rn" in ptx,
             "adds": sorted(set(re.findall(r"\b(?:red|atom)\.[\w.:]+", ptx))),
         }
         print(json.dumps(line), flush=True)
