@@ -105,14 +105,16 @@ def _clamped(position, limit, dtype: tl.constexpr):
 
 
 @triton.jit
-def _weight(cell, samples, step, edge, limit, dtype: tl.constexpr):
+def _weight(cells, samples, step, edge, size, dtype: tl.constexpr):
     """Return the weight of one cell in each bin, summed over the samples on an axis."""
-    total = tl.zeros_like(edge)
+    total = tl.full(edge.shape, 0, dtype)
+    cell = cells.to(dtype)
+    limit = size.to(dtype)
     for i in range(samples):
         position = edge + (tl.cast(i, dtype) + 0.5) * step
-        inside = (position >= -1) & (position <= limit.to(dtype))
-        away = tl.abs(_clamped(position, limit, dtype) - cell.to(dtype))
-        total += tl.where(inside & (away < 1), 1 - away, tl.zeros_like(away))
+        inside = (position >= -1) & (position <= limit)
+        away = tl.abs(tl.minimum(tl.maximum(position, 0.0), limit - 1.0) - cell)
+        total += tl.where(inside, tl.maximum(1.0 - away, 0.0), 0.0)
     return total
 
 

@@ -3,7 +3,7 @@
     python tests/ops/compile_box_kernels.py ARCHITECTURE
 
 Each line: kernel, types of its tensors, memory order, registers a thread, bytes spilt, warps, widest load in
-bytes and atomic operations.
+bytes, whether products and sums are fused, and atomic operations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from compile_kernels import TYPES, Recorder, resources, widest
 
@@ -90,6 +91,7 @@ def main(architecture: int) -> None:
             "spilt": spilt,
             "warps": kwargs["num_warps"],
             "load": widest(ptx, "ld"),
+            "fused": "fma.rn" in ptx,
             "adds": sorted(set(re.findall(r"\b(?:red|atom)\.[\w.:]+", ptx))),
         }
         print(json.dumps(line), flush=True)

@@ -26,6 +26,8 @@ def test_kernels_compile(architecture: str, tmp_path: Path) -> None:
     for kernel in kernels:
         assert kernel["spilt"] == 0, kernel
         assert kernel["registers"] * kernel["warps"] * 32 <= 65536, kernel
+        if kernel["kernel"] == "compare_boxes":
+            assert not kernel["fused"], "torchvision rounds each product"
         if kernel["channels_last"]:
             assert kernel["load"] == 16, kernel
         if kernel["kernel"] == "add_gradient":

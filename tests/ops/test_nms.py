@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from gn_detect.ops import keep_best
+from gn_detect.ops import keep_best, nms
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # 0 / 0
 
@@ -97,6 +97,18 @@ def test_nothing(shape: tuple[int, int]) -> None:
     valid = torch.ones(shape, dtype=torch.bool)
     assert keep_best(torch.zeros(*shape, 4), valid, 0.5).shape == shape
     assert by_kernels(torch.zeros(*shape, 4), valid, 0.5).shape == shape
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_gpu_with_and_without_triton(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    nms_triton = pytest.importorskip("gn_detect.ops.nms_triton", exc_type=ImportError)
+    calls: list[tuple] = []
+    monkeypatch.setattr(nms_triton, "keep_best", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(nms, "kernels_run_on", lambda device: kernels)
+    boxes, valid = random_boxes(2, 10, 40), torch.ones(2, 10, dtype=torch.bool)
+    found = nms._on_gpu(boxes, valid, 0.5)
+    assert len(calls) == kernels
+    assert kernels or torch.equal(found, keep_best(boxes.cpu(), valid.cpu(), 0.5))
 
 
 def test_opcheck() -> None:

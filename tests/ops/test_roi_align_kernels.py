@@ -36,7 +36,7 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_case(
-    dtype: torch.dtype, order: str, count: int = 5
+    dtype: torch.dtype, order: str, count: int = 3
 ) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Pyramid of two images of 64 x 80 pixels with 5 channels, and boxes with their image and level."""
     generator = torch.Generator().manual_seed(0)
@@ -79,18 +79,23 @@ def check(dtype: torch.dtype, order: str, side: int, sampling_ratio: int, aligne
         assert ours.is_contiguous(memory_format=ORDERS[order])
         error = (ours.double() - theirs).abs() / theirs.abs().clamp(min=4)
         assert error.max() <= tolerance[dtype]
-    assert expected[:5].eq(0).any(dim=0).any() or sampling_ratio
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_equals_torchvision(order: str, aligned: bool, sampling_ratio: int) -> None:
+@pytest.mark.parametrize(("sampling_ratio", "aligned"), [(0, True), (0, False), (2, True)])
+def test_equals_torchvision(sampling_ratio: int, aligned: bool, order: str) -> None:
     check(torch.float64, order, 3, sampling_ratio, aligned)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "order"),
+    [
+        (torch.float32, "channels_first"),
+        (torch.bfloat16, "channels_first"),
+        (torch.bfloat16, "channels_last"),
+        (torch.float16, "channels_last"),
+    ],
+)
 def test_sums_are_in_float32(dtype: torch.dtype, order: str) -> None:
     check(dtype, order, 3, 0, True)
 
@@ -133,7 +138,6 @@ def test_opcheck(order: str) -> None:
     shapes = [16, 8, 4], [20, 10, 5]
     gradient = torch.ones(2, 5, 2, 2, device=DEVICE)
     arguments = (gradient, *rois, 2, *shapes, STRIDES, 1, True, order == "channels_last")
-    # Atomic sums of a GPU have no fixed order, but here no cell has more than a few summands.
     torch.library.opcheck(torch.ops.gn_detect.roi_align_backward.default, arguments)
 
 
