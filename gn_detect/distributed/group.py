@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -153,11 +153,11 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         gradient.copy_(part.view(gradient.shape))
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Copy the buffers of process 0 (running statistics), which its checkpoints hold, to all processes."""
+def share(tensors: Iterable[Tensor]) -> None:
+    """Copy tensors of process 0, such as running statistics, to all processes."""
     if is_distributed():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def check_synchronised_norms(model: nn.Module, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import Config, load_config
 from ..data import check_classes, match_classes
-from ..distributed.group import by_main, is_main, resolve_device, share_buffers
+from ..distributed.group import by_main, is_main, resolve_device, share
 from ..errors import UserError
 from ..evaluation import Stop, evaluate_model
 from ..files import atomic_write_json, json_values
@@ -137,7 +137,7 @@ def evaluate_test_sets(
     """
     iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
     backend = cfg.test.coco_eval_backend
-    share_buffers(model)
+    share(model.buffers())
     results = {}
     for name, (loader, dataset) in tests.items():
         folder = Path(cfg.output_dir) / INFERENCE / name / below

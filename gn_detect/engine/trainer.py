@@ -18,6 +18,7 @@ from ..distributed.group import (
     is_main,
     parallelize,
     restart_count,
+    share,
     world_size,
 )
 from ..errors import Diverged, UserError
@@ -109,7 +110,11 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
     # The first process knows from metrics.jsonl; a finished run is evaluated in any case.
     is_known = run.start == 0 or (run.writer is not None and run.writer.is_evaluated)
     run.is_evaluated = run.start < run.end and from_main(is_known)
-    model = parallelize(run.model, run.device)
+    if run.state.graphs is None:
+        model = parallelize(run.model, run.device)
+    else:  # the step averages gradients itself
+        model = run.model
+        share(model.state_dict().values())
     batches = iter(run.loader)
     meter = Meter(run.device, run.done, run.end, run.losses)
     if run.done < run.end:
@@ -267,4 +272,6 @@ def finish(run: Run, results: Results, interruption: Interruption) -> None:
     if interruption.requested():  # the other processes wait here for the first
         raise Interrupted
     check_folder(run)
+    if run.state.graphs is not None:
+        logger.info("CUDA graphs ran %d of %d steps", run.state.graphs.hits, run.state.graphs.runs)
     logger.info("finished: see %s", run.folder)

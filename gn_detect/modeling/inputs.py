@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -54,11 +54,14 @@ def _copy(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for place, tensor in zip(_views(buffer, tensors, sizes), tensors.values(), strict=True):
         place.copy_(tensor)
-    with _own_stream(device) as stream:
-        copied = buffer.to(device, non_blocking=True)
-    if stream is not None:
-        torch.cuda.current_stream(device).wait_stream(stream)
-        copied.record_stream(torch.cuda.current_stream(device))
+    if device.type != "cuda":
+        copied = buffer.to(device)
+    else:
+        present, own = torch.cuda.current_stream(device), _stream_of_copies(device)
+        with torch.cuda.stream(own):
+            copied = buffer.to(device, non_blocking=True)
+        present.wait_stream(own)
+        copied.record_stream(present)
     return dict(zip(tensors, _views(copied, tensors, sizes), strict=True))
 
 
@@ -71,12 +74,6 @@ def _views(buffer: Tensor, tensors: dict[str, Tensor], sizes: Sequence[int]) -> 
     ]
 
 
-@contextmanager
-def _own_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
-    """Let copies inside the block run at the same time as computations."""
-    if device.type != "cuda":
-        yield None
-        return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        yield stream
+@lru_cache(maxsize=8)
+def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
