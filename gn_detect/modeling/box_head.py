@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..config.schema import ROIBoxHead, ROIHeads
 from ..layers import init_he, init_normal, init_xavier, make_conv
-from ..ops import clip_boxes, decode_boxes, encode_boxes, nms_by_group
+from ..ops import clip_boxes, decode_boxes, encode_boxes, keep_best, nms_by_group
+from .matching import take_rows
 from .resnet import NormFactory
 
 
@@ -92,6 +93,37 @@ class BoxPredictor(nn.Module):
         classes, overlap = self.heads.num_classes, self.heads.nms_thresh_test
         keep = nms_by_group(boxes, score, label, classes, overlap, self.detections_per_image)
         return boxes[keep], score[keep], label[keep]
+
+    def detect_padded(
+        self, logits: Tensor, deltas: Tensor, proposals: Tensor, valid: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return :meth:`detect` with fixed shapes, for N images with R proposals each.
+
+        Args:
+            logits, deltas: results of :meth:`forward` for N * R RoIs.
+            proposals: (N, R, 4), of which (N, R) are ``valid``.
+            sizes: (N, 2) height and width.
+
+        Returns:
+            Boxes (N, D, 4), scores (N, D), -inf beyond the last detection, and labels (N, D).
+        """
+        images, rois = valid.shape
+        classes = self.heads.num_classes
+        scores = F.softmax(logits.float(), dim=-1)
+        boxes = decode_boxes(deltas, proposals.flatten(0, 1), self.box.bbox_reg_weights)
+        usable = boxes.isfinite().all(1) & scores.isfinite().all(1) & valid.flatten()
+        score = torch.where((scores > self.heads.score_thresh_test) & usable[:, None], scores, -torch.inf)
+        score, order = score[:, :-1].view(images, rois, classes).transpose(1, 2).sort(descending=True)
+        boxes = torch.minimum(
+            boxes.view(images, rois, -1, 4).clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None, None]
+        )
+        boxes = boxes.transpose(1, 2).expand(-1, classes, -1, -1)
+        boxes = boxes.gather(2, order[..., None].expand(-1, -1, -1, 4))  # (N, classes, R, 4), best first
+        possible = score > -torch.inf
+        keep = keep_best(boxes.flatten(0, 1), possible.flatten(0, 1), self.heads.nms_thresh_test)
+        score = torch.where(keep.view_as(possible), score, -torch.inf).flatten(1)
+        best = score.topk(min(self.detections_per_image, score.shape[1]), dim=1)
+        return take_rows(boxes.flatten(1, 2), best.indices), best.values, best.indices // rois
 
 
 def smooth_l1_sum(prediction: Tensor, target: Tensor, beta: float) -> Tensor:

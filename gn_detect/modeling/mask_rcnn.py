@@ -164,10 +164,13 @@ class MaskRCNN(nn.Module):
         for members in groups.values():
             sizes = [image_size(images[i]) for i in members]
             features = self.backbone(self.preprocess([images[i] for i in members]))
-            with record_function("rpn"):
-                proposals = self.proposal_generator.propose(features, sizes)
-            with record_function("roi_heads"):
-                found = self.roi_heads.detect(features, proposals, sizes)
+            if self.device.type != "cpu" and self.num_classes <= static.MOST_CLASSES:
+                found = static.detect(self.proposal_generator, self.roi_heads, features, sizes)
+            else:
+                with record_function("rpn"):
+                    proposals = self.proposal_generator.propose(features, sizes)
+                with record_function("roi_heads"):
+                    found = self.roi_heads.detect(features, proposals, sizes)
             with record_function("paste_masks"):
                 for i, size, detections in zip(members, sizes, found, strict=True):
                     results[i] = rescale(detections, size, original_sizes[i], paste)
@@ -210,7 +213,7 @@ def rescale(
     """
     boxes = scale_boxes(detections.boxes, original[1] / size[1], original[0] / size[0])
     boxes = clip_boxes(boxes, original)
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]  # once, and not for each tensor
     kept = Detections(boxes, detections.scores, detections.labels, detections.masks)[keep]
     if kept.masks is not None and paste:
         kept.masks = paste_masks(kept.masks, kept.boxes, original)

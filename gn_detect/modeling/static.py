@@ -20,7 +20,7 @@ from torch.profiler import record_function
 from torchvision.ops import box_iou
 
 from ..ops import PaddedMasks, encode_boxes, mask_targets, pad_masks
-from ..structures import Target
+from ..structures import Detections, Target
 from .box_head import BoxPredictor, smooth_l1_sum
 from .matching import match, take_rows
 from .roi_heads import RoIHeads
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .mask_rcnn import MaskRCNN
 
 OBJECTS = (100, 200, 400)  # rows of objects; beyond, multiples of the last
+
+MOST_CLASSES = 300  # for detection: NMS of all classes at once takes 0.1 MB for each, with 1000 proposals
 
 
 @dataclass
@@ -122,6 +124,34 @@ def losses(
         proposals, valid, found = rpn_losses(rpn, features, targets, keys.anchors if keys else None)
     with record_function("roi_heads"):
         return found | roi_losses(heads, features, proposals, valid, targets, keys.rois if keys else None)
+
+
+def detect(
+    rpn: RPN, heads: RoIHeads, features: dict[str, Tensor], sizes: Sequence[tuple[int, int]]
+) -> list[Detections]:
+    """Return :meth:`RoIHeads.detect`; the host waits once, for the numbers of detections."""
+    levels = [features[name] for name in rpn.in_features]
+    limits = torch.tensor(sizes, dtype=torch.float32, pin_memory=levels[0].is_cuda)
+    limits = limits.to(levels[0].device, non_blocking=True)
+    anchors = rpn.anchor_generator([f.shape[-2:] for f in levels])
+    with record_function("rpn"):
+        logits, deltas = rpn.rpn_head(levels)
+        proposals, valid = rpn.select_padded_proposals(anchors, logits, deltas, limits)
+    with record_function("roi_heads"):
+        levels = heads.levels(features)
+        x, _ = heads.box_features(levels, list(proposals))
+        logit, delta = heads.box_predictor(x)
+        found = heads.box_predictor.detect_padded(logit, delta, proposals, valid, limits)
+        boxes, scores, labels = found
+        masks = None
+        if heads.mask_head is not None:
+            x = heads.mask_features(levels, list(boxes))
+            masks = heads.mask_head(x, labels.flatten()).sigmoid().unflatten(0, labels.shape)
+        counts = (scores > -torch.inf).sum(1).tolist()
+    return [
+        Detections(boxes[n, :k], scores[n, :k], labels[n, :k], None if masks is None else masks[n, :k])
+        for n, k in enumerate(counts)
+    ]
 
 
 def rpn_losses(

@@ -81,12 +81,16 @@ def _nms_of_any_number(boxes: Tensor, scores: Tensor, threshold: float) -> Tenso
 
 def scale_boxes(boxes: Tensor, scale_x: float, scale_y: float) -> Tensor:
     """Multiply x of boxes (..., 4) by ``scale_x`` and y by ``scale_y``."""
-    return boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+    return torch.stack([boxes[..., 0::2] * scale_x, boxes[..., 1::2] * scale_y], dim=-1).flatten(-2)
 
 
-def _pair(x: float, y: float, like: Tensor) -> Tensor | float:
-    """Return the factors of x and y; equal ones as a number, which needs no copy to a GPU."""
-    return x if x == y else like.new_tensor([x, y])
+def _times(values: Tensor, x: float, y: float) -> Tensor:
+    """Multiply (..., 2) by x and y; numbers need no copy to a GPU."""
+    return values * x if x == y else torch.stack([values[..., 0] * x, values[..., 1] * y], dim=-1)
+
+
+def _over(values: Tensor, x: float, y: float) -> Tensor:
+    return values / x if x == y else torch.stack([values[..., 0] / x, values[..., 1] / y], dim=-1)
 
 
 def encode_boxes(reference: Tensor, target: Tensor, weights: Sequence[float]) -> Tensor:
@@ -108,8 +112,8 @@ def encode_boxes(reference: Tensor, target: Tensor, weights: Sequence[float]) ->
     reference_center = reference[:, :2] + 0.5 * reference_size
     target_center = target[:, :2] + 0.5 * target_size
     wx, wy, ww, wh = weights
-    position = _pair(wx, wy, reference) * (target_center - reference_center) / reference_size
-    scale = _pair(ww, wh, reference) * torch.log(target_size / reference_size)
+    position = _times(target_center - reference_center, wx, wy) / reference_size
+    scale = _times(torch.log(target_size / reference_size), ww, wh)
     return torch.cat([position, scale], dim=1)
 
 
@@ -130,8 +134,8 @@ def decode_boxes(deltas: Tensor, reference: Tensor, weights: Sequence[float]) ->
     center = reference[:, None, :2] + 0.5 * size
     wx, wy, ww, wh = weights
     steps = deltas.view(-1, deltas.shape[1] // 4, 4)
-    position = steps[..., :2] / _pair(wx, wy, deltas)
-    scale = (steps[..., 2:] / _pair(ww, wh, deltas)).clamp(max=SCALE_CLAMP)
+    position = _over(steps[..., :2], wx, wy)
+    scale = _over(steps[..., 2:], ww, wh).clamp(max=SCALE_CLAMP)
     new_center = position * size + center
     new_size = torch.exp(scale) * size
     boxes = torch.cat([new_center - 0.5 * new_size, new_center + 0.5 * new_size], dim=-1)

@@ -87,6 +87,15 @@ def test_waits_with_bitmaps(cfg: Config) -> None:
     assert copies(found) == COPIES
 
 
+def test_waits_of_a_detection(cfg: Config) -> None:
+    """One for the numbers of detections, and one for each image, whose empty boxes are left out."""
+    with pretended_device() as trace, torch.no_grad():
+        model = build_model(cfg).to(DEVICE).eval()
+        images = [s.image for s in make_batch([3, 2], SIZE, 2)]
+        found = trace.record(lambda: model.detect(images, paste=False))
+    assert waits(found) == {("modeling/static.py", "detect"): 1, ("modeling/mask_rcnn.py", "rescale"): 2}
+
+
 def test_a_step_equals_that_of_the_cpu(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the order of sums differs: the CPU has its own RoIAlign and group norm."""
     batch = make_batch([3, 0], SIZE, 2)

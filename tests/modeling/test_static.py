@@ -140,3 +140,37 @@ def test_losses_and_gradients_are_those_of_the_cpu(
         torch.testing.assert_close(
             gradient, expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True},
+        {"MODEL.MASK_ON": False},
+        {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.3},
+        {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.99},  # nothing is found
+        {"TEST.DETECTIONS_PER_IMAGE": 5},
+    ],
+)
+def test_detections_are_those_of_the_cpu(
+    changes: dict[str, Any],
+    small_model: Callable[..., MaskRCNN],
+    make_images: Callable[..., list[Tensor]],
+) -> None:
+    model = small_model({"MODEL.RPN.POST_NMS_TOPK_TEST": 40, **changes}).eval()
+    with torch.no_grad():
+        for parameter in model.roi_heads.box_predictor.parameters():
+            parameter.mul_(30)  # fresh weights score all alike
+        features = model.backbone(model.preprocess(make_images(*SIZES)))
+        proposals = model.proposal_generator.propose(features, SIZES)
+        expected = model.roi_heads.detect(features, proposals, SIZES)
+        found = static.detect(model.proposal_generator, model.roi_heads, features, SIZES)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        torch.testing.assert_close(one.boxes, other.boxes, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(one.scores, other.scores)
+        if other.masks is not None and one.masks is not None:
+            torch.testing.assert_close(one.masks, other.masks)
+        assert (one.masks is None) == (other.masks is None)
+    assert any(len(one) for one in found) == (changes.get("MODEL.ROI_HEADS.SCORE_THRESH_TEST") != 0.99)
