@@ -269,6 +269,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "norms of 1 image": lambda: norms_gpu("norms-h200-1-image"),
     "steps on an H200": lambda: steps(**{dtype: load("steps-h200")[dtype] for dtype in DTYPES}),
     "host of an H200": lambda: recorded("host-h200"),
+    "step trace": lambda: recorded("step-trace"),
     "norms on a CPU": norms_cpu,
     "steps on a CPU": lambda: steps(float32=load("norms-cpu")["steps"]),
     "detector": lambda: recorded("detector", mask_AP_kept=kept),
