@@ -213,7 +213,7 @@ def _split(
     pieces = -(-depth // block_depth)
     tiles = -(-groups // width) * pieces
     rows = width * block_depth
-    wanted = -(-SPLIT_PROGRAMS // (samples * tiles))
+    wanted = max(SPLIT_PROGRAMS // (samples * tiles), 1)
     most = max(MOST_PARTS // (width * pieces), 1)
     small = samples * groups * depth * pixels * itemsize <= SMALL_BYTES
     warps, area = 8, SPLIT_TILE >> narrow
@@ -224,7 +224,7 @@ def _split(
     block_pixels = min(max(area // rows, 1), power_of_two(pixels))
     pixel_tiles = -(-pixels // block_pixels)
     least = -(-SPLIT_BYTES // (rows * block_pixels * itemsize))
-    split_tiles = min(max(pixel_tiles // wanted, -(-pixel_tiles // most), least), pixel_tiles)
+    split_tiles = min(max(-(-pixel_tiles // min(wanted, most)), least), pixel_tiles)
     return Plan(
         one_launch=False,
         block_groups=width,
