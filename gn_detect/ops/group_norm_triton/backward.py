@@ -107,6 +107,7 @@ def backward_groups(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, ONE_TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute all gradients of whole groups of several samples in one program.
 
@@ -128,7 +129,7 @@ def backward_groups(
     d_weight = tl.zeros(channel.shape, dtype)
     d_bias = tl.zeros(channel.shape, dtype)
     first = run * samples_per_program
-    for sample in range(first, tl.minimum(first + samples_per_program, samples)):
+    for sample in tl.range(first, tl.minimum(first + samples_per_program, samples), num_stages=STAGES):
         base = sample * CHANNELS * pixels
         x_here = x + base
         dy_here = dy + base

@@ -160,7 +160,7 @@ def _recipe(
         sizes: tuple[int, ...] = (samples, plan.samples, runs, units) if backward else (samples, units)
         constants = with_relu | {"ONE_TILE": plan.holds_all(pixels)}
         if backward:
-            constants["BLOCK_PARTS"] = plan.block_parts(direction)
+            constants |= {"BLOCK_PARTS": plan.block_parts(direction), "STAGES": plan.stages}
         launch = _launch(runs * plan.tiles, constants, key)
         return _Recipe(True, sizes, runs, 1, plan.tiles, launch, None)
     parts = plan.splits * plan.pieces

@@ -88,7 +88,8 @@ class Plan:
         split_tiles: tiles of pixels in a part.
         samples: number of samples of one program of the one-launch backward.
         num_warps: warps of a program.
-        stages: tiles on the way at a time in the loops of a split.
+        stages: tiles in work or on their way from memory at a time: in the loops of a split, or in a loop
+            over samples whose tiles hold all pixels.
     """
 
     one_launch: bool
@@ -197,6 +198,7 @@ def _one_launch(
     num_warps: int,
 ) -> Plan:
     tiles = -(-groups // width)
+    of_program = -(-samples * tiles // GRADIENT_PROGRAMS) if direction == "backward" else 1
     return Plan(
         one_launch=True,
         block_groups=width,
@@ -206,9 +208,9 @@ def _one_launch(
         tiles=tiles,
         splits=1,
         split_tiles=-(-pixels // block_pixels),
-        samples=-(-samples * tiles // GRADIENT_PROGRAMS) if direction == "backward" else 1,
+        samples=of_program,
         num_warps=num_warps,
-        stages=1,
+        stages=2 if of_program > 1 and block_pixels >= pixels else 1,
     )
 
 
