@@ -22,6 +22,7 @@ from .cases import LAYERS, Layer
 GROUPS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ORDERS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
+FLOAT32_WEIGHTS = {"ours", "autocast native"}  # implementations that take them with any x
 LARGE_BYTES = 16e6  # a larger tensor's time on a GPU goes to bytes, a smaller one's to launches
 
 
@@ -126,18 +127,20 @@ def _benchmark_layer(
         return torch.randn(shape, device=device, generator=generator)
 
     x, residual, dy = (normal(*layer.shape).to(DTYPES[dtype], memory_format=ORDERS[order]) for _ in range(3))
-    weight, bias = (normal(layer.shape[1]).to(x.dtype) for _ in range(2))
-    inputs = [x, residual if layer.residual else None, weight, bias]
+    tensors = [x, residual if layer.residual else None]
+    parameters = [normal(layer.shape[1]) for _ in range(2)]
+    inputs = {"float32": [*tensors, *parameters]}  # as in training
+    inputs["own"] = [*tensors, *(p.to(x.dtype) for p in parameters)]  # PyTorch's own takes only x's dtype
     functions = implementations(layer, x, compiled)
     copy = torch.empty_like(x)
     for backward in (False, True):
-        for tensor in inputs:
+        for tensor in itertools.chain(*inputs.values()):
             if tensor is not None:
                 tensor.requires_grad_(backward)
         calls: dict[str, Callable[[], Any]] = {"copy": lambda: copy.copy_(x.detach())}
-        calls |= {
-            key: _call(function, inputs, dy if backward else None) for key, function in functions.items()
-        }
+        for key, function in functions.items():
+            dtypes = "float32" if key in FLOAT32_WEIGHTS else "own"
+            calls[key] = _call(function, inputs[dtypes], dy if backward else None)
         seconds = _measure(calls, device, rounds)
         host = _host_seconds(calls, device)
         passes = fewest_passes(layer, x.element_size(), order == "channels_last", backward)

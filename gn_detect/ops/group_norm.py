@@ -16,6 +16,10 @@ from torch.autograd import forward_ad
 
 from .group_norm_operator import Maybe, fused_group_norm
 
+# Pixels of a channel from which the kernels' 32-bit numbers may overflow: the parts of a split, 512 at most,
+# are rounded up to whole tiles of up to 2**13 pixels.
+TOO_MANY_PIXELS = 2**31 - 2**24
+
 # Use the operator on a GPU.
 FUSED = os.environ.get("GN_DETECT_FUSED", "1") != "0" and find_spec("triton") is not None
 
@@ -75,8 +79,10 @@ def _is_transformed() -> bool:
 
 
 def _is_valid(x: Tensor, num_groups: int, weight: Maybe, bias: Maybe) -> bool:
-    """Return whether the operator accepts the arguments; for others ``F.group_norm`` raises the error."""
+    """Return whether the operator accepts the arguments; ``F.group_norm`` computes others or raises."""
     if x.dim() < 2 or not x.is_floating_point() or num_groups < 1:
+        return False
+    if x.shape[2:].numel() >= TOO_MANY_PIXELS:
         return False
     channels = x.size(1)
     if channels % num_groups or x.numel() == num_groups:  # the latter: a single element in a group and sample

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from gn_detect.bench.compare import VARIANTS, compare_steps
-from gn_detect.bench.norms import LAYERS, Timing, benchmark_norms, fewest_passes, implementations
+from gn_detect.bench.norms import LAYERS, Layer, Timing, benchmark_norms, fewest_passes, implementations
 from gn_detect.bench.step import Workload, write_workload
 from gn_detect.cli import main
 from gn_detect.errors import UserError
@@ -78,6 +79,29 @@ def test_implementations_compute_the_same(layer: str) -> None:
     ours, native = (functions[name](x, residual, weight, bias) for name in ("ours", "native"))
     torch.testing.assert_close(ours, native)
     assert functions["frozen BN"](x, residual, weight, bias).shape == ours.shape
+
+
+def test_the_norm_is_timed_with_weights_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in float32. With others the operator converts their gradients, two launches a norm."""
+    dtypes = {}
+
+    def note(layer: Layer, x: Tensor, compiled: bool) -> dict[str, Callable[..., Tensor]]:
+        found = implementations(layer, x, compiled)
+
+        def named(name: str) -> Callable[..., Tensor]:
+            def call(*inputs: Tensor) -> Tensor:
+                dtypes[name] = inputs[2].dtype
+                return found[name](*inputs)
+
+            return call
+
+        return {name: named(name) for name in found}
+
+    monkeypatch.setattr("gn_detect.bench.norms.implementations", note)
+    device = torch.device("cpu")
+    list(benchmark_norms(device, layers=["p5"], dtypes=["bfloat16"], compiled=False, rounds=1))
+    assert dtypes["ours"] == dtypes["autocast native"] == torch.float32
+    assert dtypes["native"] == dtypes["frozen BN"] == torch.bfloat16
 
 
 def test_norms_one_by_one() -> None:

@@ -1,20 +1,22 @@
 """Compile the Triton kernels for a GPU that need not be there, and print what came out as JSON lines.
 
-    python tests/ops/compile_kernels.py ARCHITECTURE DTYPE ORDER [LAYER ...]
+    python tests/ops/compile_kernels.py ARCHITECTURE DTYPE ORDER [IMAGES ...]
 
 ARCHITECTURE is 80 or 90, DTYPE float32 or bfloat16, ORDER channels_first or channels_last. Each line: kernel,
-layer, registers a thread, bytes spilt to memory, widest global load and store in bytes, warps, tile.
+layer, images, registers a thread, bytes spilt to memory, bytes of shared memory, asynchronous copies, widest
+global load and store in bytes, warps, programs, tile.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,23 +32,51 @@ KERNELS = {
     forward: ("forward_groups", "partial_statistics", "normalize"),
     backward: ("backward_groups", "partial_gradients", "input_gradient"),
 }
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-INTEGERS = {"samples", "samples_per_program", "pixel_units", "splits", "split_tiles"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32"}
+INTEGERS = {"samples", "samples_per_program", "runs", "pixel_units", "splits", "split_tiles"}
+
+
+class Call(NamedTuple):
+    """A launch.
+
+    Attributes:
+        name, kernel: the kernel.
+        programs: size of the grid.
+        named: argument -> value, constants among them.
+        warps: of a program.
+    """
+
+    name: str
+    kernel: Any
+    programs: int
+    named: dict[str, Any]
+    warps: int
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """All that decides what is compiled."""
+        values = {k: v.dtype if isinstance(v, torch.Tensor) else v for k, v in self.named.items()}
+        return (self.name, self.warps, *((k, v) for k, v in values.items() if k not in INTEGERS))
 
 
 class Recorder:
     """Stands in for a kernel and notes its calls."""
 
-    def __init__(self, name: str, kernel: Any, calls: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]):
+    def __init__(self, name: str, kernel: Any, calls: list[Call]):
         self.name, self.kernel, self.calls = name, kernel, calls
 
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.calls.append((self.name, self.kernel, args, kwargs))
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            warps = kwargs.pop("num_warps")
+            named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            self.calls.append(Call(self.name, self.kernel, grid[0], named, warps))
+
+        return call
 
 
-def record(layer: Layer, dtype: torch.dtype, channels_last: bool) -> list[Any]:
+def record(layer: Layer, dtype: torch.dtype, channels_last: bool) -> list[Call]:
     """The launches of one norm, forward and backward, on tensors without memory."""
-    calls: list[Any] = []
+    calls: list[Call] = []
     originals = [(m, n, getattr(m, n)) for m, names in KERNELS.items() for n in names]
     for module, name, kernel in originals:
         setattr(module, name, Recorder(name, kernel, calls))
@@ -66,13 +96,11 @@ def record(layer: Layer, dtype: torch.dtype, channels_last: bool) -> list[Any]:
     return calls
 
 
-def compile_call(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], architecture: int) -> Any:
+def compile_call(call: Call, architecture: int) -> Any:
     """Compile the kernel that Triton would compile at this call."""
-    warps = kwargs.pop("num_warps")
-    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = named[name]
+    for i, name in enumerate(call.kernel.arg_names):
+        value = call.named[name]
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -83,8 +111,9 @@ def compile_call(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arc
         else:
             signature[name] = "constexpr"
             constants[name] = value
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    source = ASTSource(call.kernel, signature, constants, attributes)
+    options = {"num_warps": call.warps}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def resources(ptx: str) -> tuple[int, int]:
@@ -106,36 +135,41 @@ def widest(ptx: str, instruction: str) -> int:
     return max((int(v or 1) * int(bits) // 8 for v, bits in found), default=0)
 
 
-def main(architecture: int, dtype: torch.dtype, channels_last: bool, names: list[str]) -> None:
-    seen = set()
-    for name, layer in LAYERS.items():
-        if names and name not in names:
-            continue
-        for kernel_name, kernel, args, kwargs in record(layer, dtype, channels_last):
-            key = (
-                kernel_name,
-                tuple(a if not isinstance(a, torch.Tensor) else a.dtype for a in args),
-                str(kwargs),
-            )
-            if key in seen:
-                continue
-            seen.add(key)
-            compiled = compile_call(kernel, args, dict(kwargs), architecture)
-            assert compiled.asm["cubin"].startswith(b"\x7fELF")
-            ptx = compiled.asm["ptx"]
-            registers, spilt = resources(ptx)
+def copies(ptx: str) -> list[int]:
+    """Bytes of each asynchronous copy to shared memory."""
+    found = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (0x[0-9a-f]+|\d+)", ptx)
+    return [int(size, 0) for size in found]
+
+
+def main(architecture: int, dtype: torch.dtype, channels_last: bool, images: list[int]) -> None:
+    seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, (name, layer) in itertools.product(images, LAYERS.items()):
+        for call in record(layer.of_images(number), dtype, channels_last):
+            if call.constants not in seen:
+                compiled = compile_call(call, architecture)
+                assert compiled.asm["cubin"].startswith(b"\x7fELF")
+                ptx = compiled.asm["ptx"]
+                registers, spilt = resources(ptx)
+                seen[call.constants] = {
+                    "registers": registers,
+                    "spilt": spilt,
+                    "shared": compiled.metadata.shared,
+                    "copies": len(copies(ptx)),
+                    "load": max([widest(ptx, "ld"), *copies(ptx)]),
+                    "store": widest(ptx, "st"),
+                }
             line = {
-                "kernel": kernel_name,
+                "kernel": call.name,
                 "layer": name,
-                "registers": registers,
-                "spilt": spilt,
-                "load": widest(ptx, "ld"),
-                "store": widest(ptx, "st"),
-                "warps": kwargs["num_warps"],
-                "tile": [kwargs["BLOCK_GROUPS"], kwargs["BLOCK_DEPTH"], kwargs["BLOCK_PIXELS"]],
+                "images": number,
+                **seen[call.constants],
+                "warps": call.warps,
+                "programs": call.programs,
+                "tile": [call.named[f"BLOCK_{extent}"] for extent in ("GROUPS", "DEPTH", "PIXELS")],
             }
             print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3] == "channels_last", sys.argv[4:])
+    order = sys.argv[3] == "channels_last"
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), order, [int(n) for n in sys.argv[4:] or [1]])

@@ -71,6 +71,15 @@ def test_bad_arguments() -> None:
         group_norm(x, 2, residual=torch.zeros(1, 4, 2, 3))
 
 
+def test_channels_whose_pixels_32_bits_do_not_count_are_left_to_pytorch() -> None:
+    """The kernels multiply and round up the number of pixels in 32 bits: beyond, no loop would run."""
+    is_valid = importlib.import_module("gn_detect.ops.group_norm")._is_valid
+    value = torch.zeros(1, dtype=torch.bfloat16)
+    assert is_valid(value.expand(1, 1, 2**16 - 2**9 - 1, 2**15), 1, None, None)
+    assert not is_valid(value.expand(1, 1, 2**16 - 2**9, 2**15), 1, None, None)
+    assert not is_valid(value.expand(1, 1, 2**16, 2**15), 1, None, None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
     "order", [torch.contiguous_format, torch.channels_last, torch.channels_last_3d, torch.preserve_format]

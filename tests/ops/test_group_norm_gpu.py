@@ -56,6 +56,31 @@ def test_cuda_graph() -> None:
         torch.testing.assert_close(ours, torch.autograd.grad(block(y).square().sum(), y)[0])
 
 
+def test_graphs_and_streams_at_the_same_time() -> None:
+    """Neither shares the counters of arrived programs with another, so each result is that of one alone."""
+    shape = (1, 64, 200, 336)
+    images = [random(shape, torch.bfloat16, seed, torch.channels_last) for seed in range(4)]
+    expected = [group_norm(x, 32, activation="relu") for x in images]
+    streams = [torch.cuda.Stream() for _ in images]
+    graphs, outputs = [], []
+    for x in images[:2]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(group_norm(x, 32, activation="relu"))
+        graphs.append(graph)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, graph in zip(streams, graphs, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        for stream, x in zip(streams[2:], images[2:], strict=True):
+            with torch.cuda.stream(stream):
+                outputs.append(group_norm(x, 32, activation="relu"))
+    torch.cuda.synchronize()
+    for i, y in enumerate(outputs):
+        assert torch.equal(y, expected[i if i < 2 else 2 + i % 2])
+
+
 def test_inductor() -> None:
     block = Conv2d(64, 64, 3, padding=1, norm=GroupNorm(32, 64), activation="relu").cuda()
     x = torch.randn(1, 64, 50, 84, device="cuda")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs Triton, which PyTorch brings along on Linux")
 
 from gn_detect.ops.group_norm_triton import launch, plan
+from gn_detect.ops.group_norm_triton.tickets import tickets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1.1e-3, torch.bfloat16: 9e-3}
@@ -40,12 +43,15 @@ SHAPES = [
 
 @pytest.fixture(params=["as planned", "small tiles", "split"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Small tensors go through every kernel: in one launch with a tile or with a loop, and split."""
+    """Small tensors go through every kernel: in one launch with a tile or with loops, and split."""
+    monkeypatch.setattr(plan, "GRADIENT_PROGRAMS", 4)  # which run over several samples each
     if request.param != "as planned":
         monkeypatch.setattr(plan, "GROUP_TILE", {"forward": 256, "backward": 128})
-        monkeypatch.setattr(plan, "SPLIT_TILE", 256)
+        monkeypatch.setattr(plan, "SPLIT_TILE", {"forward": 256, "backward": 256})
         monkeypatch.setattr(plan, "SPLIT_BYTES", 1024)
         monkeypatch.setattr(plan, "LINE", 32)
+        monkeypatch.setattr(plan, "PIECE", 8)
+        monkeypatch.setattr(plan, "MOST_PARTS", 2)
     if request.param == "split":
         monkeypatch.setattr(plan, "ONE_LAUNCH_BYTES", 0)
     plan.make_plan.cache_clear()
@@ -219,24 +225,77 @@ def test_the_same_bits_every_time(tiles: str) -> None:
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-class Called(TorchDispatchMode):
-    """Names of PyTorch's operators that ran."""
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_order_in_which_programs_finish_changes_nothing(
+    channels_last: bool, tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last program to finish merges the partial results, whichever it is, and leaves its ticket at 0."""
+    if DEVICE == "cuda":
+        pytest.skip("the order is the GPU's")
+    from triton.runtime.interpreter import interpreter_builder
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+    x = torch.randn(2, 24, 9, 9, generator=torch.Generator().manual_seed(0))
+    arguments = {"residual": True, "relu": True, "channels_last": channels_last}
+    forwards = run(x, 2, **arguments)[0]
+    set_index = interpreter_builder.set_grid_idx
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.__name__)
-        return func(*args, **(kwargs or {}))
+    def from_the_end(i: int, j: int, k: int) -> None:
+        set_index(interpreter_builder.grid_dim[0] - 1 - i, j, k)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", from_the_end)
+    backwards = run(x, 2, **arguments)[0]
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+    assert not tickets(1, x.device).any()
 
 
-@pytest.mark.parametrize("images", [1, 2])
-def test_gradients_of_several_images_alone_are_summed(images: int) -> None:
-    """If a program holds whole groups, one image leaves one row of partial sums, which saves a launch."""
-    x = torch.randn(images, 8, 6, 5, device=DEVICE)
-    weight, bias = torch.randn(2, 8, device=DEVICE)
-    y, statistics = launch.forward(x, 4, weight, bias, 1e-5, None, False, False)
-    with Called() as called:
-        launch.backward(x, x, None, weight, bias, statistics, False, False, (True, False, True))
-    assert any(name.startswith("sum") for name in called.names) == (images > 1)
+def test_more_tickets_than_a_stream_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("gn_detect.ops.group_norm_triton.tickets")
+    many = tickets(module.SHARED + 1, torch.device("cpu"))
+    assert len(many) > module.SHARED
+    assert not many.any()
+
+
+class Stream:
+    """A GPU's current stream, and whether a graph captures it."""
+
+    number, captured = 1, False
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
+    """The tickets' module on a device that looks like a GPU."""
+    module = importlib.import_module("gn_detect.ops.group_norm_triton.tickets")
+    stream = Stream()
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: stream.number))
+    monkeypatch.setattr(module, "driver", driver)
+    monkeypatch.setattr(module, "RESERVE", 3 * module.SHARED)
+    monkeypatch.setattr(module, "_zeros", lambda count, device: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.captured)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(synchronize=list))
+    caches = (module._reserves, module._of_stream)
+    for cache in caches:
+        cache.cache_clear()
+    yield stream
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_streams_and_captured_launches_share_no_tickets(stream: Stream) -> None:
+    """Launches of one stream do. A graph's have theirs for ever: it may be replayed on any stream."""
+    gpu = torch.device("cuda", 0)
+    stream.captured = True
+    before = tickets(40, gpu)  # nothing is ready: the graph fills its own
+    stream.captured = False
+    first, again = tickets(40, gpu), tickets(64, gpu)
+    stream.number = 2
+    other = tickets(40, gpu)
+    stream.captured = True
+    graphs = [tickets(count, gpu) for count in (40, 40, 64)]
+    assert first.data_ptr() == again.data_ptr()
+    begins = sorted(t.data_ptr() for t in (first, other, *graphs))
+    assert all(b - a >= 4 * 40 for a, b in itertools.pairwise(begins))
+    assert all(begin % 16 == begins[0] % 16 for begin in begins)
+    assert all(len(t) >= 40 and not t.any() for t in (before, first, other, *graphs))
+    while tickets(2**12, gpu).untyped_storage().data_ptr() == first.untyped_storage().data_ptr():
+        pass  # until the reserve is used up
+    assert len(tickets(40, gpu)) >= 40

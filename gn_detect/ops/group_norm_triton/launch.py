@@ -19,7 +19,8 @@ from ..kernels import on_device
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .binding import Launch, compiled_kernels
-from .plan import Plan, alignment, make_plan, power_of_two
+from .plan import Plan, alignment, make_plan
+from .tickets import tickets
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class _Recipe:
     """The part of a norm's launches that is the same for all tensors of some shapes and types.
 
     Attributes:
-        sizes: arguments of the kernels: samples, samples of a program (backward), pixels of a channel in
-            units of its alignment, splits, tiles in a split; only those that the plan's kernels take.
+        sizes: arguments of the kernels: samples, samples of a program and runs of them (backward), pixels of
+            a channel in units of its alignment, splits, tiles in a split; only those that the plan's kernels
+            take.
         runs: rows of partial affine gradients.
         parts: partial results of a group.
+        tickets: counters of the programs that have finished.
         first, second: the launches; only ``first`` with ``one_launch``.
     """
 
@@ -38,6 +41,7 @@ class _Recipe:
     sizes: tuple[int, ...]
     runs: int
     parts: int
+    tickets: int
     first: Launch
     second: Launch | None
 
@@ -73,9 +77,9 @@ def forward(
             recipe.first(forward_kernels.forward_groups, own, (*sizes, eps))
             return y, statistics
         partials = torch.empty((shape[0], num_groups, 2, recipe.parts), dtype=dtype, device=device)
-        recipe.first(forward_kernels.partial_statistics, (x, partials), sizes[1:])
-        own = (x, residual, weight, bias, y, statistics, partials)
-        recipe.second(forward_kernels.normalize, own, (*sizes, eps))
+        own = (x, statistics, partials, tickets(recipe.tickets, device))
+        recipe.first(forward_kernels.partial_statistics, own, (*sizes, eps))
+        recipe.second(forward_kernels.normalize, (x, residual, weight, bias, y, statistics), sizes)
     return y, statistics
 
 
@@ -109,25 +113,27 @@ def backward(
     # The second launch of the split backward reads it instead of dy and y.
     keeps_residual = needs_residual or (needs_x and y is not None and not recipe.one_launch)
     d_residual = torch.empty_like(x) if keeps_residual else None
-    partials = torch.empty((recipe.runs, 2, shape[1]), dtype=dtype, device=device) if needs_affine else None
-    inputs = (weight, bias, statistics)
+    inputs = (dy, x, y, weight, bias, statistics)
     with on_device(device):
+        partials = sums = d_affine = counters = None
+        if needs_affine or (needs_x and not recipe.one_launch):
+            partials = torch.empty((recipe.runs, 2, shape[1]), dtype=dtype, device=device)
+            counters = tickets(recipe.tickets, device)
+            # The sums of a single run, or of a single sample, are those of all.
+            sums = partials if recipe.one_launch else partials.new_empty((shape[0], 2, shape[1]))
+            d_affine = sums.new_empty((2, shape[1])) if needs_affine and len(sums) > 1 else None
         if recipe.one_launch:
-            own: tuple[Maybe, ...] = (dy, x, y, *inputs, dx, d_residual, partials)
+            own: tuple[Maybe, ...] = (*inputs, dx, d_residual, partials, d_affine, counters)
             recipe.first(backward_kernels.backward_groups, own, recipe.sizes)
         else:
-            of_groups = None
-            if needs_x:
-                of_groups = torch.empty((shape[0], num_groups, 2, recipe.parts), dtype=dtype, device=device)
-            own = (dy, x, y, *inputs, d_residual, partials, of_groups)
+            own = (*inputs, d_residual, partials, sums, d_affine, counters)
             recipe.first(backward_kernels.partial_gradients, own, recipe.sizes)
             if recipe.second is not None:
                 dz = dy if d_residual is None else d_residual
-                own = (dz, x, None, *inputs, dx, of_groups)
+                own = (dz, x, None, weight, bias, statistics, dx, sums)
                 recipe.second(backward_kernels.input_gradient, own, recipe.sizes)
-        d_affine = None
-        if partials is not None:  # small layers of one image leave one row, which saves a launch
-            d_affine = partials[0] if recipe.runs == 1 else partials.sum(0)
+        if needs_affine and sums is not None and d_affine is None:
+            d_affine = sums[0]
     return dx, d_residual, d_affine
 
 
@@ -147,24 +153,28 @@ def _recipe(
     backward = direction == "backward"
     samples, pixels = shape[0], shape[2:].numel()
     plan, units, common = _planned(direction, shape, dtype, num_groups, channels_last)
-    key = (dtype, others, device, needs)
+    runs = -(-samples // plan.samples)  # without a split; with one, each sample has its own sums
+    key = (dtype, others, device, needs, runs > 1)
     with_relu = common | {"RELU": relu}
     if plan.one_launch:
-        runs = -(-samples // plan.samples)
-        sizes: tuple[int, ...] = (samples, plan.samples, units) if backward else (samples, units)
-        launch = _launch(runs * plan.tiles, with_relu | {"ONE_TILE": plan.holds_all(pixels)}, key)
-        return _Recipe(True, sizes, runs, 1, launch, None)
+        sizes: tuple[int, ...] = (samples, plan.samples, runs, units) if backward else (samples, units)
+        constants = with_relu | {"ONE_TILE": plan.holds_all(pixels)}
+        if backward:
+            constants |= {"BLOCK_PARTS": plan.block_parts(direction), "STAGES": plan.stages}
+        launch = _launch(runs * plan.tiles, constants, key)
+        return _Recipe(True, sizes, runs, 1, plan.tiles, launch, None)
     parts = plan.splits * plan.pieces
     programs = samples * plan.tiles * plan.splits
-    first = _launch(programs, with_relu if backward else common, key)
+    first_constants = (with_relu if backward else common) | {"BLOCK_PARTS": plan.block_parts(direction)}
+    first = _launch(programs, first_constants, key)
     second = None
     if not backward or needs[0]:
         # In the backward with a residual and a ReLU, the first launch has applied the ReLU.
         applied = backward and (others[0] is not None or needs[1])
-        constants = common | {"RELU": relu and not applied, "BLOCK_PARTS": power_of_two(parts)}
-        second = _launch(programs, constants, key)
+        second = _launch(programs, common | {"RELU": relu and not applied}, key)
     sizes = (samples, units, plan.splits, plan.split_tiles)
-    return _Recipe(False, sizes, samples * plan.splits, parts, first, second)
+    counters = (samples + backward) * plan.tiles
+    return _Recipe(False, sizes, samples * plan.splits, parts, counters, first, second)
 
 
 def _launch(programs: int, constants: dict[str, Any], key: tuple[Any, ...]) -> Launch:
@@ -192,6 +202,8 @@ def _planned(
         "WIDE": channels * pixels >= 2**31,
         "num_warps": plan.num_warps,
     }
+    if not plan.one_launch:
+        constants["STAGES"] = plan.stages
     return plan, pixels // aligned, constants
 
 

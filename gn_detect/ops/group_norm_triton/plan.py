@@ -8,7 +8,7 @@ A tile covers ``block_groups`` groups x ``block_depth`` channels of each x ``blo
   small groups of RoIs.
 - *split*, for larger groups: 1 or 2 images have only 32 or 64 groups of up to half a million elements, fewer
   than a GPU has multiprocessors. About :data:`SPLIT_PROGRAMS` programs compute the statistics of a part of a
-  group each. A second launch merges them and normalises.
+  group each. The last of a group to finish merges them, and a second launch normalises.
 """
 
 from __future__ import annotations
@@ -20,22 +20,26 @@ ONE_LAUNCH_BYTES = 72 * 1024
 """Bytes of x in one program: x and its gradient together fit the 192 KiB (A100) or 256 KiB (H100) cache of a
 multiprocessor, and one of 32 programs still reads them in about a microsecond."""
 
-SPLIT_PROGRAMS = 512
-"""Four programs of 8 warps with two 16-byte loads a thread on each of 132 multiprocessors: 32 KB in flight
-each, and 23 KB are needed to hide the latency of the H200's memory."""
+SPLIT_PROGRAMS = 396
+"""Three programs of 8 warps on each of 132 multiprocessors (H200), for which registers and shared memory
+suffice, so that none waits for another to end. With the tiles that are on the way (:data:`STAGES`) they have
+48 KB in flight, and 23 KB are needed to hide the latency of the H200's memory."""
 
 SPLIT_BYTES = 16 * 1024
 """Least work of a program, so that small tensors are not cut into crumbs."""
 
-MOST_PARTS = 132 * 32
-"""Partial results that each program of the second launch merges, two numbers each: 33 KB, against 134 KB of x
-where it is most (64 channels, channels last, whose tiles hold all 32 groups)."""
+STAGES = 3
+"""Tiles of a split's loop on the way from memory at a time: one in work and two that are being copied."""
+
+MERGED, MOST_PARTS = 16, 64
+"""Partial results that a thread of the last program, and the whole program, read at a time."""
 
 GROUP_TILE = {"forward": 16384, "backward": 8192}
 """Most elements of a tile of 16 warps: 32 a thread for x, 16 for x and dy. Twice as many spill registers."""
 
-SPLIT_TILE = 4096
-"""Elements of a tile of 8 warps (or 4, or twice as many of 16): 16 or 32 a thread."""
+SPLIT_TILE = {"forward": 4096, "backward": 2048}
+"""Elements of a split's tile of 8 warps or 4: in the forward 16 or 32 a thread, in the backward 8 of each
+tensor."""
 
 TINY_GROUP, TINY_GROUPS = 2048, 1024
 """Largest group in elements, and least number of groups, that few warps hold whole: those of RoIs. There a
@@ -60,6 +64,9 @@ SMALL_BYTES = 20 * 1000**2
 """Largest tensor in channels-last order whose split forward takes 4 warps a program instead of 8: 10 to 25 %
 less time on an H200, but 10 % more for larger tensors."""
 
+PIECE = 64
+"""Most channels of a group in the tile of a split."""
+
 SECTOR, LINE = 32, 128
 """Bytes of the smallest and of the full transaction of global memory."""
 
@@ -81,6 +88,8 @@ class Plan:
         split_tiles: tiles of pixels in a part.
         samples: number of samples of one program of the one-launch backward.
         num_warps: warps of a program.
+        stages: tiles in work or on their way from memory at a time: in the loops of a split, or in a loop
+            over samples whose tiles hold all pixels.
     """
 
     one_launch: bool
@@ -93,10 +102,16 @@ class Plan:
     split_tiles: int
     samples: int
     num_warps: int
+    stages: int
 
     def holds_all(self, pixels: int) -> bool:
         """Return whether a tile holds its groups whole."""
         return self.one_launch and self.block_pixels >= pixels
+
+    def block_parts(self, direction: str) -> int:
+        """Return how many parts a program merges at a time: means of groups, or sums of channels."""
+        rows = self.block_groups * (1 if direction == "forward" else self.block_depth)
+        return min(max(MERGED * 32 * self.num_warps // rows, 1), MOST_PARTS)
 
 
 def power_of_two(n: int) -> int:
@@ -167,9 +182,9 @@ def _one_launch_groups(
     """Return the groups of a tile: several small ones; channels last, at least a sector of every pixel."""
     area = power_of_two(depth) * power_of_two(pixels)
     if not channels_last:
-        return min(max((SPLIT_TILE >> narrow) // area, 1), power_of_two(groups))
+        return min(max((SPLIT_TILE["forward"] >> narrow) // area, 1), power_of_two(groups))
     least, most = (max(size // itemsize // power_of_two(depth), 1) for size in (SECTOR, LINE))
-    return min(max(2 * SPLIT_TILE // area, least), most, power_of_two(groups))
+    return min(max(2 * SPLIT_TILE["forward"] // area, least), most, power_of_two(groups))
 
 
 def _one_launch(
@@ -183,6 +198,7 @@ def _one_launch(
     num_warps: int,
 ) -> Plan:
     tiles = -(-groups // width)
+    of_program = -(-samples * tiles // GRADIENT_PROGRAMS) if direction == "backward" else 1
     return Plan(
         one_launch=True,
         block_groups=width,
@@ -192,8 +208,9 @@ def _one_launch(
         tiles=tiles,
         splits=1,
         split_tiles=-(-pixels // block_pixels),
-        samples=-(-samples * tiles // GRADIENT_PROGRAMS) if direction == "backward" else 1,
+        samples=of_program,
         num_warps=num_warps,
+        stages=2 if of_program > 1 and block_pixels >= pixels else 1,
     )
 
 
@@ -208,23 +225,20 @@ def _split(
     narrow: int,
 ) -> Plan:
     line = LINE // itemsize
-    block_depth = min(power_of_two(depth), line)
-    width = min(line // block_depth, power_of_two(groups)) if channels_last else 1
+    block_depth = min(power_of_two(depth), PIECE)
+    width = min(max(line // block_depth, 1), power_of_two(groups)) if channels_last else 1
     pieces = -(-depth // block_depth)
     tiles = -(-groups // width) * pieces
     rows = width * block_depth
-    wanted = -(-SPLIT_PROGRAMS // (samples * tiles))
-    most = max(MOST_PARTS // (width * pieces), 1)
+    wanted = max(SPLIT_PROGRAMS // (samples * tiles), 1)
     small = samples * groups * depth * pixels * itemsize <= SMALL_BYTES
-    warps, area = 8, SPLIT_TILE >> narrow
-    if direction == "forward" and channels_last and (small or tiles == 1):
-        warps = 4  # also where every program merges the partial results of all groups (64 channels)
-    elif 2 * min(wanted, most) * samples * tiles <= SPLIT_PROGRAMS:
-        warps, area = 16, 2 * area  # few programs
+    warps, area = 8, SPLIT_TILE[direction] >> narrow
+    if direction == "forward" and channels_last and small:
+        warps = 4
     block_pixels = min(max(area // rows, 1), power_of_two(pixels))
     pixel_tiles = -(-pixels // block_pixels)
     least = -(-SPLIT_BYTES // (rows * block_pixels * itemsize))
-    split_tiles = min(max(pixel_tiles // wanted, -(-pixel_tiles // most), least), pixel_tiles)
+    split_tiles = min(max(-(-pixel_tiles // wanted), least), pixel_tiles)
     return Plan(
         one_launch=False,
         block_groups=width,
@@ -236,6 +250,7 @@ def _split(
         split_tiles=split_tiles,
         samples=1,
         num_warps=warps,
+        stages=STAGES,
     )
 
 

@@ -89,6 +89,19 @@ def tile_program(tiles, splits, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constex
 
 
 @triton.jit
+def is_last(ticket, count):
+    """Return whether ``count`` programs have come here, this one the last. It then sees the stores of all.
+
+    The ticket is 0 before the first of them and after the last.
+    """
+    tl.debug_barrier()  # the program's ticket comes after the stores of all its threads
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+@triton.jit
 def load_statistics(
     statistics, sample, group, samples,
     GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
