@@ -15,8 +15,8 @@ raise an error as there. ``pin_memory()`` and ``is_pinned()`` of host tensors ar
 
 The limits: C++ sees CPU tensors, so autocast follows the CPU's lists, memory formats of results may differ
 from cuDNN's, and there are no streams, events or graphs. Other threads than that of the block see no GPU. An
-operator counts as one launch, though some launch several kernels; the fused norm counts as its plan says,
-with the sum of the affine gradients. A copy with ``non_blocking`` is no wait, also from pageable memory.
+operator counts as one launch, though some launch several kernels; the fused norm counts as its plan says.
+A copy with ``non_blocking`` is no wait, also from pageable memory.
 """
 
 from __future__ import annotations
@@ -359,11 +359,7 @@ def _launches(func: Any, args: Any) -> int:
     direction, last = "backward" if backward else "forward", norm_operator._is_channels_last(x)
     samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2:].numel()
     plan = make_plan(direction, samples, channels, pixels, groups, x.dtype.itemsize, last)
-    if not backward:
-        return 1 if plan.one_launch else 2
-    needs_x, _, needs_affine = args[7]
-    runs = -(-samples // plan.samples) if plan.one_launch else samples * plan.splits
-    return 1 + (needs_x and not plan.one_launch) + (needs_affine and runs > 1)
+    return 1 if plan.one_launch else 2
 
 
 @contextmanager

@@ -236,7 +236,7 @@ def test_counts_and_phases() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "forward", "backward"),
-    [((1, 32, 4, 4), 1, 1), ((2, 32, 4, 4), 1, 2), ((1, 32, 256, 256), 2, 3)],
+    [((1, 32, 4, 4), 1, 1), ((2, 32, 4, 4), 1, 1), ((1, 32, 256, 256), 2, 2)],
 )
 def test_fused_norm_counts_its_launches(shape: tuple[int, ...], forward: int, backward: int) -> None:
     weight, bias = torch.rand(32), torch.rand(32)
