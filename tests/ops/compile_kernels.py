@@ -44,6 +44,7 @@ class Call(NamedTuple):
         programs: size of the grid.
         named: argument -> value, constants among them.
         warps: of a program.
+        maxnreg: most registers of a thread, or None.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Call(NamedTuple):
     programs: int
     named: dict[str, Any]
     warps: int
+    maxnreg: int | None
 
     @property
     def constants(self) -> tuple[Any, ...]:
@@ -67,9 +69,9 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         def call(*args: Any, **kwargs: Any) -> None:
-            warps = kwargs.pop("num_warps")
+            warps, maxnreg = kwargs.pop("num_warps"), kwargs.pop("maxnreg", None)
             named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-            self.calls.append(Call(self.name, self.kernel, grid[0], named, warps))
+            self.calls.append(Call(self.name, self.kernel, grid[0], named, warps, maxnreg))
 
         return call
 
@@ -112,7 +114,7 @@ def compile_call(call: Call, architecture: int) -> Any:
             signature[name] = "constexpr"
             constants[name] = value
     source = ASTSource(call.kernel, signature, constants, attributes)
-    options = {"num_warps": call.warps}
+    options = {"num_warps": call.warps, "maxnreg": call.maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

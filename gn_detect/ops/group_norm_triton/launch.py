@@ -201,6 +201,7 @@ def _planned(
         "CHANNELS_LAST": channels_last,
         "WIDE": channels * pixels >= 2**31,
         "num_warps": plan.num_warps,
+        "maxnreg": plan.registers,
     }
     if not plan.one_launch:
         constants["STAGES"] = plan.stages

@@ -108,6 +108,16 @@ class Plan:
         """Return whether a tile holds its groups whole."""
         return self.one_launch and self.block_pixels >= pixels
 
+    @property
+    def registers(self) -> int | None:
+        """Return the most registers of a thread: in a split, three times 8 warps run at a time with them.
+
+        With 8 warps or more and no number, ptxas aims at more warps and spills a few registers on Ampere.
+        """
+        if self.one_launch:
+            return 128 if self.num_warps == 16 else None
+        return 65536 // (3 * 32 * self.num_warps) // 8 * 8
+
     def block_parts(self, direction: str) -> int:
         """Return how many parts a program merges at a time: means of groups, or sums of channels."""
         rows = self.block_groups * (1 if direction == "forward" else self.block_depth)
