@@ -113,10 +113,12 @@ def paste_one_by_one(
     masks, boxes, done = masks.float(), boxes.float(), 0
     if masks.device.type != "cpu":
         try:
+            parts = _parts_around(boxes, size)
             for chunk in _paste_in_chunks(masks, boxes, size, threshold):
                 for mask in chunk.cpu():
+                    rows, columns = parts[done]
                     done += 1
-                    yield 0, 0, mask
+                    yield rows.start, columns.start, mask[rows, columns]
             return
         except torch.cuda.OutOfMemoryError:
             masks, boxes = masks[done:].cpu(), boxes[done:].cpu()
@@ -154,11 +156,8 @@ def _paste_each(
     masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Compute only the pixels around each box, on the CPU; see :func:`paste_one_by_one`."""
-    height, width = size
-    begin = (boxes[:, :2].floor() - 1).clamp(min=0).int().tolist()
-    end = (boxes[:, 2:].ceil() + 1).int().tolist()
-    for i, ((x0, y0), (x1, y1)) in enumerate(zip(begin, end, strict=True)):
-        x1, y1 = max(min(x1, width), x0), max(min(y1, height), y0)
+    for i, (vertical, horizontal) in enumerate(_parts_around(boxes, size)):
+        y0, y1, x0, x1 = vertical.start, vertical.stop, horizontal.start, horizontal.stop
         part = torch.zeros(y1 - y0, x1 - x0, dtype=torch.bool)
         x = _sampling_positions(boxes[i, 0], boxes[i, 2], x0, x1)
         y = _sampling_positions(boxes[i, 1], boxes[i, 3], y0, y1)
@@ -170,6 +169,20 @@ def _paste_each(
             values = functional.grid_sample(masks[i, None, None], grid[None], align_corners=False)
             part[first : first + rows] = values[0, 0] >= threshold
         yield y0, x0, part
+
+
+def _parts_around(boxes: Tensor, size: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """Return rows and columns of each box (N, 4) with a margin: no pixel beyond them belongs to its mask.
+
+    Outside a box less than half of the mask's last cell counts, so the probability is below 0.5.
+    """
+    height, width = size
+    begin = (boxes[:, :2].floor() - 1).clamp(min=0).int().tolist()
+    end = (boxes[:, 2:].ceil() + 1).int().tolist()
+    return [
+        (slice(y0, max(min(y1, height), y0)), slice(x0, max(min(x1, width), x0)))
+        for (x0, y0), (x1, y1) in zip(begin, end, strict=True)
+    ]
 
 
 def _sampling_positions(start: Tensor, stop: Tensor, first: int, last: int) -> Tensor:

@@ -102,6 +102,33 @@ def test_masks_are_coded_as_pycocotools_codes_all_at_once(
         ]
 
 
+@pytest.mark.parametrize(("top", "left"), [(0, 0), (1, 0), (0, 2), (1, 2)])
+def test_parts_of_an_image_are_coded_as_the_whole(top: int, left: int) -> None:
+    """Every mask of 3 x 2 pixels, in each corner of 4 x 4: runs go on from a column to the next."""
+    for bits in range(64):
+        part = np.array([bits >> i & 1 for i in range(6)], dtype=bool).reshape(3, 2)
+        whole = np.zeros((4, 4), dtype=np.uint8, order="F")
+        whole[top : top + 3, left : left + 2] = part
+        counts = model_module._run_lengths(part, top, left, (4, 4))
+        assert coco_mask.frPyObjects({"size": (4, 4), "counts": counts}, 4, 4) == coco_mask.encode(whole)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 12), (2, 6), (3, 4), (12, 1)])
+def test_every_mask_of_a_small_image_is_coded_as_pycocotools_does(height: int, width: int) -> None:
+    masks = (torch.arange(1 << 12)[:, None] >> torch.arange(12)) % 2 == 1
+    masks = masks.reshape(-1, height, width)
+    expected = coco_mask.encode(np.asfortranarray(masks.numpy().view(np.uint8).transpose(1, 2, 0)))
+    entries = detections_to_coco(detections_of(masks), 1, [7])
+    assert [entry["segmentation"]["counts"] for entry in entries] == [
+        rle["counts"].decode() for rle in expected
+    ]
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0)])
+def test_a_part_without_pixels_is_an_empty_mask(shape: tuple[int, int]) -> None:
+    assert model_module._run_lengths(np.zeros(shape, dtype=bool), 2, 3, (7, 9)).tolist() == [63]
+
+
 def test_coding_masks_makes_no_copy_of_them_all() -> None:
     """Those of a large image are several GB."""
     found = detections_of(torch.ones(30, 200, 300, dtype=torch.bool))

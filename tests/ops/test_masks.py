@@ -190,3 +190,26 @@ def test_the_cpu_goes_on_where_the_memory_of_a_gpu_ends(monkeypatch: pytest.Monk
     monkeypatch.setattr(masks_module, "_paste_in_chunks", two_and_no_more)
     parts = list(paste_one_by_one(masks.as_subclass(OnGpu), boxes.as_subclass(OnGpu), (90, 120)))
     assert [int(part.sum()) for _, _, part in parts] == together.sum(dim=(1, 2)).tolist()
+
+
+def test_parts_of_the_masks_that_a_gpu_pastes_leave_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks that are certain up to their edge reach farthest; some boxes leave the image."""
+    generator = torch.Generator().manual_seed(5)
+    corners = torch.rand(60, 2, generator=generator) * torch.tensor([120.0, 90.0]) - 10
+    boxes = torch.cat([corners, corners + torch.rand(60, 2, generator=generator) * 90 + 0.01], dim=1)
+    boxes[:20] = boxes[:20].round()
+    masks, size, real = torch.ones(60, 7, 7), (90, 120), masks_module._paste_in_chunks
+    whole = torch.cat(list(real(masks, boxes, size, 0.5)))
+
+    def paste(masks: Tensor, boxes: Tensor, *rest: object) -> Iterator[Tensor]:
+        return real(masks.cpu(), boxes.cpu(), *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(masks_module, "_PASTE_BYTES", 7 * 4 * 90 * 120)
+    monkeypatch.setattr(masks_module, "_paste_in_chunks", paste)
+    parts = list(paste_one_by_one(masks.as_subclass(OnGpu), boxes.as_subclass(OnGpu), size))
+    assert len(parts) == len(masks)
+    for (top, left, part), mask in zip(parts, whole, strict=True):
+        rows, columns = slice(top, top + part.shape[0]), slice(left, left + part.shape[1])
+        assert torch.equal(part, mask[rows, columns])
+        assert part.sum() == mask.sum()
+    assert sum(part.numel() for _, _, part in parts) < whole.numel() / 2
