@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from ..ops.matching import is_best
+
 _MATCH_BYTES = 1 << 28  # memory for the pairs of objects and boxes of one image at once
 _PAIR_BYTES = 36  # torchvision.ops.box_iou holds nine floats for a pair
 
@@ -42,7 +44,7 @@ def match_boxes(
     if keep_best_of_each_object:
         best = torch.stack(highest).amax(dim=0)[:, None]
         for part_label, part in zip(label, parts, strict=True):
-            part_label.masked_fill_(_is_best(box_iou(objects, part), best), 1)
+            part_label.masked_fill_(is_best(box_iou(objects, part), best), 1)
     return torch.cat(index), torch.cat(label)
 
 
@@ -52,11 +54,6 @@ def _match_part(
     """Return index and label of a part of the boxes, and each object's highest IoU with them, (M,)."""
     iou = box_iou(objects, boxes)
     return *match(iou, thresholds, labels), iou.amax(dim=1)
-
-
-def _is_best(iou: Tensor, highest: Tensor) -> Tensor:
-    """Return (N,) bool: boxes that no box beats for some object, by (M, N) IoU and each (M, 1) highest."""
-    return ((iou == highest) & (highest > 0)).any(dim=0)
 
 
 def match(
@@ -79,13 +76,19 @@ def match(
         index = torch.zeros(num_boxes, dtype=torch.int64, device=iou.device)
         return index, torch.full((num_boxes,), labels[0], dtype=torch.int8, device=iou.device)
     best, index = iou.max(dim=0)
-    label = torch.full_like(index, labels[0], dtype=torch.int8)
+    # The index stays that of the box's own best object, as in Detectron.
+    kept = is_best(iou, iou.amax(dim=1, keepdim=True)) if keep_best_of_each_object else None
+    return index, label_boxes(best, thresholds, labels, kept)
+
+
+def label_boxes(
+    best: Tensor, thresholds: Sequence[float], labels: Sequence[int], kept: Tensor | None = None
+) -> Tensor:
+    """Return int8 labels of boxes by their highest IoU, 1 where ``kept``; see :func:`match`."""
+    label = torch.full_like(best, labels[0], dtype=torch.int8)
     for threshold, name in zip(thresholds, labels[1:], strict=True):
         label = torch.where(best < threshold, label, name)
-    if keep_best_of_each_object:
-        # The index stays that of the box's own best object, as in Detectron.
-        label.masked_fill_(_is_best(iou, iou.amax(dim=1, keepdim=True)), 1)
-    return index, label
+    return label if kept is None else label.masked_fill_(kept, 1)
 
 
 def sample(label: Tensor, count: int, positive_fraction: float, background: int) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torchvision.ops import box_iou
 
-from ..ops import PaddedMasks, encode_boxes, mask_targets, pad_masks
+from ..ops import PaddedMasks, encode_boxes, mask_targets, match_boxes_padded, pad_masks
 from ..structures import Detections, Target
 from .box_head import BoxPredictor, smooth_l1_sum
-from .matching import match, take_rows
+from .matching import label_boxes, take_rows
 from .roi_heads import RoIHeads
 from .rpn import RPN
 
@@ -191,34 +190,13 @@ def rpn_losses(
 def _label_anchors(rpn: RPN, anchors: Tensor, targets: PaddedTargets) -> tuple[Tensor, Tensor]:
     """Return (N, A) labels 1, 0 and -1, and the object that each anchor is matched to."""
     s = rpn.settings
-    index, label = match_padded(
-        targets.boxes, targets.valid, [anchors] * len(targets.boxes), s.iou_thresholds, s.iou_labels, True
-    )
+    best, index, kept = match_boxes_padded(targets.boxes, targets.valid, anchors[None], keep_best=True)
+    label = label_boxes(best, s.iou_thresholds, s.iou_labels, kept)
     if s.boundary_thresh >= 0:
         limit = targets.sizes.flip(1)[:, None] + s.boundary_thresh
         inside = (anchors[:, :2] >= -s.boundary_thresh).all(1) & (anchors[:, 2:] < limit).all(2)
         label.masked_fill_(~inside, -1)
     return label, index
-
-
-def match_padded(
-    objects: Tensor,
-    valid: Tensor,
-    boxes: Sequence[Tensor] | Tensor,
-    thresholds: Sequence[float],
-    labels: Sequence[int],
-    keep_best_of_each_object: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Match (R, 4) boxes of each image with its (N, M, 4) objects, of which (N, M) are ``valid``.
-
-    Returns:
-        (N, R) index of the object, and int8 label; see :func:`match`.
-    """
-    found = []
-    for some, real, box in zip(objects, valid, boxes, strict=True):
-        iou = torch.where(real[:, None], box_iou(some, box), -1)
-        found.append(match(iou, thresholds, labels, keep_best_of_each_object=keep_best_of_each_object))
-    return torch.stack([index for index, _ in found]), torch.stack([label for _, label in found])
 
 
 def sample(
@@ -315,7 +293,8 @@ def _sample_rois(
     if s.proposal_append_gt:
         proposals, valid = torch.cat([proposals, targets.boxes], 1), torch.cat([valid, targets.valid], 1)
     background = s.num_classes
-    index, label = match_padded(targets.boxes, targets.valid, proposals, s.iou_thresholds, s.iou_labels)
+    best, index, _ = match_boxes_padded(targets.boxes, targets.valid, proposals, keep_best=False)
+    label = label_boxes(best, s.iou_thresholds, s.iou_labels)
     classes = targets.labels.gather(1, index)
     classes = torch.where(label == 0, background, classes)
     classes = torch.where((label == -1) | ~valid, -1, classes)

@@ -5,6 +5,7 @@ from .boxes import box_area, clip_boxes, decode_boxes, encode_boxes, nms_by_grou
 from .group_norm import group_norm
 from .mask_targets import PaddedMasks, mask_targets, pad_masks, rasterize_masks
 from .masks import crop_bitmaps, paste_masks, paste_one_by_one, rasterize_polygons
+from .matching import match_boxes_padded
 from .nms import keep_best
 from .roi_align import roi_align, rows_by_value
 
@@ -19,6 +20,7 @@ __all__ = [
     "group_norm",
     "keep_best",
     "mask_targets",
+    "match_boxes_padded",
     "nms_by_group",
     "pad_masks",
     "paste_masks",

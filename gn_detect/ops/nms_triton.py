@@ -14,18 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .boxes_triton import box_iou, corners
 from .kernels import on_device
 
 BLOCK = tl.constexpr(64)  # boxes in a word of bits
-
-
-@triton.jit
-def _corners(boxes, place, exists):
-    x1 = tl.load(boxes + place * 4, mask=exists, other=0)
-    y1 = tl.load(boxes + place * 4 + 1, mask=exists, other=0)
-    x2 = tl.load(boxes + place * 4 + 2, mask=exists, other=0)
-    y2 = tl.load(boxes + place * 4 + 3, mask=exists, other=0)
-    return x1, y1, x2, y2
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -41,14 +33,10 @@ def compare_boxes(boxes, bits, count, threshold):
         i = tl.arange(0, BLOCK)
         row = block * BLOCK + i
         column = word * BLOCK + i
-        ax1, ay1, ax2, ay2 = _corners(boxes, group * count + row, row < count)
-        bx1, by1, bx2, by2 = _corners(boxes, group * count + column, column < count)
-        a = (ax2 - ax1) * (ay2 - ay1)
-        b = (bx2 - bx1) * (by2 - by1)
-        width = tl.minimum(ax2[:, None], bx2[None, :]) - tl.maximum(ax1[:, None], bx1[None, :])
-        height = tl.minimum(ay2[:, None], by2[None, :]) - tl.maximum(ay1[:, None], by1[None, :])
-        both = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
-        over = tl.div_rn(both, a[:, None] + b[None, :] - both) > threshold
+        ax1, ay1, ax2, ay2 = corners(boxes, group * count + row, row < count)
+        bx1, by1, bx2, by2 = corners(boxes, group * count + column, column < count)
+        a1, b1, a2, b2 = ax1[:, None], ay1[:, None], ax2[:, None], ay2[:, None]
+        over = box_iou(a1, b1, a2, b2, bx1[None, :], by1[None, :], bx2[None, :], by2[None, :]) > threshold
         over &= column[None, :] < row[:, None]
         found = tl.sum(over.to(tl.int64) << i.to(tl.int64)[None, :], axis=1)
         tl.store(bits + (group * count + row) * tl.num_programs(2) + word, found, mask=row < count)

@@ -186,7 +186,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s.png"))
         for name in ("pipe.png", "zero.png", "s.png"):
-            with refusal("not-a-file", name):
+            with refusal("unreadable-image", name):
                 read_image(tmp_path / name)
     Image.fromarray(picture()).save(tmp_path / "real.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "real.png")

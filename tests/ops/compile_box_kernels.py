@@ -1,4 +1,4 @@
-"""Compile the kernels of NMS and RoIAlign for a GPU that need not be there, and print JSON lines.
+"""Compile the kernels of NMS, matching and RoIAlign for a GPU that need not be there, and print JSON lines.
 
     python tests/ops/compile_box_kernels.py ARCHITECTURE
 
@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from compile_kernels import TYPES, Recorder, resources, widest
 
-from gn_detect.ops import nms_triton, roi_align_triton
+from gn_detect.ops import matching_triton, nms_triton, roi_align_triton
 
-TYPES |= {torch.int64: "i64", torch.bool: "i1"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 STRIDES = [4, 8, 16, 32]
 
 
@@ -35,16 +35,20 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def record() -> list[Any]:
-    """The launches of NMS and RoIAlign, forward and backward, on tensors without memory."""
+    """The launches of NMS, matching and RoIAlign, forward and backward, on tensors without memory."""
     calls: list[Any] = []
     for module, names in {
         nms_triton: ("compare_boxes", "settle"),
+        matching_triton: ("find_objects", "compare_with_highest"),
         roi_align_triton: ("pool", "add_gradient"),
     }.items():
         for name in names:
             setattr(module, name, Recorder(name, getattr(module, name), calls))
     for count in (2000, 12000):
         nms_triton.keep_best(meta(10, count, 4), meta(10, count, dtype=torch.bool), 0.7)
+    for room, count, keep_best in ((100, 268_569, True), (400, 2400, False)):
+        objects = meta(2, room, 4), meta(2, room, dtype=torch.bool)
+        matching_triton.match_boxes_padded(*objects, meta(1 if keep_best else 2, count, 4), keep_best)
     index = meta(512, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float32):
         for side, last in ((7, False), (7, True), (14, False), (14, True)):
@@ -92,7 +96,7 @@ def main(architecture: int) -> None:
             "warps": kwargs["num_warps"],
             "load": widest(ptx, "ld"),
             "fused": "fma.rn" in ptx,
-            "adds": sorted(set(re.findall(r"\b(?:red|atom)\.[\w.:]+", ptx))),
+            "atomics": sorted(set(re.findall(r"\b(?:red|atom)\.[\w.:]+", ptx))),
         }
         print(json.dumps(line), flush=True)
 

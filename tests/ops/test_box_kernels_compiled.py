@@ -1,4 +1,4 @@
-"""The kernels of NMS and RoIAlign compile for GPUs that are not there, without spills, with wide accesses."""
+"""The kernels for boxes compile for GPUs that are not there, without spills, with wide accesses."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def test_kernels_compile(architecture: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {k["kernel"] for k in kernels} == {"compare_boxes", "settle", "pool", "add_gradient"}
+    names = {"compare_boxes", "settle", "find_objects", "compare_with_highest", "pool", "add_gradient"}
+    assert {k["kernel"] for k in kernels} == names
     for kernel in kernels:
         assert kernel["spilt"] == 0, kernel
         assert kernel["registers"] * kernel["warps"] * 32 <= 65536, kernel
-        if kernel["kernel"] == "compare_boxes":
+        if kernel["kernel"] in ("compare_boxes", "find_objects", "compare_with_highest"):
             assert not kernel["fused"], "torchvision rounds each product"
         if kernel["channels_last"]:
             assert kernel["load"] == 16, kernel
         if kernel["kernel"] == "add_gradient":
             vector = ".v4" if kernel["channels_last"] and architecture == "90" else ""
-            assert kernel["adds"] == [f"atom.global.gpu.relaxed.add{vector}.f32"], kernel
+            assert kernel["atomics"] == [f"atom.global.gpu.relaxed.add{vector}.f32"], kernel
+    kept, _ = (k["atomics"] for k in kernels if k["kernel"] == "find_objects")
+    assert kept == ["atom.global.gpu.relaxed.max.s32"]

@@ -1,4 +1,4 @@
-"""NMS and RoIAlign on a GPU at the sizes of a training step, in a CUDA graph: the host waits for nothing."""
+"""NMS, matching and RoIAlign on a GPU at the sizes of a training step, in a CUDA graph without a wait."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gn_detect.ops import keep_best, roi_align
+from gn_detect.ops import keep_best, match_boxes_padded, roi_align
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +36,17 @@ def test_keep_best(count: int) -> None:
     on_gpu = boxes.cuda(), valid.cuda()
     (found,) = captured(lambda: (keep_best(*on_gpu, 0.7),))
     assert torch.equal(found.cpu(), keep_best(boxes, valid, 0.7))
+
+
+@pytest.mark.parametrize(("shared", "count"), [(True, 268_569), (False, 2100)])
+def test_match_boxes_padded(shared: bool, count: int) -> None:
+    boxes, objects = random_boxes(1 if shared else 2, count), random_boxes(2, 100)
+    valid = torch.arange(100) < torch.tensor([[30], [7]])
+    inputs = objects, valid, boxes
+    on_gpu = [t.cuda() for t in inputs]
+    found = captured(lambda: match_boxes_padded(*on_gpu, shared))
+    for ours, theirs in zip(found, match_boxes_padded(*inputs, shared), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
