@@ -39,13 +39,13 @@ LAUNCHES = {
     "inputs": 20,
     "backbone": 41,
     "fpn": 23,
-    "rpn": 232,
-    "roi_heads": 140,
+    "rpn": 183,
+    "roi_heads": 90,
     "losses": 55,
     "backward": 219,
     "optimizer": 23,
 }
-VIEWS = 560  # and allocations, at most
+VIEWS = 440  # and allocations, at most
 MOST_OUTSIDE_A_GRAPH = 60
 
 SIZE = (64, 96)
