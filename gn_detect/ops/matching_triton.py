@@ -2,8 +2,9 @@
 
 The first finds the best object of each box, and raises the highest IoU of each object by an atomic maximum.
 The second computes the IoUs again, and compares. An IoU is not negative, so its bits, read as a whole number,
-are in the order of its value, and the maximum is the same in any order of the programs. An IoU that is no
-number, as 0 / 0 of boxes without area, counts as the highest, as in PyTorch.
+are in the order of its value, and the maximum is the same in any order of the programs. Where object and box
+have no area, 0 / 0 is no number: it counts as the box's highest IoU, as in PyTorch. Such an object has no
+other IoU above 0, so its own highest IoU does not matter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from .boxes_triton import box_iou, corners
 from .kernels import on_device
 
 BLOCK = tl.constexpr(256)  # boxes of a program
-NAN = tl.constexpr(0x7FC00000)  # above the bits of all numbers
 
 
 @triton.jit
@@ -60,8 +60,7 @@ def find_objects(
         most = tl.where(better, iou, most)
         which = tl.where(better, m, which)
         if KEEP_BEST:
-            bits = tl.where(iou == iou, iou.to(tl.int32, bitcast=True), NAN)
-            top = tl.max(tl.where(exists, bits, 0), axis=0)
+            top = tl.max(iou.to(tl.int32, bitcast=True), axis=0)
             tl.atomic_max(highest + place, top, mask=top > 0, sem="relaxed")
     tl.store(best + image * count + row, most, mask=exists)
     tl.store(index + image * count + row, which.to(tl.int64), mask=exists)
