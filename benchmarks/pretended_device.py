@@ -397,6 +397,8 @@ def pretended_device() -> Iterator[Trace]:
         (import_module("gn_detect.ops.group_norm"), "FUSED", True),
         (norm_operator, "kernels_run_on", lambda device: False),
         (import_module("gn_detect.ops.roi_align"), "kernels_run_on", lambda device: True),
+        (import_module("gn_detect.modeling.static"), "kernels_run_on", lambda device: True),
+        (torch.cuda, "device", lambda device: nullcontext()),
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:

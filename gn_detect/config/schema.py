@@ -536,7 +536,7 @@ class Solver(Section):
     )
     cuda_graphs: BoolOrAuto = key(
         "auto",
-        "Launch forward and backward of a step as one CUDA graph for each padded shape; auto: where this was "
+        "Launch forward and backward as one CUDA graph for each set of input shapes; auto: where this was "
         "proven with the installed PyTorch, so far nowhere.",
     )
     ema: EMA = EMA()

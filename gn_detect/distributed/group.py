@@ -146,11 +146,11 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     if not is_distributed():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(world_size())
     dist.all_reduce(flat)
-    parts = (flat / world_size()).split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view(gradient.shape))
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    shaped = [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
+    torch._foreach_copy_(gradients, shaped)
 
 
 def share(tensors: Iterable[Tensor]) -> None:

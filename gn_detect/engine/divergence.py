@@ -71,7 +71,7 @@ def keep_black_box(run: Run, error: NotFinite) -> str:
     Returns:
         One line about the cause, with a remedy.
     """
-    run.state.optimizer.zero_grad(set_to_none=True)
+    run.state.optimizer.zero_grad(set_to_none=run.state.graphs is None)
     items = next(islice(run.loader.batches(), error.iteration - run.start, None))
     batch: list[Sample] = [run.loader.samples[item] for item in items]
     scale = run.state.scaler.get_scale()

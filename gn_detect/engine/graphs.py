@@ -1,9 +1,9 @@
-"""CUDA graphs of the forward and backward pass, one for each shape of the inputs (``SOLVER.CUDA_GRAPHS``).
+"""CUDA graphs of the forward and backward pass, one for each set of input shapes (``SOLVER.CUDA_GRAPHS``).
 
 A step launches more than a thousand operators, and the host needs longer for that than the GPU for the work.
 A graph is launched at once. It repeats the same operators on the same memory, so it fits only inputs of the
 same shapes; :mod:`gn_detect.modeling.static` makes these depend on the padded size of the images alone.
-Preparation of the batch, clipping and the optimiser stay outside: some 40 operators.
+Preparation of the batch, clipping and the optimiser stay outside: some 50 operators.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_GRAPHS = 24
+MOST_GRAPHS = (
+    128  # six scales of COCO need about as many for 2 images; with 24, half of the steps would capture
+)
 PROVEN: frozenset[str] = frozenset()
 """PyTorch's versions, such as "2.11", in which whole runs with graphs were compared with runs without."""
 
@@ -43,9 +46,14 @@ class Graph(Protocol):
 
 def capture(work: Callable[[], Losses], pool: Any) -> tuple[Graph, Losses]:
     """Capture ``work`` in a CUDA graph with memory of ``pool``; return it and the result of ``work``."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = work()
+    graph, present = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Other threads, such as NCCL's, may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = work()
+    except BaseException:
+        torch.cuda.set_stream(present)  # PyTorch leaves its own if the capture cannot be ended
+        raise
     return graph, result
 
 
@@ -78,7 +86,7 @@ class StepGraphs:
         self.memory: dict[str, Tensor] = {}  # of each input, for the largest so far
         self.pool: Any = None
         self.failure: str | None = None
-        self.hits, self.runs = 0, 0
+        self.replays, self.runs = 0, 0
 
     def run(self, inputs: Inputs, compute: Callable[[Inputs], Losses]) -> Losses:
         """Return the losses of ``compute(inputs)``, which runs forward and backward.
@@ -89,35 +97,37 @@ class StepGraphs:
         tensors = inputs.tensors()
         key = tuple((name, tensor.shape, tensor.stride()) for name, tensor in tensors.items())
         found = self.captured.get(key)
-        if found is not None:
-            self.hits += 1
-        elif self.failure is None and key in self.seen:
+        if found is None and self.failure is None and key in self.seen:
             found = self._capture(key, inputs, compute)
+        elif found is not None:
+            for name, tensor in tensors.items():
+                found.inputs[name].copy_(tensor)
         self.seen.add(key)
         if found is None:
             return compute(inputs)
         self.captured.move_to_end(key)
-        for name, tensor in tensors.items():
-            found.inputs[name].copy_(tensor)
+        self.replays += 1
         found.graph.replay()
         return dict(zip(found.losses, torch.stack(list(found.losses.values())).unbind(), strict=True))
 
     def _capture(
         self, key: Hashable, inputs: Inputs, compute: Callable[[Inputs], Losses]
     ) -> _Captured | None:
-        while len(self.captured) >= self.limit:
-            self.captured.popitem(last=False)
         if self.pool is None and torch.cuda.is_available():
             self.pool = torch.cuda.graph_pool_handle()
         fixed = {name: self._place(name, tensor).copy_(tensor) for name, tensor in inputs.tensors().items()}
+        device = inputs.images.device
         try:
-            graph, losses = self.capture(lambda: compute(inputs.with_tensors(fixed)), self.pool)
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                graph, losses = self.capture(lambda: compute(inputs.with_tensors(fixed)), self.pool)
         except RuntimeError as error:
             self.failure = str(error).partition("\n")[0]
             self.captured.clear()
             logger.warning("a CUDA graph cannot be captured, so steps go on without: %s", self.failure)
             return None
         self.captured[key] = _Captured(graph, fixed, losses)
+        if len(self.captured) > self.limit:  # after the capture: the pool ends with its last graph
+            self.captured.popitem(last=False)
         return self.captured[key]
 
     def _place(self, name: str, tensor: Tensor) -> Tensor:
@@ -151,8 +161,6 @@ def make_graphs(cfg: Config, model: nn.Module) -> StepGraphs | None:
 
 def refusal(cfg: Config, model: MaskRCNN) -> str | None:
     """Return why steps of this config cannot be captured, or None."""
-    if model.device.type != "cuda":
-        return f"MODEL.DEVICE is {model.device.type}"
     if cfg.model.backbone.activation_checkpointing:
         return "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING computes blocks again in the backward pass"
     if cfg.model.compile:

@@ -257,6 +257,8 @@ def _memory_remedies(cfg: Config, images: int) -> str:
     """List the unused ways to reduce memory, those that change the result least first."""
     solver, model = cfg.solver, cfg.model
     choices = []
+    if solver.cuda_graphs is True:
+        choices.append("set SOLVER.CUDA_GRAPHS False")
     if images > 1:
         choices.append(f"raise SOLVER.ACCUMULATE ({solver.accumulate}), which gives the same update")
     if not model.backbone.activation_checkpointing and model.resnets.norm not in ("BN", "SyncBN"):

@@ -273,5 +273,5 @@ def finish(run: Run, results: Results, interruption: Interruption) -> None:
         raise Interrupted
     check_folder(run)
     if run.state.graphs is not None:
-        logger.info("CUDA graphs ran %d of %d steps", run.state.graphs.hits, run.state.graphs.runs)
+        logger.info("CUDA graphs ran %d of %d passes", run.state.graphs.replays, run.state.graphs.runs)
     logger.info("finished: see %s", run.folder)

@@ -123,7 +123,9 @@ class BoxPredictor(nn.Module):
         keep = keep_best(boxes.flatten(0, 1), possible.flatten(0, 1), self.heads.nms_thresh_test)
         score = torch.where(keep.view_as(possible), score, -torch.inf).flatten(1)
         best = score.topk(min(self.detections_per_image, score.shape[1]), dim=1)
-        return take_rows(boxes.flatten(1, 2), best.indices), best.values, best.indices // rois
+        found = take_rows(boxes.flatten(1, 2), best.indices)
+        found = torch.where(best.values[..., None] > -torch.inf, found, 0)
+        return found, best.values, best.indices // rois
 
 
 def smooth_l1_sum(prediction: Tensor, target: Tensor, beta: float) -> Tensor:

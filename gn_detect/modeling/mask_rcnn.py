@@ -116,7 +116,7 @@ class MaskRCNN(nn.Module):
             Scalars ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``, ``loss_box_reg`` and, for a model with
             masks, ``loss_mask``; training minimises their sum.
         """
-        if self.device.type == "cuda" and static.refusal(self) is None:
+        if static.refusal(self) is None:
             return self.static_losses(self.prepare(images, targets))
         sizes = [image_size(image) for image in images]
         targets = [target.to(self.device, non_blocking=True) for target in targets]
@@ -164,7 +164,7 @@ class MaskRCNN(nn.Module):
         for members in groups.values():
             sizes = [image_size(images[i]) for i in members]
             features = self.backbone(self.preprocess([images[i] for i in members]))
-            if self.device.type == "cuda" and self.num_classes <= static.MOST_CLASSES:
+            if static.refusal(self) is None and self.num_classes <= static.MOST_CLASSES:
                 found = static.detect(self.proposal_generator, self.roi_heads, features, sizes)
             else:
                 with record_function("rpn"):

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..ops import PaddedMasks, encode_boxes, mask_targets, match_boxes_padded, pad_masks
+from ..ops.kernels import kernels_run_on
+from ..ops.roi_align_operator import LEVELS
 from ..structures import Detections, Target
 from .box_head import BoxPredictor, smooth_l1_sum
 from .matching import label_boxes, take_rows
@@ -104,7 +106,15 @@ def pad_targets(
 
 
 def refusal(model: MaskRCNN) -> str | None:
-    """Return why a model cannot be trained with fixed shapes, or None."""
+    """Return why a model cannot run with fixed shapes, or None."""
+    if model.device.type != "cuda":
+        return f"MODEL.DEVICE is {model.device.type}"
+    if not kernels_run_on(model.device):
+        return "Triton, or an NVIDIA GPU of compute capability 8.0 or later, is missing"
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch.use_deterministic_algorithms(True) excludes RoIAlign's kernels"
+    if len(model.roi_heads.settings.in_features) > LEVELS:
+        return f"MODEL.ROI_HEADS.IN_FEATURES has more than {LEVELS} levels"
     heads = model.roi_heads.modules()
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in heads):
         return "BatchNorm in the RoI heads takes statistics from all rows"
@@ -172,7 +182,7 @@ def rpn_losses(
         truth = take_rows(targets.boxes, matched.gather(1, chosen))
         wanted = encode_boxes(reference.flatten(0, 1), truth.flatten(0, 1), s.bbox_reg_weights)
     with record_function("rpn_losses"):
-        logit = torch.cat(logits, dim=1).gather(1, chosen)
+        logit = torch.where(valid, torch.cat(logits, dim=1).gather(1, chosen), 0)
         delta = take_rows(torch.cat(deltas, dim=1), chosen).flatten(0, 1)
         wanted, delta = (torch.where(positive.view(-1, 1), value, 0) for value in (wanted, delta))
         classification = F.binary_cross_entropy_with_logits(
@@ -252,6 +262,8 @@ def roi_losses(
     boxes, labels, matched, positive = (
         value[:, :most] for value in (rois.boxes, rois.labels, rois.matched, rois.positive)
     )
+    # Background has no mask target, and is not trained to be finite.
+    boxes = torch.where(positive[..., None], boxes, 0)
     if shared is None:
         x = heads.mask_features(levels, list(boxes))
     else:

@@ -137,7 +137,7 @@ def save_weights(
     for key in MODEL_KEYS:  # read_checkpoint would take a dict there for the weights
         if key in content and (key == "model" or isinstance(content[key], dict)):
             raise UserError(
-                "wrong-ending", f"cannot save {path}: the metadata key '{key}' is taken by weights; rename it"
+                "bad-argument", f"cannot save {path}: the metadata key '{key}' is taken by weights; rename it"
             )
     content = {key: _without_numpy(value) for key, value in content.items()} | signature()
     tensors = {name: _whole(tensor.detach().cpu()) for name, tensor in state_dict.items()}

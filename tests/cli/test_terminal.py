@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from gn_detect.cli import main
 from tests.cli.conftest import Case
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -102,14 +101,19 @@ def test_the_log_file_has_whole_lines(trained: tuple[str, Path]) -> None:
     assert "\r" not in (trained[1] / "log.txt").read_text()
 
 
-def test_without_a_terminal_there_is_no_bar(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
-    keys = ["SOLVER.MAX_ITER", "1", "VIS.NUM_IMAGES", "1"]
-    assert main(["train", "--config-file", str(case.config), *keys]) == 0
-    printed = capfd.readouterr()
-    assert printed.err == ""
-    assert "\r" not in printed.out
-    assert "loss_mask" in printed.out
-    assert "drawing pictures of tiny_test: " in printed.out
+def test_without_a_terminal_there_is_no_bar(case: Case, repository: Path) -> None:
+    command = [sys.executable, "-m", "gn_detect", "train", "--config-file", str(case.config)]
+    done = subprocess.run(
+        [*command, "SOLVER.MAX_ITER", "1", "VIS.NUM_IMAGES", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=repository,
+    )
+    assert done.stderr == ""
+    assert "\r" not in done.stdout
+    assert "loss_mask" in done.stdout
+    assert "drawing pictures of tiny_test: " in done.stdout
 
 
 @pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])

@@ -167,7 +167,7 @@ def test_a_training_by_graphs_is_the_same(changes: dict[str, Any], monkeypatch: 
     cfg, graphed = config(changes), StepGraphs()
     expected, plain = train(cfg, monkeypatch, None)
     found, model = train(cfg, monkeypatch, graphed)
-    assert graphed.hits > 0
+    assert graphed.replays > 2
     assert len(graphed.captured) == 2
     assert found == expected
     for name, value in plain.state_dict().items():

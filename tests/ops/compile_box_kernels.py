@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from compile_kernels import TYPES, Recorder, resources, widest
+from compile_kernels import TYPES, Call, Recorder, resources, widest
 
 from gn_detect.ops import matching_triton, nms_triton, roi_align_triton
 
@@ -62,10 +62,9 @@ def record() -> list[Any]:
     return calls
 
 
-def compile_call(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], architecture: int) -> Any:
-    """Compile the kernel that Triton would compile at this call."""
-    options = {name: kwargs.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in kwargs}
-    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+def compile_call(call: Call, architecture: int) -> Any:
+    """Compile the kernel that Triton would compile at this launch."""
+    kernel, named = call.kernel, call.named
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = named[parameter.name]
@@ -78,22 +77,23 @@ def compile_call(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arc
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": call.warps, "enable_fp_fusion": named.get("enable_fp_fusion", True)}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def main(architecture: int) -> None:
-    for name, kernel, args, kwargs in record():
-        compiled = compile_call(kernel, args, dict(kwargs), architecture)
+    for call in record():
+        compiled = compile_call(call, architecture)
         assert compiled.asm["cubin"].startswith(b"\x7fELF")
         ptx = compiled.asm["ptx"]
         registers, spilt = resources(ptx)
         line = {
-            "kernel": name,
-            "types": sorted({TYPES[a.dtype] for a in args if isinstance(a, torch.Tensor)}),
-            "channels_last": kwargs.get("CHANNELS_LAST"),
+            "kernel": call.name,
+            "types": sorted({TYPES[a.dtype] for a in call.named.values() if isinstance(a, torch.Tensor)}),
+            "channels_last": call.named.get("CHANNELS_LAST"),
             "registers": registers,
             "spilt": spilt,
-            "warps": kwargs["num_warps"],
+            "warps": call.warps,
             "load": widest(ptx, "ld"),
             "fused": "fma.rn" in ptx,
             "atomics": sorted(set(re.findall(r"\b(?:red|atom)\.[\w.:]+", ptx))),
