@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.step_trace import make_batch
 from gn_detect.bench.step import describe_machine
 from gn_detect.config import load_config
 from gn_detect.engine.graphs import MOST_GRAPHS, StepGraphs
 from gn_detect.engine.step import make_state, seed_iteration, train_step
 from gn_detect.files import atomic_write_json
 from gn_detect.modeling import build_model
-from gn_detect.structures import Sample, Target
 
 RESULTS = Path(__file__).parent / "results" / "gpu-step.json"
 MULTI_SCALE = (640, 672, 704, 736, 768, 800)
@@ -41,23 +41,6 @@ KINDS = {
     "GN": {"MODEL.RESNETS.NORM": "GN", "MODEL.RESNETS.STRIDE_IN_1X1": False, **HEADS},
     "frozen BN": {"MODEL.RESNETS.NORM": "FrozenBN", "MODEL.RESNETS.STRIDE_IN_1X1": False, **HEADS},
 }
-
-
-def make_batch(images: int, size: tuple[int, int], objects: int, seed: int) -> list[Sample]:
-    """Return samples of (height, width) ``size`` with ellipses."""
-    random = np.random.default_rng(seed)
-    angle = np.linspace(0, 2 * np.pi, 32, endpoint=False)[:, None]
-    circle = 1 + np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
-    batch = []
-    for number in range(images):
-        extent = random.uniform(0.05, 0.25, (objects, 2)) * size[1]
-        corner = random.uniform(0, 1, (objects, 2)) * np.maximum(np.array(size[::-1]) - extent, 1)
-        masks: Any = [[(c + e / 2 * circle).reshape(-1)] for c, e in zip(corner, extent, strict=True)]
-        boxes = torch.from_numpy(np.concatenate([corner, corner + extent], axis=1)).float()
-        target = Target(boxes, torch.from_numpy(random.integers(0, 80, objects)), masks)
-        pixels = torch.from_numpy(random.integers(0, 256, (3, *size), dtype=np.uint8))
-        batch.append(Sample(pixels, number, "", size, target))
-    return batch
 
 
 def our_steps(case: dict[str, Any]) -> tuple[Callable[[int], None], StepGraphs | None]:
@@ -80,7 +63,7 @@ def our_steps(case: dict[str, Any]) -> tuple[Callable[[int], None], StepGraphs |
     torch.manual_seed(0)
     model = build_model(cfg).to(case["device"]).train()
     state = make_state(cfg, model)
-    batches = [make_batch(case["images"], tuple(case["size"]), 7, seed) for seed in range(4)]
+    batches = [make_batch([7] * case["images"], case["size"], 80, seed=seed) for seed in range(4)]
 
     def step(number: int) -> None:
         seed_iteration(0, number, 0)
@@ -107,7 +90,7 @@ def torchvision_steps(case: dict[str, Any]) -> Callable[[int], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     batches = []
     for seed in range(4):
-        samples = make_batch(case["images"], (height, width), 7, seed)
+        samples = make_batch([7] * case["images"], (height, width), 80, seed=seed)
         targets = []
         for sample in samples:
             target: Any = sample.target

@@ -38,7 +38,7 @@ Losses = dict[str, Tensor]
 
 
 class Graph(Protocol):
-    """What :class:`torch.cuda.CUDAGraph` offers."""
+    """The part of :class:`torch.cuda.CUDAGraph` that is used."""
 
     def replay(self) -> None:
         """Run the captured operators again."""
@@ -51,9 +51,8 @@ def capture(work: Callable[[], Losses], pool: Any) -> tuple[Graph, Losses]:
         # Other threads, such as NCCL's, may use the device meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = work()
-    except BaseException:
+    finally:
         torch.cuda.set_stream(present)  # PyTorch leaves its own if the capture cannot be ended
-        raise
     return graph, result
 
 

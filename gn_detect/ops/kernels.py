@@ -1,4 +1,4 @@
-"""Where Triton's kernels run."""
+"""The devices that Triton's kernels run on."""
 
 from __future__ import annotations
 

@@ -21,26 +21,14 @@ from gn_detect.engine.step import make_state, seed_iteration, train_step
 from gn_detect.errors import UserError
 from gn_detect.modeling import MaskRCNN, build_model, roi_pooling
 from gn_detect.structures import Sample, Target
+from tests.modeling.conftest import SMALL
 
-SMALL = {
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.RESNETS.NORM": "GN",
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 32,
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.FPN.OUT_CHANNELS": 32,
-    "MODEL.FPN.NORM": "GN",
+TINY = SMALL | {
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 60,
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
     "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
-    "MODEL.ROI_MASK_HEAD.NORM": "GN",
-    "MODEL.ROI_HEADS.NUM_CLASSES": 3,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
-    "MODEL.WEIGHTS": "",
-    "MODEL.DEVICE": "cpu",
-    "MODEL.MASK_ON": True,
     "SOLVER.BASE_LR": 0.01,
 }
 
@@ -128,7 +116,7 @@ BATCHES = [  # two padded shapes in turn, other numbers of objects, and sizes of
 
 
 def config(changes: dict[str, Any] | None = None) -> Config:
-    return load_config("Base-RCNN-FPN.yaml").replace(SMALL | (changes or {}))
+    return load_config("Base-RCNN-FPN.yaml").replace(TINY | (changes or {}))
 
 
 def train(
