@@ -45,23 +45,25 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def empty_curves() -> Iterator[None]:
-    """Leave the picture of a run's curves empty: it takes longer than the training of a small model.
+    """Leave curves and charts of runs empty: to draw them takes longer than the training of a small model.
 
-    The fixture ``real_curves`` draws it, as processes that a test starts do.
+    The fixture ``real_curves`` draws them, as processes that a test starts do.
     """
     from gn_detect.files import atomic_write_text
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gn_detect.engine.drawing.plot_curves", lambda _, path: atomic_write_text(path, ""))
+        patch.setattr("gn_detect.report.page.draw_chart", lambda *_, **__: "<svg></svg>")
         yield
 
 
 @pytest.fixture
 def real_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw the curves of the test's runs."""
-    from gn_detect.visualize import plot_curves
+    """Draw the curves of the test's runs, and the charts of its reports."""
+    from gn_detect.visualize import draw_chart, plot_curves
 
     monkeypatch.setattr("gn_detect.engine.drawing.plot_curves", plot_curves)
+    monkeypatch.setattr("gn_detect.report.page.draw_chart", draw_chart)
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ def test_the_wheel_holds_the_code_and_the_configurations(repository: Path, wheel
     assert shipped == expected | {"gn_detect/model_zoo/catalog.yaml"}
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_finds_its_configurations(repository: Path, wheel: Path, tmp_path: Path) -> None:
     """From another folder, without the repository on the path."""
     with zipfile.ZipFile(wheel) as archive:

@@ -39,8 +39,8 @@ def run(folder: Path, cases: Path, train: str, val: str, iterations: int) -> int
     config.write_text(yaml.safe_dump(yaml.safe_load(TINY) | {"OUTPUT_DIR": str(folder / "run")}))
     words = ["train", "--config-file", str(config), "--train-json", str(cases / train)]
     words += ["--train-images", str(cases / "images"), "--val-json", str(cases / val)]
-    words += ["--val-images", str(cases / "images"), "VIS.NUM_IMAGES", "2"]
-    return main([*words, "SOLVER.MAX_ITER", str(iterations)])
+    words += ["--val-images", str(cases / "images"), "SOLVER.MAX_ITER", str(iterations)]
+    return main(words)
 
 
 def evaluation(trained: Path, cases: Path, val: str, output: Path) -> list[str]:

@@ -52,6 +52,7 @@ def test_family(name: str) -> None:
     assert reached >= len(norms) - 2  # an auxiliary branch may be left out
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     torch.manual_seed(0)
     resnet = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
-@pytest.mark.parametrize(
-    ("name", "lost"), [("SIGKILL", True), pytest.param("SIGTERM", False, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "lost"), [("SIGKILL", True), ("SIGTERM", False)])
 def test_killed_and_resumed_run_is_bit_identical(repository: Path, name: str, lost: bool) -> None:
     command = [sys.executable, "-m", "tests.engine.chaos", "--iterations", "9", "--kills", "3"]
     done = subprocess.run(

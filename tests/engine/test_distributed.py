@@ -126,6 +126,7 @@ def _talk_and_fail(folder: str) -> None:
     gather(0)
 
 
+@pytest.mark.slow
 def test_processes_talk_and_a_user_error_in_one_ends_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^image 7 is damaged$"):
         launch(_talk_and_fail, (str(tmp_path),), device="cpu", num_gpus=2)

@@ -23,6 +23,7 @@ def with_one_class(annotations: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_a_detector_of_other_classes_is_worth_much(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """``MODEL.WEIGHTS`` is enough: the class layers start from random weights, and the log says so.
 

@@ -144,10 +144,10 @@ def train(
     "changes",
     [
         {},
-        {"SOLVER.ACCUMULATE": 2},
-        {"SOLVER.AMP.ENABLED": True},
+        pytest.param({"SOLVER.ACCUMULATE": 2}, marks=pytest.mark.slow),
+        pytest.param({"SOLVER.AMP.ENABLED": True}, marks=pytest.mark.slow),
         {"SOLVER.EMA.ENABLED": True, "SOLVER.OPTIMIZER": "AdamW", "SOLVER.BASE_LR": 0.0005},
-        {"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 2},
+        pytest.param({"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 2}, marks=pytest.mark.slow),
         {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "MODEL.CHANNELS_LAST": True},
     ],
 )

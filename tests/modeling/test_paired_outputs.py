@@ -57,6 +57,7 @@ def test_every_convolution_of_a_detector_is_rescaled(detector, monkeypatch) -> N
         assert not torch.equal(before, after), layer
 
 
+@pytest.mark.slow
 def test_a_detector_is_calibrated_on_images_of_several_sizes(detector) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [

@@ -144,6 +144,7 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert again.FUSED is expected
 
 
+@pytest.mark.slow
 class TestPyTorchsOwnSamples:
     """The inputs with which PyTorch tests its own, on the CPU's and the GPU's path."""
 

@@ -32,7 +32,7 @@ SHAPES = [
     ((1, 24, 5, 9), 3),  # 3 groups, which do not fill a tile
     ((1, 40, 4, 6), 1),  # one group, in pieces of its channels
     ((1, 6, 9, 11), 6),  # a channel in a group
-    ((7, 8, 7, 7), 2),
+    ((5, 4, 9, 8), 2),  # more samples than programs of the gradients
     ((1, 32, 16, 12), 2),  # 16-byte accesses
     ((2, 16, 1, 1), 4),
     ((2, 12, 33), 4),
@@ -131,8 +131,11 @@ def test_results_and_gradients(shape: tuple[int, ...], groups: int, channels_las
         pytest.skip("without pixels there is one order")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator) * 2 + 0.5
-    for i, (residual, relu) in enumerate(FOLLOWS):
-        # The interpreter takes 10 ms a program, so each case is for one dtype there.
+    # The interpreter takes 10 ms a program: there a case has two of what follows, and one dtype for each.
+    first = SHAPES.index((shape, groups)) + channels_last
+    chosen = range(4) if DEVICE == "cuda" else (first % 4, (first + 2) % 4)
+    for i in chosen:
+        residual, relu = FOLLOWS[i]
         dtypes = DTYPES if DEVICE == "cuda" else [DTYPES[(i + shape[1] + channels_last) % 4]]
         for dtype in dtypes:
             found = run(x.to(dtype), groups, residual=residual, relu=relu, channels_last=channels_last)

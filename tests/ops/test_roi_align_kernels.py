@@ -130,6 +130,7 @@ def test_one_level_and_levels_in_different_orders() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_opcheck(order: str) -> None:
     features, (boxes, image, level) = make_case(torch.float32, order, count=0)

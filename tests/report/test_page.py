@@ -22,6 +22,8 @@ from gn_detect.report.pictures import choose_images
 
 MakeRun = Callable[..., Path]
 
+pytestmark = pytest.mark.usefixtures("real_curves")
+
 
 class Page(HTMLParser):
     """The tags and the text of a page."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -219,24 +219,23 @@ def test_proxies_of_the_environment(site: Site, tmp_path: Path, monkeypatch: pyt
     proxy.server.server_close()
 
 
-def test_a_second_process_waits_for_the_first(site: Site, tmp_path: Path) -> None:
+def test_a_second_process_waits_for_the_first(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both come at the same time; one fetches, and both have the file."""
     target = tmp_path / "cache" / "weights.pkl"
     site.answers = [whole(DATA, pause=1.0)]
-    code = (
-        "import sys; from pathlib import Path; from gn_detect.weights import download as d\n"
-        "d.TIMEOUT = 20.0\n"
-        f"print(d.download({site.url + '/weights.pkl'!r}, Path({str(target)!r}), checksum={SHA!r}))"
-    )
+    monkeypatch.setattr(module, "TIMEOUT", 20.0)
+    context = multiprocessing.get_context("fork")  # each would import torch anew
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        context.Process(target=lambda: download(f"{site.url}/weights.pkl", target, checksum=SHA))
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert [out.strip() for out, _ in outputs] == [str(target)] * 2
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
     assert len(site.requests) == 1
     assert target.read_bytes() == DATA
 
