@@ -51,7 +51,7 @@ demo: $(VENV)/.installed
 	$(BIN)/gn-detect train --config-file configs/quick/demo.yaml OUTPUT_DIR $(DEMO_OUTPUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(TESTS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "$(SLOW)" $(TESTS)

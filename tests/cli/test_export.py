@@ -55,7 +55,7 @@ def decided_weights(cfg: Config, path: Path, head: float = 0.5) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config, weights, images of several sizes, and the detector as ``model.onnx`` and ``model.pt2``."""
+    """A config, weights, images of several sizes, and the detector as ``model.pt2``."""
     folder = tmp_path_factory.mktemp("export")
     config = write_config(folder)
     decided_weights(load_config(config), folder / "model.pth")
@@ -66,14 +66,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(blocks).resize((width, height), Image.Resampling.BILINEAR).save(
             folder / "images" / f"{i}.png"
         )
-    for name in ("model.onnx", "model.pt2"):
-        arguments = ["--config-file", config, "--output", folder / name, "--check", folder / "images"]
-        keys = ["MODEL.WEIGHTS", folder / "model.pth"]
-        assert main([str(word) for word in ["export", *arguments, *keys]]) == 0
+    export_to(folder, "model.pt2")
     return folder
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def export_to(folder: Path, name: str) -> None:
+    """Run the command."""
+    words = ["export", "--config-file", folder / "tiny.yaml", "--output", folder / name]
+    words += ["--check", folder / "images", "MODEL.WEIGHTS", folder / "model.pth"]
+    assert main(list(map(str, words))) == 0
+
+
+@pytest.fixture(scope="module")
+def with_onnx(folder: Path) -> Path:
+    """The folder with the detector as ``model.onnx``, too; PyTorch takes half a minute to make it."""
+    export_to(folder, "model.onnx")
+    return folder
+
+
+@pytest.fixture(params=["model.pt2", pytest.param("model.onnx", marks=pytest.mark.slow)])
+def name(request: pytest.FixtureRequest) -> str:
+    """Name of the detector's file in the folder."""
+    if request.param == "model.onnx":
+        request.getfixturevalue("with_onnx")
+    return str(request.param)
+
+
 def test_the_file_finds_what_the_model_finds_at_every_size(folder: Path, name: str) -> None:
     cfg = load_config(folder / "tiny.yaml", ["MODEL.WEIGHTS", str(folder / "model.pth")])
     found = ExportedPredictor(folder / name, trust=True)
@@ -88,9 +106,9 @@ def test_the_file_finds_what_the_model_finds_at_every_size(folder: Path, name: s
 def test_the_result_as_json(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "copy.onnx"
+    copy = tmp_path / "copy.pt2"
     monkeypatch.setattr(
-        "gn_detect.export.write.export_detector", lambda _, path: shutil.copy(folder / "model.onnx", path)
+        "gn_detect.export.write.export_detector", lambda _, path: shutil.copy(folder / "model.pt2", path)
     )
     words = ["export", "--json", "--config-file", folder / "tiny.yaml", "--output", copy]
     words += ["--check", folder / "images", "--weights", folder / "model.pth"]
@@ -106,7 +124,7 @@ def test_an_image_that_the_file_cannot_take_is_named_and_the_others_are_done(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (120, 40)).save(tmp_path / "flat.png")
-    words = ["predict", "--model", folder / "model.onnx", "--output", tmp_path / "out"]
+    words = ["predict", "--model", folder / "model.pt2", "--trust", "--output", tmp_path / "out"]
     words += [tmp_path / "flat.png", folder / "images"]
     assert main(list(map(str, words))) == 1
     message = capsys.readouterr().err
@@ -116,17 +134,17 @@ def test_an_image_that_the_file_cannot_take_is_named_and_the_others_are_done(
 
 
 def test_predict_with_the_file_writes_what_predict_with_the_config_writes(
-    folder: Path, tmp_path: Path
+    folder: Path, name: str, tmp_path: Path
 ) -> None:
     sources = {
         "eager": ["--config-file", folder / "tiny.yaml", "MODEL.WEIGHTS", folder / "model.pth"],
-        "file": ["--model", folder / "model.onnx"],
+        "file": ["--model", folder / name, "--trust"],
     }
     found = {}
-    for name, (flag, value, *keys) in sources.items():
-        words = ["predict", flag, value, "--output", tmp_path / name, "--threshold", 0.3, folder / "images"]
-        assert main([str(word) for word in [*words, *keys]]) == 0
-        found[name] = json.loads((tmp_path / name / "predictions.json").read_text())
+    for source, (flag, value, *keys) in sources.items():
+        words = ["predict", flag, value, "--output", tmp_path / source, "--threshold", 0.3]
+        assert main([str(word) for word in [*words, folder / "images", *keys]]) == 0
+        found[source] = json.loads((tmp_path / source / "predictions.json").read_text())
     assert len(found["eager"]) == len(found["file"]) > 0
     for a, b in zip(found["eager"], found["file"], strict=True):
         assert (a["file_name"], a["category_id"]) == (b["file_name"], b["category_id"])
@@ -134,8 +152,9 @@ def test_predict_with_the_file_writes_what_predict_with_the_config_writes(
         assert a["score"] == pytest.approx(b["score"], abs=1e-4)
 
 
-def test_the_onnx_file_is_self_contained_and_tells_what_it_is(folder: Path) -> None:
-    model = onnx.load(folder / "model.onnx")
+@pytest.mark.slow
+def test_the_onnx_file_is_self_contained_and_tells_what_it_is(with_onnx: Path) -> None:
+    model = onnx.load(with_onnx / "model.onnx")
     reported = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(reported["class_names"]) == ["square", "bar"]
     assert json.loads(reported["category_ids"]) == [3, 7]
@@ -153,7 +172,6 @@ def test_the_onnx_file_is_self_contained_and_tells_what_it_is(folder: Path) -> N
     assert width.dim_param
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
 def test_the_file_names_no_folder(folder: Path, repository: Path, name: str) -> None:
     """Neither that of the run or the weights, nor those of the program."""
     content = (folder / name).read_bytes()
@@ -215,7 +233,7 @@ def test_bad_files_and_flags_are_refused_in_one_line(
     refused: Refused,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    images, model = folder / "images", folder / "model.onnx"
+    images, model = folder / "images", folder / "model.pt2"
     other = onnx.helper.make_model(
         onnx.helper.make_graph(
             [onnx.helper.make_node("Relu", ["x"], ["y"])],
@@ -241,21 +259,20 @@ def test_bad_files_and_flags_are_refused_in_one_line(
     }
     for name, message in cases.items():
         assert message in refused("predict", "--model", tmp_path / name, "--trust", images)
-    assert "--config-file" in refused(
-        "predict", "--model", model, "--config-file", folder / "tiny.yaml", images
-    )
-    assert "MODEL.WEIGHTS" in refused("predict", "--model", model, images, "MODEL.WEIGHTS", "x")
-    assert "--weights" in refused("predict", "--model", model, "--weights", "x", images)
+    predict = ["predict", "--trust", "--model", model]
+    assert "--config-file" in refused(*predict, "--config-file", folder / "tiny.yaml", images)
+    assert "MODEL.WEIGHTS" in refused(*predict, images, "MODEL.WEIGHTS", "x")
+    assert "--weights" in refused(*predict, "--weights", "x", images)
     keys = ["--config-file", folder / "tiny.yaml", "MODEL.WEIGHTS", folder / "model.pth"]
     assert "[wrong-ending]" in refused("export", "--output", tmp_path / "model.pb", *keys)
     Image.new("RGB", (120, 40)).save(tmp_path / "flat.png")
-    flat = ["export", "--output", tmp_path / "a.onnx", "--check", tmp_path / "flat.png", *keys]
+    flat = ["export", "--output", tmp_path / "a.pt2", "--check", tmp_path / "flat.png", *keys]
     with monkeypatch.context() as patch:
         patch.setattr("gn_detect.export.write.export_detector", lambda _, path: shutil.copy(model, path))
         assert f"{tmp_path / 'flat.png'}: 120 x 40 pixels" in refused(*flat)
-    (tmp_path / "a.onnx").unlink()
+    (tmp_path / "a.pt2").unlink()
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    assert "[missing-package]" in refused("predict", "--model", model, images)
+    assert "[missing-package]" in refused("predict", "--model", tmp_path / "text.onnx", images)
     assert "[missing-package]" in refused("export", "--output", tmp_path / "a.onnx", *keys)
     assert not (tmp_path / "a.onnx").exists()
 

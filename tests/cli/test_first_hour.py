@@ -15,6 +15,7 @@ from tests.cli.first_hour import MISTAKES, provoke, skip_reason
 from tests.test_errors import documented
 
 
+@pytest.mark.usefixtures("quick_launch")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_message(
     case: Case,

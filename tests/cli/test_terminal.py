@@ -116,7 +116,8 @@ def test_without_a_terminal_there_is_no_bar(case: Case, repository: Path) -> Non
     assert "drawing pictures of tiny_test: " in done.stdout
 
 
-@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_quiet_shows_nothing_in_a_terminal(case: Case, repository: Path, processes: str) -> None:
     keys = ["--num-gpus", processes, "SOLVER.MAX_ITER", "1"]
     status, text = in_terminal("train", "--quiet", "--config-file", case.config, *keys, folder=repository)
