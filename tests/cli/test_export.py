@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     export_to(folder, "model.pt2")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_loaded_once() -> Iterator[None]:
+    """PyTorch takes seconds to load a program; the same content gives the same one."""
+    load, loaded = torch.export.load, dict[bytes, torch.export.ExportedProgram]()
+
+    def once(path: Path) -> torch.export.ExportedProgram:
+        content = path.read_bytes()
+        if content not in loaded:
+            loaded[content] = load(path)
+        return loaded[content]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "load", once)
+        yield
 
 
 def export_to(folder: Path, name: str) -> None:
