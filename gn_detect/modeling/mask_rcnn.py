@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..ops import clip_boxes, paste_masks, scale_boxes
+from ..ops import clip_boxes, normalize_images, paste_masks, scale_boxes
 from ..structures import Detections, Target
 from . import static
 from .inputs import Inputs, send
@@ -129,9 +129,16 @@ class MaskRCNN(nn.Module):
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Inputs:
         """Bring a batch to the device for :meth:`static_losses`, without waiting for the device."""
         sizes = [image_size(image) for image in images]
-        padded = static.pad_targets(targets, sizes, self._padded_size(sizes), self.has_masks)
-        images, padded = send(images, padded, self.device)
-        return Inputs(self.preprocess(images), padded)
+        size = self._padded_size(sizes)
+        padded = static.pad_targets(targets, sizes, size, self.has_masks)
+        as_read = all(image.dtype == torch.uint8 and image.device.type == "cpu" for image in images)
+        if not as_read or self.pixel_mean.dtype != torch.float32:
+            return Inputs(self.preprocess(images), send([], padded, self.device)[-1])
+        buffer, places, padded = send(images, padded, self.device)
+        normalised = normalize_images(
+            buffer, places, self.pixel_mean, self.pixel_std, size, self.channels_last
+        )
+        return Inputs(normalised, padded)
 
     def static_losses(self, inputs: Inputs) -> dict[str, Tensor]:
         """Return :meth:`losses` by operators whose shapes follow from those of ``inputs`` alone."""

@@ -36,7 +36,7 @@ from tests.engine.tiny import write_config
 COPIES = {("modeling/inputs.py", "_copy", "pinned"): 1}
 # Most launched operators of each phase.
 LAUNCHES = {
-    "inputs": 20,
+    "inputs": 4,
     "backbone": 41,
     "fpn": 23,
     "rpn": 183,
@@ -45,8 +45,8 @@ LAUNCHES = {
     "backward": 219,
     "optimizer": 23,
 }
-VIEWS = 440  # and allocations, at most
-MOST_OUTSIDE_A_GRAPH = 60
+VIEWS = 435  # and allocations, at most
+MOST_OUTSIDE_A_GRAPH = 36
 
 SIZE = (64, 96)
 
@@ -85,6 +85,11 @@ def test_waits_with_bitmaps(cfg: Config) -> None:
     found = trace_step(cfg, make_batch([3, 2], SIZE, 2, bitmaps=True))
     assert not waits(found)
     assert copies(found) == COPIES
+    shape = (16, *SIZE)  # of the bitmaps; a float32 copy of them could take a GB
+    readers = {
+        e.operator for e in found if any(a[0] == shape for a in e.arguments if isinstance(a, tuple))
+    }
+    assert readers == {"gn_detect.crop_bitmaps"}
 
 
 def test_waits_of_a_detection(cfg: Config) -> None:
@@ -239,6 +244,7 @@ def test_counts_and_phases() -> None:
     [((1, 32, 4, 4), 1, 1), ((2, 32, 4, 4), 1, 1), ((1, 32, 256, 256), 2, 2)],
 )
 def test_fused_norm_counts_its_launches(shape: tuple[int, ...], forward: int, backward: int) -> None:
+    torch.manual_seed(0)
     weight, bias = torch.rand(32), torch.rand(32)
     x, dy = torch.randn(shape), torch.randn(shape)
 
