@@ -13,8 +13,11 @@ Inside the ``with`` block Python sees a GPU: ``x.device``, ``x.is_cuda``, ``torc
 ``device=DEVICE`` in factories. So the code takes the path of the GPU, forward and backward, and mixed devices
 raise an error as there. ``pin_memory()`` and ``is_pinned()`` of host tensors are pretended as well.
 
-The limits: C++ sees CPU tensors, so autocast follows the CPU's lists, memory formats of results may differ
-from cuDNN's, and there are no streams, events or graphs. Other threads than that of the block see no GPU. An
+Autocast follows the GPU's lists of operators. Convolutions and products in half precision are computed in
+float32 and rounded, as they take minutes on a CPU.
+
+The limits: C++ sees CPU tensors, so memory formats of results may differ from cuDNN's, and there are no
+streams, events or graphs. Other threads than that of the block see no GPU. An
 operator counts as one launch, though some launch several kernels; the fused norm counts as its plan says.
 A copy with ``non_blocking`` is no wait, also from pageable memory.
 """
@@ -55,6 +58,7 @@ WAITING |= {"aten.repeat_interleave", "torchvision.nms"}
 INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_", "aten._unsafe_index"}
 FREE = {"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided"}
 FREE |= {"aten._unsafe_view", "aten._local_scalar_dense"}  # a view in all but name, and a copy to the host
+SLOW = {"aten.convolution", "aten.convolution_backward", "aten.mm", "aten.addmm", "aten.bmm"}
 FROM_HOST = {torch.tensor, torch.as_tensor}  # functions whose data a copy brings
 
 
@@ -90,7 +94,10 @@ class Pretended(Tensor):
             raise RuntimeError(f"{func}: all tensors must be on the same device, but some are on the CPU")
         if _active:
             _active[-1].note(func, args, kwargs, hosted)
-        results = STAND_INS.get(operator, func)(*_unwrap(args), **_unwrap(kwargs))
+        run = STAND_INS.get(operator, func)
+        if operator in SLOW and tensors[0].dtype in HALF:
+            run = _computed_in_float32(func, tensors[0].dtype)
+        results = run(*_unwrap(args), **_unwrap(kwargs))
         # An operator in place returns its argument.
         same = {id(t.host) if isinstance(t, Pretended) else id(t): t for t in tensors}
         return tree_map_only(Tensor, lambda t: same[id(t)] if id(t) in same else Pretended(t), results)
@@ -98,6 +105,16 @@ class Pretended(Tensor):
 
 def _unwrap(tree: Any) -> Any:
     return tree_map_only(Pretended, lambda t: t.host, tree)
+
+
+def _computed_in_float32(func: Any, dtype: torch.dtype) -> Callable[..., Any]:
+    """Return an operator that computes in float32 and rounds its results to ``dtype``."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        wide = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return tree_map_only(Tensor, lambda t: t.to(dtype), func(*wide[0], **wide[1]))
+
+    return run
 
 
 def _pool(
@@ -144,6 +161,58 @@ def _pool_backward(
 
 # Operators that have kernels for a GPU alone.
 STAND_INS = {"gn_detect.roi_align": _pool, "gn_detect.roi_align_backward": _pool_backward}
+
+
+HALF = {torch.bfloat16, torch.float16}
+# Operators that autocast computes in float32 on a GPU, from ATen/autocast_mode.h.
+IN_FLOAT32 = (
+    *(
+        "exp",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "pow.Tensor_Scalar",
+        "reciprocal",
+        "rsqrt",
+        "softplus",
+    ),
+    *("layer_norm", "group_norm", "nll_loss", "l1_loss", "smooth_l1_loss", "mse_loss", "upsample_nearest2d"),
+    *("upsample_bilinear2d", "binary_cross_entropy_with_logits"),
+)
+WITH_FLOAT32_RESULT = (
+    "softmax.int",
+    "log_softmax.int",
+    "cumsum",
+    "sum",
+    "sum.dim_IntList",
+    "linalg_vector_norm",
+)
+
+
+def _autocast_of_a_gpu() -> torch.library.Library:
+    """Let autocast on the CPU follow the lists of a GPU until the result is destroyed."""
+    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
+    for name in (*IN_FLOAT32, *WITH_FLOAT32_RESULT):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
+            packet, _, overload = name.partition(".")
+            operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            library.impl(name, _autocast_kernel(operator, name in WITH_FLOAT32_RESULT))
+    return library
+
+
+def _autocast_kernel(operator: Any, sets_result: bool) -> Callable[..., Any]:
+    outside = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(outside):
+            if sets_result and args[0].dtype in HALF:
+                return operator(*args, **{"dtype": torch.float32} | kwargs)
+            wide = tree_map_only(Tensor, lambda t: t.float() if t.dtype in HALF else t, (args, kwargs))
+            return operator(*wide[0], **wide[1])
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -368,6 +437,7 @@ def pretended_device() -> Iterator[Trace]:
     trace = Trace()
     group = torch._C._group_tensors_by_device_and_dtype
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
+    get_autocast_dtype = torch.get_autocast_dtype
 
     def cpu(device: str = "cuda") -> str:
         return "cpu" if device == DEVICE.type else device
@@ -382,6 +452,7 @@ def pretended_device() -> Iterator[Trace]:
         (record_function, "__exit__", lambda self, *_: trace.phases.pop() and None),
         (torch, "autocast", lambda device_type, *args, **kw: autocast(cpu(device_type), *args, **kw)),
         (torch, "is_autocast_enabled", lambda *device: is_autocast_enabled(cpu(*device))),
+        (torch, "get_autocast_dtype", lambda device: get_autocast_dtype(cpu(device))),
         (torch._C, "_group_tensors_by_device_and_dtype", grouped),
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
@@ -406,6 +477,8 @@ def pretended_device() -> Iterator[Trace]:
         for module in map(import_module, ("torch.optim.optimizer", "torch.utils._foreach_utils")):
             known = [*module._foreach_supported_types, Pretended]
             stack.enter_context(mock.patch.object(module, "_foreach_supported_types", known))
+        library = _autocast_of_a_gpu()
+        stack.callback(library._destroy)
         _active.append(trace)
         stack.callback(_active.pop)
         stack.enter_context(trace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.profiler import record_function
 from ..ops import clip_boxes, normalize_images, paste_masks, scale_boxes
 from ..structures import Detections, Target
 from . import static
+from .half_weights import half_weights
 from .inputs import Inputs, send
 from .roi_heads import RoIHeads
 from .rpn import RPN
@@ -142,8 +144,18 @@ class MaskRCNN(nn.Module):
 
     def static_losses(self, inputs: Inputs) -> dict[str, Tensor]:
         """Return :meth:`losses` by operators whose shapes follow from those of ``inputs`` alone."""
-        features = self.backbone(inputs.images)
-        return static.losses(self.proposal_generator, self.roi_heads, features, inputs.targets)
+        with self._half_weights():
+            features = self.backbone(inputs.images)
+            return static.losses(self.proposal_generator, self.roi_heads, features, inputs.targets)
+
+    def _half_weights(self) -> AbstractContextManager[None]:
+        """Round the weights at once under autocast; a compiled backbone has kernels that round its own."""
+        device = self.device.type
+        if not torch.is_autocast_enabled(device) or self.backbone._compiled_call_impl is not None:
+            return contextlib.nullcontext()
+        # The rows of the mask predictor are gathered, and their gradients are added in the weight's dtype.
+        gathered = self.roi_heads.mask_head and self.roi_heads.mask_head.predictor
+        return half_weights(self, torch.get_autocast_dtype(device), without=gathered)
 
     @torch.no_grad()
     def detect(

@@ -121,9 +121,7 @@ def crop(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
     tensors = bitmaps.contiguous(), which.contiguous(), boxes.contiguous(), targets
     grid = len(boxes), triton.cdiv(side * side, BLOCK)
     with on_device(boxes.device):
-        crop_roi[grid](
-            *tensors, *bitmaps.shape[1:], side, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
-        )
+        crop_roi[grid](*tensors, *bitmaps.shape[1:], side, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
     return targets
 
 
