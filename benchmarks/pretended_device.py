@@ -13,8 +13,9 @@ Inside the ``with`` block Python sees a GPU: ``x.device``, ``x.is_cuda``, ``torc
 ``device=DEVICE`` in factories. So the code takes the path of the GPU, forward and backward, and mixed devices
 raise an error as there. ``pin_memory()`` and ``is_pinned()`` of host tensors are pretended as well.
 
-Autocast follows the GPU's lists of operators. Convolutions and products in half precision are computed in
-float32 and rounded, as they take minutes on a CPU.
+Autocast follows the GPU's lists of operators. With ``exact=False`` convolutions, matrix products, norms and
+RoIAlign give zeros: where shapes are fixed, counts do not depend on values, and a CPU needs many minutes for a
+step in bfloat16.
 
 The limits: C++ sees CPU tensors, so memory formats of results may differ from cuDNN's, and there are no
 streams, events or graphs. Other threads than that of the block see no GPU. An
@@ -58,7 +59,9 @@ WAITING |= {"aten.repeat_interleave", "torchvision.nms"}
 INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_", "aten._unsafe_index"}
 FREE = {"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided"}
 FREE |= {"aten._unsafe_view", "aten._local_scalar_dense"}  # a view in all but name, and a copy to the host
-SLOW = {"aten.convolution", "aten.convolution_backward", "aten.mm", "aten.addmm", "aten.bmm"}
+HEAVY = {"aten.convolution", "aten.convolution_backward", "aten.mm", "aten.addmm", "aten.bmm"}
+HEAVY |= {"gn_detect.group_norm", "gn_detect.group_norm_backward"}
+HEAVY |= {"gn_detect.roi_align", "gn_detect.roi_align_backward"}
 FROM_HOST = {torch.tensor, torch.as_tensor}  # functions whose data a copy brings
 
 
@@ -95,8 +98,8 @@ class Pretended(Tensor):
         if _active:
             _active[-1].note(func, args, kwargs, hosted)
         run = STAND_INS.get(operator, func)
-        if operator in SLOW and tensors[0].dtype in HALF:
-            run = _computed_in_float32(func, tensors[0].dtype)
+        if operator in HEAVY and _active and not _active[-1].exact:
+            run = _zeros(func)
         results = run(*_unwrap(args), **_unwrap(kwargs))
         # An operator in place returns its argument.
         same = {id(t.host) if isinstance(t, Pretended) else id(t): t for t in tensors}
@@ -107,12 +110,13 @@ def _unwrap(tree: Any) -> Any:
     return tree_map_only(Pretended, lambda t: t.host, tree)
 
 
-def _computed_in_float32(func: Any, dtype: torch.dtype) -> Callable[..., Any]:
-    """Return an operator that computes in float32 and rounds its results to ``dtype``."""
+def _zeros(func: Any) -> Callable[..., Any]:
+    """Return an operator whose results are zeros of the right shapes."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        wide = tree_map_only(Tensor, Tensor.float, (args, kwargs))
-        return tree_map_only(Tensor, lambda t: t.to(dtype), func(*wide[0], **wide[1]))
+        shapes = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+        results = func(*shapes[0], **shapes[1])
+        return tree_map_only(Tensor, lambda t: torch.zeros_like(t, device="cpu"), results)
 
     return run
 
@@ -263,8 +267,9 @@ def views(events: Sequence[Event]) -> int:
 
 @dataclass
 class Trace(TorchFunctionMode):
-    """Every event since the block began."""
+    """Every event since the block began; see :func:`pretended_device`."""
 
+    exact: bool = True
     events: list[Event] = field(default_factory=list)
     phases: list[str] = field(default_factory=lambda: ["inputs"])
     pinned: dict[int, torch.UntypedStorage] = field(default_factory=dict)
@@ -432,9 +437,12 @@ def _launches(func: Any, args: Any) -> int:
 
 
 @contextmanager
-def pretended_device() -> Iterator[Trace]:
-    """Let Python see a GPU inside the ``with`` block, and record what it is asked to do."""
-    trace = Trace()
+def pretended_device(exact: bool = True) -> Iterator[Trace]:
+    """Let Python see a GPU inside the ``with`` block, and record what it is asked to do.
+
+    Without ``exact`` the operators in ``HEAVY`` give zeros.
+    """
+    trace = Trace(exact)
     group = torch._C._group_tensors_by_device_and_dtype
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
     get_autocast_dtype = torch.get_autocast_dtype
