@@ -14,8 +14,8 @@ Inside the ``with`` block Python sees a GPU: ``x.device``, ``x.is_cuda``, ``torc
 raise an error as there. ``pin_memory()`` and ``is_pinned()`` of host tensors are pretended as well.
 
 Autocast follows the GPU's lists of operators. With ``exact=False`` convolutions, matrix products, norms and
-RoIAlign give zeros: where shapes are fixed, counts do not depend on values, and a CPU needs many minutes for a
-step in bfloat16.
+RoIAlign give zeros: where shapes are fixed, counts do not depend on values, and a step in bfloat16 takes many
+minutes on a CPU.
 
 The limits: C++ sees CPU tensors, so memory formats of results may differ from cuDNN's, and there are no
 streams, events or graphs. Other threads than that of the block see no GPU. An
@@ -116,7 +116,11 @@ def _zeros(func: Any) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         shapes = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
         results = func(*shapes[0], **shapes[1])
-        return tree_map_only(Tensor, lambda t: torch.zeros_like(t, device="cpu"), results)
+        # Both orders fit maps of one pixel: the first input decides.
+        order = torch.contiguous_format if tree_flatten(args)[0][0].is_contiguous() else torch.preserve_format
+        return tree_map_only(
+            Tensor, lambda t: torch.zeros_like(t, device="cpu", memory_format=order), results
+        )
 
     return run
 

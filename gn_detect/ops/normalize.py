@@ -39,11 +39,11 @@ def _one_by_one(
 def _on_gpu(
     buffer: Tensor, places: Tensor, mean: Tensor, std: Tensor, height: int, width: int, channels_last: bool
 ) -> Tensor:
-    batch = _fake(buffer, places, mean, std, height, width, channels_last)
     if not kernels_run_on(buffer.device):
         return _one_by_one(buffer, places, mean, std, height, width, channels_last)
     from . import normalize_triton
 
+    batch = _fake(buffer, places, mean, std, height, width, channels_last)
     normalize_triton.normalize_images(buffer, places, mean, std, batch, channels_last)
     return batch
 
