@@ -13,8 +13,12 @@ Inside the ``with`` block Python sees a GPU: ``x.device``, ``x.is_cuda``, ``torc
 ``device=DEVICE`` in factories. So the code takes the path of the GPU, forward and backward, and mixed devices
 raise an error as there. ``pin_memory()`` and ``is_pinned()`` of host tensors are pretended as well.
 
-The limits: C++ sees CPU tensors, so autocast follows the CPU's lists, memory formats of results may differ
-from cuDNN's, and there are no streams, events or graphs. Other threads than that of the block see no GPU. An
+Autocast follows the GPU's lists of operators. With ``exact=False`` convolutions, matrix products, norms and
+RoIAlign give zeros: where shapes are fixed, counts do not depend on values, and a step in bfloat16 takes many
+minutes on a CPU.
+
+The limits: C++ sees CPU tensors, so memory formats of results may differ from cuDNN's, and there are no
+streams, events or graphs. Other threads than that of the block see no GPU. An
 operator counts as one launch, though some launch several kernels; the fused norm counts as its plan says.
 A copy with ``non_blocking`` is no wait, also from pageable memory.
 """
@@ -55,6 +59,9 @@ WAITING |= {"aten.repeat_interleave", "torchvision.nms"}
 INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_", "aten._unsafe_index"}
 FREE = {"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided"}
 FREE |= {"aten._unsafe_view", "aten._local_scalar_dense"}  # a view in all but name, and a copy to the host
+HEAVY = {"aten.convolution", "aten.convolution_backward", "aten.mm", "aten.addmm", "aten.bmm"}
+HEAVY |= {"gn_detect.group_norm", "gn_detect.group_norm_backward"}
+HEAVY |= {"gn_detect.roi_align", "gn_detect.roi_align_backward"}
 FROM_HOST = {torch.tensor, torch.as_tensor}  # functions whose data a copy brings
 
 
@@ -90,7 +97,10 @@ class Pretended(Tensor):
             raise RuntimeError(f"{func}: all tensors must be on the same device, but some are on the CPU")
         if _active:
             _active[-1].note(func, args, kwargs, hosted)
-        results = STAND_INS.get(operator, func)(*_unwrap(args), **_unwrap(kwargs))
+        run = STAND_INS.get(operator, func)
+        if operator in HEAVY and _active and not _active[-1].exact:
+            run = _zeros(func)
+        results = run(*_unwrap(args), **_unwrap(kwargs))
         # An operator in place returns its argument.
         same = {id(t.host) if isinstance(t, Pretended) else id(t): t for t in tensors}
         return tree_map_only(Tensor, lambda t: same[id(t)] if id(t) in same else Pretended(t), results)
@@ -98,6 +108,21 @@ class Pretended(Tensor):
 
 def _unwrap(tree: Any) -> Any:
     return tree_map_only(Pretended, lambda t: t.host, tree)
+
+
+def _zeros(func: Any) -> Callable[..., Any]:
+    """Return an operator whose results are zeros of the right shapes."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        shapes = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+        results = func(*shapes[0], **shapes[1])
+        # Both orders fit maps of one pixel: the first input decides.
+        order = torch.contiguous_format if tree_flatten(args)[0][0].is_contiguous() else torch.preserve_format
+        return tree_map_only(
+            Tensor, lambda t: torch.zeros_like(t, device="cpu", memory_format=order), results
+        )
+
+    return run
 
 
 def _pool(
@@ -144,6 +169,58 @@ def _pool_backward(
 
 # Operators that have kernels for a GPU alone.
 STAND_INS = {"gn_detect.roi_align": _pool, "gn_detect.roi_align_backward": _pool_backward}
+
+
+HALF = {torch.bfloat16, torch.float16}
+# Operators that autocast computes in float32 on a GPU, from ATen/autocast_mode.h.
+IN_FLOAT32 = (
+    *(
+        "exp",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "pow.Tensor_Scalar",
+        "reciprocal",
+        "rsqrt",
+        "softplus",
+    ),
+    *("layer_norm", "group_norm", "nll_loss", "l1_loss", "smooth_l1_loss", "mse_loss", "upsample_nearest2d"),
+    *("upsample_bilinear2d", "binary_cross_entropy_with_logits"),
+)
+WITH_FLOAT32_RESULT = (
+    "softmax.int",
+    "log_softmax.int",
+    "cumsum",
+    "sum",
+    "sum.dim_IntList",
+    "linalg_vector_norm",
+)
+
+
+def _autocast_of_a_gpu() -> torch.library.Library:
+    """Let autocast on the CPU follow the lists of a GPU until the result is destroyed."""
+    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
+    for name in (*IN_FLOAT32, *WITH_FLOAT32_RESULT):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
+            packet, _, overload = name.partition(".")
+            operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            library.impl(name, _autocast_kernel(operator, name in WITH_FLOAT32_RESULT))
+    return library
+
+
+def _autocast_kernel(operator: Any, sets_result: bool) -> Callable[..., Any]:
+    outside = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(outside):
+            if sets_result and args[0].dtype in HALF:
+                return operator(*args, **{"dtype": torch.float32} | kwargs)
+            wide = tree_map_only(Tensor, lambda t: t.float() if t.dtype in HALF else t, (args, kwargs))
+            return operator(*wide[0], **wide[1])
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -194,8 +271,9 @@ def views(events: Sequence[Event]) -> int:
 
 @dataclass
 class Trace(TorchFunctionMode):
-    """Every event since the block began."""
+    """Every event since the block began; see :func:`pretended_device`."""
 
+    exact: bool = True
     events: list[Event] = field(default_factory=list)
     phases: list[str] = field(default_factory=lambda: ["inputs"])
     pinned: dict[int, torch.UntypedStorage] = field(default_factory=dict)
@@ -363,11 +441,15 @@ def _launches(func: Any, args: Any) -> int:
 
 
 @contextmanager
-def pretended_device() -> Iterator[Trace]:
-    """Let Python see a GPU inside the ``with`` block, and record what it is asked to do."""
-    trace = Trace()
+def pretended_device(exact: bool = True) -> Iterator[Trace]:
+    """Let Python see a GPU inside the ``with`` block, and record what it is asked to do.
+
+    Without ``exact`` the operators in ``HEAVY`` give zeros.
+    """
+    trace = Trace(exact)
     group = torch._C._group_tensors_by_device_and_dtype
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
+    get_autocast_dtype = torch.get_autocast_dtype
 
     def cpu(device: str = "cuda") -> str:
         return "cpu" if device == DEVICE.type else device
@@ -382,6 +464,7 @@ def pretended_device() -> Iterator[Trace]:
         (record_function, "__exit__", lambda self, *_: trace.phases.pop() and None),
         (torch, "autocast", lambda device_type, *args, **kw: autocast(cpu(device_type), *args, **kw)),
         (torch, "is_autocast_enabled", lambda *device: is_autocast_enabled(cpu(*device))),
+        (torch, "get_autocast_dtype", lambda device: get_autocast_dtype(cpu(device))),
         (torch._C, "_group_tensors_by_device_and_dtype", grouped),
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
@@ -406,6 +489,8 @@ def pretended_device() -> Iterator[Trace]:
         for module in map(import_module, ("torch.optim.optimizer", "torch.utils._foreach_utils")):
             known = [*module._foreach_supported_types, Pretended]
             stack.enter_context(mock.patch.object(module, "_foreach_supported_types", known))
+        library = _autocast_of_a_gpu()
+        stack.callback(library._destroy)
         _active.append(trace)
         stack.callback(_active.pop)
         stack.enter_context(trace)

@@ -3,7 +3,7 @@
 A step launches more than a thousand operators, and the host needs longer for that than the GPU for the work.
 A graph is launched at once. It repeats the same operators on the same memory, so it fits only inputs of the
 same shapes; :mod:`gn_detect.modeling.static` makes these depend on the padded size of the images alone.
-Preparation of the batch, clipping and the optimiser stay outside: some 50 operators.
+Preparation of the batch, clipping and the optimiser stay outside: some 35 operators.
 """
 
 from __future__ import annotations

@@ -170,7 +170,9 @@ def train_step(
         collected.append(found)
     if state.graphs is not None:
         average_gradients(state.trained)
-    losses = {name: torch.stack([each[name] for each in collected]).mean() for name in collected[0]}
+    losses = collected[0]
+    if len(collected) > 1:
+        losses = {name: torch.stack([each[name] for each in collected]).mean() for name in losses}
 
     with memory_help(cfg, batch, "in the optimiser's step"), record_function("optimizer"):
         state.scaler.unscale_(state.optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -58,7 +59,7 @@ class FPN(nn.Module):
         for level, name in reversed(list(zip(self.levels, self.settings.in_features, strict=True))):
             lateral = getattr(self, f"fpn_lateral{level}")(bottom_up[name])
             if top_down is not None:
-                lateral = lateral + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
+                lateral = lateral + _upsample(top_down)
                 if self.settings.fuse_type == "avg":
                     lateral = lateral / 2
             top_down = lateral
@@ -66,3 +67,12 @@ class FPN(nn.Module):
         last = self.levels[-1]
         pyramid[f"p{last + 1}"] = F.max_pool2d(pyramid[f"p{last}"], kernel_size=1, stride=2)
         return dict(sorted(pyramid.items()))
+
+
+def _upsample(x: Tensor) -> Tensor:
+    """Repeat each cell of (N, C, H, W) four times; autocast would widen x on a GPU, to the same values."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")

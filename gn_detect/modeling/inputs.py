@@ -20,7 +20,7 @@ class Inputs:
     """A batch on the model's device.
 
     Attributes:
-        images: (N, 3, H, W) float32, normalised and padded.
+        images: (N, 3, H, W), normalised and padded.
         targets: ground truth with fixed shapes.
     """
 
@@ -38,39 +38,52 @@ class Inputs:
 
 def send(
     images: Sequence[Tensor], targets: PaddedTargets, device: torch.device
-) -> tuple[list[Tensor], PaddedTargets]:
-    """Copy images (3, H, W) and targets to ``device`` at once.
+) -> tuple[Tensor, Tensor, PaddedTargets]:
+    """Copy uint8 images (3, H, W) and targets from the host to ``device`` at once.
 
     The copy has its own stream. The host is ahead of the device, so the copy runs while the device works on
     the batch before.
+
+    Returns:
+        A buffer and the places of the images in it, see :func:`gn_detect.ops.normalize_images`; the targets.
     """
-    hosted = {f"image {n}": image for n, image in enumerate(images) if image.device.type == "cpu"}
-    found = _copy(hosted | targets.tensors(), device)
-    return [found.get(f"image {n}", image) for n, image in enumerate(images)], targets.with_tensors(found)
+    places = torch.empty(len(images), 3, dtype=torch.int64)
+    tensors = {"places": places, **targets.tensors()}
+    begin = sum(map(_room, tensors.values()))
+    for place, image in zip(places, images, strict=True):
+        place.copy_(torch.tensor([begin, *image.shape[1:]]))
+        begin += _room(image)
+    buffer = _copy([*tensors.values(), *images], device)
+    found = dict(zip(tensors, _views(buffer, list(tensors.values())), strict=True))
+    return buffer, found["places"], targets.with_tensors(found)
 
 
-def _copy(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values()]
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for place, tensor in zip(_views(buffer, tensors, sizes), tensors.values(), strict=True):
+def _copy(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return all tensors on ``device``, one after the other in a buffer of bytes."""
+    buffer = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for place, tensor in zip(_views(buffer, tensors), tensors, strict=True):
         place.copy_(tensor)
     if device.type != "cuda":
-        copied = buffer.to(device)
-    else:
-        present, own = torch.cuda.current_stream(device), _stream_of_copies(device)
-        with torch.cuda.stream(own):
-            copied = buffer.to(device, non_blocking=True)
-        present.wait_stream(own)
-        copied.record_stream(present)
-    return dict(zip(tensors, _views(copied, tensors, sizes), strict=True))
+        return buffer.to(device)
+    present, own = torch.cuda.current_stream(device), _stream_of_copies(device)
+    with torch.cuda.stream(own):
+        copied = buffer.to(device, non_blocking=True)
+    present.wait_stream(own)
+    copied.record_stream(present)
+    return copied
 
 
-def _views(buffer: Tensor, tensors: dict[str, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+def _room(tensor: Tensor) -> int:
+    """Return the bytes that a tensor takes in the buffer."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return a view into ``buffer`` for each tensor, of its type and shape."""
-    begins = accumulate(sizes, initial=0)
+    begins = accumulate(map(_room, tensors), initial=0)
     return [
         buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for begin, tensor in zip(begins, tensors.values(), strict=False)
+        for begin, tensor in zip(begins, tensors, strict=False)
     ]
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..ops import clip_boxes, paste_masks, scale_boxes
+from ..ops import clip_boxes, normalize_images, paste_masks, scale_boxes
 from ..structures import Detections, Target
 from . import static
+from .half_weights import half_weights
 from .inputs import Inputs, send
 from .roi_heads import RoIHeads
 from .rpn import RPN
@@ -129,14 +131,31 @@ class MaskRCNN(nn.Module):
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Inputs:
         """Bring a batch to the device for :meth:`static_losses`, without waiting for the device."""
         sizes = [image_size(image) for image in images]
-        padded = static.pad_targets(targets, sizes, self._padded_size(sizes), self.has_masks)
-        images, padded = send(images, padded, self.device)
-        return Inputs(self.preprocess(images), padded)
+        size = self._padded_size(sizes)
+        padded = static.pad_targets(targets, sizes, size, self.has_masks)
+        as_read = all(image.dtype == torch.uint8 and image.device.type == "cpu" for image in images)
+        if not as_read or self.pixel_mean.dtype != torch.float32:
+            return Inputs(self.preprocess(images), send([], padded, self.device)[-1])
+        buffer, places, padded = send(images, padded, self.device)
+        normalised = normalize_images(
+            buffer, places, self.pixel_mean, self.pixel_std, size, self.channels_last
+        )
+        return Inputs(normalised, padded)
 
     def static_losses(self, inputs: Inputs) -> dict[str, Tensor]:
         """Return :meth:`losses` by operators whose shapes follow from those of ``inputs`` alone."""
-        features = self.backbone(inputs.images)
-        return static.losses(self.proposal_generator, self.roi_heads, features, inputs.targets)
+        with self._half_weights():
+            features = self.backbone(inputs.images)
+            return static.losses(self.proposal_generator, self.roi_heads, features, inputs.targets)
+
+    def _half_weights(self) -> AbstractContextManager[None]:
+        """Round the weights at once under autocast; a compiled backbone has kernels that round its own."""
+        device = self.device.type
+        if not torch.is_autocast_enabled(device) or self.backbone._compiled_call_impl is not None:
+            return contextlib.nullcontext()
+        # The rows of the mask predictor are gathered, and their gradients are added in the weight's dtype.
+        gathered = self.roi_heads.mask_head and self.roi_heads.mask_head.predictor
+        return half_weights(self, torch.get_autocast_dtype(device), without=gathered)
 
     @torch.no_grad()
     def detect(

@@ -183,6 +183,8 @@ def rpn_losses(
         wanted = encode_boxes(reference.flatten(0, 1), truth.flatten(0, 1), s.bbox_reg_weights)
     with record_function("rpn_losses"):
         logit = torch.where(valid, torch.cat(logits, dim=1).gather(1, chosen), 0)
+        # Autocast would widen logits, labels and weights one by one.
+        logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
         delta = take_rows(torch.cat(deltas, dim=1), chosen).flatten(0, 1)
         wanted, delta = (torch.where(positive.view(-1, 1), value, 0) for value in (wanted, delta))
         classification = F.binary_cross_entropy_with_logits(

@@ -14,14 +14,16 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor
 
 from ..structures import PolygonMask
 from .kernels import kernels_run_on
-from .masks import crop_bitmaps
 
 STEPS = 5  # of the walk, in a pixel
 LEAST_SIDE = 0.1  # pixels; smaller RoIs are drawn as if they had this size, as in detectron2
+
+_FLOAT_BYTES = 1 << 26  # of the bitmaps that are in float32 at a time where no kernel reads them as bool
 
 
 @dataclass
@@ -120,9 +122,7 @@ def mask_targets(masks: PaddedMasks, which: Tensor, boxes: Tensor, side: int) ->
     drawn = draw_polygons(masks.corners, masks.polygons, masks.objects, which, boxes, side)
     if masks.bitmaps is None:
         return drawn
-    bitmap = masks.bitmap_of[which]
-    cropped = crop_bitmaps(masks.bitmaps, bitmap.clamp(min=0), boxes, side)
-    return torch.where((bitmap >= 0)[:, None, None], cropped, drawn)
+    return drawn | crop_bitmaps(masks.bitmaps, masks.bitmap_of[which], boxes, side)
 
 
 def draw_polygons(
@@ -164,6 +164,52 @@ torch.library.impl("gn_detect::draw_polygons", "cuda", _draw_on_gpu)
 torch.library.register_fake(
     "gn_detect::draw_polygons",
     lambda *inputs: inputs[4].new_empty((len(inputs[4]), inputs[5], inputs[5]), dtype=torch.bool),
+)
+
+
+def crop_bitmaps(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Crop bitmaps by boxes and resize them with RoIAlign, as detectron2's BitMasks does.
+
+    Args:
+        bitmaps: (M, H, W) bool; they are never all made float32.
+        which: (N,) int64, the index of the bitmap of each box, -1 for none.
+        boxes: (N, 4) float32 ``xyxy`` in pixels of the bitmaps.
+        side: size of the result.
+
+    Returns:
+        (N, side, side) bool, True if at least half of a cell is covered.
+    """
+    return torch.ops.gn_detect.crop_bitmaps(bitmaps, which, boxes, side)
+
+
+def _crop_some_at_a_time(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
+    cropped = boxes.new_zeros((len(boxes), side, side), dtype=torch.bool)
+    some = max(1, _FLOAT_BYTES // (4 * max(1, bitmaps[:1].numel())))
+    for first in range(0, len(bitmaps), some):
+        row = ((which >= first) & (which < first + some)).nonzero()[:, 0]
+        rois = torch.cat([(which[row, None] - first).to(boxes.dtype), boxes[row]], dim=1)
+        part = bitmaps[first : first + some, None].to(boxes.dtype)
+        shares = torchvision.ops.roi_align(part, rois, side, sampling_ratio=0, aligned=True)
+        cropped[row] = shares[:, 0] >= 0.5
+    return cropped
+
+
+def _crop_on_gpu(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
+    if not kernels_run_on(boxes.device):
+        return _crop_some_at_a_time(bitmaps, which, boxes, side)
+    from . import mask_targets_triton
+
+    return mask_targets_triton.crop(bitmaps, which, boxes, side)
+
+
+torch.library.define(
+    "gn_detect::crop_bitmaps", "(Tensor bitmaps, Tensor which, Tensor boxes, int side) -> Tensor"
+)
+torch.library.impl("gn_detect::crop_bitmaps", "cpu", _crop_some_at_a_time)
+torch.library.impl("gn_detect::crop_bitmaps", "cuda", _crop_on_gpu)
+torch.library.register_fake(
+    "gn_detect::crop_bitmaps",
+    lambda bitmaps, which, boxes, side: boxes.new_empty((len(boxes), side, side), dtype=torch.bool),
 )
 
 

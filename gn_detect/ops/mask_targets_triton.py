@@ -1,4 +1,7 @@
-"""The Triton kernel of :func:`gn_detect.ops.mask_targets.draw_polygons`: a program draws one RoI."""
+"""Triton kernels of :mod:`gn_detect.ops.mask_targets`: polygons drawn, and bitmaps cropped, for each RoI.
+
+Fused multiplications and additions would round otherwise than pycocotools and torchvision.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ from .kernels import on_device
 from .mask_targets import LEAST_SIDE, STEPS
 
 CELLS = 8192  # edges * columns * rows that a program compares at a time
+BLOCK = 256  # cells of a RoI that a program samples from a bitmap
 
 
 def draw(
     corners: Tensor, polygons: Tensor, objects: Tensor, which: Tensor, boxes: Tensor, side: int
 ) -> Tensor:
-    """Launch the kernel; see :func:`gn_detect.ops.mask_targets.draw_polygons`."""
+    """Draw one RoI in each program; see :func:`gn_detect.ops.mask_targets.draw_polygons`."""
     targets = torch.empty((len(boxes), side, side), dtype=torch.bool, device=boxes.device)
     block = triton.next_power_of_2(side)
     if len(boxes) == 0:
@@ -25,13 +29,12 @@ def draw(
     edges = max(1, min(16, CELLS // block**2))
     sizes = {"BLOCK": block, "EDGES": edges, "STEPS": STEPS, "LEAST": LEAST_SIDE}
     with on_device(boxes.device):
-        # Fused multiplications and additions would round otherwise than pycocotools.
-        _draw[(len(boxes),)](*tensors, side, **sizes, num_warps=4, enable_fp_fusion=False)
+        draw_roi[(len(boxes),)](*tensors, side, **sizes, num_warps=4, enable_fp_fusion=False)
     return targets
 
 
 @triton.jit
-def _draw(
+def draw_roi(
     corners,
     polygons,
     objects,
@@ -108,3 +111,61 @@ def _walked(place, is_edge, origin, unit, half, STEPS: tl.constexpr):
     """Return coordinates in steps of the walk."""
     value = tl.load(place, mask=is_edge, other=0.0)
     return _trunc(STEPS * ((value - origin) * unit) + half)
+
+
+def crop(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Sample a block of cells of a RoI in each program; see :func:`gn_detect.ops.crop_bitmaps`."""
+    targets = torch.empty((len(boxes), side, side), dtype=torch.bool, device=boxes.device)
+    if targets.numel() == 0:
+        return targets
+    tensors = bitmaps.contiguous(), which.contiguous(), boxes.contiguous(), targets
+    grid = len(boxes), triton.cdiv(side * side, BLOCK)
+    with on_device(boxes.device):
+        crop_roi[grid](*tensors, *bitmaps.shape[1:], side, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
+    return targets
+
+
+@triton.jit(do_not_specialize=["height", "width", "side"])
+def crop_roi(bitmaps, which, boxes, targets, height, width, side, BLOCK: tl.constexpr):
+    """Compute torchvision's RoIAlign, operation by operation. Grid: RoIs x blocks of cells."""
+    roi = tl.program_id(0).to(tl.int64)
+    cell = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    bitmap = tl.load(which + roi)
+    samples_x, size_x, edge_x = _grid(boxes + roi * 4, cell % side, side)
+    samples_y, size_y, edge_y = _grid(boxes + roi * 4 + 1, cell // side, side)
+    exists = (cell < side * side) & (bitmap >= 0)
+    pixels = bitmaps + bitmap * height * width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for y in range(samples_y):
+        top, bottom, below, inside_y = _sample(edge_y, size_y, y, samples_y, height)
+        for x in range(samples_x):
+            left, right, beyond, inside_x = _sample(edge_x, size_x, x, samples_x, width)
+            inside = exists & inside_x & inside_y
+            a = tl.load(pixels + top * width + left, mask=inside, other=0).to(tl.float32)
+            b = tl.load(pixels + top * width + right, mask=inside, other=0).to(tl.float32)
+            c = tl.load(pixels + bottom * width + left, mask=inside, other=0).to(tl.float32)
+            d = tl.load(pixels + bottom * width + right, mask=inside, other=0).to(tl.float32)
+            above, before = 1.0 - below, 1.0 - beyond
+            total += above * before * a + above * beyond * b + below * before * c + below * beyond * d
+    share = tl.div_rn(total, tl.maximum(samples_y * samples_x, 1).to(tl.float32))
+    tl.store(targets + roi * side * side + cell, share >= 0.5, mask=cell < side * side)
+
+
+@triton.jit
+def _grid(corner, cell, side):
+    """Return the samples in a cell on an axis, the size of a cell, and the edge of each cell."""
+    start = tl.load(corner).to(tl.float32) - 0.5
+    extent = tl.load(corner + 2).to(tl.float32) - 0.5 - start
+    size = tl.div_rn(extent, side.to(tl.float32))
+    return tl.ceil(size).to(tl.int32), size, start + cell.to(tl.float32) * size
+
+
+@triton.jit
+def _sample(edge, size, number, samples, limit):
+    """Return both neighbours of a sample on an axis, the distance from the first, and whether it counts."""
+    place = edge + tl.div_rn((tl.cast(number, tl.float32) + 0.5) * size, samples.to(tl.float32))
+    inside = (place >= -1.0) & (place <= limit.to(tl.float32))
+    place = tl.maximum(place, 0.0)
+    first = tl.minimum(place.to(tl.int32), limit - 1)
+    second = tl.minimum(first + 1, limit - 1)
+    return first, second, tl.where(first == second, 0.0, place - first.to(tl.float32)), inside

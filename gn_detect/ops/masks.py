@@ -1,4 +1,4 @@
-"""Masks in and out of boxes: training targets of each RoI, and predicted masks pasted into the image."""
+"""Masks of whole images: polygons drawn, and predicted masks pasted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-import torchvision
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,26 +30,6 @@ def rasterize_polygons(polygons: PolygonMask, height: int, width: int) -> np.nda
         return np.zeros((height, width), dtype=bool)
     rles = coco_mask.frPyObjects([p.tolist() for p in polygons], height, width)
     return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
-
-
-def crop_bitmaps(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Crop bitmaps by boxes and resize them with RoIAlign, as detectron2's BitMasks does.
-
-    Args:
-        bitmaps: (M, H, W) bool.
-        which: (N,) int64, the index of the bitmap of each box.
-        boxes: (N, 4) ``xyxy`` in pixels of the bitmaps.
-        side: size of the result.
-
-    Returns:
-        (N, side, side) bool, True if at least half of a cell is covered.
-    """
-    rois = torch.cat([which[:, None].to(boxes.dtype), boxes], dim=1)
-    return _align(bitmaps[:, None].to(boxes.dtype), rois, side)[:, 0] >= 0.5
-
-
-def _align(x: Tensor, rois: Tensor, side: int) -> Tensor:
-    return torchvision.ops.roi_align(x, rois, side, spatial_scale=1.0, sampling_ratio=0, aligned=True)
 
 
 def _interpolation_matrix(start: Tensor, stop: Tensor, cells: int, pixels: Tensor) -> Tensor:

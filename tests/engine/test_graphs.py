@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -119,10 +122,30 @@ def config(changes: dict[str, Any] | None = None) -> Config:
     return load_config("Base-RCNN-FPN.yaml").replace(TINY | (changes or {}))
 
 
+def spoiled(batch: list[Sample]) -> list[Sample]:
+    """The same batch with a pixel that is not finite, so neither are losses and gradients."""
+    image = batch[0].image.float()
+    image[0, 3, 3] = torch.inf
+    return [replace(batch[0], image=image), *batch[1:]]
+
+
+@dataclass
+class Step:
+    """What a step returns and leaves."""
+
+    losses: dict[str, float]
+    broken: bool
+    weights: dict[str, Tensor]
+    momentum: list[Tensor]
+
+
 def train(
-    cfg: Config, monkeypatch: pytest.MonkeyPatch, graphed: StepGraphs | None
-) -> tuple[list[float], MaskRCNN]:
-    """Losses of a training by the path of accelerators, and the model."""
+    cfg: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    graphed: StepGraphs | None,
+    batches: Sequence[list[Sample]] = BATCHES,
+) -> list[Step]:
+    """A training by the path of accelerators."""
     monkeypatch.setattr(MaskRCNN, "losses", lambda self, *batch: self.static_losses(self.prepare(*batch)))
     monkeypatch.setattr(roi_pooling, "roi_align", pool_all_levels)
     torch.manual_seed(0)
@@ -131,13 +154,23 @@ def train(
     state.graphs = graphed
     if graphed is not None and graphed.capture is graphs.capture:
         graphed.capture = fake_capture(model)
-    losses = []
-    for iteration, batch in enumerate(BATCHES):
+    steps = []
+    for iteration, batch in enumerate(batches):
         seed_iteration(1, iteration, 0)
-        found, broken = train_step(cfg, model, batch, state)
-        assert not broken
-        losses.append(sum(found.values()).item())
-    return losses, model
+        losses, broken = train_step(cfg, model, batch, state)
+        values = {name: loss.item() for name, loss in losses.items()}
+        momenta = tensors_of(list(state.optimizer.state.values()))
+        steps.append(Step(values, bool(broken), *deepcopy((model.state_dict(), momenta))))
+    return steps
+
+
+def assert_same(found: Sequence[Step], expected: Sequence[Step]) -> None:
+    """To the last bit; a loss that is not finite has no bits to compare."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.broken == theirs.broken
+        assert ours.broken or ours.losses == theirs.losses
+        torch.testing.assert_close(ours.weights, theirs.weights, rtol=0, atol=0)
+        torch.testing.assert_close(ours.momentum, theirs.momentum, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -153,20 +186,46 @@ def train(
 )
 def test_a_training_by_graphs_is_the_same(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, graphed = config(changes), StepGraphs()
-    expected, plain = train(cfg, monkeypatch, None)
-    found, model = train(cfg, monkeypatch, graphed)
+    expected = train(cfg, monkeypatch, None)
+    found = train(cfg, monkeypatch, graphed)
     assert graphed.replays > 2
     assert len(graphed.captured) == 2
-    assert found == expected
-    for name, value in plain.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
+    assert not any(step.broken for step in found)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        (1, {}),  # the step that is captured
+        (2, {"MODEL.RESNETS.NORM": "BN"}),
+        (2, {"SOLVER.OPTIMIZER": "AdamW", "SOLVER.BASE_LR": 0.0005}),
+    ],
+)
+def test_a_step_that_is_not_finite_is_skipped(
+    place: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, running statistics and momentum stay, and the next step does not see its gradients."""
+    cfg, graphed = config({"SOLVER.NON_FINITE": "skip", **changes}), StepGraphs()
+    batches = [BATCHES[i] for i in (0, 1, 2, 5)]
+    batches[place] = spoiled(batches[place])
+    expected = train(cfg, monkeypatch, None, batches)
+    found = train(cfg, monkeypatch, graphed, batches)
+    assert graphed.replays == 3
+    assert_same(found, expected)
+    assert [step.broken for step in found] == [i == place for i in range(4)]
+    before, skipped, after = found[place - 1 : place + 2]
+    assert not all(math.isfinite(loss) for loss in skipped.losses.values())
+    torch.testing.assert_close(skipped.weights, before.weights, rtol=0, atol=0)
+    torch.testing.assert_close(skipped.momentum, before.momentum, rtol=0, atol=0)
+    assert all(value.isfinite().all() for value in after.weights.values())
+    name = "backbone.fpn_output2.weight"
+    assert not torch.equal(after.weights[name], skipped.weights[name])
 
 
 def test_the_least_recently_used_graph_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, graphed = config(), StepGraphs(limit=1)
-    expected, _ = train(cfg, monkeypatch, None)
-    found, _ = train(cfg, monkeypatch, graphed)
-    assert found == expected
+    assert_same(train(cfg, monkeypatch, graphed), train(cfg, monkeypatch, None))
     assert len(graphed.captured) == 1
 
 
@@ -177,10 +236,9 @@ def test_a_capture_that_fails_is_reported_and_steps_go_on(
         raise RuntimeError("the stream is capturing\nand more")
 
     cfg, graphed = config(), StepGraphs(capture=fail)
-    expected, _ = train(cfg, monkeypatch, None)
+    expected = train(cfg, monkeypatch, None)
     with caplog.at_level(logging.WARNING):
-        found, _ = train(cfg, monkeypatch, graphed)
-    assert found == expected
+        assert_same(train(cfg, monkeypatch, graphed), expected)
     assert [r.message for r in caplog.records] == [
         "a CUDA graph cannot be captured, so steps go on without: the stream is capturing"
     ]
@@ -196,9 +254,9 @@ class Stale(StepGraphs):
 
 
 def test_the_fake_graph_shows_stale_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, _ = train(config(), monkeypatch, None)
-    found, _ = train(config(), monkeypatch, Stale())
-    assert found != expected
+    expected = train(config(), monkeypatch, None)
+    found = train(config(), monkeypatch, Stale())
+    assert [step.losses for step in found] != [step.losses for step in expected]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Compile the kernels of NMS, matching and RoIAlign for a GPU that need not be there, and print JSON lines.
+"""Compile the kernels around the norms for a GPU that need not be there, and print JSON lines.
 
     python tests/ops/compile_box_kernels.py ARCHITECTURE
 
-Each line: kernel, types of its tensors, memory order, registers a thread, bytes spilt, warps, widest load in
-bytes, whether products and sums are fused, and atomic operations.
+Each line: kernel, types of its tensors, memory order, registers a thread, bytes spilt, warps, widest load and
+store in bytes, whether products and sums are fused, and atomic operations.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from compile_kernels import TYPES, Call, Recorder, resources, widest
 
-from gn_detect.ops import matching_triton, nms_triton, roi_align_triton
+from gn_detect.ops import mask_targets_triton, matching_triton, nms_triton, normalize_triton, roi_align_triton
 
-TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
+TYPES |= {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 STRIDES = [4, 8, 16, 32]
 
 
@@ -35,12 +35,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def record() -> list[Any]:
-    """The launches of NMS, matching and RoIAlign, forward and backward, on tensors without memory."""
+    """The launches of a step but for those of the norms, on tensors without memory."""
     calls: list[Any] = []
     for module, names in {
         nms_triton: ("compare_boxes", "settle"),
         matching_triton: ("find_objects", "compare_with_highest"),
         roi_align_triton: ("pool", "add_gradient"),
+        mask_targets_triton: ("crop_roi",),
+        normalize_triton: ("normalize",),
     }.items():
         for name in names:
             setattr(module, name, Recorder(name, getattr(module, name), calls))
@@ -50,6 +52,12 @@ def record() -> list[Any]:
         objects = meta(2, room, 4), meta(2, room, dtype=torch.bool)
         matching_triton.match_boxes_padded(*objects, meta(1 if keep_best else 2, count, 4), keep_best)
     index = meta(512, dtype=torch.int64)
+    mask_targets_triton.crop(meta(256, 800, 1344, dtype=torch.bool), index, meta(512, 4), 28)
+    pixels, places = meta(6_400_000, dtype=torch.uint8), meta(2, 3, dtype=torch.int64)
+    for last in (False, True):
+        order = torch.channels_last if last else torch.contiguous_format
+        batch = meta(2, 3, 800, 1344).contiguous(memory_format=order)
+        normalize_triton.normalize_images(pixels, places, meta(3, 1, 1), meta(3, 1, 1), batch, last)
     for dtype in (torch.bfloat16, torch.float32):
         for side, last in ((7, False), (7, True), (14, False), (14, True)):
             shapes = [(800 // s, 1344 // s) for s in STRIDES]
@@ -76,6 +84,8 @@ def compile_call(call: Call, architecture: int) -> Any:
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": call.warps, "enable_fp_fusion": named.get("enable_fp_fusion", True)}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -95,6 +105,7 @@ def main(architecture: int) -> None:
             "spilt": spilt,
             "warps": call.warps,
             "load": widest(ptx, "ld"),
+            "store": widest(ptx, "st"),
             "fused": "fma.rn" in ptx,
             "atomics": sorted(set(re.findall(r"\b(?:red|atom)\.[\w.:]+", ptx))),
         }

@@ -23,13 +23,16 @@ def test_kernels_compile(architecture: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = {"compare_boxes", "settle", "find_objects", "compare_with_highest", "pool", "add_gradient"}
+    names |= {"crop_roi", "normalize"}
     assert {k["kernel"] for k in kernels} == names
     for kernel in kernels:
         assert kernel["spilt"] == 0, kernel
         assert kernel["registers"] * kernel["warps"] * 32 <= 65536, kernel
-        if kernel["kernel"] in ("compare_boxes", "find_objects", "compare_with_highest"):
+        if kernel["kernel"] in ("compare_boxes", "find_objects", "compare_with_highest", "crop_roi"):
             assert not kernel["fused"], "torchvision rounds each product"
-        if kernel["channels_last"]:
+        if kernel["kernel"] == "normalize":
+            assert kernel["store"] == 16, kernel
+        elif kernel["channels_last"]:
             assert kernel["load"] == 16, kernel
         if kernel["kernel"] == "add_gradient":
             vector = ".v4" if kernel["channels_last"] and architecture == "90" else ""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import roi_align
 
-from gn_detect.ops.mask_targets import PaddedMasks, mask_targets, pad_masks
-from gn_detect.ops.masks import crop_bitmaps
+from gn_detect.ops.mask_targets import PaddedMasks, crop_bitmaps, mask_targets, pad_masks
 from gn_detect.structures import PolygonMask
 
 Case = tuple[list[PolygonMask], np.ndarray, np.ndarray]
@@ -83,6 +87,64 @@ def test_the_kernel_draws_the_same(side: int, seeds: range) -> None:
         assert np.array_equal(drawn, by_pycocotools(case, side)), seed
 
 
+def crop_case(seed: int, size: tuple[int, int], rois: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise, the bitmap of each RoI, -1 for one without, and boxes that also leave the image."""
+    generator = torch.Generator().manual_seed(seed)
+    bitmaps = torch.rand(5, *size, generator=generator) < 0.5
+    which = torch.randint(-1, 5, (rois,), generator=generator)
+    limit = torch.tensor(size).flip(0)
+    corner = (torch.rand(rois, 2, generator=generator) * 1.4 - 0.4) * limit
+    boxes = torch.cat([corner, corner + torch.rand(rois, 2, generator=generator) * limit], dim=1)
+    boxes[::2] = boxes[::2].round()  # a share of exactly one half is frequent
+    boxes[0, 2:] = boxes[0, :2]  # no area
+    boxes[1] = torch.cat([-limit, 2 * limit])
+    return bitmaps, which, boxes
+
+
+def cropped_by_torchvision(bitmaps: Tensor, which: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """detectron2's way, with all bitmaps in float32; shares of the cells."""
+    rois = torch.cat([which[:, None].clamp(min=0).float(), boxes], dim=1)
+    shares = roi_align(bitmaps[:, None].float(), rois, side, sampling_ratio=0, aligned=True)[:, 0]
+    return torch.where((which >= 0)[:, None, None], shares, 0)
+
+
+CROPS = [(0, (40, 56), 28, 4), (1, (33, 1), 7, 8), (2, (1, 50), 5, 8), (3, (30, 40), 9, 6)]
+
+
+@pytest.mark.parametrize(("seed", "size", "side", "rois"), CROPS)
+def test_the_kernel_crops_as_torchvision(seed: int, size: tuple[int, int], side: int, rois: int) -> None:
+    kernels = pytest.importorskip("gn_detect.ops.mask_targets_triton", exc_type=ImportError)
+    case = crop_case(seed, size, rois)
+    shares = cropped_by_torchvision(*case, side)
+    assert 0 < (shares >= 0.5).sum() < shares.numel()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert torch.equal(kernels.crop(*(t.to(device) for t in case), side).cpu(), shares >= 0.5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest floating-point result of an operator."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.bytes = max(self.bytes, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("fits", [1, 2, 5])
+def test_bitmaps_are_cropped_in_bounded_memory(fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = crop_case(0, (60, 90), 30)
+    most = 4 * 60 * 90 * fits
+    module = import_module("gn_detect.ops.mask_targets")  # a function has this name, too
+    monkeypatch.setattr(module, "_FLOAT_BYTES", most)
+    with Largest() as largest:
+        found = module._crop_some_at_a_time(*case, 7)
+    assert torch.equal(found, cropped_by_torchvision(*case, 7) >= 0.5)
+    assert 0 < largest.bytes <= most
+
+
 def test_bitmaps_and_polygons_in_one_batch() -> None:
     random = np.random.default_rng(0)
     bitmap, small = torch.rand(60, 90) > 0.5, torch.rand(30, 40) > 0.5
@@ -116,3 +178,4 @@ def test_the_operator_is_well_formed() -> None:
     torch.library.opcheck(
         torch.ops.gn_detect.draw_polygons, (masks.corners, masks.polygons, masks.objects, which, boxes, 28)
     )
+    torch.library.opcheck(torch.ops.gn_detect.crop_bitmaps, (*crop_case(0, (20, 30), 4), 7))
