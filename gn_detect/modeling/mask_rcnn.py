@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from ..distributed.group import world_size
 from ..ops import clip_boxes, normalize_images, paste_masks, scale_boxes
 from ..structures import Detections, Target
 from . import static
@@ -153,6 +154,8 @@ class MaskRCNN(nn.Module):
         device = self.device.type
         if not torch.is_autocast_enabled(device) or self.backbone._compiled_call_impl is not None:
             return contextlib.nullcontext()
+        if world_size() > 1 and not torch.cuda.is_current_stream_capturing():
+            return contextlib.nullcontext()  # DDP exchanges gradients while the others are computed
         # The rows of the mask predictor are gathered, and their gradients are added in the weight's dtype.
         gathered = self.roi_heads.mask_head and self.roi_heads.mask_head.predictor
         return half_weights(self, torch.get_autocast_dtype(device), without=gathered)
