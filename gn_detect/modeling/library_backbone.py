@@ -148,7 +148,7 @@ def _has_timm() -> bool:
 
 
 def _torchvision_names() -> list[str]:
-    return torchvision.models.list_models(module=torchvision.models)  # type: ignore[no-any-return]
+    return torchvision.models.list_models(module=torchvision.models)
 
 
 def build_library_backbone(
@@ -200,6 +200,29 @@ def build_library_backbone(
     return LibraryBackbone(trunk, run, names, model), features
 
 
+def has_batch_norm(library: str, model: str) -> bool:
+    """Return whether a network has BatchNorms, which ``MODEL.BACKBONE.NORM`` can replace.
+
+    Raises:
+        UserError: there is no such network, or timm is not installed.
+    """
+    check_name(library, model)
+    with torch.device("meta"):  # no memory is taken, and no random number drawn
+        network = create_network(library, model)
+    return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+def make_library_backbone(cfg: Config) -> LibraryBackbone:
+    """Build the network of ``MODEL.BACKBONE.MODEL`` with the library's own norms, all trained.
+
+    Raises:
+        UserError: see :func:`build_library_backbone`.
+    """
+    keys = {"NORM": "keep", "FREEZE_AT": 0, "ACTIVATION_CHECKPOINTING": False}
+    cfg = cfg.replace({f"MODEL.BACKBONE.{key}": value for key, value in keys.items()})
+    return build_library_backbone(cfg, lambda channels: None)[0]
+
+
 def create_network(library: str, model: str, drop_path_rate: float = 0.0) -> nn.Module:
     """Return the library's classifier with random weights.
 
@@ -227,7 +250,11 @@ def _create(library: str, model: str, options: dict[str, Any]) -> nn.Module:
         return network
     if model in ("googlenet", "inception_v3"):
         options = options | {"aux_logits": False, "init_weights": True}
-    return torchvision.models.get_model(model, weights=None, **options)
+    try:
+        return torchvision.models.get_model(model, weights=None, **options)
+    except NotImplementedError:  # RegNets compute their widths by tensors, which have no values on "meta"
+        with torch.device("cpu"):
+            return torchvision.models.get_model(model, weights=None, **options).to("meta")
 
 
 @dataclass(frozen=True)
@@ -390,10 +417,10 @@ def _or_none(module: Any) -> nn.Module | None:
 
 def _synchronised(old: nn.BatchNorm2d) -> nn.Module:
     if not _has_activation(old):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(old)  # type: ignore[no-any-return]
+        return nn.SyncBatchNorm.convert_sync_batchnorm(old)
     from timm.layers import convert_sync_batchnorm
 
-    return convert_sync_batchnorm(old)  # type: ignore[no-any-return]
+    return convert_sync_batchnorm(old)
 
 
 def _set_checkpointing(trunk: Any, model: str) -> None:
