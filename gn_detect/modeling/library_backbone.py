@@ -27,7 +27,9 @@ from .resnet import STAGES, NormFactory
 if TYPE_CHECKING:
     from ..config import Config
 
-TRIAL_SIDE = 64  # pixels of the image on which a network is tried, a multiple of the largest stride
+# Height and width of the image on which a network is tried: multiples of 32, and not both of 64, which some
+# networks round images up to.
+TRIAL = (64, 96)
 
 # A container of modules whose outputs have so many strides is the network itself, and not a stage of it.
 _TRUNK_STRIDES = 3
@@ -185,8 +187,8 @@ def build_library_backbone(
                 "MODEL.BACKBONE.FREEZE_AT to a stage that it has",
             )
     outputs = [found[stride].output for stride in strides]
-    frozen = _used(network, [found[frozen_at].output]) if frozen_at else set()
-    used = _used(network, outputs)
+    frozen = _used([found[frozen_at].output]) if frozen_at else set()
+    used = _used(outputs)
     with _trying(library, model):
         trunk, run = _cut(network, [found[stride].place for stride in strides], names)
     for parameter in trunk.parameters():
@@ -269,24 +271,22 @@ def _locate(network: nn.Module) -> dict[int, _Feature]:
     """Return the last feature of each stride of 2 to 32 that the network has, on a small image."""
     training = network.training
     network.eval()  # no running statistics change, and no random number is drawn
-    # Gradients tell which parameters a feature depends on.
+    # The graph for gradients tells which parameters a feature depends on.
     with torch.enable_grad():
-        x = torch.zeros(1, 3, TRIAL_SIDE, TRIAL_SIDE)
+        x = torch.zeros(1, 3, *TRIAL)
         locate = _locate_timm if hasattr(network, "pretrained_cfg") else _locate_torchvision
         found: dict[int, _Feature] = {}
         for place, output in locate(network, x):
-            side = output.shape[-1]
-            stride = TRIAL_SIDE // side if side else 0
-            exact = output.shape[-2:] == (side, side) and stride * side == TRIAL_SIDE
-            if exact and stride in (2, 4, 8, 16, 32):
-                found[stride] = _Feature(place, output)
+            for stride in (2, 4, 8, 16, 32):
+                if tuple(output.shape[-2:]) == tuple(side // stride for side in TRIAL):
+                    found[stride] = _Feature(place, output)
     network.train(training)
     return dict(sorted(found.items()))
 
 
 def _locate_timm(network: Any, x: Tensor) -> Iterator[tuple[int, Tensor]]:
     outputs = network.forward_intermediates(x, intermediates_only=True, output_fmt="NCHW")
-    return enumerate(output for output in outputs if output.dim() == 4)
+    return ((place, output) for place, output in enumerate(outputs) if output.dim() == 4)
 
 
 def _locate_torchvision(network: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -327,12 +327,20 @@ def _locate_torchvision(network: nn.Module, x: Tensor) -> Iterator[tuple[str, Te
     return ((name, output) for name, output in outputs.items() if name in wanted)
 
 
-def _used(network: nn.Module, outputs: list[Tensor]) -> set[nn.Parameter]:
-    """Return the parameters that ``outputs`` depend on."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    sums = [output.sum() for output in outputs]
-    gradients = torch.autograd.grad(sums, parameters, retain_graph=True, allow_unused=True)
-    return {p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+def _used(outputs: list[Tensor]) -> set[nn.Parameter]:
+    """Return the parameters that ``outputs`` depend on, by the graph of their computation."""
+    waiting: list[Any] = [output.grad_fn for output in outputs]
+    seen: set[Any] = set()
+    found: set[nn.Parameter] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # the end of the graph, where a gradient is stored
+            found.add(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return found
 
 
 def _cut(
