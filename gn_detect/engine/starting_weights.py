@@ -15,6 +15,7 @@ from ..weights import (
     load_weights,
     norm_settings,
     read_checkpoint,
+    refuse_other_padding,
     trunk_of,
     trunk_tensors,
 )
@@ -39,6 +40,7 @@ def read_starting_weights(cfg: Config) -> tuple[Checkpoint, list[str]]:
     checkpoint = read_checkpoint(cfg.model.weights)
     if cfg.model.backbone.name not in LIBRARY_BACKBONES or cfg.model.backbone.norm != "GN":
         return checkpoint, []
+    refuse_other_padding(cfg, checkpoint)
     original = make_library_backbone(cfg)
     theirs, left_out = trunk_tensors(checkpoint, original.trunk.state_dict().keys())
     if not any(name.endswith(".running_var") for name in theirs):

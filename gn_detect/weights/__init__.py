@@ -15,7 +15,7 @@ from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
 from .metadata import USUAL_EPS, CheckpointMetadata
 from .mmdetection_config import standardised_convs
-from .names.library import library_convention, trunk_of, trunk_tensors
+from .names.library import library_convention, refuse_other_padding, trunk_of, trunk_tensors
 from .names.resnet import COCO_IDS
 from .names.torchvision import computes_with_eps_0
 from .norm_settings import (
@@ -53,6 +53,7 @@ __all__ = [
     "norms_of_unspecified_groups",
     "read_architecture",
     "read_checkpoint",
+    "refuse_other_padding",
     "save_weights",
     "set_norm_eps",
     "standardised_convs",

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..text import printable
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
-from .names.library import library_convention, trunk_of, trunk_tensors
+from .names.library import library_convention, refuse_other_padding, trunk_of, trunk_tensors
 from .norm_settings import norms_of, refuse_lost_norms, refuse_other_groups, set_norm_eps
 from .translate import BACKBONE, CLASSIFIER, Translation, translate
 
@@ -178,6 +178,8 @@ def _translated(checkpoint: Checkpoint, own: dict[str, Tensor], config: Config |
     """Give tensors the model's names. If most names fit as they are, they stay: any module may be loaded."""
     trunk = trunk_of(own)
     if trunk is not None and trunk_of(checkpoint.tensors) is None:  # a classifier, for a library's backbone
+        if config is not None:
+            refuse_other_padding(config, checkpoint)
         names = {name.removeprefix(trunk) for name in own if name.startswith(trunk)}
         tensors, left_out = trunk_tensors(checkpoint, names)
         tensors = {trunk + name: tensor for name, tensor in tensors.items()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ...config.schema import LIBRARY_BACKBONES
+from ...errors import UserError
 from ..checkpoint import Checkpoint
 from ..convention import TORCHVISION, InputConvention
 
@@ -86,6 +87,21 @@ def _efficientnet_names(names: Collection[str], own: Collection[str]) -> dict[st
             if block[2] in layers:
                 translated[name] = f"{blocks[int(block[1])]}{layers[block[2]]}.{leaf}"
     return translated
+
+
+def refuse_other_padding(cfg: Config, checkpoint: Checkpoint) -> None:
+    """Refuse weights of efficientnet_pytorch for a network of timm that pads and normalises in another way.
+
+    Raises:
+        UserError: ``MODEL.BACKBONE.MODEL`` is not one of timm's ``tf_`` networks.
+    """
+    model = cfg.model.backbone.model
+    if "_conv_stem.weight" in checkpoint.tensors and model and not model.startswith("tf_"):
+        raise UserError(
+            "other-network",
+            f"{checkpoint.path} is of efficientnet_pytorch, which pads and normalises as TensorFlow does; "
+            f"{model} would load it and compute something else; set MODEL.BACKBONE.MODEL tf_{model} of timm",
+        )
 
 
 def library_convention(cfg: Config) -> InputConvention | None:
