@@ -35,6 +35,7 @@ from .weights import (
     group_keys,
     implied_keys,
     known_config,
+    library_config,
     load_weights,
     norm_metadata,
     norm_settings,
@@ -149,6 +150,8 @@ def convert_checkpoint(
         [source, converted, weights, images, config_file],
     )
     is_model = not Path(source).exists() and is_library_model(source)
+    if not is_model and not config:  # its own: only the library can build the model
+        config = library_config(read_checkpoint(source))
     if weights and not is_model:
         raise UserError("conflicting-flags", f"--weights is for the name of a model, and {source} is none")
     if images and not config and not is_model:
@@ -212,6 +215,8 @@ def convert_checkpoint(
         if picture:
             report.draw(picture)
     usage = _usage(target, groups, for_config, for_module, has_eps=bool(metadata.group_norm_eps))
+    if is_model:
+        usage += f"; or, as a detector's backbone, gn-detect train --backbone {source} --weights {target}"
     return CheckpointReport(**vars(report), weights=str(target), usage=usage, fixed_keys=fixed_keys)
 
 

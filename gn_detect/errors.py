@@ -100,6 +100,8 @@ Code = Literal[
     "other-norm",
     "other-groups",
     "other-input",
+    "unknown-backbone",
+    "unfit-backbone",
     # conversion to GroupNorm
     "no-batchnorm",
     "unconvertible-norm",

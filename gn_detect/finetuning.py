@@ -12,7 +12,7 @@ from typing import Any, cast
 from .config import Config
 from .distributed.group import is_main
 from .engine import Predictor, train
-from .engine.autoconfig import OUTPUT, choose_config, with_datasets
+from .engine.autoconfig import OUTPUT, backbone_keys, choose_config, with_datasets
 from .engine.pretrained import as_pairs
 from .errors import UserError
 from .progress import fitted
@@ -56,6 +56,7 @@ def finetune(
     val_images: PathLike | None = None,
     *,
     weights: PathLike = "",
+    backbone: str = "",
     output_dir: PathLike = OUTPUT,
     overrides: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -71,6 +72,8 @@ def finetune(
         val_json: COCO annotations to evaluate on.
         val_images: folder of their images.
         weights: a starting point: a file, ``zoo://NAME`` or a URL; from scratch by default.
+        backbone: a network of torchvision or timm, such as ``mobilenet_v2`` or ``timm/resnet26d``;
+            ``weights`` is then a file of its classifier, or empty.
         output_dir: the run's folder.
         overrides: config keys, such as ``{"SOLVER.MAX_ITER": 500}``: they win, and the other choices follow.
         resume: continue the run in ``output_dir``.
@@ -81,7 +84,7 @@ def finetune(
     """
     if (val_json is None) != (val_images is None):
         raise UserError("lone-flag", "val_json and val_images belong together; give both")
-    keys = {**(overrides or {}), "OUTPUT_DIR": output_dir}
+    keys = {**(backbone_keys(backbone) if backbone else {}), **(overrides or {}), "OUTPUT_DIR": output_dir}
     if weights:
         keys["MODEL.WEIGHTS"] = weights
     cfg, recipe = choose_config(train_json, train_images, as_pairs(keys), has_val=val_json is not None)

@@ -119,6 +119,7 @@ def test_tested_versions_satisfy_what_the_package_asks_for(repository: Path, pro
     assert len(pins) == sum(bool(line) and line[0] != "#" for line in lines)
     wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["fast-eval"]]
     wanted += project["project"]["optional-dependencies"]["onnx"]
+    wanted += project["project"]["optional-dependencies"]["timm"]
     wanted += project["project"]["optional-dependencies"]["dev"]
     for requirement in wanted:
         name, _, bound = requirement.lower().partition(">=")

@@ -73,6 +73,34 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_backbone_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help="network of torchvision or timm with an FPN, such as mobilenet_v2, torchvision/resnet50 or "
+        "timm/resnet26d; --weights then is a file of its classifier",
+    )
+
+
+def take_backbone(args: argparse.Namespace) -> None:
+    """Turn ``--backbone NAME`` into ``MODEL.BACKBONE.NAME`` and ``MODEL.BACKBONE.MODEL``.
+
+    Raises:
+        UserError: there is no such network, or one of the keys is given, too.
+    """
+    if not args.backbone:
+        return
+    from ..engine.autoconfig import backbone_keys
+
+    keys = backbone_keys(args.backbone)
+    if twice := [key for key in keys if key in args.overrides[::2]]:
+        raise UserError(
+            "conflicting-flags",
+            f"--backbone {args.backbone} and {twice[0]} name the same thing; give one",
+        )
+    args.overrides = [*(word for pair in keys.items() for word in pair), *args.overrides]
+
+
 def take_weights(args: argparse.Namespace) -> None:
     """Turn ``--weights W`` into ``MODEL.WEIGHTS W``.
 
@@ -119,6 +147,7 @@ def read_config(args: argparse.Namespace) -> Config:
         UserError: there is no config file, or something in it, in the keys or in the flags is wrong.
     """
     take_weights(args)
+    take_backbone(args)
     if not args.config_file and args.train_json and not args.eval_only:
         from .own_data import choose_config
 

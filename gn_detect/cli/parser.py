@@ -60,6 +60,7 @@ _HABITS: dict[str, tuple[str, ...]] = {
         "MODEL.WEIGHTS",
     ),
     "model": ("--weights", "MODEL.WEIGHTS"),
+    "arch architecture encoder": ("--backbone", "MODEL.BACKBONE.MODEL"),
     "resume-from auto-resume": ("--resume", "MODEL.WEIGHTS"),
     "test-only evaluate eval val validate": ("--eval-only",),
     "classes num-classes nc": ("MODEL.ROI_HEADS.NUM_CLASSES",),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..text import printable
 from .options import (
+    add_backbone_argument,
     add_config_arguments,
     add_data_arguments,
     add_fix_argument,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 gn-detect train --train-json train.json --train-images images --val-json val.json --val-images images
 gn-detect train --train-json train.json --train-images images --weights zoo://R-50-GN OUTPUT_DIR runs/one
+gn-detect train --train-json train.json --train-images images --backbone mobilenet_v2 --weights FILE.pth
 gn-detect train --config-file quick/demo.yaml SOLVER.MAX_ITER 100
 gn-detect train --config-file runs/one/config.yaml --resume
 gn-detect train --config-file GN/mask_rcnn_R_50_FPN_2x_gn.yaml --num-gpus 8
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launch_arguments(parser)
     add_data_arguments(parser)
     add_weights_argument(parser)
+    add_backbone_argument(parser)
     add_fix_argument(parser)
     add_config_arguments(parser)
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .schema import Root
+from .schema import LIBRARY_BACKBONES, Root
+
+
+def has_fpn(root: Root) -> bool:
+    """Return whether the backbone has a feature pyramid."""
+    return root.model.backbone.name.endswith("_fpn_backbone")
 
 
 def unread_groups(root: Root) -> Iterator[str]:
     """Yield keys, and groups of keys, that the chosen architecture does not read: they may hold anything."""
     model = root.model
-    if model.backbone.name == "build_resnet_backbone":
+    if not has_fpn(root):
         yield "MODEL.FPN"
+    if model.backbone.name in LIBRARY_BACKBONES:
+        yield "MODEL.RESNETS.NORM"
     if model.roi_heads.name == "Res5ROIHeads":  # both branches share one pooler and res5
         yield from ("MODEL.ROI_BOX_HEAD.NAME", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.POOLER_TYPE")
     if not model.mask_on:
@@ -50,6 +57,13 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
 
 def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
     resnets = root.model.resnets
+    if root.model.backbone.name in LIBRARY_BACKBONES:
+        yield from _library_conflicts(root)
+        return
+    for name, default in (("model", ""), ("norm", "keep"), ("drop_path_rate", 0.0)):
+        if getattr(root.model.backbone, name) != default:
+            complaint = "is for a NAME with timm or torchvision, such as build_timm_fpn_backbone"
+            yield f"MODEL.BACKBONE.{name.upper()}", complaint
     if root.model.backbone.activation_checkpointing and resnets.norm in ("BN", "SyncBN"):
         complaint = "needs a MODEL.RESNETS.NORM without running statistics, which would be updated twice"
         yield "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING", f"{complaint}; choose GN"
@@ -61,10 +75,21 @@ def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
         if root.model.roi_heads.name == "Res5ROIHeads":
             yield "MODEL.RESNETS.DEPTH", "must be 50 or more for Res5ROIHeads, whose blocks are bottlenecks"
     if resnets.res5_dilation != 1:
-        if root.model.backbone.name == "build_resnet_fpn_backbone":
+        if has_fpn(root):
             yield "MODEL.RESNETS.RES5_DILATION", "must be 1 with an FPN, whose levels differ in stride"
         elif "res5" not in resnets.out_features:
             yield "MODEL.RESNETS.RES5_DILATION", "must be 1 where the backbone ends before res5"
+
+
+def _library_conflicts(root: Root) -> Iterator[tuple[str, str]]:
+    backbone = root.model.backbone
+    if not backbone.model:
+        yield "MODEL.BACKBONE.MODEL", f"must name a network of {LIBRARY_BACKBONES[backbone.name]}"
+    if root.model.roi_heads.name == "Res5ROIHeads":
+        complaint = "needs the blocks of build_resnet_backbone; choose StandardROIHeads"
+        yield "MODEL.ROI_HEADS.NAME", complaint
+    if backbone.activation_checkpointing and LIBRARY_BACKBONES[backbone.name] == "torchvision":
+        yield "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING", "is not in torchvision's networks; take timm's"
 
 
 def _feature_conflicts(root: Root) -> Iterator[tuple[str, str]]:
@@ -72,8 +97,8 @@ def _feature_conflicts(root: Root) -> Iterator[tuple[str, str]]:
     model = root.model
     existing = set(model.resnets.out_features)
     source = "MODEL.RESNETS.OUT_FEATURES"
-    has_fpn = model.backbone.name == "build_resnet_fpn_backbone"
-    if has_fpn:
+    pyramid = has_fpn(root)
+    if pyramid:
         if not model.fpn.in_features or not set(model.fpn.in_features) <= existing:
             yield "MODEL.FPN.IN_FEATURES", f"must name some of {source} ({', '.join(sorted(existing))})"
             return
@@ -83,9 +108,9 @@ def _feature_conflicts(root: Root) -> Iterator[tuple[str, str]]:
             return
         existing = {f"p{level}" for level in [*levels, levels[-1] + 1]}
         source = "the FPN"
-    pools_one = not has_fpn or model.roi_heads.name == "Res5ROIHeads"
+    pools_one = not pyramid or model.roi_heads.name == "Res5ROIHeads"
     for names, key, one in (
-        (model.rpn.in_features, "MODEL.RPN.IN_FEATURES", not has_fpn),
+        (model.rpn.in_features, "MODEL.RPN.IN_FEATURES", not pyramid),
         (model.roi_heads.in_features, "MODEL.ROI_HEADS.IN_FEATURES", pools_one),
     ):
         if not set(names) <= existing:

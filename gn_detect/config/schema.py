@@ -17,7 +17,14 @@ from pydantic.fields import FieldInfo
 from .types import NEVER_READ, Section, as_names, as_tuple, from_text, key, only, unread
 
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")
-BACKBONES = ("build_resnet_backbone", "build_resnet_fpn_backbone")
+RESNET_BACKBONES = ("build_resnet_backbone", "build_resnet_fpn_backbone")
+LIBRARY_BACKBONES = {
+    "build_torchvision_backbone": "torchvision",
+    "build_torchvision_fpn_backbone": "torchvision",
+    "build_timm_backbone": "timm",
+    "build_timm_fpn_backbone": "timm",
+}  # name -> library of the network
+BACKBONES = (*RESNET_BACKBONES, *LIBRARY_BACKBONES)
 ROI_HEADS = ("StandardROIHeads", "Res5ROIHeads")
 POOLERS = ("ROIAlignV2", "ROIAlign")
 MATCH_LABELS = "0 background, -1 ignored, 1 object, for each range of IOU_THRESHOLDS."
@@ -129,13 +136,27 @@ DatasetNames = Annotated[Names, AfterValidator(_folder_names)]
 class Backbone(Section):
     name: Str = key(
         "build_resnet_backbone",
-        "build_resnet_fpn_backbone adds a feature pyramid; build_resnet_backbone (C4, DC5) has none.",
+        "build_resnet_fpn_backbone adds a feature pyramid; build_resnet_backbone (C4, DC5) has none; with "
+        "torchvision or timm in place of resnet, the network that MODEL.BACKBONE.MODEL names.",
         BACKBONES,
+    )
+    model: Str = key(
+        "",
+        "Network of torchvision (mobilenet_v2) or timm (mobilenetv2_100), as NAME says; weights are a file.",
+    )
+    norm: Literal["keep", "FrozenBN", "SyncBN", "GN"] = key(
+        "keep",
+        "The BatchNorms of MODEL.BACKBONE.MODEL: as the library builds them, or these in their place; GN "
+        "converts the BatchNorms of MODEL.WEIGHTS while they are loaded. Other norms stay.",
+    )
+    drop_path_rate: Float = key(
+        0.0, "Largest part of the samples for which a block of MODEL.BACKBONE.MODEL is left out.", ge=0, lt=1
     )
     freeze_at: Int = key(
         2,
-        "Parts that are not trained: 0 none, 1 the stem, 2 the stem and res2, ...; set it to 0 to train from "
-        "random weights (gn-detect train without --config-file does).",
+        "Parts that are not trained: 0 none, 1 the stem, 2 the stem and res2, ...; of MODEL.BACKBONE.MODEL "
+        "all up to the feature of stride 2, 4, ...; set it to 0 to train from random weights (gn-detect "
+        "train without --config-file does).",
         ge=0,
         le=5,
     )
@@ -144,7 +165,12 @@ class Backbone(Section):
 
 class ResNets(Section):
     depth: Depth = key(50, "Layers of the ResNet.")
-    out_features: Stages = key(("res4",), "Stages that the backbone returns; the last ends it.", min_length=1)
+    out_features: Stages = key(
+        ("res4",),
+        "Stages that the backbone returns; the last ends it. Of MODEL.BACKBONE.MODEL res2 to res5 are the "
+        "last features of stride 4 to 32.",
+        min_length=1,
+    )
     num_groups: Channels = key(1, "Groups of the 3x3 convolutions (ResNeXt's cardinality); unrelated to GN.")
     norm: Str = key("FrozenBN", "Norm of the backbone.", NORMS)
     width_per_group: Channels = key(64, "Channels of the 3x3 convolutions of res2, for each group.")

@@ -13,13 +13,23 @@ import numpy as np
 import torch
 
 from ..config import load_config, read_overrides
+from ..config.schema import LIBRARY_BACKBONES
 from ..data.augmentation import shortest_edge_size
 from ..data.coco.dataset import CocoDataset
 from ..data.datasets import DatasetSource
 from ..distributed.group import uses_cuda
 from ..errors import UserError
+from ..modeling import find_library, has_batch_norm
 from ..text import printable
-from ..weights import Architecture, implied_keys, read_architecture, read_checkpoint
+from ..weights import (
+    Architecture,
+    Checkpoint,
+    implied_keys,
+    library_config,
+    read_architecture,
+    read_checkpoint,
+    unspecified_keys,
+)
 from .pretrained import BASE_C4, BASE_FPN, as_pairs
 
 if TYPE_CHECKING:
@@ -268,6 +278,9 @@ def _classes(recipe: Recipe) -> None:
         recipe.choose("masks", "no object has a segmentation: boxes alone", {"MODEL.MASK_ON": False})
 
 
+# From random weights the mean and deviation bring pixels to about -2 ... 2.
+RANDOM_STD = [57.375, 57.12, 58.395]
+
 # The paper's detector: GN in all parts, and 4conv1fc in the box head.
 GN_EVERYWHERE = {
     "MODEL.RESNETS.NORM": "GN",
@@ -280,8 +293,69 @@ GN_EVERYWHERE = {
 }
 
 
+# Heads that start afresh and are narrow enough for a CPU.
+NARROW_HEADS = {
+    "MODEL.FPN.OUT_CHANNELS": 64,
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": 64,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 256,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 64,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 128,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 128,
+}
+
+# Groups of at least 16 channels: a library's networks have layers that 32 groups do not divide.
+LIBRARY_GROUPS = {"MODEL.GN.NUM_GROUPS": 32, "MODEL.GN.MIN_CHANNELS_PER_GROUP": 16}
+
+
+def _library_model(recipe: Recipe, weights: str) -> None:
+    """Choose the keys for ``MODEL.BACKBONE.MODEL``, a library's network, with heads that start afresh."""
+    keys = {"MODEL.WEIGHTS": weights, "MODEL.BACKBONE.FREEZE_AT": 0} | GN_EVERYWHERE | LIBRARY_GROUPS
+    keys |= {} if recipe.machine.on_gpu else NARROW_HEADS
+    name, model = recipe.given["MODEL.BACKBONE.NAME"], recipe.given.get("MODEL.BACKBONE.MODEL", "")
+    library = LIBRARY_BACKBONES[name]
+    if recipe.architecture is not None:
+        keys |= recipe.architecture.keys
+    else:
+        keys["MODEL.PIXEL_STD"] = RANDOM_STD
+        keys["MODEL.BACKBONE.NORM"] = "GN" if model and has_batch_norm(library, model) else "keep"
+    recipe.set(keys)
+    norms = "with GN" if recipe.keys["MODEL.BACKBONE.NORM"] == "GN" else "with its own norms"
+    reason = f"{library}'s {model} {norms}, FPN and heads with GN"
+    reason += "" if recipe.machine.on_gpu else ", narrow enough for a CPU"
+    if recipe.architecture is None:
+        reason += ", from random weights; --weights FILE of its classifier needs fewer images and iterations"
+    elif recipe.architecture.norm == "BN":
+        reason += "; the BatchNorms of the weights are converted while they are loaded (gn-detect convert "
+        reason += "--images calibrates them first, which keeps more of their function)"
+    recipe.choose("model", reason, {"MODEL.BACKBONE.MODEL": model})
+
+
+def backbone_keys(name: str) -> dict[str, str]:
+    """Return the config keys of ``timm/NAME``, ``torchvision/NAME`` or a bare name, with an FPN.
+
+    Raises:
+        UserError: there is no such network; the message gives near names.
+    """
+    library, model = find_library(name)
+    return {"MODEL.BACKBONE.NAME": f"build_{library}_fpn_backbone", "MODEL.BACKBONE.MODEL": model}
+
+
+def library_classifier(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Architecture:
+    """Describe a classifier's weights for the network of the user's ``MODEL.BACKBONE`` keys."""
+    library, model = LIBRARY_BACKBONES[given["MODEL.BACKBONE.NAME"]], given.get("MODEL.BACKBONE.MODEL", "")
+    has_norms = bool(model) and has_batch_norm(library, model)
+    keys = {"MODEL.BACKBONE.NORM": "GN" if has_norms else "keep"} | unspecified_keys(checkpoint)
+    is_batch_norm = any(name.endswith(".running_var") for name in checkpoint.tensors)
+    norm = "keep" if not has_norms else "BN" if is_batch_norm else "GN"
+    return Architecture(keys, is_detector=False, has_masks=False, norm=norm)
+
+
 def _model(recipe: Recipe, weights: str) -> None:
     machine, architecture = recipe.machine, recipe.architecture
+    detects = architecture is not None and architecture.is_detector
+    if recipe.given.get("MODEL.BACKBONE.NAME") in LIBRARY_BACKBONES and not detects:
+        _library_model(recipe, weights)
+        return
     if architecture is not None:
         keys: dict[str, Any] = {"MODEL.WEIGHTS": weights}
         if not architecture.is_detector and architecture.norm == "GN":
@@ -293,16 +367,13 @@ def _model(recipe: Recipe, weights: str) -> None:
         reason = f"{architecture}, as the weights are"
         if architecture.norm == "FrozenBN":
             reason += "; BatchNorm stays frozen (gn-detect convert makes it GN)"
-        recipe.choose("model", reason, {"MODEL.RESNETS.DEPTH": keys["MODEL.RESNETS.DEPTH"]})
+        key = "MODEL.BACKBONE.MODEL" if "MODEL.BACKBONE.MODEL" in keys else "MODEL.RESNETS.DEPTH"
+        recipe.choose("model", reason, {key: keys[key]})
         return
     keys = {"MODEL.WEIGHTS": "", "MODEL.BACKBONE.FREEZE_AT": 0} | GN_EVERYWHERE
-    # From random weights the mean and deviation bring pixels to about -2 ... 2.
-    keys["MODEL.PIXEL_STD"] = [57.375, 57.12, 58.395]
+    keys["MODEL.PIXEL_STD"] = RANDOM_STD
     if not machine.on_gpu:
-        keys |= {"MODEL.RESNETS.RES2_OUT_CHANNELS": 64, "MODEL.FPN.OUT_CHANNELS": 64}
-        keys |= {"MODEL.ROI_BOX_HEAD.CONV_DIM": 64, "MODEL.ROI_BOX_HEAD.FC_DIM": 256}
-        keys |= {"MODEL.ROI_MASK_HEAD.CONV_DIM": 64}
-        keys |= {"MODEL.RPN.BATCH_SIZE_PER_IMAGE": 128, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 128}
+        keys |= {"MODEL.RESNETS.RES2_OUT_CHANNELS": 64} | NARROW_HEADS
     recipe.set(keys)
     depth = 50 if machine.on_gpu else 18
     size = "" if machine.on_gpu else ", narrow enough for a CPU,"
@@ -322,7 +393,8 @@ def _batch(recipe: Recipe) -> None:
 def _image_size(recipe: Recipe) -> None:
     """Choose the shorter side for the objects and the time, within the memory."""
     data, machine = recipe.data, recipe.machine
-    natural, depth = data.short_edge, recipe.keys["MODEL.RESNETS.DEPTH"]
+    natural = data.short_edge
+    depth = recipe.keys.get("MODEL.RESNETS.DEPTH", 50)  # a library's network counts as R-50
     elongation = min(max(data.elongation, 1.25), 2.0)
     if machine.on_gpu:
         length, reason = min(800, natural * 5 / 3), "5/3 of the images' median, at most 800, as on COCO"
@@ -493,7 +565,10 @@ def choose_config(
         raise UserError("no-objects", f"{file} has no objects to learn from; annotate some")
     weights = str(given.get("MODEL.WEIGHTS", ""))
     checkpoint = read_checkpoint(weights) if weights else None
-    architecture = None if checkpoint is None else read_architecture(checkpoint)
+    architecture = None
+    if checkpoint is not None:
+        of_library = given.get("MODEL.BACKBONE.NAME") in LIBRARY_BACKBONES and not library_config(checkpoint)
+        architecture = library_classifier(checkpoint, given) if of_library else read_architecture(checkpoint)
     machine = find_machine(str(given.get("MODEL.DEVICE", "auto")), num_gpus, num_machines)
     recipe = make_recipe(data, machine, weights, architecture, has_val, given)
     recipe.keys.setdefault("OUTPUT_DIR", OUTPUT)

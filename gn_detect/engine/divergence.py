@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import dump_config, load_config, without_paths
+from ..config.schema import RESNET_BACKBONES
 from ..distributed.group import gather, get_rank, is_main, resolve_device
 from ..errors import UserError
 from ..files import atomic_write_json, atomic_write_text, json_values
@@ -95,7 +96,9 @@ def keep_black_box(run: Run, error: NotFinite) -> str:
 def _remedy(run: Run) -> str:
     frozen = any(isinstance(module, FrozenBatchNorm2d) for module in run.model.modules())
     if frozen and not run.cfg.model.weights and run.start == 0:
-        return "FrozenBN without MODEL.WEIGHTS normalises nothing: set MODEL.RESNETS.NORM GN, or give weights"
+        section = "RESNETS" if run.cfg.model.backbone.name in RESNET_BACKBONES else "BACKBONE"
+        remedy = f"set MODEL.{section}.NORM GN, or give weights"
+        return f"FrozenBN without MODEL.WEIGHTS normalises nothing: {remedy}"
     return (
         f"lower SOLVER.BASE_LR ({run.cfg.solver.base_lr:g}), warm up longer with SOLVER.WARMUP_ITERS "
         f"or set SOLVER.CLIP_GRADIENTS.ENABLED True"

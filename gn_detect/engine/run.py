@@ -70,6 +70,7 @@ from .resume import (
     refuse_no_run,
     saved_config,
 )
+from .starting_weights import read_starting_weights
 from .step import TrainingState, make_state
 
 if TYPE_CHECKING:
@@ -184,7 +185,9 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
         logger.info("resuming from %s at iteration %d", checkpoint.path, start)
     elif cfg.model.weights:
         names = dataset.class_names
-        report = load_weights(model, cfg.model.weights, for_training=True, config=cfg, class_names=names)
+        weights, converted = read_starting_weights(cfg)
+        report = load_weights(model, weights, for_training=True, config=cfg, class_names=names)
+        report.converted = [*converted, *report.converted]
         logger.info("%s", report)
     model.to(device).train()
     run = Run(cfg, device, model, make_state(cfg, model), loader, dataset, tests, data, start)

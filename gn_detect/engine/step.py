@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.profiler import record_function
 
+from ..config.schema import RESNET_BACKBONES
 from ..distributed.group import average_gradients, is_distributed
 from ..errors import UserError
 from ..modeling.mask_rcnn import MaskRCNN
@@ -263,7 +264,8 @@ def _memory_remedies(cfg: Config, images: int) -> str:
         choices.append("set SOLVER.CUDA_GRAPHS False")
     if images > 1:
         choices.append(f"raise SOLVER.ACCUMULATE ({solver.accumulate}), which gives the same update")
-    if not model.backbone.activation_checkpointing and model.resnets.norm not in ("BN", "SyncBN"):
+    is_resnet = model.backbone.name in RESNET_BACKBONES and model.resnets.norm not in ("BN", "SyncBN")
+    if not model.backbone.activation_checkpointing and is_resnet:
         choices.append("set MODEL.BACKBONE.ACTIVATION_CHECKPOINTING True")
     if not solver.amp.enabled:
         choices.append("set SOLVER.AMP.ENABLED True")

@@ -5,6 +5,7 @@ from .fuse import fuse, fuse_relu, has_hooks
 from .norm import (
     NORM_NAMES,
     FrozenBatchNorm2d,
+    FrozenBatchNormAct2d,
     GroupNorm,
     GroupNormAct,
     LayerNorm2d,
@@ -17,6 +18,7 @@ __all__ = [
     "NORM_NAMES",
     "Conv2d",
     "FrozenBatchNorm2d",
+    "FrozenBatchNormAct2d",
     "GroupNorm",
     "GroupNormAct",
     "LayerNorm2d",

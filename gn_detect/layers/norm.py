@@ -103,6 +103,23 @@ class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
         return frozen
 
 
+class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+    """``act(drop(FrozenBN(x)))``, the layout of timm's BatchNormAct2d, as :class:`GroupNormAct`."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def attach(self, act: nn.Module | None, drop: nn.Module | None = None) -> None:
+        """Set the modules that follow the norm."""
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.Identity() if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (N, C, H, W)."""
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
 class LayerNorm2d(nn.Module):
     """detectron2's ``LN``: over the channels of each pixel, eps 1e-6. The paper's LN is ``GN1``."""
 

@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 from ..config import Config
-from ..config.schema import ROIBoxHead, ROIMaskHead
+from ..config.conflicts import has_fpn
+from ..config.schema import LIBRARY_BACKBONES, ROIBoxHead, ROIMaskHead
 from ..errors import UserError
 from ..layers import make_norm
 from .anchors import AnchorGenerator
 from .box_head import BoxHead, BoxPredictor
 from .fpn import FPN
+from .library_backbone import build_library_backbone
 from .mask_head import MaskHead
 from .mask_rcnn import MaskRCNN
 from .resnet import STAGES, NormFactory, ResNet, Stem, make_stage
@@ -89,12 +91,16 @@ def _norm(cfg: Config, name: str) -> NormFactory:
 
 def _build_backbone(cfg: Config) -> tuple[nn.Module, Features]:
     """Return the backbone and the channels and strides of its features."""
-    resnet, features = _build_resnet(cfg)
-    if cfg.model.backbone.name == "build_resnet_backbone":
-        return resnet, features
+    bottom_up: nn.Module
+    if cfg.model.backbone.name in LIBRARY_BACKBONES:
+        bottom_up, features = build_library_backbone(cfg, _norm(cfg, "GN"))
+    else:
+        bottom_up, features = _build_resnet(cfg)
+    if not has_fpn(cfg):
+        return bottom_up, features
     settings = cfg.model.fpn
     levels = [features[name] for name in settings.in_features]
-    fpn = FPN(resnet, settings, levels, _norm(cfg, settings.norm))
+    fpn = FPN(bottom_up, settings, levels, _norm(cfg, settings.norm))
     return fpn, {f"p{i}": (settings.out_channels, 2**i) for i in (*fpn.levels, fpn.levels[-1] + 1)}
 
 

@@ -4,6 +4,7 @@ from .architecture import (
     Architecture,
     config_of_converted,
     known_config,
+    library_config,
     norms_of_unspecified_groups,
     read_architecture,
     unspecified_keys,
@@ -14,6 +15,7 @@ from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
 from .metadata import USUAL_EPS, CheckpointMetadata
 from .mmdetection_config import standardised_convs
+from .names.library import library_convention, refuse_other_padding, trunk_of, trunk_tensors
 from .names.resnet import COCO_IDS
 from .names.torchvision import computes_with_eps_0
 from .norm_settings import (
@@ -42,6 +44,8 @@ __all__ = [
     "group_keys",
     "implied_keys",
     "known_config",
+    "library_config",
+    "library_convention",
     "load_weights",
     "norm_metadata",
     "norm_settings",
@@ -49,10 +53,13 @@ __all__ = [
     "norms_of_unspecified_groups",
     "read_architecture",
     "read_checkpoint",
+    "refuse_other_padding",
     "save_weights",
     "set_norm_eps",
     "standardised_convs",
     "translate",
+    "trunk_of",
+    "trunk_tensors",
     "unspecified_keys",
     "unspecified_keys_of",
 ]

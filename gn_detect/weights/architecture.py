@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import Config, dump_config, load_config, without_paths
+from ..config.conflicts import has_fpn
 from ..config.load import parse_config
+from ..config.schema import LIBRARY_BACKBONES
 from ..config.types import value_at
 from ..errors import UserError
 from .checkpoint import Checkpoint
+from .names.library import trunk_of
 from .norm_settings import group_keys, norms_of
 from .translate import BACKBONE, translate
 from .zoo import entry_of
@@ -43,9 +46,22 @@ UNSPECIFIED = (
     "MODEL.FPN.FUSE_TYPE",
 )
 
+# Keys of a detector whose backbone is a library's, from the config in its file.
+LIBRARY_KEYS = (
+    *("MODEL.BACKBONE.NAME", "MODEL.BACKBONE.MODEL", "MODEL.BACKBONE.NORM", "MODEL.RESNETS.OUT_FEATURES"),
+    *("MODEL.RPN.IN_FEATURES", "MODEL.RPN.CONV_DIMS", "MODEL.ROI_HEADS.NAME", "MODEL.ROI_HEADS.IN_FEATURES"),
+    *(f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NAME", "NORM", "NUM_CONV", "CONV_DIM", "NUM_FC", "FC_DIM")),
+    *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"),
+    *(f"MODEL.ROI_MASK_HEAD.{key}" for key in ("NORM", "NUM_CONV", "CONV_DIM", "CLS_AGNOSTIC_MASK")),
+)
+FPN_KEYS = ("MODEL.FPN.IN_FEATURES", "MODEL.FPN.OUT_CHANNELS", "MODEL.FPN.NORM")
+
 _RPN = "proposal_generator."
 
-_REMEDY = "give --config-file, the config that it was trained with"
+_REMEDY = (
+    "give --config-file, the config that it was trained with, or --backbone NAME for a classifier of "
+    "torchvision or timm"
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +83,12 @@ class Architecture:
     class_names: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        depth = self.keys["MODEL.RESNETS.DEPTH"]
-        norm = self.norm or "no norm"
+        name = self.keys.get("MODEL.BACKBONE.MODEL") or f"R-{self.keys['MODEL.RESNETS.DEPTH']}"
+        norm = {"": "no norm", "keep": "its own norms"}.get(self.norm, self.norm)
         if not self.is_detector:
-            return f"backbone R-{depth} with {norm}"
+            return f"backbone {name} with {norm}"
         neck = "FPN" if "MODEL.FPN.OUT_CHANNELS" in self.keys else "C4"
-        return f"{'Mask' if self.has_masks else 'Faster'} R-CNN R-{depth}-{neck} with {norm}"
+        return f"{'Mask' if self.has_masks else 'Faster'} R-CNN {name}-{neck} with {norm}"
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -86,7 +102,8 @@ _MATRICES = re.compile(
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
     """Deduce the architecture of a checkpoint of any library whose names are known.
 
-    BatchNorm with its statistics becomes ``FrozenBN``: one or two images are too few to train it.
+    A detector whose backbone is a network of torchvision or timm must hold its config. BatchNorm with its
+    statistics becomes ``FrozenBN``: one or two images are too few to train it.
 
     Raises:
         UserError: this package builds no such detector or backbone.
@@ -94,6 +111,12 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     tensors = translate(checkpoint).tensors
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     is_detector = any(name.startswith(_RPN) for name in shapes)
+    has_masks = any(".mask_head.predictor." in name for name in shapes)
+    if (cfg := library_config(checkpoint)) is not None:
+        names = (*LIBRARY_KEYS, *(FPN_KEYS if has_fpn(cfg) else ()))
+        keys = {key: value_at(cfg, key) for key in names} | unspecified_keys(checkpoint)
+        norm = cfg.model.backbone.norm
+        return Architecture(keys, is_detector, has_masks, norm, checkpoint.metadata.class_names)
     has_pyramid = any(name.startswith("backbone.fpn_lateral") for name in shapes)
     if is_detector and not has_pyramid:
         shapes = _with_stages_together(shapes)
@@ -113,7 +136,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     return Architecture(
         keys,
         is_detector,
-        any(".mask_head.predictor." in name for name in shapes),
+        has_masks,
         keys["MODEL.RESNETS.NORM"],
         checkpoint.metadata.class_names,
     )
@@ -272,6 +295,14 @@ def known_config(checkpoint: Checkpoint) -> Config | None:
         return None
 
 
+def library_config(checkpoint: Checkpoint) -> Config | None:
+    """Return the config in a checkpoint if its backbone is a network of torchvision or timm."""
+    if trunk_of(checkpoint.tensors) is None:
+        return None
+    cfg = known_config(checkpoint)
+    return cfg if cfg is not None and cfg.model.backbone.name in LIBRARY_BACKBONES else None
+
+
 def config_of_converted(cfg: Config, converted: Checkpoint) -> str | None:
     """Return the config of a converted detector as YAML without local paths, for its metadata.
 
@@ -290,4 +321,6 @@ def config_of_converted(cfg: Config, converted: Checkpoint) -> str | None:
         key = f"MODEL.{section}.NORM"
         if value_at(cfg, key) in ("BN", "SyncBN", "FrozenBN"):
             changes[key] = "GN"
+    if any(trunk_of([norm]) for norm in converted.metadata.group_norm_groups):
+        changes["MODEL.BACKBONE.NORM"] = "GN"
     return dump_config(without_paths(cfg.replace(changes)))

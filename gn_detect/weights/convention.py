@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..config.schema import RESNET_BACKBONES
+
 if TYPE_CHECKING:
     from ..config import Config
 
@@ -41,7 +43,8 @@ class InputConvention:
             if not _near(cfg.model.pixel_std, self.pixel_std, tolerance):
                 keys["MODEL.PIXEL_STD"] = list(self.pixel_std)
         resnets = cfg.model.resnets
-        if self.stride_in_1x1 not in (None, resnets.stride_in_1x1) and resnets.depth >= 50:
+        has_bottlenecks = cfg.model.backbone.name in RESNET_BACKBONES and resnets.depth >= 50
+        if self.stride_in_1x1 not in (None, resnets.stride_in_1x1) and has_bottlenecks:
             keys["MODEL.RESNETS.STRIDE_IN_1X1"] = self.stride_in_1x1
         return keys
 

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..text import printable
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
+from .names.library import library_convention, refuse_other_padding, trunk_of, trunk_tensors
 from .norm_settings import norms_of, refuse_lost_norms, refuse_other_groups, set_norm_eps
 from .translate import BACKBONE, CLASSIFIER, Translation, translate
 
@@ -127,7 +128,7 @@ def load_weights(
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     own = model.state_dict()
-    translation = _translated(checkpoint, own)
+    translation = _translated(checkpoint, own, config)
     norms = norms_of(checkpoint, translation.tensors)
     groups, eps = norms.group_norm_groups, norms.norm_eps
     checkpoint = replace(checkpoint, tensors=dict(translation.tensors))
@@ -169,12 +170,23 @@ def implied_keys(cfg: Config, source: str | Path | Checkpoint) -> dict[str, Any]
         UserError: the file cannot be read.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-    convention = translate(checkpoint).convention
+    convention = checkpoint.metadata.input or library_convention(cfg) or translate(checkpoint).convention
     return {} if convention is None else convention.differing_keys(cfg)
 
 
-def _translated(checkpoint: Checkpoint, own: dict[str, Tensor]) -> Translation:
+def _translated(checkpoint: Checkpoint, own: dict[str, Tensor], config: Config | None) -> Translation:
     """Give tensors the model's names. If most names fit as they are, they stay: any module may be loaded."""
+    trunk = trunk_of(own)
+    if trunk is not None and trunk_of(checkpoint.tensors) is None:  # a classifier, for a library's backbone
+        if config is not None:
+            refuse_other_padding(config, checkpoint)
+        names = {name.removeprefix(trunk) for name in own if name.startswith(trunk)}
+        tensors, left_out = trunk_tensors(checkpoint, names)
+        tensors = {trunk + name: tensor for name, tensor in tensors.items()}
+        published = None if config is None else library_convention(config)
+        if tensors:
+            convention = checkpoint.metadata.input or published
+            return Translation(tensors, "torchvision or timm", convention, left_out=left_out)
     if len(own.keys() & checkpoint.stored) > len(own.keys() & checkpoint.tensors):
         checkpoint = replace(checkpoint, tensors=checkpoint.stored)  # the model has the file's wrapper, too
     if len(own.keys() & checkpoint.tensors) > len(checkpoint.tensors) / 2:
@@ -268,7 +280,8 @@ def _refuse_poor_backbone(report: LoadReport, own: dict[str, Tensor]) -> None:
         raise UserError(
             "other-network",
             f"{report.path} has only {len(wanted) - len(missing)} of the backbone's {len(wanted)} tensors; "
-            f"it lacks {_some(missing)}; give a checkpoint of this backbone, or set MODEL.RESNETS as in it",
+            f"it lacks {_some(missing)}; give a checkpoint of this backbone, or set MODEL.RESNETS or "
+            "MODEL.BACKBONE.MODEL as in it",
         )
 
 
@@ -282,8 +295,8 @@ def _refuse_other_norm(report: LoadReport, own: dict[str, Tensor]) -> None:
             raise UserError(
                 "other-norm",
                 f"{report.path} was trained with another norm: {owner} is a BatchNorm in {batch} and "
-                f"not in {group}; set MODEL.RESNETS.NORM and the other NORM keys as in training, or "
-                "make a GroupNorm checkpoint of it with gn-detect convert",
+                f"not in {group}; set MODEL.RESNETS.NORM, MODEL.BACKBONE.NORM and the other NORM keys as in "
+                "training, or make a GroupNorm checkpoint of it with gn-detect convert",
             )
 
 
