@@ -39,7 +39,7 @@ def test_the_report_tells_the_norms_and_how_to_load_the_file(source, tmp_path) -
     assert lines[-1] == f"wrote {target}; {report.usage}"
     assert "num_groups=1" in report.usage
     assert set(report.to_dict()) == {
-        "layers", "parameters_before", "parameters_after", "similarity", "warnings", "weights"
+        "layers", "parameters_before", "parameters_after", "similarity", "warnings", "steps", "weights"
     }  # fmt: skip
     found = read_checkpoint(target)
     assert list(found.tensors) == ["0.weight", "0.bias", "1.weight", "1.bias"]
