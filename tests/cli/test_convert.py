@@ -423,9 +423,20 @@ def test_a_librarys_model(name, folder, tmp_path, capsys) -> None:
     torch.save(model.state_dict(), weights)
     words = ["convert", name, str(target), "--weights", str(weights), "--images", str(folder)]
     assert main([*words, "--steps", "1", "--batch-size", "2"]) == 0
-    assert "gn_detect.convert_norm(model, init='reset', num_groups=32" in capsys.readouterr().out
-    converted, _ = gn_detect.convert_norm(model, init="reset")
-    converted.load_state_dict(read_checkpoint(target).tensors)
+    said = capsys.readouterr().out
+    (choice,) = (line for line in said.splitlines() if line.startswith("chosen: "))
+    groups, least, part = (word for word in choice.split()[1:7] if not word.startswith("--"))
+    assert f"gn_detect.convert_norm(model, init='reset', num_groups={groups}, min_" in said
+    found = read_checkpoint(target)
+    rule = {"num_groups": int(groups), "min_channels_per_group": int(least)}
+    converted, _ = gn_detect.convert_norm(model, relative_eps=float(part), **rule)
+    assert found.metadata.group_norm_eps == norm_settings(converted).group_norm_eps
+    assert found.metadata.group_norm_groups == norm_settings(converted).group_norm_groups
+    converted.load_state_dict(found.tensors)
+    assert main([*words, "--steps", "0", "--relative-eps", "0.3", "--num-groups", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "chosen: --num-groups 4 --min-channels-per-group" in said
+    assert "--relative-eps 0.3 (" in said
 
 
 def test_relative_eps_of_a_librarys_model(folder, tmp_path, capsys) -> None:
