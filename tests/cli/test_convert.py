@@ -15,7 +15,7 @@ from gn_detect.cli import main
 from gn_detect.config import dump_config
 from gn_detect.convert import convert_state_dict
 from gn_detect.interop.library_models import load_library_model
-from gn_detect.weights import norm_metadata, read_architecture, read_checkpoint, save_weights
+from gn_detect.weights import norm_metadata, norm_settings, read_architecture, read_checkpoint, save_weights
 from tests.weights.schemes import mmdetection
 from tests.weights.test_mmdetection_config import FLAT, write
 
