@@ -413,7 +413,9 @@ def test_images_of_a_coco_json(checkpoint, folder, tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "timm/lcnet_050"])
-def test_a_librarys_model(name, folder, tmp_path, capsys) -> None:
+def test_a_librarys_model(name, folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("gn_detect.convert.balance.STEPS", 5)
+    monkeypatch.setattr("gn_detect.conversion.WINDOWS", 2)
     torch.manual_seed(0)
     if name == "mobilenet_v3_small":
         model = torchvision.models.mobilenet_v3_small()
