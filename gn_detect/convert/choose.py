@@ -23,7 +23,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
 ENOUGH = 0.97  # mean cosine of the outputs before a calibration, which comes closer yet
 MOST_IMAGES = 32  # that a choice is made on
 
-# Errors fall slowly with more steps than these: they grow with the depth, and repeated images teach less.
+# A rule of thumb: errors add up with the depth, and repeated images teach less.
 STEPS_PER_NORM, PASSES, FEWEST_STEPS = 30, 8, 100
 
 
