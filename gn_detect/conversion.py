@@ -145,8 +145,8 @@ def convert_checkpoint(
             name the arguments by the command's flags.
     """
     source, target = str(source), Path(target)
-    given = {"num_groups": num_groups, "min_channels_per_group": min_channels_per_group}
-    given = {name: value for name, value in given.items() if value is not None}
+    flags = {"num_groups": num_groups, "min_channels_per_group": min_channels_per_group}
+    given = {name: value for name, value in flags.items() if value is not None}
     if min(given.values(), default=1) < 1:
         raise UserError("bad-argument", "--num-groups and --min-channels-per-group are at least 1")
     groups: dict[str, Any] = dict(GROUPS, **given)
@@ -181,6 +181,8 @@ def convert_checkpoint(
 
     fixed_keys, for_config, for_module, choice = None, not is_model, is_model, ""
     earlier = read_checkpoint(converted) if converted else None
+    if earlier and not given:
+        groups = _groups_of(earlier)
     if is_model:
         found = load_library_model(source, None if weights is None else str(weights))
         part = relative_eps or 0.0
@@ -356,6 +358,17 @@ def _usage(target: Path, groups: dict[str, Any], for_config: bool, for_module: b
             f"gn-detect train --train-json FILE --train-images FOLDER --weights {target} finds them by itself"
         )
     return "; or, as a detector's backbone, ".join(ways)
+
+
+def _groups_of(converted: Checkpoint) -> dict[str, Any]:
+    """Return the groups of an earlier conversion, and the default if one rule does not give them."""
+    layers = {
+        (len(converted.tensors[f"{name}.weight"]), groups)
+        for name, groups in converted.metadata.group_norm_groups.items()
+        if f"{name}.weight" in converted.tensors
+    }
+    found = group_keys(layers) if layers else None
+    return dict(GROUPS) if found is None else dict(zip(GROUPS, found, strict=True))
 
 
 def _choose(
