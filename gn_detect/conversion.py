@@ -188,8 +188,8 @@ def convert_checkpoint(
         part = relative_eps or 0.0
         if images:
             inputs = _prepare_images(found, source, images, _find_images(images, image_folder, max_images))
-            if not earlier:
-                decided = given if relative_eps is None else given | {"relative_eps": relative_eps}
+            decided = given if relative_eps is None else given | {"relative_eps": relative_eps}
+            if not earlier and len(decided) < 3:
                 groups, part, choice = _choose(found.model, inputs, decided)
         model, report = _convert_model(found.model, earlier, part, groups)
         if images:
