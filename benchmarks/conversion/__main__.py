@@ -34,7 +34,6 @@ def main() -> None:
         choice = choose_settings(pretrained.model, models.normalise(unlabelled, pretrained))
         print(choice)
         args.num_groups, args.min_channels, args.relative_eps = choice.settings.values()
-        args.steps = None
     rule = {"num_groups": args.num_groups, "min_channels_per_group": args.min_channels}
     starts = measure.initialisations(pretrained.model, args.relative_eps, **rule)
     converted = {name: make() for name, make in starts.items()}
@@ -107,7 +106,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--num-groups", type=int, default=32)
     parser.add_argument("--min-channels", type=int, default=16, help="in each group")
     parser.add_argument("--relative-eps", type=float, default=0.0, help="of the GroupNorms, as 0.3")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, help="400; with --by-rule as many as the rule gives")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--norm-learning-rate", type=float, default=2e-3)
@@ -136,7 +135,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--report", type=Path, help="files .json and .png of the conversion report")
-    return parser.parse_args()
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of each photo, with --by-rule")
+    args = parser.parse_args()
+    if args.steps is None and not args.by_rule:
+        args.steps = 400
+    return args
 
 
 def _photos(args: argparse.Namespace) -> tuple[crops.Photos, crops.Photos]:
@@ -156,7 +159,7 @@ def _unlabelled(args: argparse.Namespace, photos: crops.Photos, size: int) -> Te
     """The objects last: it is on them that the calibration's best state is chosen."""
     persons = crops.Photos(args.shared / "data" / "coco_person1", "train")
     if args.by_rule:
-        both = (crops.windows(part, size, WINDOWS * part.count, args.seed) for part in (persons, photos))
+        both = (crops.windows(part, size, args.windows * part.count, args.seed) for part in (persons, photos))
         return torch.cat(list(both))
     found = [crops.object_crops(photos, size).images]
     if args.object_windows:
