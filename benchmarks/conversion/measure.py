@@ -74,7 +74,8 @@ def bootstrap(hits: Tensor, of: Tensor | None = None, seed: int = 0) -> tuple[fl
     drawn = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAPS, len(values)))
     means = values[drawn].mean(1)
     if of is not None:
-        means = means / of.numpy().astype(np.float64)[drawn].mean(1)
+        others = of.numpy().astype(np.float64)[drawn].mean(1)
+        means = means[others > 0] / others[others > 0]
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
