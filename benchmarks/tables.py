@@ -274,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps on a CPU": lambda: steps(float32=load("norms-cpu")["steps"]),
     "detector": lambda: recorded("detector", mask_AP_kept=kept),
     "classifiers": lambda: recorded("classifiers"),
+    "by rule": lambda: recorded("by-rule"),
     "relative eps": relative_eps,
     "families": families,
     "norm study": lambda: next(part for part in norm_study().split("\n\n") if "detector: mask AP" in part),

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from .config import Config, dump_config, load_config, without_paths
 from .config.types import to_plain
-from .convert import ConversionReport, calibrate, convert_norm, convert_state_dict
+from .convert import ConversionReport, calibrate, choose_settings, convert_norm, convert_state_dict
+from .convert.images import random_window
 from .convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
 from .data import prepare_image, read_image, read_image_list
 from .data.image_paths import find_images
@@ -49,6 +51,10 @@ from .weights import (
     unspecified_keys_of,
 )
 
+GROUPS = {"num_groups": DEFAULT_GROUPS, "min_channels_per_group": DEFAULT_MIN_CHANNELS}
+DETECTOR_STEPS = 400  # by default: a step of a detector takes seconds
+WINDOWS, WINDOWS_BYTES = 16, 2**30  # cut from a photo at most, and of all; 1,783 of 224 x 224 pixels
+
 
 @dataclass
 class CheckpointReport(ConversionReport):
@@ -58,19 +64,22 @@ class CheckpointReport(ConversionReport):
         weights: path of the checkpoint that was written.
         usage: instructions for loading it.
         fixed_keys: config keys that ``fix_config`` set; None without it.
+        choice: groups and relative eps that were chosen on the images, with the reason; else empty.
     """
 
     weights: str = ""
     usage: str = ""
     fixed_keys: dict[str, Any] | None = None
+    choice: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content as JSON values, without the text for people."""
         content = super().to_dict()
-        return {key: value for key, value in content.items() if key not in ("usage", "fixed_keys")}
+        return {key: value for key, value in content.items() if key not in ("usage", "fixed_keys", "choice")}
 
     def __str__(self) -> str:
-        lines = [super().__str__(), f"wrote {self.weights}; {self.usage}"]
+        chosen = [self.choice] if self.choice else []
+        lines = [super().__str__(), *chosen, f"wrote {self.weights}; {self.usage}"]
         if self.fixed_keys is not None:
             keys = as_command_line(self.fixed_keys) if self.fixed_keys else "nothing to set"
             lines.insert(0, f"--fix-config: {keys}")
@@ -87,13 +96,13 @@ def convert_checkpoint(
     fix_config: bool = False,
     converted: str | Path | None = None,
     weights: str | Path | None = None,
-    num_groups: int = DEFAULT_GROUPS,
-    min_channels_per_group: int = DEFAULT_MIN_CHANNELS,
+    num_groups: int | None = None,
+    min_channels_per_group: int | None = None,
     eps: float | None = None,
-    relative_eps: float = 0.0,
+    relative_eps: float | None = None,
     image_folder: str | Path | None = None,
     max_images: int = 500,
-    steps: int = 400,
+    steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float = 1e-4,
     norm_learning_rate: float = 2e-3,
@@ -116,10 +125,12 @@ def convert_checkpoint(
         fix_config: set the input's keys (format, mean, deviation, stride) to those of the source.
         converted: an earlier conversion of ``source``, with its own eps, to calibrate further.
         weights: of a model: a file, ``DEFAULT``, or the name of published weights (``IMAGENET1K_V1``).
-        num_groups, min_channels_per_group: see :func:`gn_detect.layers.choose_groups`.
+        num_groups, min_channels_per_group: see :func:`gn_detect.layers.choose_groups`; by default 32 and 16,
+            and for a model with ``images`` chosen on these.
         eps: of the BatchNorms in a checkpoint without config; by default that of the library whose names
             the tensors have, else 1e-5.
-        relative_eps: see :func:`gn_detect.convert_norm`.
+        relative_eps: see :func:`gn_detect.convert_norm`; by default 0, and for a model with ``images``
+            chosen on these (:func:`gn_detect.convert.choose_settings`).
         image_folder: folder of a COCO JSON's images; by default the JSON's own.
         max_images: calibrate on at most so many images, spread over all.
         steps, learning_rate, norm_learning_rate, block_weight: see :func:`gn_detect.calibrate`.
@@ -136,10 +147,12 @@ def convert_checkpoint(
             name the arguments by the command's flags.
     """
     source, target = str(source), Path(target)
-    groups: dict[str, Any] = {"num_groups": num_groups, "min_channels_per_group": min_channels_per_group}
-    if min(groups.values()) < 1:
+    flags = {"num_groups": num_groups, "min_channels_per_group": min_channels_per_group}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if min(given.values(), default=1) < 1:
         raise UserError("bad-argument", "--num-groups and --min-channels-per-group are at least 1")
-    if checkpoint and not (images and steps):
+    groups: dict[str, Any] = dict(GROUPS, **given)
+    if checkpoint and not (images and steps != 0):
         raise UserError(
             "lone-flag", "--checkpoint belongs to a calibration; give --images and --steps, or leave it out"
         )
@@ -170,13 +183,20 @@ def convert_checkpoint(
     rates = {"learning_rate": learning_rate, "norm_learning_rate": norm_learning_rate}
     settings: dict[str, Any] = {**rates, "block_weight": block_weight, "checkpoint": checkpoint}
 
-    fixed_keys, for_config, for_module = None, not is_model, is_model
+    fixed_keys, for_config, for_module, choice = None, not is_model, is_model, ""
     earlier = read_checkpoint(converted) if converted else None
+    if earlier and not given:
+        groups = _groups_of(earlier)
     if is_model:
         found = load_library_model(source, None if weights is None else str(weights))
-        model, report = _convert_model(found.model, earlier, relative_eps, groups)
+        part = relative_eps or 0.0
         if images:
             inputs = _prepare_images(found, source, images, _find_images(images, image_folder, max_images))
+            decided = given if relative_eps is None else given | {"relative_eps": relative_eps}
+            if not earlier and len(decided) < 3:
+                groups, part, choice = _choose(found.model, inputs, decided)
+        model, report = _convert_model(found.model, earlier, part, groups)
+        if images:
             size = batch_size or 8
             calibrate(found.model, model, inputs, steps, batch_size=size, report=report, **settings)
         tensors, metadata = dict(model.state_dict()), norm_settings(model)
@@ -189,7 +209,7 @@ def convert_checkpoint(
         detector = make_model(cfg)
         load_weights(detector, original, config=cfg)
         detector.eval()
-        model, report = _convert_model(detector, earlier, relative_eps, groups)
+        model, report = _convert_model(detector, earlier, relative_eps or 0.0, groups)
         if not earlier:
             _refuse_mixed_groups(model)
         if images:
@@ -197,6 +217,7 @@ def convert_checkpoint(
             pictures = [prepare_image(read_image(path, "RGB"), cfg) for path in paths]
             size = batch_size or 2
             batches = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+            steps = DETECTOR_STEPS if steps is None else steps
             calibrate(detector, model, batches, steps, outputs=paired_outputs, report=report, **settings)
         tensors = dict(model.state_dict())
         metadata = _metadata(earlier or original, norm_settings(model), tensors, cfg)
@@ -217,7 +238,9 @@ def convert_checkpoint(
     usage = _usage(target, groups, for_config, for_module, has_eps=bool(metadata.group_norm_eps))
     if is_model:
         usage += f"; or, as a detector's backbone, gn-detect train --backbone {source} --weights {target}"
-    return CheckpointReport(**vars(report), weights=str(target), usage=usage, fixed_keys=fixed_keys)
+    return CheckpointReport(
+        **vars(report), weights=str(target), usage=usage, fixed_keys=fixed_keys, choice=choice
+    )
 
 
 def _check_files(
@@ -344,6 +367,27 @@ def _usage(target: Path, groups: dict[str, Any], for_config: bool, for_module: b
     return "; or, as a detector's backbone, ".join(ways)
 
 
+def _groups_of(converted: Checkpoint) -> dict[str, Any]:
+    """Return the groups of an earlier conversion, and the default if one rule does not give them."""
+    layers = {
+        (len(converted.tensors[f"{name}.weight"]), groups)
+        for name, groups in converted.metadata.group_norm_groups.items()
+        if f"{name}.weight" in converted.tensors
+    }
+    found = group_keys(layers) if layers else None
+    return dict(GROUPS) if found is None else dict(zip(GROUPS, found, strict=True))
+
+
+def _choose(
+    original: nn.Module, images: Tensor, decided: dict[str, Any]
+) -> tuple[dict[str, Any], float, str]:
+    """Return the groups, the relative eps, and the reason if they were not decided before."""
+    chosen = choose_settings(original, images, decided)
+    part: float = chosen.settings["relative_eps"]
+    groups = {name: value for name, value in chosen.settings.items() if name in GROUPS}
+    return groups, part, str(chosen)
+
+
 def _prepare_images(found: LibraryModel, name: str, images: str | Path, paths: list[Path]) -> Tensor:
     if found.prepare is None:
         raise UserError(
@@ -351,15 +395,24 @@ def _prepare_images(found: LibraryModel, name: str, images: str | Path, paths: l
             f"{name} does not take single pictures, so --images cannot calibrate it; leave them out, or "
             "call gn_detect.calibrate with the model's own inputs",
         )
-    inputs = [found.prepare(Image.fromarray(read_image(path, "RGB"))) for path in paths]
-    shapes = sorted({tuple(image.shape[-2:]) for image in inputs})
+    pictures = [Image.fromarray(read_image(path, "RGB")) for path in paths]
+    whole = [found.prepare(picture) for picture in pictures]
+    shapes = sorted({tuple(image.shape[-2:]) for image in whole})
     if len(shapes) > 1:  # a segmenter's are resized and not cropped
         raise UserError(
             "calibration-images",
             f"{name} takes images of any size, and those of {images} become {len(shapes)} sizes, "
             f"such as {shapes[0]} and {shapes[-1]} (height, width); give images of one size",
         )
-    return torch.stack(inputs)
+    # Of each photo the whole and some windows: few photos limit what a calibration learns.
+    each = max(1, min(WINDOWS, WINDOWS_BYTES // (whole[0].nbytes * len(whole))))
+    random = np.random.default_rng(0)
+    inputs = torch.empty(len(whole) * each, *whole[0].shape)
+    for i, picture in enumerate(pictures):  # a photo's windows together: those held out are of other photos
+        inputs[i * each] = whole[i]
+        for j in range(1, each):
+            inputs[i * each + j] = found.prepare(random_window(picture, random))
+    return inputs
 
 
 def _find_images(

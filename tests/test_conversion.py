@@ -9,12 +9,14 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import to_tensor
 
 import gn_detect
 from gn_detect import UserError
 from gn_detect.cli import convert
 from gn_detect.cli.main import parse
-from gn_detect.conversion import CheckpointReport
+from gn_detect.conversion import CheckpointReport, _prepare_images
+from gn_detect.interop.library_models import LibraryModel
 from gn_detect.weights import SUFFIXES, read_checkpoint
 
 
@@ -39,7 +41,7 @@ def test_the_report_tells_the_norms_and_how_to_load_the_file(source, tmp_path) -
     assert lines[-1] == f"wrote {target}; {report.usage}"
     assert "num_groups=1" in report.usage
     assert set(report.to_dict()) == {
-        "layers", "parameters_before", "parameters_after", "similarity", "warnings", "weights"
+        "layers", "parameters_before", "parameters_after", "similarity", "warnings", "steps", "weights"
     }  # fmt: skip
     found = read_checkpoint(target)
     assert list(found.tensors) == ["0.weight", "0.bias", "1.weight", "1.bias"]
@@ -72,6 +74,23 @@ def test_a_librarys_model_is_calibrated_further(tmp_path) -> None:
     assert "converted" in report.similarity
     assert (tmp_path / "report.png").exists()
     assert set(read_checkpoint(second).metadata.group_norm_eps.values()) == {1e-3}
+
+
+def test_a_photo_gives_itself_and_windows(tmp_path, monkeypatch) -> None:
+    """Windows of one photo are together, all of one size, and the same in each call."""
+    for i in range(2):
+        Image.effect_noise((80, 50), 60).save(tmp_path / f"{i}.png")
+    paths = sorted(tmp_path.iterdir())
+    model = LibraryModel(nn.Identity(), lambda picture: to_tensor(picture.resize((16, 16))))
+    monkeypatch.setattr(gn_detect.conversion, "WINDOWS", 3)
+    inputs = _prepare_images(model, "a model", tmp_path, paths)
+    assert inputs.shape == (6, 3, 16, 16)
+    for i, path in enumerate(paths):
+        assert torch.equal(inputs[3 * i], model.prepare(Image.open(path).convert("RGB")))
+    assert len(inputs.flatten(1).unique(dim=0)) == 6
+    assert torch.equal(inputs, _prepare_images(model, "a model", tmp_path, paths))
+    monkeypatch.setattr(gn_detect.conversion, "WINDOWS_BYTES", 4 * inputs[0].nbytes)
+    assert len(_prepare_images(model, "a model", tmp_path, paths)) == 4
 
 
 def test_the_commands_have_the_functions_arguments_and_defaults() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gn_detect.convert import calibrate, convert_norm
+from gn_detect.conversion import WINDOWS
+from gn_detect.convert import calibrate, choose_settings, convert_norm
 
 from . import crops, measure, models
 
@@ -29,12 +30,16 @@ def main() -> None:
     seen, unseen = _photos(args)
     pretrained = models.load(args.model, args.shared / "weights")
     unlabelled = _unlabelled(args, seen, pretrained.size)
+    if args.by_rule:
+        choice = choose_settings(pretrained.model, models.normalise(unlabelled, pretrained))
+        print(choice)
+        args.num_groups, args.min_channels, args.relative_eps = choice.settings.values()
     rule = {"num_groups": args.num_groups, "min_channels_per_group": args.min_channels}
     starts = measure.initialisations(pretrained.model, args.relative_eps, **rule)
     converted = {name: make() for name, make in starts.items()}
     for name, steps in (("balanced", 0), ("calibrated", args.steps)):
         converted[name], report = convert_norm(pretrained.model, relative_eps=args.relative_eps, **rule)
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         calibrate(
             pretrained.model,
             converted[name],
@@ -50,7 +55,7 @@ def main() -> None:
             seed=args.seed,
             report=report,
         )
-        seconds = time.perf_counter() - start
+        seconds, worked = time.perf_counter() - start, time.process_time() - worked
     if args.model.startswith("resnet20_bn"):  # it has a twin
         twin = models.load(args.model.replace("bn", "gn", 1), args.shared / "weights")
         converted["trained as GN"] = twin.model
@@ -59,18 +64,18 @@ def main() -> None:
         f"{args.relative_eps:g}"
     )
     print(
-        f"calibrated in {seconds:.0f} s, {args.steps} steps of {args.batch_size}, {args.threads} threads, on "
-        f"{len(unlabelled)} unlabelled images"
+        f"calibrated in {seconds:.0f} s, {worked:.0f} s of a processor, {report.steps} steps of "
+        f"{args.batch_size}, {args.threads} threads, on {len(unlabelled)} unlabelled images"
     )
     tables = {}
     for kind in args.on:
         validation = _validation(args, kind, pretrained, unseen)
         rows = tables[kind] = _rows(pretrained.model, converted, validation)
-        print(f"{len(validation.images)} {kind} of {'train, left out' if args.choose else 'val'}")
+        print(f"{len(validation.images)} {kind} of {args.split} photos")
         print(measure.as_table(rows))
         if "accuracy" in rows["original"]:
             kept = rows["calibrated"]["accuracy"] / rows["original"]["accuracy"]
-            print(f"accuracy kept: {kept:.3f}")
+            print("accuracy kept: {:.3f} ({:.3f}-{:.3f})".format(kept, *rows["calibrated"]["kept_interval"]))
     if args.report:
         report.save(args.report.with_suffix(".json"))
         report.draw(args.report.with_suffix(".png"))
@@ -78,7 +83,8 @@ def main() -> None:
         settings = {
             key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
         }
-        content = {"settings": settings, "seconds": seconds, "tables": tables}
+        content = {"settings": settings, "seconds": seconds, "processor": worked, "steps": report.steps}
+        content["tables"] = tables
         args.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -100,7 +106,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--num-groups", type=int, default=32)
     parser.add_argument("--min-channels", type=int, default=16, help="in each group")
     parser.add_argument("--relative-eps", type=float, default=0.0, help="of the GroupNorms, as 0.3")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, help="400; with --by-rule as many as the rule gives")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--norm-learning-rate", type=float, default=2e-3)
@@ -113,37 +119,54 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--object-windows", type=int, default=0, help="around each train box, in addition")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration and of the windows")
     parser.add_argument(
-        "--choose",
+        "--by-rule",
         action="store_true",
-        help="choose settings: calibrate on four fifths of the train photos, compare on the rest, not on val",
+        help="groups, relative eps and steps as gn-detect convert --images chooses them, on windows of all "
+        "photos without their boxes",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("val", "development", "final"),
+        default="val",
+        help="photos to compare on; development: to choose settings, calibrated on half of the other train "
+        "photos; final: a third of the train photos that no setting was chosen on",
     )
     parser.add_argument("--no-augment", action="store_true", help="no flips and crops of crops")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--report", type=Path, help="files .json and .png of the conversion report")
-    return parser.parse_args()
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of each photo, with --by-rule")
+    args = parser.parse_args()
+    if args.steps is None and not args.by_rule:
+        args.steps = 400
+    return args
 
 
 def _photos(args: argparse.Namespace) -> tuple[crops.Photos, crops.Photos]:
-    """To calibrate on and to compare on."""
+    """To calibrate on, and to compare on."""
     folder = args.shared / "data" / "coco80"
-    if not args.choose:
+    if args.split == "val":
         return crops.Photos(folder, "train"), crops.Photos(folder, "val")
+    final, development, rest = crops.parts(folder)
+    seen, unseen = (development | rest, final) if args.split == "final" else (rest, development)
     return (
-        crops.Photos(folder, "train", lambda index: index % 5 > 0),
-        crops.Photos(folder, "train", lambda index: index % 5 == 0),
+        crops.Photos(folder, "train", seen.__contains__),
+        crops.Photos(folder, "train", unseen.__contains__),
     )
 
 
 def _unlabelled(args: argparse.Namespace, photos: crops.Photos, size: int) -> Tensor:
     """The objects last: it is on them that the calibration's best state is chosen."""
+    persons = crops.Photos(args.shared / "data" / "coco_person1", "train")
+    if args.by_rule:
+        both = (crops.windows(part, size, args.windows * part.count, args.seed) for part in (persons, photos))
+        return torch.cat(list(both))
     found = [crops.object_crops(photos, size).images]
     if args.object_windows:
         found.insert(0, crops.windows_at_objects(photos, size, args.object_windows, args.seed))
     if args.random_crops:
         found.insert(0, crops.windows(photos, size, args.random_crops, args.seed))
     if args.person_windows:
-        persons = crops.Photos(args.shared / "data" / "coco_person1", "train")
         found.insert(0, crops.windows(persons, size, args.person_windows, args.seed))
     return torch.cat(found)
 

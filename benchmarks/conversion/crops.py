@@ -51,10 +51,27 @@ class Photos:
                 yield photo, box, category
 
     @property
+    def count(self) -> int:
+        return sum(map(self.chosen, range(len(self.content["images"]))))
+
+    @property
     def content(self) -> dict[str, Any]:
         path = self.folder / "annotations" / f"instances_{self.part}.json"
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
+
+
+def parts(folder: Path) -> tuple[set[int], set[int], set[int]]:
+    """Places of the train photos in three parts, drawn at random.
+
+    A third for the final figures, that no setting is chosen on; a third of the others to choose settings on;
+    and the rest.
+    """
+    count = Photos(folder, "train").count
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(30)).tolist()
+    final = round(count / 3)
+    development = final + (count - final) // 3
+    return set(order[:final]), set(order[final:development]), set(order[development:])
 
 
 @dataclass(frozen=True)

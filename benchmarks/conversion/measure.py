@@ -63,14 +63,20 @@ def compare(original: Tensor, converted: Tensor, validation: Validation) -> Row:
     }
     if known.any():
         row |= {"accuracy": right.float().mean().item(), "accuracy_interval": bootstrap(right)}
+        of_original = (validation.labels[before] if validation.by_neighbour else before) == validation.labels
+        row["kept_interval"] = bootstrap(right, of_original[known])
     return row
 
 
-def bootstrap(hits: Tensor, seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean."""
+def bootstrap(hits: Tensor, of: Tensor | None = None, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean, or of its ratio to that of other hits on the same images."""
     values = hits.numpy().astype(np.float64)
     drawn = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAPS, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
+    means = values[drawn].mean(1)
+    if of is not None:
+        others = of.numpy().astype(np.float64)[drawn].mean(1)
+        means = means[others > 0] / others[others > 0]
+    low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
 

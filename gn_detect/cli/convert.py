@@ -48,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--relative-eps",
         type=float,
-        default=0.0,
         metavar="PART",
         help="of each layer's expected variance, added to its eps, as 0.3: keeps more of the function and "
-        "normalises less; needs a model, or a detector's --config-file",
+        "normalises less; needs a model, or a detector's --config-file; by default 0, or chosen on a model's "
+        "--images",
     )
     add_shared_arguments(
         parser, parser.add_argument_group("calibration", "needs a model, or a detector's --config-file")
@@ -64,15 +64,20 @@ def add_shared_arguments(
     """Add the arguments that ``convert`` and ``calibrate`` have; see :func:`shared_arguments`."""
     add = parser.add_argument
     add("--weights", metavar="W", help="of a model: a file, DEFAULT, or IMAGENET1K_V1 and so on")
-    add("--num-groups", type=int, default=32, help="of each norm at most")
-    add("--min-channels-per-group", type=int, default=16, help="narrow layers get fewer groups")
+    add("--num-groups", type=int, help="of each norm at most; by default 32, or chosen on a model's --images")
+    narrow = "narrow layers get fewer groups; by default 16, or chosen on a model's --images"
+    add("--min-channels-per-group", type=int, help=narrow)
     add("--report", dest="report_file", metavar="FILE", help="report.json; a picture is written next to it")
     add = calibration.add_argument
     images = "without labels; a COCO JSON names them"
     add("--images", metavar="FOLDER|JSON", required=needs_images, help=images)
     add("--image-folder", metavar="FOLDER", help="of the JSON's images; by default its own")
     add("--max-images", type=int, default=500, help="spread over all of them")
-    add("--steps", type=int, default=400, help="of the optimizer")
+    add(
+        "--steps",
+        type=int,
+        help="of the optimizer; by default 400 for a detector, and for a model by its norms and images",
+    )
     add("--batch-size", type=int, help="8; 2 for detectors")
     add("--learning-rate", type=float, default=1e-4, help="of all other weights, at its highest")
     add("--norm-learning-rate", type=float, default=2e-3, help="of the norms' weights and biases")

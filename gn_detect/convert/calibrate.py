@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..layers import GroupNorm
 from .anneal import Annealing
 from .balance import MAX_SAMPLES, Balance, balance, measure
+from .choose import choose_steps
 from .distillation import Distillation, copy_of_state, rates_of
 from .images import ImageStream, digest
 from .match import Run, evaluation_mode, expected_statistics, measure_moments
@@ -28,7 +29,7 @@ def calibrate(
     original: nn.Module,
     converted: nn.Module,
     images: Tensor | Iterable[Any],
-    steps: int = 400,
+    steps: int | None = None,
     *,
     batch_size: int = 8,
     learning_rate: float = 1e-4,
@@ -64,7 +65,8 @@ def calibrate(
         converted: the model that :func:`convert_norm` made of it with ``init="match"``; it is changed.
         images: (N, C, H, W), or an iterable of images (C, H, W) of one size, which are drawn in batches; or
             an iterable of batches of any kind that the models accept.
-        steps: number of distillation steps (Adam, warm-up and cosine schedule); 0 only rescales.
+        steps: number of distillation steps (Adam, warm-up and cosine schedule); 0 only rescales. By default
+            30 for each norm, but no more than pass over all images 8 times, and at least 100.
         batch_size: images per step, if ``images`` are single images.
         learning_rate: peak learning rate of all parameters but the norms'. A rescaled layer has it times the
             mean factor of its weights.
@@ -98,7 +100,7 @@ def calibrate(
     given = (
         "" if checkpoint is None else digest([original.state_dict(), converted.state_dict(), *stream.content])
     )
-    with _prepared(original, converted, parameters):
+    with _prepared(original, converted, parameters), _channels_last(original, converted, stream):
         sources = _converted_norms(original, converted)
         norms = {name: cast(GroupNorm, converted.get_submodule(name)) for name in sources}
         if report is None:
@@ -107,6 +109,8 @@ def calibrate(
                 count_parameters(original),
                 count_parameters(converted),
             )
+        steps = choose_steps(len(norms), stream.batches) if steps is None else steps
+        report.steps = steps
         sources = {name: source for name, source in sources.items() if norms[name].affine}
         by_name = {layer.name: layer for layer in report.layers}
 
@@ -207,6 +211,26 @@ def _changes_function(objective: Objective, found: dict[str, Balance], batch: An
         (b - a).norm() / a.norm().clamp_min(1e-12) if a.numel() else torch.zeros(()) for a, b in pairs
     ]
     return max((difference.item() for difference in differences), default=0.0) > ROUNDING
+
+
+@contextmanager
+def _channels_last(original: nn.Module, converted: nn.Module, stream: ImageStream) -> Iterator[None]:
+    """Hold the convolutions' weights channels-last, with which single images take less time on a CPU."""
+    weights = [
+        parameter
+        for model in (original, converted)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if stream.on_cpu and isinstance(module, nn.Conv2d) and parameter.dim() == 4
+        if parameter.is_contiguous()
+    ]
+    try:
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for weight in weights:
+            weight.data = weight.data.contiguous()
 
 
 @contextmanager

@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
@@ -50,6 +52,17 @@ class ImageStream:
         shape = tuple(items.shape) if isinstance(items, Tensor) else None
         self.identity = (count, shape, batch_size, seed, augment)
 
+    @property
+    def batches(self) -> float:
+        """Number of batches that all images to train on make."""
+        return len(self._items) / self._batch_size
+
+    @property
+    def on_cpu(self) -> bool:
+        """True for single images (N, C, H, W) in the memory of the CPU."""
+        items = self._items
+        return isinstance(items, Tensor) and items.dim() == 4 and items.device.type == "cpu"
+
     def next_batch(self) -> Any:
         """Return single images, stacked to (N, C, H, W) and augmented, or a batch as it is."""
         if len(self._order) < self._batch_size:
@@ -75,6 +88,20 @@ class ImageStream:
         """Continue from a state."""
         self._order = list(state["order"])
         self._generator.set_state(state["generator"])
+
+
+def random_window(photo: Image.Image, random: np.random.Generator) -> Image.Image:
+    """Cut a window of 15% to 100% of the area, mirror every second one, and scale it to the photo's size.
+
+    Smaller windows often show nothing but sky or wall; calibrated on them, models keep less on objects.
+    """
+    share, ratio = random.uniform(0.15, 1.0), float(np.exp(random.uniform(-0.3, 0.3)))
+    wide = photo.width * min(1.0, (share * ratio) ** 0.5)
+    high = photo.height * min(1.0, (share / ratio) ** 0.5)
+    left, top = random.uniform(0, photo.width - wide), random.uniform(0, photo.height - high)
+    box = (left, top, min(left + wide, photo.width), min(top + high, photo.height))
+    window = photo.resize(photo.size, Image.Resampling.BILINEAR, box)
+    return window.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else window
 
 
 def digest(content: Any) -> str:

@@ -57,6 +57,7 @@ class ConversionReport:
         layers: in the order of the model.
         parameters_before, parameters_after: number of values in the model's parameters.
         similarity: by stage, mean cosine between the original's outputs and the converted model's.
+        steps: number of distillation steps.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -64,6 +65,7 @@ class ConversionReport:
     parameters_after: int = 0
     similarity: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    steps: int = 0
 
     def warn_of_layers(self) -> None:
         """Add the warnings that follow from the layers."""

@@ -15,7 +15,7 @@ from gn_detect.cli import main
 from gn_detect.config import dump_config
 from gn_detect.convert import convert_state_dict
 from gn_detect.interop.library_models import load_library_model
-from gn_detect.weights import norm_metadata, read_architecture, read_checkpoint, save_weights
+from gn_detect.weights import norm_metadata, norm_settings, read_architecture, read_checkpoint, save_weights
 from tests.weights.schemes import mmdetection
 from tests.weights.test_mmdetection_config import FLAT, write
 
@@ -336,9 +336,9 @@ def test_the_groups_of_a_converted_file_are_kept(checkpoint, folder, tmp_path, c
     words = ["calibrate", str(checkpoint), str(one), str(better), "--images", str(folder), "--steps", "1"]
     words += ["--config-file", CONFIG]
     keys = [*BATCH_NORM, "INPUT.MIN_SIZE_TEST", "64"]
-    assert main([*words, *keys]) == 2
+    assert main([*words, "--num-groups", "8", *keys]) == 2
     assert "calibrate: --num-groups 1 --min-channels-per-group 1)" in capsys.readouterr().err
-    assert main([*words, "--num-groups", "1", *keys]) == 0
+    assert main([*words, *keys]) == 0
     assert "MODEL.GN.NUM_GROUPS 1" in capsys.readouterr().out, "how to load it"
     assert set(read_checkpoint(better).metadata.group_norm_groups.values()) == {1}
 
@@ -413,7 +413,9 @@ def test_images_of_a_coco_json(checkpoint, folder, tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "timm/lcnet_050"])
-def test_a_librarys_model(name, folder, tmp_path, capsys) -> None:
+def test_a_librarys_model(name, folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("gn_detect.convert.balance.STEPS", 5)
+    monkeypatch.setattr("gn_detect.conversion.WINDOWS", 2)
     torch.manual_seed(0)
     if name == "mobilenet_v3_small":
         model = torchvision.models.mobilenet_v3_small()
@@ -423,9 +425,20 @@ def test_a_librarys_model(name, folder, tmp_path, capsys) -> None:
     torch.save(model.state_dict(), weights)
     words = ["convert", name, str(target), "--weights", str(weights), "--images", str(folder)]
     assert main([*words, "--steps", "1", "--batch-size", "2"]) == 0
-    assert "gn_detect.convert_norm(model, init='reset', num_groups=32" in capsys.readouterr().out
-    converted, _ = gn_detect.convert_norm(model, init="reset")
-    converted.load_state_dict(read_checkpoint(target).tensors)
+    said = capsys.readouterr().out
+    (choice,) = (line for line in said.splitlines() if line.startswith("chosen: "))
+    groups, least, part = (word for word in choice.split()[1:7] if not word.startswith("--"))
+    assert f"gn_detect.convert_norm(model, init='reset', num_groups={groups}, min_" in said
+    found = read_checkpoint(target)
+    rule = {"num_groups": int(groups), "min_channels_per_group": int(least)}
+    converted, _ = gn_detect.convert_norm(model, relative_eps=float(part), **rule)
+    assert found.metadata.group_norm_eps == norm_settings(converted).group_norm_eps
+    assert found.metadata.group_norm_groups == norm_settings(converted).group_norm_groups
+    converted.load_state_dict(found.tensors)
+    assert main([*words, "--steps", "0", "--relative-eps", "0.3", "--num-groups", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "chosen: --num-groups 4 --min-channels-per-group" in said
+    assert "--relative-eps 0.3 (" in said
 
 
 def test_relative_eps_of_a_librarys_model(folder, tmp_path, capsys) -> None:

@@ -96,6 +96,20 @@ def test_each_stage_comes_closer(original: nn.Module, images: Tensor) -> None:
     assert cosine == pytest.approx(found["calibrated"], abs=1e-5)
 
 
+def test_weights_are_channels_last_meanwhile(original: nn.Module, images: Tensor) -> None:
+    """With single images; batches of other kinds may hold anything."""
+    seen: list[bool] = []
+    weight = original[3].conv1.weight
+    original[3].conv1.register_forward_pre_hook(
+        lambda *_: seen.append(weight.is_contiguous(memory_format=torch.channels_last))
+    )
+    for given, expected in ((images, {True}), (list(images.split(8)), {False})):
+        seen.clear()
+        calibrate(original, converted(original), given, 0, rescale=False, progress=False)
+        assert set(seen) == expected
+        assert weight.is_contiguous()
+
+
 @pytest.mark.usefixtures("rough_scales")
 def test_repeats_and_resumes_to_the_same_weights(original: nn.Module, images: Tensor, tmp_path) -> None:
     whole = converted(original)
