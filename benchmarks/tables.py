@@ -24,6 +24,7 @@ from gn_detect.files import atomic_write_text
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGES = (
+    "benchmarks/ABLATIONS.md",
     "benchmarks/README.md",
     "benchmarks/memory.md",
     "docs/convert.md",
@@ -261,6 +262,36 @@ def norm_study() -> str:
     return drawn.tables({cell: done[cell.name] for cell in plan(["classifier", "detector"], seeds=3)})
 
 
+def transfer(study: str) -> str:
+    """Return AP by arm, with the differences to others as they are paired; unclear ones in brackets."""
+    rows = load("transfer/summary")[study]
+    against = list(dict.fromkeys(key for row in rows for key in row if key.startswith("against ")))
+    columns = [
+        name for name in ("rate", "iterations", "images", "start", "loss") if any(name in r for r in rows)
+    ]
+    return markdown(
+        ("", *columns, "mask AP", "runs", *against),
+        [
+            [
+                row["arm"],
+                *(row.get(name, "") for name in columns),
+                f"{statistics.fmean(row['AP']):.1f}",
+                len(row["AP"]),
+                *(interval(row.get(key)) for key in against),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def interval(found: dict[str, Any] | None) -> str:
+    """Return a difference with its interval, in brackets if that holds zero."""
+    if not found:
+        return ""
+    text = f"{found['value']:+.1f}, {found['low']:.1f} to {found['high']:.1f}"
+    return f"({text})" if found["low"] <= 0 <= found["high"] else text
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headlines": headlines,
     "detectron2": lambda: recorded("detectron2", ratio=over_detectron2),
@@ -273,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "norms on a CPU": norms_cpu,
     "steps on a CPU": lambda: steps(float32=load("norms-cpu")["steps"]),
     "detector": lambda: recorded("detector", mask_AP_kept=kept),
+    "transfer causes": lambda: transfer("causes"),
     "classifiers": lambda: recorded("classifiers"),
     "relative eps": relative_eps,
     "families": families,

@@ -80,6 +80,9 @@ def test_every_source_has_the_same_cells() -> None:
     assert list(names) == [f"{fold}-source{i}" for i in (1, 2, 3) for fold in ("A", "B")]
     assert len({tuple(part) for part in names.values()}) == 1
     assert len(cells.stained(rates)) == 5 * 3 * 2
+    for study in (plan.rate_cells(), plan.cause_cells()):
+        assert len({(cell.unit, cell.name) for cell in study}) == len(study)
+    assert set(plan.CAUSE_ARMS) <= {*ARMS, *CAUSES}
 
 
 def test_a_rate_is_chosen_when_its_grid_is_complete(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from gn_detect.files import atomic_write_json, atomic_write_text
 
-from . import plan, slides, summary
+from . import gradients, plan, slides, summary
 from .arms import ARMS, CAUSES
 from .data import SLIDES, folds
 from .training import Place, fine_tune
@@ -34,6 +34,8 @@ def main() -> None:
     run.add_argument("--work", type=Path, default=Path("output/transfer"), help="for checkpoints")
     run.add_argument("--hours", type=float, default=1.0, help="after which no training is begun")
     run.add_argument("--only", default="", help="part of the names of cells to run")
+    first = commands.add_parser("gradients", help="measure the first step of each arm of the study of causes")
+    first.add_argument("--work", type=Path, default=Path("output/transfer"), help="for checkpoints")
     commands.add_parser("summary", help="compute intervals, and write results/transfer/summary.json")
     args = parser.parse_args()
     if args.command == "slides":
@@ -44,6 +46,8 @@ def main() -> None:
         found = summary.summarise(args.data, RESULTS)
         atomic_write_json(RESULTS / "summary.json", found, indent=1)
         print(summary.in_words(found))
+    elif args.command == "gradients":
+        measure_gradients(args)
     else:
         run_study(args)
 
@@ -64,6 +68,20 @@ def run_study(args: argparse.Namespace) -> None:
             record = fine_tune(places[cell.fold], cell, (ARMS | CAUSES)[cell.arm])
             atomic_write_json(path, read(path) | {cell.name: record}, indent=1)
             print(f"{cell.unit}: {cell.name}: AP {record['AP']}, {record['seconds']} s", flush=True)
+
+
+def measure_gradients(args: argparse.Namespace) -> None:
+    """Measure the first step of the arms that have no result yet."""
+    torch.set_num_threads(1)
+    path = RESULTS / "gradients.json"
+    for fold in plan.GRADIENT_FOLDS:
+        place = Place(args.data, args.work, fold, folds(args.data)[fold])
+        for arm in plan.GRADIENT_ARMS:
+            key = f"{fold}, {arm}"
+            if key not in read(path):
+                found = gradients.measure(place, 1, arm, (ARMS | CAUSES)[arm])
+                atomic_write_json(path, read(path) | {key: found}, indent=1)
+                print(f"{key}: {found}", flush=True)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ THRESHOLDS = 10  # IoU of 0.5, 0.55, ..., 0.95
 SCORE = 65535  # scores are stored in 16 bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matches:
     """Detections of one run, all images together, in descending order of score.
 

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 from . import cells as cell_lists
-from .arms import ARMS, CAUSES
+from .arms import ARMS
 from .cells import CONVERTED, RATES, REFERENCE, Cell
 
 STUDIES = ("rates", "causes", "final", "stained")
+
+CAUSE_RATE, CAUSE_SEEDS = 0.005, (1, 2, 3)
+
+CAUSE_ARMS = (
+    "frozen BN",
+    "GN, matched",
+    "GN, balanced",
+    "GN, balanced, scaled gradients",
+    "GN, matched, annealed",
+    "GN in the backbone, matched",
+    "GN in FPN and heads, matched",
+    "GN, matched, relative eps",
+    "GN, calibrated",
+    "GN, calibrated, scaled gradients",
+    "GN, calibrated, relative eps",
+    "GN, calibrated, distilled",
+    "GN, matched, one group",
+    "GN, matched, 32 groups",
+)
+"""Those without a calibration first: they take less time."""
+
+GRADIENT_FOLDS = ("small1",)
+GRADIENT_ARMS = tuple(a for a in CAUSE_ARMS if "calibrated" not in a and "annealed" not in a)
 
 FIRST = ("frozen BN", "GN, calibrated", "GN, matched")
 """Arms whose rates are sought first."""
@@ -33,15 +57,22 @@ def cells(study: str, results: Path) -> list[Cell]:
 def rate_cells() -> list[Cell]:
     """Return the grid of rates of all arms of the final protocol."""
     ordered = [*FIRST, *(arm for arm in ARMS if arm not in FIRST)]
-    return cell_lists.development(ordered, RATES, (1,), "dev1")
+    return cell_lists.development(ordered, RATES, "dev1")
 
 
 def cause_cells() -> list[Cell]:
-    """Return the remedies with three seeds, and the two arms of the main comparison with the same seeds."""
+    """Return the arms of the search for causes at half the resolution, one seed after the other."""
     found = []
-    for seed in (1, 2, 3):
-        found += cell_lists.development([REFERENCE, CONVERTED, *CAUSES], RATES[1:3], (seed,), "small1")
-    return list(dict.fromkeys(found))
+    for seed in CAUSE_SEEDS:
+        for arm in CAUSE_ARMS:
+            if seed == CAUSE_SEEDS[0]:
+                found.append(Cell("small1", 1, arm, iterations=0))
+            found.append(Cell("small1", 1, arm, CAUSE_RATE, cell_lists.START, seed=seed))
+    rates = (CAUSE_RATE / 2, CAUSE_RATE * 2)
+    return found + [
+        Cell("small1", 1, arm, rate, cell_lists.START, seed=seed)
+        for seed, rate, arm in product(CAUSE_SEEDS, rates, (REFERENCE, CONVERTED))
+    ]
 
 
 def chosen_rates(results: Path) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,7 +33,7 @@ def summarise(data: Path, results: Path) -> dict[str, Any]:
     def images(cells: Sequence[Cell]) -> dict[str, Images]:
         for fold in {cell.fold for cell in cells} - tests.keys():
             truth = annotations_of(data, known[fold].test)
-            tests[fold] = Images(count_objects(truth), slides_of(truth))
+            tests[fold] = Images(count_objects(truth), slides_of(truth), len(tests))
         return tests
 
     def compare(done: Records, first: list[Cell], second: list[Cell]) -> dict[str, Any] | None:
@@ -72,8 +73,14 @@ def pair_up(done: Records, first: Sequence[Cell], second: Sequence[Cell]) -> lis
         key = (cell.fold, cell.source, cell.seed)
         if key in other:
             texts = (done[cell]["matches"], done[other[key]]["matches"])
-            pairs.append(Pair(cell.fold, str(cell.source), *map(Matches.from_text, texts)))
+            pairs.append(Pair(cell.fold, str(cell.source), *map(read_matches, texts)))
     return pairs
+
+
+@cache
+def read_matches(text: str) -> Matches:
+    """Return the matches of a record, the same object each time: intervals keep what they computed of it."""
+    return Matches.from_text(text)
 
 
 def as_json(pairs: Sequence[Pair], tests: dict[str, Images]) -> dict[str, Any] | None:
@@ -96,30 +103,22 @@ def rate_rows(done: Records) -> list[dict[str, Any]]:
 
 
 def cause_rows(done: Records, compare: Any) -> list[dict[str, Any]]:
-    """Return each arm at its best rate over the seeds, next to frozen BN and the converted GN at theirs."""
-    arms = dict.fromkeys(cell.arm for cell in done)
-    best = {arm: best_cells(done, arm) for arm in arms}
-    rows = []
-    for arm in arms:
-        start = next((r["AP"] for c, r in done.items() if c.arm == arm and not c.iterations), None)
-        if best[arm]:
-            aps = [done[cell]["AP"] for cell in best[arm]]
-            row: dict[str, Any] = {"arm": arm, "start": start, "rate": best[arm][0].rate, "AP": aps}
-            row["first loss"] = round(fmean(fmean(done[c]["losses"][:5]) for c in best[arm]), 3)
-            for name in (REFERENCE, CONVERTED):
-                if arm != name and best.get(name):
-                    row[f"against {name}"] = compare(done, best[name], best[arm])
-            rows.append(row)
-    return rows
-
-
-def best_cells(done: Records, arm: str) -> list[Cell]:
-    """Return the cells of the arm's rate with the highest mean AP."""
-    by_rate: dict[float, list[Cell]] = {}
+    """Return each arm at each rate, next to the arms of the main comparison at the same rate."""
+    groups: dict[tuple[str, float], list[Cell]] = {}
     for cell in done:
-        if cell.arm == arm and cell.iterations:
-            by_rate.setdefault(cell.rate, []).append(cell)
-    return max(by_rate.values(), key=lambda cells: fmean(done[c]["AP"] for c in cells), default=[])
+        if cell.iterations:
+            groups.setdefault((cell.arm, cell.rate), []).append(cell)
+    rows = []
+    for (arm, rate), cells in groups.items():
+        start = next((r["AP"] for c, r in done.items() if c.arm == arm and not c.iterations), None)
+        row: dict[str, Any] = {"arm": arm, "rate": rate, "start": start}
+        row["loss"] = round(fmean(fmean(done[cell]["losses"]) for cell in cells), 3)
+        row["AP"] = [done[cell]["AP"] for cell in cells]
+        for name in (REFERENCE, CONVERTED):
+            if arm != name:
+                row[f"against {name}"] = compare(done, groups.get((name, rate), []), cells)
+        rows.append(row)
+    return rows
 
 
 def setting_rows(done: Records, iterations: int, images: int, compare: Any) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ from .matches import Matches, count_objects, match
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quick" / "nuclei_r18_gn.yaml"
 
 SOURCE_BATCH, SOURCE_RATE = 8, 0.02
-SOURCE_ITERATIONS, SMALL_ITERATIONS = 300, 200
+SOURCE_ITERATIONS, SMALL_ITERATIONS = 300, 120
 CALIBRATION_STEPS, CALIBRATION_BATCH = 150, 2
 
 PARTS_OF_CURVE = 15  # of the training loss; with 150 iterations 10 in each
