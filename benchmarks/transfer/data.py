@@ -66,7 +66,8 @@ def folds(data: Path) -> dict[str, Fold]:
 
     ``A`` is trained on half A and tested on half B, ``B`` the other way round. ``dev1`` to ``dev3`` lie
     inside half A, so that half B is untouched by choices; ``small1`` to ``small3`` are the same at half the
-    resolution. ``stained1`` to ``stained5`` go from fluorescence to stained images.
+    resolution, and ``young1`` to ``young3`` those with sources after half of their training. ``stained1`` to
+    ``stained5`` go from fluorescence to stained images.
     """
     pictures, slides = read_pictures(data), read_slides()
     halves = [tuple(part) for part in divide(pictures, slides, HALVES)]
@@ -77,7 +78,8 @@ def folds(data: Path) -> dict[str, Fold]:
     inside = [picture for picture in pictures if picture.name in halves[0]]
     for number, part in enumerate(divide(inside, slides, DEVELOPMENT_FOLDS), 1):
         train = tuple(name for name in halves[0] if name not in part)
-        found[f"dev{number}"] = found[f"small{number}"] = Fold(train, train, tuple(part))
+        for name in ("dev", "small", "young"):
+            found[f"{name}{number}"] = Fold(train, train, tuple(part))
     stained = [picture for picture in pictures if picture.kind[2] == STAINED]
     fluorescent = tuple(picture.name for picture in pictures if picture.kind[2] != STAINED)
     for number, part in enumerate(divide(stained, slides, STAINED_FOLDS), 1):

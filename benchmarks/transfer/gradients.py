@@ -38,7 +38,7 @@ def measure(place: Place, source: int, name: str, arm: Arm) -> dict[str, Any]:
     run = prepare(place.config(place.fold.train, keys), False)
     batches = iter(run.loader)
     seen, others = ([next(batches) for _ in range(IMAGES)] for _ in range(2))
-    trained = [p for p in run.model.parameters() if p.requires_grad]
+    trained: list[Tensor] = [p for p in run.model.parameters() if p.requires_grad]
     squares = 0.0
     total = [torch.zeros_like(p) for p in trained]
     with remedies(run, arm, place, Cell(place.name, source, name)) as forward:
@@ -48,11 +48,12 @@ def measure(place: Place, source: int, name: str, arm: Arm) -> dict[str, Any]:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
             squares += sum(float(g.square().sum()) for g in gradients) / IMAGES
             torch._foreach_add_(total, gradients, alpha=1 / IMAGES)
-    found = {"before": mean_loss(run, others), "after": {}}
+    before = mean_loss(run, others)
+    after = {}
     with torch.no_grad():
         for step in STEPS:
             torch._foreach_add_(trained, total, alpha=-step)
-            found["after"][step] = mean_loss(run, others)
+            after[f"{step}"] = mean_loss(run, others)
             torch._foreach_add_(trained, total, alpha=step)
     whole = sum(float(g.square().sum()) for g in total)
     parts: dict[str, float] = {}
@@ -63,8 +64,13 @@ def measure(place: Place, source: int, name: str, arm: Arm) -> dict[str, Any]:
                 kind = part_of(module_name, module)
                 share = float(total[position[parameter]].square().sum()) / whole
                 parts[kind] = parts.get(kind, 0.0) + share
-    found |= {"square": round(whole, 4), "noise": round(squares / whole, 2)}
-    return found | {"parts": {kind: round(share, 3) for kind, share in parts.items()}}
+    return {
+        "before": before,
+        "after": after,
+        "square": round(whole, 4),
+        "noise": round(squares / whole, 2),
+        "parts": {kind: round(share, 3) for kind, share in parts.items()},
+    }
 
 
 def part_of(name: str, module: nn.Module) -> str:

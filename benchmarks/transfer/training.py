@@ -39,7 +39,7 @@ from .matches import Matches, count_objects, match
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quick" / "nuclei_r18_gn.yaml"
 
 SOURCE_BATCH, SOURCE_RATE = 8, 0.02
-SOURCE_ITERATIONS, SMALL_ITERATIONS = 300, 120
+SOURCE_ITERATIONS, SMALL_ITERATIONS, CYCLES = 150, 120, 2
 CALIBRATION_STEPS, CALIBRATION_BATCH = 150, 2
 
 PARTS_OF_CURVE = 15  # of the training loss; with 150 iterations 10 in each
@@ -81,8 +81,13 @@ class Place:
                 write_annotations(self.data, names, path)
             registered[dataset] = {"ANNOTATIONS": str(path), "IMAGES": str(self.data / "images")}
         own = {"DATASETS.REGISTER": registered, "MODEL.DEVICE": "cpu"}
-        size = SMALL if self.name.startswith("small") else {}
+        size = SMALL if self.is_small else {}
         return load_config(CONFIG, []).replace(own | size | keys)
+
+    @property
+    def is_small(self) -> bool:
+        """Return whether images have half the resolution."""
+        return self.name.startswith(("small", "young"))
 
     @cached_property
     def truth(self) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def schedule_keys(images: int, rate: float, iterations: int, seed: int) -> dict[
         "SOLVER.IMS_PER_BATCH": images,
         "SOLVER.BASE_LR": rate * images,
         "SOLVER.MAX_ITER": iterations,
-        "SOLVER.STEPS": [iterations * 7 // 10, iterations * 9 // 10],
+        "SOLVER.STEPS": sorted({iterations * 7 // 10, iterations * 9 // 10} - {0}),
         "SOLVER.WARMUP_ITERS": iterations // 15,
         "SOLVER.NON_FINITE": "skip",
         "SEED": seed,
@@ -105,14 +110,22 @@ def schedule_keys(images: int, rate: float, iterations: int, seed: int) -> dict[
 
 def source_weights(place: Place, seed: int) -> Path:
     """Return the checkpoint of a BatchNorm detector, trained from random weights if it is not there."""
+    return _cycle(place, seed, 1 if place.name.startswith("young") else CYCLES)
+
+
+def _cycle(place: Place, seed: int, cycle: int) -> Path:
+    """Return the weights after so many cycles of the schedule, each from the weights of the one before."""
     # Folds that differ in fine-tuning alone share a source.
-    name = "fluorescence" if place.name.startswith("stained") else place.name
-    path = place.work / "sources" / f"{name}-{seed}.pth"
+    name = "fluorescence" if place.name.startswith("stained") else place.name.replace("young", "small")
+    path = place.work / "sources" / f"{name}-{seed}-{cycle}.pth"
     if not path.exists():
-        iterations = SMALL_ITERATIONS if name.startswith("small") else SOURCE_ITERATIONS
-        keys = schedule_keys(SOURCE_BATCH, SOURCE_RATE / SOURCE_BATCH, iterations, seed)
-        cfg = place.config(place.fold.source, keys | Arm(norm="BN").config_keys())
-        run = prepare(cfg, False)
+        iterations = SMALL_ITERATIONS if place.is_small else SOURCE_ITERATIONS
+        # Another seed for other batches.
+        keys = schedule_keys(SOURCE_BATCH, SOURCE_RATE / SOURCE_BATCH, iterations, seed + 1000 * (cycle - 1))
+        keys |= Arm(norm="BN").config_keys()
+        if cycle > 1:
+            keys["MODEL.WEIGHTS"] = str(_cycle(place, seed, cycle - 1))
+        run = prepare(place.config(place.fold.source, keys), False)
         for _ in steps(run):
             pass
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,4 +320,4 @@ def detect(run: Run, truth: dict[str, Any]) -> Matches:
 
 def is_finite(model: nn.Module) -> bool:
     """Return whether all weights are numbers; of a training that diverged AP counts as 0."""
-    return all(math.isfinite(float(value.sum())) for value in model.parameters())
+    return all(math.isfinite(float(value.detach().sum())) for value in model.parameters())
