@@ -284,6 +284,20 @@ def transfer(study: str) -> str:
     )
 
 
+def first_steps(fold: str) -> str:
+    """Return the loss after one step along the mean gradient, the least in bold, for each start."""
+    found = {key.partition(", ")[2]: row for key, row in load("transfer/gradients").items() if fold in key}
+    steps = list(next(iter(found.values()))["after"])
+    rows = []
+    for arm, row in found.items():
+        least = min(row["after"].values())
+        losses = [f"**{loss:.2f}**" if loss == least else f"{loss:.2f}" for loss in row["after"].values()]
+        rows.append(
+            [arm, f"{row['before']:.2f}", *losses, f"{row['before'] - least:.2f}", f"{row['square']:.0f}"]
+        )
+    return markdown(("", "before", *steps, "most gained", "squared gradient"), rows)
+
+
 def interval(found: dict[str, Any] | None) -> str:
     """Return a difference with its interval, in brackets if that holds zero."""
     if not found:
@@ -305,6 +319,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps on a CPU": lambda: steps(float32=load("norms-cpu")["steps"]),
     "detector": lambda: recorded("detector", mask_AP_kept=kept),
     "transfer causes": lambda: transfer("causes"),
+    "first steps": lambda: first_steps("small1"),
+    "first steps, young": lambda: first_steps("young1"),
     "classifiers": lambda: recorded("classifiers"),
     "relative eps": relative_eps,
     "families": families,

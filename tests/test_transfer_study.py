@@ -177,9 +177,9 @@ def _run(quality: np.ndarray, images: Images, random: np.random.Generator) -> Ma
 def test_an_interval_covers_the_true_difference() -> None:
     """Two arms of equal quality, with noise by slide, by source and by run: 95% of the intervals hold 0."""
     random = np.random.default_rng(1)
-    images = Images(np.full(24, 8), np.arange(24) // 2)
+    images = Images(np.full(24, 5), np.arange(24) // 2)
     covered = []
-    for _ in range(120):
+    for _ in range(60):
         pairs = []
         slide = random.normal(0, 0.05, (2, 12))
         for source in range(3):
@@ -189,11 +189,11 @@ def test_an_interval_covers_the_true_difference() -> None:
                 for arm in (0, 1)
             )
             pairs.append(Pair("A", str(source), one, other))
-        found = difference(pairs, {"A": images}, resamples=60)
+        found = difference(pairs, {"A": images}, resamples=30)
         covered.append(found.low <= 0 <= found.high)
         assert found.over == "slides, sources"
-    # The standard deviation of this mean is 0.02.
-    assert 0.9 <= np.mean(covered) <= 1.0
+    # The standard deviation of this mean is 0.03.
+    assert np.mean(covered) >= 0.88
 
 
 def test_an_interval_finds_a_difference() -> None:

@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +78,20 @@ def group(data: Path) -> dict[str, int]:
 
 def neighbours(names: Sequence[str], pixels: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
     """Yield the pairs of images of one size of which an edge continues in the other's opposite edge."""
-    grey = {name: pixels[name].mean(2) for name in names}
-    for turn in (np.asarray, np.transpose):
-        turned = {name: turn(grey[name]) for name in names}
-        for one, other in permutations(names, 2):
-            if continues(turned[one], turned[other]):
-                yield one, other
+    grey = np.stack([pixels[name].mean(2) for name in names])
+    for turned in (grey, grey.transpose(0, 2, 1)):
+        last, first = turned[:, -1], turned[:, 0]
+        inside = np.abs(last - turned[:, -2]).mean(1)[:, None] + np.abs(first - turned[:, 1]).mean(1)
+        step = np.stack([np.abs(row - first).mean(1) for row in last])
+        for above, below in np.argwhere(step < STEP * np.maximum(inside / 2, LEAST_STEP)):
+            if above != below and correlation(last[above], first[below]) > CORRELATION:
+                yield names[above], names[below]
 
 
-def continues(above: np.ndarray, below: np.ndarray) -> bool:
-    """Return whether the first row of ``below`` continues the last of ``above``, (H, W) grey values each."""
-    last, first = above[-1], below[0]
-    inside = (np.abs(last - above[-2]).mean() + np.abs(first - below[1]).mean()) / 2
-    if np.abs(last - first).mean() >= STEP * max(inside, LEAST_STEP):
-        return False
-    one, other = (np.convolve(row, np.ones(SMOOTH) / SMOOTH, "valid") for row in (last, first))
-    if min(one.std(), other.std()) == 0:
-        return False
-    return bool(np.corrcoef(one, other)[0, 1] > CORRELATION)
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the correlation of two rows of grey values, (W,), after smoothing; 0 if one is constant."""
+    smooth = [np.convolve(row, np.ones(SMOOTH) / SMOOTH, "valid") for row in (one, other)]
+    return float(np.corrcoef(*smooth)[0, 1]) if min(row.std() for row in smooth) else 0.0
 
 
 def like(names: Sequence[str], pixels: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
