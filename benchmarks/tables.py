@@ -285,17 +285,23 @@ def transfer(study: str) -> str:
 
 
 def first_steps(fold: str) -> str:
-    """Return the loss after one step along the mean gradient, the least in bold, for each start."""
-    found = {key.partition(", ")[2]: row for key, row in load("transfer/gradients").items() if fold in key}
-    steps = list(next(iter(found.values()))["after"])
+    """Return the loss after one step along the mean gradient, as means over the sets of images.
+
+    The last column has the least loss of each set, whatever the step.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for key, row in load("transfer/gradients").items():
+        name, _, rest = key.partition(", images ")
+        if name == fold:
+            found.setdefault(rest.partition(", ")[2], []).append(row)
+    steps = list(next(iter(found.values()))[0]["after"])
     rows = []
-    for arm, row in found.items():
-        least = min(row["after"].values())
-        losses = [f"**{loss:.2f}**" if loss == least else f"{loss:.2f}" for loss in row["after"].values()]
-        rows.append(
-            [arm, f"{row['before']:.2f}", *losses, f"{row['before'] - least:.2f}", f"{row['square']:.0f}"]
-        )
-    return markdown(("", "before", *steps, "most gained", "squared gradient"), rows)
+    for arm, sets in found.items():
+        means = [statistics.fmean(row["before"] for row in sets)]
+        means += [statistics.fmean(row["after"][step] for row in sets) for step in steps]
+        least = ", ".join(f"{min(row['after'].values()):.2f}" for row in sets)
+        rows.append([arm, *(f"{mean:.2f}" for mean in means), least])
+    return markdown(("", "before", *steps, "least, each set"), rows)
 
 
 def interval(found: dict[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,13 @@ def measure_gradients(args: argparse.Namespace) -> None:
     """Measure the first step of the arms that have no result yet."""
     torch.set_num_threads(1)
     path = RESULTS / "gradients.json"
-    for fold in plan.GRADIENT_FOLDS:
-        place = Place(args.data, args.work, fold, folds(args.data)[fold])
-        for arm in plan.GRADIENT_ARMS:
-            key = f"{fold}, {arm}"
-            if key not in read(path):
-                found = gradients.measure(place, 1, arm, (ARMS | CAUSES)[arm])
-                atomic_write_json(path, read(path) | {key: found}, indent=1)
-                print(f"{key}: {found}", flush=True)
+    places = {fold: Place(args.data, args.work, fold, folds(args.data)[fold]) for fold in plan.GRADIENT_FOLDS}
+    for fold, seed, arm in product(plan.GRADIENT_FOLDS, plan.CAUSE_SEEDS, plan.GRADIENT_ARMS):
+        key = f"{fold}, images {seed}, {arm}"
+        if key not in read(path):
+            found = gradients.measure(places[fold], 1, arm, (ARMS | CAUSES)[arm], seed)
+            atomic_write_json(path, read(path) | {key: found}, indent=1)
+            print(f"{key}: {found}", flush=True)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -26,15 +26,15 @@ STEPS = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Lengths of the step as learning rates. With a momentum of 0.9 an image's gradient counts ten times."""
 
 
-def measure(place: Place, source: int, name: str, arm: Arm) -> dict[str, Any]:
+def measure(place: Place, source: int, name: str, arm: Arm, seed: int) -> dict[str, Any]:
     """Return the loss on other images before and after steps, and the gradient's parts.
 
-    ``noise`` is the mean square of the single images' gradients over the square of their mean: 1 if all
-    agree, the number of images if they are independent. ``parts`` are the shares of the square, by kind of
-    parameter.
+    ``seed`` draws both sets of images. ``noise`` is the mean square of the single images' gradients over the
+    square of their mean: 1 if all agree, the number of images if they are independent. ``parts`` are the
+    shares of the square, by kind of parameter.
     """
     weights = start_weights(place, source, arm.conversion)
-    keys = schedule_keys(1, 0.005, 1000, 1) | arm.config_keys() | {"MODEL.WEIGHTS": str(weights)}
+    keys = schedule_keys(1, 0.005, 1000, seed) | arm.config_keys() | {"MODEL.WEIGHTS": str(weights)}
     run = prepare(place.config(place.fold.train, keys), False)
     batches = iter(run.loader)
     seen, others = ([next(batches) for _ in range(IMAGES)] for _ in range(2))

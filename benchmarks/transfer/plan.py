@@ -32,7 +32,7 @@ CAUSE_ARMS = (
 """Those without a calibration first: they take less time."""
 
 GRADIENT_FOLDS = ("small1", "young1")
-GRADIENT_ARMS = tuple(a for a in CAUSE_ARMS if "calibrated" not in a and "annealed" not in a)
+GRADIENT_ARMS = ("frozen BN", "GN, matched", "GN, balanced", "GN, balanced, scaled gradients")
 
 FIRST = ("frozen BN", "GN, calibrated", "GN, matched")
 """Arms whose rates are sought first."""
