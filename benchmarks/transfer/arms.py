@@ -6,7 +6,7 @@ so *frozen BN* in FPN and heads is a detector without norms there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 PARTS = {
@@ -54,7 +54,6 @@ class Arm:
     Attributes:
         norm: of the parts that ``conversion`` leaves.
         conversion: None keeps BatchNorm everywhere.
-        keys: further config keys.
         scaled_gradients: multiply each balanced channel's gradient by the square of its scale, so that its
             rate is as before balancing.
         annealed: part of the iterations over which GN's statistics replace BatchNorm's expected ones.
@@ -64,7 +63,6 @@ class Arm:
 
     norm: Literal["FrozenBN", "BN"] = "FrozenBN"
     conversion: Conversion | None = None
-    keys: dict[str, Any] = field(default_factory=dict)
     scaled_gradients: bool = False
     annealed: float = 0.0
     distilled: float = 0.0
@@ -77,7 +75,7 @@ class Arm:
         if self.conversion is not None:
             most, fewest = self.conversion.groups
             found |= {"MODEL.GN.NUM_GROUPS": most, "MODEL.GN.MIN_CHANNELS_PER_GROUP": fewest}
-        return found | self.keys
+        return found
 
 
 MATCHED = Arm(conversion=Conversion())
