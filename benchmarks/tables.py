@@ -265,7 +265,7 @@ def norm_study() -> str:
 def transfer(study: str) -> str:
     """Return AP by arm, with the differences to others as they are paired; unclear ones in brackets."""
     rows = load("transfer/summary")[study]
-    against = list(dict.fromkeys(key for row in rows for key in row if key.startswith("against ")))
+    against = list(dict.fromkeys(key for row in rows for key in row if "against " in key and row[key]))
     columns = [
         name for name in ("rate", "iterations", "images", "start", "loss") if any(name in r for r in rows)
     ]
@@ -274,7 +274,7 @@ def transfer(study: str) -> str:
         [
             [
                 row["arm"],
-                *(row.get(name, "") for name in columns),
+                *("" if row.get(name) is None else row[name] for name in columns),
                 f"{statistics.fmean(row['AP']):.1f}",
                 len(row["AP"]),
                 *(interval(row.get(key)) for key in against),
