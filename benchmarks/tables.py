@@ -24,6 +24,7 @@ from gn_detect.files import atomic_write_text
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGES = (
+    "benchmarks/ABLATIONS.md",
     "benchmarks/README.md",
     "benchmarks/memory.md",
     "docs/convert.md",
@@ -261,6 +262,56 @@ def norm_study() -> str:
     return drawn.tables({cell: done[cell.name] for cell in plan(["classifier", "detector"], seeds=3)})
 
 
+def transfer(study: str) -> str:
+    """Return AP by arm, with the differences to others as they are paired; unclear ones in brackets."""
+    rows = load("transfer/summary")[study]
+    against = list(dict.fromkeys(key for row in rows for key in row if "against " in key and row[key]))
+    columns = [
+        name for name in ("rate", "iterations", "images", "start", "loss") if any(name in r for r in rows)
+    ]
+    return markdown(
+        ("", *columns, "mask AP", "runs", *against),
+        [
+            [
+                row["arm"],
+                *("" if row.get(name) is None else row[name] for name in columns),
+                f"{statistics.fmean(row['AP']):.1f}",
+                len(row["AP"]),
+                *(interval(row.get(key)) for key in against),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def first_steps(fold: str) -> str:
+    """Return the loss after one step along the mean gradient, as means over the sets of images.
+
+    The last column has the least loss of each set, whatever the step.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for key, row in load("transfer/gradients").items():
+        name, _, rest = key.partition(", images ")
+        if name == fold:
+            found.setdefault(rest.partition(", ")[2], []).append(row)
+    steps = list(next(iter(found.values()))[0]["after"])
+    rows = []
+    for arm, sets in found.items():
+        means = [statistics.fmean(row["before"] for row in sets)]
+        means += [statistics.fmean(row["after"][step] for row in sets) for step in steps]
+        least = ", ".join(f"{min(row['after'].values()):.2f}" for row in sets)
+        rows.append([arm, *(f"{mean:.2f}" for mean in means), least])
+    return markdown(("", "before", *steps, "least, each set"), rows)
+
+
+def interval(found: dict[str, Any] | None) -> str:
+    """Return a difference with its interval, in brackets if that holds zero."""
+    if not found:
+        return ""
+    text = f"{found['value']:+.1f}, {found['low']:.1f} to {found['high']:.1f}"
+    return f"({text})" if found["low"] <= 0 <= found["high"] else text
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headlines": headlines,
     "detectron2": lambda: recorded("detectron2", ratio=over_detectron2),
@@ -273,6 +324,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "norms on a CPU": norms_cpu,
     "steps on a CPU": lambda: steps(float32=load("norms-cpu")["steps"]),
     "detector": lambda: recorded("detector", mask_AP_kept=kept),
+    "transfer causes": lambda: transfer("causes"),
+    "first steps": lambda: first_steps("small1"),
+    "first steps, young": lambda: first_steps("young1"),
     "classifiers": lambda: recorded("classifiers"),
     "by rule": lambda: recorded("by-rule"),
     "relative eps": relative_eps,

@@ -1,0 +1,82 @@
+"""The cells of each study, from what the studies before it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from . import cells as cell_lists
+from .arms import ARMS
+from .cells import CONVERTED, RATES, REFERENCE, Cell
+
+STUDIES = ("rates", "causes", "final", "stained")
+
+CAUSE_SEEDS = (1, 2, 3)
+
+CAUSE_ARMS = (
+    "frozen BN",
+    "GN, matched",
+    "GN, balanced",
+    "GN, balanced, scaled gradients",
+    "GN, matched, annealed",
+    "GN in the backbone, matched",
+    "GN in FPN and heads, matched",
+    "GN, matched, relative eps",
+    "GN, calibrated",
+    "GN, calibrated, scaled gradients",
+    "GN, calibrated, relative eps",
+    "GN, calibrated, distilled",
+    "GN, matched, one group",
+    "GN, matched, 32 groups",
+)
+"""Those without a calibration first: they take less time."""
+
+GRADIENT_FOLDS = ("small1", "young1")
+GRADIENT_ARMS = ("frozen BN", "GN, matched", "GN, balanced", "GN, balanced, scaled gradients")
+
+FIRST = ("frozen BN", "GN, calibrated", "GN, matched")
+"""Arms whose rates are sought first."""
+
+
+def cells(study: str, results: Path) -> list[Cell]:
+    """Return the cells of a study, those that answer most first.
+
+    ``final`` and ``stained`` need the results of ``rates``; arms without are left out.
+    """
+    if study == "rates":
+        return rate_cells()
+    if study == "causes":
+        return cause_cells()
+    rates = chosen_rates(results)
+    if study == "final":
+        return cell_lists.final([arm for arm in ARMS if arm in rates], rates)
+    return cell_lists.stained(rates) if {REFERENCE, CONVERTED} <= rates.keys() else []
+
+
+def rate_cells() -> list[Cell]:
+    """Return the grid of rates of all arms of the final protocol."""
+    ordered = [*FIRST, *(arm for arm in ARMS if arm not in FIRST)]
+    return cell_lists.development(ordered, RATES, "dev1")
+
+
+def cause_cells() -> list[Cell]:
+    """Return the arms of the search for causes at half the resolution, one seed after the other."""
+    found = []
+    for seed in CAUSE_SEEDS:
+        for arm in CAUSE_ARMS:
+            if seed == CAUSE_SEEDS[0]:
+                found.append(Cell("small1", 1, arm, iterations=0))
+            # The lowest rate of the grid is too low to show anything in so few iterations.
+            found += [Cell("small1", 1, arm, rate, cell_lists.START, seed=seed) for rate in RATES[1:]]
+    return found
+
+
+def chosen_rates(results: Path) -> dict[str, float]:
+    """Return the rate with the highest AP on the development fold, of each arm whose grid is complete."""
+    path = results / "rates" / "dev1-source1.json"
+    done = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    found: dict[str, dict[float, float]] = {}
+    for cell in rate_cells():
+        if cell.iterations and cell.name in done:
+            found.setdefault(cell.arm, {})[cell.rate] = done[cell.name]["AP"]
+    return {arm: max(grid, key=lambda r: grid[r]) for arm, grid in found.items() if len(grid) == len(RATES)}
