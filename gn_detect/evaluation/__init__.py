@@ -1,8 +1,9 @@
 """Run a model on a dataset and compute COCO box and mask AP."""
 
-from .backends import choose_backend, precision_and_recall
-from .coco import METRICS, evaluate_categories, evaluate_results
-from .coco_data import prepare_detections, prepare_ground_truth, read_annotations
+from .backends import Evaluators, choose_backend
+from .coco import METRICS, evaluate_categories, evaluate_kinds, evaluate_results
+from .coco_data import prepare_ground_truth, read_annotations
+from .detections import DetectionTable, prepare_detections
 from .matching import IN_CROWD, NOTHING, confusion_matrix, match_objects
 from .model import Interrupted, Stop, detections_to_coco, evaluate_model
 from .results_file import ResultsWriter, read_entries
@@ -13,6 +14,8 @@ __all__ = [
     "IN_CROWD",
     "METRICS",
     "NOTHING",
+    "DetectionTable",
+    "Evaluators",
     "Interrupted",
     "ResultsWriter",
     "Stop",
@@ -21,11 +24,11 @@ __all__ = [
     "confusion_matrix",
     "detections_to_coco",
     "evaluate_categories",
+    "evaluate_kinds",
     "evaluate_model",
     "evaluate_results",
     "format_results",
     "match_objects",
-    "precision_and_recall",
     "prepare_detections",
     "prepare_ground_truth",
     "read_annotations",

@@ -6,17 +6,16 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
-import json
-import tempfile
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
-from .coco_data import Json
+from .coco_data import GroundTruth, Json
+from .detections import DetectionTable
 
 BACKENDS = ("hotcoco", "faster_coco_eval", "pycocotools")  # fastest first
 
@@ -58,71 +57,85 @@ def _is_proven(backend: str) -> bool:
         return False
 
 
-def precision_and_recall(
-    ground_truth: Json, detections: Iterable[Json], iou_type: str, backend: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Evaluate at COCO's 10 IoU thresholds, 4 ranges of area and at most 1, 10 or 100 detections per image.
+class Evaluators:
+    """The evaluators of one backend for one dataset. They share what they can of its boxes and masks."""
 
-    Args:
-        ground_truth, detections: as :mod:`.coco_data` prepares them; evaluators may add keys to them.
-        iou_type: ``"bbox"`` or ``"segm"``.
-        backend: one of :data:`BACKENDS`.
+    def __init__(self, truth: GroundTruth, detections: DetectionTable, backend: str) -> None:
+        """Load nothing yet.
 
-    Returns:
-        Precision (10, 101, K, 4, 3) at 101 recalls and recall (10, K, 4, 3); -1 without any object to find.
-        K are the categories in order of their ids.
+        Args:
+            truth: the ground truth, with masks if masks are evaluated.
+            detections: of the same IoU types. With hotcoco they are not kept, as their masks are large.
+            backend: one of :data:`BACKENDS`.
+        """
+        self._truth, self._detections, self._backend = truth, detections, backend
+        self._loaded: dict[bool, Any] = {}  # hotcoco's ground truth, by whether it is all of it
+        self._found: Any = None  # hotcoco's detections
 
-    Raises:
-        UserError: the backend refuses a mask that is not valid RLE.
-    """
-    # Names do not matter here, and hotcoco refuses some.
-    numbered = [{"id": c["id"], "name": str(c["id"])} for c in ground_truth["categories"]]
-    ground_truth = {**ground_truth, "categories": numbered}
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            evaluator = _make(backend, ground_truth, detections, iou_type)
-            evaluator.evaluate()
-            evaluator.accumulate()
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                "bad-rle", f"{backend} cannot evaluate these masks: {reason}; encode them again"
-            ) from error
-    return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
+    def precision_and_recall(self, iou_type: str, categories: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluate at COCO's 10 IoU thresholds, 4 ranges of area and at most 1, 10 and 100 detections.
 
+        Args:
+            iou_type: ``"bbox"`` or ``"segm"``.
+            categories: K numbers of the ground truth's, ascending.
 
-def _make(backend: str, ground_truth: Json, detections: Iterable[Json], iou_type: str) -> Any:
-    if backend == "hotcoco":
-        module = importlib.import_module("hotcoco")
-        found = _load_from_disk(module, ground_truth, detections)
-        return module.COCOeval(module.COCO(ground_truth), found, iou_type)
-    given = {**ground_truth, "annotations": list(detections)}
-    if backend == "faster_coco_eval":
-        module = importlib.import_module("faster_coco_eval")
-        truth, found = module.COCO(ground_truth), module.COCO(given)
-        return module.COCOeval_faster(truth, found, iou_type, print_function=lambda *_: None)
-    coco = importlib.import_module("pycocotools.coco").COCO
-    truth, found = coco(), coco()
-    for data, index in ((ground_truth, truth), (given, found)):
-        index.dataset = data
-        index.createIndex()
-    return importlib.import_module("pycocotools.cocoeval").COCOeval(truth, found, iou_type)
+        Returns:
+            Precision (10, 101, K, 4, 3) at 101 recalls and recall (10, K, 4, 3); -1 without any object to
+            find.
 
+        Raises:
+            UserError: the backend refuses a mask that is not valid RLE.
+        """
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                evaluator = (
+                    self._by_hotcoco(iou_type) if self._backend == "hotcoco" else self._other(iou_type)
+                )
+                evaluator.params.catIds = list(categories)
+                evaluator.evaluate()
+                evaluator.accumulate()
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    "bad-rle", f"{self._backend} cannot evaluate these masks: {reason}; encode them again"
+                ) from error
+        return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
 
-def _load_from_disk(hotcoco: Any, ground_truth: Json, detections: Iterable[Json]) -> Any:
-    """Let hotcoco read a file: it takes a fifth of the memory that Python objects would."""
-    with tempfile.TemporaryDirectory(prefix="gn_detect-") as folder:
-        path = Path(folder) / "detections.json"
-        try:
-            with open(path, "w", encoding="ascii") as file:
-                file.write(json.dumps(ground_truth | {"annotations": []}).removesuffix("]}"))
-                for number, detection in enumerate(detections):
-                    file.write(("," if number else "") + json.dumps(detection) + "\n")
-                file.write("]}")
-        except OSError as error:
-            raise UserError(
-                "cannot-write",
-                f"cannot write detections to {folder}: {error.strerror}; set TMPDIR to a folder with room",
-            ) from error
-        return hotcoco.COCO(str(path))
+    def _ground_truth(self, iou_type: str) -> Json:
+        # Names do not matter here, and hotcoco refuses some.
+        coco = self._truth.coco
+        numbered = [{"id": c["id"], "name": str(c["id"])} for c in coco["categories"]]
+        return {
+            "images": coco["images"],
+            "categories": numbered,
+            "annotations": self._truth.annotations(iou_type),
+        }
+
+    def _by_hotcoco(self, iou_type: str) -> Any:
+        hotcoco = importlib.import_module("hotcoco")
+        entire = iou_type == "bbox" or not self._truth.maskless
+        if entire not in self._loaded:
+            self._loaded[entire] = hotcoco.COCO(self._ground_truth(iou_type))
+        table, known = self._detections, self._loaded[entire]
+        if self._found is None:
+            columns = [table.images, *table.boxes.T, table.scores, table.categories]
+            rows = np.stack(columns, axis=1).astype(np.float64)
+            self._found = known.load_res(rows, segmentation=table.masks() if table.counts else None)
+            self._detections = table = replace(table, counts=[])  # hotcoco has a copy
+        self._found.update_anns(ids=np.arange(1, len(table) + 1), area=table.areas[iou_type])
+        return hotcoco.COCOeval(known, self._found, iou_type)
+
+    def _other(self, iou_type: str) -> Any:
+        known, table = self._ground_truth(iou_type), self._detections
+        given = {**known, "annotations": [table.entry(row, iou_type) for row in range(len(table))]}
+        if self._backend == "faster_coco_eval":
+            module = importlib.import_module("faster_coco_eval")
+            truth, found = module.COCO(known), module.COCO(given)
+            return module.COCOeval_faster(truth, found, iou_type, print_function=lambda *_: None)
+        coco = importlib.import_module("pycocotools.coco").COCO
+        truth, found = coco(), coco()
+        for data, index in ((known, truth), (given, found)):
+            index.dataset = data
+            index.createIndex()
+        return importlib.import_module("pycocotools.cocoeval").COCOeval(truth, found, iou_type)
