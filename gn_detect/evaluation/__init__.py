@@ -1,6 +1,7 @@
 """Run a model on a dataset and compute COCO box and mask AP."""
 
-from .backends import Evaluators, choose_backend
+from .backends import AREAS, Evaluators, choose_backend
+from .bootstrap import Ranked, average_precision, draw_images, interval
 from .coco import METRICS, evaluate_categories, evaluate_kinds, evaluate_results
 from .coco_data import prepare_ground_truth, read_annotations
 from .detections import DetectionTable, prepare_detections
@@ -11,23 +12,28 @@ from .table import format_results
 from .truth import Truth, read_truth
 
 __all__ = [
+    "AREAS",
     "IN_CROWD",
     "METRICS",
     "NOTHING",
     "DetectionTable",
     "Evaluators",
     "Interrupted",
+    "Ranked",
     "ResultsWriter",
     "Stop",
     "Truth",
+    "average_precision",
     "choose_backend",
     "confusion_matrix",
     "detections_to_coco",
+    "draw_images",
     "evaluate_categories",
     "evaluate_kinds",
     "evaluate_model",
     "evaluate_results",
     "format_results",
+    "interval",
     "match_objects",
     "prepare_detections",
     "prepare_ground_truth",

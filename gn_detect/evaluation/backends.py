@@ -7,13 +7,13 @@ import importlib
 import importlib.metadata
 import io
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
+from .bootstrap import Ranked, only_matches, rank
 from .coco_data import GroundTruth, Json
 from .detections import DetectionTable
 
@@ -21,6 +21,12 @@ BACKENDS = ("hotcoco", "faster_coco_eval", "pycocotools")  # fastest first
 
 # Oldest versions shown to equal pycocotools; early ones of hotcoco gave other numbers without a warning.
 _PROVEN_FROM = {"hotcoco": (1, 3), "faster_coco_eval": (1, 8)}
+
+# COCO's ranges of areas in square pixels.
+AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+_RANGES = [list(edges) for edges in AREAS.values()]
+
+_IMAGES = 500  # matched at once by hotcoco
 
 
 def choose_backend(name: str | None) -> str:
@@ -65,12 +71,10 @@ class Evaluators:
 
         Args:
             truth: the ground truth, with masks if masks are evaluated.
-            detections: of the same IoU types. With hotcoco they are not kept, as their masks are large.
+            detections: of the same IoU types.
             backend: one of :data:`BACKENDS`.
         """
         self._truth, self._detections, self._backend = truth, detections, backend
-        self._loaded: dict[bool, Any] = {}  # hotcoco's ground truth, by whether it is all of it
-        self._found: Any = None  # hotcoco's detections
 
     def precision_and_recall(self, iou_type: str, categories: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate at COCO's 10 IoU thresholds, 4 ranges of area and at most 1, 10 and 100 detections.
@@ -89,11 +93,12 @@ class Evaluators:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                evaluator = (
-                    self._by_hotcoco(iou_type) if self._backend == "hotcoco" else self._other(iou_type)
-                )
-                evaluator.params.catIds = list(categories)
-                evaluator.evaluate()
+                if self._backend == "hotcoco":
+                    evaluator = self._by_hotcoco(iou_type, categories)
+                else:
+                    evaluator = self._other(iou_type)
+                    evaluator.params.catIds = list(categories)
+                    evaluator.evaluate()
                 evaluator.accumulate()
             except ValueError as error:
                 reason = " ".join(str(error).split())
@@ -102,34 +107,80 @@ class Evaluators:
                 ) from error
         return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
 
+    def ranked(self, iou_type: str) -> dict[tuple[int, int], Ranked]:
+        """Match detections with objects for resampling, at most 100 of each image and category.
+
+        Returns:
+            the matches by position of a category in ``labels`` that has objects or detections, and by
+            position of a range in :data:`AREAS`.
+        """
+        entries: dict[tuple[int, int], list[tuple[int, Json]]] = {}
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parts = (
+                self._parts(iou_type) if self._backend == "hotcoco" else [self._other(iou_type, plain=True)]
+            )
+            for evaluator in parts:
+                evaluator.params.maxDets = [100]
+                evaluator.evaluate()
+                thresholds = len(evaluator.params.iouThrs)
+                for entry in filter(None, evaluator.evalImgs):
+                    key = entry["category_id"] - 1, _RANGES.index([float(edge) for edge in entry["aRng"]])
+                    entries.setdefault(key, []).append((entry["image_id"] - 1, only_matches(entry)))
+        images = len(self._truth.images)
+        return {key: rank(found, images, thresholds) for key, found in entries.items()}
+
+    def _parts(self, iou_type: str) -> Iterator[Any]:
+        """Yield hotcoco's evaluators of some images each."""
+        hotcoco = importlib.import_module("hotcoco")
+        known = self._ground_truth(iou_type)
+        for images, objects, rows in self._split(known, np.arange(len(self._detections))):
+            truth = hotcoco.COCO({**known, "images": images, "annotations": objects})
+            columns = _columns(self._detections, rows, iou_type)
+            masks = self._detections.masks(rows) if iou_type == "segm" else None
+            yield hotcoco.COCOeval(truth, truth.load_res(columns, segmentation=masks), iou_type)
+
+    def _split(self, known: Json, rows: np.ndarray) -> Iterator[tuple[list[Json], list[Json], np.ndarray]]:
+        """Yield some images at a time with their annotations and those rows of the table."""
+        objects: dict[int, list[Json]] = {}
+        for annotation in known["annotations"]:
+            objects.setdefault(annotation["image_id"], []).append(annotation)
+        numbers = self._detections.images[rows]
+        order = np.argsort(numbers, kind="stable")
+        rows, numbers = rows[order], numbers[order]
+        for first in range(0, len(known["images"]), _IMAGES):
+            images = known["images"][first : first + _IMAGES]  # their ids are 1, 2, ...
+            begin, end = np.searchsorted(numbers, [first + 1, first + len(images) + 1])
+            annotations = [a for image in images for a in objects.get(image["id"], ())]
+            yield images, annotations, rows[begin:end]
+
     def _ground_truth(self, iou_type: str) -> Json:
         # Names do not matter here, and hotcoco refuses some.
         coco = self._truth.coco
         numbered = [{"id": c["id"], "name": str(c["id"])} for c in coco["categories"]]
-        return {
-            "images": coco["images"],
-            "categories": numbered,
-            "annotations": self._truth.annotations(iou_type),
-        }
+        annotations = self._truth.annotations(iou_type)
+        if iou_type == "bbox":  # hotcoco would read the masks
+            annotations = [{k: v for k, v in a.items() if k != "segmentation"} for a in annotations]
+        return {"images": coco["images"], "categories": numbered, "annotations": annotations}
 
-    def _by_hotcoco(self, iou_type: str) -> Any:
+    def _by_hotcoco(self, iou_type: str, categories: Sequence[int]) -> Any:
+        """Match some images at a time: hotcoco's own copy of all masks would fill the memory."""
         hotcoco = importlib.import_module("hotcoco")
-        entire = iou_type == "bbox" or not self._truth.maskless
-        if entire not in self._loaded:
-            self._loaded[entire] = hotcoco.COCO(self._ground_truth(iou_type))
-        table, known = self._detections, self._loaded[entire]
-        if self._found is None:
-            columns = [table.images, *table.boxes.T, table.scores, table.categories]
-            rows = np.stack(columns, axis=1).astype(np.float64)
-            self._found = known.load_res(rows, segmentation=table.masks() if table.counts else None)
-            self._detections = table = replace(table, counts=[])  # hotcoco has a copy
-        self._found.update_anns(ids=np.arange(1, len(table) + 1), area=table.areas[iou_type])
-        return hotcoco.COCOeval(known, self._found, iou_type)
+        params = hotcoco.Params(iou_type)
+        params.cat_ids = list(categories)
+        known, table = self._ground_truth(iou_type), self._detections
+        stream = hotcoco.StreamingEval(known["categories"], iou_type, params=params)
+        rows = np.flatnonzero(np.isin(table.categories, categories))
+        for images, objects, part in self._split(known, rows):
+            masks = table.masks(part) if iou_type == "segm" else None
+            stream.update(images, objects, _columns(table, part, iou_type), segmentation=masks)
+        return stream.finalize()
 
-    def _other(self, iou_type: str) -> Any:
+    def _other(self, iou_type: str, plain: bool = False) -> Any:
+        """Return an evaluator of faster_coco_eval, or of pycocotools, which alone keeps its matches."""
         known, table = self._ground_truth(iou_type), self._detections
         given = {**known, "annotations": [table.entry(row, iou_type) for row in range(len(table))]}
-        if self._backend == "faster_coco_eval":
+        if self._backend == "faster_coco_eval" and not plain:
             module = importlib.import_module("faster_coco_eval")
             truth, found = module.COCO(known), module.COCO(given)
             return module.COCOeval_faster(truth, found, iou_type, print_function=lambda *_: None)
@@ -139,3 +190,16 @@ class Evaluators:
             index.dataset = data
             index.createIndex()
         return importlib.import_module("pycocotools.cocoeval").COCOeval(truth, found, iou_type)
+
+
+def _columns(table: DetectionTable, rows: np.ndarray, iou_type: str) -> np.ndarray:
+    """Return (N, 7) float64, the detections as hotcoco takes them: image, box, score, category.
+
+    hotcoco takes the box's area for the detection's. Masks get a box
+    with their area, which is not read otherwise.
+    """
+    boxes = table.boxes[rows]
+    if iou_type == "segm":
+        boxes = np.zeros((len(rows), 4))
+        boxes[:, 2], boxes[:, 3] = table.areas["segm"][rows], 1
+    return np.column_stack([table.images[rows], boxes, table.scores[rows], table.categories[rows]])

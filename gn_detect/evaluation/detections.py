@@ -74,13 +74,15 @@ class DetectionTable:
         """Return a compressed RLE."""
         return {"size": self.sizes[row].tolist(), "counts": self.counts[row]}
 
-    def masks(self) -> list[Json]:
-        """Return all compressed RLE; those of one size share its list."""
-        sizes, own = np.unique(self.sizes, axis=0, return_inverse=True)
-        lists = sizes.tolist()
-        return [
-            {"size": lists[i], "counts": counts} for i, counts in zip(own.tolist(), self.counts, strict=True)
-        ]
+    def masks(self, rows: np.ndarray) -> list[Json]:
+        """Return the compressed RLE of some detections; those of one size share its list."""
+        if not len(rows):
+            return []
+        height, width = self.sizes[rows].T
+        _, first, own = np.unique((height << 32) + width, return_index=True, return_inverse=True)
+        lists, counts = self.sizes[rows[first]].tolist(), self.counts
+        places = zip(own.tolist(), rows.tolist(), strict=True)
+        return [{"size": lists[i], "counts": counts[row]} for i, row in places]
 
 
 def prepare_detections(

@@ -99,7 +99,6 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
     table = prepare_detections(results, prepared, iou_types)
     detections = _shown(truth, prepared, table, iou_type, threshold)
     evaluators = Evaluators(prepared, table, choose_backend(None))
-    del table  # large
     curves = {kind: _curves(prepared, evaluators, kind) for kind in iou_types}
     every = progress_bar(detections.items(), desc="comparing", unit="image")
     images = [_image(truth, image_id, found, iou_type) for image_id, found in every]
