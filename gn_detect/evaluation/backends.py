@@ -16,6 +16,7 @@ from ..errors import UserError
 from .bootstrap import Ranked, only_matches, rank
 from .coco_data import GroundTruth, Json
 from .detections import DetectionTable
+from .results_file import without_collector
 
 BACKENDS = ("hotcoco", "faster_coco_eval", "pycocotools")  # fastest first
 
@@ -25,6 +26,8 @@ _PROVEN_FROM = {"hotcoco": (1, 3), "faster_coco_eval": (1, 8)}
 # COCO's ranges of areas in square pixels.
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 _RANGES = [list(edges) for edges in AREAS.values()]
+
+THRESHOLDS = 10  # COCO's IoU thresholds 0.5, 0.55, ..., 0.95
 
 _IMAGES = 500  # matched at once by hotcoco
 
@@ -90,45 +93,50 @@ class Evaluators:
         Raises:
             UserError: the backend refuses a mask that is not valid RLE.
         """
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                if self._backend == "hotcoco":
-                    evaluator = self._by_hotcoco(iou_type, categories)
-                else:
-                    evaluator = self._other(iou_type)
-                    evaluator.params.catIds = list(categories)
-                    evaluator.evaluate()
-                evaluator.accumulate()
-            except ValueError as error:
-                reason = " ".join(str(error).split())
-                raise UserError(
-                    "bad-rle", f"{self._backend} cannot evaluate these masks: {reason}; encode them again"
-                ) from error
+        with self._quiet():
+            if self._backend == "hotcoco":
+                evaluator = self._by_hotcoco(iou_type, categories)
+            else:
+                evaluator = self._other(iou_type)
+                evaluator.params.catIds = list(categories)
+                evaluator.evaluate()
+            evaluator.accumulate()
         return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
 
     def ranked(self, iou_type: str) -> dict[tuple[int, int], Ranked]:
         """Match detections with objects for resampling, at most 100 of each image and category.
 
         Returns:
-            the matches by position of a category in ``labels`` that has objects or detections, and by
+            The matches by position of a category in ``labels`` that has objects or detections, and by
             position of a range in :data:`AREAS`.
+
+        Raises:
+            UserError: the backend refuses a mask that is not valid RLE.
         """
         entries: dict[tuple[int, int], list[tuple[int, Json]]] = {}
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            parts = (
-                self._parts(iou_type) if self._backend == "hotcoco" else [self._other(iou_type, plain=True)]
-            )
-            for evaluator in parts:
+        with self._quiet(), without_collector():
+            one = self._backend != "hotcoco"
+            for evaluator in [self._other(iou_type, plain=True)] if one else self._parts(iou_type):
                 evaluator.params.maxDets = [100]
                 evaluator.evaluate()
-                thresholds = len(evaluator.params.iouThrs)
                 for entry in filter(None, evaluator.evalImgs):
                     key = entry["category_id"] - 1, _RANGES.index([float(edge) for edge in entry["aRng"]])
                     entries.setdefault(key, []).append((entry["image_id"] - 1, only_matches(entry)))
         images = len(self._truth.images)
-        return {key: rank(found, images, thresholds) for key, found in entries.items()}
+        return {key: rank(found, images, THRESHOLDS) for key, found in entries.items()}
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Let an evaluator print and warn nothing, and name it in its errors."""
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                yield
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    "bad-rle", f"{self._backend} cannot evaluate these masks: {reason}; encode them again"
+                ) from error
 
     def _parts(self, iou_type: str) -> Iterator[Any]:
         """Yield hotcoco's evaluators of some images each."""
@@ -195,8 +203,8 @@ class Evaluators:
 def _columns(table: DetectionTable, rows: np.ndarray, iou_type: str) -> np.ndarray:
     """Return (N, 7) float64, the detections as hotcoco takes them: image, box, score, category.
 
-    hotcoco takes the box's area for the detection's. Masks get a box
-    with their area, which is not read otherwise.
+    hotcoco takes the box's area for the detection's. Masks get a box with their area, which is not read
+    otherwise.
     """
     boxes = table.boxes[rows]
     if iou_type == "segm":

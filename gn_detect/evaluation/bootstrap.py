@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 _RECALLS = np.linspace(0, 1, 101)
-_ENTRIES = (
-    1 << 20
-)  # resamples times detections at once: a few arrays of this size fit into a processor's cache
+_ENTRIES = 1 << 18  # resamples times detections at once: a few such arrays fit into a processor's cache
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..evaluation import (
     prepare_ground_truth,
     read_annotations,
 )
+from ..evaluation.backends import THRESHOLDS
 from ..evaluation.coco_data import GroundTruth
 from ..files import open_file
 from ..text import printable
@@ -164,8 +165,8 @@ def _values(truth: GroundTruth, results: Path, kind: str, draws: np.ndarray) -> 
     """Return (R,) percent of each metric of a run."""
     backend = choose_backend(None)
     ranked = Evaluators(truth, prepare_detections(results, truth, [kind]), backend).ranked(kind)
-    labels, thresholds = truth.labels, 10
-    aps = np.full((len(AREAS), len(labels), len(draws), thresholds), np.nan)
+    labels = truth.labels
+    aps = np.full((len(AREAS), len(labels), len(draws), THRESHOLDS), np.nan)
     for (category, area), matches in ranked.items():
         aps[area, category] = average_precision(matches, draws) * 100
     everything = aps[0]
