@@ -29,9 +29,8 @@ import yaml
 
 from gn_detect import train
 from gn_detect.config import load_config
-from gn_detect.evaluation import evaluate_results
+from gn_detect.evaluation import evaluate_kinds
 from gn_detect.evaluation.backends import choose_backend
-from gn_detect.evaluation.coco import IOU_TYPES
 from gn_detect.evaluation.results_file import ResultsWriter
 from gn_detect.files import atomic_write, atomic_write_text
 from tests.engine.tiny import TINY, make_dataset
@@ -152,7 +151,7 @@ def evaluate_many(folder: Path, images: int, masks: int) -> None:
         for image_id in range(images):
             writer.add(_detections(random, image_id, masks, encoded, corners))
         writer.end()
-    metrics = {kind: evaluate_results(path, results, kind) for kind in IOU_TYPES}
+    metrics = evaluate_kinds(path, results)
     size = results.stat().st_size / MEGABYTE
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     scores = ", ".join(f"{kind} AP {values['AP']:.2f}" for kind, values in metrics.items())

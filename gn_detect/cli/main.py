@@ -26,6 +26,7 @@ COMMANDS = {
     "export": "Export a trained detector as ONNX or as a program of PyTorch.",
     "zoo": "List, explain, download and check published weights.",
     "plot": "Draw losses, AP and learning rate of one run, or of several in the same axes.",
+    "compare": "Tell whether the AP of two runs, or of two groups of seeds, differs by more than luck.",
     "report": "Write a run's numbers, curves, mistakes and pictures as one HTML page that needs no network.",
     "bench": "Time a training step or a detection part by part, or each norm and PyTorch's.",
     "replay": "Repeat a training step whose loss or gradient was not finite, from its black box.",

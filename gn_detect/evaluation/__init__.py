@@ -1,8 +1,10 @@
 """Run a model on a dataset and compute COCO box and mask AP."""
 
-from .backends import choose_backend, precision_and_recall
-from .coco import METRICS, evaluate_categories, evaluate_results
-from .coco_data import prepare_detections, prepare_ground_truth, read_annotations
+from .backends import AREAS, Evaluators, choose_backend
+from .bootstrap import Ranked, average_precision, draw_images, interval
+from .coco import METRICS, evaluate_categories, evaluate_kinds, evaluate_results
+from .coco_data import prepare_ground_truth, read_annotations
+from .detections import DetectionTable, prepare_detections
 from .matching import IN_CROWD, NOTHING, confusion_matrix, match_objects
 from .model import Interrupted, Stop, detections_to_coco, evaluate_model
 from .results_file import ResultsWriter, read_entries
@@ -10,22 +12,29 @@ from .table import format_results
 from .truth import Truth, read_truth
 
 __all__ = [
+    "AREAS",
     "IN_CROWD",
     "METRICS",
     "NOTHING",
+    "DetectionTable",
+    "Evaluators",
     "Interrupted",
+    "Ranked",
     "ResultsWriter",
     "Stop",
     "Truth",
+    "average_precision",
     "choose_backend",
     "confusion_matrix",
     "detections_to_coco",
+    "draw_images",
     "evaluate_categories",
+    "evaluate_kinds",
     "evaluate_model",
     "evaluate_results",
     "format_results",
+    "interval",
     "match_objects",
-    "precision_and_recall",
     "prepare_detections",
     "prepare_ground_truth",
     "read_annotations",

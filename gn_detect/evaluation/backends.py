@@ -6,22 +6,30 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
-import json
-import tempfile
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
-from .coco_data import Json
+from .bootstrap import Ranked, only_matches, rank
+from .coco_data import GroundTruth, Json
+from .detections import DetectionTable
+from .results_file import without_collector
 
 BACKENDS = ("hotcoco", "faster_coco_eval", "pycocotools")  # fastest first
 
 # Oldest versions shown to equal pycocotools; early ones of hotcoco gave other numbers without a warning.
 _PROVEN_FROM = {"hotcoco": (1, 3), "faster_coco_eval": (1, 8)}
+
+# COCO's ranges of areas in square pixels.
+AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+_RANGES = [list(edges) for edges in AREAS.values()]
+
+THRESHOLDS = 10  # COCO's IoU thresholds 0.5, 0.55, ..., 0.95
+
+_IMAGES = 500  # matched at once by hotcoco
 
 
 def choose_backend(name: str | None) -> str:
@@ -58,71 +66,148 @@ def _is_proven(backend: str) -> bool:
         return False
 
 
-def precision_and_recall(
-    ground_truth: Json, detections: Iterable[Json], iou_type: str, backend: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Evaluate at COCO's 10 IoU thresholds, 4 ranges of area and at most 1, 10 or 100 detections per image.
+class Evaluators:
+    """The evaluators of one backend for one dataset. They share what they can of its boxes and masks."""
 
-    Args:
-        ground_truth, detections: as :mod:`.coco_data` prepares them; evaluators may add keys to them.
-        iou_type: ``"bbox"`` or ``"segm"``.
-        backend: one of :data:`BACKENDS`.
+    def __init__(self, truth: GroundTruth, detections: DetectionTable, backend: str) -> None:
+        """Load nothing yet.
 
-    Returns:
-        Precision (10, 101, K, 4, 3) at 101 recalls and recall (10, K, 4, 3); -1 without any object to find.
-        K are the categories in order of their ids.
+        Args:
+            truth: the ground truth, with masks if masks are evaluated.
+            detections: of the same IoU types.
+            backend: one of :data:`BACKENDS`.
+        """
+        self._truth, self._detections, self._backend = truth, detections, backend
 
-    Raises:
-        UserError: the backend refuses a mask that is not valid RLE.
-    """
-    # Names do not matter here, and hotcoco refuses some.
-    numbered = [{"id": c["id"], "name": str(c["id"])} for c in ground_truth["categories"]]
-    ground_truth = {**ground_truth, "categories": numbered}
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            evaluator = _make(backend, ground_truth, detections, iou_type)
-            evaluator.evaluate()
+    def precision_and_recall(self, iou_type: str, categories: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluate at COCO's 10 IoU thresholds, 4 ranges of area and at most 1, 10 and 100 detections.
+
+        Args:
+            iou_type: ``"bbox"`` or ``"segm"``.
+            categories: K numbers of the ground truth's, ascending.
+
+        Returns:
+            Precision (10, 101, K, 4, 3) at 101 recalls and recall (10, K, 4, 3); -1 without any object to
+            find.
+
+        Raises:
+            UserError: the backend refuses a mask that is not valid RLE.
+        """
+        with self._quiet():
+            if self._backend == "hotcoco":
+                evaluator = self._by_hotcoco(iou_type, categories)
+            else:
+                evaluator = self._other(iou_type)
+                evaluator.params.catIds = list(categories)
+                evaluator.evaluate()
             evaluator.accumulate()
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                "bad-rle", f"{backend} cannot evaluate these masks: {reason}; encode them again"
-            ) from error
-    return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
+        return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
+
+    def ranked(self, iou_type: str) -> dict[tuple[int, int], Ranked]:
+        """Match detections with objects for resampling, at most 100 of each image and category.
+
+        Returns:
+            The matches by position of a category in ``labels`` that has objects or detections, and by
+            position of a range in :data:`AREAS`.
+
+        Raises:
+            UserError: the backend refuses a mask that is not valid RLE.
+        """
+        entries: dict[tuple[int, int], list[tuple[int, Json]]] = {}
+        with self._quiet(), without_collector():
+            one = self._backend != "hotcoco"
+            for evaluator in [self._other(iou_type, plain=True)] if one else self._parts(iou_type):
+                evaluator.params.maxDets = [100]
+                evaluator.evaluate()
+                for entry in filter(None, evaluator.evalImgs):
+                    key = entry["category_id"] - 1, _RANGES.index([float(edge) for edge in entry["aRng"]])
+                    entries.setdefault(key, []).append((entry["image_id"] - 1, only_matches(entry)))
+        images = len(self._truth.images)
+        return {key: rank(found, images, THRESHOLDS) for key, found in entries.items()}
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Let an evaluator print and warn nothing, and name it in its errors."""
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                yield
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    "bad-rle", f"{self._backend} cannot evaluate these masks: {reason}; encode them again"
+                ) from error
+
+    def _parts(self, iou_type: str) -> Iterator[Any]:
+        """Yield hotcoco's evaluators of some images each."""
+        hotcoco = importlib.import_module("hotcoco")
+        known = self._ground_truth(iou_type)
+        for images, objects, rows in self._split(known, np.arange(len(self._detections))):
+            truth = hotcoco.COCO({**known, "images": images, "annotations": objects})
+            columns = _columns(self._detections, rows, iou_type)
+            masks = self._detections.masks(rows) if iou_type == "segm" else None
+            yield hotcoco.COCOeval(truth, truth.load_res(columns, segmentation=masks), iou_type)
+
+    def _split(self, known: Json, rows: np.ndarray) -> Iterator[tuple[list[Json], list[Json], np.ndarray]]:
+        """Yield some images at a time with their annotations and those rows of the table."""
+        objects: dict[int, list[Json]] = {}
+        for annotation in known["annotations"]:
+            objects.setdefault(annotation["image_id"], []).append(annotation)
+        numbers = self._detections.images[rows]
+        order = np.argsort(numbers, kind="stable")
+        rows, numbers = rows[order], numbers[order]
+        for first in range(0, len(known["images"]), _IMAGES):
+            images = known["images"][first : first + _IMAGES]  # their ids are 1, 2, ...
+            begin, end = np.searchsorted(numbers, [first + 1, first + len(images) + 1])
+            annotations = [a for image in images for a in objects.get(image["id"], ())]
+            yield images, annotations, rows[begin:end]
+
+    def _ground_truth(self, iou_type: str) -> Json:
+        # Names do not matter here, and hotcoco refuses some.
+        coco = self._truth.coco
+        numbered = [{"id": c["id"], "name": str(c["id"])} for c in coco["categories"]]
+        annotations = self._truth.annotations(iou_type)
+        if iou_type == "bbox":  # hotcoco would read the masks
+            annotations = [{k: v for k, v in a.items() if k != "segmentation"} for a in annotations]
+        return {"images": coco["images"], "categories": numbered, "annotations": annotations}
+
+    def _by_hotcoco(self, iou_type: str, categories: Sequence[int]) -> Any:
+        """Match some images at a time: hotcoco's own copy of all masks would fill the memory."""
+        hotcoco = importlib.import_module("hotcoco")
+        params = hotcoco.Params(iou_type)
+        params.cat_ids = list(categories)
+        known, table = self._ground_truth(iou_type), self._detections
+        stream = hotcoco.StreamingEval(known["categories"], iou_type, params=params)
+        rows = np.flatnonzero(np.isin(table.categories, categories))
+        for images, objects, part in self._split(known, rows):
+            masks = table.masks(part) if iou_type == "segm" else None
+            stream.update(images, objects, _columns(table, part, iou_type), segmentation=masks)
+        return stream.finalize()
+
+    def _other(self, iou_type: str, plain: bool = False) -> Any:
+        """Return an evaluator of faster_coco_eval, or of pycocotools, which alone keeps its matches."""
+        known, table = self._ground_truth(iou_type), self._detections
+        given = {**known, "annotations": [table.entry(row, iou_type) for row in range(len(table))]}
+        if self._backend == "faster_coco_eval" and not plain:
+            module = importlib.import_module("faster_coco_eval")
+            truth, found = module.COCO(known), module.COCO(given)
+            return module.COCOeval_faster(truth, found, iou_type, print_function=lambda *_: None)
+        coco = importlib.import_module("pycocotools.coco").COCO
+        truth, found = coco(), coco()
+        for data, index in ((known, truth), (given, found)):
+            index.dataset = data
+            index.createIndex()
+        return importlib.import_module("pycocotools.cocoeval").COCOeval(truth, found, iou_type)
 
 
-def _make(backend: str, ground_truth: Json, detections: Iterable[Json], iou_type: str) -> Any:
-    if backend == "hotcoco":
-        module = importlib.import_module("hotcoco")
-        found = _load_from_disk(module, ground_truth, detections)
-        return module.COCOeval(module.COCO(ground_truth), found, iou_type)
-    given = {**ground_truth, "annotations": list(detections)}
-    if backend == "faster_coco_eval":
-        module = importlib.import_module("faster_coco_eval")
-        truth, found = module.COCO(ground_truth), module.COCO(given)
-        return module.COCOeval_faster(truth, found, iou_type, print_function=lambda *_: None)
-    coco = importlib.import_module("pycocotools.coco").COCO
-    truth, found = coco(), coco()
-    for data, index in ((ground_truth, truth), (given, found)):
-        index.dataset = data
-        index.createIndex()
-    return importlib.import_module("pycocotools.cocoeval").COCOeval(truth, found, iou_type)
+def _columns(table: DetectionTable, rows: np.ndarray, iou_type: str) -> np.ndarray:
+    """Return (N, 7) float64, the detections as hotcoco takes them: image, box, score, category.
 
-
-def _load_from_disk(hotcoco: Any, ground_truth: Json, detections: Iterable[Json]) -> Any:
-    """Let hotcoco read a file: it takes a fifth of the memory that Python objects would."""
-    with tempfile.TemporaryDirectory(prefix="gn_detect-") as folder:
-        path = Path(folder) / "detections.json"
-        try:
-            with open(path, "w", encoding="ascii") as file:
-                file.write(json.dumps(ground_truth | {"annotations": []}).removesuffix("]}"))
-                for number, detection in enumerate(detections):
-                    file.write(("," if number else "") + json.dumps(detection) + "\n")
-                file.write("]}")
-        except OSError as error:
-            raise UserError(
-                "cannot-write",
-                f"cannot write detections to {folder}: {error.strerror}; set TMPDIR to a folder with room",
-            ) from error
-        return hotcoco.COCO(str(path))
+    hotcoco takes the box's area for the detection's. Masks get a box with their area, which is not read
+    otherwise.
+    """
+    boxes = table.boxes[rows]
+    if iou_type == "segm":
+        boxes = np.zeros((len(rows), 4))
+        boxes[:, 2], boxes[:, 3] = table.areas["segm"][rows], 1
+    return np.column_stack([table.images[rows], boxes, table.scores[rows], table.categories[rows]])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..data.coco.canonical import CocoFile
-from .backends import choose_backend, precision_and_recall
-from .coco_data import GroundTruth, prepare_detections, prepare_ground_truth
+from .backends import Evaluators, choose_backend
+from .coco_data import GroundTruth, prepare_ground_truth
+from .detections import prepare_detections
+from .results_file import without_collector
+
+Annotations = str | Path | Mapping[str, Any] | CocoFile
+Results = str | Path | Sequence[Mapping[str, Any]]
 
 IOU_TYPES = ("bbox", "segm")
 # Averages over the IoU thresholds 0.5, 0.55, ..., 0.95, except for AP50 and AP75. s, m and l are areas of
@@ -25,37 +30,54 @@ _CATEGORIES = 2000  # evaluated at once
 
 
 def evaluate_results(
-    annotations_json: str | Path | Mapping[str, Any] | CocoFile,
-    results_json: str | Path | Sequence[Mapping[str, Any]],
-    iou_type: str,
-    backend: str | None = None,
+    annotations_json: Annotations, results_json: Results, iou_type: str, backend: str | None = None
 ) -> dict[str, float]:
-    """Return COCO's twelve numbers and the AP of each category, in percent.
+    """Return COCO's twelve numbers and the AP of each category, in percent; see :func:`evaluate_kinds`."""
+    return evaluate_kinds(annotations_json, results_json, [iou_type], backend)[iou_type]
+
+
+def evaluate_kinds(
+    annotations_json: Annotations,
+    results_json: Results,
+    iou_types: Sequence[str] = IOU_TYPES,
+    backend: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Return COCO's twelve numbers and the AP of each category, in percent, of boxes and masks together.
+
+    Both files are parsed once.
 
     Args:
         annotations_json: COCO ground truth: a file, its content, or what :func:`read_annotations` returned.
         results_json: COCO results, a file or its content; may be empty.
-        iou_type: ``"bbox"`` or ``"segm"``. With ``"segm"`` the areas of detections are those of their masks.
+        iou_types: ``"bbox"``, ``"segm"`` or both. With ``"segm"`` the areas of detections are those of their
+            masks.
         backend: ``"pycocotools"`` (the reference), ``"hotcoco"`` or ``"faster_coco_eval"``. None and
             ``"auto"`` choose the fastest installed one that is proven to give the same numbers.
 
     Returns:
-        :data:`METRICS` and ``AP-<category name>``; nan if the ground truth has nothing to find.
+        For each IoU type :data:`METRICS` and ``AP-<category name>``; nan if the ground truth has nothing to
+        find.
 
     Raises:
         UserError: a file is missing or wrong, a detection belongs to an unknown image or category, or the
             backend is not installed.
-        ValueError: an unknown ``iou_type``.
+        ValueError: an unknown IoU type.
     """
-    if iou_type not in IOU_TYPES:
-        raise ValueError(f"iou_type must be 'bbox' or 'segm', not {iou_type!r}")
+    for iou_type in iou_types:
+        if iou_type not in IOU_TYPES:
+            raise ValueError(f"iou_type must be 'bbox' or 'segm', not {iou_type!r}")
     backend = choose_backend(backend)
-    truth = prepare_ground_truth(annotations_json, iou_type)
-    detections = prepare_detections(results_json, truth, iou_type)
+    with without_collector():
+        truth = prepare_ground_truth(annotations_json, "segm" if "segm" in iou_types else "bbox")
+        evaluators = Evaluators(truth, prepare_detections(results_json, truth, iou_types), backend)
+        return {iou_type: _metrics(truth, evaluators, iou_type) for iou_type in iou_types}
+
+
+def _metrics(truth: GroundTruth, evaluators: Evaluators, iou_type: str) -> dict[str, float]:
     labels = truth.labels
     numbers = {f"AP-{label}": float("nan") for label in labels}
     sums, counts = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0)
-    for categories, precision, recall in evaluate_categories(truth, detections, iou_type, backend):
+    for categories, precision, recall in evaluate_categories(truth, evaluators, iou_type):
         for name, values in _select(precision, recall).items():
             counted = values[values > -1]
             sums[name] += float(counted.sum())
@@ -68,33 +90,23 @@ def evaluate_results(
 
 
 def evaluate_categories(
-    truth: GroundTruth, detections: Iterable[dict[str, Any]], iou_type: str, backend: str
+    truth: GroundTruth, evaluators: Evaluators, iou_type: str
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Evaluate the categories that have annotations, some at a time: each takes 100 KB and more.
 
     Args:
-        truth, detections: as :mod:`.coco_data` prepares them.
-        iou_type, backend: see :func:`precision_and_recall`.
+        truth: the ground truth of the evaluators.
+        evaluators: a backend with the data.
+        iou_type: ``"bbox"`` or ``"segm"``.
 
     Yields:
-        positions of categories in ``truth.labels``, their precision and their recall.
+        positions of categories in ``truth.labels``, their precision and their recall, see
+        :meth:`Evaluators.precision_and_recall`.
     """
-    present = sorted({annotation["category_id"] for annotation in truth.coco["annotations"]})
-    parts = [present[i : i + _CATEGORIES] for i in range(0, len(present), _CATEGORIES)]
-    if len(parts) > 1:
-        detections = list(detections)
-    for part in parts or [[]]:
-        chosen = frozenset(part)
-        found = (detection for detection in detections if detection["category_id"] in chosen)
-        if not part:
-            for _ in found:  # checks all of them
-                pass
-            return
-        coco = truth.coco | {
-            key: [entry for entry in truth.coco[key] if entry[name] in chosen]
-            for key, name in (("categories", "id"), ("annotations", "category_id"))
-        }
-        yield [number - 1 for number in part], *precision_and_recall(coco, found, iou_type, backend)
+    present = sorted({annotation["category_id"] for annotation in truth.annotations(iou_type)})
+    for first in range(0, len(present), _CATEGORIES):
+        part = present[first : first + _CATEGORIES]
+        yield [number - 1 for number in part], *evaluators.precision_and_recall(iou_type, part)
 
 
 def _select(precision: np.ndarray, recall: np.ndarray) -> dict[str, np.ndarray]:

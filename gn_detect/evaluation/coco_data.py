@@ -1,4 +1,4 @@
-"""Bring ground truth and detections into one exact form, so that every evaluator reads the same data.
+"""Bring ground truth into one exact form, so that every evaluator reads the same data.
 
 COCO evaluators treat several things differently: ids that are negative, text or 0, missing areas and crowd
 flags, uncompressed RLE and bytes. :mod:`gn_detect.data.coco.canonical` and
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,9 @@ import pycocotools.mask as coco_mask
 
 from ..data.coco.canonical import CocoFile, canonical
 from ..data.coco.faults import DataError
-from ..data.coco.numbers import as_integer, as_number
 from ..data.coco.reader import LISTS, check_lists, read_canonical
 from ..data.coco.rules import MOST_PIXELS, Annotation, Rules, shown
 from ..data.coco.tables import ImageRecord
-from ..data.coco.values import read_box, read_mask
-from ..errors import UserError
-from .results_file import read_entries
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +36,6 @@ Json = dict[str, Any]
 Size = tuple[int, int] | None  # (height, width) of an image in pixels; None if the ground truth has none
 
 _NAMELESS = Path("ground truth")
-_FARTHEST = 1e9  # the largest number in a detection's box
-_HIGHEST = 1e300  # the largest score
-_MASKS_AT_ONCE = 200  # pycocotools.mask.area fails on more than 255
 
 
 @dataclass(frozen=True)
@@ -51,16 +44,25 @@ class GroundTruth:
 
     Attributes:
         coco: ``images``, ``categories`` and ``annotations``, each with every key that evaluators read.
+        maskless: the annotations that the mask AP leaves out, if masks were read; ``coco`` has the others.
         images, categories: number by id.
         sizes: sizes of images by number.
         file: the file in canonical form.
     """
 
     coco: Json
+    maskless: list[Json]
     images: dict[int, int]
     categories: dict[int, int]
     sizes: dict[int, Size]
     file: CocoFile
+
+    def annotations(self, iou_type: str) -> list[Json]:
+        """Return the annotations of an evaluation, in order of their ids."""
+        found: list[Json] = self.coco["annotations"]
+        if iou_type == "segm" or not self.maskless:
+            return found
+        return sorted([*found, *self.maskless], key=itemgetter("id"))
 
     @property
     def labels(self) -> list[str]:
@@ -115,19 +117,22 @@ def prepare_ground_truth(source: str | Path | Mapping[str, Any] | CocoFile, iou_
         "images": [_image(number, size) for number, size in sizes.items()],
         "categories": [{"id": number, "name": names[key]} for key, number in categories.items()],
     }
-    truth = GroundTruth(coco, images, categories, sizes, file)
+    maskless: list[Json] = []
+    truth = GroundTruth(coco, maskless, images, categories, sizes, file)
     found = rules.annotations(file.content["annotations"], records, categories)
-    annotations = [
-        _annotation(annotation, number, truth, rules, iou_type)
-        for number, annotation in enumerate(found, start=1)
-    ]
-    coco["annotations"] = [a for a in annotations if iou_type != "segm" or a["segmentation"] is not None]
-    left_out = len(annotations) - len(coco["annotations"])
-    if left_out:
+    coco["annotations"] = annotations = []
+    for number, annotation in enumerate(found, start=1):
+        entry = _annotation(annotation, number, truth, rules, iou_type)
+        if iou_type == "segm" and entry["segmentation"] is None:
+            del entry["segmentation"]
+            maskless.append(entry)
+        else:
+            annotations.append(entry)
+    if maskless:
         logger.warning(
             "%s: %d annotation(s) without a polygon of at least 3 points are left out of the mask AP",
             rules.path,
-            left_out,
+            len(maskless),
         )
     return truth
 
@@ -152,11 +157,11 @@ def _annotation(given: Annotation, number: int, truth: GroundTruth, rules: Rules
     annotation["bbox"] = [float(value) for value in given.entry["bbox"]]
     mask = None
     if iou_type == "segm":
-        mask = annotation["segmentation"] = _encode(given.entry.get("segmentation"), size, rules, given.what)
+        mask = annotation["segmentation"] = encode(given.entry.get("segmentation"), size, rules, given.what)
     elif given.area is None:
         # Boxes are evaluated without masks, too.
         with suppress(DataError):
-            mask = _encode(given.entry.get("segmentation"), size, rules, given.what)
+            mask = encode(given.entry.get("segmentation"), size, rules, given.what)
     area = given.area
     if area is None:
         area = coco_mask.area(mask) if mask else annotation["bbox"][2] * annotation["bbox"][3]
@@ -164,7 +169,7 @@ def _annotation(given: Annotation, number: int, truth: GroundTruth, rules: Rules
     return annotation
 
 
-def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
+def encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
     """Return a canonical segmentation as ``{"size": [height, width], "counts": text}``.
 
     Without a ``size``, an RLE gives its own. None if no polygon has 3 points or more.
@@ -186,100 +191,3 @@ def _encode(given: Any, size: Size, rules: Rules, what: str) -> Json | None:
         size = (1, 1)  # the rule says what is missing
     mask = rules.segmentation(given, ImageRecord(0, "", *size), what)
     return mask.encoded if mask else None
-
-
-def prepare_detections(
-    source: str | Path | Sequence[Mapping[str, Any]], truth: GroundTruth, iou_type: str
-) -> Iterator[Json]:
-    """Yield detections with id, area, box and, for masks, compressed RLE.
-
-    The area is that of the box or of the mask, depending on ``iou_type``. A large file is never in memory as
-    a whole.
-
-    Args:
-        source: COCO result file or its content, which is not changed. Ids may be those of the annotation file
-            or of ``truth``. A detection without ``bbox`` has its mask's box (and area, as in pycocotools).
-        truth: the ground truth.
-        iou_type: ``"bbox"`` or ``"segm"``.
-
-    Raises:
-        UserError: it is no list of results, or one has an unknown image or category or no finite score.
-    """
-    name = str(source) if isinstance(source, str | Path) else "results"
-    data = read_entries(source) if isinstance(source, str | Path) else source
-    if not isinstance(data, Iterable) or isinstance(data, str | Mapping):
-        raise UserError("not-results", f"{name}: not COCO results; it needs a list of detections")
-    reader = _DetectionReader(name, truth, iou_type)
-    read = (reader.read(given, number) for number, given in enumerate(data, start=1))
-    while detections := list(islice(read, _MASKS_AT_ONCE)):
-        if iou_type == "segm":
-            masks = [detection["segmentation"] for detection in detections]
-            boxes, areas = coco_mask.toBbox(masks).tolist(), coco_mask.area(masks).tolist()
-            for detection, box, area in zip(detections, boxes, areas, strict=True):
-                detection["bbox"], detection["area"] = box, float(area)
-        yield from detections
-
-
-class _DetectionReader:
-    def __init__(self, name: str, truth: GroundTruth, iou_type: str) -> None:
-        self.rules, self.truth, self.iou_type = Rules(Path(name)), truth, iou_type
-        file = truth.file
-        self.spelt = [{spelt: i for i, spelt in ids.items()} for ids in (file.image_ids, file.category_ids)]
-
-    def read(self, given: Any, number: int) -> Json:
-        what = f"detection {number}"
-        if not isinstance(given, Mapping):
-            raise self._refusal(what, "it is not an object")
-        image = self._number(given, "image", self.truth.images, self.spelt[0], what)
-        detection: Json = {
-            "id": number,
-            "image_id": image,
-            "category_id": self._number(given, "category", self.truth.categories, self.spelt[1], what),
-            "iscrowd": 0,
-            "score": self._score(given, what),
-        }
-        if self.iou_type == "segm" or given.get("bbox") is None:
-            mask = self._mask(given, self.truth.sizes[image], what)
-            if self.iou_type == "segm":
-                return detection | {"segmentation": mask}
-            return detection | {"bbox": coco_mask.toBbox(mask).tolist(), "area": float(coco_mask.area(mask))}
-        box = read_box(given["bbox"], set())
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_near, box)):
-            raise self._refusal(what, f"its bbox {shown(box)} is not x, y, width, height in finite numbers")
-        box = [float(value) for value in box]
-        return detection | {"bbox": box, "area": box[2] * box[3]}
-
-    def _number(
-        self, given: Mapping[str, Any], kind: str, numbers: dict[int, int], spelt: dict[Any, int], what: str
-    ) -> int:
-        key = given.get(f"{kind}_id")
-        number = numbers.get(key) if type(key) is int else None
-        if number is None and key is not None and not isinstance(key, list | dict):
-            number = numbers.get(spelt.get(key, as_integer(key)))  # type: ignore[arg-type]
-        if number is None:
-            reason = f"it is of {kind} {shown(key)}, which the ground truth does not list"
-            raise self._refusal(what, reason if f"{kind}_id" in given else f"it has no '{kind}_id'")
-        return number
-
-    def _score(self, given: Mapping[str, Any], what: str) -> float:
-        if "score" not in given:
-            raise self._refusal(what, "it has no 'score'")
-        score = as_number(given["score"])
-        if score is None:
-            raise self._refusal(what, f"its score {shown(given['score'])} is not a number")
-        if not abs(score) <= _HIGHEST:  # nan is not, either
-            raise self._refusal(what, f"its score is {shown(score)}, which is not finite")
-        return float(score)
-
-    def _mask(self, given: Mapping[str, Any], size: Size, what: str) -> Json:
-        encoded = _encode(read_mask(given.get("segmentation"), set()), size, self.rules, what)
-        if encoded is None:
-            raise self._refusal(what, "it has no polygon of at least 3 points")
-        return encoded
-
-    def _refusal(self, what: str, reason: str) -> UserError:
-        return self.rules.error("malformed", f"{what} cannot be evaluated: {reason}; correct or remove it")
-
-
-def _is_near(value: Any) -> bool:
-    return as_number(value) is not None and abs(value) <= _FARTHEST

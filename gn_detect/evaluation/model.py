@@ -25,8 +25,7 @@ from ..progress import progress_bar
 from ..structures import Detections, Sample
 from ..text import Lines
 from .backends import choose_backend
-from .coco import IOU_TYPES, evaluate_results
-from .coco_data import read_annotations
+from .coco import IOU_TYPES, evaluate_kinds
 from .results_file import ResultsWriter, entry_text, gather_text
 from .table import format_results
 
@@ -181,7 +180,7 @@ def evaluate_model(
         loader: batches of Samples.
         dataset: names the annotation file and the categories.
         output_dir: folder for ``coco_instances_results.json``; created if it is missing.
-        backend: see :func:`evaluate_results`.
+        backend: see :func:`evaluate_kinds`.
         iou_types: ``"bbox"``, ``"segm"`` or both.
         stop: asked after each batch.
 
@@ -190,7 +189,7 @@ def evaluate_model(
 
     Raises:
         Interrupted: ``stop`` requests it; in all processes.
-        UserError: see :func:`evaluate_results`; in all processes. The detections are written by then, unless
+        UserError: see :func:`evaluate_kinds`; in all processes. The detections are written by then, unless
             the backend is missing.
     """
     backend = choose_backend(backend)  # before the work, as it may be missing
@@ -258,8 +257,7 @@ def _in_evaluation_mode(model: MaskRCNN) -> Iterator[None]:
 
 def _evaluate(path: Path, dataset: CocoDataset, backend: str, iou_types: Sequence[str]) -> Metrics:
     begin = time.perf_counter()
-    annotations = read_annotations(dataset.annotations_path)
-    metrics = {iou_type: evaluate_results(annotations, path, iou_type, backend) for iou_type in iou_types}
+    metrics = evaluate_kinds(dataset.annotations_path, path, iou_types, backend)
     logger.info("evaluated in %.1f s: %s", time.perf_counter() - begin, path)
     logger.info("%s\n%s", dataset.name, Lines(format_results(metrics)))
     return metrics

@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +22,8 @@ from ..files import open_file
 
 _CHARACTERS = 1 << 22  # read, or sent between processes, at a time
 _SPACE = " \t\r\n"
+_BETWEEN = re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*\{")  # two objects
+_LAST_ENTRY = 1 << 16  # characters from the end of a window in which two objects are looked for
 
 
 def entry_text(entry: dict[str, Any]) -> str:
@@ -72,7 +78,12 @@ def gather_text(own: IO[str] | None) -> Iterator[str]:
 
 
 def read_entries(path: str | Path) -> Iterator[Any]:
-    """Yield the entries of a JSON list in any layout, in little memory.
+    """Yield the entries of a JSON list in any layout, in little memory; see :func:`read_batches`."""
+    return chain.from_iterable(read_batches(path))
+
+
+def read_batches(path: str | Path) -> Iterator[list[Any]]:
+    """Yield the entries of a JSON list in any layout, as many at a time as a few MB of text hold.
 
     Raises:
         UserError: the file cannot be read, is not JSON or not a list.
@@ -81,7 +92,7 @@ def read_entries(path: str | Path) -> Iterator[Any]:
         with open_file(path) as file:
             encoding = json.detect_encoding(file.read(4))  # from a byte order mark
             file.seek(0)
-            yield from _entries(_Window(io.TextIOWrapper(file, encoding=encoding)))
+            yield from _batches(_Window(io.TextIOWrapper(file, encoding=encoding)))
     except OSError as error:
         raise UserError(
             "cannot-read", f"{path}: cannot be read ({error.strerror}); give a COCO JSON file"
@@ -92,13 +103,13 @@ def read_entries(path: str | Path) -> Iterator[Any]:
         raise UserError("not-results", f"{path}: not COCO results; it needs a list of detections") from None
 
 
-def _entries(text: _Window) -> Iterator[Any]:
+def _batches(text: _Window) -> Iterator[list[Any]]:
     if text.next_character() != "[":
         json.loads(text.rest())  # raises the error of a file that is no JSON at all
         raise TypeError
     text.skip()
     while text.next_character() != "]":
-        yield text.value()
+        yield text.values() or [text.value()]
         if text.next_character() == ",":
             text.skip()
             if text.next_character() == "]":
@@ -108,6 +119,18 @@ def _entries(text: _Window) -> Iterator[Any]:
     text.skip()
     if text.next_character():
         raise ValueError("text after the end of the list")
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Pause the garbage collector, which would look at many new objects again and again; none is garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Window:
@@ -146,6 +169,24 @@ class _Window:
             if end < len(self._text) or not self._more():
                 self._at = end
                 return value
+
+    def values(self) -> list[Any]:
+        """Return all objects from the position to the last comma between two; none where that is not plain.
+
+        A text that is a JSON list up to there is the same list in the longer text: an object ends where its
+        bracket closes.
+        """
+        commas = list(_BETWEEN.finditer(self._text, max(self._at, len(self._text) - _LAST_ENTRY)))
+        if not commas:
+            return []
+        end = commas[-1].start() + 1
+        try:
+            with without_collector():
+                found: list[Any] = json.loads(f"[{self._text[self._at : end]}]")
+        except (ValueError, RecursionError):
+            return []  # one by one, the error has its place
+        self._at = end
+        return found
 
     def rest(self) -> str:
         return self._text[self._at :] + self._file.read()

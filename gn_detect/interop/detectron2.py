@@ -20,7 +20,7 @@ from .. import layers
 from ..convert import ConversionReport, calibrate, convert_norm
 from ..data.coco.reader import load_coco
 from ..errors import UserError
-from ..evaluation import detections_to_coco, evaluate_results
+from ..evaluation import detections_to_coco, evaluate_kinds
 from ..layers import GroupNorm
 from ..modeling.paired_outputs import MASK_PROPOSALS, PROPOSALS
 from ..structures import Detections
@@ -269,7 +269,7 @@ def evaluate(
         batches: inputs with ``image_id``, such as those of ``build_detection_test_loader(cfg, name)``.
         annotations_json: COCO's ground truth of these images. Labels are its category ids in ascending order,
             as in ``register_coco_instances``.
-        backend: see :func:`gn_detect.evaluation.evaluate_results`.
+        backend: see :func:`gn_detect.evaluation.evaluate_kinds`.
 
     Returns:
         ``{"bbox": {"AP": ..., ...}, "segm": {...}}`` in percent; without ``segm`` for a model without masks.
@@ -297,4 +297,4 @@ def evaluate(
     finally:
         model.train(training)
     kinds = ("bbox", "segm") if has_masks else ("bbox",)
-    return {kind: evaluate_results(annotations_json, results, kind, backend) for kind in kinds}
+    return evaluate_kinds(annotations_json, results, kinds, backend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 from ..evaluation import (
     IN_CROWD,
     NOTHING,
+    DetectionTable,
+    Evaluators,
     Truth,
     choose_backend,
     confusion_matrix,
@@ -21,7 +23,7 @@ from ..evaluation import (
     prepare_detections,
     prepare_ground_truth,
 )
-from ..evaluation.coco_data import Json
+from ..evaluation.coco_data import GroundTruth, Json
 from ..progress import progress_bar
 
 RECALLS = np.linspace(0, 1, 101)  # the recalls of COCO's precision
@@ -92,12 +94,12 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
     Raises:
         UserError: the file is damaged, or belongs to another ground truth.
     """
-    shown: dict[int, Json] = {}
-    curves = {iou_type: _curves(truth, results, iou_type, threshold, shown) for iou_type in iou_types}
-    detections: dict[Any, list[Json]] = {image_id: [] for image_id in truth.objects}
-    for entry in shown.values():
-        detections[entry["image_id"]].append(entry)
     iou_type = iou_types[-1]
+    prepared = prepare_ground_truth(truth.content, "segm" if "segm" in iou_types else "bbox")
+    table = prepare_detections(results, prepared, iou_types)
+    detections = _shown(truth, prepared, table, iou_type, threshold)
+    evaluators = Evaluators(prepared, table, choose_backend(None))
+    curves = {kind: _curves(prepared, evaluators, kind) for kind in iou_types}
     every = progress_bar(detections.items(), desc="comparing", unit="image")
     images = [_image(truth, image_id, found, iou_type) for image_id, found in every]
     confusion = confusion_matrix(
@@ -117,27 +119,24 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
     )
 
 
-def _curves(
-    truth: Truth, results: Path, iou_type: str, threshold: float, shown: dict[int, Json]
-) -> dict[str, np.ndarray]:
-    """Return precision by recall; put detections from the threshold on into ``shown``, by number."""
-    prepared = prepare_ground_truth(truth.content, iou_type)
+def _shown(
+    truth: Truth, prepared: GroundTruth, table: DetectionTable, iou_type: str, threshold: float
+) -> dict[Any, list[Json]]:
+    """Return the detections from the threshold on by image, with the ids of ``truth``."""
     image_ids, category_ids = list(prepared.images), list(prepared.categories)
+    found: dict[Any, list[Json]] = {image_id: [] for image_id in truth.objects}
+    for row in np.flatnonzero(table.scores >= threshold).tolist():
+        entry = table.entry(row, iou_type)
+        entry["image_id"] = image_ids[entry["image_id"] - 1]
+        entry["category_id"] = category_ids[entry["category_id"] - 1]
+        found[entry["image_id"]].append(entry)
+    return found
 
-    def look_at(detections: Iterable[Json]) -> Iterator[Json]:
-        for detection in detections:
-            if detection["score"] >= threshold:
-                entry = shown.setdefault(detection["id"], {"bbox": detection["bbox"]})
-                entry["image_id"] = image_ids[detection["image_id"] - 1]
-                entry["category_id"] = category_ids[detection["category_id"] - 1]
-                entry["score"] = detection["score"]
-                if iou_type == "segm":
-                    entry["segmentation"] = detection["segmentation"]
-            yield detection
 
-    detections = look_at(prepare_detections(results, prepared, iou_type))
-    curves = {name: np.full((len(category_ids), len(RECALLS)), np.nan) for name in IOU_AVERAGES}
-    for places, precision, _ in evaluate_categories(prepared, detections, iou_type, choose_backend(None)):
+def _curves(prepared: GroundTruth, evaluators: Evaluators, iou_type: str) -> dict[str, np.ndarray]:
+    """Return precision by recall."""
+    curves = {name: np.full((len(prepared.labels), len(RECALLS)), np.nan) for name in IOU_AVERAGES}
+    for places, precision, _ in evaluate_categories(prepared, evaluators, iou_type):
         chosen = precision[..., _ALL_AREAS, _MOST_DETECTIONS]  # (10, 101, K)
         chosen = np.where(chosen > -1, chosen, np.nan)
         for name, rows in IOU_AVERAGES.items():

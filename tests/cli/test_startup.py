@@ -37,6 +37,7 @@ LIMITS = {
     "bench norm --layer stm": 20,
     "zoo lst": 10,
     "plot": 10,
+    "compare": 10,
     "report a b": 11,
     "replay": 10,
 }

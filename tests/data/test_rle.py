@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 
 from gn_detect.data import CocoDataset, DatasetSource
-from gn_detect.data.coco.rle import RleMask, count_pixels
+from gn_detect.data.coco.rle import RleMask, count_pixels, measure, read_runs
 from gn_detect.data.transforms import crop, flip_horizontal, flip_vertical, pad, resize, to_target
 
 Write = Callable[[Any], DatasetSource]
@@ -41,6 +41,28 @@ def test_runs_of_any_length(runs: list[int]) -> None:
 def test_what_is_no_rle(counts: str) -> None:
     with pytest.raises(ValueError, match="wrong characters|cut off|below 0"):
         count_pixels(counts)
+
+
+@given(st.lists(st.lists(st.integers(0, 2**24), min_size=1, max_size=9), min_size=1, max_size=9))
+@settings(max_examples=200, deadline=None)
+def test_many_masks_are_measured_at_once(masks: list[list[int]]) -> None:
+    """Of any number of runs, so that they begin at even and at odd places."""
+    coded = [coco_mask.frPyObjects({"size": [1, 1], "counts": runs}, 1, 1)["counts"] for runs in masks]
+    pixels, areas = measure([counts.decode() for counts in coded])
+    assert pixels.tolist() == [sum(runs) for runs in masks]
+    assert areas.tolist() == [sum(runs[1::2]) for runs in masks]
+
+
+@given(st.lists(st.text("0123AMNOPQ_`nop/\u00e9", max_size=6), min_size=1, max_size=4))
+@settings(max_examples=1000, deadline=None)
+def test_any_text_is_measured_or_refused_as_one_by_one(masks: list[str]) -> None:
+    try:
+        expected = [(count_pixels(counts), int(read_runs(counts)[1::2].sum())) for counts in masks]
+    except ValueError:
+        with pytest.raises(ValueError):
+            measure(masks)
+    else:
+        assert [tuple(map(int, pair)) for pair in zip(*measure(masks), strict=True)] == expected
 
 
 def test_rle_are_decoded_by_the_first_transform_that_needs_pixels(

@@ -12,7 +12,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gn_detect.evaluation import METRICS, evaluate_results, format_results
+from gn_detect.evaluation import METRICS, evaluate_kinds, evaluate_results, format_results
 from tests.evaluation.synthetic import make_detection, random_data
 
 
@@ -31,12 +31,17 @@ def by_pycocotools(truth: dict, detections: list[dict], iou_type: str, tmp_path:
 
 
 def assert_equal_to_pycocotools(truth: dict, detections: list[dict], backend: str, tmp_path: Path) -> None:
-    for iou_type in ("bbox", "segm"):
-        expected = by_pycocotools(truth, detections, iou_type, tmp_path)
-        numbers = evaluate_results(truth, detections, iou_type, backend)
+    expected = {kind: by_pycocotools(truth, detections, kind, tmp_path) for kind in ("bbox", "segm")}
+    assert_equal({kind: evaluate_results(truth, detections, kind, backend) for kind in expected}, expected)
+    assert_equal(evaluate_kinds(truth, detections, backend=backend), expected)
+
+
+def assert_equal(found: dict[str, dict[str, float]], expected: dict[str, list[float]]) -> None:
+    assert found.keys() == expected.keys()
+    for kind, numbers in found.items():
         ours = [numbers[name] / 100 for name in METRICS]
         ours = [-1.0 if math.isnan(value) else value for value in ours]
-        assert ours == pytest.approx(expected, abs=1e-9), iou_type
+        assert ours == pytest.approx(expected[kind], abs=1e-9), kind
 
 
 def test_known_numbers(backend: str, shared_dir: Path) -> None:
@@ -71,9 +76,12 @@ def test_numbers_of_detectron2(backend: str, shared_dir: Path) -> None:
         assert math.isnan(expected[iou_type]["APl"])
 
 
-@pytest.mark.parametrize("name", ["coco80", "dsb2018", "coco_person1"])
-def test_real_ground_truth_moved_a_little(name: str, backend: str, shared_dir: Path, tmp_path: Path) -> None:
-    truth = json.loads((shared_dir / f"data/{name}/annotations/instances_val.json").read_text())
+@pytest.fixture(scope="module", params=["coco80", "dsb2018", "coco_person1"])
+def moved(
+    request: pytest.FixtureRequest, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict, list[dict], dict[str, list[float]]]:
+    """Real ground truth, its objects moved a little as detections, and pycocotools' numbers of them."""
+    truth = json.loads((shared_dir / f"data/{request.param}/annotations/instances_val.json").read_text())
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     random = np.random.default_rng(0)
     coco = COCO()
@@ -96,12 +104,44 @@ def test_real_ground_truth_moved_a_little(name: str, backend: str, shared_dir: P
                 "segmentation": {"size": [height, width], "counts": rle["counts"].decode()},
             }
         )
-    assert_equal_to_pycocotools(truth, detections, backend, tmp_path)
+    folder = tmp_path_factory.mktemp("moved")
+    return (
+        truth,
+        detections,
+        {kind: by_pycocotools(truth, detections, kind, folder) for kind in ("bbox", "segm")},
+    )
+
+
+def test_real_ground_truth_moved_a_little(
+    moved: tuple[dict, list[dict], dict[str, list[float]]], backend: str
+) -> None:
+    truth, detections, expected = moved
+    assert_equal(evaluate_kinds(truth, detections, backend=backend), expected)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_crowds_ties_empty_images_and_gaps_in_ids(seed: int, backend: str, tmp_path: Path) -> None:
     assert_equal_to_pycocotools(*random_data(seed), backend, tmp_path)
+
+
+@pytest.mark.slow
+def test_500_random_datasets(tmp_path: Path) -> None:
+    """With crowds, ties, images of more than 100 detections, categories without objects or detections."""
+    for seed in range(500):
+        random = np.random.default_rng(seed)
+        truth, detections = random_data(seed + 1000, images=int(random.integers(1, 9)))
+        lost = {int(c) for c in random.choice([1, 3, 4, 90], random.integers(0, 3), replace=False)}
+        if seed % 2:
+            truth["annotations"] = [a for a in truth["annotations"] if a["category_id"] not in lost]
+        else:
+            detections = [d for d in detections if d["category_id"] not in lost]
+        if seed % 5 == 0:
+            image = truth["images"][-1]["id"]
+            for x, y in random.integers(0, 80, (130, 2)).tolist():
+                score = round(float(random.random()), 2)
+                detections.append(make_detection(image, 3, [x, y, 30, 30], score))
+        if detections:  # pycocotools fails without any
+            assert_equal_to_pycocotools(truth, detections, "hotcoco", tmp_path)
 
 
 def test_more_than_100_detections_in_an_image(backend: str, tmp_path: Path) -> None:

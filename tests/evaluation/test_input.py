@@ -12,7 +12,8 @@ import pycocotools.mask as coco_mask
 import pytest
 
 from gn_detect.errors import UserError
-from gn_detect.evaluation import coco, evaluate_results
+from gn_detect.evaluation import coco, evaluate_results, prepare_detections, prepare_ground_truth
+from gn_detect.evaluation import detections as detections_module
 from tests.evaluation.synthetic import HEIGHT, WIDTH, random_data
 
 
@@ -95,6 +96,47 @@ def test_other_spellings_of_the_same_detections(other: bool, backend: str) -> No
     assert with_boxes == pytest.approx(
         evaluate_results(truth, detections, "bbox", "pycocotools"), abs=1e-9, nan_ok=True
     )
+
+
+@pytest.mark.parametrize("number", [0, 4, 5])
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda d: d.update(score=str(d["score"])), True),
+        (lambda d: d.update(image_id=float(d["image_id"])), True),
+        (lambda d: d.update(bbox=" ".join(map(str, d["bbox"]))), True),
+        (lambda d: d["segmentation"].update(counts=d["segmentation"]["counts"].encode()), True),
+        (lambda d: d["segmentation"].update(size=[float(n) for n in d["segmentation"]["size"]]), True),
+        (lambda d: d["segmentation"].update(counts="1M2"), False),
+        (lambda d: d["segmentation"].update(size=[1, 1]), False),
+        (lambda d: d.pop("score"), False),
+    ],
+)
+def test_one_detection_in_another_form_among_others(
+    change: Callable[[dict], Any], same: bool, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It alone is read one by one, at any place of a batch; what is wrong is named by its number."""
+    truth, detections = random_data(3)
+    truth_before = prepare_ground_truth(truth, "segm")
+    before = prepare_detections(detections, truth_before, ["bbox", "segm"])
+    singles = []
+    single = detections_module._Reader.single
+    monkeypatch.setattr(
+        detections_module._Reader,
+        "single",
+        lambda self, given, place: singles.append(place) or single(self, given, place),
+    )
+    monkeypatch.setattr(detections_module, "_AT_ONCE", 5)
+    change(detections[number])
+    if not same:
+        with pytest.raises(UserError, match=f"detection {number + 1} "):
+            prepare_detections(detections, truth_before, ["bbox", "segm"])
+        return
+    found = prepare_detections(detections, truth_before, ["bbox", "segm"])
+    assert singles == [number + 1]
+    for kind in ("bbox", "segm"):
+        rows = range(len(detections))
+        assert [found.entry(row, kind) for row in rows] == [before.entry(row, kind) for row in rows]
 
 
 def test_images_without_a_size(backend: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,3 +74,64 @@ def read_runs(counts: str | list[int]) -> np.ndarray:
     if runs.min() < 0:
         raise ValueError("a run below 0")
     return runs
+
+
+def measure(masks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return two arrays (M,) int64 of compressed RLE: the sums of all runs, and of the objects' runs.
+
+    The sums are :func:`count_pixels`, and the areas. All runs stand in one array, so that a mask costs a few
+    microseconds: some hundred masks at a time fit into a processor's cache.
+
+    Args:
+        masks: at least one compressed ``counts``.
+
+    Raises:
+        ValueError: :func:`count_pixels` refuses one of them.
+    """
+    codes = np.frombuffer("".join(masks).encode("ascii"), np.uint8)
+    ends = np.cumsum(np.fromiter(map(len, masks), np.int64, len(masks)))
+    if not len(codes) or codes.min() < 48 or codes.max() > 111 or not np.diff(ends, prepend=0).all():
+        raise ValueError("wrong characters")
+    goes_on = codes >= 80
+    if goes_on[ends - 1].any():
+        raise ValueError("cut off")
+    # (c - 48) & 31, with bit 4 as its sign
+    numbers = np.subtract(codes[~goes_on] & 31, 16, dtype=np.int64, casting="unsafe")
+    places = np.flatnonzero(goes_on)
+    if len(places):
+        _add_low_digits(numbers, codes, places)
+    ends -= np.searchsorted(places, ends)
+    starts = np.append(0, ends[:-1])
+    first = numbers[starts]
+    if first.min() < 0:
+        raise ValueError("a run below 0")
+    # From the second run on, every other one is a sum of differences: a chain. The even and the odd places of
+    # the array hold a chain of each mask. A chain begins with the sum of those before it, which is taken off.
+    numbers[starts] = 0
+    sums = np.empty((2, len(masks)), dtype=np.int64)
+    for side in (0, 1):
+        chain = np.cumsum(numbers[side::2])
+        begin, end = (starts + 1 - side) // 2, (ends + 1 - side) // 2
+        before = np.where(begin > 0, chain[begin - 1] if len(chain) else 0, 0)
+        longer = np.append(chain, chain[-1:] if len(chain) else 0)  # reduceat needs a place for each begin
+        some = begin < end
+        if (some & (np.minimum.reduceat(longer, begin) < before)).any():
+            raise ValueError("a run below 0")
+        sums[side] = np.add.reduceat(longer, begin)
+        sums[side, -1] -= longer[-1]
+        sums[side] = np.where(some, sums[side] - (end - begin) * before, 0)
+    areas = np.where(starts % 2 == 0, sums[1], sums[0])
+    return first + sums[0] + sums[1], areas
+
+
+def _add_low_digits(numbers: np.ndarray, codes: np.ndarray, places: np.ndarray) -> None:
+    """Complete the numbers of several characters; ``places`` are those of all but their last ones."""
+    rank = np.arange(len(places))
+    number = places - rank  # the number that a character belongs to
+    heads = np.flatnonzero(np.diff(number, prepend=-1))
+    digits = np.diff(heads, append=len(places))
+    if digits.max() >= _LONGEST:
+        raise ValueError("a number that is too large")
+    low = ((codes[places].astype(np.int64) - 48) & 31) << (5 * (rank - np.repeat(heads, digits)))
+    whole = number[heads]
+    numbers[whole] = (numbers[whole] << (5 * digits)) + np.add.reduceat(low, heads)
