@@ -133,7 +133,8 @@ def convert_checkpoint(
             chosen on these (:func:`gn_detect.convert.choose_settings`).
         image_folder: folder of a COCO JSON's images; by default the JSON's own.
         max_images: calibrate on at most so many images, spread over all.
-        steps, learning_rate, norm_learning_rate, block_weight: see :func:`gn_detect.calibrate`.
+        steps, learning_rate, norm_learning_rate, block_weight: see :func:`gn_detect.calibrate`; a
+            detector has 400 steps by default.
         batch_size: images in each step; by default 2 for detectors and 8 for other models.
         checkpoint: file to continue an interrupted calibration from; deleted when ``target`` is written.
         report_file: JSON to write the report to; with ``images`` a picture (``.png``) is written next to it.
