@@ -177,11 +177,12 @@ def highest_scores(predictor: ImagePredictor) -> Iterator[list[float]]:
     by_stage: list[Tensor] = []  # a cascade has several predictors, and their mean counts
 
     def note(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        if module is predictors[0]:
+            by_stage.clear()
         by_stage.append(output[0].detach().float().softmax(dim=1))
-        if len(by_stage) < len(predictors):
+        if module is not predictors[-1]:
             return
         foreground = mean_scores(by_stage)[:, :-1]
-        by_stage.clear()
         if foreground.numel():
             scores.append(float(foreground.nan_to_num().max()))
 
