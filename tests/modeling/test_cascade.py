@@ -14,9 +14,13 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from gn_detect.config import load_config
+from gn_detect.engine import Predictor
 from gn_detect.engine.predict_files import highest_scores
+from gn_detect.export.run import ExportedPredictor
+from gn_detect.export.write import export_detector
 from gn_detect.modeling import MaskRCNN, build_model, paired_outputs
 from gn_detect.structures import Target
+from gn_detect.weights import save_weights
 from tests.refusal import refusal
 
 from . import cascade_case
@@ -27,7 +31,7 @@ KEY = "MODEL.ROI_BOX_CASCADE_HEAD."
 
 
 def the_case(**changes: Any) -> MaskRCNN:
-    # In channels-last sums have another order, and single L1 terms change their sign: 1.5e-3 in some gradients.
+    # In channels-last, sums have another order and single L1 terms another sign: 1.5e-3 in some gradients.
     keys = cascade_case.KEYS | {"MODEL.CHANNELS_LAST": False} | changes
     model = build_model(load_config("Base-RCNN-FPN.yaml").replace(keys))
     model.load_state_dict(
@@ -218,3 +222,25 @@ def test_both_models_of_a_calibration_see_the_originals_boxes_in_each_stage() ->
     assert not torch.equal(*logits[1])
     for i in (0, 2, 3, 4, 5):
         torch.testing.assert_close(*logits[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_an_exported_cascade_finds_the_same(suffix: str, tmp_path: Path) -> None:
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    weights = tmp_path / "model.pth"
+    cfg = load_config("Base-RCNN-FPN.yaml").replace(
+        cascade_case.KEYS | {"MODEL.WEIGHTS": str(weights), "INPUT.MIN_SIZE_TEST": 96}
+    )
+    save_weights(weights, the_case().state_dict())
+    predictor = Predictor(cfg)
+    export_detector(predictor, tmp_path / f"model{suffix}")
+    exported = ExportedPredictor(tmp_path / f"model{suffix}", trust=True)
+    for image in cascade_case.images():
+        pixels = image.permute(1, 2, 0).numpy()
+        expected, found = predictor(pixels), exported(pixels)
+        assert len(expected) == len(found) > 50
+        torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=0.05)
