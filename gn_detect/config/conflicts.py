@@ -19,6 +19,8 @@ def unread_groups(root: Root) -> Iterator[str]:
         yield "MODEL.FPN"
     if model.backbone.name in LIBRARY_BACKBONES:
         yield "MODEL.RESNETS.NORM"
+    if model.roi_heads.name != "CascadeROIHeads":
+        yield "MODEL.ROI_BOX_CASCADE_HEAD"
     if model.roi_heads.name == "Res5ROIHeads":  # both branches share one pooler and res5
         yield from ("MODEL.ROI_BOX_HEAD.NAME", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.POOLER_TYPE")
     if not model.mask_on:
@@ -33,6 +35,8 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
     for section, key in ((model.rpn, "MODEL.RPN"), (model.roi_heads, "MODEL.ROI_HEADS")):
         if len(section.iou_labels) != len(section.iou_thresholds) + 1:
             yield f"{key}.IOU_THRESHOLDS", "must have one entry less than IOU_LABELS"
+    if model.roi_heads.name == "CascadeROIHeads":
+        yield from _cascade_conflicts(root)
     if root.solver.ims_per_batch % root.solver.accumulate:
         yield "SOLVER.ACCUMULATE", f"must divide SOLVER.IMS_PER_BATCH, which is {root.solver.ims_per_batch}"
     levels = len(model.rpn.in_features)
@@ -53,6 +57,20 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
     jitter = given.large_scale_jitter
     if jitter.min_scale > jitter.max_scale or len(jitter.size) != 2:
         yield "INPUT.LARGE_SCALE_JITTER", "needs MIN_SCALE up to MAX_SCALE, and SIZE as (height, width)"
+
+
+def _cascade_conflicts(root: Root) -> Iterator[tuple[str, str]]:
+    heads, cascade = root.model.roi_heads, root.model.roi_box_cascade_head
+    if not root.model.roi_box_head.cls_agnostic_bbox_reg:
+        complaint = "must be True for CascadeROIHeads: a stage passes one box of each RoI on to the next"
+        yield "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", complaint
+    if len(cascade.ious) != len(cascade.bbox_reg_weights):
+        stages = len(cascade.bbox_reg_weights)
+        complaint = f"must have one entry for each of {stages} in MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS"
+        yield "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", complaint
+    if heads.iou_thresholds != cascade.ious[:1] or heads.iou_labels != (0, 1):
+        complaint = f"must be [{cascade.ious[0]}], the first of MODEL.ROI_BOX_CASCADE_HEAD.IOUS, with the"
+        yield "MODEL.ROI_HEADS.IOU_THRESHOLDS", f"{complaint} IOU_LABELS [0, 1]"
 
 
 def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ LIBRARY_BACKBONES = {
     "build_timm_fpn_backbone": "timm",
 }  # name -> library of the network
 BACKBONES = (*RESNET_BACKBONES, *LIBRARY_BACKBONES)
-ROI_HEADS = ("StandardROIHeads", "Res5ROIHeads")
+ROI_HEADS = ("StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads")
 POOLERS = ("ROIAlignV2", "ROIAlign")
 MATCH_LABELS = "0 background, -1 ignored, 1 object, for each range of IOU_THRESHOLDS."
 
@@ -126,6 +126,8 @@ Pair = Annotated[tuple[Float, Float], AsTuple]
 PerChannel = Annotated[tuple[Float, Float, Float], AsTuple]
 PositivePerChannel = Annotated[tuple[Positive, Positive, Positive], AsTuple]
 BoxWeights = Annotated[tuple[Positive, Positive, Positive, Positive], AsTuple]
+BoxWeightsOfStages = Annotated[tuple[BoxWeights, ...], Field(min_length=1, max_length=16), AsTuple]
+FractionsOfStages = Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=16), AsTuple]
 FloatsOfLevel = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=64)]
 FloatsPerLevel = Annotated[tuple[FloatsOfLevel, ...], Field(min_length=1, max_length=64), AsTuple]
 Names = Annotated[tuple[Str, ...], BeforeValidator(as_names)]
@@ -248,7 +250,11 @@ class RPN(Section):
 
 
 class ROIHeads(Section):
-    name: Str = key("Res5ROIHeads", "StandardROIHeads (FPN, DC5) or Res5ROIHeads (C4).", ROI_HEADS)
+    name: Str = key(
+        "Res5ROIHeads",
+        "StandardROIHeads (FPN, DC5), Res5ROIHeads (C4), or CascadeROIHeads (FPN, DC5): Cascade R-CNN.",
+        ROI_HEADS,
+    )
     num_classes: Int = key(80, "Categories, without the background.", gt=0, le=10**5)
     in_features: Names = key(("res4",), "Features from which RoIs are pooled.", min_length=1)
     iou_thresholds: Increasing = key((0.5,), "IoU that divide proposals into the IOU_LABELS.")
@@ -261,10 +267,15 @@ class ROIHeads(Section):
 
 
 class ROIBoxHead(Section):
-    name: Str = key("", "FastRCNNConvFCHead with StandardROIHeads.", ("FastRCNNConvFCHead",))
+    name: Str = key(
+        "", "FastRCNNConvFCHead with StandardROIHeads and CascadeROIHeads.", ("FastRCNNConvFCHead",)
+    )
     bbox_reg_loss_type: Str = only("smooth_l1")
     bbox_reg_loss_weight: NonNegative = key(1.0, "Weight of the box loss.")
-    bbox_reg_weights: BoxWeights = key((10.0, 10.0, 5.0, 5.0), "Factors of the box deltas dx, dy, dw, dh.")
+    bbox_reg_weights: BoxWeights = key(
+        (10.0, 10.0, 5.0, 5.0),
+        "Factors of the box deltas dx, dy, dw, dh; a cascade has MODEL.ROI_BOX_CASCADE_HEAD's.",
+    )
     smooth_l1_beta: NonNegative = key(0.0, "Difference at which smooth L1 becomes L1; 0: L1.")
     pooler_resolution: Cells = key(14, "Cells on each side of a pooled RoI.")
     pooler_sampling_ratio: Small = key(0, "Samples on each side of a cell; 0: as many as fit.")
@@ -276,7 +287,9 @@ class ROIBoxHead(Section):
     num_conv: Small = key(0, "Convolutions before the fully connected layers; 4 in the paper.")
     conv_dim: Channels = key(256, "Channels of these convolutions.")
     norm: Str = key("", "Norm of the box head's convolutions.", NORMS)
-    cls_agnostic_bbox_reg: Bool = key(False, "One box for each RoI instead of one for each class.")
+    cls_agnostic_bbox_reg: Bool = key(
+        False, "One box for each RoI instead of one for each class; CascadeROIHeads need it."
+    )
     train_on_pred_boxes: Bool = only(False)
     use_fed_loss: Bool = only(False)
     use_sigmoid_ce: Bool = only(False)
@@ -295,16 +308,23 @@ class ROIMaskHead(Section):
     pooler_type: Str = key("ROIAlignV2", "See MODEL.ROI_BOX_HEAD.POOLER_TYPE.", POOLERS)
 
 
-# The next sections belong to architectures that are not implemented.
 class ROIBoxCascadeHead(Section):
-    bbox_reg_weights: FloatLists = (
-        (10.0, 10.0, 5.0, 5.0),
-        (20.0, 20.0, 10.0, 10.0),
-        (30.0, 30.0, 15.0, 15.0),
+    bbox_reg_weights: BoxWeightsOfStages = key(
+        (
+            (10.0, 10.0, 5.0, 5.0),
+            (20.0, 20.0, 10.0, 10.0),
+            (30.0, 30.0, 15.0, 15.0),
+        ),
+        "Factors of the box deltas dx, dy, dw, dh in each stage of CascadeROIHeads.",
     )
-    ious: Floats = (0.5, 0.6, 0.7)
+    ious: FractionsOfStages = key(
+        (0.5, 0.6, 0.7),
+        "Least IoU of a proposal with an object that each stage of CascadeROIHeads learns from; the first is "
+        "that of MODEL.ROI_HEADS.IOU_THRESHOLDS.",
+    )
 
 
+# The next sections belong to architectures that are not implemented.
 class ROIKeypointHead(Section):
     name: Str = "KRCNNConvDeconvUpsampleHead"
     pooler_resolution: Int = 14
@@ -389,7 +409,7 @@ class Model(Section):
     roi_heads: ROIHeads = ROIHeads()
     roi_box_head: ROIBoxHead = ROIBoxHead()
     roi_mask_head: ROIMaskHead = ROIMaskHead()
-    roi_box_cascade_head: ROIBoxCascadeHead = unread(ROIBoxCascadeHead())
+    roi_box_cascade_head: ROIBoxCascadeHead = ROIBoxCascadeHead()
     roi_keypoint_head: ROIKeypointHead = unread(ROIKeypointHead())
     sem_seg_head: SemSegHead = unread(SemSegHead())
     panoptic_fpn: PanopticFPN = unread(PanopticFPN())

@@ -30,6 +30,7 @@ from ..evaluation import ResultsWriter, detections_to_coco
 from ..evaluation.model import detection_memory_help
 from ..files import atomic_write, atomic_write_json
 from ..modeling.mask_rcnn import MaskRCNN
+from ..modeling.roi_heads import mean_scores
 from ..progress import progress_bar
 from ..visualize import picture_scale, save_picture
 from .drawing import Classes, draw_entries
@@ -173,9 +174,15 @@ def highest_scores(predictor: ImagePredictor) -> Iterator[list[float]]:
     model the list stays empty.
     """
     scores: list[float] = []
+    by_stage: list[Tensor] = []  # a cascade has several predictors, and their mean counts
 
     def note(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        foreground = output[0].detach().float().softmax(dim=1)[:, :-1]
+        if module is predictors[0]:
+            by_stage.clear()
+        by_stage.append(output[0].detach().float().softmax(dim=1))
+        if module is not predictors[-1]:
+            return
+        foreground = mean_scores(by_stage)[:, :-1]
         if foreground.numel():
             scores.append(float(foreground.nan_to_num().max()))
 
@@ -183,11 +190,13 @@ def highest_scores(predictor: ImagePredictor) -> Iterator[list[float]]:
     if not isinstance(model, MaskRCNN):
         yield scores
         return
-    hook = model.roi_heads.box_predictor.register_forward_hook(note)
+    predictors = model.roi_heads.predictors
+    hooks = [each.register_forward_hook(note) for each in predictors]
     try:
         yield scores
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _detect(

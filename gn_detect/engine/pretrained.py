@@ -108,7 +108,8 @@ def _implied_config(checkpoint: Checkpoint) -> Config:
             f"gn-detect train --weights {checkpoint.path}",
         )
     keys = {**architecture.keys, "MODEL.MASK_ON": architecture.has_masks}
-    scores = translate(checkpoint).tensors.get("roi_heads.box_predictor.cls_score.weight")
+    tensors, head = translate(checkpoint).tensors, "roi_heads.box_predictor"
+    scores = tensors.get(f"{head}.cls_score.weight", tensors.get(f"{head}.0.cls_score.weight"))
     if scores is not None:
         keys["MODEL.ROI_HEADS.NUM_CLASSES"] = len(scores) - 1  # the background is the last
     if architecture.norm == "GN":

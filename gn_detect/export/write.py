@@ -52,7 +52,9 @@ class ExportableDetector(nn.Module):
         heads = self.model.roi_heads
         for name in ("box_head", "mask_head", "res5"):
             head = getattr(heads, name, None)
-            if head is not None:
+            if isinstance(head, nn.ModuleList):  # a cascade's
+                setattr(heads, name, nn.ModuleList(map(_NeverEmpty, head)))
+            elif head is not None:
                 setattr(heads, name, _NeverEmpty(head))
 
     def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:

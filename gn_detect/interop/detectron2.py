@@ -7,7 +7,7 @@ Models are those of ``detectron2.modeling.build_model``. Batches are its ``list[
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -157,18 +157,19 @@ def paired_outputs(original: Any, converted: Any, batch: Batch) -> list[tuple[Te
     """Run both models on the *original's* proposals, as :func:`gn_detect.modeling.paired_outputs` does.
 
     Args:
-        original, converted: ``GeneralizedRCNN`` with ``StandardROIHeads`` or ``Res5ROIHeads``.
+        original, converted: ``GeneralizedRCNN`` with ``StandardROIHeads``, ``CascadeROIHeads`` or
+            ``Res5ROIHeads``.
         batch: inputs of both.
     """
     with torch.no_grad():
         images, features = _features(original, batch)
         found, _ = original.proposal_generator(images, features, None)
-        proposals = [each.proposal_boxes[:PROPOSALS] for each in found]
+        by_stage = [[each[:PROPOSALS] for each in found]]
         expected = _dense_outputs(original, features)
-        regions, labels = _region_outputs(original, features, proposals, None)
+        regions, labels = _region_outputs(original, features, by_stage, None)
         expected += regions
     _, features = _features(converted, batch)
-    regions, _ = _region_outputs(converted, features, proposals, labels)
+    regions, _ = _region_outputs(converted, features, by_stage, labels)
     return list(zip(expected, _dense_outputs(converted, features) + regions, strict=True))
 
 
@@ -184,21 +185,36 @@ def _dense_outputs(model: Any, features: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _region_outputs(
-    model: Any, features: dict[str, Tensor], proposals: Sequence[Any], labels: Tensor | None
+    model: Any, features: dict[str, Tensor], by_stage: list[list[Any]], labels: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """Return logits, deltas and mask logits of each RoI's class, and the classes."""
+    """Return logits and deltas of each stage, mask logits of each RoI's class, and the classes.
+
+    ``by_stage`` has the proposals of the first stage; those of a cascade's others are added where they are
+    missing.
+    """
     heads = model.roi_heads
     levels = [features[name] for name in heads.in_features]
     standard = hasattr(heads, "box_pooler")
-    if standard:
-        box_features = heads.box_head(heads.box_pooler(levels, list(proposals)))
-    else:
-        shared = heads._shared_roi_transform(levels, list(proposals))
-        box_features = shared.mean(dim=(2, 3))
-    logits, deltas = heads.box_predictor(box_features)
+    cascade = isinstance(heads.box_predictor, nn.ModuleList)
+    predictors = list(heads.box_predictor) if cascade else [heads.box_predictor]
+    found: list[Tensor] = []
+    proposals = [each.proposal_boxes for each in by_stage[0]]
+    for stage, predictor in enumerate(predictors):
+        boxes = [each.proposal_boxes for each in by_stage[stage]]
+        if standard:
+            head = heads.box_head[stage] if cascade else heads.box_head
+            box_features = head(heads.box_pooler(levels, boxes))
+        else:
+            shared = heads._shared_roi_transform(levels, boxes)
+            box_features = shared.mean(dim=(2, 3))
+        logits, deltas = predictor(box_features)
+        found += [logits, deltas]
+        if len(by_stage) == stage + 1 < len(predictors):
+            boxes = predictor.predict_boxes((logits, deltas), by_stage[-1])
+            sizes = [each.image_size for each in by_stage[0]]
+            by_stage.append(heads._create_proposals_from_boxes(boxes, sizes))
     if labels is None:
         labels = logits[:, :-1].argmax(1)  # the last is the background
-    found = [logits, deltas]
     if heads.mask_on:
         device = logits.device
         with_mask = torch.cat([torch.arange(len(p), device=device) < MASK_PROPOSALS for p in proposals])

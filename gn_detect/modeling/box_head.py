@@ -78,11 +78,21 @@ class BoxPredictor(nn.Module):
             "loss_box_reg": regression * self.box.bbox_reg_loss_weight,
         }
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return the (R, K + 1) float32 probabilities of (R, K + 1) logits."""
+        return F.softmax(logits.float(), dim=-1)
+
     def detect(
-        self, logits: Tensor, deltas: Tensor, proposals: Tensor, size: tuple[int, int]
+        self, scores: Tensor, deltas: Tensor, proposals: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return boxes (D, 4), scores (D,) and labels (D,) of an image of (height, width), best first."""
-        scores = F.softmax(logits.float(), dim=-1)
+        """Return boxes (D, 4), scores (D,) and labels (D,) of an image of (height, width), best first.
+
+        Args:
+            scores: (R, K + 1) probabilities, background last.
+            deltas: result of :meth:`forward`.
+            proposals: (R, 4).
+            size: to which boxes are clipped.
+        """
         boxes = decode_boxes(deltas, proposals, self.box.bbox_reg_weights)
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
         confident = (scores[:, :-1] > self.heads.score_thresh_test) & finite[:, None]
@@ -95,12 +105,13 @@ class BoxPredictor(nn.Module):
         return boxes[keep], score[keep], label[keep]
 
     def detect_padded(
-        self, logits: Tensor, deltas: Tensor, proposals: Tensor, valid: Tensor, sizes: Tensor
+        self, scores: Tensor, deltas: Tensor, proposals: Tensor, valid: Tensor, sizes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return :meth:`detect` with fixed shapes, for N images with R proposals each.
 
         Args:
-            logits, deltas: results of :meth:`forward` for N * R RoIs.
+            scores: (N * R, K + 1) probabilities, background last.
+            deltas: result of :meth:`forward` for N * R RoIs.
             proposals: (N, R, 4), of which (N, R) are ``valid``.
             sizes: (N, 2) height and width.
 
@@ -109,7 +120,6 @@ class BoxPredictor(nn.Module):
         """
         images, rois = valid.shape
         classes = self.heads.num_classes
-        scores = F.softmax(logits.float(), dim=-1)
         boxes = decode_boxes(deltas, proposals.flatten(0, 1), self.box.bbox_reg_weights)
         usable = boxes.isfinite().all(1) & scores.isfinite().all(1) & valid.flatten()
         score = torch.where((scores > self.heads.score_thresh_test) & usable[:, None], scores, -torch.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ from .library_backbone import build_library_backbone
 from .mask_head import MaskHead
 from .mask_rcnn import MaskRCNN
 from .resnet import STAGES, NormFactory, ResNet, Stem, make_stage
-from .roi_heads import Res5RoIHeads, StandardRoIHeads
+from .roi_heads import CascadeRoIHeads, Res5RoIHeads, RoIHeads, StandardRoIHeads
 from .roi_pooling import RoIPooler
 from .rpn import RPN, RPNHead
 
@@ -55,7 +57,10 @@ def build_model(cfg: Config) -> MaskRCNN:
     """
     backbone, features = _build_backbone(cfg)
     rpn = _build_rpn(cfg, features)
-    heads = _build_res5_heads if cfg.model.roi_heads.name == "Res5ROIHeads" else _build_standard_heads
+    builders = {"Res5ROIHeads": _build_res5_heads, "CascadeROIHeads": _build_cascade_heads}
+    heads: Callable[[Config, Features], RoIHeads] = builders.get(
+        cfg.model.roi_heads.name, _build_standard_heads
+    )
     return MaskRCNN(
         backbone,
         rpn,
@@ -162,6 +167,27 @@ def _build_standard_heads(cfg: Config, features: Features) -> StandardRoIHeads:
         box_head,
         _build_predictor(cfg, box_head.output_size),
         _build_pooler(cfg, cfg.model.roi_mask_head, features) if cfg.model.mask_on else None,
+        _build_mask_head(cfg, channels),
+    )
+
+
+def _build_cascade_heads(cfg: Config, features: Features) -> CascadeRoIHeads:
+    model = cfg.model
+    settings, box, cascade = model.roi_heads, model.roi_box_head, model.roi_box_cascade_head
+    channels, _ = features[settings.in_features[0]]
+    heads, predictors = [], []
+    for weights in cascade.bbox_reg_weights:
+        heads.append(BoxHead(channels, box, _norm(cfg, box.norm)))
+        own = box.model_copy(update={"bbox_reg_weights": weights})
+        limit = cfg.test.detections_per_image
+        predictors.append(BoxPredictor(heads[-1].output_size, settings, own, limit))
+    return CascadeRoIHeads(
+        settings,
+        _build_pooler(cfg, box, features),
+        heads,
+        predictors,
+        cascade.ious,
+        _build_pooler(cfg, model.roi_mask_head, features) if model.mask_on else None,
         _build_mask_head(cfg, channels),
     )
 

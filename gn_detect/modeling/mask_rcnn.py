@@ -117,7 +117,8 @@ class MaskRCNN(nn.Module):
 
         Returns:
             Scalars ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``, ``loss_box_reg`` and, for a model with
-            masks, ``loss_mask``; training minimises their sum.
+            masks, ``loss_mask``; training minimises their sum. A cascade has ``loss_cls_stage0``,
+            ``loss_box_reg_stage0``, ``loss_cls_stage1``, ... for the two of boxes.
         """
         if static.refusal(self) is None:
             return self.static_losses(self.prepare(images, targets))
@@ -127,7 +128,7 @@ class MaskRCNN(nn.Module):
         with record_function("rpn"):
             proposals, losses = self.proposal_generator.losses(features, sizes, targets)
         with record_function("roi_heads"):
-            return losses | self.roi_heads.losses(features, proposals, targets)
+            return losses | self.roi_heads.losses(features, proposals, targets, sizes)
 
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Inputs:
         """Bring a batch to the device for :meth:`static_losses`, without waiting for the device."""

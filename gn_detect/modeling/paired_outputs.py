@@ -26,21 +26,21 @@ def paired_outputs(
 
     Returns:
         Pairs of the original's tensor, without gradient, and the other's: each level's feature map
-        (N, C, h, w), each level's RPN logits (N, 1, A) and deltas (N, 4, A), class logits (R, K + 1), box
-        deltas (R, 4 K), and for the best proposals mask logits (M, 1, S, S) of the class that is most likely
-        for the original.
+        (N, C, h, w), each level's RPN logits (N, 1, A) and deltas (N, 4, A), class logits (R, K + 1) and
+        box deltas (R, 4 K), of each stage in a cascade, and for the best proposals mask logits (M, 1, S, S)
+        of the class that is most likely for the original.
     """
     assert isinstance(original, MaskRCNN)
     assert isinstance(converted, MaskRCNN)
     sizes = [image_size(image) for image in images]
     with torch.no_grad():
         features = original.backbone(original.preprocess(images))
-        proposals = [p[:PROPOSALS] for p in original.proposal_generator.propose(features, sizes)]
+        boxes = [[p[:PROPOSALS] for p in original.proposal_generator.propose(features, sizes)]]
         expected = _dense_outputs(original, features)
-        regions, labels = _region_outputs(original, features, proposals, None)
+        regions, labels = _region_outputs(original, features, sizes, boxes, None)
         expected += regions
     features = converted.backbone(converted.preprocess(images))
-    regions, _ = _region_outputs(converted, features, proposals, labels)
+    regions, _ = _region_outputs(converted, features, sizes, boxes, labels)
     return list(zip(expected, _dense_outputs(converted, features) + regions, strict=True))
 
 
@@ -51,16 +51,28 @@ def _dense_outputs(model: MaskRCNN, features: dict[str, Tensor]) -> list[Tensor]
 
 
 def _region_outputs(
-    model: MaskRCNN, features: dict[str, Tensor], proposals: Sequence[Tensor], labels: Tensor | None
+    model: MaskRCNN,
+    features: dict[str, Tensor],
+    sizes: Sequence[tuple[int, int]],
+    boxes: list[list[Tensor]],
+    labels: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the outputs of the second stage and the classes of the masks."""
+    """Return the outputs of the second stage and the classes of the masks.
+
+    ``boxes`` are those of the first stage of a cascade; the boxes of the others are added where they are
+    missing.
+    """
     heads = model.roi_heads
-    levels = heads.levels(features)
-    x, shared = heads.box_features(levels, proposals)
-    logits, deltas = heads.box_predictor(x)
+    levels, proposals = heads.levels(features), boxes[0]
+    found: list[Tensor] = []
+    for stage, predictor in enumerate(heads.predictors):
+        x, shared = heads.box_features(levels, boxes[stage], stage)
+        logits, deltas = predictor(x)
+        found += [logits, deltas]
+        if stage < len(heads.refined_ious) and len(boxes) == stage + 1:
+            boxes.append(heads.refine(stage, deltas, boxes[-1], sizes))
     if labels is None:
         labels = logits[:, :-1].argmax(1)  # the last is the background
-    found = [logits, deltas]
     if heads.mask_head is not None:
         with_mask = torch.cat([torch.arange(len(p), device=p.device) < MASK_PROPOSALS for p in proposals])
         if shared is None:

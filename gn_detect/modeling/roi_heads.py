@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..config.schema import ROIHeads
+from ..ops import clip_boxes, decode_boxes
 from ..structures import Detections, Target
 from .box_head import BoxHead, BoxPredictor
 from .mask_head import MaskHead, mask_loss
@@ -52,22 +53,57 @@ def sample_rois(proposals: Tensor, target: Target, settings: ROIHeads) -> Sample
     return SampledRoIs(boxes, classes[chosen], matched, truth, len(foreground))
 
 
+@torch.no_grad()
+def label_rois(boxes: Tensor, target: Target, iou: float, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Match (R, 4) RoIs of one image with its objects, and keep all of them.
+
+    Args:
+        boxes: ``xyxy``.
+        target: ground truth of the image.
+        iou: RoIs that overlap an object less are background.
+        num_classes: the label of background.
+
+    Returns:
+        (R,) int64 labels, and the (R, 4) box of the object that each RoI overlaps most.
+    """
+    index, label = match_boxes(target.boxes, boxes, (iou,), (0, 1))
+    if len(target) == 0:
+        return torch.full_like(index, num_classes), boxes
+    return torch.where(label == 0, num_classes, target.labels[index]), target.boxes[index]
+
+
 class RoIHeads(nn.Module):
-    """Losses and detections of both kinds of second stage, which differ in the features of a RoI.
+    """Losses and detections of all kinds of second stage, which differ in the features of a RoI.
+
+    Boxes go through one predictor, or in a cascade through several, one after the other.
 
     Attributes:
         settings: ``MODEL.ROI_HEADS``; ``in_features`` are the levels to pool from.
-        box_predictor: box branch.
+        box_predictor: box branch, or a list of them in a cascade.
         mask_head: mask branch, or None.
+        refined_ious: least IoU of foreground in each stage of a cascade after the first.
     """
 
     settings: ROIHeads
-    box_predictor: BoxPredictor
+    box_predictor: nn.Module
     mask_head: MaskHead | None
+    refined_ious: tuple[float, ...] = ()
 
-    def box_features(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    @property
+    def predictors(self) -> list[BoxPredictor]:
+        """Return the box predictor of each stage."""
+        assert isinstance(self.box_predictor, BoxPredictor)
+        return [self.box_predictor]
+
+    def box_features(
+        self, levels: Sequence[Tensor], boxes: Sequence[Tensor], stage: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the predictor's input for (R_n, 4) boxes of each image, and features to reuse for masks."""
         raise NotImplementedError
+
+    def loss_name(self, name: str, stage: int) -> str:
+        """Return the name of a box loss of a stage."""
+        return name
 
     def mask_features(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Return the mask head's input for (R_n, 4) boxes of each image."""
@@ -77,22 +113,55 @@ class RoIHeads(nn.Module):
         """Return the feature maps to pool from."""
         return [features[name] for name in self.settings.in_features]
 
+    @torch.no_grad()
+    def refine(
+        self, stage: int, deltas: Tensor, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """Return the boxes that a stage of a cascade finds: the proposals of the next stage.
+
+        Args:
+            stage: from 0.
+            deltas: (R, 4) result of its predictor for all images.
+            boxes: (R_n, 4) its proposals in each image.
+            sizes: (height, width) of each image, to which boxes are clipped.
+
+        Returns:
+            (R_n, 4) boxes, all 0 where they would not be finite.
+        """
+        found = decode_boxes(deltas, torch.cat(list(boxes)), self.predictors[stage].box.bbox_reg_weights)
+        found = torch.where(found.isfinite().all(1, keepdim=True), found, 0)
+        parts = found.split([b.shape[0] for b in boxes])
+        return [clip_boxes(part, size) for part, size in zip(parts, sizes, strict=True)]
+
     def losses(
-        self, features: dict[str, Tensor], proposals: Sequence[Tensor], targets: Sequence[Target]
+        self,
+        features: dict[str, Tensor],
+        proposals: Sequence[Tensor],
+        targets: Sequence[Target],
+        sizes: Sequence[tuple[int, int]],
     ) -> dict[str, Tensor]:
-        """Return ``loss_cls``, ``loss_box_reg`` and, with masks, ``loss_mask``."""
+        """Return ``loss_cls``, ``loss_box_reg`` and, with masks, ``loss_mask``.
+
+        In a cascade the names of the box losses end in ``_stage0``, ``_stage1``, ...
+        """
         levels = self.levels(features)
         rois = [sample_rois(p, t, self.settings) for p, t in zip(proposals, targets, strict=True)]
-        x, shared = self.box_features(levels, [r.boxes for r in rois])
-        logits, deltas = self.box_predictor(x)
-        with record_function("roi_losses"):
-            losses = self.box_predictor.losses(
-                logits,
-                deltas,
-                torch.cat([r.boxes for r in rois]),
-                torch.cat([r.truth for r in rois]),
-                torch.cat([r.labels for r in rois]),
-            )
+        boxes, truth, labels = [r.boxes for r in rois], [r.truth for r in rois], [r.labels for r in rois]
+        losses: dict[str, Tensor] = {}
+        for stage, predictor in enumerate(self.predictors):
+            x, shared = self.box_features(levels, boxes, stage)
+            logits, deltas = predictor(x)
+            with record_function("roi_losses"):
+                parts = predictor.losses(
+                    logits, deltas, torch.cat(boxes), torch.cat(truth), torch.cat(labels)
+                )
+            losses |= {self.loss_name(name, stage): loss for name, loss in parts.items()}
+            if stage < len(self.refined_ious):
+                refined = self.refine(stage, deltas, boxes, sizes)
+                boxes = [b[(b[:, 2:] > b[:, :2]).all(dim=1)] for b in refined]
+                iou, background = self.refined_ious[stage], self.settings.num_classes
+                found = [label_rois(b, t, iou, background) for b, t in zip(boxes, targets, strict=True)]
+                labels, truth = [label for label, _ in found], [box for _, box in found]
         if self.mask_head is None:
             return losses
         boxes = [r.boxes[: r.num_foreground] for r in rois]
@@ -113,19 +182,33 @@ class RoIHeads(nn.Module):
     ) -> list[Detections]:
         """Return detections in input pixels; ``masks`` are (D, S, S) probabilities inside the boxes."""
         levels = self.levels(features)
-        x, _ = self.box_features(levels, proposals)
+        predictors, boxes = self.predictors, proposals
+        by_stage: list[Tensor] = []
+        for stage, predictor in enumerate(predictors):
+            x, _ = self.box_features(levels, boxes, stage)
+            logits, deltas = predictor(x)
+            by_stage.append(predictor.scores(logits))
+            if stage < len(self.refined_ious):
+                boxes = self.refine(stage, deltas, boxes, sizes)
         counts = [p.shape[0] for p in proposals]
-        logits, deltas = (value.split(counts) for value in self.box_predictor(x))
-        found = [
-            Detections(*self.box_predictor.detect(logit, delta, proposal, size))
-            for logit, delta, proposal, size in zip(logits, deltas, proposals, sizes, strict=True)
-        ]
+        parts = zip(mean_scores(by_stage).split(counts), deltas.split(counts), boxes, sizes, strict=True)
+        found = [Detections(*predictors[-1].detect(*part)) for part in parts]
         if self.mask_head is not None:
             x = self.mask_features(levels, [d.boxes for d in found])
             masks = self.mask_head(x, torch.cat([d.labels for d in found])).sigmoid()
             for detections, part in zip(found, masks.split([d.labels.shape[0] for d in found]), strict=True):
                 detections.masks = part
         return found
+
+
+def mean_scores(by_stage: Sequence[Tensor]) -> Tensor:
+    """Return the mean of the (R, K + 1) scores of all stages."""
+    if len(by_stage) == 1:
+        return by_stage[0]
+    total = by_stage[0]
+    for scores in by_stage[1:]:  # in this order, as detectron2 adds
+        total = total + scores
+    return total * (1.0 / len(by_stage))
 
 
 class StandardRoIHeads(RoIHeads):
@@ -135,8 +218,8 @@ class StandardRoIHeads(RoIHeads):
         self,
         settings: ROIHeads,
         box_pooler: RoIPooler,
-        box_head: BoxHead,
-        box_predictor: BoxPredictor,
+        box_head: nn.Module,
+        box_predictor: nn.Module,
         mask_pooler: RoIPooler | None,
         mask_head: MaskHead | None,
     ) -> None:
@@ -148,7 +231,9 @@ class StandardRoIHeads(RoIHeads):
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
 
-    def box_features(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, None]:
+    def box_features(
+        self, levels: Sequence[Tensor], boxes: Sequence[Tensor], stage: int = 0
+    ) -> tuple[Tensor, None]:
         """See the base class."""
         return self.box_head(self.box_pooler(levels, boxes)), None
 
@@ -157,6 +242,55 @@ class StandardRoIHeads(RoIHeads):
         assert self.mask_pooler is not None
         x: Tensor = self.mask_pooler(levels, boxes)
         return x
+
+
+class CascadeRoIHeads(StandardRoIHeads):
+    """Box heads one after the other (Cascade R-CNN, arXiv 1712.00726), and one mask branch.
+
+    Each stage refines the boxes of the one before it, and learns from objects that overlap them more.
+
+    Args:
+        settings: ``MODEL.ROI_HEADS``.
+        box_pooler: pools for all stages.
+        box_heads, predictors: of each stage; a predictor has the box weights of its stage.
+        ious: least IoU of foreground in each stage.
+        mask_pooler, mask_head: mask branch, or None.
+    """
+
+    def __init__(
+        self,
+        settings: ROIHeads,
+        box_pooler: RoIPooler,
+        box_heads: Sequence[BoxHead],
+        predictors: Sequence[BoxPredictor],
+        ious: Sequence[float],
+        mask_pooler: RoIPooler | None,
+        mask_head: MaskHead | None,
+    ) -> None:
+        heads, outputs = nn.ModuleList(box_heads), nn.ModuleList(predictors)
+        super().__init__(settings, box_pooler, heads, outputs, mask_pooler, mask_head)
+        self.refined_ious = tuple(ious[1:])
+
+    @property
+    def predictors(self) -> list[BoxPredictor]:
+        """See the base class."""
+        assert isinstance(self.box_predictor, nn.ModuleList)
+        return [predictor for predictor in self.box_predictor if isinstance(predictor, BoxPredictor)]
+
+    def box_features(
+        self, levels: Sequence[Tensor], boxes: Sequence[Tensor], stage: int = 0
+    ) -> tuple[Tensor, None]:
+        """See the base class; each stage sends 1 / (number of stages) of its gradient to the features."""
+        assert isinstance(self.box_head, nn.ModuleList)
+        pooled = self.box_pooler(levels, boxes)
+        if self.training and pooled.requires_grad:
+            scale = 1.0 / len(self.box_head)
+            pooled.register_hook(lambda gradient: gradient * scale)
+        return self.box_head[stage](pooled), None
+
+    def loss_name(self, name: str, stage: int) -> str:
+        """See the base class."""
+        return f"{name}_stage{stage}"
 
 
 class Res5RoIHeads(RoIHeads):
@@ -177,7 +311,9 @@ class Res5RoIHeads(RoIHeads):
         self.box_predictor = box_predictor
         self.mask_head = mask_head
 
-    def box_features(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def box_features(
+        self, levels: Sequence[Tensor], boxes: Sequence[Tensor], stage: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """See the base class."""
         shared = self.mask_features(levels, boxes)
         return shared.mean(dim=(2, 3)), shared

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..ops import PaddedMasks, encode_boxes, mask_targets, match_boxes_padded, pad_masks
+from ..ops import PaddedMasks, decode_boxes, encode_boxes, mask_targets, match_boxes_padded, pad_masks
 from ..ops.kernels import kernels_run_on
 from ..ops.roi_align_operator import LEVELS
 from ..structures import Detections, Target
 from .box_head import BoxPredictor, smooth_l1_sum
 from .matching import label_boxes, take_rows
-from .roi_heads import RoIHeads
+from .roi_heads import RoIHeads, mean_scores
 from .rpn import RPN
 
 if TYPE_CHECKING:
@@ -148,9 +148,15 @@ def detect(
         proposals, valid = rpn.select_padded_proposals(anchors, logits, deltas, limits)
     with record_function("roi_heads"):
         levels = heads.levels(features)
-        x, _ = heads.box_features(levels, list(proposals))
-        logit, delta = heads.box_predictor(x)
-        found = heads.box_predictor.detect_padded(logit, delta, proposals, valid, limits)
+        predictors = heads.predictors
+        by_stage: list[Tensor] = []
+        for stage, predictor in enumerate(predictors):
+            x, _ = heads.box_features(levels, list(proposals), stage)
+            logit, delta = predictor(x)
+            by_stage.append(predictor.scores(logit))
+            if stage < len(heads.refined_ious):
+                proposals = _refine(heads, stage, delta, proposals, limits)
+        found = predictors[-1].detect_padded(mean_scores(by_stage), delta, proposals, valid, limits)
         boxes, scores, labels = found
         masks = None
         if heads.mask_head is not None:
@@ -254,10 +260,17 @@ def roi_losses(
     levels = heads.levels(features)
     with torch.no_grad():
         rois = _sample_rois(heads, proposals, valid, targets, keys)
-    x, shared = heads.box_features(levels, list(rois.boxes))
-    logits, deltas = heads.box_predictor(x)
-    with record_function("roi_losses"):
-        found = _box_losses(heads.box_predictor, logits, deltas, rois)
+    found: dict[str, Tensor] = {}
+    of_stage = rois
+    for stage, predictor in enumerate(heads.predictors):
+        x, shared = heads.box_features(levels, list(of_stage.boxes), stage)
+        logits, deltas = predictor(x)
+        with record_function("roi_losses"):
+            parts = _box_losses(predictor, logits, deltas, of_stage)
+        found |= {heads.loss_name(name, stage): loss for name, loss in parts.items()}
+        if stage < len(heads.refined_ious):
+            with torch.no_grad():
+                of_stage = _refined_rois(heads, stage, deltas, of_stage, targets)
     if heads.mask_head is None or targets.masks is None:
         return found
     most = int(s.batch_size_per_image * s.positive_fraction)
@@ -282,7 +295,7 @@ def roi_losses(
 
 @dataclass
 class PaddedRoIs:
-    """K RoIs of each of N images, foreground first.
+    """K RoIs of each of N images, foreground first in the first stage.
 
     Attributes:
         boxes: (N, K, 4).
@@ -322,6 +335,26 @@ def _sample_rois(
         positive,
         used,
     )
+
+
+def _refine(heads: RoIHeads, stage: int, deltas: Tensor, boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Return :meth:`RoIHeads.refine` for (N, K, 4) boxes of images with (N, 2) sizes."""
+    found = decode_boxes(deltas, boxes.flatten(0, 1), heads.predictors[stage].box.bbox_reg_weights)
+    found = torch.where(found.isfinite().all(1, keepdim=True), found, 0).view(boxes.shape)
+    return torch.minimum(found.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None])
+
+
+def _refined_rois(
+    heads: RoIHeads, stage: int, deltas: Tensor, rois: PaddedRoIs, targets: PaddedTargets
+) -> PaddedRoIs:
+    """Return the RoIs of the next stage, matched anew; those that this stage made empty become padding."""
+    boxes = _refine(heads, stage, deltas, rois.boxes, targets.sizes)
+    valid = rois.valid & (boxes[..., 2:] > boxes[..., :2]).all(-1)
+    boxes = torch.where(valid[..., None], boxes, 0)
+    best, matched, _ = match_boxes_padded(targets.boxes, targets.valid, boxes, keep_best=False)
+    positive = valid & (label_boxes(best, (heads.refined_ious[stage],), (0, 1)) == 1)
+    labels = torch.where(positive, targets.labels.gather(1, matched), heads.settings.num_classes)
+    return PaddedRoIs(boxes, labels, matched, take_rows(targets.boxes, matched), positive, valid)
 
 
 def _box_losses(

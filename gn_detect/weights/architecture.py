@@ -10,7 +10,7 @@ from typing import Any
 from ..config import Config, dump_config, load_config, without_paths
 from ..config.conflicts import has_fpn
 from ..config.load import parse_config
-from ..config.schema import LIBRARY_BACKBONES
+from ..config.schema import LIBRARY_BACKBONES, is_below
 from ..config.types import value_at
 from ..errors import UserError
 from .checkpoint import Checkpoint
@@ -38,6 +38,8 @@ UNSPECIFIED = (
     "MODEL.ANCHOR_GENERATOR.OFFSET",
     "MODEL.RPN.BBOX_REG_WEIGHTS",
     "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",
+    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
+    "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE",
     "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO",
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE",
@@ -88,14 +90,15 @@ class Architecture:
         if not self.is_detector:
             return f"backbone {name} with {norm}"
         neck = "FPN" if "MODEL.FPN.OUT_CHANNELS" in self.keys else "C4"
-        return f"{'Mask' if self.has_masks else 'Faster'} R-CNN {name}-{neck} with {norm}"
+        cascade = "Cascade " if self.keys.get("MODEL.ROI_HEADS.NAME") == "CascadeROIHeads" else ""
+        return f"{cascade}{'Mask' if self.has_masks else 'Faster'} R-CNN {name}-{neck} with {norm}"
 
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _MATRICES = re.compile(
-    r"(backbone\.fpn_lateral\d|backbone\.bottom_up\.(stem|res2\.0)\.conv\d|roi_heads\.box_head\.(conv|fc)\d+"
-    r"|roi_heads\.box_predictor\.(cls_score|bbox_pred)|roi_heads\.mask_head\.(predictor|deconv))\.weight"
+    r"(backbone\.fpn_lateral\d|backbone\.bottom_up\.(stem|res2\.0)\.conv\d"
+    r"|roi_heads\.box_head\.(\d+\.)?(conv|fc)\d+|roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)|roi_heads\.mask_head\.(predictor|deconv))\.weight"
 )
 
 
@@ -133,6 +136,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     if is_detector:
         keys |= _head_keys(shapes)
     keys |= unspecified_keys(checkpoint)
+    _check_stages(checkpoint, shapes, keys)
     return Architecture(
         keys,
         is_detector,
@@ -183,6 +187,18 @@ def _backbone_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _check_stages(checkpoint: Checkpoint, shapes: Shapes, keys: dict[str, Any]) -> None:
+    # The box weights of a stage are in no tensor; the defaults fit published cascades, which have three.
+    stages = _count(shapes, r"roi_heads\.box_predictor\.\d+\.cls_score")
+    key = "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS"
+    wanted = len(keys.get(key, value_at(Config(), key)))
+    if stages and stages != wanted:
+        raise UserError(
+            "unknown-network",
+            f"{checkpoint.path}: a cascade of {stages} stages, and {key} of {wanted}; {_REMEDY}",
+        )
+
+
 def _norm(shapes: Shapes, layer: str) -> str:
     if f"{layer}.norm.running_mean" in shapes:
         return "FrozenBN"
@@ -200,6 +216,8 @@ def _pyramid_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
         "MODEL.FPN.NORM": _norm(shapes, "backbone.fpn_lateral2"),
     }
     head = "roi_heads.box_head"
+    if any(name.startswith(f"{head}.0.") for name in shapes):
+        head += ".0"  # all stages of a cascade are alike
     convs = _count(shapes, rf"{head}\.conv\d+")
     fully = _count(shapes, rf"{head}\.fc\d+")
     keys |= {"MODEL.ROI_BOX_HEAD.NUM_CONV": convs, "MODEL.ROI_BOX_HEAD.NUM_FC": fully}
@@ -219,10 +237,14 @@ def _head_keys(shapes: Shapes) -> dict[str, Any]:
     if rpn > 1:
         keys["MODEL.RPN.CONV_DIMS"] = [-1] * rpn
     outputs, head = "roi_heads.box_predictor", "roi_heads.mask_head"
+    stages = _count(shapes, rf"{outputs}\.\d+\.cls_score")
+    if stages:
+        keys["MODEL.ROI_HEADS.NAME"] = "CascadeROIHeads"
+        outputs += ".0"
     classes = shapes.get(f"{outputs}.cls_score.weight", (0,))[0] - 1
     if f"{outputs}.bbox_pred.weight" in shapes:
         deltas = shapes[f"{outputs}.bbox_pred.weight"][0]
-        keys["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"] = deltas == 4 and classes > 1
+        keys["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"] = deltas == 4 and (classes > 1 or stages > 0)
     if f"{head}.predictor.weight" in shapes:
         masks = shapes[f"{head}.predictor.weight"][0]
         keys["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK"] = masks == 1 and classes > 1
@@ -238,8 +260,10 @@ def _count(shapes: Shapes, layer: str) -> int:
 
 
 def unspecified_keys_of(cfg: Config) -> dict[str, Any]:
-    """Return the values of :data:`UNSPECIFIED` keys in a config."""
-    return {key: value_at(cfg, key) for key in UNSPECIFIED}
+    """Return the values of :data:`UNSPECIFIED` keys in a config, those of cascades only for a cascade."""
+    is_cascade = cfg.model.roi_heads.name == "CascadeROIHeads"
+    keys = [key for key in UNSPECIFIED if is_cascade or not is_below(key, ["MODEL.ROI_BOX_CASCADE_HEAD"])]
+    return {key: value_at(cfg, key) for key in keys}
 
 
 def unspecified_keys(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ..config import Config
 
 # Layers with output channels for each class; fine-tuning on other classes starts them afresh.
-PREDICTORS = re.compile(r"^roi_heads\.(box_predictor\.(cls_score|bbox_pred)|mask_head\.predictor)\.")
+PREDICTORS = re.compile(
+    r"^roi_heads\.(box_predictor\.(?:\d+\.)?(cls_score|bbox_pred)|mask_head\.predictor)\."
+)
 # Buffers that follow from the configuration, or count batches: absent or extra, they change no result.
 BOOKKEEPING = re.compile(r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std|cell_anchors\.\d+)$")
 BACKBONE_SHARE = 0.9  # of a backbone's tensors; with fewer, most of the pretraining is lost

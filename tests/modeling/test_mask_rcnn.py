@@ -38,6 +38,7 @@ DC5 = BOTTLENECK | {
     "MODEL.ROI_HEADS.IN_FEATURES": ["res5"],
     "MODEL.ANCHOR_GENERATOR.SIZES": [[32, 64, 128]],
 }
+CASCADE = {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}
 ARCHITECTURES = {
     "R-18-FPN": {},
     "R-34-FPN 4conv1fc": {
@@ -61,6 +62,13 @@ ARCHITECTURES = {
         "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
     },
     "Faster R-CNN": {"MODEL.MASK_ON": False},
+    "cascade": CASCADE,
+    "DC5 cascade of two stages": DC5
+    | CASCADE
+    | {
+        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": [0.5, 0.6],
+        "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": [[10, 10, 5, 5], [20, 20, 10, 10]],
+    },
     "FPN avg, two RPN convolutions": {"MODEL.FPN.FUSE_TYPE": "avg", "MODEL.RPN.CONV_DIMS": [-1, -1]},
 }
 
@@ -72,7 +80,10 @@ def test_every_architecture_trains_and_detects(
     model = small_model(ARCHITECTURES[name])
     images = make_images((96, 128), (96, 96))
     losses = model(images, [target, empty_target])
-    expected = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
+    stages = {"cascade": 3, "DC5 cascade of two stages": 2}.get(name, 0)
+    endings = [f"_stage{k}" for k in range(stages)] or [""]
+    expected = {"loss_rpn_cls", "loss_rpn_loc"}
+    expected |= {f"{loss}{ending}" for loss in ("loss_cls", "loss_box_reg") for ending in endings}
     assert set(losses) == (expected | {"loss_mask"} if model.has_masks else expected)
     assert all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
     sum(losses.values()).backward()

@@ -104,6 +104,13 @@ BASE = {
 }
 
 
+CASCADE = {
+    "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+    "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": [0.5, 0.4, 0.3],  # so that stages of random weights have foreground
+}
+
+
 @pytest.mark.parametrize(
     ("counts", "changes", "bitmaps"),
     [
@@ -119,6 +126,8 @@ BASE = {
         ((2, 4), {"MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True}, False),
         ((2, 4), {"MODEL.MASK_ON": False}, False),
         ((2, 4), {"MODEL.RPN.CONV_DIMS": [-1, -1]}, False),
+        ((3, 5), CASCADE, False),
+        ((0, 1), CASCADE, False),
     ],
 )
 def test_losses_and_gradients_are_those_of_the_cpu(
@@ -147,6 +156,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(
     [
         {},
         {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True},
+        CASCADE,
         {"MODEL.MASK_ON": False},
         {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.3},
         {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.99},  # nothing is found

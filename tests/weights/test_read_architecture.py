@@ -41,11 +41,15 @@ HEADS = [
     "12",
 ]
 
+CASCADE = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"]
+CASCADE_KEY = "MODEL.ROI_BOX_CASCADE_HEAD."
+
 MODELS = {
     "GN everywhere": ("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", []),
     "frozen BN, R-101": ("COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_1x.yaml", []),
     "no masks": ("GN/faster_rcnn_R_50_FPN_2x_gn.yaml", []),
     "C4": ("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml", []),
+    "cascade": ("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", CASCADE),
     "ResNet-18": ("quick/Base-R18-GN.yaml", []),
     "ResNeXt": (
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
@@ -94,6 +98,22 @@ def test_what_tensors_do_not_tell_comes_from_the_config_in_the_file(tmp_path: Pa
     assert found.class_names == ["a", "b"]
     assert found.keys["MODEL.GN.EPS"] == 0.001
     assert found.keys["MODEL.ANCHOR_GENERATOR.SIZES"] == cfg.model.anchor_generator.sizes
+
+
+def test_the_stages_of_a_cascade_come_from_the_config_in_the_file(tmp_path: Path) -> None:
+    """No tensor holds the thresholds and the box weights of a stage; published cascades have three."""
+    keys = [f"{CASCADE_KEY}IOUS", "[0.5, 0.75]"]
+    keys += [f"{CASCADE_KEY}BBOX_REG_WEIGHTS", "[[10, 10, 5, 5], [25, 25, 12, 12]]"]
+    cfg = narrow("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", [*CASCADE, *keys])
+    state, path = build_model(cfg).state_dict(), tmp_path / "model.pth"
+    save_weights(path, state, {"config": dump_config(cfg)})
+    found = read_architecture(read_checkpoint(path))
+    assert found.keys[f"{CASCADE_KEY}IOUS"] == (0.5, 0.75)
+    assert found.keys[f"{CASCADE_KEY}BBOX_REG_WEIGHTS"][1] == (25, 25, 12, 12)
+    assert str(found) == "Cascade Mask R-CNN R-50-FPN with GN"
+    save_weights(path, state)
+    with refusal("unknown-network", "cascade of 2 stages", "BBOX_REG_WEIGHTS", "--config-file"):
+        read_architecture(read_checkpoint(path))
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn"])
