@@ -98,7 +98,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _MATRICES = re.compile(
     r"(backbone\.fpn_lateral\d|backbone\.bottom_up\.(stem|res2\.0)\.conv\d"
-    r"|roi_heads\.box_head\.(\d+\.)?(conv|fc)\d+|roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)|roi_heads\.mask_head\.(predictor|deconv))\.weight"
+    r"|roi_heads\.box_head\.(\d+\.)?(conv|fc)\d+|roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)"
+    r"|roi_heads\.mask_head\.(predictor|deconv))\.weight"
 )
 
 
