@@ -154,7 +154,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
+@pytest.mark.parametrize("suffix", [".png", pytest.param(".svg", marks=pytest.mark.slow)])
 def test_any_name_of_a_dataset_or_a_run_is_drawn(tmp_path: Path, name: str, suffix: str) -> None:
     rows = [
         {"iteration": i, "total_loss": 1.0, f"loss_{name}": 0.5, f"{name}/bbox/AP": 3, f"{name}/segm/AP": 2}

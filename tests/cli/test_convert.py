@@ -230,6 +230,7 @@ def test_with_images(checkpoint, folder, tmp_path) -> None:
     assert Image.open(report.with_suffix(".png")).size == (1200, 540)
 
 
+@pytest.mark.slow
 def test_relative_eps_of_a_detector(checkpoint, folder, tmp_path, capsys) -> None:
     """Every norm has its own, in the report, in the file, after calibrating, and in another format."""
     target, report, better = tmp_path / "gn.pth", tmp_path / "report.json", tmp_path / "better.pth"
@@ -412,7 +413,9 @@ def test_images_of_a_coco_json(checkpoint, folder, tmp_path, capsys) -> None:
     assert "it has no 'images'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "timm/lcnet_050"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v3_small", pytest.param("timm/lcnet_050", marks=pytest.mark.slow)]
+)
 def test_a_librarys_model(name, folder, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("gn_detect.convert.balance.STEPS", 5)
     monkeypatch.setattr("gn_detect.conversion.WINDOWS", 2)
@@ -540,6 +543,7 @@ def test_what_tensors_do_not_tell_stays_with_them(words, torchvision_detector, t
     assert [list(level) for level in found["MODEL.ANCHOR_GENERATOR.SIZES"]] == sizes
 
 
+@pytest.mark.slow
 def test_calibrate_takes_the_eps_of_a_file_with_other_names(folder, tmp_path) -> None:
     cfg = gn_detect.load_config(CONFIG, BATCH_NORM)
     state = gn_detect.build_model(cfg).state_dict()

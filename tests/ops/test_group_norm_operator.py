@@ -74,6 +74,7 @@ def test_tensors_of_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch)
             operator.fused_group_norm(x, 4, *elsewhere, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kernels", [True, False])
