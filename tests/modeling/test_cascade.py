@@ -225,7 +225,7 @@ def test_both_models_of_a_calibration_see_the_originals_boxes_in_each_stage() ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.exhaustive)])
 def test_an_exported_cascade_finds_the_same(suffix: str, tmp_path: Path) -> None:
     if suffix == ".onnx":
         pytest.importorskip("onnxscript")
