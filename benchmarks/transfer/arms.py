@@ -24,7 +24,7 @@ Start = Literal["match", "balance", "calibrate", "reset"]
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a source becomes a detector with GN in some parts.
+    """The conversion of a source to a detector with GN in some parts.
 
     Attributes:
         parts: with GN; the others keep their BatchNorm.
@@ -109,4 +109,4 @@ CAUSES = {
     "GN in the backbone, matched": Arm(conversion=Conversion(("backbone",))),
     "GN in FPN and heads, matched": Arm(conversion=Conversion(HEADS)),
 }
-"""What was tried on development folds to find out why a converted GN would learn slower."""
+"""Arms that search, on development folds, for the cause of a slower start of a converted GN."""

@@ -271,7 +271,7 @@ def _locate(network: nn.Module) -> dict[int, _Feature]:
     """Return the last feature of each stride of 2 to 32 that the network has, on a small image."""
     training = network.training
     network.eval()  # no running statistics change, and no random number is drawn
-    # The graph for gradients tells which parameters a feature depends on.
+    # The graph for gradients leads from a feature to the parameters that it depends on.
     with torch.enable_grad():
         x = torch.zeros(1, 3, *TRIAL)
         locate = _locate_timm if hasattr(network, "pretrained_cfg") else _locate_torchvision

@@ -46,7 +46,7 @@ def test_what_is_no_rle(counts: str) -> None:
 @given(st.lists(st.lists(st.integers(0, 2**24), min_size=1, max_size=9), min_size=1, max_size=9))
 @settings(max_examples=200, deadline=None)
 def test_many_masks_are_measured_at_once(masks: list[list[int]]) -> None:
-    """Of any number of runs, so that they begin at even and at odd places."""
+    """Encode masks of any number of runs, so that these begin at even and at odd places."""
     coded = [coco_mask.frPyObjects({"size": [1, 1], "counts": runs}, 1, 1)["counts"] for runs in masks]
     pixels, areas = measure([counts.decode() for counts in coded])
     assert pixels.tolist() == [sum(runs) for runs in masks]

@@ -131,7 +131,7 @@ def spoiled(batch: list[Sample]) -> list[Sample]:
 
 @dataclass
 class Step:
-    """What a step returns and leaves."""
+    """The result of one training step, and the state after it."""
 
     losses: dict[str, float]
     broken: bool
