@@ -10,8 +10,9 @@ import numpy as np
 
 from ..data.coco.canonical import CocoFile
 from .backends import Evaluators, choose_backend
-from .coco_data import GroundTruth, prepare_ground_truth
+from .coco_data import GroundTruth, Json, prepare_ground_truth
 from .detections import prepare_detections
+from .diagnosis import diagnose
 from .results_file import without_collector
 
 Annotations = str | Path | Mapping[str, Any] | CocoFile
@@ -63,14 +64,33 @@ def evaluate_kinds(
             backend is not installed.
         ValueError: an unknown IoU type.
     """
+    return evaluate_and_diagnose(annotations_json, results_json, iou_types, backend, only_metrics=True)[0]
+
+
+def evaluate_and_diagnose(
+    annotations_json: Annotations,
+    results_json: Results,
+    iou_types: Sequence[str] = IOU_TYPES,
+    backend: str | None = None,
+    *,
+    only_metrics: bool = False,
+) -> tuple[dict[str, dict[str, float]], dict[str, Json]]:
+    """Return what :func:`evaluate_kinds` does, and for each IoU type the result of :func:`diagnose`.
+
+    Arguments and errors are those of :func:`evaluate_kinds`. With ``only_metrics`` the second result is
+    empty.
+    """
     for iou_type in iou_types:
         if iou_type not in IOU_TYPES:
             raise ValueError(f"iou_type must be 'bbox' or 'segm', not {iou_type!r}")
     backend = choose_backend(backend)
     with without_collector():
         truth = prepare_ground_truth(annotations_json, "segm" if "segm" in iou_types else "bbox")
-        evaluators = Evaluators(truth, prepare_detections(results_json, truth, iou_types), backend)
-        return {iou_type: _metrics(truth, evaluators, iou_type) for iou_type in iou_types}
+        table = prepare_detections(results_json, truth, iou_types)
+        evaluators = Evaluators(truth, table, backend)
+        metrics = {iou_type: _metrics(truth, evaluators, iou_type) for iou_type in iou_types}
+        diagnosed = () if only_metrics else iou_types
+        return metrics, {kind: diagnose(truth, table, evaluators, kind) for kind in diagnosed}
 
 
 def _metrics(truth: GroundTruth, evaluators: Evaluators, iou_type: str) -> dict[str, float]:
