@@ -14,7 +14,7 @@ import numpy as np
 from ..config.paths import FOLDER
 from ..data import resolve_dataset
 from ..errors import UserError
-from ..evaluation import METRICS, read_truth
+from ..evaluation import ERRORS, METRICS, read_truth
 from ..files import atomic_write_text
 from ..visualize import Curve, Metrics, draw_chart, is_average, is_loss, metric_points
 from ..weights.metadata import program_version
@@ -25,6 +25,18 @@ from .run_folder import RunFolder, TestSet, read_run
 logger = logging.getLogger(__name__)
 
 KINDS = {"bbox": "box", "segm": "mask"}
+HELP = {
+    "classification": "More images of the classes that are confused, or one class for what looks alike.",
+    "localisation": "Larger images (INPUT.MIN_SIZE_TRAIN and _TEST), anchors of the objects' sizes "
+    "(MODEL.ANCHOR_GENERATOR.SIZES), a cascade (MODEL.ROI_HEADS.NAME CascadeROIHeads), tighter annotations.",
+    "both": "More images of these classes, and longer training.",
+    "duplicate": "A lower MODEL.ROI_HEADS.NMS_THRESH_TEST.",
+    "background": "Look whether these are objects without an annotation. If not: images without objects in "
+    "the training set (DATALOADER.FILTER_EMPTY_ANNOTATIONS False), a higher score threshold.",
+    "missed": "More images of the class, larger images, smaller anchors; in crowded images a higher "
+    "TEST.DETECTIONS_PER_IMAGE.",
+}
+"""What usually helps against each kind of error."""
 MOST_ROWS = 2000  # images in the table: the worst
 MOST_CURVES = 100  # categories with their own curves: the most frequent
 
@@ -61,6 +73,7 @@ class Section:
         metrics: see :class:`TestSet`.
         notice: the reason why parts are missing; empty if there is everything.
         analysis, pictures, curves, confusion: see their modules; empty with a notice.
+        reliability: precision by score.
     """
 
     name: str
@@ -70,23 +83,27 @@ class Section:
     analysis: Analysis | None = None
     pictures: list[Picture] = field(default_factory=list)
     curves: list[Chart] = field(default_factory=list)
+    reliability: Chart | None = None
     confusion: tuple[np.ndarray, list[str]] | None = None
 
     @property
     def categories(self) -> list[dict[str, Any]]:
-        """The name, the number of objects (None if unknown) and the AP by kind of each category."""
+        """The name, number of objects (None if unknown), AP by kind and best threshold of each category."""
         names = [key for row in list(self.metrics.values())[:1] for key in row if key.startswith("AP-")]
         counts: list[int | None] = [None] * len(names)
+        thresholds: list[dict[str, float] | None] = [None] * len(names)
         if self.analysis is not None:
             names = [f"AP-{name}" for name in self.analysis.truth.class_names]
             counts = list(self.analysis.object_counts)
+            thresholds = list(self.analysis.diagnosis[self.analysis.iou_type]["thresholds"].values())
         return [
             {
                 "name": key.removeprefix("AP-"),
                 "objects": count,
                 "ap": {kind: row.get(key) for kind, row in self.metrics.items()},
+                "threshold": threshold,
             }
-            for key, count in zip(names, counts, strict=True)
+            for key, count, threshold in zip(names, counts, thresholds, strict=True)
         ]
 
     @property
@@ -139,6 +156,7 @@ def _section(run: RunFolder, test: TestSet, number: int, threshold: float, pictu
         return section
     section.analysis = analysis
     section.curves = [_precision_chart(analysis, kind, f"{number}-{kind}") for kind in kinds]
+    section.reliability = _reliability_chart(analysis, f"{number}-reliability")
     section.confusion = condense(analysis.confusion, truth.class_names)
     drawn = draw_pictures(analysis, source, pictures)
     section.pictures = [replace(picture, reason=run.without_folders(picture.reason)) for picture in drawn]
@@ -163,6 +181,20 @@ def _precision_chart(analysis: Analysis, kind: str, key: str) -> Chart:
             for group, row in rows.items()
         ]
     return Chart.of(f"{KINDS[kind]} precision", curves, "recall", key, x_range=(0, 1), y_max=1.02)
+
+
+def _reliability_chart(analysis: Analysis, key: str) -> Chart | None:
+    """Draw the precision of the detections by their score; None without detections."""
+    curves = []
+    for colour, (kind, found) in enumerate(analysis.diagnosis.items()):
+        bins = [each for each in found["calibration"]["bins"] if each["count"]]
+        points = np.array([(each["score"], each["precision"] / 100) for each in bins])
+        if len(points):
+            curves.append(Curve(KINDS[kind], points, colour))
+    if not curves:
+        return None
+    curves.append(Curve("scores that can be believed", np.array([[0.0, 0.0], [1.0, 1.0]]), len(curves)))
+    return Chart.of("precision", curves, "score", key, x_range=(0, 1), y_max=1.02, marked=True)
 
 
 def training_charts(logged: Metrics) -> list[Chart]:
@@ -215,6 +247,8 @@ def render(run: RunFolder, sections: list[Section], threshold: float) -> str:
         last_iteration=run.logged.last + 1,
         metrics=METRICS,
         kinds=KINDS,
+        errors=ERRORS,
+        help=HELP,
         threshold=threshold,
         version=program_version(),
         most_rows=MOST_ROWS,
