@@ -209,11 +209,14 @@ def _detect(
     highest: list[float],
 ) -> tuple[list[Json], float | None]:
     found = predictor.find(pixels)
-    least = torch.as_tensor(threshold, dtype=torch.float64).to(found.labels.device)
-    least = least[found.labels] if least.dim() else least
-    kept = found[(found.scores >= least).nonzero()[:, 0]]
-    entries = detections_to_coco(kept, image_id, classes.category_ids, pixels.shape[:2])
     scores = [*found.scores[:1].tolist(), *highest]
+    lowest = threshold if isinstance(threshold, int | float) else min(threshold)
+    # The best come first, and a slice copies no masks.
+    kept = found[: int((found.scores >= lowest).sum())]
+    if not isinstance(threshold, int | float):
+        least = torch.tensor(threshold, dtype=torch.float64, device=kept.labels.device)
+        kept = kept[(kept.scores >= least[kept.labels]).nonzero()[:, 0]]
+    entries = detections_to_coco(kept, image_id, classes.category_ids, pixels.shape[:2])
     highest.clear()
     return entries, max(scores, default=None)
 

@@ -14,10 +14,12 @@ import pytest
 import yaml
 
 from gn_detect.cli import main
+from gn_detect.config.schema import known_keys
 from gn_detect.errors import UserError
-from gn_detect.evaluation import read_truth
+from gn_detect.evaluation import ERRORS, read_truth
 from gn_detect.report import write_report
 from gn_detect.report.analysis import analyse, condense
+from gn_detect.report.page import HELP
 from gn_detect.report.pictures import choose_images
 
 MakeRun = Callable[..., Path]
@@ -192,6 +194,17 @@ def test_mistakes_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
     for kind, curves in analysis.curves.items():
         for key, name in (("AP", "0.50:0.95"), ("AP50", "0.50"), ("AP75", "0.75")):
             assert 100 * curves[name].mean() == pytest.approx(metrics[kind][key])
+
+
+def test_errors_and_scores_have_a_part(make_run: MakeRun) -> None:
+    """One box is moved away, one has the other class, and an image has no detection."""
+    page = read(write_report(make_run(["square", "bar"])))
+    for name in ERRORS:
+        assert name in page.words
+    assert "What AP50 is lost to" in page.words
+    assert "predict --threshold auto" in page.words
+    keys = {word.strip("(),.;") for text in HELP.values() for word in text.split() if "." in word[:-1]}
+    assert keys <= set(known_keys())
 
 
 def test_worst_and_best_are_different_images(make_run: MakeRun, tmp_path: Path) -> None:
