@@ -100,11 +100,13 @@ class Results(TypedDict, total=False):
     """AP on one test set, in percent: ``results["bbox"]["AP"]``, ``["AP50"]``, ``["AP-<category>"]``, ...
 
     ``segm`` is missing for a model without masks. A value that COCO does not define for the data is nan.
-    ``diagnosis`` has for each of both what :func:`gn_detect.evaluation.diagnose` returns.
+    ``boundary`` is there with ``TEST.BOUNDARY_AP``. ``diagnosis`` has, for boxes and masks, what
+    :func:`gn_detect.evaluation.diagnose` returns.
     """
 
     bbox: dict[str, float]
     segm: dict[str, float]
+    boundary: dict[str, float]
     diagnosis: dict[str, dict[str, Any]]
 
 

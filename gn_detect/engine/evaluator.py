@@ -12,7 +12,7 @@ from ..config import Config, load_config
 from ..data import check_classes, match_classes
 from ..distributed.group import by_main, is_main, resolve_device, share
 from ..errors import UserError
-from ..evaluation import DIAGNOSIS, Stop, evaluate_model
+from ..evaluation import BOUNDARY, DIAGNOSIS, Stop, evaluate_model
 from ..files import atomic_write_json, json_values
 from ..modeling import detection_format, make_model
 from ..modeling.mask_rcnn import MaskRCNN
@@ -137,6 +137,7 @@ def evaluate_test_sets(
         below: subfolder of each dataset's folder for the files.
     """
     iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
+    iou_types += [BOUNDARY] * (cfg.test.boundary_ap and cfg.model.mask_on)
     backend = cfg.test.coco_eval_backend
     share(model.buffers())
     results = {}

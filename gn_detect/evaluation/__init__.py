@@ -2,7 +2,14 @@
 
 from .backends import AREAS, Evaluators, choose_backend
 from .bootstrap import Ranked, average_precision, draw_images, interval
-from .coco import METRICS, evaluate_and_diagnose, evaluate_categories, evaluate_kinds, evaluate_results
+from .coco import (
+    BOUNDARY,
+    METRICS,
+    evaluate_and_diagnose,
+    evaluate_categories,
+    evaluate_kinds,
+    evaluate_results,
+)
 from .coco_data import prepare_ground_truth, read_annotations
 from .detections import DetectionTable, prepare_detections
 from .diagnosis import ERRORS, diagnose
@@ -14,6 +21,7 @@ from .truth import Truth, read_truth
 
 __all__ = [
     "AREAS",
+    "BOUNDARY",
     "DIAGNOSIS",
     "ERRORS",
     "IN_CROWD",

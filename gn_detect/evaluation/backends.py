@@ -110,7 +110,7 @@ class Evaluators:
         """Evaluate at COCO's 10 IoU thresholds, 4 ranges of area and at most 1, 10 and 100 detections.
 
         Args:
-            iou_type: ``"bbox"`` or ``"segm"``.
+            iou_type: ``"bbox"``, ``"segm"`` or ``"boundary"``.
             categories: K numbers of the ground truth's, ascending.
 
         Returns:
@@ -121,7 +121,7 @@ class Evaluators:
             UserError: the backend refuses a mask that is not valid RLE.
         """
         with self._quiet():
-            if self._backend == "hotcoco":
+            if self._backend == "hotcoco" and iou_type != "boundary":
                 evaluator = self._by_hotcoco(iou_type, categories)
             else:
                 evaluator = self._other(iou_type)
@@ -248,9 +248,11 @@ class Evaluators:
 
     def _other(self, iou_type: str, plain: bool = False) -> Any:
         """Return an evaluator of faster_coco_eval, or of pycocotools, which alone keeps its matches."""
+        boundary = iou_type == "boundary"
+        iou_type = "segm" if boundary else iou_type
         known, table = self._ground_truth(iou_type), self._detections
         given = {**known, "annotations": [table.entry(row, iou_type) for row in range(len(table))]}
-        if self._backend == "faster_coco_eval" and not plain:
+        if self._backend == "faster_coco_eval" and not plain and not boundary:
             module = importlib.import_module("faster_coco_eval")
             truth, found = module.COCO(known), module.COCO(given)
             return module.COCOeval_faster(truth, found, iou_type, print_function=lambda *_: None)
@@ -259,6 +261,10 @@ class Evaluators:
         for data, index in ((known, truth), (given, found)):
             index.dataset = data
             index.createIndex()
+        if boundary:
+            from .boundary import BoundaryEval  # pycocotools' evaluator takes long to import
+
+            return BoundaryEval(truth, found, "segm")
         return importlib.import_module("pycocotools.cocoeval").COCOeval(truth, found, iou_type)
 
 

@@ -19,6 +19,7 @@ Annotations = str | Path | Mapping[str, Any] | CocoFile
 Results = str | Path | Sequence[Mapping[str, Any]]
 
 IOU_TYPES = ("bbox", "segm")
+BOUNDARY = "boundary"
 # Averages over the IoU thresholds 0.5, 0.55, ..., 0.95, except for AP50 and AP75. s, m and l are areas of
 # less than 32^2, up to 96^2 and more square pixels. AR1 to AR100 limit the detections of an image.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -50,8 +51,9 @@ def evaluate_kinds(
     Args:
         annotations_json: COCO ground truth: a file, its content, or what :func:`read_annotations` returned.
         results_json: COCO results, a file or its content; may be empty.
-        iou_types: ``"bbox"``, ``"segm"`` or both. With ``"segm"`` the areas of detections are those of their
-            masks.
+        iou_types: some of ``"bbox"``, ``"segm"`` and ``"boundary"``. With the last two the areas of
+            detections are those of their masks. ``"boundary"`` is the Boundary AP
+            (https://arxiv.org/abs/2103.16562), which pycocotools computes whatever the backend is.
         backend: ``"pycocotools"`` (the reference), ``"hotcoco"`` or ``"faster_coco_eval"``. None and
             ``"auto"`` choose the fastest installed one that is proven to give the same numbers.
 
@@ -81,15 +83,16 @@ def evaluate_and_diagnose(
     empty.
     """
     for iou_type in iou_types:
-        if iou_type not in IOU_TYPES:
-            raise ValueError(f"iou_type must be 'bbox' or 'segm', not {iou_type!r}")
+        if iou_type not in (*IOU_TYPES, BOUNDARY):
+            raise ValueError(f"iou_type must be 'bbox', 'segm' or 'boundary', not {iou_type!r}")
     backend = choose_backend(backend)
+    kinds = [kind for kind in IOU_TYPES if kind in iou_types or (kind == "segm" and BOUNDARY in iou_types)]
     with without_collector():
-        truth = prepare_ground_truth(annotations_json, "segm" if "segm" in iou_types else "bbox")
-        table = prepare_detections(results_json, truth, iou_types)
+        truth = prepare_ground_truth(annotations_json, kinds[-1])
+        table = prepare_detections(results_json, truth, kinds)
         evaluators = Evaluators(truth, table, backend)
         metrics = {iou_type: _metrics(truth, evaluators, iou_type) for iou_type in iou_types}
-        diagnosed = () if only_metrics else iou_types
+        diagnosed = [] if only_metrics else [kind for kind in IOU_TYPES if kind in iou_types]
         return metrics, {kind: diagnose(truth, table, evaluators, kind) for kind in diagnosed}
 
 

@@ -183,12 +183,12 @@ def evaluate_model(
         dataset: names the annotation file and the categories.
         output_dir: folder for ``coco_instances_results.json``; created if it is missing.
         backend: see :func:`evaluate_kinds`.
-        iou_types: ``"bbox"``, ``"segm"`` or both.
+        iou_types: some of ``"bbox"``, ``"segm"`` and ``"boundary"``.
         stop: asked after each batch.
 
     Returns:
         ``{"bbox": {"AP": ..., ...}, "segm": {...}, "diagnosis": {"bbox": {...}, "segm": {...}}}`` in percent;
-        see :func:`diagnose` for the last.
+        see :func:`diagnose` for the last. Boundary AP is under ``"boundary"``.
 
     Raises:
         Interrupted: ``stop`` requests it; in all processes.

@@ -22,9 +22,10 @@ def format_results(metrics: Mapping[str, Mapping[str, float]]) -> str:
     Returns:
         Lines of text; ``-`` for a value that COCO does not define.
     """
-    lines = ["     " + "".join(f"{name:>7}" for name in METRICS)]
+    first = max(5, *(len(kind) for kind in metrics))
+    lines = [" " * first + "".join(f"{name:>7}" for name in METRICS)]
     lines += [
-        f"{kind:<5}" + "".join(f"{_number(row[name]):>7}" for name in METRICS)
+        f"{kind:<{first}}" + "".join(f"{_number(row[name]):>7}" for name in METRICS)
         for kind, row in metrics.items()
     ]
     names = [
