@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from ..files import atomic_write_text
 from ..visualize import Curve, Metrics, draw_chart, is_average, is_loss, metric_points
 from ..weights.metadata import program_version
 from .analysis import IOU_AVERAGES, RECALLS, Analysis, ImageResult, analyse, condense
-from .pictures import Picture, draw_pictures
+from .comparison import Comparison, Difference, compare_on, conclusion
+from .pictures import Choice, Picture, choose_changed, choose_images, draw_pictures
 from .run_folder import RunFolder, TestSet, read_run
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,25 @@ class Chart:
 
 
 @dataclass
+class Change:
+    """The difference from another run on one dataset.
+
+    Attributes:
+        name: of the other run.
+        notice: the reason why it is missing; empty if it is there.
+        differences: by IoU type; the other run is the first.
+        sentences: on the AP of each IoU type.
+        pictures: of the images that gained and lost most, each with its change of quality.
+    """
+
+    name: str
+    notice: str = ""
+    differences: dict[str, list[Difference]] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)
+    pictures: list[tuple[float, Picture]] = field(default_factory=list)
+
+
+@dataclass
 class Section:
     """The part of the page for one dataset.
 
@@ -74,6 +94,7 @@ class Section:
         notice: the reason why parts are missing; empty if there is everything.
         analysis, pictures, curves, confusion: see their modules; empty with a notice.
         reliability: precision by score.
+        change: from another run, if one is given.
     """
 
     name: str
@@ -85,6 +106,7 @@ class Section:
     curves: list[Chart] = field(default_factory=list)
     reliability: Chart | None = None
     confusion: tuple[np.ndarray, list[str]] | None = None
+    change: Change | None = None
 
     @property
     def categories(self) -> list[dict[str, Any]]:
@@ -114,7 +136,12 @@ class Section:
 
 
 def write_report(
-    folder: str | Path, output: str | Path | None = None, *, threshold: float = 0.5, pictures: int = 6
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    threshold: float = 0.5,
+    pictures: int = 6,
+    against: str | Path | None = None,
 ) -> Path:
     """Write the page of a run, which needs no network and no other file.
 
@@ -125,22 +152,28 @@ def write_report(
         output: the page; by default ``report.html`` in the folder.
         threshold: least score of the detections in pictures, confusion and the table of images.
         pictures: number of the worst and of the best images that are shown.
+        against: folder of another run, of which the page shows the differences.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: the folder is not a run's, a file in it is damaged, or the page cannot be written.
+        UserError: a folder is not a run's, a file in it is damaged, or the page cannot be written.
     """
     run = read_run(folder)
-    sections = [_section(run, test, number, threshold, pictures) for number, test in enumerate(run.tests)]
+    other = None if against is None else read_run(against)
+    sections = [
+        _section(run, test, number, threshold, pictures, other) for number, test in enumerate(run.tests)
+    ]
     page = render(run, sections, threshold).encode("utf-8", "replace").decode()  # JSON has half characters
     output = Path(output) if output else run.path / "report.html"
     atomic_write_text(output, page)
     return output
 
 
-def _section(run: RunFolder, test: TestSet, number: int, threshold: float, pictures: int) -> Section:
+def _section(
+    run: RunFolder, test: TestSet, number: int, threshold: float, pictures: int, other: RunFolder | None
+) -> Section:
     section = Section(test.name, number, test.metrics)
     if test.results is None:
         section.notice = "There is no result file: evaluate the run again for curves, confusion and pictures."
@@ -158,9 +191,40 @@ def _section(run: RunFolder, test: TestSet, number: int, threshold: float, pictu
     section.curves = [_precision_chart(analysis, kind, f"{number}-{kind}") for kind in kinds]
     section.reliability = _reliability_chart(analysis, f"{number}-reliability")
     section.confusion = condense(analysis.confusion, truth.class_names)
-    drawn = draw_pictures(analysis, source, pictures)
-    section.pictures = [replace(picture, reason=run.without_folders(picture.reason)) for picture in drawn]
+
+    def draw(chosen: Sequence[Choice]) -> list[Picture]:
+        drawn = draw_pictures(analysis, source, chosen)
+        return [replace(picture, reason=run.without_folders(picture.reason)) for picture in drawn]
+
+    section.pictures = draw(choose_images(analysis.images, pictures))
+    if other is not None:
+        section.change = change = Change(other.path.resolve().name)
+        try:
+            comparison, before = _compare(run, other, test, kinds, threshold)
+        except UserError as error:
+            change.notice = run.without_folders(str(error))
+            return section
+        change.differences = comparison.kinds
+        change.sentences = [
+            f"{KINDS[kind]} {conclusion(rows[0], comparison.images)}"
+            for kind, rows in comparison.kinds.items()
+        ]
+        changed = choose_changed(analysis.images, before, pictures)
+        shown = draw([choice for _, choice in changed])
+        change.pictures = [(by, picture) for (by, _), picture in zip(changed, shown, strict=True)]
     return section
+
+
+def _compare(
+    run: RunFolder, other: RunFolder, test: TestSet, kinds: Sequence[str], threshold: float
+) -> tuple[Comparison, list[ImageResult]]:
+    """Return the differences of ``run`` from ``other`` on a dataset, and the other run's images."""
+    earlier = next((each for each in other.tests if each.name == test.name), None)
+    if earlier is None or earlier.results is None:
+        raise UserError("no-dataset", f"{other.path} has no results on {test.name}; evaluate it there")
+    comparison = compare_on(test.name, [other, run], [earlier, test], 1)
+    truth = read_truth(resolve_dataset(run.cfg, test.name).annotations, kinds[-1])
+    return comparison, analyse(truth, earlier.results, kinds, threshold).images
 
 
 def _precision_chart(analysis: Analysis, kind: str, key: str) -> Chart:

@@ -213,13 +213,13 @@ def test_worst_and_best_are_different_images(make_run: MakeRun, tmp_path: Path) 
     images = analyse(
         truth, folder / "inference" / "tiny_test" / "coco_instances_results.json", ["segm"], 0.5
     ).images
-    chosen = [(rank, image.image_id) for rank, image in choose_images(images, 1)]
+    chosen = [(rank, image.image_id) for rank, image, _ in choose_images(images, 1)]
     assert chosen == [("worst", 4), ("best", 1)]
-    chosen = [image.image_id for _, image in choose_images(images, 3)]
+    chosen = [image.image_id for _, image, _ in choose_images(images, 3)]
     assert sorted(chosen) == [1, 2, 3, 4]
     assert choose_images(images, 0) == []
     poor = [image for image in images if image.quality == 0] * 2
-    assert [rank for rank, _ in choose_images(poor, 1)] == ["worst"]
+    assert [rank for rank, *_ in choose_images(poor, 1)] == ["worst"]
 
 
 def test_large_confusion_matrices_keep_the_worst_categories() -> None:
