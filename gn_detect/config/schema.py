@@ -618,6 +618,7 @@ class Test(Section):
     coco_eval_backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = key(
         "auto", "Library that computes AP; all give the same numbers."
     )
+    boundary_ap: Bool = key(False, "Compute the Boundary AP of masks, too: how well outlines fit.")
 
 
 class Vis(Section):

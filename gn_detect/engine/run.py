@@ -101,6 +101,7 @@ class Run:
     start: int = 0  # the first iteration; 0 unless the run is resumed
     best: float = -1.0  # in the first process: the metric of model_best.pth
     losses: dict[str, list[float]] = field(default_factory=dict)  # from the checkpoint: since the last report
+    thresholds: list[float] = field(default_factory=list)  # of the last evaluation, see score_thresholds()
     skipped: int = 0  # steps that were skipped because something was not finite
     is_evaluated: bool = True  # the weights after ``done`` iterations need no evaluation
     done: int = field(init=False)  # iterations that are done
@@ -130,6 +131,7 @@ class Run:
             iteration=self.done - 1,
             seed=self.cfg.seed,
             losses=losses,
+            score_thresholds=self.thresholds if self.is_evaluated else [],
             **self.state.metadata(),
         )
 

@@ -54,9 +54,9 @@ def test_run_folder(tiny_config: Config, caplog: pytest.LogCaptureFixture) -> No
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not [name for name in names if name.endswith(".tmp")]
-    assert set(results) == {"bbox", "segm"}
+    assert set(results) == {"bbox", "segm", "diagnosis"}
     assert "AP" in results["segm"]
-    assert set(json.loads((folder / "results.json").read_text())) == {"bbox", "segm"}
+    assert set(json.loads((folder / "results.json").read_text())) == {"bbox", "segm", "diagnosis"}
     assert (folder / "inference" / "tiny_test" / "coco_instances_results.json").is_file()
     assert (folder / "inference" / "tiny_test" / "results.json").is_file()
     assert len(list((folder / "pictures").glob("tiny_test_*.png"))) == 1
@@ -160,10 +160,13 @@ def test_new_run_forgets_an_old_runs_checkpoint(tiny_config: Config, monkeypatch
 def test_best_checkpoint_is_kept_and_printed(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    """With the score thresholds of its evaluation; the last checkpoint has those of the last one."""
     values = iter([10.0, 30.0, 20.0])
 
     def fake(*_: object) -> dict:
-        return {"bbox": {"AP": 1.0}, "segm": {"AP": next(values)}}
+        value = next(values)
+        found = {"threshold": {"score": value / 50}, "thresholds": {"square": {"score": 0.7}, "bar": None}}
+        return {"bbox": {"AP": 1.0}, "segm": {"AP": value}, "diagnosis": {"segm": found}}
 
     monkeypatch.setattr(trainer_module, "evaluate_test_sets", fake)
     config = tmp_path / "config.yaml"
@@ -173,6 +176,10 @@ def test_best_checkpoint_is_kept_and_printed(
     best = read_checkpoint(Path(tiny_config.output_dir) / "model_best.pth")
     assert best.metadata.iteration == 3
     assert best.metadata.others["segm/AP"] == 30.0
+    assert best.metadata.score_thresholds == [0.7, 0.6]
+    final = Path(tiny_config.output_dir) / "model_final.pth"
+    assert read_checkpoint(final).metadata.score_thresholds == [0.7, 0.4]
+    assert Predictor.from_pretrained(final, {"MODEL.DEVICE": "cpu"}).score_thresholds == [0.7, 0.4]
 
 
 def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detections(
