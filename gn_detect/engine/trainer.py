@@ -125,8 +125,8 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
             if run.tests and not run.is_evaluated and run.is_due(cfg.test.eval_period):
                 with meter.pause():
                     results = evaluate_and_keep_best(run, interruption)
-                    if run.done >= run.end and run.thresholds:
-                        save(run, meter.state())  # once more, with them
+                    if run.done >= run.end and (run.thresholds or run.stopped):
+                        save(run, meter.state())  # with them; if it is stopped, perhaps for the first time
             if run.done >= run.end:
                 return results
             with meter.waiting_for_data():
@@ -251,8 +251,9 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
     metric = best_metric(run.cfg)
     value = scalars.get(metric, float("nan"))
     run.thresholds = score_thresholds(run.cfg, results, run.tests)
+    run.stale += 1
     if is_main() and value > run.best:
-        run.best = value
+        run.best, run.stale = value, 0
         metadata = replace(
             run.origin(),
             iteration=run.done - 1,
@@ -263,6 +264,10 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
         logger.info("best %s so far: %.2f, saved as %s", metric, value, BEST)
     record(run, scalars)
     run.is_evaluated = True
+    run.check_patience()
+    if run.stopped and run.done < run.cfg.solver.max_iter:
+        patience = run.cfg.solver.early_stop.patience
+        logger.info("no better %s in %d evaluations: training ends (SOLVER.EARLY_STOP)", metric, patience)
     return results
 
 

@@ -19,8 +19,8 @@ from ..config import dump_config, without_paths
 from ..config.load import parse_config
 from ..errors import UserError
 from ..files import atomic_write
+from ..modeling.freezing import freeze
 from ..modeling.mask_rcnn import MaskRCNN
-from ..modeling.resnet import freeze
 from ..weights.metadata import program_version
 
 if TYPE_CHECKING:
