@@ -62,9 +62,9 @@ class DeformConv2d(Conv2d):
         return self._finish(self._convolve(x, offset, mask), residual)
 
     def _convolve(self, x: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
-        # torchvision reads any memory at an offset that is not a number. So the offset becomes one outside
-        # the map, and the output of its place is not a number, as a convolution's would be.
-        lost = offset.detach().isnan()
+        # torchvision reads any memory at an offset that is not a number. So an offset that is not finite
+        # becomes one outside the map, and the output of its place is not a number.
+        lost = offset.detach().isfinite().logical_not()
         offset = offset.masked_fill(lost, _OUTSIDE)
         layout: Any = self.stride, self.padding, self.dilation
         y: Tensor = deform_conv2d(x, offset, self.weight, self.bias, *layout, mask)
