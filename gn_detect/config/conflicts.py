@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from .schema import LIBRARY_BACKBONES, Root
 
+_DEFORM = "MODEL.RESNETS.DEFORM_ON_PER_STAGE"
+
 
 def has_fpn(root: Root) -> bool:
     """Return whether the backbone has a feature pyramid."""
@@ -94,6 +96,7 @@ def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
             yield "MODEL.RESNETS.DEPTH", "needs RES2_OUT_CHANNELS of 64, its own width, or less"
         if root.model.roi_heads.name == "Res5ROIHeads":
             yield "MODEL.RESNETS.DEPTH", "must be 50 or more for Res5ROIHeads, whose blocks are bottlenecks"
+    yield from _deform_conflicts(root)
     if resnets.res5_dilation != 1:
         if has_fpn(root):
             yield "MODEL.RESNETS.RES5_DILATION", "must be 1 with an FPN, whose levels differ in stride"
@@ -101,10 +104,27 @@ def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
             yield "MODEL.RESNETS.RES5_DILATION", "must be 1 where the backbone ends before res5"
 
 
+def _deform_conflicts(root: Root) -> Iterator[tuple[str, str]]:
+    resnets = root.model.resnets
+    if not any(resnets.deform_on_per_stage):
+        return
+    if resnets.depth < 50:
+        yield _DEFORM, "must be all False for DEPTH 18 and 34: deformable convolutions are in bottlenecks"
+    if resnets.deform_on_per_stage[3] and root.model.roi_heads.name == "Res5ROIHeads":
+        yield _DEFORM, "must end with False for Res5ROIHeads, which have no deformable convolutions"
+    first = resnets.deform_on_per_stage.index(True)
+    width = resnets.num_groups * resnets.width_per_group * 2**first
+    if width % resnets.deform_num_groups:
+        complaint = f"must divide {width}, the channels of the 3x3 convolutions of res{first + 2}"
+        yield "MODEL.RESNETS.DEFORM_NUM_GROUPS", complaint
+
+
 def _library_conflicts(root: Root) -> Iterator[tuple[str, str]]:
     backbone = root.model.backbone
     if not backbone.model:
         yield "MODEL.BACKBONE.MODEL", f"must name a network of {LIBRARY_BACKBONES[backbone.name]}"
+    if any(root.model.resnets.deform_on_per_stage):
+        yield _DEFORM, f"must be all False for {backbone.name}: its network stays as the library builds it"
     if root.model.roi_heads.name == "Res5ROIHeads":
         complaint = "needs the blocks of build_resnet_backbone; choose StandardROIHeads"
         yield "MODEL.ROI_HEADS.NAME", complaint

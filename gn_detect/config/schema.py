@@ -113,7 +113,7 @@ Amount = Annotated[Int, Field(gt=0, le=10**6)]  # boxes, images or parts that ar
 Side = Annotated[Int, Field(gt=0, le=2**15)]  # of an image, pixels
 
 AsTuple = BeforeValidator(as_tuple)
-Bools = Annotated[tuple[Bool, ...], AsTuple]
+BoolOfEachStage = Annotated[tuple[Bool, Bool, Bool, Bool], AsTuple]
 Ints = Annotated[tuple[Int, ...], AsTuple]
 Floats = Annotated[tuple[Float, ...], AsTuple]
 FloatLists = Annotated[tuple[Floats, ...], AsTuple]
@@ -184,9 +184,12 @@ class ResNets(Section):
     res5_dilation: Dilation = key(1, "2 keeps res5 at stride 16 (DC5).")
     res2_out_channels: Channels = key(256, "Channels of res2, doubled by each stage; 64 in ResNet-18 and 34.")
     stem_out_channels: Channels = key(64, "Channels of the stem.")
-    deform_on_per_stage: Bools = only((False, False, False, False))
-    deform_modulated: Bool = unread(False)
-    deform_num_groups: PositiveInt = unread(1)
+    deform_on_per_stage: BoolOfEachStage = key(
+        (False, False, False, False),
+        "Stages res2 to res5 whose 3x3 convolutions are deformable, for DEPTH 50 or more.",
+    )
+    deform_modulated: Bool = key(False, "Deformable convolutions multiply each sample by a learned factor.")
+    deform_num_groups: Channels = key(1, "Parts of the channels that have offsets of their own.")
 
 
 class FPN(Section):

@@ -1,6 +1,7 @@
 """Modules from which detectors are built."""
 
 from .conv import Conv2d, init_he, init_normal, init_xavier, make_conv
+from .deform_conv import DeformConv2d
 from .fuse import fuse, fuse_relu, has_hooks
 from .norm import (
     NORM_NAMES,
@@ -18,6 +19,7 @@ from .norm import (
 __all__ = [
     "NORM_NAMES",
     "Conv2d",
+    "DeformConv2d",
     "FrozenBatchNorm2d",
     "FrozenBatchNormAct2d",
     "GroupNorm",

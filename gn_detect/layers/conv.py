@@ -30,7 +30,9 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W) to ``activation(norm(conv(x)) + residual)``, (N, C_out, H', W')."""
-        y = super().forward(x)
+        return self._finish(super().forward(x), residual)
+
+    def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
         if isinstance(self.norm, GroupNorm):  # one call for norm, residual and ReLU
             normalised: Tensor = self.norm(y, residual, self.activation)
             return normalised

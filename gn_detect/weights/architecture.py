@@ -97,7 +97,7 @@ class Architecture:
 Shapes = Mapping[str, tuple[int, ...]]
 
 _MATRICES = re.compile(
-    r"(backbone\.fpn_lateral\d|backbone\.bottom_up\.(stem|res2\.0)\.conv\d"
+    r"(backbone\.fpn_lateral\d|backbone\.bottom_up\.((stem|res2\.0)\.conv\d|res\d\.0\.conv2_offset)"
     r"|roi_heads\.box_head\.(\d+\.)?(conv|fc)\d+|roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)"
     r"|roi_heads\.mask_head\.(predictor|deconv))\.weight"
 )
@@ -185,6 +185,23 @@ def _backbone_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
         "MODEL.RESNETS.RES2_OUT_CHANNELS": last[0],
         "MODEL.RESNETS.NUM_GROUPS": groups,
         "MODEL.RESNETS.WIDTH_PER_GROUP": middle[0] // groups if bottleneck else 64,
+        **_deform_keys(shapes),
+    }
+
+
+def _deform_keys(shapes: Shapes) -> dict[str, Any]:
+    offsets = [shapes.get(f"{BACKBONE}res{stage}.0.conv2_offset.weight", ()) for stage in range(2, 6)]
+    if not any(offsets):
+        return {}
+    channels, width = next(shape for shape in offsets if shape)[:2]
+    # Each of a group's 9 samples has two offsets, and a factor if they are modulated. 54 channels are those
+    # of 3 groups, or of 2 with factors; 3 do not divide the width of published networks.
+    groups, rest = divmod(channels, 18)
+    modulated = rest > 0 or width % groups > 0
+    return {
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": list(map(bool, offsets)),
+        "MODEL.RESNETS.DEFORM_MODULATED": modulated,
+        "MODEL.RESNETS.DEFORM_NUM_GROUPS": max(1, channels // 27) if modulated else groups,
     }
 
 

@@ -39,7 +39,7 @@ def decided_weights(cfg: Config, path: Path, head: float = 0.5) -> None:
     model = build_model(cfg)
     generator = torch.Generator().manual_seed(3)
     gains = {"cls_score": head, "objectness_logits": head, "bbox_pred": 0.02, "anchor_deltas": 0.02}
-    gains |= {"mask_head.predictor": 1.0}
+    gains |= {"mask_head.predictor": 1.0, "conv2_offset": 0.02}
     with torch.no_grad():
         for name, value in model.named_parameters():
             for part, gain in gains.items():

@@ -178,8 +178,8 @@ def test_a_config_is_read_only_and_replace_checks() -> None:
         ("MODEL.META_ARCHITECTURE", "RetinaNet", ["'RetinaNet' is not supported", "'GeneralizedRCNN'"]),
         (
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE",
-            "[False,True,True,True]",
-            ["DEFORM_ON_PER_STAGE", "not supported"],
+            "[False,True,True]",
+            ["DEFORM_ON_PER_STAGE"],
         ),
         (
             "MODEL.ROI_BOX_HEAD.POOLER_TYPE",

@@ -30,6 +30,8 @@ CONFIGS = {
     "R-50-FPN with frozen BN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
     "R-50-FPN cascade with frozen BN": "Misc/cascade_mask_rcnn_R_50_FPN_3x.yaml",
     "R-50-C4 with frozen BN": "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml",
+    "R-50-FPN deformable with frozen BN": "Misc/mask_rcnn_R_50_FPN_1x_dconv_c3-c5.yaml",
+    "X-152's recipe at depth 50": "Misc/cascade_mask_rcnn_X_152_32x8d_FPN_IN5k_gn_dconv.yaml",
 }
 SMALL = [
     "MODEL.DEVICE", "cpu",
@@ -55,7 +57,7 @@ def configs_of(name: str, shared: Path, folder: Path) -> tuple[Any, Config]:
         theirs.merge_from_list(SMALL[:4])
     else:
         theirs = model_zoo.get_config(CONFIGS[name])
-        theirs.merge_from_list(SMALL)
+        theirs.merge_from_list([*SMALL, "MODEL.RESNETS.DEPTH", 50])
     (folder / "config.yaml").write_text(theirs.dump())
     return theirs, load_config(folder / "config.yaml")
 
@@ -110,7 +112,7 @@ def test_both_find_the_same(name: str, threads: int, shared_dir: Path, tmp_path:
         images = sorted((shared_dir / "data/coco80/images").iterdir())[:4]
     for file in FILES if threads == 1 else FILES[:1]:  # they hold the same values
         if file == "caffe2.pkl":
-            if name == TRAINED or "cascade" in name:  # Detectron had neither ResNet-18 nor these cascades
+            if name == TRAINED or "/cascade" in CONFIGS[name] or "dconv" in CONFIGS[name]:  # not Detectron's
                 continue
             state = with_affine_norms(state)
         path = tmp_path / file

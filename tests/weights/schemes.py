@@ -187,8 +187,12 @@ def mmdetection(state: State, version: int = 2, norm: str = "gn") -> State:
 
 
 def backbone_of(state: State) -> State:
-    """Layers of the backbone, with the prefix of a model with a pyramid."""
-    return {name: tensor for name, tensor in state.items() if name.startswith("backbone.bottom_up.")}
+    """Layers of the backbone that a classifier has, with the prefix of a model with a pyramid."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if name.startswith("backbone.bottom_up.") and ".conv2_offset." not in name
+    }
 
 
 def write_pickle(path: Path, content: object, protocol: int = 2) -> None:
