@@ -13,6 +13,7 @@ from .norm import (
     is_norm,
     make_norm,
 )
+from .ws_conv import WSConv2d, fold_standardization, standardize_convs
 
 __all__ = [
     "NORM_NAMES",
@@ -22,7 +23,9 @@ __all__ = [
     "GroupNorm",
     "GroupNormAct",
     "LayerNorm2d",
+    "WSConv2d",
     "choose_groups",
+    "fold_standardization",
     "fuse",
     "fuse_relu",
     "has_hooks",
@@ -32,4 +35,5 @@ __all__ = [
     "is_norm",
     "make_conv",
     "make_norm",
+    "standardize_convs",
 ]
