@@ -26,6 +26,7 @@ from .interop.library_models import LibraryModel, is_library_model, load_library
 from .modeling import make_model, paired_outputs
 from .text import printable
 from .weights import (
+    CONV_KEYS,
     SUFFIXES,
     Checkpoint,
     CheckpointMetadata,
@@ -34,6 +35,7 @@ from .weights import (
     as_command_line,
     computes_with_eps_0,
     config_of_converted,
+    folded,
     group_keys,
     implied_keys,
     known_config,
@@ -45,8 +47,8 @@ from .weights import (
     norms_of_unspecified_groups,
     read_checkpoint,
     save_weights,
-    standardised_convs,
     translate,
+    trunk_of,
     unspecified_keys,
     unspecified_keys_of,
 )
@@ -280,12 +282,6 @@ def _convert_tensors(
     checkpoint: Checkpoint, translation: Translation, eps: float | None, groups: dict[str, Any]
 ) -> tuple[dict[str, Tensor], CheckpointMetadata, ConversionReport]:
     """Convert a state dict. A detector's gets detectron2's names; another keeps those of its own model."""
-    if standardised_convs(checkpoint):  # its config says so, and the new file has none
-        raise UserError(
-            "unconvertible-model",
-            f"{checkpoint.path} standardises weights (ConvWS); fold that first with gn-detect convert "
-            "--keep-norm, and convert what it writes",
-        )
     named = checkpoint.tensors if translation.is_detector else checkpoint.stored
     if eps is None and computes_with_eps_0(checkpoint):
         eps = 0.0
@@ -303,6 +299,7 @@ def _convert_tensors(
         known.group_norm_eps | {layer.name: layer.eps for layer in report.layers},
         known.group_norm_groups | {layer.name: layer.groups for layer in report.layers},
     )
+    norms = replace(norms, weight_standardization=known.weight_standardization)
     return tensors, _metadata(checkpoint, norms, tensors), report
 
 
@@ -462,6 +459,9 @@ class RewriteReport:
 def rewrite_checkpoint(source: str | Path, target: str | Path) -> RewriteReport:
     """Write a checkpoint's weights with detectron2's names, in the format of ``target``'s ending.
 
+    Standardised weights are folded, but for those of a library's network: detectron2's convolutions are
+    plain.
+
     Tensors that belong to no detector keep their names, so that their own model takes the file.
 
     Raises:
@@ -476,8 +476,15 @@ def rewrite_checkpoint(source: str | Path, target: str | Path) -> RewriteReport:
     # The config of another program stays as it is.
     config = checkpoint.metadata.config if cfg is None else dump_config(without_paths(cfg))
     norms = norms_of(checkpoint, tensors)
+    convs = norms.weight_standardization
+    if plain := {name: found for name, found in convs.items() if trunk_of([name]) is None}:
+        tensors = folded(tensors, plain)
+        translation.changes.append(f"weight standardisation folded into {len(plain)} convolutions")
+        if cfg is not None:
+            config = dump_config(without_paths(cfg.replace(dict.fromkeys(CONV_KEYS, ""))))
     metadata = replace(
         norm_metadata(norms.group_norm_eps, norms.group_norm_groups),
+        weight_standardization={name: found for name, found in convs.items() if name not in plain},
         class_names=checkpoint.metadata.class_names,
         category_ids=checkpoint.metadata.category_ids,
         input=translation.convention,

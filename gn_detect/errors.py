@@ -99,6 +99,7 @@ Code = Literal[
     "other-network",
     "other-norm",
     "other-groups",
+    "other-convolution",
     "other-input",
     "unknown-backbone",
     "unfit-backbone",
