@@ -223,7 +223,7 @@ def convert_checkpoint(
             steps = DETECTOR_STEPS if steps is None else steps
             calibrate(detector, model, batches, steps, outputs=paired_outputs, report=report, **settings)
         tensors = dict(model.state_dict())
-        metadata = _metadata(earlier or original, norm_settings(model), tensors, cfg)
+        metadata = _metadata(earlier or original, norm_settings(model), tensors, original, cfg)
     else:
         original = read_checkpoint(source)
         translation = translate(original)
@@ -300,7 +300,7 @@ def _convert_tensors(
         known.group_norm_groups | {layer.name: layer.groups for layer in report.layers},
     )
     norms = replace(norms, weight_standardization=known.weight_standardization)
-    return tensors, _metadata(checkpoint, norms, tensors), report
+    return tensors, _metadata(checkpoint, norms, tensors, checkpoint), report
 
 
 def _refuse_mixed_groups(model: nn.Module) -> None:
@@ -316,28 +316,34 @@ def _refuse_mixed_groups(model: nn.Module) -> None:
 
 
 def _metadata(
-    original: Checkpoint, norms: CheckpointMetadata, tensors: dict[str, Tensor], cfg: Config | None = None
+    described: Checkpoint,
+    norms: CheckpointMetadata,
+    tensors: dict[str, Tensor],
+    original: Checkpoint,
+    cfg: Config | None = None,
 ) -> CheckpointMetadata:
     """Return the metadata of a converted checkpoint.
 
     Args:
-        original: its schedule and optimizer state would not fit the converted model, and are left out.
+        described: the original, or an earlier conversion of it, whose classes and input stay. Its schedule
+            and optimizer state would not fit the converted model, and are left out.
         norms: eps and groups of the norms.
         tensors: converted weights.
+        original: weights of before.
         cfg: the original's config, if it was given.
     """
     if cfg is None:
-        translation = translate(original)
-        keys, convention = unspecified_keys(original), translation.convention
-        cfg = known_config(original) if translation.is_detector else None
+        translation = translate(described)
+        keys, convention = unspecified_keys(described), translation.convention
+        cfg = known_config(described) if translation.is_detector else None
     else:
         keys, convention = unspecified_keys_of(cfg), InputConvention.of_config(cfg)
     return replace(
         norms,
-        class_names=original.metadata.class_names,
-        category_ids=original.metadata.category_ids,
+        class_names=described.metadata.class_names,
+        category_ids=described.metadata.category_ids,
         input=convention,
-        config=None if cfg is None else config_of_converted(cfg, Checkpoint(tensors, norms)),
+        config=None if cfg is None else config_of_converted(cfg, Checkpoint(tensors, norms), original),
         # The file has the groups and the eps of each norm elsewhere.
         config_keys=to_plain({key: value for key, value in keys.items() if not key.startswith("MODEL.GN.")}),
     )

@@ -332,12 +332,14 @@ def library_config(checkpoint: Checkpoint) -> Config | None:
     return cfg if cfg is not None and cfg.model.backbone.name in LIBRARY_BACKBONES else None
 
 
-def config_of_converted(cfg: Config, converted: Checkpoint) -> str | None:
+def config_of_converted(cfg: Config, converted: Checkpoint, original: Checkpoint) -> str | None:
     """Return the config of a converted detector as YAML without local paths, for its metadata.
 
     Args:
         cfg: the config of the original.
         converted: weights, and metadata with the groups of the norms.
+        original: weights of before. A library's network without BatchNorms among them has norms of its own,
+            which are no part of a conversion.
 
     Returns:
         None where no config gives all norms their groups.
@@ -350,6 +352,6 @@ def config_of_converted(cfg: Config, converted: Checkpoint) -> str | None:
         key = f"MODEL.{section}.NORM"
         if value_at(cfg, key) in ("BN", "SyncBN", "FrozenBN"):
             changes[key] = "GN"
-    if any(trunk_of([norm]) for norm in converted.metadata.group_norm_groups):
+    if any(name.endswith(".running_var") and trunk_of([name]) for name in original.tensors):
         changes["MODEL.BACKBONE.NORM"] = "GN"
     return dump_config(without_paths(cfg.replace(changes)))

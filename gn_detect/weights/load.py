@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..text import printable
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
+from .names.bit import is_bit
 from .names.library import library_convention, refuse_other_padding, trunk_of, trunk_tensors
 from .norm_settings import norms_of, refuse_lost_norms, refuse_other_groups, set_norm_eps
 from .standardization import (
@@ -114,10 +115,10 @@ def load_weights(
 ) -> LoadReport:
     """Copy a checkpoint's tensors into the parameters and buffers that they belong to.
 
-    Names of Detectron, torchvision, timm and mmdetection are translated. Values are cast to the model's types
-    and devices. If the file has the eps of GroupNorms (see ``gn-detect convert --relative-eps``), the model
-    gets it, whatever MODEL.GN.EPS is. If it has their numbers of groups, the model must have the same, and
-    their eps is 1e-5 unless the file has another. If it says which weights are standardised
+    Names of Detectron, torchvision, timm, BiT and mmdetection are translated. Values are cast to the model's
+    types and devices. If the file has the eps of GroupNorms (see ``gn-detect convert --relative-eps``), the
+    model gets it, whatever MODEL.GN.EPS is. If it has their numbers of groups, the model must have the same,
+    and their eps is 1e-5 unless the file has another. If it says which weights are standardised
     (``MODEL.RESNETS.CONV``), they must be so in the model. When an error is raised the model is as it was.
 
     Args:
@@ -134,7 +135,8 @@ def load_weights(
     Raises:
         UserError: the file cannot be read, belongs to another architecture, number of classes, kind of
             normalisation, convolution or number of groups, was trained with other input than the config has,
-            or has values that are not finite. The message names the first keys and shapes, or the config keys to set.
+            or has values that are not finite. The message names the first keys and shapes, or the config keys
+            to set.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     own = model.state_dict()
@@ -205,7 +207,8 @@ def _translated(checkpoint: Checkpoint, own: dict[str, Tensor], config: Config |
         published = None if config is None else library_convention(config)
         if tensors:
             convention = checkpoint.metadata.input or published
-            return Translation(tensors, "torchvision or timm", convention, left_out=left_out)
+            scheme = "BiT" if is_bit(checkpoint.tensors) else "torchvision or timm"
+            return Translation(tensors, scheme, convention, left_out=left_out)
     if len(own.keys() & checkpoint.stored) > len(own.keys() & checkpoint.tensors):
         checkpoint = replace(checkpoint, tensors=checkpoint.stored)  # the model has the file's wrapper, too
     if len(own.keys() & checkpoint.tensors) > len(checkpoint.tensors) / 2:
