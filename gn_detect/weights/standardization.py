@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..layers import WSConv2d
 from ..ops import standardize_weight
 from .convention import as_command_line
+from .names.library import trunk_of
 from .zoo import entry_of
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def refuse_other_convs(
 ) -> None:
     """Refuse weights that were trained with another standardisation.
 
-    They would load, and compute another function. A file that says nothing is taken to fit.
+    They would load, and compute another function. A file that says nothing is taken to fit, and so are those
+    of a library's network, whose name says which convolutions it has.
 
     Args:
         found: the checkpoint's record, by the model's names.
@@ -97,6 +99,7 @@ def refuse_other_convs(
         return found.get(name, [""])[0], own.get(name, [""])[0]
 
     names = [name for name in own.keys() | found.keys() if f"{name}.weight" in matched]
+    names = [name for name in names if trunk_of([name]) is None]
     other = min((name for name in names if len(set(kinds(name))) > 1), default=None)
     if other is None:
         return
