@@ -100,6 +100,7 @@ Code = Literal[
     "other-network",
     "other-norm",
     "other-groups",
+    "other-convolution",
     "other-input",
     "unknown-backbone",
     "unfit-backbone",

@@ -123,7 +123,7 @@ def as_markdown(entries: Iterable[ZooEntry]) -> str:
 
 def _quality(entry: ZooEntry) -> str:
     if entry.box_ap is not None:
-        return f"{entry.box_ap} / {entry.mask_ap}"
+        return f"{entry.box_ap} / {'-' if entry.mask_ap is None else entry.mask_ap}"
     return f"{entry.top1_error}% top-1 error" if entry.top1_error is not None else "-"
 
 

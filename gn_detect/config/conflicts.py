@@ -20,11 +20,12 @@ def unread_groups(root: Root) -> Iterator[str]:
     if not has_fpn(root):
         yield "MODEL.FPN"
     if model.backbone.name in LIBRARY_BACKBONES:
-        yield "MODEL.RESNETS.NORM"
+        yield from ("MODEL.RESNETS.NORM", "MODEL.RESNETS.CONV")
     if model.roi_heads.name != "CascadeROIHeads":
         yield "MODEL.ROI_BOX_CASCADE_HEAD"
     if model.roi_heads.name == "Res5ROIHeads":  # both branches share one pooler and res5
         yield from ("MODEL.ROI_BOX_HEAD.NAME", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.POOLER_TYPE")
+        yield "MODEL.ROI_BOX_HEAD.CONV"
     if not model.mask_on:
         yield "MODEL.ROI_MASK_HEAD"
 

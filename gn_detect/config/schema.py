@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from .types import NEVER_READ, Section, as_names, as_tuple, from_text, key, only, unread
 
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")
+CONVS = ("", "WS", "StdConv")
 RESNET_BACKBONES = ("build_resnet_backbone", "build_resnet_fpn_backbone")
 LIBRARY_BACKBONES = {
     "build_torchvision_backbone": "torchvision",
@@ -175,6 +176,12 @@ class ResNets(Section):
     )
     num_groups: Channels = key(1, "Groups of the 3x3 convolutions (ResNeXt's cardinality); unrelated to GN.")
     norm: Str = key("FrozenBN", "Norm of the backbone.", NORMS)
+    conv: Str = key(
+        "",
+        "Convolutions of the backbone: WS standardises their weights as mmdetection's ConvWS does, StdConv "
+        "as timm's and BiT's StdConv2d do. Weights of one kind compute something else with another.",
+        CONVS,
+    )
     width_per_group: Channels = key(64, "Channels of the 3x3 convolutions of res2, for each group.")
     stride_in_1x1: Bool = key(
         True,
@@ -196,6 +203,7 @@ class FPN(Section):
     in_features: Stages = key((), "Stages that feed the pyramid.")
     out_channels: Channels = key(256, "Channels of each level of the pyramid.")
     norm: Str = key("", "Norm of the pyramid.", NORMS)
+    conv: Str = key("", "Convolutions of the pyramid; see MODEL.RESNETS.CONV.", CONVS)
     fuse_type: Literal["sum", "avg"] = key("sum", "Operation that joins a level and the one above it.")
 
 
@@ -290,6 +298,7 @@ class ROIBoxHead(Section):
     num_conv: Small = key(0, "Convolutions before the fully connected layers; 4 in the paper.")
     conv_dim: Channels = key(256, "Channels of these convolutions.")
     norm: Str = key("", "Norm of the box head's convolutions.", NORMS)
+    conv: Str = key("", "The box head's convolutions; see MODEL.RESNETS.CONV.", CONVS)
     cls_agnostic_bbox_reg: Bool = key(
         False, "One box for each RoI instead of one for each class; CascadeROIHeads need it."
     )
@@ -307,6 +316,7 @@ class ROIMaskHead(Section):
     num_conv: Small = key(0, "Convolutions of the mask head before the upsampling.")
     conv_dim: Channels = key(256, "Channels of these convolutions and of the upsampling.")
     norm: Str = key("", "Norm of the mask head's convolutions.", NORMS)
+    conv: Str = key("", "The mask head's convolutions before the upsampling; see MODEL.RESNETS.CONV.", CONVS)
     cls_agnostic_mask: Bool = key(False, "One mask for each RoI instead of one for each class.")
     pooler_type: Str = key("ROIAlignV2", "See MODEL.ROI_BOX_HEAD.POOLER_TYPE.", POOLERS)
 

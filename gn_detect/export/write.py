@@ -19,6 +19,7 @@ from ..config import dump_config, without_paths
 from ..config.load import parse_config
 from ..errors import UserError
 from ..files import atomic_write
+from ..layers import fold_standardization
 from ..modeling.freezing import freeze
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights.metadata import program_version
@@ -48,6 +49,7 @@ class ExportableDetector(nn.Module):
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
+        fold_standardization(self.model)
         freeze(self.model)  # F.batch_norm asks for the number of RoIs, which a program does not know
         heads = self.model.roi_heads
         for name in ("box_head", "mask_head", "res5"):

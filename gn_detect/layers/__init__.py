@@ -15,6 +15,7 @@ from .norm import (
     is_norm,
     make_norm,
 )
+from .ws_conv import WSConv2d, fold_standardization, standardize_convs
 
 __all__ = [
     "NORM_NAMES",
@@ -25,7 +26,9 @@ __all__ = [
     "GroupNorm",
     "GroupNormAct",
     "LayerNorm2d",
+    "WSConv2d",
     "choose_groups",
+    "fold_standardization",
     "frozen_norm",
     "fuse",
     "fuse_relu",
@@ -36,4 +39,5 @@ __all__ = [
     "is_norm",
     "make_conv",
     "make_norm",
+    "standardize_convs",
 ]

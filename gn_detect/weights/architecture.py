@@ -16,6 +16,7 @@ from ..errors import UserError
 from .checkpoint import Checkpoint
 from .names.library import trunk_of
 from .norm_settings import group_keys, norms_of
+from .standardization import conv_keys
 from .translate import BACKBONE, translate
 from .zoo import entry_of
 
@@ -55,8 +56,9 @@ LIBRARY_KEYS = (
     *(f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NAME", "NORM", "NUM_CONV", "CONV_DIM", "NUM_FC", "FC_DIM")),
     *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"),
     *(f"MODEL.ROI_MASK_HEAD.{key}" for key in ("NORM", "NUM_CONV", "CONV_DIM", "CLS_AGNOSTIC_MASK")),
+    *("MODEL.ROI_BOX_HEAD.CONV", "MODEL.ROI_MASK_HEAD.CONV"),
 )
-FPN_KEYS = ("MODEL.FPN.IN_FEATURES", "MODEL.FPN.OUT_CHANNELS", "MODEL.FPN.NORM")
+FPN_KEYS = ("MODEL.FPN.IN_FEATURES", "MODEL.FPN.OUT_CHANNELS", "MODEL.FPN.NORM", "MODEL.FPN.CONV")
 
 _RPN = "proposal_generator."
 
@@ -136,6 +138,8 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         keys |= _pyramid_keys(checkpoint, shapes)
     if is_detector:
         keys |= _head_keys(shapes)
+    convs = norms_of(checkpoint, tensors).weight_standardization
+    keys |= {key: kind for key, kind in conv_keys(convs, tensors).items() if kind}
     keys |= unspecified_keys(checkpoint)
     _check_stages(checkpoint, shapes, keys)
     return Architecture(
@@ -345,12 +349,14 @@ def library_config(checkpoint: Checkpoint) -> Config | None:
     return cfg if cfg is not None and cfg.model.backbone.name in LIBRARY_BACKBONES else None
 
 
-def config_of_converted(cfg: Config, converted: Checkpoint) -> str | None:
+def config_of_converted(cfg: Config, converted: Checkpoint, original: Checkpoint) -> str | None:
     """Return the config of a converted detector as YAML without local paths, for its metadata.
 
     Args:
         cfg: the config of the original.
         converted: weights, and metadata with the groups of the norms.
+        original: weights of before. A library's network without BatchNorms among them has norms of its own,
+            which are no part of a conversion.
 
     Returns:
         None where no config gives all norms their groups.
@@ -363,6 +369,6 @@ def config_of_converted(cfg: Config, converted: Checkpoint) -> str | None:
         key = f"MODEL.{section}.NORM"
         if value_at(cfg, key) in ("BN", "SyncBN", "FrozenBN"):
             changes[key] = "GN"
-    if any(trunk_of([norm]) for norm in converted.metadata.group_norm_groups):
+    if any(name.endswith(".running_var") and trunk_of([name]) for name in original.tensors):
         changes["MODEL.BACKBONE.NORM"] = "GN"
     return dump_config(without_paths(cfg.replace(changes)))

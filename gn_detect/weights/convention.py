@@ -73,7 +73,8 @@ class InputConvention:
 def as_command_line(keys: dict[str, Any]) -> str:
     """Return ``KEY VALUE ...`` as they are typed after a command."""
     return " ".join(
-        f"{key} '{value}'" if isinstance(value, list) else f"{key} {value}" for key, value in keys.items()
+        f"{key} '{value}'" if isinstance(value, list) or value == "" else f"{key} {value}"
+        for key, value in keys.items()
     )
 
 

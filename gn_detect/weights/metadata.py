@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..ops import STANDARDIZATIONS
 from .convention import InputConvention, plain_text
 
 FORMAT_VERSION = 1  # of the files that we write
@@ -43,6 +44,12 @@ def _is_eps(value: Any) -> bool:
 
 def _is_group_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
+
+
+def _is_standardization(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return isinstance(value[0], str) and value[0] in STANDARDIZATIONS and _is_eps(value[1])
 
 
 def _is_list_of(is_valid: IsValid) -> IsValid:
@@ -96,6 +103,7 @@ class CheckpointMetadata:
         config_keys: in a file without a config, the config keys that no tensor implies.
         group_norm_eps: by name of the norm; empty if all norms have :data:`USUAL_EPS`.
         group_norm_groups: number of groups by name of the norm.
+        weight_standardization: kind and eps by name of the convolution; the others are plain.
         iteration: the last one that was done, from 0.
         seed: random seed of the run.
         losses: losses since the last report.
@@ -122,6 +130,13 @@ class CheckpointMetadata:
     )
     group_norm_groups: dict[str, int] = _entry(
         "the number of groups of each norm", _is_dict_of(_is_group_count), dict, refuse="any", remedy=_CONVERT
+    )
+    weight_standardization: dict[str, list[Any]] = _entry(
+        "the kind and the eps of each convolution",
+        _is_dict_of(_is_standardization),
+        dict,
+        refuse="any",
+        remedy=_CONVERT,
     )
     iteration: int | None = _entry("a whole number", _is_count, refuse="training")
     seed: int | None = _entry("a whole number", _is_count, refuse="training")

@@ -142,7 +142,7 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
     keys = [
         "INPUT.RANDOM_FLIP", "none", "SOLVER.MAX_ITER", "3", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "5000",
         "MODEL.RPN.POSITIVE_FRACTION", "1.0", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "500",
-        "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0",
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.FPN.CONV", "WS",
     ]  # fmt: skip
     weights, evaluated = [], []
     for processes in (1, 2):

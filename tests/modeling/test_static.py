@@ -128,6 +128,7 @@ CASCADE = {
         ((2, 4), {"MODEL.RPN.CONV_DIMS": [-1, -1]}, False),
         ((3, 5), CASCADE, False),
         ((0, 1), CASCADE, False),
+        ((2, 4), {"MODEL.RESNETS.CONV": "WS", "MODEL.ROI_MASK_HEAD.CONV": "WS"}, False),
     ],
 )
 def test_losses_and_gradients_are_those_of_the_cpu(
