@@ -596,10 +596,17 @@ class Checkpoint(Section):
 
 
 class Augmentation(Section):
-    enabled: Bool = only(False)
-    min_sizes: Ints = unread((400, 500, 600, 700, 800, 900, 1000, 1100, 1200))
-    max_size: Int = unread(4000)
-    flip: Bool = unread(True)
+    enabled: Bool = key(
+        False,
+        "Test-time augmentation: detect in several sizes of each image, and merge. An evaluation gives AP "
+        "without it (bbox, segm) and with it (bbox_TTA, segm_TTA).",
+    )
+    min_sizes: Lengths = key(
+        (400, 500, 600, 700, 800, 900, 1000, 1100, 1200),
+        "Lengths of the shorter side, pixels, of the images made from that of INPUT.MIN_SIZE_TEST.",
+    )
+    max_size: Amount = key(4000, "Limit of the longer side of these images, pixels.")
+    flip: Bool = key(True, "Detect in the mirror image of each, too.")
 
 
 class PreciseBN(Section):

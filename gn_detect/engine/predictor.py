@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..modeling import detection_format, make_model
 from ..structures import Detections
 from ..weights import COCO_IDS, Checkpoint, load_weights, read_checkpoint
+from .augmented import AugmentedDetector
 from .image_detections import ImageDetections
 from .pretrained import as_pairs, read_pretrained
 
@@ -106,7 +107,7 @@ class ImagePredictor(ABC):
 
 
 class Predictor(ImagePredictor):
-    """Find objects as the evaluation does: same resizing, same thresholds.
+    """Find objects as the evaluation does: same resizing, same thresholds, augmented with ``TEST.AUG``.
 
     Args:
         cfg: ``MODEL.WEIGHTS`` names the checkpoint; ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` is the least score.
@@ -133,6 +134,7 @@ class Predictor(ImagePredictor):
         checkpoint = checkpoint or read_checkpoint(cfg.model.weights)
         self.report = load_weights(self.model, checkpoint, config=cfg)
         self.model.to(device).eval()
+        self._detector = AugmentedDetector(self.model, cfg) if cfg.test.aug.enabled else self.model
         count = self.model.num_classes
         names, ids = _coco_classes() if _is_for_coco(cfg) else (unnamed_classes(count), range(1, count + 1))
         self.class_names = _of_length(count, checkpoint.metadata.class_names) or list(names)
@@ -153,7 +155,7 @@ class Predictor(ImagePredictor):
         return cls(*read_pretrained(source, as_pairs(overrides or {})))
 
     def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
-        return self.model.detect([prepare_image(pixels, self.cfg)], [pixels.shape[:2]], paste)[0]
+        return self._detector.detect([prepare_image(pixels, self.cfg)], [pixels.shape[:2]], paste)[0]
 
 
 def unnamed_classes(count: int) -> list[str]:

@@ -243,7 +243,9 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
     The scalars are written last: they mark an evaluation that is complete.
     """
     model = cast(MaskRCNN, run.state.evaluated)
-    results = evaluate_test_sets(run.cfg, model, run.tests, interruption)
+    # Augmented evaluation costs many times as much, so it follows the last iteration only, as in detectron2.
+    at_end = run.done >= run.end
+    results = evaluate_test_sets(run.cfg, model, run.tests, interruption, augmented=at_end)
     check_folder(run)
     scalars = scalars_of(results)
     metric = best_metric(run.cfg)

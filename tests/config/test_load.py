@@ -187,7 +187,7 @@ def test_a_config_is_read_only_and_replace_checks() -> None:
             ["'ROIPool' is not supported", "'ROIAlignV2', 'ROIAlign'"],
         ),
         ("SOLVER.ACCUMULATE", "3", ["SOLVER.ACCUMULATE: 3 must divide"]),
-        ("TEST.AUG.ENABLED", "True", ["TEST.AUG.ENABLED: True is not supported"]),
+        ("TEST.AUG.MIN_SIZES", "[0]", ["TEST.AUG.MIN_SIZES"]),
         ("MODEL.RPN.IN_FEATURES", "[p2, p9]", ["MODEL.RPN.IN_FEATURES", "p2, p3, p4, p5, p6"]),
         ("MODEL.RPN.IOU_THRESHOLDS", "[0.5]", ["MODEL.RPN.IOU_THRESHOLDS", "one entry less than IOU_LABELS"]),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]", ["one for each of 5 in MODEL.RPN.IN_FEATURES"]),
