@@ -134,7 +134,6 @@ class Predictor(ImagePredictor):
         checkpoint = checkpoint or read_checkpoint(cfg.model.weights)
         self.report = load_weights(self.model, checkpoint, config=cfg)
         self.model.to(device).eval()
-        self._detector = AugmentedDetector(self.model, cfg) if cfg.test.aug.enabled else self.model
         count = self.model.num_classes
         names, ids = _coco_classes() if _is_for_coco(cfg) else (unnamed_classes(count), range(1, count + 1))
         self.class_names = _of_length(count, checkpoint.metadata.class_names) or list(names)
@@ -155,7 +154,8 @@ class Predictor(ImagePredictor):
         return cls(*read_pretrained(source, as_pairs(overrides or {})))
 
     def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
-        return self._detector.detect([prepare_image(pixels, self.cfg)], [pixels.shape[:2]], paste)[0]
+        detector = AugmentedDetector(self.model, self.cfg) if self.cfg.test.aug.enabled else self.model
+        return detector.detect([prepare_image(pixels, self.cfg)], [pixels.shape[:2]], paste)[0]
 
 
 def unnamed_classes(count: int) -> list[str]:
