@@ -610,8 +610,12 @@ class Augmentation(Section):
 
 
 class PreciseBN(Section):
-    enabled: Bool = only(False)
-    num_iter: Int = unread(200)
+    enabled: Bool = key(
+        False,
+        "Before each evaluation in training, and at its end, set the statistics of BatchNorms that are "
+        "trained to their means over the next NUM_ITER batches.",
+    )
+    num_iter: Amount = key(200, "Training batches for these means.")
 
 
 class Test(Section):

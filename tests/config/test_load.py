@@ -88,6 +88,13 @@ def test_shipped_configs_are_what_their_names_say() -> None:
     scratch = load_config("GN/scratch_mask_rcnn_R_50_FPN_9x_gn.yaml")
     assert (scratch.model.weights, scratch.model.backbone.freeze_at) == ("", 0)
     assert (scratch.solver.ims_per_batch, scratch.solver.max_iter) == (64, 202500)
+    jitter = load_config("new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.yaml")
+    assert (jitter.model.resnets.depth, jitter.model.rpn.conv_dims) == (101, (-1, -1))
+    assert jitter.model.resnets.norm == jitter.model.fpn.norm == jitter.model.roi_mask_head.norm == "SyncBN"
+    assert (jitter.solver.max_iter, jitter.solver.steps) == (737500, (655556, 710184))
+    assert (jitter.solver.base_lr, jitter.solver.weight_decay) == (0.1, 4e-5)
+    assert jitter.input.large_scale_jitter.size == (1024, 1024)
+    assert load_config("Misc/scratch_mask_rcnn_R_50_FPN_9x_syncbn.yaml").test.precise_bn.enabled
 
 
 def test_a_full_config_of_detectron2_loads_as_it_is(shared_dir: Path) -> None:
