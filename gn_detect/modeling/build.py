@@ -105,7 +105,7 @@ def _build_backbone(cfg: Config) -> tuple[nn.Module, Features]:
         return bottom_up, features
     settings = cfg.model.fpn
     levels = [features[name] for name in settings.in_features]
-    fpn = FPN(bottom_up, settings, levels, _norm(cfg, settings.norm))
+    fpn = FPN(bottom_up, settings, levels, _norm(cfg, settings.norm), cfg.model.conv_style)
     return fpn, {f"p{i}": (settings.out_channels, 2**i) for i in (*fpn.levels, fpn.levels[-1] + 1)}
 
 
@@ -148,7 +148,7 @@ def _build_mask_head(cfg: Config, in_channels: int) -> MaskHead | None:
     if not cfg.model.mask_on:
         return None
     num_masks = 1 if settings.cls_agnostic_mask else cfg.model.roi_heads.num_classes
-    return MaskHead(in_channels, settings, num_masks, _norm(cfg, settings.norm))
+    return MaskHead(in_channels, settings, num_masks, _norm(cfg, settings.norm), cfg.model.conv_style)
 
 
 def _build_pooler(cfg: Config, head: ROIBoxHead | ROIMaskHead, features: Features) -> RoIPooler:
@@ -160,7 +160,7 @@ def _build_pooler(cfg: Config, head: ROIBoxHead | ROIMaskHead, features: Feature
 def _build_standard_heads(cfg: Config, features: Features) -> StandardRoIHeads:
     settings, box = cfg.model.roi_heads, cfg.model.roi_box_head
     channels, _ = features[settings.in_features[0]]
-    box_head = BoxHead(channels, box, _norm(cfg, box.norm))
+    box_head = BoxHead(channels, box, _norm(cfg, box.norm), cfg.model.conv_style)
     return StandardRoIHeads(
         settings,
         _build_pooler(cfg, box, features),
@@ -177,7 +177,7 @@ def _build_cascade_heads(cfg: Config, features: Features) -> CascadeRoIHeads:
     channels, _ = features[settings.in_features[0]]
     heads, predictors = [], []
     for weights in cascade.bbox_reg_weights:
-        heads.append(BoxHead(channels, box, _norm(cfg, box.norm)))
+        heads.append(BoxHead(channels, box, _norm(cfg, box.norm), model.conv_style))
         own = box.model_copy(update={"bbox_reg_weights": weights})
         limit = cfg.test.detections_per_image
         predictors.append(BoxPredictor(heads[-1].output_size, settings, own, limit))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gn_detect.config import Config
@@ -33,9 +34,14 @@ def write(entry: ZooEntry, cfg: Config, state: State) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if entry.kind == "backbone":
         state = schemes.backbone_of(state)
-    {"Detectron": _detectron, "detectron2": _detectron2, "torchvision": _timm, "mmdetection": _mmdetection}[
-        entry.scheme
-    ](path, entry, cfg, state)
+    writers = {
+        "Detectron": _detectron,
+        "detectron2": _detectron2,
+        "torchvision": _timm,
+        "mmdetection": _mmdetection,
+        "tensorpack": _tensorpack,
+    }
+    writers[entry.scheme](path, entry, cfg, state)
     return path
 
 
@@ -77,3 +83,8 @@ def _mmdetection(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None
         meta = {"epoch": 24, "config": MMDETECTIONS_CONFIG, "CLASSES": ("person", "bicycle")}
         content = {"meta": meta, "state_dict": OrderedDict(schemes.mmdetection(state)), "optimizer": {}}
     torch.save(content, path, _use_new_zipfile_serialization=False)  # older than PyTorch 1.6
+
+
+def _tensorpack(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
+    arrays = schemes.arrays(schemes.tensorpack(state))
+    np.savez_compressed(path, **arrays, **{"global_step:0": np.array(5), "learning_rate:0": np.array(0.1)})
