@@ -148,8 +148,11 @@ def print_end(cfg: Config, results: dict[str, Any]) -> None:
     folder = Path(cfg.output_dir)
     if isinstance(results.get("bbox"), dict):
         kinds = {"bbox": "box", "segm": "mask"}
-        values = {name: results.get(kind, {}).get("AP") for kind, name in kinds.items()}
-        print(", ".join(f"{name} AP {value:.1f}" for name, value in values.items() if value is not None))
+        for ending, how in (("", ""), ("_TTA", ", with test-time augmentation")):
+            values = {name: results.get(kind + ending, {}).get("AP") for kind, name in kinds.items()}
+            known = [f"{name} AP {value:.1f}" for name, value in values.items() if value is not None]
+            if known:
+                print(", ".join(known) + how)
     if (folder / "pictures").is_dir():
         print(f"pictures of predictions, and the curves: {folder / 'pictures'}")
     best = next((folder / name for name in (BEST, FINAL) if (folder / name).is_file()), folder / FINAL)

@@ -76,7 +76,9 @@ def _facts(entry: ZooEntry) -> Iterator[tuple[str, str]]:
 
     is_here = entry.file.is_file()
     size = entry.file.stat().st_size if is_here else entry.bytes
-    schedule = f"{entry.schedule}, where 1x is 90,000 iterations of 16 images" if entry.schedule else ""
+    schedule = entry.schedule
+    if schedule.endswith("x"):
+        schedule += ", where 1x is 90,000 iterations of 16 images"
     top1 = f"{entry.top1_error}% of ImageNet's val images" if entry.top1_error is not None else ""
     md5 = f"md5, at {entry.url}.md5"
     yield "kind", entry.kind

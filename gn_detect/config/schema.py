@@ -415,6 +415,11 @@ class Model(Section):
     freeze: Names = key(
         (), "Parameters that are not trained: names of modules or parameters, or patterns with *."
     )
+    conv_style: Literal["detectron2", "tensorpack"] = key(
+        "detectron2",
+        "Convolutions with a norm in FPN, box head and mask head. detectron2: no bias, and ReLU after the "
+        "norm; tensorpack: a bias, and ReLU before the norm.",
+    )
     gn: GN = GN()
     backbone: Backbone = Backbone()
     resnets: ResNets = ResNets()
@@ -624,15 +629,26 @@ class Checkpoint(Section):
 
 
 class Augmentation(Section):
-    enabled: Bool = only(False)
-    min_sizes: Ints = unread((400, 500, 600, 700, 800, 900, 1000, 1100, 1200))
-    max_size: Int = unread(4000)
-    flip: Bool = unread(True)
+    enabled: Bool = key(
+        False,
+        "Test-time augmentation: detect in several sizes of each image, and merge. An evaluation gives AP "
+        "without it (bbox, segm) and with it (bbox_TTA, segm_TTA).",
+    )
+    min_sizes: Lengths = key(
+        (400, 500, 600, 700, 800, 900, 1000, 1100, 1200),
+        "Lengths of the shorter side, pixels, of the images made from that of INPUT.MIN_SIZE_TEST.",
+    )
+    max_size: Amount = key(4000, "Limit of the longer side of these images, pixels.")
+    flip: Bool = key(True, "Detect in the mirror image of each, too.")
 
 
 class PreciseBN(Section):
-    enabled: Bool = only(False)
-    num_iter: Int = unread(200)
+    enabled: Bool = key(
+        False,
+        "Before each evaluation in training, and at its end, set the statistics of BatchNorms that are "
+        "trained to their means over the next NUM_ITER batches.",
+    )
+    num_iter: Amount = key(200, "Training batches for these means.")
 
 
 class Test(Section):

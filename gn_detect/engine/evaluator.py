@@ -13,10 +13,12 @@ from ..data import check_classes, match_classes
 from ..distributed.group import by_main, is_main, resolve_device, share
 from ..errors import UserError
 from ..evaluation import BOUNDARY, DIAGNOSIS, Stop, evaluate_model
+from ..evaluation.model import Detector, Outcome
 from ..files import atomic_write_json, json_values
 from ..modeling import detection_format, make_model
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, load_weights, read_checkpoint
+from .augmented import AugmentedDetector
 from .checkpoint import CONFIG, INFERENCE, RESULTS, share_last_checkpoint
 from .folder_lock import is_in_use
 from .metrics import run_log
@@ -25,12 +27,13 @@ from .run import TestSets, load_test_sets, make_folder, write_run_config
 
 logger = logging.getLogger(__name__)
 
-# {"bbox": {"AP": ...}, "segm": {...}, "diagnosis": {...}} in percent; for several test sets one such dict for
-# each name.
+# {"bbox": {"AP": ...}, "segm": {...}, "diagnosis": {...}} in percent, with TEST.AUG also "bbox_TTA" and so
+# on; for several test sets one such dict for each name.
 Results = dict[str, Any]
 
 # Subfolder of inference/<dataset> for an evaluation while a training uses the run's folder.
 EVAL_FOLDER = "eval"
+AUGMENTED = "_TTA"  # detectron2's ending for results and folders of an evaluation with test-time augmentation
 
 
 def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) -> Results:
@@ -38,7 +41,8 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
 
     Writes ``OUTPUT_DIR/inference/<dataset>/`` and ``OUTPUT_DIR/results.json``, and, if there is none,
     ``config.yaml`` and ``environment.json``, so that a report can be made. While a training uses the folder,
-    it writes only ``OUTPUT_DIR/inference/<dataset>/eval/``.
+    it writes only ``OUTPUT_DIR/inference/<dataset>/eval/``. With ``TEST.AUG.ENABLED`` a second evaluation,
+    with test-time augmentation, writes ``inference_TTA/<dataset>/`` in the same way.
 
     Args:
         cfg: ``MODEL.WEIGHTS`` is the checkpoint.
@@ -125,7 +129,12 @@ def match_test_sets(cfg: Config, tests: TestSets, checkpoint: Checkpoint, other_
 
 
 def evaluate_test_sets(
-    cfg: Config, model: MaskRCNN, tests: TestSets, stop: Stop | None = None, below: str = ""
+    cfg: Config,
+    model: MaskRCNN,
+    tests: TestSets,
+    stop: Stop | None = None,
+    below: str = "",
+    augmented: bool = True,
 ) -> Results:
     """Return AP on each set, the same in all processes; the model keeps its mode and memory format.
 
@@ -135,21 +144,34 @@ def evaluate_test_sets(
         tests: loaders and datasets.
         stop: may end the evaluation with Interrupted, after each batch.
         below: subfolder of each dataset's folder for the files.
+        augmented: evaluate with test-time augmentation, too, where ``TEST.AUG.ENABLED`` asks for it.
     """
     iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
     iou_types += [BOUNDARY] * (cfg.test.boundary_ap and cfg.model.mask_on)
-    backend = cfg.test.coco_eval_backend
     share(model.buffers())
-    results = {}
-    for name, (loader, dataset) in tests.items():
-        folder = Path(cfg.output_dir) / INFERENCE / name / below
-        logger.info("evaluating %d images of %s", len(dataset), name)
-        with model.in_memory_format(detection_format(cfg)):
-            results[name] = evaluate_model(
-                model, loader, dataset, folder, backend=backend, iou_types=iou_types, stop=stop
-            )
-        if is_main():
-            write_results(folder / RESULTS, results[name])
+    results: dict[str, Outcome] = {name: {} for name in tests}
+    detectors: dict[str, Detector] = {"": model}
+    if augmented and cfg.test.aug.enabled:
+        detectors[AUGMENTED] = AugmentedDetector(model, cfg)
+    for ending, detector in detectors.items():
+        for name, (loader, dataset) in tests.items():
+            folder = Path(cfg.output_dir) / f"{INFERENCE}{ending}" / name / below
+            how = " with test-time augmentation" if ending else ""
+            logger.info("evaluating %d images of %s%s", len(dataset), name, how)
+            with model.in_memory_format(detection_format(cfg)):
+                found = evaluate_model(
+                    model,
+                    loader,
+                    dataset,
+                    folder,
+                    backend=cfg.test.coco_eval_backend,
+                    iou_types=iou_types,
+                    stop=stop,
+                    detector=detector,
+                )
+            if is_main():
+                write_results(folder / RESULTS, found)
+            results[name] |= {f"{kind}{ending}": values for kind, values in found.items()}
     return next(iter(results.values())) if len(results) == 1 else results
 
 
@@ -157,7 +179,7 @@ def scalars_of(results: Results) -> dict[str, float]:
     """Return AP and AR as flat scalars: ``bbox/AP``, or ``<dataset>/bbox/AP`` for several test sets."""
     flat: dict[str, float] = {}
     for key, value in results.items():
-        if key == DIAGNOSIS:
+        if key.startswith(DIAGNOSIS):
             continue
         if isinstance(value, dict):
             flat.update({f"{key}/{name}": number for name, number in scalars_of(value).items()})

@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..modeling import detection_format, make_model
 from ..structures import Detections
 from ..weights import COCO_IDS, Checkpoint, load_weights, read_checkpoint
+from .augmented import AugmentedDetector
 from .image_detections import ImageDetections
 from .pretrained import as_pairs, read_pretrained
 
@@ -109,7 +110,7 @@ class ImagePredictor(ABC):
 
 
 class Predictor(ImagePredictor):
-    """Find objects as the evaluation does: same resizing, same thresholds.
+    """Find objects as the evaluation does: same resizing, same thresholds, augmented with ``TEST.AUG``.
 
     Args:
         cfg: ``MODEL.WEIGHTS`` names the checkpoint; ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` is the least score.
@@ -157,7 +158,8 @@ class Predictor(ImagePredictor):
         return cls(*read_pretrained(source, as_pairs(overrides or {})))
 
     def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
-        return self.model.detect([prepare_image(pixels, self.cfg)], [pixels.shape[:2]], paste)[0]
+        detector = AugmentedDetector(self.model, self.cfg) if self.cfg.test.aug.enabled else self.model
+        return detector.detect([prepare_image(pixels, self.cfg)], [pixels.shape[:2]], paste)[0]
 
 
 def unnamed_classes(count: int) -> list[str]:

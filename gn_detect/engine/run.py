@@ -107,6 +107,7 @@ class Run:
     thresholds: list[float] = field(default_factory=list)  # of the last evaluation, see score_thresholds()
     skipped: int = 0  # steps that were skipped because something was not finite
     is_evaluated: bool = True  # the weights after ``done`` iterations need no evaluation
+    precise: int = -1  # iterations after which TEST.PRECISE_BN set the statistics last
     done: int = field(init=False)  # iterations that are done
     saved: int = field(init=False)  # iterations in the newest checkpoint
     lock: FolderLock = field(init=False, repr=False)

@@ -32,6 +32,7 @@ from .folder_lock import FolderLock
 from .interruption import Interruption
 from .metrics import Meter, MetricsWriter, NotFinite, run_log
 from .optimizer import learning_rate_factor, set_learning_rate
+from .precise_bn import update_run
 from .run import Run, best_metric, lock_folder, make_folder, open_run_folder, prepare, write_run_config
 from .step import seed_iteration, train_step
 
@@ -124,6 +125,7 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
         with saved_on_failure(run, meter):
             if run.tests and not run.is_evaluated and run.is_due(cfg.test.eval_period):
                 with meter.pause():
+                    update_run(run)
                     results = evaluate_and_keep_best(run, interruption)
                     if run.done >= run.end and (run.thresholds or run.stopped):
                         save(run, meter.state())  # with them; if it is stopped, perhaps for the first time
@@ -147,6 +149,9 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
         check_finite(run, meter, now=report_now or save_now)
         if report_now:
             record(run, meter.report(solver.base_lr * factor))
+        if run.is_due(cfg.test.eval_period) and not stop:
+            with meter.pause():
+                update_run(run)  # first, so that the checkpoint holds what is evaluated
         if save_now:
             with meter.pause():
                 save(run, meter.state())
@@ -245,7 +250,9 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
     The scalars are written last: they mark an evaluation that is complete.
     """
     model = cast(MaskRCNN, run.state.evaluated)
-    results = evaluate_test_sets(run.cfg, model, run.tests, interruption)
+    # Augmented evaluation costs many times as much, so it follows the last iteration only, as in detectron2.
+    at_end = run.done >= run.end
+    results = evaluate_test_sets(run.cfg, model, run.tests, interruption, augmented=at_end)
     check_folder(run)
     scalars = scalars_of(results)
     metric = best_metric(run.cfg)

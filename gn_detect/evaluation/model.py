@@ -38,7 +38,8 @@ RESULTS_FILE = "coco_instances_results.json"
 
 # The remedy if the memory of a GPU is too small for detection.
 LESS_MEMORY = (
-    "lower INPUT.MAX_SIZE_TEST and INPUT.MIN_SIZE_TEST, or TEST.DETECTIONS_PER_IMAGE, or use MODEL.DEVICE cpu"
+    "lower INPUT.MAX_SIZE_TEST and INPUT.MIN_SIZE_TEST (with TEST.AUG its MAX_SIZE), or "
+    "TEST.DETECTIONS_PER_IMAGE, or use MODEL.DEVICE cpu"
 )
 _MOVED_BYTES = 1 << 28  # masks that are moved from an accelerator to the CPU at once
 
@@ -49,6 +50,18 @@ Outcome = dict[str, dict[str, Any]]
 
 class Interrupted(Exception):
     """A signal ended an evaluation."""
+
+
+class Detector(Protocol):
+    """Anything that detects objects as :class:`gn_detect.modeling.MaskRCNN` does."""
+
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+        paste: bool = True,
+    ) -> list[Detections]:
+        """See :meth:`gn_detect.modeling.MaskRCNN.detect`."""
 
 
 class Stop(Protocol):
@@ -171,6 +184,7 @@ def evaluate_model(
     backend: str | None = None,
     iou_types: Sequence[str] = IOU_TYPES,
     stop: Stop | None = None,
+    detector: Detector | None = None,
 ) -> Outcome:
     """Run a model on a dataset and compute its AP.
 
@@ -185,6 +199,7 @@ def evaluate_model(
         backend: see :func:`evaluate_kinds`.
         iou_types: some of ``"bbox"``, ``"segm"`` and ``"boundary"``.
         stop: asked after each batch.
+        detector: detects in place of the model, with whose weights it works.
 
     Returns:
         ``{"bbox": {"AP": ..., ...}, "segm": {...}, "diagnosis": {"bbox": {...}, "segm": {...}}}`` in percent;
@@ -199,7 +214,7 @@ def evaluate_model(
     path = Path(output_dir) / RESULTS_FILE
     category_ids = [dataset.spelt_categories.get(i, i) for i in dataset.category_ids]
     with _in_evaluation_mode(model):
-        found = _detect(model, loader, category_ids, stop)
+        found = _detect(detector or model, loader, category_ids, stop)
         if is_main():
             _write_results(found, path, stop)
         else:
@@ -267,7 +282,7 @@ def _evaluate(path: Path, dataset: CocoDataset, backend: str, iou_types: Sequenc
 
 
 def _detect(
-    model: MaskRCNN, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
+    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield this process's detections image by image, with masks as RLE: bitmaps would fill the memory.
 

@@ -175,6 +175,11 @@ def export_detector(predictor: Predictor, path: str | Path) -> None:
         UserError: another suffix, packages are missing, or PyTorch's exporter fails.
     """
     path = check_target(path)
+    if predictor.cfg.test.aug.enabled:
+        raise UserError(
+            "unsupported-value",
+            "TEST.AUG.ENABLED True cannot be exported: a file detects in one image; set it to False",
+        )
     metadata = ExportMetadata(
         predictor.cfg,
         predictor.class_names,

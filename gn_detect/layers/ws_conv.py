@@ -132,4 +132,5 @@ def _parts(conv: nn.Conv2d) -> dict[str, Any]:
         "padding_mode": conv.padding_mode,
         "norm": getattr(conv, "norm", None),
         "activation": getattr(conv, "activation", None),
+        "norm_last": getattr(conv, "norm_last", False),
     }

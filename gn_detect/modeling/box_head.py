@@ -14,13 +14,18 @@ from .resnet import NormFactory
 
 
 class BoxHead(nn.Sequential):
-    """3x3 convolutions with norm and ReLU, then fully connected layers with ReLU (4conv1fc, 2fc, ...)."""
+    """3x3 convolutions with norm and ReLU, then fully connected layers with ReLU (4conv1fc, 2fc, ...).
 
-    def __init__(self, in_channels: int, settings: ROIBoxHead, norm: NormFactory) -> None:
+    ``style`` is ``MODEL.CONV_STYLE``.
+    """
+
+    def __init__(
+        self, in_channels: int, settings: ROIBoxHead, norm: NormFactory, style: str = "detectron2"
+    ) -> None:
         super().__init__()
         channels = in_channels
         for i in range(1, settings.num_conv + 1):
-            convolution = make_conv(channels, settings.conv_dim, 3, norm(settings.conv_dim), "relu")
+            convolution = make_conv(channels, settings.conv_dim, 3, norm(settings.conv_dim), "relu", style)
             init_he(convolution)
             self.add_module(f"conv{i}", convolution)
             channels = settings.conv_dim

@@ -108,7 +108,7 @@ def _build_backbone(cfg: Config) -> tuple[nn.Module, Features]:
         return bottom_up, features
     settings = cfg.model.fpn
     levels = [features[name] for name in settings.in_features]
-    fpn = FPN(bottom_up, settings, levels, _norm(cfg, settings.norm))
+    fpn = FPN(bottom_up, settings, levels, _norm(cfg, settings.norm), cfg.model.conv_style)
     for name, conv in list(fpn.named_children()):
         if name != "bottom_up":
             setattr(fpn, name, standardize_convs(conv, settings.conv))
@@ -155,14 +155,14 @@ def _build_mask_head(cfg: Config, in_channels: int) -> MaskHead | None:
     if not cfg.model.mask_on:
         return None
     num_masks = 1 if settings.cls_agnostic_mask else cfg.model.roi_heads.num_classes
-    head = MaskHead(in_channels, settings, num_masks, _norm(cfg, settings.norm))
+    head = MaskHead(in_channels, settings, num_masks, _norm(cfg, settings.norm), cfg.model.conv_style)
     standardize_convs(head, settings.conv)
     return head
 
 
 def _build_box_head(cfg: Config, channels: int) -> BoxHead:
     settings = cfg.model.roi_box_head
-    head = BoxHead(channels, settings, _norm(cfg, settings.norm))
+    head = BoxHead(channels, settings, _norm(cfg, settings.norm), cfg.model.conv_style)
     standardize_convs(head, settings.conv)
     return head
 

@@ -51,6 +51,7 @@ UNSPECIFIED = (
 
 # Keys of a detector whose backbone is a library's, from the config in its file.
 LIBRARY_KEYS = (
+    "MODEL.CONV_STYLE",
     *("MODEL.BACKBONE.NAME", "MODEL.BACKBONE.MODEL", "MODEL.BACKBONE.NORM", "MODEL.RESNETS.OUT_FEATURES"),
     *("MODEL.RPN.IN_FEATURES", "MODEL.RPN.CONV_DIMS", "MODEL.ROI_HEADS.NAME", "MODEL.ROI_HEADS.IN_FEATURES"),
     *(f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NAME", "NORM", "NUM_CONV", "CONV_DIM", "NUM_FC", "FC_DIM")),
@@ -237,6 +238,8 @@ def _pyramid_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
         "MODEL.FPN.OUT_CHANNELS": shapes["backbone.fpn_lateral2.weight"][0],
         "MODEL.FPN.NORM": _norm(shapes, "backbone.fpn_lateral2"),
     }
+    if keys["MODEL.FPN.NORM"] and "backbone.fpn_lateral2.bias" in shapes:
+        keys["MODEL.CONV_STYLE"] = "tensorpack"
     head = "roi_heads.box_head"
     if any(name.startswith(f"{head}.0.") for name in shapes):
         head += ".0"  # all stages of a cascade are alike
@@ -292,16 +295,17 @@ def unspecified_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the values of :data:`UNSPECIFIED` keys, as far as anything but the tensors implies them.
 
     The sources are the config of the file or of its entry in the zoo; otherwise the file's ``config_keys``,
-    the settings of its norms, and torchvision's names, whose detectors have torchvision's RoIAlign.
+    the settings of its norms, and the names of torchvision and tensorpack, whose RoIAlign is their own.
     """
     cfg = known_config(checkpoint)
     if cfg is not None:
         return unspecified_keys_of(cfg)
     keys: dict[str, Any] = {}
     translation = translate(checkpoint)
-    if translation.scheme == "torchvision" and any(name.startswith(_RPN) for name in translation.tensors):
+    pooler = {"torchvision": "ROIAlign", "tensorpack": "ROIAlignV2"}.get(translation.scheme)
+    if pooler is not None and any(name.startswith(_RPN) for name in translation.tensors):
         for head in ("BOX", "MASK"):
-            keys[f"MODEL.ROI_{head}_HEAD.POOLER_TYPE"] = "ROIAlign"
+            keys[f"MODEL.ROI_{head}_HEAD.POOLER_TYPE"] = pooler
             keys[f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO"] = 2
     known = checkpoint.metadata.config_keys
     return keys | {key: known[key] for key in UNSPECIFIED if key in known} | _group_keys(checkpoint)

@@ -105,5 +105,7 @@ TORCHVISION = InputConvention("RGB", _IMAGENET_RGB, _IMAGENET_RGB_STD, False)
 DETECTRON_GN = InputConvention("BGR", _DETECTRON_BGR, _NO_STD, False)
 # The ResNets of He et al. in Caffe2's format.
 DETECTRON_MSRA = InputConvention("BGR", _DETECTRON_BGR, _NO_STD, True)
+# tensorpack's ResNets and detectors read by OpenCV.
+TENSORPACK = InputConvention("BGR", _IMAGENET_RGB[::-1], _IMAGENET_RGB_STD[::-1], False)
 # FAIR's X-101-32x8d as detectron2 publishes it.
 DETECTRON_RESNEXT = InputConvention("BGR", _IMAGENET_RGB[::-1], _IMAGENET_RGB_STD[::-1], False)

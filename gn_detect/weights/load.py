@@ -115,11 +115,12 @@ def load_weights(
 ) -> LoadReport:
     """Copy a checkpoint's tensors into the parameters and buffers that they belong to.
 
-    Names of Detectron, torchvision, timm, BiT and mmdetection are translated. Values are cast to the model's
-    types and devices. If the file has the eps of GroupNorms (see ``gn-detect convert --relative-eps``), the
-    model gets it, whatever MODEL.GN.EPS is. If it has their numbers of groups, the model must have the same,
-    and their eps is 1e-5 unless the file has another. If it says which weights are standardised
-    (``MODEL.RESNETS.CONV``), they must be so in the model. When an error is raised the model is as it was.
+    Names of Detectron, torchvision, timm, BiT, mmdetection and tensorpack are translated. Values are cast to
+    the model's types and devices. If the file has the eps of GroupNorms (see ``gn-detect convert
+    --relative-eps``), the model gets it, whatever MODEL.GN.EPS is. If it has their numbers of groups, the
+    model must have the same, and their eps is 1e-5 unless the file has another. If it says which weights are
+    standardised (``MODEL.RESNETS.CONV``), they must be so in the model. When an error is raised the model is
+    as it was.
 
     Args:
         model: names as in detectron2's state dicts.
@@ -152,6 +153,7 @@ def load_weights(
     _refuse_other_architecture(report, checkpoint, own)
     _refuse_other_norm(report, own)
     refuse_other_convs(model, checkpoint, convs, checkpoint.tensors, report.matched)
+    _refuse_other_style(report, own)
     refuse_lost_norms(model, checkpoint, groups.keys() | eps.keys())
     fresh = {name.removesuffix(".weight") for name in report.missing}
     refuse_other_groups(model, checkpoint, {n: value for n, value in groups.items() if n not in fresh})
@@ -321,6 +323,20 @@ def _refuse_other_norm(report: LoadReport, own: dict[str, Tensor]) -> None:
                 f"{report.path} was trained with another norm: {owner} is a BatchNorm in {batch} and "
                 f"not in {group}; set MODEL.RESNETS.NORM, MODEL.BACKBONE.NORM and the other NORM keys as in "
                 "training, or make a GroupNorm checkpoint of it with gn-detect convert",
+            )
+
+
+def _refuse_other_style(report: LoadReport, own: dict[str, Tensor]) -> None:
+    # The tensors without the biases would load, and compute another function.
+    matched = set(report.matched)
+    for name in report.missing + report.unexpected:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "bias" and f"{owner}.norm.weight" in matched:
+            style, place = ("detectron2", "the model") if name in own else ("tensorpack", "the file")
+            raise UserError(
+                "other-network",
+                f"{report.path} has convolutions of another style: {owner} has a bias beside its norm only "
+                f"in {place}; set MODEL.CONV_STYLE {style}",
             )
 
 

@@ -67,8 +67,9 @@ def test_batch_that_the_reference_does_not_divide_is_refused(for_eight: Config) 
         scale_config(for_eight.replace({"SOLVER.IMS_PER_BATCH": 12}), 4)
 
 
-def test_sync_bn_in_a_single_process_is_refused(tiny_config: Config) -> None:
-    model = build_model(tiny_config.replace({"MODEL.RESNETS.NORM": "SyncBN"}))
+@pytest.mark.parametrize("part", ["RESNETS", "FPN", "ROI_MASK_HEAD"])
+def test_sync_bn_in_a_single_process_is_refused(tiny_config: Config, part: str) -> None:
+    model = build_model(tiny_config.replace({f"MODEL.{part}.NORM": "SyncBN"}))
     with pytest.raises(UserError, match="SyncBN"):
         check_synchronised_norms(model, torch.device("cpu"))
     check_synchronised_norms(build_model(tiny_config), torch.device("cpu"))

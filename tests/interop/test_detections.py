@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gn_detect import load_config
 from gn_detect.config import Config
+from gn_detect.data import prepare_image
 from gn_detect.engine import Predictor
 from gn_detect.export.parity import compare
 from gn_detect.interop import detectron2 as partner
@@ -125,3 +126,30 @@ def test_both_find_the_same(name: str, threads: int, shared_dir: Path, tmp_path:
         assert (parity.unequal, parity.box, parity.score, parity.mask) == ([], 0, 0, 1), str(parity)
         assert parity.detections >= 40
         path.unlink()
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "C4" not in name])
+def test_both_find_the_same_with_augmentation(name: str, shared_dir: Path, tmp_path: Path) -> None:
+    """Both make each view by Pillow from the image of ``INPUT.MIN_SIZE_TEST``, and batch three views."""
+    from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+
+    theirs, ours = configs_of(name, shared_dir, tmp_path)
+    keys = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (160, 224), "TEST.AUG.MAX_SIZE": 320}
+    theirs.merge_from_list([item for pair in keys.items() for item in pair])
+    decided_weights(ours, tmp_path / "model.pth", head=0.05)
+    predictor = Predictor(ours.replace(keys | {"MODEL.WEIGHTS": str(tmp_path / "model.pth")}))
+    model = build_model(theirs).eval()
+    model.load_state_dict(read_checkpoint(tmp_path / "model.pth").tensors, strict=False)
+    augmented = GeneralizedRCNNWithTTA(theirs, model)
+
+    def detect(rgb: np.ndarray) -> Detections:
+        given = prepare_image(rgb, ours)
+        with torch.no_grad():
+            (found,) = augmented([{"image": given, "height": rgb.shape[0], "width": rgb.shape[1]}])
+        return partner.as_detections(found["instances"])
+
+    images = sorted((shared_dir / "data/coco80/images").iterdir())[:3]
+    parity = compare(predictor, detect, images)
+    print(f"{name}: {parity}")
+    assert (parity.unequal, parity.box, parity.score, parity.mask) == ([], 0, 0, 1), str(parity)
+    assert parity.detections >= 30

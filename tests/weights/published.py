@@ -40,13 +40,15 @@ def write(entry: ZooEntry, cfg: Config, state: State) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if entry.kind == "backbone":
         state = schemes.backbone_of(state)
-    {
+    writers = {
         "Detectron": _detectron,
         "detectron2": _detectron2,
         "torchvision": _timm,
         "mmdetection": _mmdetection,
         "BiT": _bit,
-    }[entry.scheme](path, entry, cfg, state)
+        "tensorpack": _tensorpack,
+    }
+    writers[entry.scheme](path, entry, cfg, state)
     return path
 
 
@@ -113,3 +115,8 @@ def _bit(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
         else:
             found[f"{place}/group_norm/{leaves[parts[-1]]}"] = tensor.numpy()
     np.savez(path, **found)
+
+
+def _tensorpack(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
+    arrays = schemes.arrays(schemes.tensorpack(state))
+    np.savez_compressed(path, **arrays, **{"global_step:0": np.array(5), "learning_rate:0": np.array(0.1)})

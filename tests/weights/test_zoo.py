@@ -121,7 +121,7 @@ def test_from_the_name_to_a_model_of_full_size(name: str) -> None:
 def test_every_entry_is_whole(no_downloads: list[str]) -> None:
     """Its config loads and agrees with what is known of the file; nothing is fetched to tell."""
     files = {entry.file for entry in read_catalog().values()}
-    assert len(files) == len(NAMES) == 54
+    assert len(files) == len(NAMES) == 64
     for entry in read_catalog().values():
         cfg = gn_detect.load_config(entry.config, entry.overrides)
         assert cfg.input.format in ("BGR", "RGB")
@@ -135,6 +135,8 @@ def test_every_entry_is_whole(no_downloads: list[str]) -> None:
             assert entry.checksum == ("md5-url" if "/detectron/" in entry.url else "")
         elif entry.scheme == "BiT":
             assert entry.checksum == ""
+        elif entry.scheme == "tensorpack":
+            assert (entry.checksum, entry.bytes is not None) == ("", True)
         else:  # the name ends with the first digits
             assert entry.checksum == "sha256:" + entry.url.rpartition("-")[2].removesuffix(".pth")
     assert no_downloads == []
