@@ -275,6 +275,8 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
     if run.stopped and run.done < run.cfg.solver.max_iter:
         patience = run.cfg.solver.early_stop.patience
         logger.info("no better %s in %d evaluations: training ends (SOLVER.EARLY_STOP)", metric, patience)
+        if run.cfg.test.aug.enabled:
+            results = evaluate_test_sets(run.cfg, model, run.tests, interruption, augmented=True)
     return results
 
 
