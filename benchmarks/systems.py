@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "systems.json"
 CONFIG = REPOSITORY / "configs" / "quick" / "nuclei_r18_gn.yaml"
 
-NARROW = {"MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.WIDTH_PER_GROUP": 16, "MODEL.DEVICE": "cpu"}
+NARROW = {"MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.WIDTH_PER_GROUP": 32, "MODEL.DEVICE": "cpu"}
 CONVS = ("MODEL.RESNETS.CONV", "MODEL.FPN.CONV", "MODEL.ROI_BOX_HEAD.CONV", "MODEL.ROI_MASK_HEAD.CONV")
 AUGMENTED = "GN, test-time augmentation"
 ARMS: dict[str, dict[str, Any]] = {
