@@ -64,7 +64,7 @@ def _as_table(entries: Iterable[ZooEntry]) -> str:
     rows = [("name", "box/mask AP", "trained", "downloaded")]
     for entry in entries:
         here = "yes" if entry.file.is_file() else "-"
-        rows.append((entry.name, _quality(entry), entry.schedule or "ImageNet", here))
+        rows.append((entry.name, _quality(entry), entry.schedule.replace("epochs", "ep") or "ImageNet", here))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "".join(f"{line}\n" for line in lines)
