@@ -42,6 +42,10 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
         yield from _cascade_conflicts(root)
     if root.solver.ims_per_batch % root.solver.accumulate:
         yield "SOLVER.ACCUMULATE", f"must divide SOLVER.IMS_PER_BATCH, which is {root.solver.ims_per_batch}"
+    weights = model.roi_box_head.class_weights
+    if weights and weights != "auto" and len(weights) != model.roi_heads.num_classes:
+        count = model.roi_heads.num_classes
+        yield "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", f"must be auto or {count} numbers, one for each class"
     if root.solver.early_stop.patience and not root.test.eval_period:
         yield "SOLVER.EARLY_STOP.PATIENCE", "needs a TEST.EVAL_PERIOD: there is no evaluation before the end"
     levels = len(model.rpn.in_features)

@@ -122,6 +122,7 @@ Lengths = Annotated[tuple[Side, ...], Field(min_length=1, max_length=1000), AsTu
 Milestones = Annotated[tuple[PositiveInt, ...], AsTuple, AfterValidator(_increasing)]
 Increasing = Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_increasing)]
 MatchLabels = Annotated[tuple[Literal[-1, 0, 1], ...], AsTuple]
+ClassWeights = Annotated[Literal["auto"] | tuple[NonNegative, ...], AsTuple]
 ConvDims = Annotated[Ints, AfterValidator(_conv_dims)]
 Pair = Annotated[tuple[Float, Float], AsTuple]
 PerChannel = Annotated[tuple[Float, Float, Float], AsTuple]
@@ -301,6 +302,11 @@ class ROIBoxHead(Section):
     conv: Str = key("", "The box head's convolutions; see MODEL.RESNETS.CONV.", CONVS)
     cls_agnostic_bbox_reg: Bool = key(
         False, "One box for each RoI instead of one for each class; CascadeROIHeads need it."
+    )
+    class_weights: ClassWeights = key(
+        (),
+        "Factors of the classification loss by class, 1 for background; auto: 1 / sqrt(number of objects), "
+        "scaled to a mean of 1 over the objects; empty: none.",
     )
     train_on_pred_boxes: Bool = only(False)
     use_fed_loss: Bool = only(False)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from ..config import dump_config, load_config, with_absolute_paths, without_paths
@@ -177,6 +178,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     if checkpoint is not None and not other_classes:
         check_classes_of_run(dataset, checkpoint)
     check_classes(dataset, cfg.model.roi_heads.num_classes)
+    given, cfg = (_with_class_weights(each, dataset) for each in (given, cfg))
     tests = load_test_sets(cfg)
     test_sets = {name: test_set for name, (_, test_set) in tests.items()}
     for test_set in test_sets.values():
@@ -255,6 +257,19 @@ def _decide_seed(cfg: Config, known: CheckpointMetadata) -> Config:
         return cfg
     seed = from_main(secrets.randbelow(2**31))
     return cfg.replace({"SEED": seed if known.seed is None else known.seed})
+
+
+def _with_class_weights(cfg: Config, dataset: CocoDataset) -> Config:
+    """Replace ``CLASS_WEIGHTS auto`` by numbers: 1 / sqrt(objects), with a mean of 1 over the objects.
+
+    A class without objects has the weight of one with a single object.
+    """
+    if cfg.model.roi_box_head.class_weights != "auto":
+        return cfg
+    counts = np.bincount(dataset.objects.labels, minlength=len(dataset.class_names))
+    weights = 1 / np.sqrt(np.maximum(counts, 1))
+    weights /= (counts * weights).sum() / counts.sum()
+    return cfg.replace({"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS": [round(float(w), 4) for w in weights]})
 
 
 def _check_accumulation(cfg: Config) -> None:

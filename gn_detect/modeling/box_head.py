@@ -49,6 +49,10 @@ class BoxPredictor(nn.Module):
         self.heads, self.box, self.detections_per_image = heads, box, detections_per_image
         self.cls_score = nn.Linear(in_features, heads.num_classes + 1)
         self.bbox_pred = nn.Linear(in_features, 4 if box.cls_agnostic_bbox_reg else 4 * heads.num_classes)
+        # In training auto has become numbers.
+        weights = None if box.class_weights in ((), "auto") else torch.tensor([*box.class_weights, 1.0])
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", weights, persistent=False)
         init_normal(self.cls_score, std=0.01)
         init_normal(self.bbox_pred, std=0.001)
 
@@ -79,9 +83,14 @@ class BoxPredictor(nn.Module):
         # Divided by all RoIs and not by the foreground, so that each object weighs the same in every image.
         regression = smooth_l1_sum(predicted, wanted, self.box.smooth_l1_beta) / len(labels)
         return {
-            "loss_cls": F.cross_entropy(logits, labels),
+            "loss_cls": self.classification_loss(logits, labels) / len(labels),
             "loss_box_reg": regression * self.box.bbox_reg_loss_weight,
         }
+
+    def classification_loss(self, logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+        """Return the sum of cross-entropies times ``CLASS_WEIGHTS``, without those labelled ``ignored``."""
+        weights = self.class_weights
+        return F.cross_entropy(logits, labels, weights, ignore_index=ignored, reduction="sum")
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return the (R, K + 1) float32 probabilities of (R, K + 1) logits."""

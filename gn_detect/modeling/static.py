@@ -375,9 +375,7 @@ def _box_losses(
         wanted = encode_boxes(rois.boxes.flatten(0, 1), rois.truth.flatten(0, 1), settings.bbox_reg_weights)
     wanted, deltas = (torch.where(positive, value, 0) for value in (wanted, deltas))
     ignored = -100
-    classification = F.cross_entropy(
-        logits, torch.where(valid, labels, ignored), ignore_index=ignored, reduction="sum"
-    )
+    classification = predictor.classification_loss(logits, torch.where(valid, labels, ignored), ignored)
     regression = smooth_l1_sum(deltas, wanted, settings.smooth_l1_beta)
     return {
         "loss_cls": classification / total,
