@@ -40,6 +40,8 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
         yield from _cascade_conflicts(root)
     if root.solver.ims_per_batch % root.solver.accumulate:
         yield "SOLVER.ACCUMULATE", f"must divide SOLVER.IMS_PER_BATCH, which is {root.solver.ims_per_batch}"
+    if root.solver.early_stop.patience and not root.test.eval_period:
+        yield "SOLVER.EARLY_STOP.PATIENCE", "needs a TEST.EVAL_PERIOD: there is no evaluation before the end"
     levels = len(model.rpn.in_features)
     for name in ("sizes", "aspect_ratios"):
         key, values = f"MODEL.ANCHOR_GENERATOR.{name.upper()}", getattr(model.anchor_generator, name)
@@ -86,6 +88,9 @@ def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
     if root.model.backbone.activation_checkpointing and resnets.norm in ("BN", "SyncBN"):
         complaint = "needs a MODEL.RESNETS.NORM without running statistics, which would be updated twice"
         yield "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING", f"{complaint}; choose GN"
+    if resnets.conv and any(resnets.deform_on_per_stage):
+        complaint = "is not for deformable convolutions; set it to '', or DEFORM_ON_PER_STAGE to False"
+        yield "MODEL.RESNETS.CONV", complaint
     if resnets.depth < 50:
         if (resnets.num_groups, resnets.res5_dilation) != (1, 1):
             yield "MODEL.RESNETS.DEPTH", "has neither NUM_GROUPS nor RES5_DILATION; set both to 1"

@@ -10,6 +10,7 @@ from .norm import (
     GroupNormAct,
     LayerNorm2d,
     choose_groups,
+    frozen_norm,
     is_norm,
     make_norm,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "WSConv2d",
     "choose_groups",
     "fold_standardization",
+    "frozen_norm",
     "fuse",
     "fuse_relu",
     "has_hooks",
