@@ -94,6 +94,9 @@ def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
     if root.model.backbone.activation_checkpointing and resnets.norm in ("BN", "SyncBN"):
         complaint = "needs a MODEL.RESNETS.NORM without running statistics, which would be updated twice"
         yield "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING", f"{complaint}; choose GN"
+    if resnets.conv and any(resnets.deform_on_per_stage):
+        complaint = "is not for deformable convolutions; set it to '', or DEFORM_ON_PER_STAGE to False"
+        yield "MODEL.RESNETS.CONV", complaint
     if resnets.depth < 50:
         if (resnets.num_groups, resnets.res5_dilation) != (1, 1):
             yield "MODEL.RESNETS.DEPTH", "has neither NUM_GROUPS nor RES5_DILATION; set both to 1"

@@ -138,7 +138,7 @@ def test_a_compiled_backbone_has_the_same_gradients(small_model: Callable[..., M
         model.zero_grad()
         if compiled:
             model.backbone.compile(backend="aot_eager", fullgraph=True)
-        sum(feature.square().mean() for feature in model.backbone(x).values()).backward()
+        sum(feature[..., ::2].tanh().sum() for feature in model.backbone(x).values()).backward()
         found.append({n: p.grad for n, p in model.backbone.named_parameters()})
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
