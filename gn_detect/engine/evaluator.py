@@ -19,7 +19,7 @@ from ..modeling import detection_format, make_model
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, load_weights, read_checkpoint
 from .augmented import AugmentedDetector
-from .checkpoint import CONFIG, INFERENCE, RESULTS, share_last_checkpoint
+from .checkpoint import AUGMENTED, CONFIG, INFERENCE, RESULTS, share_last_checkpoint
 from .folder_lock import is_in_use
 from .metrics import run_log
 from .resume import OTHER_CLASSES
@@ -33,7 +33,6 @@ Results = dict[str, Any]
 
 # Subfolder of inference/<dataset> for an evaluation while a training uses the run's folder.
 EVAL_FOLDER = "eval"
-AUGMENTED = "_TTA"  # detectron2's ending for results and folders of an evaluation with test-time augmentation
 
 
 def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) -> Results:
