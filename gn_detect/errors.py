@@ -85,6 +85,7 @@ Code = Literal[
     "bad-rle",
     # weights
     "no-weights",
+    "no-thresholds",
     "missing-weights",
     "unknown-weights",
     "download-failed",

@@ -39,6 +39,8 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
         yield from _cascade_conflicts(root)
     if root.solver.ims_per_batch % root.solver.accumulate:
         yield "SOLVER.ACCUMULATE", f"must divide SOLVER.IMS_PER_BATCH, which is {root.solver.ims_per_batch}"
+    if root.solver.early_stop.patience and not root.test.eval_period:
+        yield "SOLVER.EARLY_STOP.PATIENCE", "needs a TEST.EVAL_PERIOD: there is no evaluation before the end"
     levels = len(model.rpn.in_features)
     for name in ("sizes", "aspect_ratios"):
         key, values = f"MODEL.ANCHOR_GENERATOR.{name.upper()}", getattr(model.anchor_generator, name)

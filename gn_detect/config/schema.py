@@ -65,7 +65,7 @@ def _conv_dims(channels: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _metric(name: str) -> str:
-    if name != "auto" and not re.fullmatch(r"(bbox|segm)/\S.*", name):
+    if name != "auto" and not re.fullmatch(r"(bbox|segm|boundary)/\S.*", name):
         raise ValueError("must be 'auto' or such as 'bbox/AP', 'segm/AP50'")
     return name
 
@@ -404,6 +404,9 @@ class Model(Section):
         "Convolutions with a norm in FPN, box head and mask head. detectron2: no bias, and ReLU after the "
         "norm; tensorpack: a bias, and ReLU before the norm.",
     )
+    freeze: Names = key(
+        (), "Parameters that are not trained: names of modules or parameters, or patterns with *."
+    )
     gn: GN = GN()
     backbone: Backbone = Backbone()
     resnets: ResNets = ResNets()
@@ -538,6 +541,12 @@ class EMA(Section):
     )
 
 
+class EarlyStop(Section):
+    patience: Count = key(
+        0, "Evaluations without a better BEST_CHECKPOINT_METRIC after which training ends; 0: it never does."
+    )
+
+
 class Solver(Section):
     lr_scheduler_name: Str = key(
         "WarmupMultiStepLR",
@@ -568,6 +577,11 @@ class Solver(Section):
         ge=0,
         le=10**6,
     )
+    lr_multipliers: Annotated[dict[Str, NonNegative], FromText] = key(
+        {},
+        "Factors of the learning rate, such as {'backbone': 0.1}: by names of modules or parameters, or "
+        "patterns with *; of several that fit the last counts.",
+    )
     bias_lr_factor: NonNegative = key(1.0, "Factor of the learning rate of biases.")
     weight_decay_bias: Annotated[NonNegative | None, FromText] = key(
         None, "Weight decay of biases; none: that of their layer's weights."
@@ -591,6 +605,7 @@ class Solver(Section):
         "proven with the installed PyTorch, so far nowhere.",
     )
     ema: EMA = EMA()
+    early_stop: EarlyStop = EarlyStop()
     non_finite: Literal["stop", "skip"] = key(
         "stop", "Stop at, or skip, a step with a non-finite loss or gradient."
     )
@@ -634,6 +649,7 @@ class Test(Section):
     coco_eval_backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = key(
         "auto", "Library that computes AP; all give the same numbers."
     )
+    boundary_ap: Bool = key(False, "Compute the Boundary AP of masks, too: how well outlines fit.")
 
 
 class Vis(Section):

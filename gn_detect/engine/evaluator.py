@@ -12,8 +12,8 @@ from ..config import Config, load_config
 from ..data import check_classes, match_classes
 from ..distributed.group import by_main, is_main, resolve_device, share
 from ..errors import UserError
-from ..evaluation import Stop, evaluate_model
-from ..evaluation.model import Detector, Metrics
+from ..evaluation import BOUNDARY, DIAGNOSIS, Stop, evaluate_model
+from ..evaluation.model import Detector
 from ..files import atomic_write_json, json_values
 from ..modeling import detection_format, make_model
 from ..modeling.mask_rcnn import MaskRCNN
@@ -27,8 +27,8 @@ from .run import TestSets, load_test_sets, make_folder, write_run_config
 
 logger = logging.getLogger(__name__)
 
-# {"bbox": {"AP": ...}, "segm": {...}} in percent, with TEST.AUG also "bbox_TTA" and "segm_TTA"; for several
-# test sets one such dict for each name.
+# {"bbox": {"AP": ...}, "segm": {...}, "diagnosis": {...}} in percent, with TEST.AUG also "bbox_TTA" and the
+# like; for several test sets one such dict for each name.
 Results = dict[str, Any]
 
 # Subfolder of inference/<dataset> for an evaluation while a training uses the run's folder.
@@ -145,8 +145,11 @@ def evaluate_test_sets(
         below: subfolder of each dataset's folder for the files.
         augmented: evaluate with test-time augmentation, too, where ``TEST.AUG.ENABLED`` asks for it.
     """
+    iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
+    iou_types += [BOUNDARY] * (cfg.test.boundary_ap and cfg.model.mask_on)
+    backend = cfg.test.coco_eval_backend
     share(model.buffers())
-    results: dict[str, Metrics] = {name: {} for name in tests}
+    results: dict[str, Results] = {name: {} for name in tests}
     detectors: dict[str, Detector] = {"": model}
     if augmented and cfg.test.aug.enabled:
         detectors[AUGMENTED] = AugmentedDetector(model, cfg)
@@ -161,26 +164,45 @@ def evaluate_test_sets(
                     loader,
                     dataset,
                     folder,
-                    backend=cfg.test.coco_eval_backend,
-                    iou_types=["bbox", "segm"] if cfg.model.mask_on else ["bbox"],
+                    backend=backend,
+                    iou_types=iou_types,
                     stop=stop,
                     detector=detector,
                 )
             if is_main():
                 write_results(folder / RESULTS, found)
-            results[name] |= {f"{kind}{ending}": values for kind, values in found.items()}
+            kinds = [kind for kind in found if not (ending and kind == DIAGNOSIS)]  # its folder has that
+            results[name] |= {f"{kind}{ending}": found[kind] for kind in kinds}
     return next(iter(results.values())) if len(results) == 1 else results
 
 
 def scalars_of(results: Results) -> dict[str, float]:
-    """Return results as flat scalars: ``bbox/AP``, or ``<dataset>/bbox/AP`` for several test sets."""
+    """Return AP and AR as flat scalars: ``bbox/AP``, or ``<dataset>/bbox/AP`` for several test sets."""
     flat: dict[str, float] = {}
     for key, value in results.items():
+        if key == DIAGNOSIS:
+            continue
         if isinstance(value, dict):
             flat.update({f"{key}/{name}": number for name, number in scalars_of(value).items()})
         else:
             flat[key] = value
     return flat
+
+
+def score_thresholds(cfg: Config, results: Results, tests: TestSets) -> list[float]:
+    """Return the score with the best F1 for each class by label, of the test set that decides the best AP.
+
+    A class without a true positive has the score of all classes together. Empty if none has a true positive.
+    """
+    name, (_, dataset) = next(iter(tests.items()))
+    results = results if len(tests) == 1 else results[name]
+    found = results.get(DIAGNOSIS, {}).get("segm" if cfg.model.mask_on else "bbox")
+    if not found or found["threshold"] is None:
+        return []
+    known = sorted(category_id for category_id in dataset.category_ids if category_id is not None)
+    by_id: dict[Any, Any] = dict(zip(known, found["thresholds"].values(), strict=True))
+    best = [by_id.get(category_id) or found["threshold"] for category_id in dataset.category_ids]
+    return [float(each["score"]) for each in best]
 
 
 def write_results(path: Path, results: Results) -> None:

@@ -39,11 +39,14 @@ class ImagePredictor(ABC):
         cfg: config of the model.
         class_names: names indexed by label; ``class 0``, ``class 1``, ... if the names are not known.
         category_ids: ids of the training JSON, indexed by label.
+        score_thresholds: the score with the best F1 on the test images of the training, indexed by label;
+            empty if the weights do not hold them.
     """
 
     cfg: Config
     class_names: list[str]
     category_ids: list[int]
+    score_thresholds: list[float]
 
     @overload
     def __call__(self, image: ImageSource) -> ImageDetections: ...  # type: ignore[overload-overlap]
@@ -138,6 +141,7 @@ class Predictor(ImagePredictor):
         names, ids = _coco_classes() if _is_for_coco(cfg) else (unnamed_classes(count), range(1, count + 1))
         self.class_names = _of_length(count, checkpoint.metadata.class_names) or list(names)
         self.category_ids = _of_length(count, checkpoint.metadata.category_ids) or list(ids)
+        self.score_thresholds = _of_length(count, checkpoint.metadata.score_thresholds) or []
 
     @classmethod
     def from_pretrained(cls, source: str | Path, overrides: Mapping[str, Any] | None = None) -> Predictor:

@@ -27,7 +27,7 @@ from ..modeling.mask_rcnn import MaskRCNN
 from .checkpoint import BEST, FINAL, PICTURES, RESULTS, checkpoint_name, save_checkpoint
 from .divergence import keep_black_box
 from .drawing import draw_curves, draw_test_images
-from .evaluator import Results, evaluate_test_sets, scalars_of, write_results
+from .evaluator import Results, evaluate_test_sets, scalars_of, score_thresholds, write_results
 from .folder_lock import FolderLock
 from .interruption import Interruption
 from .metrics import Meter, MetricsWriter, NotFinite, run_log
@@ -127,6 +127,8 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
                 with meter.pause():
                     update_run(run)
                     results = evaluate_and_keep_best(run, interruption)
+                    if run.done >= run.end and (run.thresholds or run.stopped):
+                        save(run, meter.state())  # with them; if it is stopped, perhaps for the first time
             if run.done >= run.end:
                 return results
             with meter.waiting_for_data():
@@ -255,13 +257,24 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
     scalars = scalars_of(results)
     metric = best_metric(run.cfg)
     value = scalars.get(metric, float("nan"))
+    run.thresholds = score_thresholds(run.cfg, results, run.tests)
+    run.stale += 1
     if is_main() and value > run.best:
-        run.best = value
-        metadata = replace(run.origin(), iteration=run.done - 1, others={metric: value})
+        run.best, run.stale = value, 0
+        metadata = replace(
+            run.origin(),
+            iteration=run.done - 1,
+            score_thresholds=run.thresholds,
+            others={metric: value},
+        )
         save_checkpoint(run.folder, BEST, model, metadata, is_last=False)
         logger.info("best %s so far: %.2f, saved as %s", metric, value, BEST)
     record(run, scalars)
     run.is_evaluated = True
+    run.check_patience()
+    if run.stopped and run.done < run.cfg.solver.max_iter:
+        patience = run.cfg.solver.early_stop.patience
+        logger.info("no better %s in %d evaluations: training ends (SOLVER.EARLY_STOP)", metric, patience)
     return results
 
 

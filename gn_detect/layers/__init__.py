@@ -10,6 +10,7 @@ from .norm import (
     GroupNormAct,
     LayerNorm2d,
     choose_groups,
+    frozen_norm,
     is_norm,
     make_norm,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "GroupNormAct",
     "LayerNorm2d",
     "choose_groups",
+    "frozen_norm",
     "fuse",
     "fuse_relu",
     "has_hooks",

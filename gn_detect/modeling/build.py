@@ -15,6 +15,7 @@ from ..layers import make_norm
 from .anchors import AnchorGenerator
 from .box_head import BoxHead, BoxPredictor
 from .fpn import FPN
+from .freezing import freeze_by_name
 from .library_backbone import build_library_backbone
 from .mask_head import MaskHead
 from .mask_rcnn import MaskRCNN
@@ -61,7 +62,7 @@ def build_model(cfg: Config) -> MaskRCNN:
     heads: Callable[[Config, Features], RoIHeads] = builders.get(
         cfg.model.roi_heads.name, _build_standard_heads
     )
-    return MaskRCNN(
+    model = MaskRCNN(
         backbone,
         rpn,
         heads(cfg, features),
@@ -70,6 +71,8 @@ def build_model(cfg: Config) -> MaskRCNN:
         size_divisibility=getattr(backbone, "size_divisibility", 1),
         channels_last=_trains_channels_last(cfg),
     )
+    freeze_by_name(model, cfg.model.freeze)
+    return model
 
 
 def detection_format(cfg: Config) -> torch.memory_format:

@@ -21,7 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from ..config.schema import LIBRARY_BACKBONES
 from ..errors import UserError
-from ..layers import FrozenBatchNorm2d, FrozenBatchNormAct2d, GroupNorm, GroupNormAct
+from ..layers import GroupNorm, GroupNormAct, frozen_norm
 from .resnet import STAGES, NormFactory
 
 if TYPE_CHECKING:
@@ -390,7 +390,7 @@ def _set_norms(
             for parameter in new.parameters(recurse=False):
                 parameter.requires_grad_(not is_frozen)
         elif choice == "FrozenBN" or is_frozen:
-            new = _frozen_norm(old)
+            new = frozen_norm(old)
         elif choice == "SyncBN":
             new = _synchronised(old)
         setattr(parent, name, new)
@@ -406,15 +406,6 @@ def _group_norm(old: nn.BatchNorm2d, norm: NormFactory) -> nn.Module:
     if not _has_activation(old):
         return new
     joined = GroupNormAct(new.num_groups, new.num_channels, new.eps)
-    joined.attach(_or_none(old.act), _or_none(old.drop))
-    return joined
-
-
-def _frozen_norm(old: nn.BatchNorm2d) -> nn.Module:
-    if not _has_activation(old):
-        return FrozenBatchNorm2d.from_batch_norm(old)
-    joined = FrozenBatchNormAct2d.from_batch_norm(old)
-    assert isinstance(joined, FrozenBatchNormAct2d)
     joined.attach(_or_none(old.act), _or_none(old.drop))
     return joined
 

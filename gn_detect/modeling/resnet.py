@@ -11,7 +11,8 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from ..config.schema import ResNets
-from ..layers import Conv2d, FrozenBatchNorm2d, init_he
+from ..layers import Conv2d, init_he
+from .freezing import freeze
 
 NormFactory = Callable[[int], nn.Module | None]
 
@@ -162,16 +163,6 @@ class ResNet(nn.Module):
         for block in blocks:  # there is no dropout, so no random state to restore
             x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
         return x
-
-
-def freeze(module: nn.Module) -> None:
-    """Stop the training of all parameters of ``module``, and replace BN by FrozenBN."""
-    for parameter in module.parameters():
-        parameter.requires_grad = False
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
-                setattr(parent, name, FrozenBatchNorm2d.from_batch_norm(child))
 
 
 def make_stage(

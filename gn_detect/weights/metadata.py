@@ -90,6 +90,7 @@ class CheckpointMetadata:
 
     Attributes:
         class_names, category_ids: indexed by label; the ids are those of the training JSON.
+        score_thresholds: by label, the score with the best F1 in the evaluation of these weights.
         input: format, mean and deviation of the images, and the place of the stride.
         config: the model's whole config as YAML, without local paths.
         config_keys: in a file without a config, the config keys that no tensor implies.
@@ -109,6 +110,9 @@ class CheckpointMetadata:
     class_names: list[str] = _entry("a list of names", _is_list_of(_is_a(str)), list)
     category_ids: list[int] = _entry(
         "a list of whole numbers", _is_list_of(lambda value: type(value) is int), list
+    )
+    score_thresholds: list[float] = _entry(
+        "a list of scores", _is_list_of(lambda value: _is_number(value) and 0 <= value <= 1), list
     )
     input: InputConvention | None = _entry("values by name", _IS_DICT)
     config: str | None = _entry("text", _is_a(str))
