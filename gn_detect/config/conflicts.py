@@ -120,8 +120,6 @@ def _deform_conflicts(root: Root) -> Iterator[tuple[str, str]]:
         yield _DEFORM, "must be all False for DEPTH 18 and 34: deformable convolutions are in bottlenecks"
     if resnets.deform_on_per_stage[3] and root.model.roi_heads.name == "Res5ROIHeads":
         yield _DEFORM, "must end with False for Res5ROIHeads, which have no deformable convolutions"
-    if resnets.conv:
-        yield "MODEL.RESNETS.CONV", f"must be '' with {_DEFORM}: deformable weights are not standardised"
     first = resnets.deform_on_per_stage.index(True)
     width = resnets.num_groups * resnets.width_per_group * 2**first
     if width % resnets.deform_num_groups:

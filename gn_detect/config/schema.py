@@ -418,13 +418,13 @@ class Model(Section):
         "auto", "Memory format of backbone and heads; auto: channels-last for training on a CPU."
     )
     compile: Bool = key(False, "torch.compile of backbone and FPN in training.")
-    freeze: Names = key(
-        (), "Parameters that are not trained: names of modules or parameters, or patterns with *."
-    )
     conv_style: Literal["detectron2", "tensorpack"] = key(
         "detectron2",
         "Convolutions with a norm in FPN, box head and mask head. detectron2: no bias, and ReLU after the "
         "norm; tensorpack: a bias, and ReLU before the norm.",
+    )
+    freeze: Names = key(
+        (), "Parameters that are not trained: names of modules or parameters, or patterns with *."
     )
     gn: GN = GN()
     backbone: Backbone = Backbone()

@@ -13,13 +13,13 @@ from ..data import check_classes, match_classes
 from ..distributed.group import by_main, is_main, resolve_device, share
 from ..errors import UserError
 from ..evaluation import BOUNDARY, DIAGNOSIS, Stop, evaluate_model
-from ..evaluation.model import Detector, Outcome
+from ..evaluation.model import Detector
 from ..files import atomic_write_json, json_values
 from ..modeling import detection_format, make_model
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, load_weights, read_checkpoint
 from .augmented import AugmentedDetector
-from .checkpoint import CONFIG, INFERENCE, RESULTS, share_last_checkpoint
+from .checkpoint import AUGMENTED, CONFIG, INFERENCE, RESULTS, share_last_checkpoint
 from .folder_lock import is_in_use
 from .metrics import run_log
 from .resume import OTHER_CLASSES
@@ -27,13 +27,12 @@ from .run import TestSets, load_test_sets, make_folder, write_run_config
 
 logger = logging.getLogger(__name__)
 
-# {"bbox": {"AP": ...}, "segm": {...}, "diagnosis": {...}} in percent, with TEST.AUG also "bbox_TTA" and so
-# on; for several test sets one such dict for each name.
+# {"bbox": {"AP": ...}, "segm": {...}, "diagnosis": {...}} in percent, with TEST.AUG also "bbox_TTA" and the
+# like; for several test sets one such dict for each name.
 Results = dict[str, Any]
 
 # Subfolder of inference/<dataset> for an evaluation while a training uses the run's folder.
 EVAL_FOLDER = "eval"
-AUGMENTED = "_TTA"  # detectron2's ending for results and folders of an evaluation with test-time augmentation
 
 
 def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) -> Results:
@@ -148,8 +147,9 @@ def evaluate_test_sets(
     """
     iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
     iou_types += [BOUNDARY] * (cfg.test.boundary_ap and cfg.model.mask_on)
+    backend = cfg.test.coco_eval_backend
     share(model.buffers())
-    results: dict[str, Outcome] = {name: {} for name in tests}
+    results: dict[str, Results] = {name: {} for name in tests}
     detectors: dict[str, Detector] = {"": model}
     if augmented and cfg.test.aug.enabled:
         detectors[AUGMENTED] = AugmentedDetector(model, cfg)
@@ -164,14 +164,15 @@ def evaluate_test_sets(
                     loader,
                     dataset,
                     folder,
-                    backend=cfg.test.coco_eval_backend,
+                    backend=backend,
                     iou_types=iou_types,
                     stop=stop,
                     detector=detector,
                 )
             if is_main():
                 write_results(folder / RESULTS, found)
-            results[name] |= {f"{kind}{ending}": values for kind, values in found.items()}
+            kinds = [kind for kind in found if not (ending and kind == DIAGNOSIS)]  # its folder has that
+            results[name] |= {f"{kind}{ending}": found[kind] for kind in kinds}
     return next(iter(results.values())) if len(results) == 1 else results
 
 

@@ -252,7 +252,7 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
     model = cast(MaskRCNN, run.state.evaluated)
     # Augmented evaluation costs many times as much, so it follows the last iteration only, as in detectron2.
     at_end = run.done >= run.end
-    results = evaluate_test_sets(run.cfg, model, run.tests, interruption, augmented=at_end)
+    results = evaluate_test_sets(run.cfg, model, run.tests, interruption, "", at_end)
     check_folder(run)
     scalars = scalars_of(results)
     metric = best_metric(run.cfg)
