@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..config import Config
 
 EXAMPLES = """
+gn-detect train --data FOLDER OUTPUT_DIR runs/one
 gn-detect train --train-json train.json --train-images images --val-json val.json --val-images images
 gn-detect train --train-json train.json --train-images images --weights zoo://R-50-GN OUTPUT_DIR runs/one
 gn-detect train --train-json train.json --train-images images --backbone mobilenet_v2 --weights FILE.pth
