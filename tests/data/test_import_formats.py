@@ -482,7 +482,7 @@ def test_pieces_of_random_bitmaps() -> None:
         whole = np.zeros(bitmap.shape, dtype=int)
         pieces = connected_pieces(bitmap)
         assert len(pieces) == count
-        for number, (left, top, piece) in enumerate(pieces, 1):
+        for number, (_, left, top, piece) in enumerate(pieces, 1):
             whole[top : top + piece.shape[0], left : left + piece.shape[1]] += number * piece
         assert len(set(zip(whole.ravel().tolist(), numbers.ravel().tolist(), strict=True))) == count + 1
 

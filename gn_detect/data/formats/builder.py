@@ -49,6 +49,7 @@ class Shape:
         box: ``xyxy``.
         polygons: ``x0, y0, x1, y1, ...`` each.
         bitmap: (h, w) and the column and row of its corner.
+        rle: COCO's compressed RLE of the image's size.
         group: shapes of one image with the same label and group are parts of one object.
     """
 
@@ -57,6 +58,7 @@ class Shape:
     box: tuple[float, float, float, float] | None = None
     polygons: Sequence[list[float]] = ()
     bitmap: tuple[np.ndarray, int, int] | None = None
+    rle: dict[str, Any] | None = None
     group: Hashable = None
 
 
@@ -188,7 +190,7 @@ class Builder:
         """Return bbox, area and segmentation of an object; None for one without a pixel."""
         record, rules, what = image.record, image.rules, parts[0].what
         boxes = [part.box for part in parts if part.box is not None]
-        if not any(part.polygons or part.bitmap for part in parts):
+        if not any(part.polygons or part.bitmap or part.rle for part in parts):
             try:
                 x0, y0, x1, y1 = (
                     f(side) for f, side in zip((min, min, max, max), zip(*boxes, strict=True), strict=True)
@@ -203,9 +205,10 @@ class Builder:
         polygons = [list(polygon) for part in parts for polygon in part.polygons]
         polygons += [box_polygon(*box) for box in boxes]
         mask: Any = polygons
-        if bitmaps := [part.bitmap for part in parts if part.bitmap is not None]:
-            size = (record.height, record.width)
-            codes = [encode_bitmap(*bitmap, *size) for bitmap in bitmaps]
+        size = (record.height, record.width)
+        codes: list[Any] = [part.rle for part in parts if part.rle is not None]
+        codes += [encode_bitmap(*part.bitmap, *size) for part in parts if part.bitmap is not None]
+        if codes:
             if drawn := [polygon for polygon in polygons if is_polygon(polygon)]:
                 rules.segmentation(drawn, record, what)
                 codes += coco_mask.frPyObjects(drawn, *size)

@@ -185,13 +185,13 @@ def unpack_runs(codes: np.ndarray, expected: int) -> np.ndarray:
     if expected > 4 * MOST_PIXELS:
         raise ValueError("more pixels than an image may have")
     bits = np.unpackbits(codes)
-    place = 0
+    text, place = (bits + ord("0")).tobytes().decode("ascii"), 0
 
     def number(count: int) -> int:
         nonlocal place
         if place + count > len(bits):
             raise ValueError("it is cut off")
-        value = int("".join(map(str, bits[place : place + count].tolist())), 2)
+        value = int(text[place : place + count], 2)
         place += count
         return value
 

@@ -17,7 +17,9 @@ such as ``masks-classes``:
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from ..coco.rules import MOST_PIXELS
 from ..images import open_image
 from .builder import WHOLE, Builder, Imported, Shape, SourceImage
 from .image_index import ImageIndex
-from .shapes import connected_pieces
+from .shapes import connected_pieces, encode_pixels
 
 READINGS = ("files", "binary", "instances", "classes")
 
@@ -37,27 +39,26 @@ _FOLDERS = ("masks", "mask", "labels", "annotations", "segmentation", "segmentat
 _ENDINGS = re.compile(r"[_-](mask|masks|seg|label|labels|gt)$", re.IGNORECASE)
 _VOID = 255  # a border that belongs to nothing, among other values
 _ONE_PIECE = 0.9  # the least share of values that are one piece, for instances
-_LOOKED_AT = 200  # masks, at most, that decide about the reading
+_LOOKED_AT, _RUNS_LOOKED_AT = 50, 200_000  # masks, at most, that decide about the reading, and their runs
 _MOST_OBJECTS = 20_000  # of one image
 
 
 def find_pairs(index: ImageIndex) -> dict[Path, list[Path]]:
     """Return the masks of each image of a folder; only images with masks are in it."""
-    paths = index.all()
-    masks = [path for path in paths if _is_mask(path)]
+    paths, root = index.all(), index.root
+    masks = [path for path in paths if _is_mask(path, root)]
     images: dict[tuple[Path, str], list[Path]] = {}
     for path in paths:
-        if not _is_mask(path):
-            for place in {path.parent, _place(path)}:
-                images.setdefault((place, path.stem), []).append(path)
+        if not _is_mask(path, root):
+            images.setdefault((_place(path, root), path.stem), []).append(path)
     alone: dict[Path, list[Path]] = {}  # images by their place, for masks of other names
     for path in paths:
-        if not _is_mask(path):
-            alone.setdefault(_place(path), []).append(path)
+        if not _is_mask(path, root):
+            alone.setdefault(_place(path, root), []).append(path)
     pairs: dict[Path, list[Path]] = {}
     for mask in masks:
-        place, stem = _place(mask), _ENDINGS.sub("", mask.stem)
-        found = images.get((place, mask.stem)) or images.get((place, stem)) or images.get((mask.parent, stem))
+        place, stem = _place(mask, root), _ENDINGS.sub("", mask.stem)
+        found = images.get((place, mask.stem)) or images.get((place, stem))
         if not found and len(alone.get(place, [])) == 1 and mask.parent.name.lower() in _FOLDERS:
             found = alone[place]
         if found and len(found) == 1:
@@ -65,18 +66,18 @@ def find_pairs(index: ImageIndex) -> dict[Path, list[Path]]:
     return pairs
 
 
-def _is_mask(path: Path) -> bool:
-    in_folder = any(part.lower() in _FOLDERS for part in path.parent.parts[-2:])
+def _is_mask(path: Path, root: Path) -> bool:
+    in_folder = any(part.lower() in _FOLDERS for part in path.relative_to(root).parent.parts[-2:])
     return path.suffix.lower() == ".png" and (in_folder or bool(_ENDINGS.search(path.stem)))
 
 
-def _place(path: Path) -> Path:
-    """Return the folder without its component ``images`` or ``masks``."""
-    parts = list(path.parent.parts)
+def _place(path: Path, root: Path) -> Path:
+    """Return the folder, relative to the root, without its component ``images`` or ``masks``."""
+    parts = list(path.relative_to(root).parent.parts)
     for position in range(len(parts) - 1, -1, -1):
         if parts[position].lower() in (*_FOLDERS, "images", "image"):
             return Path(*parts[:position], *parts[position + 1 :])
-    return path.parent
+    return Path(*parts)
 
 
 def read(path: Path, index: ImageIndex, reading: str = "") -> Imported:
@@ -108,7 +109,7 @@ def read(path: Path, index: ImageIndex, reading: str = "") -> Imported:
         builder.sources.update(masks)
         for mask in masks:
             builder.add(added, _shapes(mask, added, reading, builder))
-    unpaired = [p for p in index.all() if not _is_mask(p) and p not in pairs]
+    unpaired = [p for p in index.all() if not _is_mask(p, index.root) and p not in pairs]
     for image in unpaired:
         builder.note("images without a mask are left out", str(image))
     return builder.finish()
@@ -126,21 +127,33 @@ def choose_reading(masks: list[Path]) -> str:
     """Return the reading of masks, one for each image; the module says by which rule."""
     counts: set[int] = set()
     values_seen: set[int] = set()
-    gapless, pieces, values_of_all = True, 0, 0
+    gapless, whole, all_values = True, 0, 0
     for mask in masks[:: -(-len(masks) // _LOOKED_AT)]:
         values = read_mask(mask)
-        found = [value for value in np.unique(values).tolist() if value]
-        values_seen.update(found)
-        found = [value for value in found if value != _VOID] or found
+        found = _without_border(_values(values))
+        values_seen.update(_values(values))
         counts.add(len(found))
         gapless &= found == list(range(1, len(found) + 1))
-        if gapless and len(found) <= _MOST_OBJECTS:
-            values_of_all += len(found)
-            pieces += sum(len(connected_pieces(values == value)) == 1 for value in found)
+        all_values += len(found)
+        with suppress(ValueError):
+            pieces = Counter(value for value, *_ in connected_pieces(values, _RUNS_LOOKED_AT))
+            whole += sum(pieces[value] == 1 for value in found)
     if len(values_seen) <= 1:
         return "binary"
     several = len(counts - {0}) > 1 or max(counts) > 2
-    return "instances" if gapless and several and pieces >= _ONE_PIECE * values_of_all else "classes"
+    return "instances" if gapless and several and whole >= _ONE_PIECE * all_values else "classes"
+
+
+def _values(values: np.ndarray) -> list[int]:
+    """Return the values beside 0, sorted."""
+    found: list[int] = np.unique(values).tolist()
+    return [value for value in found if value]
+
+
+def _without_border(values: list[int]) -> list[int]:
+    """Return the values without 255, if that is the last and far from the others."""
+    is_border = len(values) > 1 and values[-1] == _VOID and values[-2] < _VOID - 1
+    return values[:-1] if is_border else values
 
 
 def _shapes(mask: Path, image: SourceImage, reading: str, builder: Builder) -> Iterator[Shape]:
@@ -152,32 +165,39 @@ def _shapes(mask: Path, image: SourceImage, reading: str, builder: Builder) -> I
             f"{mask} has {values.shape[1]}x{values.shape[0]} pixels (width x height), but its image "
             f"{size[1]}x{size[0]}; correct one of them",
         )
-    if reading in ("files", "binary"):
-        found = [(1, values != 0)] if values.any() else []
-    else:
-        numbers = [value for value in np.unique(values).tolist() if value]
-        if _VOID in numbers and len(numbers) > 1 and numbers[-2] < _VOID - 1:
-            numbers.remove(_VOID)
-            builder.note("the value 255 is left out, a border", str(mask))
-        if len(numbers) > _MOST_OBJECTS:
-            raise DataError(
-                "malformed", f"{mask} has {len(numbers)} values, too many objects; check the mask"
-            )
-        found = [(value, values == value) for value in numbers]
-    count = 0
-    for value, bitmap in found:
+    if reading == "files":
+        yield Shape("object", "its pixels", bitmap=(values != 0, 0, 0))
+        return
+    if reading == "binary":
+        values = values != 0
+    numbers = _without_border(_values(values))
+    if numbers != _values(values):
+        builder.note("the value 255 is left out, a border", str(mask))
+    if len(numbers) > _MOST_OBJECTS:
+        raise DataError("malformed", f"{mask} has {len(numbers)} values, too many objects; check the mask")
+    if reading == "instances":
+        yield from _instances(values, numbers)
+        return
+    try:
+        pieces = connected_pieces(values)
+    except ValueError as error:
+        raise DataError("malformed", f"{mask} has {error}; check the mask") from error
+    if len(pieces) > _MOST_OBJECTS:
+        raise DataError("malformed", f"{mask} has more than {_MOST_OBJECTS} pieces; check the mask")
+    known = set(numbers)
+    for value, left, top, piece in pieces:
         label = str(value) if reading == "classes" else "object"
-        if reading in ("files", "instances"):
-            rows, columns = np.flatnonzero(bitmap.any(axis=1)), np.flatnonzero(bitmap.any(axis=0))
-            window = bitmap[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            pieces = [(int(columns[0]), int(rows[0]), window)]
-        else:
-            pieces = connected_pieces(bitmap)
-        for left, top, piece in pieces:
-            count += 1
-            if count > _MOST_OBJECTS:
-                raise DataError("malformed", f"{mask} has more than {_MOST_OBJECTS} pieces; check the mask")
+        if value in known:
             yield Shape(label, f"value {value}, piece at {left}, {top}", bitmap=(piece, left, top))
+
+
+def _instances(values: np.ndarray, numbers: list[int]) -> Iterator[Shape]:
+    """Yield an object for each of the values, in time for the pixels and not for each value's."""
+    columns = values.T.ravel()
+    order = np.argsort(columns, kind="stable")
+    edges = np.searchsorted(columns[order], [numbers, [number + 1 for number in numbers]])
+    for number, start, end in zip(numbers, *edges.tolist(), strict=True):
+        yield Shape("object", f"value {number}", rle=encode_pixels(order[start:end], *values.shape))
 
 
 def read_mask(path: Path) -> np.ndarray:

@@ -17,6 +17,9 @@ from ...files import open_file
 # Most bytes of a file. XML takes about ten times as much memory; 100,000 objects of CVAT have 30 MB.
 LARGEST_TEXT, LARGEST_XML, LARGEST_JSON = 1 << 26, 1 << 28, 1 << 30
 
+# Most tags of an XML file, each of which takes up to a kilobyte.
+_MOST_TAGS = 2_000_000
+
 # Encodings that an XML file may name, beside those of its first bytes.
 _XML_ENCODINGS = {"ascii", "us-ascii", "iso-8859-1", "latin-1", "windows-1252", "gbk", "gb2312", "shift_jis"}
 
@@ -111,6 +114,8 @@ def read_xml(path: Path) -> ElementTree.Element:
             f"{path} has a document type (<!{defines[1]}, line {line}), which no labels need and which can "
             "name other files; remove it",
         )
+    if text.count("<") > _MOST_TAGS:
+        raise UserError("oversized-file", f"{path} has more than {_MOST_TAGS} tags; export it in parts")
     text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text.removeprefix("\ufeff"))  # with its encoding
     try:
         return ElementTree.fromstring(text)

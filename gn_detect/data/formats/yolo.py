@@ -147,17 +147,18 @@ def _read_place(place: Path, part: str, builder: Builder, names: list[str], file
     else:
         paths = builder.index.all(place)
         folders = {path.parent for path in paths}
-        _check_strays(
-            place, {label_file(path) for path in paths}, {label_file(f / "_").parent for f in folders}
-        )
+        root = builder.index.root
+        expected = {label_file(path, root) for path in paths}
+        _check_strays(place, expected, {label_file(folder / "_", root).parent for folder in folders})
     for path in paths:
         _read_image(path, part, builder, names)
 
 
-def label_file(image: Path) -> Path:
-    """Return the place of the labels of an image: the last folder ``images`` becomes ``labels``."""
+def label_file(image: Path, root: Path) -> Path:
+    """Return the place of an image's labels: the last folder ``images`` below the root becomes ``labels``."""
     parts = list(image.parts)
-    for position in range(len(parts) - 2, -1, -1):
+    first = len(root.parts) if image.is_relative_to(root) else 0
+    for position in range(len(parts) - 2, first - 1, -1):
         if parts[position].lower() == "images":
             parts[position] = "labels"
             return Path(*parts).with_suffix(".txt")
@@ -217,7 +218,7 @@ def _pairs(index: ImageIndex, files: set[Path]) -> Iterator[tuple[Path, Path | N
     for image in images:
         stems[image.stem] = stems.get(image.stem, 0) + 1
     for image in images:
-        usual = label_file(image)
+        usual = label_file(image, index.root)
         if usual in files:
             yield image, usual
         elif stems[image.stem] == 1 and len(by_stem.get(image.stem, [])) == 1:
@@ -244,7 +245,7 @@ def _part_of(image: Path, folder: Path) -> str:
 
 
 def _read_image(path: Path, part: str, builder: Builder, names: list[str], file: Path | None = None) -> None:
-    labels = label_file(path) if file is None else file
+    labels = label_file(path, builder.index.root) if file is None else file
     if not labels.is_file():
         builder.note("images have no label file, and count as images without an object", str(path))
         builder.add_image(path, path, "the image", part)
