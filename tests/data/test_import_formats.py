@@ -116,6 +116,17 @@ def test_places_of_a_data_yaml(tmp_path: Path, yaml: str, place: str) -> None:
     assert objects(data, "val") == [("cat", [15, 5, 10, 10], [])]
 
 
+def test_absolute_names_within_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yolo(tmp_path / "in", "train: list.txt\nval: images/val\nnames: [cat]\n", "0 0.5 0.5 0.25 0.5")
+    write(tmp_path / "in" / "list.txt", f"{tmp_path / 'in' / 'images' / 'train' / 'p.png'}\n")
+    monkeypatch.chdir(tmp_path)
+    data = read_dataset(Path("in"))
+    assert data.folder == Path("in/images")
+    assert data.parts["train"]["images"][0]["file_name"] == "train/p.png"
+    monkeypatch.chdir(tmp_path / "in")
+    assert read_dataset(Path("data.yaml")).parts == data.parts
+
+
 def test_a_folder_of_yolo_without_a_yaml(tmp_path: Path) -> None:
     save(tmp_path / "x" / "a.png")
     save(tmp_path / "x" / "b.png")
@@ -129,8 +140,6 @@ def test_a_folder_of_yolo_without_a_yaml(tmp_path: Path) -> None:
         assert noted(data, word)
     write(tmp_path / "classes.txt", "cat\ndog\n")
     assert classes(read_dataset(tmp_path)) == ["cat", "dog"]
-    (tmp_path / "x").rename(tmp_path / "train")
-    assert list(read_dataset(tmp_path).parts) == ["train"]
 
 
 def test_download_is_not_run(tmp_path: Path) -> None:
@@ -148,6 +157,25 @@ def test_a_turned_photo_has_its_upright_size(tmp_path: Path) -> None:
     data = read_dataset(tmp_path)
     assert (data.parts["all"]["images"][0]["width"], data.parts["all"]["images"][0]["height"]) == (20, 40)
     assert objects(data)[0][1] == [5, 10, 10, 20]
+
+
+@pytest.mark.parametrize(
+    ("label", "image"), [("{}/a{}.xml", "{}/a{}.png"), ("labels/{}/a{}.xml", "images/{}/a{}.png")]
+)
+def test_folders_of_parts(tmp_path: Path, label: str, image: str) -> None:
+    """Roboflow's folders, and others where each image is in the folder of a part."""
+    for number, part in enumerate(("train", "valid", "test")):
+        save(tmp_path / image.format(part, number))
+        write(tmp_path / label.format(part, number), voc(("x", 0, 1, 1, 4, 4, ""), name=f"a{number}.png"))
+    data = read_dataset(tmp_path)
+    assert {part: len(content["annotations"]) for part, content in data.parts.items()} == {
+        "train": 1,
+        "val": 1,
+        "test": 1,
+    }
+    save(tmp_path / "b.png")
+    write(tmp_path / "b.xml", voc(name="b.png"))
+    assert list(read_dataset(tmp_path).parts) == ["all"]
 
 
 # Pascal VOC

@@ -21,6 +21,14 @@ from .shapes import box_polygon, encode_bitmap
 
 PARTS = ("train", "val", "test")
 WHOLE = "all"  # the part of data that have none
+PART_WORDS = {  # names of folders and keys
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
 
 # The largest share of boxes within the first pixel of the image in a format of pixels.
 _FEW = 0.05
@@ -138,7 +146,7 @@ class Builder:
             UserError: the image is damaged, has another size, or was added before.
         """
         self.sources.add(source)
-        path = Path(os.path.normpath(path))
+        path = self.index.place(path)
         if path in self.images:
             other = self.images[path].rules.path
             where = "the same file" if other == source else f"{other} has labels for it, too"
@@ -252,11 +260,12 @@ class Builder:
                     entry["segmentation"] = [box_polygon(x, y, x + width, y + height)]
                     text = "boxes become rectangular masks, because other objects have masks"
                     self.note(text, image.rules.path.name)
-        folder = Path(os.path.commonpath([path.parent for path in self.images]))
+        folder = self.index.common_folder(self.images)
         order = {label: number for number, label in enumerate(names, 1)}
+        part_of = self._parts()
         parts: dict[str, dict[str, Any]] = {}
-        for image in self.images.values():
-            content = parts.setdefault(image.part, {"images": [], "annotations": [], "categories": []})
+        for path, image in self.images.items():
+            content = parts.setdefault(part_of[path], {"images": [], "annotations": [], "categories": []})
             record = image.record
             name = Path(os.path.relpath(record.file_name, folder)).as_posix()
             content["images"].append(
@@ -264,7 +273,7 @@ class Builder:
             )
         for number, (image, label, entry) in enumerate(self.objects, 1):
             head = {"id": number, "image_id": image.record.id, "category_id": order[label], "iscrowd": 0}
-            parts[image.part]["annotations"].append(head | entry)
+            parts[part_of[Path(image.record.file_name)]]["annotations"].append(head | entry)
         for content in parts.values():
             content["categories"] = [{"id": number, "name": label} for label, number in order.items()]
         labelled = {image.record.id for image, _, _ in self.objects}
@@ -273,6 +282,21 @@ class Builder:
                 self.note("images have no object", str(path))
         ordered = {part: parts[part] for part in (*PARTS, WHOLE) if part in parts}
         return Imported(self.name, folder, ordered, list(map(str, self._notes.values())), self.sources)
+
+    def _parts(self) -> dict[Path, str]:
+        """Return the part of each image: its own, or by folders such as train and val, if all lie in one."""
+        own = {path: image.part for path, image in self.images.items()}
+        if set(own.values()) != {WHOLE}:
+            return own
+        files = {path: image.rules.path for path, image in self.images.items()}
+        root = os.path.commonpath([os.path.abspath(file.parent) for file in files.values()])
+        named = {}
+        for path, file in files.items():
+            folders = Path(os.path.relpath(file.parent, root)).parts
+            named[path] = next(
+                (PART_WORDS[name.lower()] for name in folders if name.lower() in PART_WORDS), ""
+            )
+        return named if all(named.values()) else own
 
     def _check_unit(self) -> None:
         """Refuse pixels that are fractions: each format has one unit, and none is guessed."""

@@ -10,18 +10,9 @@ from typing import Any
 from ...errors import UserError
 from ..coco.reader import read_canonical
 from ..coco.rules import Rules
-from .builder import PARTS, WHOLE, Imported, Note
+from .builder import PART_WORDS, PARTS, WHOLE, Imported, Note
 from .image_index import ImageIndex
 from .recognise import coco_files
-
-_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
 
 
 def read(path: Path, index: ImageIndex) -> Imported:
@@ -62,7 +53,7 @@ def read(path: Path, index: ImageIndex) -> Imported:
         contents[part or WHOLE] = content
     if not places:
         raise UserError("empty-list", f"{files[0]} lists no images; give a file with images")
-    folder = Path(os.path.commonpath([place.parent for _, place in places]))
+    folder = index.common_folder(place for _, place in places)
     for entry, place in places:
         entry["file_name"] = Path(os.path.relpath(place, folder)).as_posix()
     for file, part in parts.items():
@@ -84,6 +75,6 @@ def _part(file: Path) -> str:
     """Return the part that a file's name says, or else its folder's."""
     for text in (file.stem, file.parent.name):
         words = re.findall(r"[a-z]+", text.lower())
-        if found := [_WORDS[word] for word in words if word in _WORDS]:
+        if found := [PART_WORDS[word] for word in words if word in PART_WORDS]:
             return found[0]
     return ""

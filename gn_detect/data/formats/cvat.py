@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import UserError
 from ..coco.rules import MOST_PIXELS
-from .builder import PARTS, WHOLE, Builder, Imported, Shape
+from .builder import PART_WORDS, WHOLE, Builder, Imported, Shape
 from .image_index import ImageIndex
 from .shapes import ellipse_polygon, runs_to_bitmap
 from .source_files import as_finite, damaged, read_xml
@@ -53,10 +53,9 @@ def _read_image(file: Path, element: Element, what: str, builder: Builder) -> No
     if any(side is None or side <= 0 or side != int(side) for side in sides):
         raise damaged(file, f"{what} ({name}) has no width and height", "export it again")
     part = element.get("subset", "").lower()
-    part = {"validation": "val", "valid": "val"}.get(part, part)
     path = builder.find_image(name, file, what)
     size = (int(sides[0] or 0), int(sides[1] or 0))
-    image = builder.add_image(path, file, what, part if part in PARTS else WHOLE, size=size)
+    image = builder.add_image(path, file, what, PART_WORDS.get(part, WHOLE), size=size)
     shapes = []
     for number, shape in enumerate(element, 1):
         about = f"{what} ({name}), <{shape.tag}> {number}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -45,6 +46,17 @@ class ImageIndex:
         """Return whether a path leads into the root, ``..`` included; links are not followed."""
         root = os.path.abspath(self.root)
         return os.path.commonpath([root, os.path.abspath(path)]) == root
+
+    def place(self, path: Path) -> Path:
+        """Return a path in the one spelling that each file of the root has; others absolute."""
+        if self.holds(path):
+            return self.root / os.path.relpath(os.path.abspath(path), os.path.abspath(self.root))
+        return Path(os.path.abspath(path))
+
+    def common_folder(self, paths: Iterable[Path]) -> Path:
+        """Return the folder of all paths of :meth:`place`; relative to the working folder if the root is."""
+        folder = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+        return self.place(Path(folder))
 
     def check(self, path: Path, what: str) -> None:
         """Refuse a path outside of the root.

@@ -17,11 +17,10 @@ import yaml
 from ...config.yaml_text import parse_yaml
 from ...errors import UserError
 from ..coco.rules import MOST_CATEGORIES, shown
-from .builder import PARTS, WHOLE, Builder, Imported, Shape
+from .builder import PART_WORDS, PARTS, WHOLE, Builder, Imported, Shape
 from .image_index import ImageIndex
 from .source_files import as_finite, damaged, numbered_lines, read_labels
 
-_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
 
 # A number as a key, as in ``0: cat``; the config's reader of YAML has text alone.
@@ -68,8 +67,9 @@ def _read_yaml(file: Path, index: ImageIndex) -> Imported:
     if content.get("download"):
         builder.note("'download' is never run", str(file))
     base = _base(content, file, builder)
-    for part, keys in _KEYS.items():
-        given = next((content[key] for key in keys if content.get(key)), None)
+    for part in PARTS:
+        keys = [key for key, meant in PART_WORDS.items() if meant == part and content.get(key)]
+        given = content[keys[0]] if keys else None
         for place in given if isinstance(given, list) else [given] if given is not None else []:
             if not isinstance(place, str):
                 raise damaged(file, f"{part!r} is {shown(place)}", "give folders as text")
@@ -176,7 +176,7 @@ def _check_strays(place: Path, expected: set[Path], folders: set[Path]) -> None:
 
 
 def _read_folder(folder: Path, index: ImageIndex) -> Imported:
-    """Read a folder without data.yaml; folders named train, val and test are parts."""
+    """Read a folder without data.yaml."""
     labels = [path for path in sorted(folder.rglob("*.txt")) if not _is_hidden(path, folder)]
     lists = [path for path in labels if path.name in _CLASS_FILES]
     lists += [path for path in sorted(folder.rglob("obj.names")) if path not in lists]
@@ -198,9 +198,8 @@ def _read_folder(folder: Path, index: ImageIndex) -> Imported:
         lines = [line for _, line in numbered_lines(read_labels(file))]
         if lines and re.fullmatch(r"\d+(\s+[\d.eE+-]+){4,}", lines[0]):
             raise UserError("missing-image", f"{file}: there is no image for it in {index.root}; restore it")
-    parts = [_part_of(image, folder) for image, _ in pairs]
-    for (image, labels_of), part in zip(pairs, parts, strict=True):
-        _read_image(image, part if all(parts) else WHOLE, builder, builder.classes or [], labels_of)
+    for image, labels_of in pairs:
+        _read_image(image, WHOLE, builder, builder.classes or [], labels_of)
     return builder.finish()
 
 
@@ -236,12 +235,6 @@ def _largest_class(files: Iterator[Path]) -> int:
             if first.isdigit() and len(first) < 10:
                 largest = max(largest, int(first))
     return min(largest, MOST_CATEGORIES)
-
-
-def _part_of(image: Path, folder: Path) -> str:
-    parents = os.path.relpath(image, folder).split(os.sep)[:-1]
-    words = {word: part for part in PARTS for word in _KEYS[part]}
-    return next((words[name.lower()] for name in parents if name.lower() in words), "")
 
 
 def _read_image(path: Path, part: str, builder: Builder, names: list[str], file: Path | None = None) -> None:
