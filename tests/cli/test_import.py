@@ -11,7 +11,10 @@ import pytest
 
 from gn_detect import finetune
 from gn_detect.cli import main
+from gn_detect.cli.train import _image_of
 from gn_detect.config import load_config
+from gn_detect.engine.autoconfig import with_datasets
+from gn_detect.engine.run_data import prepare_data
 from tests.data.format_writers import write_yolo
 from tests.engine.tiny import make_dataset
 from tests.refusal import refusal
@@ -110,6 +113,19 @@ def test_data_is_split_trained_on_and_resumed(
     assert "goes on with" in printed.out
     assert [file.read_bytes() for file in files] == before
     assert main(["eval", str(run / "model_final.pth"), "--config-file", str(run / "config.yaml")]) == 0
+
+
+def test_the_next_command_names_an_image_in_a_folder_below(yolo: Path, tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (yolo / name).rename(yolo / "x")
+        (yolo / name).mkdir()
+        for file in sorted((yolo / "x").iterdir()):
+            folder = yolo / name / ("a" if int(file.stem) % 2 else "b")
+            folder.mkdir(exist_ok=True)
+            file.rename(folder / file.name)
+    data = prepare_data(yolo, tmp_path / "run")
+    assert Path(data.train[1]) == yolo / "images"
+    assert Path(_image_of(with_datasets(load_config(), data.train, data.val))).is_file()
 
 
 def test_mistakes_of_data(yolo: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -493,6 +493,17 @@ def test_a_named_reading_wins(tmp_path: Path) -> None:
     assert classes(read_dataset(tmp_path, kind="masks-instances")) == ["object"]
 
 
+def test_a_mask_of_a_turned_photo(tmp_path: Path) -> None:
+    """The mask has the size of the picture as it is stored, or upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "images" / "a.jpg", exif=exif)
+    for mask, size in ((mask_of(ONE), (40, 20)), (mask_of(ONE).T.copy(), (20, 40))):
+        save(tmp_path / "masks" / "a.png", mask)
+        (image,) = read_dataset(tmp_path).parts["all"]["images"]
+        assert (image["width"], image["height"]) == size
+
+
 def test_a_mask_for_each_object(tmp_path: Path) -> None:
     save(tmp_path / "q1" / "images" / "q1.png")
     save(tmp_path / "q1" / "masks" / "0.png", mask_of((255, 1, 1, 6, 5), (255, 10, 3, 15, 9)))

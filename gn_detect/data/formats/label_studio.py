@@ -62,7 +62,8 @@ def _read_task(file: Path, task: dict[str, Any], what: str, builder: Builder) ->
             file, f"{what} has {len(chosen)} annotations", "mark one as ground truth, or delete the others"
         )
     name = _image_name(file, task["data"], what)
-    image = builder.add_image(builder.find_image(name, file, what), file, what)
+    stated = _stated_size(file, chosen[0]["result"], what)
+    image = builder.add_image(builder.find_image(name, file, what), file, what, size=stated)
     size = (image.record.width, image.record.height)
     labels = _labels(chosen[0]["result"])
     shapes = []
@@ -89,6 +90,18 @@ def _image_name(file: Path, data: dict[str, Any], what: str) -> str:
     return found[0]
 
 
+def _stated_size(file: Path, results: list[Any], what: str) -> tuple[int, int] | None:
+    """Return (width, height) of the image that was labelled, which the results repeat; None without any."""
+    given = [entry for entry in results if isinstance(entry, dict)]
+    pairs = {(str(e.get("original_width")), str(e.get("original_height"))) for e in given} - {
+        ("None", "None")
+    }
+    sizes = [(as_finite(width), as_finite(height)) for width, height in sorted(pairs)]
+    if len(sizes) > 1 or any(side is None or side <= 0 for size in sizes for side in size):
+        raise damaged(file, f"{what} has the sizes {shown(sizes)}", "export it again")
+    return (int(sizes[0][0] or 0), int(sizes[0][1] or 0)) if sizes else None
+
+
 def _labels(results: list[Any]) -> dict[str, list[Any]]:
     """Return the classes of entries of the type ``labels`` by the id that they share with a shape."""
     found: dict[str, list[Any]] = {}
@@ -112,13 +125,6 @@ def _shape(
     names = value.get(kind, labels.get(str(entry.get("id")), value.get("labels")))
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise damaged(file, f"{what} has the classes {shown(names)}", "give it one")
-    stated = (entry.get("original_width"), entry.get("original_height"))
-    if stated != (None, None) and stated not in (size, size[::-1]):
-        raise UserError(
-            "size-differs",
-            f"{file}: {what} is of an image of {stated[0]}x{stated[1]}, and it has {size[0]}x{size[1]} "
-            "(width x height); take the image that was labelled",
-        )
     label, kind = names[0].strip(), kind.removesuffix("labels")
     if kind == "brush":
         return Shape(label, what, bitmap=(_brush(file, value.get("rle"), size, what), 0, 0))

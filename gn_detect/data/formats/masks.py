@@ -30,7 +30,7 @@ from ..coco.faults import DataError
 from ..coco.rules import MOST_PIXELS
 from ..images import open_image
 from .builder import WHOLE, Builder, Imported, Shape, SourceImage
-from .image_index import ImageIndex
+from .image_index import ImageIndex, image_size
 from .shapes import connected_pieces, encode_pixels
 
 READINGS = ("files", "binary", "instances", "classes")
@@ -105,7 +105,8 @@ def read(path: Path, index: ImageIndex, reading: str = "") -> Imported:
     builder = Builder("mask images", index, classes)
     builder.note(f"the masks are read as {reading}: {_MEANING[reading]}", str(path))
     for image, masks in sorted(pairs.items()):
-        added = builder.add_image(image, masks[0], "its image", WHOLE)
+        size = image_size(masks[0])[1]  # of the picture as it is stored, perhaps
+        added = builder.add_image(image, masks[0], "its image", WHOLE, size)
         builder.sources.update(masks)
         for mask in masks:
             builder.add(added, _shapes(mask, added, reading, builder))
