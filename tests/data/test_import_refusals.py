@@ -83,6 +83,7 @@ def test_lines_of_yolo(tmp_path: Path, line: str, code: Any, what: str) -> None:
 )
 def test_data_yaml(tmp_path: Path, yaml: str, code: Any, what: str) -> None:
     save(tmp_path / "outside" / "o.png")
+    write(tmp_path / "outside" / "o.txt", LABELS)
     path = yolo(tmp_path / "in", yaml, LABELS)
     write(tmp_path / "in" / "list.txt", f"{tmp_path / 'outside' / 'o.png'}\n")
     with refusal(code, what):
@@ -92,6 +93,18 @@ def test_data_yaml(tmp_path: Path, yaml: str, code: Any, what: str) -> None:
         ((_, content),) = data.parts.items()
         (image,) = content["images"]
         assert (data.folder / image["file_name"]).samefile(tmp_path / "outside" / "o.png")
+
+
+def test_images_without_any_label(tmp_path: Path) -> None:
+    """They are no empty images: the labels are somewhere else. A test part may have none."""
+    path = yolo(tmp_path, YAML + "test: images/test\nnames: [cat]\n", LABELS)
+    save(tmp_path / "images" / "test" / "t.png")
+    data = read_dataset(path)
+    assert list(data.parts) == ["train", "val"]
+    assert any("test part without labels" in note for note in data.notes)
+    (tmp_path / "labels" / "val").rename(tmp_path / "other")
+    with refusal("missing-annotations", "images/val", "labels/val/p.txt"):
+        read_dataset(path)
 
 
 def test_labels_without_an_image(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def _base(content: dict[str, Any], file: Path, builder: Builder) -> Path:
     if not isinstance(given, str):
         raise damaged(file, f"'path' is {shown(given)}", "give the folder of the data, or leave it out")
     base = Path(os.path.normpath(file.parent / given))
-    if base.is_dir():
+    if os.path.isdir(base):
         builder.index.check(base, f"{file}: 'path' {given!r}")
         return base
     builder.note("'path' names no folder here; the folder of data.yaml is taken", given)
@@ -125,7 +125,7 @@ def _place(place: str, base: Path, file: Path, builder: Builder) -> Path:
     tried = [base / place, base / shorter, file.parent / shorter]
     if os.path.isabs(place):
         tried += [file.parent / Path(*Path(place).parts[-n:]) for n in (3, 2, 1)]
-    found = [path for path in map(Path, map(os.path.normpath, tried)) if "\0" not in place and path.exists()]
+    found = [path for path in map(Path, map(os.path.normpath, tried)) if os.path.exists(path)]
     inside = [path for path in found if builder.index.allow_outside or builder.index.holds(path)]
     if inside:
         return inside[0]
@@ -150,6 +150,15 @@ def _read_place(place: Path, part: str, builder: Builder, names: list[str], file
         root = builder.index.root
         expected = {label_file(path, root) for path in paths}
         _check_strays(place, expected, {label_file(folder / "_", root).parent for folder in folders})
+    missing = label_file(paths[0], builder.index.root) if paths else place
+    if not any(label_file(path, builder.index.root).is_file() for path in paths):
+        if part == "test":  # to predict on, but not to evaluate
+            builder.note("a test part without labels is left out", str(place))
+            return
+        raise UserError(
+            "missing-annotations",
+            f"{file}: no image of {place} has a label file, such as {missing}; put the labels there",
+        )
     for path in paths:
         _read_image(path, part, builder, names)
 
