@@ -14,6 +14,7 @@ from gn_detect.cli import main
 from gn_detect.cli.train import _image_of
 from gn_detect.config import load_config
 from gn_detect.engine.autoconfig import with_datasets
+from gn_detect.engine.folder_lock import FolderLock
 from gn_detect.engine.run_data import prepare_data
 from tests.data.format_writers import write_yolo
 from tests.engine.tiny import make_dataset
@@ -139,6 +140,16 @@ def test_mistakes_of_data(yolo: Path, tmp_path: Path, refused: Callable[..., str
     assert "gn-detect import SRC DST.json" in refused(
         "train", "--train-json", yolo / "data.yaml", "--train-images", yolo, *folder
     )
+
+
+def test_a_run_in_progress_keeps_its_data(yolo: Path, tmp_path: Path) -> None:
+    prepare_data(yolo, tmp_path / "run")
+    before = (tmp_path / "run" / "data" / "train.json").read_bytes()
+    with FolderLock(tmp_path / "run") as lock:
+        lock.take()
+        with refusal("folder-in-use", "run"):
+            prepare_data(yolo, tmp_path / "run", seed=7)
+    assert (tmp_path / "run" / "data" / "train.json").read_bytes() == before
 
 
 def test_finetune_takes_data(yolo: Path, tmp_path: Path) -> None:

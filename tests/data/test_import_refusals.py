@@ -373,6 +373,14 @@ def test_masks(tmp_path: Path, make: Callable[[Path], Any], code: Any, what: str
         read_dataset(tmp_path)
 
 
+def test_hidden_files_are_left_out(folder: Path) -> None:
+    """macOS writes one beside each file."""
+    write(folder / "a.xml", voc(("cat", 0, 1, 1, 4, 4, "")))
+    write(folder / "._a.xml", b"\0\5\x16\7")
+    write(folder / "._a.png", b"\0\5\x16\7")
+    assert len(read_dataset(folder).parts["all"]["annotations"]) == 1
+
+
 def test_unknown_and_several_formats(folder: Path) -> None:
     with refusal("unknown-format", str(folder), "yolo", "--format"):
         read_dataset(folder)

@@ -19,14 +19,14 @@ from ..coco.rules import MOST_PIXELS
 from .builder import PART_WORDS, WHOLE, Builder, Imported, Shape
 from .image_index import ImageIndex
 from .shapes import ellipse_polygon, runs_to_bitmap
-from .source_files import as_finite, damaged, read_xml
+from .source_files import as_finite, damaged, label_files, read_xml
 
 _LEFT_OUT = ("points", "polyline", "cuboid", "skeleton", "tag")
 
 
 def read(path: Path, index: ImageIndex) -> Imported:
     """Read a file, or all files of a folder and of those below it."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.xml"))
+    files = [path] if path.is_file() else label_files(path, "*.xml")
     roots = {file: root for file in files if (root := read_xml(file)).tag == "annotations"}
     if not roots:
         raise damaged(path, "it has no <annotations>", 'export it as "CVAT for images 1.1"')

@@ -19,7 +19,7 @@ from ..image_paths import IMAGE_SUFFIXES
 from .builder import Builder, Imported, Shape
 from .image_index import ImageIndex
 from .shapes import ellipse_polygon
-from .source_files import as_finite, damaged, read_json
+from .source_files import as_finite, damaged, label_files, read_json
 
 _KINDS = {"rectanglelabels", "ellipselabels", "polygonlabels", "brushlabels"}
 # The shapes of <Rectangle>, ... with a separate <Labels>, which stands in an entry of the same id.
@@ -27,8 +27,8 @@ _PLAIN = {"rectangle", "ellipse", "polygon", "brush"}
 
 
 def read(path: Path, index: ImageIndex) -> Imported:
-    """Read a file, or all files of a folder."""
-    files = [path] if path.is_file() else sorted(path.glob("*.json"))
+    """Read a file, or all files of a folder and of those below it."""
+    files = [path] if path.is_file() else label_files(path, "*.json")
     builder = Builder("Label Studio", index)
     for file in files:
         content = read_json(file)

@@ -20,14 +20,14 @@ from ..coco.rules import MOST_PIXELS, shown
 from .builder import WHOLE, Builder, Imported, Shape
 from .image_index import ImageIndex
 from .shapes import ellipse_polygon
-from .source_files import as_finite, damaged, read_json
+from .source_files import as_finite, damaged, label_files, read_json
 
 _LEFT_OUT = ("point", "points", "line", "linestrip")
 
 
 def read(path: Path, index: ImageIndex) -> Imported:
     """Read a file, or all files of a folder and of those below it."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.json"))
+    files = [path] if path.is_file() else label_files(path, "*.json")
     builder = Builder("labelme", index)
     for file in files:
         content = read_json(file)

@@ -35,6 +35,12 @@ def damaged(path: Path, reason: str, remedy: str) -> UserError:
     return UserError("damaged-labels", f"{path}: {reason}; {remedy}")
 
 
+def label_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a pattern in a folder and those below it, sorted; hidden ones are left out."""
+    found = (path for path in folder.rglob(pattern) if path.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
 def read_labels(path: Path, largest: int = LARGEST_TEXT) -> str:
     r"""Return the text of a file, with ``\n`` between lines.
 

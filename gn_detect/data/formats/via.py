@@ -15,7 +15,7 @@ from ..coco.rules import shown
 from .builder import Builder, Imported, Shape
 from .image_index import ImageIndex
 from .shapes import ellipse_polygon
-from .source_files import as_finite, damaged, read_json
+from .source_files import as_finite, damaged, label_files, read_json
 
 _CLASS_NAMES = ("class", "label", "category", "name", "type")
 _LEFT_OUT = ("point", "polyline")
@@ -27,8 +27,8 @@ _KEYS = {
 
 
 def read(path: Path, index: ImageIndex) -> Imported:
-    """Read a file, or all files of a folder."""
-    files = [path] if path.is_file() else sorted(path.glob("*.json"))
+    """Read a file, or all files of a folder and of those below it."""
+    files = [path] if path.is_file() else label_files(path, "*.json")
     contents = {file: _entries(content) for file in files if _is_via(content := read_json(file))}
     if not contents:
         raise damaged(path, "it has no images of VIA 2", "export annotations as JSON")

@@ -12,14 +12,14 @@ from xml.etree.ElementTree import Element
 from ...errors import UserError
 from .builder import PARTS, WHOLE, Builder, Imported, Shape
 from .image_index import ImageIndex
-from .source_files import as_finite, child_text, damaged, numbered_lines, read_labels, read_xml
+from .source_files import as_finite, child_text, damaged, label_files, numbered_lines, read_labels, read_xml
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read(path: Path, index: ImageIndex) -> Imported:
     """Read a file, or all files of a folder and of those below it."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.xml"))
+    files = [path] if path.is_file() else label_files(path, "*.xml")
     builder = Builder("Pascal VOC", index)
     part_of = _parts(path) if path.is_dir() else {}
     for file in files:

@@ -19,7 +19,7 @@ from ...errors import UserError
 from ..coco.rules import MOST_CATEGORIES, shown
 from .builder import PART_WORDS, PARTS, WHOLE, Builder, Imported, Shape
 from .image_index import ImageIndex
-from .source_files import as_finite, damaged, numbered_lines, read_labels
+from .source_files import as_finite, damaged, label_files, numbered_lines, read_labels
 
 _CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt")
 
@@ -186,9 +186,9 @@ def _check_strays(place: Path, expected: set[Path], folders: set[Path]) -> None:
 
 def _read_folder(folder: Path, index: ImageIndex) -> Imported:
     """Read a folder without data.yaml."""
-    labels = [path for path in sorted(folder.rglob("*.txt")) if not _is_hidden(path, folder)]
+    labels = label_files(folder, "*.txt")
     lists = [path for path in labels if path.name in _CLASS_FILES]
-    lists += [path for path in sorted(folder.rglob("obj.names")) if path not in lists]
+    lists += [path for path in label_files(folder, "obj.names") if path not in lists]
     names, files = None, {path for path in labels if path not in lists}
     if lists:
         names = [line for _, line in numbered_lines(read_labels(lists[0]))]
@@ -210,10 +210,6 @@ def _read_folder(folder: Path, index: ImageIndex) -> Imported:
     for image, labels_of in pairs:
         _read_image(image, WHOLE, builder, builder.classes or [], labels_of)
     return builder.finish()
-
-
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _pairs(index: ImageIndex, files: set[Path]) -> Iterator[tuple[Path, Path | None]]:
