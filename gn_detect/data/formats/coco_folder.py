@@ -33,10 +33,13 @@ def read(path: Path, index: ImageIndex) -> Imported:
             "which is train, val and test; give them by --train-json and --val-json",
         )
     notes: dict[str, Note] = {}
+    own: list[str] = []
     contents: dict[str, dict[str, Any]] = {}
     places: list[tuple[dict[str, Any], Path]] = []
     for file, part in parts.items():
-        content = dict(read_canonical(file).content)
+        read_file = read_canonical(file)
+        content = dict(read_file.content)
+        own += [f"{file.name}: {note}" for note in read_file.notes]
         images = []
         for position, entry in enumerate(content["images"]):
             name = entry.get("file_name") if isinstance(entry, dict) else None
@@ -59,7 +62,7 @@ def read(path: Path, index: ImageIndex) -> Imported:
     for file, part in parts.items():
         _check(contents[part or WHOLE], Rules(file, folder, evaluation=True))
     ordered = {part: contents[part] for part in (*PARTS, WHOLE) if part in contents}
-    return Imported("COCO", folder, ordered, list(map(str, notes.values())), set(files))
+    return Imported("COCO", folder, ordered, [*own, *map(str, notes.values())], set(files))
 
 
 def _check(content: dict[str, Any], rules: Rules) -> None:

@@ -102,26 +102,21 @@ def group_alike(paths: Sequence[Path]) -> np.ndarray:
     """Return (I,) the number of each image's group; images that look alike share one, also in a chain."""
     with ThreadPoolExecutor() as pool:
         hashes = np.stack(list(pool.map(_hash, paths))).astype(np.float32)
-    parent = list(range(len(paths)))
-
-    def root(image: int) -> int:
-        while parent[image] != image:
-            parent[image] = image = parent[parent[image]]
-        return image
-
     order = np.argsort(np.array(list(map(str, paths))), kind="stable")
     hashes, bits = hashes[order], hashes.sum(axis=1)[order]
+    group = np.arange(len(paths))  # the least place of a member
     reach = len(paths) if len(paths) <= _WHOLE else _NEAR
     for first in range(0, len(paths), _ROWS):
-        rows = slice(first, first + _ROWS)
-        others = slice(first, first + _ROWS + reach)
+        rows, others = slice(first, first + _ROWS), slice(first, first + _ROWS + reach)
         common = hashes[rows] @ hashes[others].T
         union = bits[rows, None] + bits[None, others] - common
-        for one, two in np.argwhere(common >= _ALIKE * union).tolist():
-            if one < two:
-                a, b = root(int(order[first + one])), root(int(order[first + two]))
-                parent[max(a, b)] = min(a, b)
-    return np.array([root(image) for image in range(len(paths))])
+        for alike in common >= _ALIKE * union:
+            found = group[others][alike]
+            if (found != found.min()).any():
+                group[np.isin(group, found)] = found.min()
+    groups = np.empty_like(group)
+    groups[order] = order[group]
+    return groups
 
 
 def _hash(path: Path) -> np.ndarray:
