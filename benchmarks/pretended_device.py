@@ -62,6 +62,7 @@ FREE |= {"aten._unsafe_view", "aten._local_scalar_dense"}  # a view in all but n
 HEAVY = {"aten.convolution", "aten.convolution_backward", "aten.mm", "aten.addmm", "aten.bmm"}
 HEAVY |= {"gn_detect.group_norm", "gn_detect.group_norm_backward"}
 HEAVY |= {"gn_detect.roi_align", "gn_detect.roi_align_backward"}
+HEAVY |= {"torchvision.deform_conv2d", "torchvision._deform_conv2d_backward"}
 FROM_HOST = {torch.tensor, torch.as_tensor}  # functions whose data a copy brings
 
 

@@ -26,6 +26,7 @@ from .interop.library_models import LibraryModel, is_library_model, load_library
 from .modeling import make_model, paired_outputs
 from .text import printable
 from .weights import (
+    CONV_KEYS,
     SUFFIXES,
     Checkpoint,
     CheckpointMetadata,
@@ -34,6 +35,7 @@ from .weights import (
     as_command_line,
     computes_with_eps_0,
     config_of_converted,
+    folded,
     group_keys,
     implied_keys,
     known_config,
@@ -45,8 +47,8 @@ from .weights import (
     norms_of_unspecified_groups,
     read_checkpoint,
     save_weights,
-    standardised_convs,
     translate,
+    trunk_of,
     unspecified_keys,
     unspecified_keys_of,
 )
@@ -221,7 +223,7 @@ def convert_checkpoint(
             steps = DETECTOR_STEPS if steps is None else steps
             calibrate(detector, model, batches, steps, outputs=paired_outputs, report=report, **settings)
         tensors = dict(model.state_dict())
-        metadata = _metadata(earlier or original, norm_settings(model), tensors, cfg)
+        metadata = _metadata(earlier or original, norm_settings(model), tensors, original, cfg)
     else:
         original = read_checkpoint(source)
         translation = translate(original)
@@ -280,12 +282,6 @@ def _convert_tensors(
     checkpoint: Checkpoint, translation: Translation, eps: float | None, groups: dict[str, Any]
 ) -> tuple[dict[str, Tensor], CheckpointMetadata, ConversionReport]:
     """Convert a state dict. A detector's gets detectron2's names; another keeps those of its own model."""
-    if standardised_convs(checkpoint):  # its config says so, and the new file has none
-        raise UserError(
-            "unconvertible-model",
-            f"{checkpoint.path} standardises weights (ConvWS); fold that first with gn-detect convert "
-            "--keep-norm, and convert what it writes",
-        )
     named = checkpoint.tensors if translation.is_detector else checkpoint.stored
     if eps is None and computes_with_eps_0(checkpoint):
         eps = 0.0
@@ -303,7 +299,8 @@ def _convert_tensors(
         known.group_norm_eps | {layer.name: layer.eps for layer in report.layers},
         known.group_norm_groups | {layer.name: layer.groups for layer in report.layers},
     )
-    return tensors, _metadata(checkpoint, norms, tensors), report
+    norms = replace(norms, weight_standardization=known.weight_standardization)
+    return tensors, _metadata(checkpoint, norms, tensors, checkpoint), report
 
 
 def _refuse_mixed_groups(model: nn.Module) -> None:
@@ -319,28 +316,34 @@ def _refuse_mixed_groups(model: nn.Module) -> None:
 
 
 def _metadata(
-    original: Checkpoint, norms: CheckpointMetadata, tensors: dict[str, Tensor], cfg: Config | None = None
+    described: Checkpoint,
+    norms: CheckpointMetadata,
+    tensors: dict[str, Tensor],
+    original: Checkpoint,
+    cfg: Config | None = None,
 ) -> CheckpointMetadata:
     """Return the metadata of a converted checkpoint.
 
     Args:
-        original: its schedule and optimizer state would not fit the converted model, and are left out.
+        described: the original, or an earlier conversion of it, whose classes and input stay. Its schedule
+            and optimizer state would not fit the converted model, and are left out.
         norms: eps and groups of the norms.
         tensors: converted weights.
+        original: weights of before.
         cfg: the original's config, if it was given.
     """
     if cfg is None:
-        translation = translate(original)
-        keys, convention = unspecified_keys(original), translation.convention
-        cfg = known_config(original) if translation.is_detector else None
+        translation = translate(described)
+        keys, convention = unspecified_keys(described), translation.convention
+        cfg = known_config(described) if translation.is_detector else None
     else:
         keys, convention = unspecified_keys_of(cfg), InputConvention.of_config(cfg)
     return replace(
         norms,
-        class_names=original.metadata.class_names,
-        category_ids=original.metadata.category_ids,
+        class_names=described.metadata.class_names,
+        category_ids=described.metadata.category_ids,
         input=convention,
-        config=None if cfg is None else config_of_converted(cfg, Checkpoint(tensors, norms)),
+        config=None if cfg is None else config_of_converted(cfg, Checkpoint(tensors, norms), original),
         # The file has the groups and the eps of each norm elsewhere.
         config_keys=to_plain({key: value for key, value in keys.items() if not key.startswith("MODEL.GN.")}),
     )
@@ -462,6 +465,9 @@ class RewriteReport:
 def rewrite_checkpoint(source: str | Path, target: str | Path) -> RewriteReport:
     """Write a checkpoint's weights with detectron2's names, in the format of ``target``'s ending.
 
+    Standardised weights are folded, but for those of a library's network: detectron2's convolutions are
+    plain.
+
     Tensors that belong to no detector keep their names, so that their own model takes the file.
 
     Raises:
@@ -476,8 +482,15 @@ def rewrite_checkpoint(source: str | Path, target: str | Path) -> RewriteReport:
     # The config of another program stays as it is.
     config = checkpoint.metadata.config if cfg is None else dump_config(without_paths(cfg))
     norms = norms_of(checkpoint, tensors)
+    convs = norms.weight_standardization
+    if plain := {name: found for name, found in convs.items() if trunk_of([name]) is None}:
+        tensors = folded(tensors, plain)
+        translation.changes.append(f"weight standardisation folded into {len(plain)} convolutions")
+        if cfg is not None:
+            config = dump_config(without_paths(cfg.replace(dict.fromkeys(CONV_KEYS, ""))))
     metadata = replace(
         norm_metadata(norms.group_norm_eps, norms.group_norm_groups),
+        weight_standardization={name: found for name, found in convs.items() if name not in plain},
         class_names=checkpoint.metadata.class_names,
         category_ids=checkpoint.metadata.category_ids,
         input=translation.convention,

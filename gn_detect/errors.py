@@ -88,6 +88,7 @@ Code = Literal[
     "bad-rle",
     # weights
     "no-weights",
+    "no-thresholds",
     "missing-weights",
     "unknown-weights",
     "download-failed",
@@ -102,6 +103,7 @@ Code = Literal[
     "other-network",
     "other-norm",
     "other-groups",
+    "other-convolution",
     "other-input",
     "unknown-backbone",
     "unfit-backbone",

@@ -100,10 +100,14 @@ class Results(TypedDict, total=False):
     """AP on one test set, in percent: ``results["bbox"]["AP"]``, ``["AP50"]``, ``["AP-<category>"]``, ...
 
     ``segm`` is missing for a model without masks. A value that COCO does not define for the data is nan.
+    ``boundary`` is there with ``TEST.BOUNDARY_AP``. ``diagnosis`` has, for boxes and masks, what
+    :func:`gn_detect.evaluation.diagnose` returns.
     """
 
     bbox: dict[str, float]
     segm: dict[str, float]
+    boundary: dict[str, float]
+    diagnosis: dict[str, dict[str, Any]]
 
 
 @dataclass

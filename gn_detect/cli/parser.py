@@ -20,7 +20,9 @@ _OUTPUT = ("--output", "OUTPUT_DIR")
 # Flags of ultralytics, mmdetection, torchvision and others, with the first flag here that the command has, or
 # the config key.
 _HABITS: dict[str, tuple[str, ...]] = {
-    "epochs epoch max-epochs num-epochs total-epochs": (_ITERATIONS,),
+    "epochs epoch max-epochs num-epochs total-epochs": ("--epochs", _ITERATIONS),
+    "max-time time-limit hours": ("--time",),
+    "patience early-stop early-stopping": ("SOLVER.EARLY_STOP.PATIENCE, in evaluations",),
     "iters iterations max-iters num-iters steps max-steps num-steps": ("SOLVER.MAX_ITER",),
     "b batch batch-size bs train-batch-size images-per-batch samples-per-gpu": (
         "SOLVER.IMS_PER_BATCH, for all GPUs together; to evaluate TEST.IMS_PER_BATCH, for each",
@@ -65,7 +67,8 @@ _HABITS: dict[str, tuple[str, ...]] = {
     "resume-from auto-resume": ("--resume", "MODEL.WEIGHTS"),
     "test-only evaluate eval val validate": ("--eval-only",),
     "classes num-classes nc": ("MODEL.ROI_HEADS.NUM_CLASSES",),
-    "freeze frozen-stages freeze-at trainable-backbone-layers": ("MODEL.BACKBONE.FREEZE_AT",),
+    "frozen-stages freeze-at trainable-backbone-layers": ("MODEL.BACKBONE.FREEZE_AT",),
+    "freeze freeze-layers": ("MODEL.FREEZE or MODEL.BACKBONE.FREEZE_AT",),
     "conf conf-thres conf-thresh confidence confidence-threshold score-thr score-threshold score-thresh": (
         "--threshold",
         "MODEL.ROI_HEADS.SCORE_THRESH_TEST",

@@ -38,6 +38,8 @@ gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_be
 gn-detect predict model.onnx clip.mp4
 """
 
+AUTO = "auto"
+_SHOWN = 8  # classes
 UNREADABLE = 1  # exit status when some inputs could not be read; the others are done
 
 
@@ -58,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for pictures, predictions.json and images.json",
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="least score of what is drawn and written"
+        "--threshold",
+        type=_threshold,
+        default=0.5,
+        metavar="SCORE",
+        help="least score of what is drawn and written; auto: for each class the one with the best F1 on the "
+        "test images of the training",
     )
     parser.add_argument(
         "--annotations",
@@ -83,6 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _threshold(text: str) -> float | str:
+    return text if text == AUTO else float(text)
+
+
 def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image, results for all, and a video for each video."""
     from ..data.image_paths import find_images
@@ -92,7 +103,8 @@ def run(args: argparse.Namespace) -> Result:
     from ..progress import fitted
     from .inputs import is_video, name_outputs, split_overrides
 
-    check_threshold(args.threshold)
+    if args.threshold != AUTO:
+        check_threshold(args.threshold)
     if args.other_classes and not args.annotations:
         raise UserError("lone-flag", "--other-classes says how --annotations are read; give them, too")
     texts, overrides = split_overrides(args.inputs)
@@ -123,7 +135,9 @@ def run(args: argparse.Namespace) -> Result:
     predictor = make_predictor(args, overrides)
     print(predictor.report)
     category_ids = None if truth is None else match_categories(predictor, truth, args.other_classes)
-    settings: dict[str, Any] = {"threshold": args.threshold, "workers": workers}
+    thresholds = score_thresholds(predictor) if args.threshold == AUTO else [args.threshold]
+    least = thresholds if args.threshold == AUTO else args.threshold
+    settings: dict[str, Any] = {"threshold": least, "workers": workers}
     outcomes = []
     if tasks:
         pictures = not args.no_pictures
@@ -142,11 +156,26 @@ def run(args: argparse.Namespace) -> Result:
     counts["left_out"] = len(found) - len(paths)
     best = max(outcomes, key=lambda outcome: outcome.best_score or 0.0)
     if counts["images"] and not counts["objects"]:
-        print(fitted(nothing_found(predictor, best, args.threshold), sys.stdout))
+        print(fitted(nothing_found(predictor, best, min(thresholds)), sys.stdout))
     scores = {"best_score": best.best_score, "best_input": best.best_input}
     described = [{"code": failure.code, "message": str(failure)} for failure in failures]
     value = {**counts, **scores, "output": str(output), "failures": described}
     return Result(value, UNREADABLE if failures else 0)
+
+
+def score_thresholds(predictor: ImagePredictor) -> list[float]:
+    """Return the weights' own least score of each class, and print them if they are few."""
+    found = predictor.score_thresholds
+    if not found:
+        raise UserError(
+            "no-thresholds",
+            "--threshold auto: these weights hold no score thresholds; take those of a training that was "
+            "evaluated on a test set, or give a number",
+        )
+    named = [f"{name} {score:.2f}" for name, score in zip(predictor.class_names, found, strict=True)]
+    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    print(printable(f"least scores: {', '.join(named[:_SHOWN])}{more}"))
+    return found
 
 
 def nothing_found(predictor: ImagePredictor, best: Outcome, threshold: float) -> str:
@@ -186,7 +215,7 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
     take_weights(args)
     cfg = read_config_file(args)
     least = cfg.model.roi_heads.score_thresh_test
-    if args.threshold < least:
+    if args.threshold != AUTO and args.threshold < least:
         print(f"no score will be below MODEL.ROI_HEADS.SCORE_THRESH_TEST, {least:g}: lower it, too")
     return Predictor(cfg)
 

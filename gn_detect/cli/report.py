@@ -11,6 +11,7 @@ from .output import Result
 EXAMPLES = """
 gn-detect report runs/one
 gn-detect report runs/one --output page.html --threshold 0.3 --pictures 12
+gn-detect report runs/two --against runs/one
 """
 
 
@@ -19,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="page; by default report.html in the run folder")
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="least score in pictures, confusion and table of images"
+    )
+    parser.add_argument(
+        "--against", metavar="RUN", help="another run, of which the page shows the differences"
     )
     parser.add_argument(
         "--pictures", type=int, default=6, metavar="N", help="of the worst and of the best images, each"
@@ -33,7 +37,10 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError("bad-argument", f"--pictures {args.pictures}: it must be 0 or more")
     from ..report import write_report
 
-    path = write_report(args.run, args.output, threshold=args.threshold, pictures=args.pictures)
+    path = write_report(
+        args.run, args.output, threshold=args.threshold, pictures=args.pictures, against=args.against
+    )
     size = path.stat().st_size
-    print(f"see {path} ({size / 1e6:.1f} MB)")
+    shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    print(f"see {path} ({shown})")
     return Result({"output": str(path), "bytes": size})

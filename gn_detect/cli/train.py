@@ -38,6 +38,7 @@ gn-detect train --train-json train.json --train-images images --val-json val.jso
 gn-detect train --train-json train.json --train-images images --weights zoo://R-50-GN OUTPUT_DIR runs/one
 gn-detect train --train-json train.json --train-images images --backbone mobilenet_v2 --weights FILE.pth
 gn-detect train --config-file quick/demo.yaml SOLVER.MAX_ITER 100
+gn-detect train --train-json train.json --train-images images --time 2h
 gn-detect train --config-file runs/one/config.yaml --resume
 gn-detect train --config-file GN/mask_rcnn_R_50_FPN_2x_gn.yaml --num-gpus 8
 """
@@ -55,6 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --resume: go on even where settings or data differ from the run's beginning",
     )
+    parser.add_argument(
+        "--epochs", type=float, metavar="N", help="train for N passes over the images: sets SOLVER.MAX_ITER"
+    )
+    parser.add_argument(
+        "--time",
+        metavar="2h",
+        help="train and evaluate for so long, such as 45m or 1h30m: measures some iterations, and sets "
+        "SOLVER.MAX_ITER",
+    )
     add_other_classes_argument(parser, "evaluate, or with --resume go on, on")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
     add_launch_arguments(parser)
@@ -67,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     _check_flags(args)
-    cfg = read_config(args)
+    cfg = _with_epochs(read_config(args), args)
     folder = Path(cfg.output_dir)
     is_first = not args.machine_rank and os.environ.get("RANK", "0") == "0"  # it has the results
     if args.eval_only:
@@ -106,6 +116,31 @@ def _check_flags(args: argparse.Namespace) -> None:
             "them start afresh without it",
         )
 
+    flags = {"--epochs": args.epochs, "--time": args.time}
+    lengths = [flag for flag, value in flags.items() if value is not None]
+    if "SOLVER.MAX_ITER" in args.overrides[::2]:
+        lengths.append("SOLVER.MAX_ITER")
+    if len(lengths) > 1:
+        raise UserError("conflicting-flags", f"{' and '.join(lengths)} both set the length; give one")
+    if args.eval_only and (args.epochs is not None or args.time is not None):
+        raise UserError("conflicting-flags", f"{lengths[0]} is for training; leave it out")
+    if args.resume and args.time is not None:
+        raise UserError("conflicting-flags", "--resume keeps the length of the run; leave --time out")
+
+
+def _with_epochs(cfg: Config, args: argparse.Namespace) -> Config:
+    """Return ``cfg`` with the length of ``--epochs``; ``--time`` is measured by the processes that train."""
+    from ..engine.length import of_epochs, read_time
+
+    if args.time is not None:
+        args.time = read_time(args.time)
+    if args.epochs is None:
+        return cfg
+    cfg = of_epochs(cfg, args.epochs, args.overrides[::2])
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--epochs {args.epochs:g}: SOLVER.MAX_ITER {cfg.solver.max_iter}; periods and warm-up follow")
+    return cfg
+
 
 def print_end(cfg: Config, results: dict[str, Any]) -> None:
     """Print AP, the folder of the pictures, and the next commands."""
@@ -114,8 +149,11 @@ def print_end(cfg: Config, results: dict[str, Any]) -> None:
     folder = Path(cfg.output_dir)
     if isinstance(results.get("bbox"), dict):
         kinds = {"bbox": "box", "segm": "mask"}
-        values = {name: results.get(kind, {}).get("AP") for kind, name in kinds.items()}
-        print(", ".join(f"{name} AP {value:.1f}" for name, value in values.items() if value is not None))
+        for ending, how in (("", ""), ("_TTA", ", with test-time augmentation")):
+            values = {name: results.get(kind + ending, {}).get("AP") for kind, name in kinds.items()}
+            known = [f"{name} AP {value:.1f}" for name, value in values.items() if value is not None]
+            if known:
+                print(", ".join(known) + how)
     if (folder / "pictures").is_dir():
         print(f"pictures of predictions, and the curves: {folder / 'pictures'}")
     best = next((folder / name for name in (BEST, FINAL) if (folder / name).is_file()), folder / FINAL)
@@ -159,7 +197,10 @@ def _image_of(cfg: Config) -> str:
 
 def _train(cfg: Config, args: argparse.Namespace) -> None:
     from ..engine import train
+    from ..engine.length import within
 
+    if args.time is not None:
+        cfg = within(cfg, args.time, args.overrides[::2])
     train(cfg, resume=args.resume, allow_changes=args.allow_changes, other_classes=args.other_classes)
 
 

@@ -64,7 +64,7 @@ def _as_table(entries: Iterable[ZooEntry]) -> str:
     rows = [("name", "box/mask AP", "trained", "downloaded")]
     for entry in entries:
         here = "yes" if entry.file.is_file() else "-"
-        rows.append((entry.name, _quality(entry), entry.schedule or "ImageNet", here))
+        rows.append((entry.name, _quality(entry), entry.schedule.replace("epochs", "ep") or "ImageNet", here))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "".join(f"{line}\n" for line in lines)
@@ -76,7 +76,9 @@ def _facts(entry: ZooEntry) -> Iterator[tuple[str, str]]:
 
     is_here = entry.file.is_file()
     size = entry.file.stat().st_size if is_here else entry.bytes
-    schedule = f"{entry.schedule}, where 1x is 90,000 iterations of 16 images" if entry.schedule else ""
+    schedule = entry.schedule
+    if schedule.endswith("x"):
+        schedule += ", where 1x is 90,000 iterations of 16 images"
     top1 = f"{entry.top1_error}% of ImageNet's val images" if entry.top1_error is not None else ""
     md5 = f"md5, at {entry.url}.md5"
     yield "kind", entry.kind
@@ -123,7 +125,7 @@ def as_markdown(entries: Iterable[ZooEntry]) -> str:
 
 def _quality(entry: ZooEntry) -> str:
     if entry.box_ap is not None:
-        return f"{entry.box_ap} / {entry.mask_ap}"
+        return f"{entry.box_ap} / {'-' if entry.mask_ap is None else entry.mask_ap}"
     return f"{entry.top1_error}% top-1 error" if entry.top1_error is not None else "-"
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from .schema import LIBRARY_BACKBONES, Root
 
+_DEFORM = "MODEL.RESNETS.DEFORM_ON_PER_STAGE"
+
 
 def has_fpn(root: Root) -> bool:
     """Return whether the backbone has a feature pyramid."""
@@ -18,11 +20,12 @@ def unread_groups(root: Root) -> Iterator[str]:
     if not has_fpn(root):
         yield "MODEL.FPN"
     if model.backbone.name in LIBRARY_BACKBONES:
-        yield "MODEL.RESNETS.NORM"
+        yield from ("MODEL.RESNETS.NORM", "MODEL.RESNETS.CONV")
     if model.roi_heads.name != "CascadeROIHeads":
         yield "MODEL.ROI_BOX_CASCADE_HEAD"
     if model.roi_heads.name == "Res5ROIHeads":  # both branches share one pooler and res5
         yield from ("MODEL.ROI_BOX_HEAD.NAME", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.POOLER_TYPE")
+        yield "MODEL.ROI_BOX_HEAD.CONV"
     if not model.mask_on:
         yield "MODEL.ROI_MASK_HEAD"
 
@@ -39,6 +42,12 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
         yield from _cascade_conflicts(root)
     if root.solver.ims_per_batch % root.solver.accumulate:
         yield "SOLVER.ACCUMULATE", f"must divide SOLVER.IMS_PER_BATCH, which is {root.solver.ims_per_batch}"
+    weights = model.roi_box_head.class_weights
+    if weights and weights != "auto" and len(weights) != model.roi_heads.num_classes:
+        count = model.roi_heads.num_classes
+        yield "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", f"must be auto or {count} numbers, one for each class"
+    if root.solver.early_stop.patience and not root.test.eval_period:
+        yield "SOLVER.EARLY_STOP.PATIENCE", "needs a TEST.EVAL_PERIOD: there is no evaluation before the end"
     levels = len(model.rpn.in_features)
     for name in ("sizes", "aspect_ratios"):
         key, values = f"MODEL.ANCHOR_GENERATOR.{name.upper()}", getattr(model.anchor_generator, name)
@@ -85,6 +94,9 @@ def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
     if root.model.backbone.activation_checkpointing and resnets.norm in ("BN", "SyncBN"):
         complaint = "needs a MODEL.RESNETS.NORM without running statistics, which would be updated twice"
         yield "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING", f"{complaint}; choose GN"
+    if resnets.conv and any(resnets.deform_on_per_stage):
+        complaint = "is not for deformable convolutions; set it to '', or DEFORM_ON_PER_STAGE to False"
+        yield "MODEL.RESNETS.CONV", complaint
     if resnets.depth < 50:
         if (resnets.num_groups, resnets.res5_dilation) != (1, 1):
             yield "MODEL.RESNETS.DEPTH", "has neither NUM_GROUPS nor RES5_DILATION; set both to 1"
@@ -92,6 +104,7 @@ def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
             yield "MODEL.RESNETS.DEPTH", "needs RES2_OUT_CHANNELS of 64, its own width, or less"
         if root.model.roi_heads.name == "Res5ROIHeads":
             yield "MODEL.RESNETS.DEPTH", "must be 50 or more for Res5ROIHeads, whose blocks are bottlenecks"
+    yield from _deform_conflicts(root)
     if resnets.res5_dilation != 1:
         if has_fpn(root):
             yield "MODEL.RESNETS.RES5_DILATION", "must be 1 with an FPN, whose levels differ in stride"
@@ -99,10 +112,27 @@ def _backbone_conflicts(root: Root) -> Iterator[tuple[str, str]]:
             yield "MODEL.RESNETS.RES5_DILATION", "must be 1 where the backbone ends before res5"
 
 
+def _deform_conflicts(root: Root) -> Iterator[tuple[str, str]]:
+    resnets = root.model.resnets
+    if not any(resnets.deform_on_per_stage):
+        return
+    if resnets.depth < 50:
+        yield _DEFORM, "must be all False for DEPTH 18 and 34: deformable convolutions are in bottlenecks"
+    if resnets.deform_on_per_stage[3] and root.model.roi_heads.name == "Res5ROIHeads":
+        yield _DEFORM, "must end with False for Res5ROIHeads, which have no deformable convolutions"
+    first = resnets.deform_on_per_stage.index(True)
+    width = resnets.num_groups * resnets.width_per_group * 2**first
+    if width % resnets.deform_num_groups:
+        complaint = f"must divide {width}, the channels of the 3x3 convolutions of res{first + 2}"
+        yield "MODEL.RESNETS.DEFORM_NUM_GROUPS", complaint
+
+
 def _library_conflicts(root: Root) -> Iterator[tuple[str, str]]:
     backbone = root.model.backbone
     if not backbone.model:
         yield "MODEL.BACKBONE.MODEL", f"must name a network of {LIBRARY_BACKBONES[backbone.name]}"
+    if any(root.model.resnets.deform_on_per_stage):
+        yield _DEFORM, f"must be all False for {backbone.name}: its network stays as the library builds it"
     if root.model.roi_heads.name == "Res5ROIHeads":
         complaint = "needs the blocks of build_resnet_backbone; choose StandardROIHeads"
         yield "MODEL.ROI_HEADS.NAME", complaint

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from .types import NEVER_READ, Section, as_names, as_tuple, from_text, key, only, unread
 
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "GN1", "IN", "LN")
+CONVS = ("", "WS", "StdConv")
 RESNET_BACKBONES = ("build_resnet_backbone", "build_resnet_fpn_backbone")
 LIBRARY_BACKBONES = {
     "build_torchvision_backbone": "torchvision",
@@ -65,7 +66,7 @@ def _conv_dims(channels: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _metric(name: str) -> str:
-    if name != "auto" and not re.fullmatch(r"(bbox|segm)/\S.*", name):
+    if name != "auto" and not re.fullmatch(r"(bbox|segm|boundary)/\S.*", name):
         raise ValueError("must be 'auto' or such as 'bbox/AP', 'segm/AP50'")
     return name
 
@@ -113,7 +114,7 @@ Amount = Annotated[Int, Field(gt=0, le=10**6)]  # boxes, images or parts that ar
 Side = Annotated[Int, Field(gt=0, le=2**15)]  # of an image, pixels
 
 AsTuple = BeforeValidator(as_tuple)
-Bools = Annotated[tuple[Bool, ...], AsTuple]
+BoolOfEachStage = Annotated[tuple[Bool, Bool, Bool, Bool], AsTuple]
 Ints = Annotated[tuple[Int, ...], AsTuple]
 Floats = Annotated[tuple[Float, ...], AsTuple]
 FloatLists = Annotated[tuple[Floats, ...], AsTuple]
@@ -121,6 +122,7 @@ Lengths = Annotated[tuple[Side, ...], Field(min_length=1, max_length=1000), AsTu
 Milestones = Annotated[tuple[PositiveInt, ...], AsTuple, AfterValidator(_increasing)]
 Increasing = Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_increasing)]
 MatchLabels = Annotated[tuple[Literal[-1, 0, 1], ...], AsTuple]
+ClassWeights = Annotated[Literal["auto"] | tuple[NonNegative, ...], AsTuple]
 ConvDims = Annotated[Ints, AfterValidator(_conv_dims)]
 Pair = Annotated[tuple[Float, Float], AsTuple]
 PerChannel = Annotated[tuple[Float, Float, Float], AsTuple]
@@ -175,6 +177,12 @@ class ResNets(Section):
     )
     num_groups: Channels = key(1, "Groups of the 3x3 convolutions (ResNeXt's cardinality); unrelated to GN.")
     norm: Str = key("FrozenBN", "Norm of the backbone.", NORMS)
+    conv: Str = key(
+        "",
+        "Convolutions of the backbone: WS standardises their weights as mmdetection's ConvWS does, StdConv "
+        "as timm's and BiT's StdConv2d do. Weights of one kind compute something else with another.",
+        CONVS,
+    )
     width_per_group: Channels = key(64, "Channels of the 3x3 convolutions of res2, for each group.")
     stride_in_1x1: Bool = key(
         True,
@@ -184,15 +192,19 @@ class ResNets(Section):
     res5_dilation: Dilation = key(1, "2 keeps res5 at stride 16 (DC5).")
     res2_out_channels: Channels = key(256, "Channels of res2, doubled by each stage; 64 in ResNet-18 and 34.")
     stem_out_channels: Channels = key(64, "Channels of the stem.")
-    deform_on_per_stage: Bools = only((False, False, False, False))
-    deform_modulated: Bool = unread(False)
-    deform_num_groups: PositiveInt = unread(1)
+    deform_on_per_stage: BoolOfEachStage = key(
+        (False, False, False, False),
+        "Stages res2 to res5 whose 3x3 convolutions are deformable, for DEPTH 50 or more.",
+    )
+    deform_modulated: Bool = key(False, "Deformable convolutions multiply each sample by a learned factor.")
+    deform_num_groups: Channels = key(1, "Parts of the channels that have offsets of their own.")
 
 
 class FPN(Section):
     in_features: Stages = key((), "Stages that feed the pyramid.")
     out_channels: Channels = key(256, "Channels of each level of the pyramid.")
     norm: Str = key("", "Norm of the pyramid.", NORMS)
+    conv: Str = key("", "Convolutions of the pyramid; see MODEL.RESNETS.CONV.", CONVS)
     fuse_type: Literal["sum", "avg"] = key("sum", "Operation that joins a level and the one above it.")
 
 
@@ -287,8 +299,14 @@ class ROIBoxHead(Section):
     num_conv: Small = key(0, "Convolutions before the fully connected layers; 4 in the paper.")
     conv_dim: Channels = key(256, "Channels of these convolutions.")
     norm: Str = key("", "Norm of the box head's convolutions.", NORMS)
+    conv: Str = key("", "The box head's convolutions; see MODEL.RESNETS.CONV.", CONVS)
     cls_agnostic_bbox_reg: Bool = key(
         False, "One box for each RoI instead of one for each class; CascadeROIHeads need it."
+    )
+    class_weights: ClassWeights = key(
+        (),
+        "Factors of the classification loss by class, 1 for background; auto: 1 / sqrt(number of objects), "
+        "scaled to a mean of 1 over the objects; empty: none.",
     )
     train_on_pred_boxes: Bool = only(False)
     use_fed_loss: Bool = only(False)
@@ -304,6 +322,7 @@ class ROIMaskHead(Section):
     num_conv: Small = key(0, "Convolutions of the mask head before the upsampling.")
     conv_dim: Channels = key(256, "Channels of these convolutions and of the upsampling.")
     norm: Str = key("", "Norm of the mask head's convolutions.", NORMS)
+    conv: Str = key("", "The mask head's convolutions before the upsampling; see MODEL.RESNETS.CONV.", CONVS)
     cls_agnostic_mask: Bool = key(False, "One mask for each RoI instead of one for each class.")
     pooler_type: Str = key("ROIAlignV2", "See MODEL.ROI_BOX_HEAD.POOLER_TYPE.", POOLERS)
 
@@ -399,6 +418,14 @@ class Model(Section):
         "auto", "Memory format of backbone and heads; auto: channels-last for training on a CPU."
     )
     compile: Bool = key(False, "torch.compile of backbone and FPN in training.")
+    conv_style: Literal["detectron2", "tensorpack"] = key(
+        "detectron2",
+        "Convolutions with a norm in FPN, box head and mask head. detectron2: no bias, and ReLU after the "
+        "norm; tensorpack: a bias, and ReLU before the norm.",
+    )
+    freeze: Names = key(
+        (), "Parameters that are not trained: names of modules or parameters, or patterns with *."
+    )
     gn: GN = GN()
     backbone: Backbone = Backbone()
     resnets: ResNets = ResNets()
@@ -533,6 +560,12 @@ class EMA(Section):
     )
 
 
+class EarlyStop(Section):
+    patience: Count = key(
+        0, "Evaluations without a better BEST_CHECKPOINT_METRIC after which training ends; 0: it never does."
+    )
+
+
 class Solver(Section):
     lr_scheduler_name: Str = key(
         "WarmupMultiStepLR",
@@ -563,6 +596,11 @@ class Solver(Section):
         ge=0,
         le=10**6,
     )
+    lr_multipliers: Annotated[dict[Str, NonNegative], FromText] = key(
+        {},
+        "Factors of the learning rate, such as {'backbone': 0.1}: by names of modules or parameters, or "
+        "patterns with *; of several that fit the last counts.",
+    )
     bias_lr_factor: NonNegative = key(1.0, "Factor of the learning rate of biases.")
     weight_decay_bias: Annotated[NonNegative | None, FromText] = key(
         None, "Weight decay of biases; none: that of their layer's weights."
@@ -586,6 +624,7 @@ class Solver(Section):
         "proven with the installed PyTorch, so far nowhere.",
     )
     ema: EMA = EMA()
+    early_stop: EarlyStop = EarlyStop()
     non_finite: Literal["stop", "skip"] = key(
         "stop", "Stop at, or skip, a step with a non-finite loss or gradient."
     )
@@ -596,15 +635,26 @@ class Checkpoint(Section):
 
 
 class Augmentation(Section):
-    enabled: Bool = only(False)
-    min_sizes: Ints = unread((400, 500, 600, 700, 800, 900, 1000, 1100, 1200))
-    max_size: Int = unread(4000)
-    flip: Bool = unread(True)
+    enabled: Bool = key(
+        False,
+        "Test-time augmentation: detect in several sizes of each image, and merge. An evaluation gives AP "
+        "without it (bbox, segm) and with it (bbox_TTA, segm_TTA).",
+    )
+    min_sizes: Lengths = key(
+        (400, 500, 600, 700, 800, 900, 1000, 1100, 1200),
+        "Lengths of the shorter side, pixels, of the images made from that of INPUT.MIN_SIZE_TEST.",
+    )
+    max_size: Amount = key(4000, "Limit of the longer side of these images, pixels.")
+    flip: Bool = key(True, "Detect in the mirror image of each, too.")
 
 
 class PreciseBN(Section):
-    enabled: Bool = only(False)
-    num_iter: Int = unread(200)
+    enabled: Bool = key(
+        False,
+        "Before each evaluation in training, and at its end, set the statistics of BatchNorms that are "
+        "trained to their means over the next NUM_ITER batches.",
+    )
+    num_iter: Amount = key(200, "Training batches for these means.")
 
 
 class Test(Section):
@@ -618,6 +668,7 @@ class Test(Section):
     coco_eval_backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = key(
         "auto", "Library that computes AP; all give the same numbers."
     )
+    boundary_ap: Bool = key(False, "Compute the Boundary AP of masks, too: how well outlines fit.")
 
 
 class Vis(Section):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import GroupNorm
+from ..layers import GroupNorm, WSConv2d
 from .match import GroupStatistics, Run, keep_constants, matched_affine
 from .source import SourceNorm
 
@@ -218,6 +218,7 @@ def _find_feeding(
         for name, module in model.named_modules()
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
         and isinstance(module._parameters.get("weight"), nn.Parameter)
+        and not isinstance(module, WSConv2d)  # its output does not see the scale of its weight
         and weights[module.weight] == 1
     }
     produced: dict[int, str] = {}

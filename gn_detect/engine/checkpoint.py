@@ -26,6 +26,7 @@ FINAL = "model_final.pth"
 BEST = "model_best.pth"
 METRICS = "metrics.jsonl"
 INFERENCE, RESULTS, PICTURES = "inference", "results.json", "pictures"
+AUGMENTED = "_TTA"  # detectron2's ending for results and folders of an evaluation with test-time augmentation
 
 EARLIER = ".earlier"  # ending for files of an earlier run under a name that this run uses
 DAMAGED = ".damaged"  # ending for a checkpoint, or a list of them, that could not be read
@@ -222,7 +223,8 @@ def start_anew(folder: Path) -> None:
     and their config get the ending ``.earlier``. A kill in between leaves the earlier run, or a folder
     without a config; the next attempt sets the rest aside.
     """
-    kept = [name for name in (FINAL, BEST, METRICS, INFERENCE, RESULTS, PICTURES) if (folder / name).exists()]
+    of_runs = (FINAL, BEST, METRICS, INFERENCE, f"{INFERENCE}{AUGMENTED}", RESULTS, PICTURES)
+    kept = [name for name in of_runs if (folder / name).exists()]
     kept = [name for name in (CONFIG, ENVIRONMENT) if kept and (folder / name).exists()] + kept
     for name in kept:
         shutil.rmtree(folder / f"{name}{EARLIER}", ignore_errors=True)  # os.replace replaces no folder

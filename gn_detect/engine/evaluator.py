@@ -12,12 +12,14 @@ from ..config import Config, load_config
 from ..data import check_classes, match_classes
 from ..distributed.group import by_main, is_main, resolve_device, share
 from ..errors import UserError
-from ..evaluation import Stop, evaluate_model
+from ..evaluation import BOUNDARY, DIAGNOSIS, Stop, evaluate_model
+from ..evaluation.model import Detector
 from ..files import atomic_write_json, json_values
 from ..modeling import detection_format, make_model
 from ..modeling.mask_rcnn import MaskRCNN
 from ..weights import Checkpoint, load_weights, read_checkpoint
-from .checkpoint import CONFIG, INFERENCE, RESULTS, share_last_checkpoint
+from .augmented import AugmentedDetector
+from .checkpoint import AUGMENTED, CONFIG, INFERENCE, RESULTS, share_last_checkpoint
 from .folder_lock import is_in_use
 from .metrics import run_log
 from .resume import OTHER_CLASSES
@@ -25,7 +27,8 @@ from .run import TestSets, load_test_sets, make_folder, write_run_config
 
 logger = logging.getLogger(__name__)
 
-# {"bbox": {"AP": ...}, "segm": {...}} in percent; for several test sets one such dict for each name.
+# {"bbox": {"AP": ...}, "segm": {...}, "diagnosis": {...}} in percent, with TEST.AUG also "bbox_TTA" and the
+# like; for several test sets one such dict for each name.
 Results = dict[str, Any]
 
 # Subfolder of inference/<dataset> for an evaluation while a training uses the run's folder.
@@ -37,7 +40,8 @@ def evaluate(cfg: Config, *, resume: bool = False, other_classes: bool = False) 
 
     Writes ``OUTPUT_DIR/inference/<dataset>/`` and ``OUTPUT_DIR/results.json``, and, if there is none,
     ``config.yaml`` and ``environment.json``, so that a report can be made. While a training uses the folder,
-    it writes only ``OUTPUT_DIR/inference/<dataset>/eval/``.
+    it writes only ``OUTPUT_DIR/inference/<dataset>/eval/``. With ``TEST.AUG.ENABLED`` a second evaluation,
+    with test-time augmentation, writes ``inference_TTA/<dataset>/`` in the same way.
 
     Args:
         cfg: ``MODEL.WEIGHTS`` is the checkpoint.
@@ -124,7 +128,12 @@ def match_test_sets(cfg: Config, tests: TestSets, checkpoint: Checkpoint, other_
 
 
 def evaluate_test_sets(
-    cfg: Config, model: MaskRCNN, tests: TestSets, stop: Stop | None = None, below: str = ""
+    cfg: Config,
+    model: MaskRCNN,
+    tests: TestSets,
+    stop: Stop | None = None,
+    below: str = "",
+    augmented: bool = True,
 ) -> Results:
     """Return AP on each set, the same in all processes; the model keeps its mode and memory format.
 
@@ -134,32 +143,66 @@ def evaluate_test_sets(
         tests: loaders and datasets.
         stop: may end the evaluation with Interrupted, after each batch.
         below: subfolder of each dataset's folder for the files.
+        augmented: evaluate with test-time augmentation, too, where ``TEST.AUG.ENABLED`` asks for it.
     """
     iou_types = ["bbox", "segm"] if cfg.model.mask_on else ["bbox"]
+    iou_types += [BOUNDARY] * (cfg.test.boundary_ap and cfg.model.mask_on)
     backend = cfg.test.coco_eval_backend
     share(model.buffers())
-    results = {}
-    for name, (loader, dataset) in tests.items():
-        folder = Path(cfg.output_dir) / INFERENCE / name / below
-        logger.info("evaluating %d images of %s", len(dataset), name)
-        with model.in_memory_format(detection_format(cfg)):
-            results[name] = evaluate_model(
-                model, loader, dataset, folder, backend=backend, iou_types=iou_types, stop=stop
-            )
-        if is_main():
-            write_results(folder / RESULTS, results[name])
+    results: dict[str, Results] = {name: {} for name in tests}
+    detectors: dict[str, Detector] = {"": model}
+    if augmented and cfg.test.aug.enabled:
+        detectors[AUGMENTED] = AugmentedDetector(model, cfg)
+    for ending, detector in detectors.items():
+        for name, (loader, dataset) in tests.items():
+            folder = Path(cfg.output_dir) / f"{INFERENCE}{ending}" / name / below
+            how = " with test-time augmentation" if ending else ""
+            logger.info("evaluating %d images of %s%s", len(dataset), name, how)
+            with model.in_memory_format(detection_format(cfg)):
+                found = evaluate_model(
+                    model,
+                    loader,
+                    dataset,
+                    folder,
+                    backend=backend,
+                    iou_types=iou_types,
+                    stop=stop,
+                    detector=detector,
+                )
+            if is_main():
+                write_results(folder / RESULTS, found)
+            kinds = [kind for kind in found if not (ending and kind == DIAGNOSIS)]  # its folder has that
+            results[name] |= {f"{kind}{ending}": found[kind] for kind in kinds}
     return next(iter(results.values())) if len(results) == 1 else results
 
 
 def scalars_of(results: Results) -> dict[str, float]:
-    """Return results as flat scalars: ``bbox/AP``, or ``<dataset>/bbox/AP`` for several test sets."""
+    """Return AP and AR as flat scalars: ``bbox/AP``, or ``<dataset>/bbox/AP`` for several test sets."""
     flat: dict[str, float] = {}
     for key, value in results.items():
+        if key.startswith(DIAGNOSIS):
+            continue
         if isinstance(value, dict):
             flat.update({f"{key}/{name}": number for name, number in scalars_of(value).items()})
         else:
             flat[key] = value
     return flat
+
+
+def score_thresholds(cfg: Config, results: Results, tests: TestSets) -> list[float]:
+    """Return the score with the best F1 for each class by label, of the test set that decides the best AP.
+
+    A class without a true positive has the score of all classes together. Empty if none has a true positive.
+    """
+    name, (_, dataset) = next(iter(tests.items()))
+    results = results if len(tests) == 1 else results[name]
+    found = results.get(DIAGNOSIS, {}).get("segm" if cfg.model.mask_on else "bbox")
+    if not found or found["threshold"] is None:
+        return []
+    known = sorted(category_id for category_id in dataset.category_ids if category_id is not None)
+    by_id: dict[Any, Any] = dict(zip(known, found["thresholds"].values(), strict=True))
+    best = [by_id.get(category_id) or found["threshold"] for category_id in dataset.category_ids]
+    return [float(each["score"]) for each in best]
 
 
 def write_results(path: Path, results: Results) -> None:

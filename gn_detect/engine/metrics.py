@@ -344,6 +344,12 @@ def _iteration(line: str) -> float:
         return math.inf
 
 
+def count_evaluations(folder: Path, after: int, until: int) -> int:
+    """Return the number of evaluations in a run's ``metrics.jsonl``, ``after`` < iteration <= ``until``."""
+    lines = [line for line in _lines(folder / METRICS) if after < _iteration(line) <= until]
+    return sum("total_loss" not in json.loads(line) for line in lines)
+
+
 def _ends_with_evaluation(lines: list[str], start: int) -> bool:
     """Return whether an evaluation, not training, wrote the last line, after iteration ``start - 1``."""
     return bool(lines) and _iteration(lines[-1]) == start - 1 and "total_loss" not in json.loads(lines[-1])

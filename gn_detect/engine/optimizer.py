@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers import is_norm
+from ..modeling.freezing import check_patterns, fits, part_of
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -43,11 +44,16 @@ def parameter_groups(cfg: Config, model: nn.Module) -> list[dict[str, Any]]:
     ``WEIGHT_DECAY_NORM`` applies to the parameters of normalisations (0 by default, which the Group
     Normalization paper calls important), ``WEIGHT_DECAY_BIAS`` and ``BIAS_LR_FACTOR`` to each parameter named
     ``bias``, norms included; None means ``WEIGHT_DECAY`` or the norm's own. The rules are detectron2's.
+    ``LR_MULTIPLIERS`` are ours.
+
+    Raises:
+        UserError: a pattern of ``LR_MULTIPLIERS`` fits no parameter.
     """
     solver = cfg.solver
+    check_patterns("SOLVER.LR_MULTIPLIERS", solver.lr_multipliers, model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue
@@ -58,11 +64,31 @@ def parameter_groups(cfg: Config, model: nn.Module) -> list[dict[str, Any]]:
                 rate *= solver.bias_lr_factor
                 if solver.weight_decay_bias is not None:
                     decay = solver.weight_decay_bias
+            for pattern, factor in reversed(solver.lr_multipliers.items()):
+                if fits(f"{prefix}.{name}", pattern):
+                    rate *= factor
+                    break
             groups.setdefault((rate, decay), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
     ]
+
+
+def describe_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Return a table: the parameters of each part, how many of them are trained, and their learning rates."""
+    rates = {p: group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(part_of(name), []).append(parameter)
+    width = max(map(len, parts))
+    lines = [f"{'part':<{width}}  parameters     trained  learning rate"]
+    for part, parameters in parts.items():
+        trained = [parameter for parameter in parameters if parameter in rates]
+        counts = (sum(p.numel() for p in some) for some in (parameters, trained))
+        shown = ", ".join(f"{rate:g}" for rate in sorted({rates[parameter] for parameter in trained}))
+        lines.append(f"{part:<{width}}  " + "  ".join(f"{n:>10,}" for n in counts) + f"  {shown or '-':>13}")
+    return "\n".join(lines)
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -87,7 +88,7 @@ def predict_images(
     tasks: Sequence[Task],
     folder: Path,
     *,
-    threshold: float = 0.5,
+    threshold: float | Sequence[float] = 0.5,
     workers: int = 1,
     pictures: bool = True,
     category_ids: Sequence[int | None] | None = None,
@@ -101,7 +102,7 @@ def predict_images(
         predictor: the model.
         tasks: the images; one that cannot be read is left out and named in the outcome.
         folder: gets both files.
-        threshold: the lowest score in pictures and files.
+        threshold: the lowest score in pictures and files, of all classes or by label.
         workers: threads that read and processes that draw; 0 does all in turn.
         pictures: False writes only the files.
         category_ids: by label, in place of the predictor's; detections of a class with None are left out.
@@ -204,14 +205,18 @@ def _detect(
     pixels: np.ndarray,
     image_id: Any,
     classes: Classes,
-    threshold: float,
+    threshold: float | Sequence[float],
     highest: list[float],
 ) -> tuple[list[Json], float | None]:
     found = predictor.find(pixels)
-    count = int((found.scores >= threshold).sum())
-    # The best come first, and a slice copies no masks.
-    entries = detections_to_coco(found[:count], image_id, classes.category_ids, pixels.shape[:2])
     scores = [*found.scores[:1].tolist(), *highest]
+    lowest = threshold if isinstance(threshold, int | float) else min(threshold)
+    # The best come first, and a slice copies no masks.
+    kept = found[: int((found.scores >= lowest).sum())]
+    if not isinstance(threshold, int | float):
+        least = torch.tensor(threshold, dtype=torch.float64, device=kept.labels.device)
+        kept = kept[(kept.scores >= least[kept.labels]).nonzero()[:, 0]]
+    entries = detections_to_coco(kept, image_id, classes.category_ids, pixels.shape[:2])
     highest.clear()
     return entries, max(scores, default=None)
 
@@ -221,7 +226,12 @@ def _size_of(pixels: np.ndarray) -> str:
 
 
 def predict_video(
-    predictor: ImagePredictor, path: Path, output: Path, *, threshold: float = 0.5, workers: int = 1
+    predictor: ImagePredictor,
+    path: Path,
+    output: Path,
+    *,
+    threshold: float | Sequence[float] = 0.5,
+    workers: int = 1,
 ) -> Outcome:
     """Write a video with its detections drawn, and the detections frame by frame.
 

@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..modeling import detection_format, make_model
 from ..structures import Detections
 from ..weights import COCO_IDS, Checkpoint, load_weights, read_checkpoint
+from .augmented import AugmentedDetector
 from .image_detections import ImageDetections
 from .pretrained import as_pairs, read_pretrained
 
@@ -38,11 +39,14 @@ class ImagePredictor(ABC):
         cfg: config of the model.
         class_names: names indexed by label; ``class 0``, ``class 1``, ... if the names are not known.
         category_ids: ids of the training JSON, indexed by label.
+        score_thresholds: the score with the best F1 on the test images of the training, indexed by label;
+            empty if the weights do not hold them.
     """
 
     cfg: Config
     class_names: list[str]
     category_ids: list[int]
+    score_thresholds: list[float]
 
     @overload
     def __call__(self, image: ImageSource) -> ImageDetections: ...  # type: ignore[overload-overlap]
@@ -106,7 +110,7 @@ class ImagePredictor(ABC):
 
 
 class Predictor(ImagePredictor):
-    """Find objects as the evaluation does: same resizing, same thresholds.
+    """Find objects as the evaluation does: same resizing, same thresholds, augmented with ``TEST.AUG``.
 
     Args:
         cfg: ``MODEL.WEIGHTS`` names the checkpoint; ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` is the least score.
@@ -137,6 +141,7 @@ class Predictor(ImagePredictor):
         names, ids = _coco_classes() if _is_for_coco(cfg) else (unnamed_classes(count), range(1, count + 1))
         self.class_names = _of_length(count, checkpoint.metadata.class_names) or list(names)
         self.category_ids = _of_length(count, checkpoint.metadata.category_ids) or list(ids)
+        self.score_thresholds = _of_length(count, checkpoint.metadata.score_thresholds) or []
 
     @classmethod
     def from_pretrained(cls, source: str | Path, overrides: Mapping[str, Any] | None = None) -> Predictor:
@@ -153,7 +158,8 @@ class Predictor(ImagePredictor):
         return cls(*read_pretrained(source, as_pairs(overrides or {})))
 
     def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
-        return self.model.detect([prepare_image(pixels, self.cfg)], [pixels.shape[:2]], paste)[0]
+        detector = AugmentedDetector(self.model, self.cfg) if self.cfg.test.aug.enabled else self.model
+        return detector.detect([prepare_image(pixels, self.cfg)], [pixels.shape[:2]], paste)[0]
 
 
 def unnamed_classes(count: int) -> list[str]:

@@ -34,8 +34,9 @@ FREE = (
     "DATASETS.REGISTER",  # the place of the data; their content is compared
     "DATASETS.ROOT", "DATASETS.ALLOW_OUTSIDE", "DATALOADER.NUM_WORKERS",
     "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.LOG_PERIOD", "SOLVER.NON_FINITE",
-    "SOLVER.CUDA_GRAPHS",
+    "SOLVER.CUDA_GRAPHS", "SOLVER.EARLY_STOP",
     "TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH", "TEST.COCO_EVAL_BACKEND", "TEST.EXPECTED_RESULTS",
+    "TEST.BOUNDARY_AP", "TEST.AUG",  # the latter has results of its own, after the last iteration
 )  # fmt: skip
 
 # Keys that name files and folders of a machine, which a checkpoint does not hold.

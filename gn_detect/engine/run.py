@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from ..config import dump_config, load_config, with_absolute_paths, without_paths
@@ -42,6 +43,7 @@ from ..evaluation import METRICS
 from ..files import atomic_write_json, atomic_write_text, check_writable, remedy
 from ..modeling import make_model
 from ..modeling.mask_rcnn import MaskRCNN
+from ..text import Lines
 from ..weights import (
     Checkpoint,
     CheckpointMetadata,
@@ -60,8 +62,8 @@ from .checkpoint import (
     start_anew,
 )
 from .folder_lock import FolderLock
-from .metrics import MetricsWriter
-from .optimizer import learning_rate_factor, scale_config, set_learning_rate
+from .metrics import MetricsWriter, count_evaluations
+from .optimizer import describe_parameters, learning_rate_factor, scale_config, set_learning_rate
 from .resume import (
     changes,
     check_changes,
@@ -100,9 +102,13 @@ class Run:
     data: dict[str, str]  # describe_data() of both
     start: int = 0  # the first iteration; 0 unless the run is resumed
     best: float = -1.0  # in the first process: the metric of model_best.pth
+    stale: int = 0  # in the first process: evaluations since that one
+    stopped: bool = False  # SOLVER.EARLY_STOP ends the run here
     losses: dict[str, list[float]] = field(default_factory=dict)  # from the checkpoint: since the last report
+    thresholds: list[float] = field(default_factory=list)  # of the last evaluation, see score_thresholds()
     skipped: int = 0  # steps that were skipped because something was not finite
     is_evaluated: bool = True  # the weights after ``done`` iterations need no evaluation
+    precise: int = -1  # iterations after which TEST.PRECISE_BN set the statistics last
     done: int = field(init=False)  # iterations that are done
     saved: int = field(init=False)  # iterations in the newest checkpoint
     lock: FolderLock = field(init=False, repr=False)
@@ -117,7 +123,13 @@ class Run:
 
     @property
     def end(self) -> int:
-        return self.cfg.solver.max_iter
+        return self.done if self.stopped else self.cfg.solver.max_iter
+
+    def check_patience(self) -> None:
+        """Let all processes stop if ``SOLVER.EARLY_STOP`` says so."""
+        patience = self.cfg.solver.early_stop.patience
+        if patience:
+            self.stopped = from_main(self.stale >= patience)
 
     def is_due(self, period: int) -> bool:
         """Return whether a periodic action follows the last iteration; at the end, each action does."""
@@ -130,6 +142,7 @@ class Run:
             iteration=self.done - 1,
             seed=self.cfg.seed,
             losses=losses,
+            score_thresholds=self.thresholds if self.is_evaluated else [],
             **self.state.metadata(),
         )
 
@@ -165,6 +178,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     if checkpoint is not None and not other_classes:
         check_classes_of_run(dataset, checkpoint)
     check_classes(dataset, cfg.model.roi_heads.num_classes)
+    given, cfg = (_with_class_weights(each, dataset) for each in (given, cfg))
     tests = load_test_sets(cfg)
     test_sets = {name: test_set for name, (_, test_set) in tests.items()}
     for test_set in test_sets.values():
@@ -190,12 +204,18 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
         report.converted = [*converted, *report.converted]
         logger.info("%s", report)
     model.to(device).train()
-    run = Run(cfg, device, model, make_state(cfg, model), loader, dataset, tests, data, start)
+    state = make_state(cfg, model)
+    if cfg.model.freeze or cfg.solver.lr_multipliers:
+        logger.info("%s", Lines(describe_parameters(model, state.optimizer)))
+    run = Run(cfg, device, model, state, loader, dataset, tests, data, start)
     if checkpoint is not None:
         run.state.restore(known, str(checkpoint.path))
         set_learning_rate(run.state.optimizer, learning_rate_factor(cfg, max(start - 1, 0)))
         run.losses = known.losses or {}
-        run.best = _best_so_far(given, data) if is_main() else -1.0
+        if is_main():
+            run.best, iteration = _best_so_far(given, data)
+            run.stale = count_evaluations(run.folder, iteration, start - 1)
+        run.check_patience()
     return run
 
 
@@ -239,6 +259,19 @@ def _decide_seed(cfg: Config, known: CheckpointMetadata) -> Config:
     return cfg.replace({"SEED": seed if known.seed is None else known.seed})
 
 
+def _with_class_weights(cfg: Config, dataset: CocoDataset) -> Config:
+    """Replace ``CLASS_WEIGHTS auto`` by numbers: 1 / sqrt(objects), with a mean of 1 over the objects.
+
+    A class without objects has the weight of one with a single object.
+    """
+    if cfg.model.roi_box_head.class_weights != "auto":
+        return cfg
+    counts = np.bincount(dataset.objects.labels, minlength=len(dataset.class_names))
+    weights = 1 / np.sqrt(np.maximum(counts, 1))
+    weights /= (counts * weights).sum() / counts.sum()
+    return cfg.replace({"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS": [round(float(w), 4) for w in weights]})
+
+
 def _check_accumulation(cfg: Config) -> None:
     solver, unit = cfg.solver, world_size() * cfg.solver.accumulate
     if solver.accumulate > 1 and solver.ims_per_batch % unit:
@@ -255,7 +288,11 @@ def _check_best_metric(cfg: Config, dataset: CocoDataset) -> None:
     if metric == "auto":
         return
     kind, _, name = metric.partition("/")
-    if kind == "segm" and not cfg.model.mask_on:
+    if kind == "boundary" and not cfg.test.boundary_ap:
+        raise UserError(
+            "conflicting-keys", f"SOLVER.BEST_CHECKPOINT_METRIC {metric} needs TEST.BOUNDARY_AP True; add it"
+        )
+    if kind != "bbox" and not cfg.model.mask_on:
         raise UserError(
             "conflicting-keys",
             f"SOLVER.BEST_CHECKPOINT_METRIC {metric} needs MODEL.MASK_ON True; choose bbox/{name}",
@@ -278,21 +315,24 @@ def best_metric(cfg: Config) -> str:
     return metric if len(cfg.datasets.test) < 2 else f"{cfg.datasets.test[0]}/{metric}"
 
 
-def _best_so_far(cfg: Config, data: dict[str, str]) -> float:
-    """Return the value in ``model_best.pth``; -1 if there is none, or it is of other test data or metric."""
-    path = Path(cfg.output_dir) / BEST
+def _best_so_far(cfg: Config, data: dict[str, str]) -> tuple[float, int]:
+    """Return the value in ``model_best.pth`` and its iteration.
+
+    They are -1 and the newest possible iteration if there is none, or it is of other test data or metric.
+    """
+    path, none = Path(cfg.output_dir) / BEST, (-1.0, sys.maxsize)
     if not path.is_file():
-        return -1.0
+        return none
     try:
         best = read_checkpoint(path)
     except UserError as error:
         logger.warning("%s is passed over, and the next evaluation replaces it: %s", BEST, error)
-        return -1.0
+        return none
     for change in changes(cfg, best, data):
         if change.key.removeprefix("the content of ").startswith(BEST_IS_OF):
-            return -1.0
-    value = best.metadata.others.get(best_metric(cfg))
-    return value if isinstance(value, float) else -1.0
+            return none
+    value, iteration = best.metadata.others.get(best_metric(cfg)), best.metadata.iteration
+    return (value, iteration) if isinstance(value, float) and iteration is not None else none
 
 
 def lock_folder(lock: FolderLock) -> None:

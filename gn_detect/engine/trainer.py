@@ -27,11 +27,12 @@ from ..modeling.mask_rcnn import MaskRCNN
 from .checkpoint import BEST, FINAL, PICTURES, RESULTS, checkpoint_name, save_checkpoint
 from .divergence import keep_black_box
 from .drawing import draw_curves, draw_test_images
-from .evaluator import Results, evaluate_test_sets, scalars_of, write_results
+from .evaluator import Results, evaluate_test_sets, scalars_of, score_thresholds, write_results
 from .folder_lock import FolderLock
 from .interruption import Interruption
 from .metrics import Meter, MetricsWriter, NotFinite, run_log
 from .optimizer import learning_rate_factor, set_learning_rate
+from .precise_bn import update_run
 from .run import Run, best_metric, lock_folder, make_folder, open_run_folder, prepare, write_run_config
 from .step import seed_iteration, train_step
 
@@ -124,7 +125,10 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
         with saved_on_failure(run, meter):
             if run.tests and not run.is_evaluated and run.is_due(cfg.test.eval_period):
                 with meter.pause():
+                    update_run(run)
                     results = evaluate_and_keep_best(run, interruption)
+                    if run.done >= run.end and (run.thresholds or run.stopped):
+                        save(run, meter.state())  # with them; if it is stopped, perhaps for the first time
             if run.done >= run.end:
                 return results
             with meter.waiting_for_data():
@@ -145,6 +149,9 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
         check_finite(run, meter, now=report_now or save_now)
         if report_now:
             record(run, meter.report(solver.base_lr * factor))
+        if run.is_due(cfg.test.eval_period) and not stop:
+            with meter.pause():
+                update_run(run)  # first, so that the checkpoint holds what is evaluated
         if save_now:
             with meter.pause():
                 save(run, meter.state())
@@ -243,18 +250,33 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
     The scalars are written last: they mark an evaluation that is complete.
     """
     model = cast(MaskRCNN, run.state.evaluated)
-    results = evaluate_test_sets(run.cfg, model, run.tests, interruption)
+    # Augmented evaluation costs many times as much, so it follows the last iteration only, as in detectron2.
+    at_end = run.done >= run.end
+    results = evaluate_test_sets(run.cfg, model, run.tests, interruption, "", at_end)
     check_folder(run)
     scalars = scalars_of(results)
     metric = best_metric(run.cfg)
     value = scalars.get(metric, float("nan"))
+    run.thresholds = score_thresholds(run.cfg, results, run.tests)
+    run.stale += 1
     if is_main() and value > run.best:
-        run.best = value
-        metadata = replace(run.origin(), iteration=run.done - 1, others={metric: value})
+        run.best, run.stale = value, 0
+        metadata = replace(
+            run.origin(),
+            iteration=run.done - 1,
+            score_thresholds=run.thresholds,
+            others={metric: value},
+        )
         save_checkpoint(run.folder, BEST, model, metadata, is_last=False)
         logger.info("best %s so far: %.2f, saved as %s", metric, value, BEST)
     record(run, scalars)
     run.is_evaluated = True
+    run.check_patience()
+    if run.stopped and run.done < run.cfg.solver.max_iter:
+        patience = run.cfg.solver.early_stop.patience
+        logger.info("no better %s in %d evaluations: training ends (SOLVER.EARLY_STOP)", metric, patience)
+        if run.cfg.test.aug.enabled:
+            results = evaluate_test_sets(run.cfg, model, run.tests, interruption, augmented=True)
     return results
 
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,32 @@ def _is_proven(backend: str) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Detections with the objects that they were matched with, at one IoU threshold.
+
+    They are at most 100 of each image and category, in order of the images, and within an image and category
+    in descending order of scores.
+
+    Attributes:
+        rows: (D,) int64, positions in the table of detections.
+        images, categories: (D,) int64, numbers of the ground truth.
+        scores: (D,) float64.
+        objects: (D,) int64, id of the annotation that a detection was matched with; 0 without one.
+        ignored: (D,) bool, neither true nor false positives: matched with a crowd.
+    """
+
+    rows: np.ndarray
+    images: np.ndarray
+    categories: np.ndarray
+    scores: np.ndarray
+    objects: np.ndarray
+    ignored: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 class Evaluators:
     """The evaluators of one backend for one dataset. They share what they can of its boxes and masks."""
 
@@ -83,7 +110,7 @@ class Evaluators:
         """Evaluate at COCO's 10 IoU thresholds, 4 ranges of area and at most 1, 10 and 100 detections.
 
         Args:
-            iou_type: ``"bbox"`` or ``"segm"``.
+            iou_type: ``"bbox"``, ``"segm"`` or ``"boundary"``.
             categories: K numbers of the ground truth's, ascending.
 
         Returns:
@@ -94,7 +121,7 @@ class Evaluators:
             UserError: the backend refuses a mask that is not valid RLE.
         """
         with self._quiet():
-            if self._backend == "hotcoco":
+            if self._backend == "hotcoco" and iou_type != "boundary":
                 evaluator = self._by_hotcoco(iou_type, categories)
             else:
                 evaluator = self._other(iou_type)
@@ -115,15 +142,37 @@ class Evaluators:
         """
         entries: dict[tuple[int, int], list[tuple[int, Json]]] = {}
         with self._quiet(), without_collector():
-            one = self._backend != "hotcoco"
-            for evaluator in [self._other(iou_type, plain=True)] if one else self._parts(iou_type):
-                evaluator.params.maxDets = [100]
+            for evaluator, _ in self._with_matches(iou_type):
                 evaluator.evaluate()
                 for entry in filter(None, evaluator.evalImgs):
                     key = entry["category_id"] - 1, _RANGES.index([float(edge) for edge in entry["aRng"]])
                     entries.setdefault(key, []).append((entry["image_id"] - 1, only_matches(entry)))
         images = len(self._truth.images)
         return {key: rank(found, images, THRESHOLDS) for key, found in entries.items()}
+
+    def pairs(self, iou_type: str, iou: float = 0.5) -> Pairs:
+        """Match detections with objects of any area at one IoU threshold.
+
+        Raises:
+            UserError: the backend refuses a mask that is not valid RLE.
+        """
+        columns: list[list[np.ndarray]] = [[np.empty(0, dtype=np.int64)] for _ in range(3)]
+        with self._quiet(), without_collector():
+            for evaluator, rows in self._with_matches(iou_type):
+                evaluator.params.iouThrs = np.array([iou])
+                evaluator.params.areaRng, evaluator.params.areaRngLbl = _RANGES[:1], ["all"]
+                evaluator.evaluate()
+                for entry in filter(None, evaluator.evalImgs):
+                    if len(entry["dtIds"]):
+                        columns[0].append(rows[np.asarray(entry["dtIds"], dtype=np.int64) - 1])
+                        columns[1].append(np.asarray(entry["dtMatches"][0], dtype=np.int64))
+                        columns[2].append(np.asarray(entry["dtIgnore"][0], dtype=np.int64))
+        rows, objects, ignored = map(np.concatenate, columns)
+        table = self._detections
+        order = np.argsort(table.images[rows], kind="stable")
+        rows, objects, ignored = rows[order], objects[order], ignored[order].astype(bool)
+        objects[ignored] = 0
+        return Pairs(rows, table.images[rows], table.categories[rows], table.scores[rows], objects, ignored)
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -138,15 +187,28 @@ class Evaluators:
                     "bad-rle", f"{self._backend} cannot evaluate these masks: {reason}; encode them again"
                 ) from error
 
-    def _parts(self, iou_type: str) -> Iterator[Any]:
-        """Yield hotcoco's evaluators of some images each."""
+    def _with_matches(self, iou_type: str) -> Iterator[tuple[Any, np.ndarray]]:
+        """Yield evaluators that keep the matches of at most 100 detections of each image and category.
+
+        Each comes with the rows of the table that are its detections 1, 2, ...
+        """
+        if self._backend == "hotcoco":
+            parts = self._parts(iou_type)
+        else:
+            parts = iter([(self._other(iou_type, plain=True), np.arange(len(self._detections)))])
+        for evaluator, rows in parts:
+            evaluator.params.maxDets = [100]
+            yield evaluator, rows
+
+    def _parts(self, iou_type: str) -> Iterator[tuple[Any, np.ndarray]]:
+        """Yield hotcoco's evaluators of some images each, with the rows of their detections."""
         hotcoco = importlib.import_module("hotcoco")
         known = self._ground_truth(iou_type)
         for images, objects, rows in self._split(known, np.arange(len(self._detections))):
             truth = hotcoco.COCO({**known, "images": images, "annotations": objects})
             columns = _columns(self._detections, rows, iou_type)
             masks = self._detections.masks(rows) if iou_type == "segm" else None
-            yield hotcoco.COCOeval(truth, truth.load_res(columns, segmentation=masks), iou_type)
+            yield hotcoco.COCOeval(truth, truth.load_res(columns, segmentation=masks), iou_type), rows
 
     def _split(self, known: Json, rows: np.ndarray) -> Iterator[tuple[list[Json], list[Json], np.ndarray]]:
         """Yield some images at a time with their annotations and those rows of the table."""
@@ -186,9 +248,11 @@ class Evaluators:
 
     def _other(self, iou_type: str, plain: bool = False) -> Any:
         """Return an evaluator of faster_coco_eval, or of pycocotools, which alone keeps its matches."""
+        boundary = iou_type == "boundary"
+        iou_type = "segm" if boundary else iou_type
         known, table = self._ground_truth(iou_type), self._detections
         given = {**known, "annotations": [table.entry(row, iou_type) for row in range(len(table))]}
-        if self._backend == "faster_coco_eval" and not plain:
+        if self._backend == "faster_coco_eval" and not plain and not boundary:
             module = importlib.import_module("faster_coco_eval")
             truth, found = module.COCO(known), module.COCO(given)
             return module.COCOeval_faster(truth, found, iou_type, print_function=lambda *_: None)
@@ -197,6 +261,10 @@ class Evaluators:
         for data, index in ((known, truth), (given, found)):
             index.dataset = data
             index.createIndex()
+        if boundary:
+            from .boundary import BoundaryEval  # pycocotools' evaluator takes long to import
+
+            return BoundaryEval(truth, found, "segm")
         return importlib.import_module("pycocotools.cocoeval").COCOeval(truth, found, iou_type)
 
 

@@ -10,14 +10,16 @@ import numpy as np
 
 from ..data.coco.canonical import CocoFile
 from .backends import Evaluators, choose_backend
-from .coco_data import GroundTruth, prepare_ground_truth
+from .coco_data import GroundTruth, Json, prepare_ground_truth
 from .detections import prepare_detections
+from .diagnosis import diagnose
 from .results_file import without_collector
 
 Annotations = str | Path | Mapping[str, Any] | CocoFile
 Results = str | Path | Sequence[Mapping[str, Any]]
 
 IOU_TYPES = ("bbox", "segm")
+BOUNDARY = "boundary"
 # Averages over the IoU thresholds 0.5, 0.55, ..., 0.95, except for AP50 and AP75. s, m and l are areas of
 # less than 32^2, up to 96^2 and more square pixels. AR1 to AR100 limit the detections of an image.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -49,8 +51,9 @@ def evaluate_kinds(
     Args:
         annotations_json: COCO ground truth: a file, its content, or what :func:`read_annotations` returned.
         results_json: COCO results, a file or its content; may be empty.
-        iou_types: ``"bbox"``, ``"segm"`` or both. With ``"segm"`` the areas of detections are those of their
-            masks.
+        iou_types: some of ``"bbox"``, ``"segm"`` and ``"boundary"``. With the last two the areas of
+            detections are those of their masks. ``"boundary"`` is the Boundary AP
+            (https://arxiv.org/abs/2103.16562), which pycocotools computes whatever the backend is.
         backend: ``"pycocotools"`` (the reference), ``"hotcoco"`` or ``"faster_coco_eval"``. None and
             ``"auto"`` choose the fastest installed one that is proven to give the same numbers.
 
@@ -63,14 +66,34 @@ def evaluate_kinds(
             backend is not installed.
         ValueError: an unknown IoU type.
     """
+    return evaluate_and_diagnose(annotations_json, results_json, iou_types, backend, only_metrics=True)[0]
+
+
+def evaluate_and_diagnose(
+    annotations_json: Annotations,
+    results_json: Results,
+    iou_types: Sequence[str] = IOU_TYPES,
+    backend: str | None = None,
+    *,
+    only_metrics: bool = False,
+) -> tuple[dict[str, dict[str, float]], dict[str, Json]]:
+    """Return what :func:`evaluate_kinds` does, and for each IoU type the result of :func:`diagnose`.
+
+    Arguments and errors are those of :func:`evaluate_kinds`. With ``only_metrics`` the second result is
+    empty.
+    """
     for iou_type in iou_types:
-        if iou_type not in IOU_TYPES:
-            raise ValueError(f"iou_type must be 'bbox' or 'segm', not {iou_type!r}")
+        if iou_type not in (*IOU_TYPES, BOUNDARY):
+            raise ValueError(f"iou_type must be 'bbox', 'segm' or 'boundary', not {iou_type!r}")
     backend = choose_backend(backend)
+    kinds = [kind for kind in IOU_TYPES if kind in iou_types or (kind == "segm" and BOUNDARY in iou_types)]
     with without_collector():
-        truth = prepare_ground_truth(annotations_json, "segm" if "segm" in iou_types else "bbox")
-        evaluators = Evaluators(truth, prepare_detections(results_json, truth, iou_types), backend)
-        return {iou_type: _metrics(truth, evaluators, iou_type) for iou_type in iou_types}
+        truth = prepare_ground_truth(annotations_json, kinds[-1])
+        table = prepare_detections(results_json, truth, kinds)
+        evaluators = Evaluators(truth, table, backend)
+        metrics = {iou_type: _metrics(truth, evaluators, iou_type) for iou_type in iou_types}
+        diagnosed = [] if only_metrics else [kind for kind in IOU_TYPES if kind in iou_types]
+        return metrics, {kind: diagnose(truth, table, evaluators, kind) for kind in diagnosed}
 
 
 def _metrics(truth: GroundTruth, evaluators: Evaluators, iou_type: str) -> dict[str, float]:

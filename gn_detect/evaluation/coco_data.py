@@ -60,7 +60,7 @@ class GroundTruth:
     def annotations(self, iou_type: str) -> list[Json]:
         """Return the annotations of an evaluation, in order of their ids."""
         found: list[Json] = self.coco["annotations"]
-        if iou_type == "segm" or not self.maskless:
+        if iou_type != "bbox" or not self.maskless:
             return found
         return sorted([*found, *self.maskless], key=itemgetter("id"))
 

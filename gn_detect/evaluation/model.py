@@ -25,9 +25,9 @@ from ..progress import progress_bar
 from ..structures import Detections, Sample
 from ..text import Lines
 from .backends import choose_backend
-from .coco import IOU_TYPES, evaluate_kinds
+from .coco import IOU_TYPES, evaluate_and_diagnose
 from .results_file import ResultsWriter, entry_text, gather_text
-from .table import format_results
+from .table import format_errors, format_results
 
 if TYPE_CHECKING:
     from ..modeling import MaskRCNN
@@ -38,15 +38,30 @@ RESULTS_FILE = "coco_instances_results.json"
 
 # The remedy if the memory of a GPU is too small for detection.
 LESS_MEMORY = (
-    "lower INPUT.MAX_SIZE_TEST and INPUT.MIN_SIZE_TEST, or TEST.DETECTIONS_PER_IMAGE, or use MODEL.DEVICE cpu"
+    "lower INPUT.MAX_SIZE_TEST and INPUT.MIN_SIZE_TEST (with TEST.AUG its MAX_SIZE), or "
+    "TEST.DETECTIONS_PER_IMAGE, or use MODEL.DEVICE cpu"
 )
 _MOVED_BYTES = 1 << 28  # masks that are moved from an accelerator to the CPU at once
 
-Metrics = dict[str, dict[str, float]]
+DIAGNOSIS = "diagnosis"
+
+Outcome = dict[str, dict[str, Any]]
 
 
 class Interrupted(Exception):
     """A signal ended an evaluation."""
+
+
+class Detector(Protocol):
+    """Anything that detects objects as :class:`gn_detect.modeling.MaskRCNN` does."""
+
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+        paste: bool = True,
+    ) -> list[Detections]:
+        """See :meth:`gn_detect.modeling.MaskRCNN.detect`."""
 
 
 class Stop(Protocol):
@@ -169,7 +184,8 @@ def evaluate_model(
     backend: str | None = None,
     iou_types: Sequence[str] = IOU_TYPES,
     stop: Stop | None = None,
-) -> Metrics:
+    detector: Detector | None = None,
+) -> Outcome:
     """Run a model on a dataset and compute its AP.
 
     In a process group each process takes the images of its own loader. The first process evaluates, and all
@@ -181,11 +197,13 @@ def evaluate_model(
         dataset: names the annotation file and the categories.
         output_dir: folder for ``coco_instances_results.json``; created if it is missing.
         backend: see :func:`evaluate_kinds`.
-        iou_types: ``"bbox"``, ``"segm"`` or both.
+        iou_types: some of ``"bbox"``, ``"segm"`` and ``"boundary"``.
         stop: asked after each batch.
+        detector: detects in place of the model, with whose weights it works.
 
     Returns:
-        ``{"bbox": {"AP": ..., ...}, "segm": {...}}`` in percent.
+        ``{"bbox": {"AP": ..., ...}, "segm": {...}, "diagnosis": {"bbox": {...}, "segm": {...}}}`` in percent;
+        see :func:`diagnose` for the last. Boundary AP is under ``"boundary"``.
 
     Raises:
         Interrupted: ``stop`` requests it; in all processes.
@@ -196,12 +214,12 @@ def evaluate_model(
     path = Path(output_dir) / RESULTS_FILE
     category_ids = [dataset.spelt_categories.get(i, i) for i in dataset.category_ids]
     with _in_evaluation_mode(model):
-        found = _detect(model, loader, category_ids, stop)
+        found = _detect(detector or model, loader, category_ids, stop)
         if is_main():
             _write_results(found, path, stop)
         else:
             _send_results(found, stop)
-    outcome: Metrics | UserError | Interrupted = {}
+    outcome: Outcome | UserError | Interrupted = {}
     if is_main():
         try:
             with nullcontext() if stop is None else stop.at_once():
@@ -255,16 +273,16 @@ def _in_evaluation_mode(model: MaskRCNN) -> Iterator[None]:
             module.training = training
 
 
-def _evaluate(path: Path, dataset: CocoDataset, backend: str, iou_types: Sequence[str]) -> Metrics:
+def _evaluate(path: Path, dataset: CocoDataset, backend: str, iou_types: Sequence[str]) -> Outcome:
     begin = time.perf_counter()
-    metrics = evaluate_kinds(dataset.annotations_path, path, iou_types, backend)
+    metrics, diagnosis = evaluate_and_diagnose(dataset.annotations_path, path, iou_types, backend)
     logger.info("evaluated in %.1f s: %s", time.perf_counter() - begin, path)
-    logger.info("%s\n%s", dataset.name, Lines(format_results(metrics)))
-    return metrics
+    logger.info("%s\n%s", dataset.name, Lines(format_results(metrics) + "\n" + format_errors(diagnosis)))
+    return {**metrics, DIAGNOSIS: diagnosis}
 
 
 def _detect(
-    model: MaskRCNN, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
+    model: Detector, loader: Iterable[list[Sample]], category_ids: Sequence[int | None], stop: Stop | None
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield this process's detections image by image, with masks as RLE: bitmaps would fill the memory.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from ..text import printable
 from .coco import METRICS
+from .diagnosis import ERRORS
 
 _COLUMNS = 3
 
@@ -20,9 +22,10 @@ def format_results(metrics: Mapping[str, Mapping[str, float]]) -> str:
     Returns:
         Lines of text; ``-`` for a value that COCO does not define.
     """
-    lines = ["     " + "".join(f"{name:>7}" for name in METRICS)]
+    first = max(5, *(len(kind) for kind in metrics))
+    lines = [" " * first + "".join(f"{name:>7}" for name in METRICS)]
     lines += [
-        f"{kind:<5}" + "".join(f"{_number(row[name]):>7}" for name in METRICS)
+        f"{kind:<{first}}" + "".join(f"{_number(row[name]):>7}" for name in METRICS)
         for kind, row in metrics.items()
     ]
     names = [
@@ -42,6 +45,19 @@ def format_results(metrics: Mapping[str, Mapping[str, float]]) -> str:
     per_column = -(-len(cells) // columns)
     for row in range(per_column):
         lines.append("   ".join(cells[row::per_column]))
+    return "\n".join(lines)
+
+
+def format_errors(diagnosis: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table of the AP50 lost to each kind of error, in a row for each IoU type.
+
+    Args:
+        diagnosis: by IoU type, see :func:`diagnose`.
+    """
+    lines = ["AP50 lost to  " + "  ".join(ERRORS)]
+    for kind, found in diagnosis.items():
+        cells = (f"{_number(found['errors'][name]['AP50_lost']):>{len(name)}}" for name in ERRORS)
+        lines.append(f"{kind:<14}" + "  ".join(cells))
     return "\n".join(lines)
 
 

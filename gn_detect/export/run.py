@@ -58,6 +58,7 @@ class ExportedPredictor(ImagePredictor):
         self.cfg = metadata.config
         self.class_names = metadata.class_names
         self.category_ids = metadata.category_ids
+        self.score_thresholds = metadata.score_thresholds
         self.report = printable(
             f"{path}: exported by gn_detect {metadata.version}, run by {runtime} on the CPU"
         )

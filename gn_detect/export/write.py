@@ -19,8 +19,9 @@ from ..config import dump_config, without_paths
 from ..config.load import parse_config
 from ..errors import UserError
 from ..files import atomic_write
+from ..layers import fold_standardization
+from ..modeling.freezing import freeze
 from ..modeling.mask_rcnn import MaskRCNN
-from ..modeling.resnet import freeze
 from ..weights.metadata import program_version
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class ExportableDetector(nn.Module):
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
+        fold_standardization(self.model)
         freeze(self.model)  # F.batch_norm asks for the number of RoIs, which a program does not know
         heads = self.model.roi_heads
         for name in ("box_head", "mask_head", "res5"):
@@ -104,6 +106,7 @@ class ExportMetadata:
     config: Config  # its INPUT keys say how images are prepared
     class_names: list[str]
     category_ids: list[int]
+    score_thresholds: list[float]  # by label; empty if the weights do not hold them
     size_divisibility: int  # H and W are multiples of it
     version: str  # of gn_detect
 
@@ -113,6 +116,7 @@ class ExportMetadata:
             "gn_detect_version": self.version,
             "class_names": json.dumps(self.class_names),
             "category_ids": json.dumps(self.category_ids),
+            "score_thresholds": json.dumps(self.score_thresholds),
             "size_divisibility": str(self.size_divisibility),
             "input_format": self.config.input.format,
             "pixel_mean": json.dumps(self.config.model.pixel_mean),
@@ -132,12 +136,15 @@ class ExportMetadata:
                 parse_config(strings["config"]),
                 json.loads(strings["class_names"]),
                 json.loads(strings["category_ids"]),
+                json.loads(strings.get("score_thresholds", "[]")),  # older files have none
                 int(strings["size_divisibility"]),
                 str(strings["gn_detect_version"]),
             )
             count = found.config.model.roi_heads.num_classes
-            for values, kind in ((found.class_names, str), (found.category_ids, int)):
-                if not isinstance(values, list) or len(values) != count:
+            scores = found.score_thresholds
+            for values, kind in ((found.class_names, str), (found.category_ids, int), (scores, float)):
+                lengths = (count, 0) if values is scores else (count,)
+                if not isinstance(values, list) or len(values) not in lengths:
                     raise ValueError("number of classes")
                 if any(type(value) is not kind for value in values):
                     raise ValueError("types of classes")
@@ -168,10 +175,16 @@ def export_detector(predictor: Predictor, path: str | Path) -> None:
         UserError: another suffix, packages are missing, or PyTorch's exporter fails.
     """
     path = check_target(path)
+    if predictor.cfg.test.aug.enabled:
+        raise UserError(
+            "unsupported-value",
+            "TEST.AUG.ENABLED True cannot be exported: a file detects in one image; set it to False",
+        )
     metadata = ExportMetadata(
         predictor.cfg,
         predictor.class_names,
         predictor.category_ids,
+        predictor.score_thresholds,
         predictor.model.size_divisibility,
         program_version(),
     ).to_strings()

@@ -146,7 +146,7 @@ def convert(
     """
     converted, report = convert_norm(model, **rule)
     if batches is not None:
-        _require_two_stages(model)
+        _require_calibratable(model)
         calibrate(
             model, converted, list(batches), steps, outputs=paired_outputs, report=report, progress=progress
         )
@@ -231,7 +231,7 @@ def _region_outputs(
     return found, labels
 
 
-def _require_two_stages(model: nn.Module) -> None:
+def _require_calibratable(model: nn.Module) -> None:
     heads = getattr(model, "roi_heads", None)
     if not (hasattr(heads, "box_pooler") or hasattr(heads, "_shared_roi_transform")):
         raise UserError(
@@ -239,6 +239,14 @@ def _require_two_stages(model: nn.Module) -> None:
             f"{type(model).__name__} cannot be calibrated: it is no GeneralizedRCNN with StandardROIHeads or "
             "Res5ROIHeads; call gn_detect.calibrate with outputs of your own",
         )
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in ("DeformConv", "ModulatedDeformConv") and next(module.parameters()).device.type == "cpu":
+            raise UserError(
+                "unconvertible-model",
+                f"'{name}' cannot be calibrated on a CPU, where detectron2's {kind} has no gradient; move "
+                "the model to a GPU, or its checkpoint through gn-detect convert --config-file --images",
+            )
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:

@@ -19,18 +19,30 @@ class Conv2d(nn.Conv2d):
         *args, **kwargs: arguments of nn.Conv2d.
         norm: normalisation layer or None.
         activation: None or ``"relu"``, applied last.
+        norm_last: apply the norm after the activation; without a residual.
     """
 
     def __init__(
-        self, *args: Any, norm: nn.Module | None = None, activation: str | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        norm: nn.Module | None = None,
+        activation: str | None = None,
+        norm_last: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.norm = norm
         self.activation = activation
+        self.norm_last = norm_last
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W) to ``activation(norm(conv(x)) + residual)``, (N, C_out, H', W')."""
-        y = super().forward(x)
+        return self._finish(super().forward(x), residual)
+
+    def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
+        if self.norm_last and self.norm is not None:
+            last: Tensor = self.norm(F.relu_(y) if self.activation == "relu" else y)
+            return last
         if isinstance(self.norm, GroupNorm):  # one call for norm, residual and ReLU
             normalised: Tensor = self.norm(y, residual, self.activation)
             return normalised
@@ -43,17 +55,32 @@ class Conv2d(nn.Conv2d):
 
 
 def make_conv(
-    in_channels: int, out_channels: int, size: int, norm: nn.Module | None, activation: str | None = None
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    norm: nn.Module | None,
+    activation: str | None = None,
+    style: str = "detectron2",
 ) -> Conv2d:
-    """Return a convolution that keeps height and width, with a bias only where there is no norm."""
+    """Return a convolution that keeps height and width.
+
+    Args:
+        in_channels, out_channels: of the convolution.
+        size: side of the kernel, odd.
+        norm, activation: see :class:`Conv2d`.
+        style: ``MODEL.CONV_STYLE``: ``"detectron2"`` has a bias only where there is no norm, and the
+            activation last; ``"tensorpack"`` has a bias in any case, and the norm last.
+    """
+    is_tensorpacks = style == "tensorpack"
     return Conv2d(
         in_channels,
         out_channels,
         size,
         padding=size // 2,
-        bias=norm is None,
+        bias=norm is None or is_tensorpacks,
         norm=norm,
         activation=activation,
+        norm_last=is_tensorpacks,
     )
 
 

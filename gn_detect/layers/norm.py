@@ -120,6 +120,17 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         return y
 
 
+def frozen_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> FrozenBatchNorm2d:
+    """Return a layer that computes what ``norm``, which may be timm's BatchNormAct2d, does in evaluation."""
+    act, drop = getattr(norm, "act", None), getattr(norm, "drop", None)
+    if not isinstance(act, nn.Module):
+        return FrozenBatchNorm2d.from_batch_norm(norm)
+    joined = FrozenBatchNormAct2d.from_batch_norm(norm)
+    assert isinstance(joined, FrozenBatchNormAct2d)
+    joined.attach(act, drop if isinstance(drop, nn.Module) else None)
+    return joined
+
+
 class LayerNorm2d(nn.Module):
     """detectron2's ``LN``: over the channels of each pixel, eps 1e-6. The paper's LN is ``GN1``."""
 

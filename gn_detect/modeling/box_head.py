@@ -14,13 +14,18 @@ from .resnet import NormFactory
 
 
 class BoxHead(nn.Sequential):
-    """3x3 convolutions with norm and ReLU, then fully connected layers with ReLU (4conv1fc, 2fc, ...)."""
+    """3x3 convolutions with norm and ReLU, then fully connected layers with ReLU (4conv1fc, 2fc, ...).
 
-    def __init__(self, in_channels: int, settings: ROIBoxHead, norm: NormFactory) -> None:
+    ``style`` is ``MODEL.CONV_STYLE``.
+    """
+
+    def __init__(
+        self, in_channels: int, settings: ROIBoxHead, norm: NormFactory, style: str = "detectron2"
+    ) -> None:
         super().__init__()
         channels = in_channels
         for i in range(1, settings.num_conv + 1):
-            convolution = make_conv(channels, settings.conv_dim, 3, norm(settings.conv_dim), "relu")
+            convolution = make_conv(channels, settings.conv_dim, 3, norm(settings.conv_dim), "relu", style)
             init_he(convolution)
             self.add_module(f"conv{i}", convolution)
             channels = settings.conv_dim
@@ -44,6 +49,10 @@ class BoxPredictor(nn.Module):
         self.heads, self.box, self.detections_per_image = heads, box, detections_per_image
         self.cls_score = nn.Linear(in_features, heads.num_classes + 1)
         self.bbox_pred = nn.Linear(in_features, 4 if box.cls_agnostic_bbox_reg else 4 * heads.num_classes)
+        # In training auto has become numbers.
+        weights = None if box.class_weights in ((), "auto") else torch.tensor([*box.class_weights, 1.0])
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", weights, persistent=False)
         init_normal(self.cls_score, std=0.01)
         init_normal(self.bbox_pred, std=0.001)
 
@@ -74,9 +83,14 @@ class BoxPredictor(nn.Module):
         # Divided by all RoIs and not by the foreground, so that each object weighs the same in every image.
         regression = smooth_l1_sum(predicted, wanted, self.box.smooth_l1_beta) / len(labels)
         return {
-            "loss_cls": F.cross_entropy(logits, labels),
+            "loss_cls": self.classification_loss(logits, labels) / len(labels),
             "loss_box_reg": regression * self.box.bbox_reg_loss_weight,
         }
+
+    def classification_loss(self, logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+        """Return the sum of cross-entropies times ``CLASS_WEIGHTS``, without those labelled ``ignored``."""
+        weights = self.class_weights
+        return F.cross_entropy(logits, labels, weights, ignore_index=ignored, reduction="sum")
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return the (R, K + 1) float32 probabilities of (R, K + 1) logits."""

@@ -11,10 +11,11 @@ from ..config import Config
 from ..config.conflicts import has_fpn
 from ..config.schema import LIBRARY_BACKBONES, ROIBoxHead, ROIMaskHead
 from ..errors import UserError
-from ..layers import make_norm
+from ..layers import make_norm, standardize_convs
 from .anchors import AnchorGenerator
 from .box_head import BoxHead, BoxPredictor
 from .fpn import FPN
+from .freezing import freeze_by_name
 from .library_backbone import build_library_backbone
 from .mask_head import MaskHead
 from .mask_rcnn import MaskRCNN
@@ -61,7 +62,7 @@ def build_model(cfg: Config) -> MaskRCNN:
     heads: Callable[[Config, Features], RoIHeads] = builders.get(
         cfg.model.roi_heads.name, _build_standard_heads
     )
-    return MaskRCNN(
+    model = MaskRCNN(
         backbone,
         rpn,
         heads(cfg, features),
@@ -70,6 +71,8 @@ def build_model(cfg: Config) -> MaskRCNN:
         size_divisibility=getattr(backbone, "size_divisibility", 1),
         channels_last=_trains_channels_last(cfg),
     )
+    freeze_by_name(model, cfg.model.freeze)
+    return model
 
 
 def detection_format(cfg: Config) -> torch.memory_format:
@@ -105,7 +108,10 @@ def _build_backbone(cfg: Config) -> tuple[nn.Module, Features]:
         return bottom_up, features
     settings = cfg.model.fpn
     levels = [features[name] for name in settings.in_features]
-    fpn = FPN(bottom_up, settings, levels, _norm(cfg, settings.norm))
+    fpn = FPN(bottom_up, settings, levels, _norm(cfg, settings.norm), cfg.model.conv_style)
+    for name, conv in list(fpn.named_children()):
+        if name != "bottom_up":
+            setattr(fpn, name, standardize_convs(conv, settings.conv))
     return fpn, {f"p{i}": (settings.out_channels, 2**i) for i in (*fpn.levels, fpn.levels[-1] + 1)}
 
 
@@ -127,6 +133,7 @@ def _build_resnet(cfg: Config) -> tuple[ResNet, Features]:
     resnet = ResNet(
         stem, stages, settings.out_features, backbone.freeze_at, backbone.activation_checkpointing
     )
+    standardize_convs(resnet, settings.conv)
     return resnet, features
 
 
@@ -148,7 +155,16 @@ def _build_mask_head(cfg: Config, in_channels: int) -> MaskHead | None:
     if not cfg.model.mask_on:
         return None
     num_masks = 1 if settings.cls_agnostic_mask else cfg.model.roi_heads.num_classes
-    return MaskHead(in_channels, settings, num_masks, _norm(cfg, settings.norm))
+    head = MaskHead(in_channels, settings, num_masks, _norm(cfg, settings.norm), cfg.model.conv_style)
+    standardize_convs(head, settings.conv)
+    return head
+
+
+def _build_box_head(cfg: Config, channels: int) -> BoxHead:
+    settings = cfg.model.roi_box_head
+    head = BoxHead(channels, settings, _norm(cfg, settings.norm), cfg.model.conv_style)
+    standardize_convs(head, settings.conv)
+    return head
 
 
 def _build_pooler(cfg: Config, head: ROIBoxHead | ROIMaskHead, features: Features) -> RoIPooler:
@@ -160,7 +176,7 @@ def _build_pooler(cfg: Config, head: ROIBoxHead | ROIMaskHead, features: Feature
 def _build_standard_heads(cfg: Config, features: Features) -> StandardRoIHeads:
     settings, box = cfg.model.roi_heads, cfg.model.roi_box_head
     channels, _ = features[settings.in_features[0]]
-    box_head = BoxHead(channels, box, _norm(cfg, box.norm))
+    box_head = _build_box_head(cfg, channels)
     return StandardRoIHeads(
         settings,
         _build_pooler(cfg, box, features),
@@ -177,7 +193,7 @@ def _build_cascade_heads(cfg: Config, features: Features) -> CascadeRoIHeads:
     channels, _ = features[settings.in_features[0]]
     heads, predictors = [], []
     for weights in cascade.bbox_reg_weights:
-        heads.append(BoxHead(channels, box, _norm(cfg, box.norm)))
+        heads.append(_build_box_head(cfg, channels))
         own = box.model_copy(update={"bbox_reg_weights": weights})
         limit = cfg.test.detections_per_image
         predictors.append(BoxPredictor(heads[-1].output_size, settings, own, limit))
@@ -196,6 +212,7 @@ def _build_res5_heads(cfg: Config, features: Features) -> Res5RoIHeads:
     settings, resnets = cfg.model.roi_heads, cfg.model.resnets
     channels, _ = features[settings.in_features[0]]
     res5 = make_stage(resnets, "res5", channels, _norm(cfg, resnets.norm))
+    standardize_convs(res5, resnets.conv)
     channels = resnets.res2_out_channels * 8
     pooler = _build_pooler(cfg, cfg.model.roi_box_head, features)
     predictor = _build_predictor(cfg, channels)

@@ -22,6 +22,7 @@ class FPN(nn.Module):
         settings: ``in_features`` are contiguous levels, high resolution first.
         levels: channels and stride of each of these levels.
         norm: makes the norm of a convolution from its number of channels.
+        style: ``MODEL.CONV_STYLE``.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class FPN(nn.Module):
         settings: FPNSettings,
         levels: Sequence[tuple[int, int]],
         norm: NormFactory,
+        style: str = "detectron2",
     ) -> None:
         super().__init__()
         self.bottom_up = bottom_up
@@ -39,8 +41,8 @@ class FPN(nn.Module):
         width = settings.out_channels
         for level, (channels, _) in zip(self.levels, levels, strict=True):
             lateral, output = (
-                make_conv(channels, width, 1, norm(width)),
-                make_conv(width, width, 3, norm(width)),
+                make_conv(channels, width, 1, norm(width), style=style),
+                make_conv(width, width, 3, norm(width), style=style),
             )
             init_xavier(lateral)
             init_xavier(output)

@@ -21,7 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from ..config.schema import LIBRARY_BACKBONES
 from ..errors import UserError
-from ..layers import FrozenBatchNorm2d, FrozenBatchNormAct2d, GroupNorm, GroupNormAct
+from ..layers import GroupNorm, GroupNormAct, WSConv2d, frozen_norm
 from .resnet import STAGES, NormFactory
 
 if TYPE_CHECKING:
@@ -194,6 +194,8 @@ def build_library_backbone(
     for parameter in trunk.parameters():
         parameter.requires_grad_(parameter in used and parameter not in frozen)
     _set_norms(trunk, settings.norm, norm, frozen, f"{library}'s {model}")
+    if library == "timm":
+        _set_convs(trunk)
     if settings.activation_checkpointing:
         _set_checkpointing(trunk, model)
     features = {
@@ -390,10 +392,20 @@ def _set_norms(
             for parameter in new.parameters(recurse=False):
                 parameter.requires_grad_(not is_frozen)
         elif choice == "FrozenBN" or is_frozen:
-            new = _frozen_norm(old)
+            new = frozen_norm(old)
         elif choice == "SyncBN":
             new = _synchronised(old)
         setattr(parent, name, new)
+
+
+def _set_convs(trunk: nn.Module) -> None:
+    """Replace timm's convolutions with Weight Standardization by ours, which keep and export the result."""
+    from timm.layers import StdConv2d
+
+    for parent in list(trunk.modules()):
+        for name, child in parent.named_children():
+            if type(child) is StdConv2d:
+                setattr(parent, name, WSConv2d.from_conv(child, "StdConv", child.eps))
 
 
 def _has_activation(norm: nn.Module) -> bool:
@@ -406,15 +418,6 @@ def _group_norm(old: nn.BatchNorm2d, norm: NormFactory) -> nn.Module:
     if not _has_activation(old):
         return new
     joined = GroupNormAct(new.num_groups, new.num_channels, new.eps)
-    joined.attach(_or_none(old.act), _or_none(old.drop))
-    return joined
-
-
-def _frozen_norm(old: nn.BatchNorm2d) -> nn.Module:
-    if not _has_activation(old):
-        return FrozenBatchNorm2d.from_batch_norm(old)
-    joined = FrozenBatchNormAct2d.from_batch_norm(old)
-    assert isinstance(joined, FrozenBatchNormAct2d)
     joined.attach(_or_none(old.act), _or_none(old.drop))
     return joined
 

@@ -18,15 +18,22 @@ from .resnet import NormFactory
 class MaskHead(nn.Module):
     """3x3 convolutions with norm and ReLU, a 2x2 transposed convolution with ReLU, and a 1x1 predictor.
 
-    ``num_masks`` is the number of classes, or 1 for a class-agnostic head.
+    ``num_masks`` is the number of classes, or 1 for a class-agnostic head; ``style`` is ``MODEL.CONV_STYLE``.
     """
 
-    def __init__(self, in_channels: int, settings: ROIMaskHead, num_masks: int, norm: NormFactory) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        settings: ROIMaskHead,
+        num_masks: int,
+        norm: NormFactory,
+        style: str = "detectron2",
+    ) -> None:
         super().__init__()
         channels, width = in_channels, settings.conv_dim
         self.num_convs = settings.num_conv
         for i in range(1, self.num_convs + 1):
-            convolution = make_conv(channels, width, 3, norm(width), "relu")
+            convolution = make_conv(channels, width, 3, norm(width), "relu", style)
             init_he(convolution)
             self.add_module(f"mask_fcn{i}", convolution)
             channels = width

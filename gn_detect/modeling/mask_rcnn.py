@@ -185,19 +185,40 @@ class MaskRCNN(nn.Module):
             groups.setdefault(self._padded_size([image_size(image)]), []).append(i)
         results: dict[int, Detections] = {}
         for members in groups.values():
-            sizes = [image_size(images[i]) for i in members]
-            features = self.backbone(self.preprocess([images[i] for i in members]))
-            if static.refusal(self) is None and self.num_classes <= static.MOST_CLASSES:
-                found = static.detect(self.proposal_generator, self.roi_heads, features, sizes)
-            else:
-                with record_function("rpn"):
-                    proposals = self.proposal_generator.propose(features, sizes)
-                with record_function("roi_heads"):
-                    found = self.roi_heads.detect(features, proposals, sizes)
+            found = self.find([images[i] for i in members])
             with record_function("paste_masks"):
-                for i, size, detections in zip(members, sizes, found, strict=True):
-                    results[i] = rescale(detections, size, original_sizes[i], paste)
+                for i, detections in zip(members, found, strict=True):
+                    results[i] = rescale(detections, image_size(images[i]), original_sizes[i], paste)
         return [results[i] for i in range(len(images))]
+
+    @torch.no_grad()
+    def find(self, images: Sequence[Tensor], masks: bool = True) -> list[Detections]:
+        """Return detections in the pixels of ``images``, which are padded to one size.
+
+        Args:
+            images: see :meth:`losses`.
+            masks: predict masks, (D, S, S) probabilities inside the boxes, if the model has them.
+        """
+        sizes = [image_size(image) for image in images]
+        features = self.backbone(self.preprocess(images))
+        if static.refusal(self) is None and self.num_classes <= static.MOST_CLASSES:
+            return static.detect(self.proposal_generator, self.roi_heads, features, sizes, masks)
+        with record_function("rpn"):
+            proposals = self.proposal_generator.propose(features, sizes)
+        with record_function("roi_heads"):
+            return self.roi_heads.detect(features, proposals, sizes, masks)
+
+    @torch.no_grad()
+    def segment(
+        self, images: Sequence[Tensor], boxes: Sequence[Tensor], labels: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the masks of given objects: (D_n, S, S) probabilities inside the boxes of each image.
+
+        Args:
+            images: see :meth:`losses`; they are padded to one size.
+            boxes, labels: (D_n, 4) in pixels of the image and (D_n,) classes, of each image.
+        """
+        return self.roi_heads.segment(self.backbone(self.preprocess(images)), boxes, labels)
 
     def preprocess(self, images: Sequence[Tensor]) -> Tensor:
         """Return normalised images, padded with zeros at the right and the bottom: (N, 3, H, W) float32."""

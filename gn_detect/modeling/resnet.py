@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,8 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from ..config.schema import ResNets
-from ..layers import Conv2d, FrozenBatchNorm2d, init_he
+from ..layers import Conv2d, DeformConv2d, init_he
+from .freezing import freeze
 
 NormFactory = Callable[[int], nn.Module | None]
 
@@ -35,8 +38,9 @@ def _conv(
     groups: int = 1,
     dilation: int = 1,
     activation: str | None = "relu",
+    layer: Callable[..., Conv2d] = Conv2d,
 ) -> Conv2d:
-    return Conv2d(
+    return layer(
         in_channels,
         out_channels,
         size,
@@ -71,6 +75,7 @@ class BottleneckBlock(nn.Module):
 
     ``width``, ``groups`` (ResNeXt's cardinality) and ``dilation`` are those of the 3x3 convolution.
     ``stride_in_1x1`` puts the stride on the first 1x1 (the original MSRA models) and not on the 3x3.
+    ``middle`` makes the 3x3 convolution.
     """
 
     def __init__(
@@ -84,11 +89,12 @@ class BottleneckBlock(nn.Module):
         groups: int,
         dilation: int,
         stride_in_1x1: bool,
+        middle: Callable[..., Conv2d] = Conv2d,
     ) -> None:
         super().__init__()
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = _conv(in_channels, width, 1, norm, stride_1x1)
-        self.conv2 = _conv(width, width, 3, norm, stride_3x3, groups=groups, dilation=dilation)
+        self.conv2 = _conv(width, width, 3, norm, stride_3x3, groups=groups, dilation=dilation, layer=middle)
         self.conv3 = _conv(width, out_channels, 1, norm)
         self.shortcut = _make_shortcut(in_channels, out_channels, stride, norm)
         _init_convolutions(self)
@@ -97,6 +103,36 @@ class BottleneckBlock(nn.Module):
         """Map (N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
         residual = x if self.shortcut is None else self.shortcut(x)
         return self.conv3(self.conv2(self.conv1(x)), residual)
+
+
+class DeformBottleneckBlock(BottleneckBlock):
+    """A bottleneck whose 3x3 convolution is deformable; another one computes its offsets, at first 0.
+
+    With ``modulated`` the last third of the offsets' channels are the logits of the samples' factors.
+    Other arguments are those of :class:`BottleneckBlock`.
+    """
+
+    conv2: DeformConv2d
+
+    def __init__(self, *args: Any, modulated: bool, offset_groups: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, middle=partial(DeformConv2d, offset_groups=offset_groups))
+        conv = self.conv2
+        self.modulated = modulated
+        channels = conv.samples * (3 if modulated else 2)
+        layout: Any = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        self.conv2_offset = nn.Conv2d(conv.in_channels, channels, *layout)
+        for parameter in self.conv2_offset.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
+        residual = x if self.shortcut is None else self.shortcut(x)
+        x = self.conv1(x)
+        offset, mask = self.conv2_offset(x), None
+        if self.modulated:
+            offset, mask = offset.split([2 * self.conv2.samples, self.conv2.samples], dim=1)
+            mask = mask.sigmoid()
+        return self.conv3(self.conv2(x, offset, mask), residual)
 
 
 class Stem(nn.Module):
@@ -164,16 +200,6 @@ class ResNet(nn.Module):
         return x
 
 
-def freeze(module: nn.Module) -> None:
-    """Stop the training of all parameters of ``module``, and replace BN by FrozenBN."""
-    for parameter in module.parameters():
-        parameter.requires_grad = False
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
-                setattr(parent, name, FrozenBatchNorm2d.from_batch_norm(child))
-
-
 def make_stage(
     settings: ResNets, name: str, in_channels: int, norm: NormFactory, dilation: int = 1
 ) -> nn.Sequential:
@@ -182,13 +208,20 @@ def make_stage(
     out_channels = settings.res2_out_channels * 2**index
     width = settings.num_groups * settings.width_per_group * 2**index
     stride = 1 if name == "res2" or dilation == 2 else 2
+    bottleneck: Callable[..., BottleneckBlock] = BottleneckBlock
+    if settings.deform_on_per_stage[index]:
+        bottleneck = partial(
+            DeformBottleneckBlock,
+            modulated=settings.deform_modulated,
+            offset_groups=settings.deform_num_groups,
+        )
     blocks: list[nn.Module] = []
     for _ in range(BLOCKS[settings.depth][index]):
         if settings.depth < 50:
             blocks.append(BasicBlock(in_channels, out_channels, stride, norm))
         else:
             blocks.append(
-                BottleneckBlock(
+                bottleneck(
                     in_channels,
                     out_channels,
                     stride,

@@ -178,9 +178,20 @@ class RoIHeads(nn.Module):
         return losses
 
     def detect(
-        self, features: dict[str, Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+        self,
+        features: dict[str, Tensor],
+        proposals: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        masks: bool = True,
     ) -> list[Detections]:
-        """Return detections in input pixels; ``masks`` are (D, S, S) probabilities inside the boxes."""
+        """Return detections in input pixels; their masks are (D, S, S) probabilities inside the boxes.
+
+        Args:
+            features: of the backbone.
+            proposals: (R_n, 4) of each image.
+            sizes: (height, width) of each image.
+            masks: predict masks, if there is a mask branch.
+        """
         levels = self.levels(features)
         predictors, boxes = self.predictors, proposals
         by_stage: list[Tensor] = []
@@ -193,12 +204,20 @@ class RoIHeads(nn.Module):
         counts = [p.shape[0] for p in proposals]
         parts = zip(mean_scores(by_stage).split(counts), deltas.split(counts), boxes, sizes, strict=True)
         found = [Detections(*predictors[-1].detect(*part)) for part in parts]
-        if self.mask_head is not None:
-            x = self.mask_features(levels, [d.boxes for d in found])
-            masks = self.mask_head(x, torch.cat([d.labels for d in found])).sigmoid()
-            for detections, part in zip(found, masks.split([d.labels.shape[0] for d in found]), strict=True):
-                detections.masks = part
+        if self.mask_head is not None and masks:
+            parts_of = self.segment(features, [d.boxes for d in found], [d.labels for d in found])
+            for detections, mask in zip(found, parts_of, strict=True):
+                detections.masks = mask
         return found
+
+    def segment(
+        self, features: dict[str, Tensor], boxes: Sequence[Tensor], labels: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return (D_n, S, S) mask probabilities inside the (D_n, 4) boxes of (D_n,) labels of each image."""
+        assert self.mask_head is not None
+        x = self.mask_features(self.levels(features), boxes)
+        masks = self.mask_head(x, torch.cat(list(labels))).sigmoid()
+        return list(masks.split([label.shape[0] for label in labels]))
 
 
 def mean_scores(by_stage: Sequence[Tensor]) -> Tensor:

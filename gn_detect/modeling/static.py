@@ -136,7 +136,11 @@ def losses(
 
 
 def detect(
-    rpn: RPN, heads: RoIHeads, features: dict[str, Tensor], sizes: Sequence[tuple[int, int]]
+    rpn: RPN,
+    heads: RoIHeads,
+    features: dict[str, Tensor],
+    sizes: Sequence[tuple[int, int]],
+    with_masks: bool = True,
 ) -> list[Detections]:
     """Return :meth:`RoIHeads.detect`; the host waits once, for the numbers of detections."""
     levels = [features[name] for name in rpn.in_features]
@@ -159,7 +163,7 @@ def detect(
         found = predictors[-1].detect_padded(mean_scores(by_stage), delta, proposals, valid, limits)
         boxes, scores, labels = found
         masks = None
-        if heads.mask_head is not None:
+        if heads.mask_head is not None and with_masks:
             x = heads.mask_features(levels, list(boxes))
             masks = heads.mask_head(x, labels.flatten()).sigmoid().unflatten(0, labels.shape)
         counts = (scores > -torch.inf).sum(1).tolist()
@@ -371,9 +375,7 @@ def _box_losses(
         wanted = encode_boxes(rois.boxes.flatten(0, 1), rois.truth.flatten(0, 1), settings.bbox_reg_weights)
     wanted, deltas = (torch.where(positive, value, 0) for value in (wanted, deltas))
     ignored = -100
-    classification = F.cross_entropy(
-        logits, torch.where(valid, labels, ignored), ignore_index=ignored, reduction="sum"
-    )
+    classification = predictor.classification_loss(logits, torch.where(valid, labels, ignored), ignored)
     regression = smooth_l1_sum(deltas, wanted, settings.smooth_l1_beta)
     return {
         "loss_cls": classification / total,

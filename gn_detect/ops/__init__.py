@@ -9,8 +9,10 @@ from .matching import match_boxes_padded
 from .nms import keep_best
 from .normalize import normalize_images
 from .roi_align import roi_align, rows_by_value
+from .weight_standardization import STANDARDIZATIONS, standardize_weight
 
 __all__ = [
+    "STANDARDIZATIONS",
     "PaddedMasks",
     "box_area",
     "clip_boxes",
@@ -32,4 +34,5 @@ __all__ = [
     "roi_align",
     "rows_by_value",
     "scale_boxes",
+    "standardize_weight",
 ]

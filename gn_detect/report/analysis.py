@@ -18,6 +18,7 @@ from ..evaluation import (
     Truth,
     choose_backend,
     confusion_matrix,
+    diagnose,
     evaluate_categories,
     match_objects,
     prepare_detections,
@@ -71,6 +72,7 @@ class Analysis:
         images: in order of their ids.
         object_counts: numbers of objects in each category, without crowds.
         size_counts: numbers of small, medium and large objects, by area, without crowds.
+        diagnosis: by IoU type, see :func:`diagnose`.
     """
 
     truth: Truth
@@ -80,6 +82,7 @@ class Analysis:
     images: list[ImageResult]
     object_counts: list[int]
     size_counts: dict[str, int]
+    diagnosis: dict[str, Json]
 
 
 def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: float) -> Analysis:
@@ -116,6 +119,7 @@ def analyse(truth: Truth, results: Path, iou_types: Sequence[str], threshold: fl
         images,
         [by_category[category_id] for category_id in truth.category_ids],
         {size: sizes[size] for size in ("small", "medium", "large")},
+        {kind: diagnose(prepared, table, evaluators, kind) for kind in iou_types},
     )
 
 

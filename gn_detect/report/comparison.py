@@ -106,15 +106,20 @@ def compare_runs(
             "no-dataset", f"the runs have no dataset with results in common ({names}); evaluate them on one"
         )
     return [
-        _compare(name, runs, [tests[name] for tests in found], len(sides[0]), resamples, seed)
+        compare_on(name, runs, [tests[name] for tests in found], len(sides[0]), resamples, seed)
         for name in common
     ]
 
 
-def _compare(
-    name: str, runs: Sequence[RunFolder], tests: Sequence[TestSet], first: int, resamples: int, seed: int
+def compare_on(
+    name: str,
+    runs: Sequence[RunFolder],
+    tests: Sequence[TestSet],
+    first: int,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> Comparison:
-    """Compare ``runs[:first]`` with the others."""
+    """Compare ``runs[:first]`` with the others on the dataset ``name``; see :func:`compare_runs`."""
     path = _common_annotations(name, runs)
     file = read_annotations(path)
     kinds = [k for k in ("bbox", "segm") if all(k in test.metrics for test in tests)] or ["bbox"]

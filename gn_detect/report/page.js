@@ -42,7 +42,8 @@
       const missing = find(".missing");
       if (missing) missing.hidden = lines.some((line) => line.dataset.group === chosen);
       all(".pictures figure", set).forEach((figure) => {
-        const wanted = !rank || rank.value === "all" || rank.value === figure.dataset.rank;
+        const ranked = ["worst", "best"].includes(figure.dataset.rank);
+        const wanted = !ranked || rank.value === "all" || rank.value === figure.dataset.rank;
         figure.hidden = !wanted || !has(figure, chosen);
       });
       const text = search ? search.value.toLowerCase() : "";

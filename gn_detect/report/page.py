@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,30 @@ import numpy as np
 from ..config.paths import FOLDER
 from ..data import resolve_dataset
 from ..errors import UserError
-from ..evaluation import METRICS, read_truth
+from ..evaluation import ERRORS, METRICS, read_truth
 from ..files import atomic_write_text
 from ..visualize import Curve, Metrics, draw_chart, is_average, is_loss, metric_points
 from ..weights.metadata import program_version
 from .analysis import IOU_AVERAGES, RECALLS, Analysis, ImageResult, analyse, condense
-from .pictures import Picture, draw_pictures
+from .comparison import Comparison, Difference, compare_on, conclusion
+from .pictures import Choice, Picture, choose_changed, choose_images, draw_pictures
 from .run_folder import RunFolder, TestSet, read_run
 
 logger = logging.getLogger(__name__)
 
 KINDS = {"bbox": "box", "segm": "mask"}
+HELP = {
+    "classification": "More images of the classes that are confused, or one class for what looks alike.",
+    "localisation": "Larger images (INPUT.MIN_SIZE_TRAIN and _TEST), anchors of the objects' sizes "
+    "(MODEL.ANCHOR_GENERATOR.SIZES), a cascade (MODEL.ROI_HEADS.NAME CascadeROIHeads), tighter annotations.",
+    "both": "More images of these classes, and longer training.",
+    "duplicate": "A lower MODEL.ROI_HEADS.NMS_THRESH_TEST.",
+    "background": "Look whether these are objects without an annotation. If not: images without objects in "
+    "the training set (DATALOADER.FILTER_EMPTY_ANNOTATIONS False), a higher score threshold.",
+    "missed": "More images of the class, larger images, smaller anchors; in crowded images a higher "
+    "TEST.DETECTIONS_PER_IMAGE.",
+}
+"""What usually helps against each kind of error."""
 MOST_ROWS = 2000  # images in the table: the worst
 MOST_CURVES = 100  # categories with their own curves: the most frequent
 
@@ -52,6 +65,25 @@ class Chart:
 
 
 @dataclass
+class Change:
+    """The difference from another run on one dataset.
+
+    Attributes:
+        name: of the other run.
+        notice: the reason why it is missing; empty if it is there.
+        differences: by IoU type; the other run is the first.
+        sentences: on the AP of each IoU type.
+        pictures: of the images that gained and lost most, each with its change of quality.
+    """
+
+    name: str
+    notice: str = ""
+    differences: dict[str, list[Difference]] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)
+    pictures: list[tuple[float, Picture]] = field(default_factory=list)
+
+
+@dataclass
 class Section:
     """The part of the page for one dataset.
 
@@ -61,6 +93,8 @@ class Section:
         metrics: see :class:`TestSet`.
         notice: the reason why parts are missing; empty if there is everything.
         analysis, pictures, curves, confusion: see their modules; empty with a notice.
+        reliability: precision by score.
+        change: from another run, if one is given.
     """
 
     name: str
@@ -70,23 +104,28 @@ class Section:
     analysis: Analysis | None = None
     pictures: list[Picture] = field(default_factory=list)
     curves: list[Chart] = field(default_factory=list)
+    reliability: Chart | None = None
     confusion: tuple[np.ndarray, list[str]] | None = None
+    change: Change | None = None
 
     @property
     def categories(self) -> list[dict[str, Any]]:
-        """The name, the number of objects (None if unknown) and the AP by kind of each category."""
+        """The name, number of objects (None if unknown), AP by kind and best threshold of each category."""
         names = [key for row in list(self.metrics.values())[:1] for key in row if key.startswith("AP-")]
         counts: list[int | None] = [None] * len(names)
+        thresholds: list[dict[str, float] | None] = [None] * len(names)
         if self.analysis is not None:
             names = [f"AP-{name}" for name in self.analysis.truth.class_names]
             counts = list(self.analysis.object_counts)
+            thresholds = list(self.analysis.diagnosis[self.analysis.iou_type]["thresholds"].values())
         return [
             {
                 "name": key.removeprefix("AP-"),
                 "objects": count,
                 "ap": {kind: row.get(key) for kind, row in self.metrics.items()},
+                "threshold": threshold,
             }
-            for key, count in zip(names, counts, strict=True)
+            for key, count, threshold in zip(names, counts, thresholds, strict=True)
         ]
 
     @property
@@ -97,7 +136,12 @@ class Section:
 
 
 def write_report(
-    folder: str | Path, output: str | Path | None = None, *, threshold: float = 0.5, pictures: int = 6
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    threshold: float = 0.5,
+    pictures: int = 6,
+    against: str | Path | None = None,
 ) -> Path:
     """Write the page of a run, which needs no network and no other file.
 
@@ -108,22 +152,28 @@ def write_report(
         output: the page; by default ``report.html`` in the folder.
         threshold: least score of the detections in pictures, confusion and the table of images.
         pictures: number of the worst and of the best images that are shown.
+        against: folder of another run, of which the page shows the differences.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: the folder is not a run's, a file in it is damaged, or the page cannot be written.
+        UserError: a folder is not a run's, a file in it is damaged, or the page cannot be written.
     """
     run = read_run(folder)
-    sections = [_section(run, test, number, threshold, pictures) for number, test in enumerate(run.tests)]
+    other = None if against is None else read_run(against)
+    sections = [
+        _section(run, test, number, threshold, pictures, other) for number, test in enumerate(run.tests)
+    ]
     page = render(run, sections, threshold).encode("utf-8", "replace").decode()  # JSON has half characters
     output = Path(output) if output else run.path / "report.html"
     atomic_write_text(output, page)
     return output
 
 
-def _section(run: RunFolder, test: TestSet, number: int, threshold: float, pictures: int) -> Section:
+def _section(
+    run: RunFolder, test: TestSet, number: int, threshold: float, pictures: int, other: RunFolder | None
+) -> Section:
     section = Section(test.name, number, test.metrics)
     if test.results is None:
         section.notice = "There is no result file: evaluate the run again for curves, confusion and pictures."
@@ -139,10 +189,42 @@ def _section(run: RunFolder, test: TestSet, number: int, threshold: float, pictu
         return section
     section.analysis = analysis
     section.curves = [_precision_chart(analysis, kind, f"{number}-{kind}") for kind in kinds]
+    section.reliability = _reliability_chart(analysis, f"{number}-reliability")
     section.confusion = condense(analysis.confusion, truth.class_names)
-    drawn = draw_pictures(analysis, source, pictures)
-    section.pictures = [replace(picture, reason=run.without_folders(picture.reason)) for picture in drawn]
+
+    def draw(chosen: Sequence[Choice]) -> list[Picture]:
+        drawn = draw_pictures(analysis, source, chosen)
+        return [replace(picture, reason=run.without_folders(picture.reason)) for picture in drawn]
+
+    section.pictures = draw(choose_images(analysis.images, pictures))
+    if other is not None:
+        section.change = change = Change(other.path.resolve().name)
+        try:
+            comparison, before = _compare(run, other, test, kinds, threshold)
+        except UserError as error:
+            change.notice = run.without_folders(str(error))
+            return section
+        change.differences = comparison.kinds
+        change.sentences = [
+            f"{KINDS[kind]} {conclusion(rows[0], comparison.images)}"
+            for kind, rows in comparison.kinds.items()
+        ]
+        changed = choose_changed(analysis.images, before, pictures)
+        shown = draw([choice for _, choice in changed])
+        change.pictures = [(by, picture) for (by, _), picture in zip(changed, shown, strict=True)]
     return section
+
+
+def _compare(
+    run: RunFolder, other: RunFolder, test: TestSet, kinds: Sequence[str], threshold: float
+) -> tuple[Comparison, list[ImageResult]]:
+    """Return the differences of ``run`` from ``other`` on a dataset, and the other run's images."""
+    earlier = next((each for each in other.tests if each.name == test.name), None)
+    if earlier is None or earlier.results is None:
+        raise UserError("no-dataset", f"{other.path} has no results on {test.name}; evaluate it there")
+    comparison = compare_on(test.name, [other, run], [earlier, test], 1)
+    truth = read_truth(resolve_dataset(run.cfg, test.name).annotations, kinds[-1])
+    return comparison, analyse(truth, earlier.results, kinds, threshold).images
 
 
 def _precision_chart(analysis: Analysis, kind: str, key: str) -> Chart:
@@ -163,6 +245,20 @@ def _precision_chart(analysis: Analysis, kind: str, key: str) -> Chart:
             for group, row in rows.items()
         ]
     return Chart.of(f"{KINDS[kind]} precision", curves, "recall", key, x_range=(0, 1), y_max=1.02)
+
+
+def _reliability_chart(analysis: Analysis, key: str) -> Chart | None:
+    """Draw the precision of the detections by their score; None without detections."""
+    curves = []
+    for colour, (kind, found) in enumerate(analysis.diagnosis.items()):
+        bins = [each for each in found["calibration"]["bins"] if each["count"]]
+        points = np.array([(each["score"], each["precision"] / 100) for each in bins])
+        if len(points):
+            curves.append(Curve(KINDS[kind], points, colour))
+    if not curves:
+        return None
+    curves.append(Curve("scores that can be believed", np.array([[0.0, 0.0], [1.0, 1.0]]), len(curves)))
+    return Chart.of("precision", curves, "score", key, x_range=(0, 1), y_max=1.02, marked=True)
 
 
 def training_charts(logged: Metrics) -> list[Chart]:
@@ -215,6 +311,8 @@ def render(run: RunFolder, sections: list[Section], threshold: float) -> str:
         last_iteration=run.logged.last + 1,
         metrics=METRICS,
         kinds=KINDS,
+        errors=ERRORS,
+        help=HELP,
         threshold=threshold,
         version=program_version(),
         most_rows=MOST_ROWS,

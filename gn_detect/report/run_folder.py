@@ -15,6 +15,7 @@ from ..config import Config, dump_config, load_config, without_paths
 from ..engine.checkpoint import BEST
 from ..engine.run import best_metric
 from ..errors import UserError
+from ..evaluation import DIAGNOSIS
 from ..files import read_text
 from ..text import shortened
 from ..visualize import Metrics, metric_points, read_metrics
@@ -142,7 +143,7 @@ def _test_set(folder: Path) -> TestSet:
 
 
 def read_results(path: Path) -> dict[str, dict[str, float | None]]:
-    """Read the ``results.json`` of an evaluation: percent by metric, by kind.
+    """Read AP and AR from the ``results.json`` of an evaluation: percent by metric, by kind.
 
     Raises:
         UserError: it cannot be read, or has other content.
@@ -150,6 +151,8 @@ def read_results(path: Path) -> dict[str, dict[str, float | None]]:
     found = _read_object(path)
     kinds: dict[str, dict[str, float | None]] = {}
     for kind, row in found.items():
+        if kind == DIAGNOSIS:
+            continue
         if not isinstance(row, dict):
             raise UserError(
                 "damaged-run-file", f"{path}: {kind!r} has no metrics by name; evaluate the run again"

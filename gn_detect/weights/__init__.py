@@ -14,7 +14,6 @@ from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint, save_weights
 from .convention import InputConvention, as_command_line
 from .load import LoadReport, Mismatch, implied_keys, load_weights
 from .metadata import USUAL_EPS, CheckpointMetadata
-from .mmdetection_config import standardised_convs
 from .names.library import library_convention, refuse_other_padding, trunk_of, trunk_tensors
 from .names.resnet import COCO_IDS
 from .names.torchvision import computes_with_eps_0
@@ -25,10 +24,12 @@ from .norm_settings import (
     norms_of,
     set_norm_eps,
 )
+from .standardization import CONV_KEYS, folded
 from .translate import Translation, translate
 
 __all__ = [
     "COCO_IDS",
+    "CONV_KEYS",
     "SUFFIXES",
     "USUAL_EPS",
     "Architecture",
@@ -41,6 +42,7 @@ __all__ = [
     "as_command_line",
     "computes_with_eps_0",
     "config_of_converted",
+    "folded",
     "group_keys",
     "implied_keys",
     "known_config",
@@ -56,7 +58,6 @@ __all__ = [
     "refuse_other_padding",
     "save_weights",
     "set_norm_eps",
-    "standardised_convs",
     "translate",
     "trunk_of",
     "trunk_tensors",

@@ -16,6 +16,7 @@ from ..errors import UserError
 from .checkpoint import Checkpoint
 from .names.library import trunk_of
 from .norm_settings import group_keys, norms_of
+from .standardization import conv_keys
 from .translate import BACKBONE, translate
 from .zoo import entry_of
 
@@ -50,13 +51,15 @@ UNSPECIFIED = (
 
 # Keys of a detector whose backbone is a library's, from the config in its file.
 LIBRARY_KEYS = (
+    "MODEL.CONV_STYLE",
     *("MODEL.BACKBONE.NAME", "MODEL.BACKBONE.MODEL", "MODEL.BACKBONE.NORM", "MODEL.RESNETS.OUT_FEATURES"),
     *("MODEL.RPN.IN_FEATURES", "MODEL.RPN.CONV_DIMS", "MODEL.ROI_HEADS.NAME", "MODEL.ROI_HEADS.IN_FEATURES"),
     *(f"MODEL.ROI_BOX_HEAD.{key}" for key in ("NAME", "NORM", "NUM_CONV", "CONV_DIM", "NUM_FC", "FC_DIM")),
     *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"),
     *(f"MODEL.ROI_MASK_HEAD.{key}" for key in ("NORM", "NUM_CONV", "CONV_DIM", "CLS_AGNOSTIC_MASK")),
+    *("MODEL.ROI_BOX_HEAD.CONV", "MODEL.ROI_MASK_HEAD.CONV"),
 )
-FPN_KEYS = ("MODEL.FPN.IN_FEATURES", "MODEL.FPN.OUT_CHANNELS", "MODEL.FPN.NORM")
+FPN_KEYS = ("MODEL.FPN.IN_FEATURES", "MODEL.FPN.OUT_CHANNELS", "MODEL.FPN.NORM", "MODEL.FPN.CONV")
 
 _RPN = "proposal_generator."
 
@@ -97,7 +100,7 @@ class Architecture:
 Shapes = Mapping[str, tuple[int, ...]]
 
 _MATRICES = re.compile(
-    r"(backbone\.fpn_lateral\d|backbone\.bottom_up\.(stem|res2\.0)\.conv\d"
+    r"(backbone\.fpn_lateral\d|backbone\.bottom_up\.((stem|res2\.0)\.conv\d|res\d\.0\.conv2_offset)"
     r"|roi_heads\.box_head\.(\d+\.)?(conv|fc)\d+|roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)"
     r"|roi_heads\.mask_head\.(predictor|deconv))\.weight"
 )
@@ -136,6 +139,8 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         keys |= _pyramid_keys(checkpoint, shapes)
     if is_detector:
         keys |= _head_keys(shapes)
+    convs = norms_of(checkpoint, tensors).weight_standardization
+    keys |= {key: kind for key, kind in conv_keys(convs, tensors).items() if kind}
     keys |= unspecified_keys(checkpoint)
     _check_stages(checkpoint, shapes, keys)
     return Architecture(
@@ -185,6 +190,23 @@ def _backbone_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
         "MODEL.RESNETS.RES2_OUT_CHANNELS": last[0],
         "MODEL.RESNETS.NUM_GROUPS": groups,
         "MODEL.RESNETS.WIDTH_PER_GROUP": middle[0] // groups if bottleneck else 64,
+        **_deform_keys(shapes),
+    }
+
+
+def _deform_keys(shapes: Shapes) -> dict[str, Any]:
+    offsets = [shapes.get(f"{BACKBONE}res{stage}.0.conv2_offset.weight", ()) for stage in range(2, 6)]
+    if not any(offsets):
+        return {}
+    channels, width = next(shape for shape in offsets if shape)[:2]
+    # Each of a group's 9 samples has two offsets, and a factor if they are modulated. 54 channels are those
+    # of 3 groups, or of 2 with factors; 3 do not divide the width of published networks.
+    groups, rest = divmod(channels, 18)
+    modulated = rest > 0 or width % groups > 0
+    return {
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": list(map(bool, offsets)),
+        "MODEL.RESNETS.DEFORM_MODULATED": modulated,
+        "MODEL.RESNETS.DEFORM_NUM_GROUPS": max(1, channels // 27) if modulated else groups,
     }
 
 
@@ -216,6 +238,8 @@ def _pyramid_keys(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, Any]:
         "MODEL.FPN.OUT_CHANNELS": shapes["backbone.fpn_lateral2.weight"][0],
         "MODEL.FPN.NORM": _norm(shapes, "backbone.fpn_lateral2"),
     }
+    if keys["MODEL.FPN.NORM"] and "backbone.fpn_lateral2.bias" in shapes:
+        keys["MODEL.CONV_STYLE"] = "tensorpack"
     head = "roi_heads.box_head"
     if any(name.startswith(f"{head}.0.") for name in shapes):
         head += ".0"  # all stages of a cascade are alike
@@ -271,16 +295,17 @@ def unspecified_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the values of :data:`UNSPECIFIED` keys, as far as anything but the tensors implies them.
 
     The sources are the config of the file or of its entry in the zoo; otherwise the file's ``config_keys``,
-    the settings of its norms, and torchvision's names, whose detectors have torchvision's RoIAlign.
+    the settings of its norms, and the names of torchvision and tensorpack, whose RoIAlign is their own.
     """
     cfg = known_config(checkpoint)
     if cfg is not None:
         return unspecified_keys_of(cfg)
     keys: dict[str, Any] = {}
     translation = translate(checkpoint)
-    if translation.scheme == "torchvision" and any(name.startswith(_RPN) for name in translation.tensors):
+    pooler = {"torchvision": "ROIAlign", "tensorpack": "ROIAlignV2"}.get(translation.scheme)
+    if pooler is not None and any(name.startswith(_RPN) for name in translation.tensors):
         for head in ("BOX", "MASK"):
-            keys[f"MODEL.ROI_{head}_HEAD.POOLER_TYPE"] = "ROIAlign"
+            keys[f"MODEL.ROI_{head}_HEAD.POOLER_TYPE"] = pooler
             keys[f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO"] = 2
     known = checkpoint.metadata.config_keys
     return keys | {key: known[key] for key in UNSPECIFIED if key in known} | _group_keys(checkpoint)
@@ -328,12 +353,14 @@ def library_config(checkpoint: Checkpoint) -> Config | None:
     return cfg if cfg is not None and cfg.model.backbone.name in LIBRARY_BACKBONES else None
 
 
-def config_of_converted(cfg: Config, converted: Checkpoint) -> str | None:
+def config_of_converted(cfg: Config, converted: Checkpoint, original: Checkpoint) -> str | None:
     """Return the config of a converted detector as YAML without local paths, for its metadata.
 
     Args:
         cfg: the config of the original.
         converted: weights, and metadata with the groups of the norms.
+        original: weights of before. A library's network without BatchNorms among them has norms of its own,
+            which are no part of a conversion.
 
     Returns:
         None where no config gives all norms their groups.
@@ -346,6 +373,6 @@ def config_of_converted(cfg: Config, converted: Checkpoint) -> str | None:
         key = f"MODEL.{section}.NORM"
         if value_at(cfg, key) in ("BN", "SyncBN", "FrozenBN"):
             changes[key] = "GN"
-    if any(trunk_of([norm]) for norm in converted.metadata.group_norm_groups):
+    if any(name.endswith(".running_var") and trunk_of([name]) for name in original.tensors):
         changes["MODEL.BACKBONE.NORM"] = "GN"
     return dump_config(without_paths(cfg.replace(changes)))

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..files import atomic_write, cannot_write
 from .convention import InputConvention
 from .metadata import CheckpointMetadata, read_metadata, signature
-from .mmdetection_config import norm_entries
+from .mmdetection_config import norm_entries, standardised_by_config
 from .numpy_pickle import RefusedPickle, check_pickle, load_numpy_pickle
 from .stand_ins import STAND_INS, is_stand_in, known_to_torch, without_stand_ins
 from .zip_archive import SealedFile, is_npz, read_npz
@@ -105,8 +105,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     tensors = strip_wrappers(stored)
     metadata = read_metadata(norm_entries(others, tensors) | others, path)
     if entry is not None:  # the catalogue knows better than the names what the weights were trained with
-        convention = InputConvention.of_config(load_config(entry.config, entry.overrides))
-        metadata = replace(metadata, input=convention)
+        cfg = load_config(entry.config, entry.overrides)
+        convs = metadata.weight_standardization or standardised_by_config(cfg, tensors)
+        convention = InputConvention.of_config(cfg)
+        metadata = replace(metadata, input=convention, weight_standardization=convs)
     return Checkpoint(tensors, metadata, kind, path, stored)
 
 

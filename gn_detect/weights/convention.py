@@ -73,7 +73,8 @@ class InputConvention:
 def as_command_line(keys: dict[str, Any]) -> str:
     """Return ``KEY VALUE ...`` as they are typed after a command."""
     return " ".join(
-        f"{key} '{value}'" if isinstance(value, list) else f"{key} {value}" for key, value in keys.items()
+        f"{key} '{value}'" if isinstance(value, list) or value == "" else f"{key} {value}"
+        for key, value in keys.items()
     )
 
 
@@ -104,5 +105,7 @@ TORCHVISION = InputConvention("RGB", _IMAGENET_RGB, _IMAGENET_RGB_STD, False)
 DETECTRON_GN = InputConvention("BGR", _DETECTRON_BGR, _NO_STD, False)
 # The ResNets of He et al. in Caffe2's format.
 DETECTRON_MSRA = InputConvention("BGR", _DETECTRON_BGR, _NO_STD, True)
+# tensorpack's ResNets and detectors read by OpenCV.
+TENSORPACK = InputConvention("BGR", _IMAGENET_RGB[::-1], _IMAGENET_RGB_STD[::-1], False)
 # FAIR's X-101-32x8d as detectron2 publishes it.
 DETECTRON_RESNEXT = InputConvention("BGR", _IMAGENET_RGB[::-1], _IMAGENET_RGB_STD[::-1], False)

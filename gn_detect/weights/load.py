@@ -15,8 +15,16 @@ from ..errors import UserError
 from ..text import printable
 from .checkpoint import Checkpoint, read_checkpoint
 from .convention import InputConvention, as_command_line
+from .names.bit import is_bit
 from .names.library import library_convention, refuse_other_padding, trunk_of, trunk_tensors
 from .norm_settings import norms_of, refuse_lost_norms, refuse_other_groups, set_norm_eps
+from .standardization import (
+    conv_keys,
+    differing_conv_keys,
+    is_known,
+    refuse_other_convs,
+    set_conv_eps,
+)
 from .translate import BACKBONE, CLASSIFIER, Translation, translate
 
 if TYPE_CHECKING:
@@ -107,10 +115,12 @@ def load_weights(
 ) -> LoadReport:
     """Copy a checkpoint's tensors into the parameters and buffers that they belong to.
 
-    Names of Detectron, torchvision, timm and mmdetection are translated. Values are cast to the model's types
-    and devices. If the file has the eps of GroupNorms (see ``gn-detect convert --relative-eps``), the model
-    gets it, whatever MODEL.GN.EPS is. If it has their numbers of groups, the model must have the same, and
-    their eps is 1e-5 unless the file has another. When an error is raised the model is as it was.
+    Names of Detectron, torchvision, timm, BiT, mmdetection and tensorpack are translated. Values are cast to
+    the model's types and devices. If the file has the eps of GroupNorms (see ``gn-detect convert
+    --relative-eps``), the model gets it, whatever MODEL.GN.EPS is. If it has their numbers of groups, the
+    model must have the same, and their eps is 1e-5 unless the file has another. If it says which weights are
+    standardised (``MODEL.RESNETS.CONV``), they must be so in the model. When an error is raised the model is
+    as it was.
 
     Args:
         model: names as in detectron2's state dicts.
@@ -125,14 +135,15 @@ def load_weights(
 
     Raises:
         UserError: the file cannot be read, belongs to another architecture, number of classes, kind of
-            normalisation or number of groups, was trained with other input than the config has, or has values
-            that are not finite. The message names the first keys and shapes, or the config keys to set.
+            normalisation, convolution or number of groups, was trained with other input than the config has,
+            or has values that are not finite. The message names the first keys and shapes, or the config keys
+            to set.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     own = model.state_dict()
     translation = _translated(checkpoint, own, config)
     norms = norms_of(checkpoint, translation.tensors)
-    groups, eps = norms.group_norm_groups, norms.norm_eps
+    groups, eps, convs = norms.group_norm_groups, norms.norm_eps, norms.weight_standardization
     checkpoint = replace(checkpoint, tensors=dict(translation.tensors))
     report = _compare(own, checkpoint)
     if for_training and class_names is not None:
@@ -141,6 +152,8 @@ def load_weights(
     report.left_out, report.convention = translation.left_out, translation.convention
     _refuse_other_architecture(report, checkpoint, own)
     _refuse_other_norm(report, own)
+    refuse_other_convs(model, checkpoint, convs, checkpoint.tensors, report.matched)
+    _refuse_other_style(report, own)
     refuse_lost_norms(model, checkpoint, groups.keys() | eps.keys())
     fresh = {name.removesuffix(".weight") for name in report.missing}
     refuse_other_groups(model, checkpoint, {n: value for n, value in groups.items() if n not in fresh})
@@ -160,20 +173,28 @@ def load_weights(
         own[name].copy_(checkpoint.tensors[name])
     if changed := set_norm_eps(model, {name: value for name, value in eps.items() if name not in fresh}):
         report.converted = [*report.converted, f"{len(changed)} norms have the file's eps: {_some(changed)}"]
+    if changed := set_conv_eps(model, {name: found for name, found in convs.items() if name not in fresh}):
+        change = f"{len(changed)} standardised weights have the file's eps: {_some(changed)}"
+        report.converted = [*report.converted, change]
     return report
 
 
 def implied_keys(cfg: Config, source: str | Path | Checkpoint) -> dict[str, Any]:
-    """Return the config keys of input that a checkpoint needs and ``cfg`` has otherwise.
+    """Return the config keys of input and convolutions that a checkpoint needs and ``cfg`` has otherwise.
 
-    These are format, mean, deviation and stride.
+    These are format, mean, deviation and stride, and the ``CONV`` keys.
 
     Raises:
         UserError: the file cannot be read.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-    convention = checkpoint.metadata.input or library_convention(cfg) or translate(checkpoint).convention
-    return {} if convention is None else convention.differing_keys(cfg)
+    translation = translate(checkpoint)
+    convention = checkpoint.metadata.input or library_convention(cfg) or translation.convention
+    keys = {} if convention is None else convention.differing_keys(cfg)
+    if is_known(checkpoint):
+        convs = norms_of(checkpoint, translation.tensors).weight_standardization
+        keys |= differing_conv_keys(cfg, conv_keys(convs, translation.tensors))
+    return keys
 
 
 def _translated(checkpoint: Checkpoint, own: dict[str, Tensor], config: Config | None) -> Translation:
@@ -188,7 +209,8 @@ def _translated(checkpoint: Checkpoint, own: dict[str, Tensor], config: Config |
         published = None if config is None else library_convention(config)
         if tensors:
             convention = checkpoint.metadata.input or published
-            return Translation(tensors, "torchvision or timm", convention, left_out=left_out)
+            scheme = "BiT" if is_bit(checkpoint.tensors) else "torchvision or timm"
+            return Translation(tensors, scheme, convention, left_out=left_out)
     if len(own.keys() & checkpoint.stored) > len(own.keys() & checkpoint.tensors):
         checkpoint = replace(checkpoint, tensors=checkpoint.stored)  # the model has the file's wrapper, too
     if len(own.keys() & checkpoint.tensors) > len(checkpoint.tensors) / 2:
@@ -274,7 +296,9 @@ def _refuse_other_architecture(report: LoadReport, checkpoint: Checkpoint, own: 
 
 def _refuse_poor_backbone(report: LoadReport, own: dict[str, Tensor]) -> None:
     def is_of_backbone(name: str) -> bool:
-        return name.startswith("backbone.") and ".fpn_" not in name and not BOOKKEEPING.search(name)
+        # No classifier has the offsets of deformable convolutions, which begin at 0.
+        is_extra = ".fpn_" in name or ".conv2_offset." in name
+        return name.startswith("backbone.") and not is_extra and not BOOKKEEPING.search(name)
 
     wanted = [name for name in own if is_of_backbone(name)]
     missing = [name for name in report.missing if is_of_backbone(name)]
@@ -299,6 +323,20 @@ def _refuse_other_norm(report: LoadReport, own: dict[str, Tensor]) -> None:
                 f"{report.path} was trained with another norm: {owner} is a BatchNorm in {batch} and "
                 f"not in {group}; set MODEL.RESNETS.NORM, MODEL.BACKBONE.NORM and the other NORM keys as in "
                 "training, or make a GroupNorm checkpoint of it with gn-detect convert",
+            )
+
+
+def _refuse_other_style(report: LoadReport, own: dict[str, Tensor]) -> None:
+    # The tensors without the biases would load, and compute another function.
+    matched = set(report.matched)
+    for name in report.missing + report.unexpected:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "bias" and f"{owner}.norm.weight" in matched:
+            style, place = ("detectron2", "the model") if name in own else ("tensorpack", "the file")
+            raise UserError(
+                "other-network",
+                f"{report.path} has convolutions of another style: {owner} has a bias beside its norm only "
+                f"in {place}; set MODEL.CONV_STYLE {style}",
             )
 
 

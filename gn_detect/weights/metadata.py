@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..ops import STANDARDIZATIONS
 from .convention import InputConvention, plain_text
 
 FORMAT_VERSION = 1  # of the files that we write
@@ -43,6 +44,12 @@ def _is_eps(value: Any) -> bool:
 
 def _is_group_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
+
+
+def _is_standardization(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return isinstance(value[0], str) and value[0] in STANDARDIZATIONS and _is_eps(value[1])
 
 
 def _is_list_of(is_valid: IsValid) -> IsValid:
@@ -90,11 +97,13 @@ class CheckpointMetadata:
 
     Attributes:
         class_names, category_ids: indexed by label; the ids are those of the training JSON.
+        score_thresholds: by label, the score with the best F1 in the evaluation of these weights.
         input: format, mean and deviation of the images, and the place of the stride.
         config: the model's whole config as YAML, without local paths.
         config_keys: in a file without a config, the config keys that no tensor implies.
         group_norm_eps: by name of the norm; empty if all norms have :data:`USUAL_EPS`.
         group_norm_groups: number of groups by name of the norm.
+        weight_standardization: kind and eps by name of the convolution; the others are plain.
         iteration: the last one that was done, from 0.
         seed: random seed of the run.
         losses: losses since the last report.
@@ -110,6 +119,9 @@ class CheckpointMetadata:
     category_ids: list[int] = _entry(
         "a list of whole numbers", _is_list_of(lambda value: type(value) is int), list
     )
+    score_thresholds: list[float] = _entry(
+        "a list of scores", _is_list_of(lambda value: _is_number(value) and 0 <= value <= 1), list
+    )
     input: InputConvention | None = _entry("values by name", _IS_DICT)
     config: str | None = _entry("text", _is_a(str))
     config_keys: dict[str, Any] = _entry("values by key", _IS_DICT, dict)
@@ -118,6 +130,13 @@ class CheckpointMetadata:
     )
     group_norm_groups: dict[str, int] = _entry(
         "the number of groups of each norm", _is_dict_of(_is_group_count), dict, refuse="any", remedy=_CONVERT
+    )
+    weight_standardization: dict[str, list[Any]] = _entry(
+        "the kind and the eps of each convolution",
+        _is_dict_of(_is_standardization),
+        dict,
+        refuse="any",
+        remedy=_CONVERT,
     )
     iteration: int | None = _entry("a whole number", _is_count, refuse="training")
     seed: int | None = _entry("a whole number", _is_count, refuse="training")

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..ops import STANDARDIZATIONS
 from .convention import plain_text
 
 if TYPE_CHECKING:
+    from ..config import Config
     from .checkpoint import Checkpoint
 
 # The assignments in each ``dict(...)``, as they are written, by its place such as ``model.backbone``.
@@ -42,32 +44,27 @@ _CONV = re.compile(
 _NORM = re.compile(r"((?:.+\.)?(?:(?:bn|gn)\d?|downsample\.1))\.weight")
 
 
-def standardised_convs(checkpoint: Checkpoint) -> dict[str, float]:
-    """Return the eps of mmcv's ConvWS by name of the weights that it standardises in each forward pass.
+def refuse_unknown_convs(checkpoint: Checkpoint) -> None:
+    """Refuse a file whose convolutions are not known.
 
     Raises:
-        UserError: the config has convolutions of another kind, or does not say which ones are of this kind.
+        UserError: the config has convolutions of another kind than plain ones and mmcv's ConvWS, or does not
+            say which ones are of this kind.
     """
     sections = read_sections(checkpoint.metadata.mmdetection_config)
     used = {place for place, section in sections.items() if _type(section) in _STANDARDISED}
-    kinds = {part: _section_of(sections, part, "conv_cfg") for part in _PARTS}
-    for part, section in kinds.items():
+    for part in _PARTS:
+        section = _section_of(sections, part, "conv_cfg")
         if _type(section) not in _PLAIN | _STANDARDISED:
             raise UserError(
                 "unknown-network",
                 f"{checkpoint.path}: its config has convolutions of the type {_type(section)} in its {part}, "
                 "which gn_detect does not compute; give a checkpoint with plain ones or ConvWS",
             )
-    found = {}
-    for name, tensor in checkpoint.tensors.items():
-        if tensor.dim() == 4 and _CONV.fullmatch(name):
-            section = kinds[_part(name)]
-            if _type(section) in _STANDARDISED:
-                found[name] = _number(section.get("eps", ""))
     known = {f"{place}.conv_cfg" for part in _PARTS for place in _places(part)}
     strange = sorted(place for place in used - known if place.startswith("model."))
     strange += sorted(place for place in known - set(sections) if _is_open(sections, place))
-    if used and (strange or not found):
+    if used and (strange or not _standardised_convs(sections, checkpoint.tensors)):
         place = strange[0] if strange else "conv_cfg"
         raise UserError(
             "unknown-network",
@@ -75,11 +72,44 @@ def standardised_convs(checkpoint: Checkpoint) -> dict[str, float]:
             f"convolutions standardise their weights (see {place} in it); give "
             "one whose meta.config is the whole config, with ConvWS in the backbone, neck, bbox or mask head",
         )
+
+
+def _standardised_convs(sections: Sections, tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Return kind and eps by name of the convolutions that have mmcv's ConvWS."""
+    found: dict[str, list[Any]] = {}
+    for name in _conv_weights(tensors):
+        section = _section_of(sections, _part(name), "conv_cfg")
+        if _type(section) in _STANDARDISED:
+            found[name.removesuffix(".weight")] = ["WS", _number(section.get("eps", ""))]
     return found
 
 
+def standardised_by_config(cfg: Config, tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Return kind and eps by name of the convolutions for which our config of a file has a ``CONV``.
+
+    Args:
+        tensors: weights with mmdetection's names; those of a backbone alone have torchvision's.
+    """
+    model = cfg.model
+    kinds = {
+        "backbone": model.resnets.conv,
+        "neck": model.fpn.conv,
+        "bbox_head": model.roi_box_head.conv,
+        "mask_head": model.roi_mask_head.conv,
+    }
+    parts = {name: _part(name) for name in _conv_weights(tensors)}
+    if not parts:
+        parts = {name: "backbone" for name, tensor in tensors.items() if tensor.dim() == 4}
+    chosen = {name.removesuffix(".weight"): kinds[part] for name, part in parts.items() if kinds[part]}
+    return {name: [kind, STANDARDIZATIONS[kind]] for name, kind in chosen.items()}
+
+
+def _conv_weights(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if tensor.dim() == 4 and _CONV.fullmatch(name)]
+
+
 def norm_entries(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the eps and the numbers of groups of GroupNorms that a config of mmdetection sets.
+    """Return what a config of mmdetection sets: eps and groups of GroupNorms, and standardised weights.
 
     Args:
         content: the entries of a file.
@@ -104,7 +134,8 @@ def norm_entries(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
             eps[norm[1]] = _number(section["eps"])
         if re.fullmatch(r"[0-9]{1,6}", section.get("num_groups", "")):
             groups[norm[1]] = int(section["num_groups"])
-    return {"group_norm_eps": eps, "group_norm_groups": groups}
+    convs = _standardised_convs(sections, tensors)
+    return {"group_norm_eps": eps, "group_norm_groups": groups, "weight_standardization": convs}
 
 
 def read_sections(text: str) -> Sections:

@@ -1,8 +1,13 @@
-"""The eps and the number of groups of each GroupNorm, which no tensor of a state dict implies."""
+"""The eps and the number of groups of each GroupNorm, which no tensor of a state dict implies.
+
+The record of a model's norms also has its convolutions with Weight Standardization
+(:mod:`gn_detect.weights.standardization`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -10,24 +15,28 @@ from ..errors import UserError
 from ..layers import choose_groups
 from .checkpoint import Checkpoint, strip_wrappers
 from .metadata import USUAL_EPS, CheckpointMetadata
+from .standardization import standardized_convs
 
 
 def norm_settings(model: nn.Module) -> CheckpointMetadata:
-    """Return the record of a model's norms, for a checkpoint with ``model.state_dict()``.
+    """Return the record of a model's norms and convolutions, for a checkpoint with ``model.state_dict()``.
 
     Names are those that :func:`read_checkpoint` gives the tensors: without what wraps the whole model.
     """
     keys = [key for key, value in model.state_dict().items() if isinstance(value, Tensor)]
     inner, outer = next(iter(strip_wrappers({key: key for key in keys}).items()), ("", ""))
     wrapper = outer.removesuffix(inner)
-    norms = {
-        f"{name}.".removeprefix(wrapper).removesuffix("."): module
-        for name, module in _norms_in(model).items()
-    }
-    return norm_metadata(
+
+    def stored(name: str) -> str:
+        return f"{name}.".removeprefix(wrapper).removesuffix(".")
+
+    norms = {stored(name): module for name, module in _norms_in(model).items()}
+    record = norm_metadata(
         {name: norm.eps for name, norm in norms.items()},
         {name: norm.num_groups for name, norm in norms.items()},
     )
+    convs = {stored(name): [conv.kind, conv.eps] for name, conv in standardized_convs(model).items()}
+    return replace(record, weight_standardization=convs)
 
 
 def norm_metadata(eps: Mapping[str, float], groups: Mapping[str, int]) -> CheckpointMetadata:
@@ -40,7 +49,7 @@ def norm_metadata(eps: Mapping[str, float], groups: Mapping[str, int]) -> Checkp
 
 
 def norms_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> CheckpointMetadata:
-    """Return the record of a checkpoint's norms under other names.
+    """Return the record of a checkpoint's norms and convolutions under other names.
 
     Args:
         tensors: the checkpoint's tensors by these names.
@@ -56,6 +65,7 @@ def norms_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Checkpoin
     return CheckpointMetadata(
         group_norm_eps={renamed(norm): float(eps) for norm, eps in metadata.group_norm_eps.items()},
         group_norm_groups={renamed(norm): groups for norm, groups in metadata.group_norm_groups.items()},
+        weight_standardization={renamed(n): found for n, found in metadata.weight_standardization.items()},
     )
 
 

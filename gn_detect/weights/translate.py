@@ -1,4 +1,4 @@
-"""Checkpoints of Detectron, torchvision, timm and mmdetection in detectron2's names, which are ours."""
+"""Checkpoints of other libraries in detectron2's names, which are ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .convention import TORCHVISION, InputConvention
-from .names import caffe2, mmdetection, torchvision
+from .names import caffe2, mmdetection, tensorpack, torchvision
 
 BACKBONE = "backbone.bottom_up."  # prefix of a backbone's layers, as in a model with an FPN
 CLASSIFIER = re.compile(r"(stem\.)?(fc|linear)\.(weight|bias)")  # ImageNet's, in detectron2's backbone files
@@ -24,7 +24,7 @@ class Translation:
     Attributes:
         tensors: by name; those of a backbone begin with ``backbone.bottom_up.``.
         scheme: the library of the file's names: ``"detectron2"``, ``"Detectron"``, ``"torchvision"`` (and
-            timm) or ``"mmdetection"``.
+            timm), ``"mmdetection"`` or ``"tensorpack"``.
         convention: the input that the file states or implies; None where it does neither.
         changes: changes of values, in words.
         left_out: names of the file that are of no use to a detector, such as ImageNet's classifier.
@@ -51,7 +51,8 @@ def translate(checkpoint: Checkpoint) -> Translation:
     """Recognise the library by the names of the tensors, and give them ours.
 
     Sources of the names and of the order of classes: detectron2's ``checkpoint/c2_model_loading.py`` for
-    Detectron's, and the state dicts of torchvision, timm and mmdetection.
+    Detectron's, the state dicts of torchvision, timm and mmdetection, and ``examples/FasterRCNN`` of
+    tensorpack.
     """
     names = checkpoint.tensors
     library: ModuleType
@@ -65,6 +66,8 @@ def translate(checkpoint: Checkpoint) -> Translation:
         # mmdetection's backbones have torchvision's names, but for the norms of GN models.
         scheme = "mmdetection" if _any_matches(names, r"gn1\.") else "torchvision"
         library = torchvision
+    elif _any_matches(names, tensorpack.NAMES):
+        scheme, library = "tensorpack", tensorpack
     else:
         return _translate_detectron2(checkpoint)
     result = Translation({}, scheme)

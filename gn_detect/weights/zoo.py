@@ -31,7 +31,7 @@ class ZooEntry(BaseModel):
 
     name: str
     kind: Literal["backbone", "detector"]
-    scheme: Literal["detectron2", "Detectron", "torchvision", "mmdetection"]
+    scheme: Literal["detectron2", "Detectron", "torchvision", "mmdetection", "BiT", "tensorpack"]
     url: Annotated[str, Field(pattern=r"^https://")]
     bytes: int | None = None
     checksum: Annotated[str, Field(pattern=r"^(|md5-url|md5:[0-9a-f]{32}|sha256:[0-9a-f]{8,64})$")] = ""

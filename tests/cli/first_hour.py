@@ -162,7 +162,13 @@ MISTAKES = {
         f"{PREDICT} --confidence-threshold 0.5", "unknown-flag", ("--confidence-threshold", "--threshold")
     ),
     "key given as a flag": Mistake(f"{TRAIN} --lr 0.01", "unknown-flag", ("--lr", "SOLVER.BASE_LR")),
-    "epochs as a flag": Mistake(f"{TRAIN} --epochs 12", "unknown-flag", ("--epochs", "SOLVER.MAX_ITER")),
+    "epochs under another name": Mistake(
+        f"{TRAIN} --num-epochs 12", "unknown-flag", ("--num-epochs", "--epochs")
+    ),
+    "epochs and iterations": Mistake(
+        f"{TRAIN} --epochs 12 SOLVER.MAX_ITER 3", "conflicting-flags", ("--epochs", "SOLVER.MAX_ITER")
+    ),
+    "a time without a unit": Mistake(f"{TRAIN} --time 2", "bad-argument", ("--time", "2")),
     "key with an equals sign": Mistake(
         f"{TRAIN} SOLVER.MAX_ITER=12", "key-with-equals", "SOLVER.MAX_ITER=12"
     ),

@@ -39,7 +39,7 @@ def test_train_then_eval_predict_and_plot(
         == 0
     )
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert set(results) == {"bbox", "segm"}
+    assert set(results) == {"bbox", "segm", "diagnosis"}
 
     output = tmp_path / "predictions"
     images = trained.val.parent / "images"

@@ -496,15 +496,13 @@ def test_the_first_detectors_of_torchvision_have_eps_0(torchvision_detector, tmp
     assert not torch.equal(found["alone"], found["usual"])
 
 
-def test_standardised_weights_are_folded_before_they_are_converted(
-    tmp_path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_keep_norm_folds_standardised_weights(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "ws.pth", FLAT, 2)
-    assert main(["convert", str(tmp_path / "ws.pth"), str(tmp_path / "gn.pth")]) == 2
-    assert "standardises weights" in capsys.readouterr().err
     assert main(["convert", "--keep-norm", str(tmp_path / "ws.pth"), str(tmp_path / "kept.pth")]) == 0
     assert "folded into 69" in capsys.readouterr().out
-    assert set(read_checkpoint(tmp_path / "kept.pth").metadata.group_norm_groups.values()) == {4}
+    metadata = read_checkpoint(tmp_path / "kept.pth").metadata
+    assert set(metadata.group_norm_groups.values()) == {4}
+    assert metadata.weight_standardization == {}
 
 
 def test_norms_of_unknown_groups_are_not_given_those_of_the_converted(tmp_path, capsys) -> None:

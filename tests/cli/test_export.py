@@ -39,14 +39,14 @@ def decided_weights(cfg: Config, path: Path, head: float = 0.5) -> None:
     model = build_model(cfg)
     generator = torch.Generator().manual_seed(3)
     gains = {"cls_score": head, "objectness_logits": head, "bbox_pred": 0.02, "anchor_deltas": 0.02}
-    gains |= {"mask_head.predictor": 1.0}
+    gains |= {"mask_head.predictor": 1.0, "conv2_offset": 0.02}
     with torch.no_grad():
         for name, value in model.named_parameters():
             for part, gain in gains.items():
                 if name.endswith(f"{part}.weight"):
                     value.copy_(gain * torch.randn(value.shape, generator=generator))
-        if cfg.model.resnets.norm == "FrozenBN":  # or the sums of residuals grow without bound
-            for name, value in model.named_buffers():
+        if cfg.model.resnets.norm in ("FrozenBN", "SyncBN"):  # or the sums of residuals grow without bound
+            for name, value in (*model.named_buffers(), *model.named_parameters()):
                 if name.endswith("conv3.norm.weight"):
                     value.mul_(0.2)
     metadata = {"class_names": ["square", "bar"], "category_ids": [3, 7]}

@@ -35,6 +35,7 @@ class Stub:
     class_names = ["square", "bar"]
     category_ids = [3, 7]
     report = "stub"
+    score_thresholds: tuple[float, ...] = ()
 
     def __init__(self, _: Any = None) -> None:
         pass
@@ -75,6 +76,23 @@ def test_flags_may_stand_anywhere(case: Case, tmp_path: Path, capsys: pytest.Cap
     for unknown in ("--colour", "-c"):
         assert main(["predict", *some, unknown, "red"]) == 2
         assert f"unknown flag {unknown}; gn-detect predict --help" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stub")
+def test_each_class_has_its_own_threshold(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, output = case.train.parent / "images/001.png", tmp_path / "out"
+    auto = ["--threshold", "auto", "--no-pictures", image]
+    assert predict(case, output, *auto) == 2
+    assert "--threshold auto" in capsys.readouterr().err
+    assert not output.exists()
+    monkeypatch.setattr(Stub, "score_thresholds", [0.95, 0.15])
+    assert predict(case, output, *auto) == 0
+    assert "least scores: square 0.95, bar 0.15" in capsys.readouterr().out
+    found = json.loads((output / "predictions.json").read_text())
+    assert [entry["category_id"] for entry in found] == [7]  # a square scores 0.9, a bar 0.2
+    assert predict(case, output, "--threshold", "most", image) == 2
 
 
 @pytest.mark.parametrize("least", ["0.05", "0.9"])

@@ -25,7 +25,7 @@ LIMITS = {
     "": 9,
     "trian": 9,
     "train --help": 11,
-    "train --epochs 3": 11,
+    "train --lr 3": 11,
     "eval --weights": 12,
     "config explain SEED": 19,
     "config explain learning rate": 19,

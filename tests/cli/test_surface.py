@@ -43,7 +43,7 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
         ("bench train --iter=3", "--iter; did you mean --iterations?"),
         ("predict --score 0.5 a", "--score; gn-detect predict --help"),
         ("predict --device cpu a", "--device; it is a config key, given after the command: MODEL.DEVICE"),
-        ("train --epochs 12", "SOLVER.MAX_ITER, in iterations: epochs x images / SOLVER.IMS_PER_BATCH"),
+        ("train --num-epochs 12", "--num-epochs; did you mean --epochs?"),
         ("train --lr=0.1", "given after the command: SOLVER.BASE_LR VALUE"),
         ("train --learning_rate 0.1", "SOLVER.BASE_LR VALUE"),
         ("train -b 4", "-b; it is a config key, given after the command: SOLVER.IMS_PER_BATCH"),

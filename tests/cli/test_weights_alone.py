@@ -74,7 +74,7 @@ def test_eval_needs_only_weights_and_data(
         assert main(["eval", *words, "--json", *data, "OUTPUT_DIR", "output"]) == 0
         results.append(json.loads(capsys.readouterr().out))
     assert results[0] == results[1]
-    assert set(results[0]["results"]) == {"bbox", "segm"}
+    assert set(results[0]["results"]) == {"bbox", "segm", "diagnosis"}
 
 
 def test_eval_of_a_checkpoint_in_its_run_needs_no_flags(

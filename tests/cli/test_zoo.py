@@ -127,7 +127,7 @@ def test_the_table_in_the_readme_is_that_of_the_catalogue(repository: Path) -> N
     """``gn-detect zoo list --markdown`` makes it."""
     text = (repository / "model_zoo" / "README.md").read_text(encoding="utf-8")
     assert text.endswith(as_markdown(read_catalog().values()))
-    assert text.count("\n| [") == 28
+    assert text.count("\n| [") == 64
 
 
 def test_download_verify_and_again(

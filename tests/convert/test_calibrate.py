@@ -16,6 +16,7 @@ from gn_detect.convert import calibrate, convert_norm
 from gn_detect.convert.balance import _find_feeding, balance, measure
 from gn_detect.convert.objective import find_blocks
 from gn_detect.convert.source import read_norm
+from gn_detect.layers import WSConv2d
 
 QUIET = {"progress": False, "batch_size": 8, "learning_rate": 3e-3}
 
@@ -276,6 +277,23 @@ def test_no_rescaling_where_it_would_change_the_function(images: Tensor) -> None
     assert "not rescaled" in report.warnings[-1]
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_standardised_weights_are_not_rescaled(images: Tensor) -> None:
+    """The output does not see their scale; the other convolution is rescaled."""
+    torch.manual_seed(0)
+    original = nn.Sequential(
+        WSConv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
+    original.train()(images)
+    original.eval()
+    model, report = convert_norm(original)
+    before = copy.deepcopy(model.state_dict())
+    calibrate(original, model, images, 0, report=report, **QUIET)
+    assert not [warning for warning in report.warnings if "rescaled" in warning]
+    after = model.state_dict()
+    assert torch.equal(after["0.weight"], before["0.weight"])
+    assert not torch.equal(after["3.weight"], before["3.weight"])
 
 
 def test_batches_of_any_kind_and_outputs_of_any_kind(images: Tensor) -> None:

@@ -20,7 +20,7 @@ from gn_detect.data.augmentation import (
     ResizeShortestEdge,
     crop_with_object,
 )
-from gn_detect.data.transforms import LabelledImage, to_target
+from gn_detect.data.transforms import LabelledImage, bitmap_bounds, to_target
 from gn_detect.errors import UserError
 
 
@@ -80,6 +80,46 @@ def test_every_crop_keeps_an_object() -> None:
         assert len(target) > 0
         seen.update(target.labels.tolist())
     assert seen == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "amount"),
+    [
+        ("relative", (0.3, 0.4)),
+        ("relative_range", (0.3, 0.3)),
+        ("absolute", (13, 21)),
+        ("absolute_range", (9, 33)),
+    ],
+)
+def test_a_crop_is_a_window_around_the_centre_of_an_object(kind: str, amount: tuple) -> None:
+    """Each pixel names its place, so the window can be read off; polygons and bitmaps are cut alike."""
+    original, (height, width) = scene(), (40, 60)
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(height)[:, None], np.arange(width)
+    x0, y0, x1, y1 = 3, 18, 21, 33  # a rectangle as a polygon and as a bitmap: one to draw, one to slice
+    bitmap = np.zeros((height, width), dtype=bool)
+    bitmap[y0:y1, x0:x1] = True
+    polygon = [np.array([x0, y0, x1, y0, x1, y1, x0, y1], dtype=np.float64)]
+    boxes = np.concatenate([original.boxes[:1], np.array([[x0, y0, x1, y1]] * 2, dtype=np.float64)])
+    masks = [original.masks[0], polygon, bitmap]
+    labelled, crop = LabelledImage(image, boxes, np.arange(3), masks), RandomCrop(kind, amount)
+    centres, hit = np.array([[4, 52], [25, 12], [25, 12]]), set()
+    for seed in range(60):
+        cropped = crop(labelled, np.random.default_rng([7, seed]))
+        (top, left), (rows, columns) = cropped.image[0, 0, :2].tolist(), cropped.size
+        np.testing.assert_array_equal(cropped.image, image[top : top + rows, left : left + columns])
+        inside = ((centres >= [top, left]) & (centres < [top + rows, left + columns])).all(axis=1)
+        assert inside.any()
+        hit.update(np.flatnonzero(inside).tolist())
+        target = to_target(cropped, draw_polygons=True, boxes_from_masks=True)
+        for label, box, mask in zip(target.labels.tolist(), target.boxes, target.masks, strict=True):
+            whole = masks[0] if label == 0 else bitmap
+            part = whole[top : top + rows, left : left + columns]
+            np.testing.assert_array_equal(mask.numpy(), part)
+            np.testing.assert_array_equal(box.numpy(), bitmap_bounds(part))
+        again = crop(labelled, np.random.default_rng([7, seed]))
+        np.testing.assert_array_equal(again.image, cropped.image)
+    assert hit == {0, 1, 2}
 
 
 def test_ring_whose_centre_is_empty_is_kept_too() -> None:

@@ -67,8 +67,9 @@ def test_batch_that_the_reference_does_not_divide_is_refused(for_eight: Config) 
         scale_config(for_eight.replace({"SOLVER.IMS_PER_BATCH": 12}), 4)
 
 
-def test_sync_bn_in_a_single_process_is_refused(tiny_config: Config) -> None:
-    model = build_model(tiny_config.replace({"MODEL.RESNETS.NORM": "SyncBN"}))
+@pytest.mark.parametrize("part", ["RESNETS", "FPN", "ROI_MASK_HEAD"])
+def test_sync_bn_in_a_single_process_is_refused(tiny_config: Config, part: str) -> None:
+    model = build_model(tiny_config.replace({f"MODEL.{part}.NORM": "SyncBN"}))
     with pytest.raises(UserError, match="SyncBN"):
         check_synchronised_norms(model, torch.device("cpu"))
     check_synchronised_norms(build_model(tiny_config), torch.device("cpu"))
@@ -142,7 +143,7 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
     keys = [
         "INPUT.RANDOM_FLIP", "none", "SOLVER.MAX_ITER", "3", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "5000",
         "MODEL.RPN.POSITIVE_FRACTION", "1.0", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "500",
-        "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0",
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.FPN.CONV", "WS",
     ]  # fmt: skip
     weights, evaluated = [], []
     for processes in (1, 2):

@@ -128,7 +128,7 @@ def test_eval_during_a_training_leaves_its_results(
     command = ["eval", "--json", "--config-file", str(config), "--weights", str(folder / "model_final.pth")]
     with another_training(folder):
         assert main(command) == 0
-    assert json.loads(capsys.readouterr().out)["results"].keys() == {"bbox", "segm"}
+    assert json.loads(capsys.readouterr().out)["results"].keys() == {"bbox", "segm", "diagnosis"}
     assert {path: path.read_bytes() for path in own} == own
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     written -= {str(path.relative_to(folder)) for path in own}

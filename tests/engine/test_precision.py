@@ -67,11 +67,26 @@ def run_with_a_break(cfg: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize("amp", AMP)
 def test_all_of_them_together_resume_exactly(tiny_config: Config, amp: str) -> None:
     """But for compilation, which takes its time: see the next test."""
-    keys = AMP[amp] | OTHERS["accumulate"] | OTHERS["ema"] | OTHERS["checkpointing"]
+    standardised = {"MODEL.RESNETS.CONV": "WS", "MODEL.FPN.CONV": "StdConv"}
+    keys = AMP[amp] | OTHERS["accumulate"] | OTHERS["ema"] | OTHERS["checkpointing"] | standardised
     found, expected = run_with_a_break(tiny_config.replace(keys))
     assert differences(found, expected) == []
     assert "scaler" not in expected, "on a CPU float16 is bfloat16, which needs none"
     assert "trained" in expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("amp", "other"), [("fp32", "checkpointing"), ("bf16", "accumulate")])
+def test_deformable_convolutions_resume_exactly(tiny_config: Config, amp: str, other: str) -> None:
+    keys = AMP[amp] | OTHERS["ema"] | OTHERS[other]
+    keys |= {"MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.WIDTH_PER_GROUP": 4}
+    keys |= {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]}
+    keys |= {"MODEL.RESNETS.DEFORM_MODULATED": amp == "bf16"}
+    found, expected = run_with_a_break(tiny_config.replace(keys))
+    assert differences(found, expected) == []
+    offset = expected["model"]["backbone.bottom_up.res4.1.conv2_offset.weight"]
+    assert offset.dtype == torch.float32
+    assert offset.count_nonzero() > 0, "it begins at 0, and is trained"
 
 
 @pytest.mark.slow

@@ -106,6 +106,26 @@ def test_launches_in_bfloat16(cfg: Config, events: list[Event]) -> None:
     assert all(e.arguments[0][2] == torch.bfloat16 for e in products)
 
 
+DEFORMABLE = {
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, True],
+    "MODEL.RESNETS.DEFORM_MODULATED": True,
+}
+
+
+def test_deformable_convolutions_wait_for_nothing(cfg: Config) -> None:
+    """Also in half precision, in which they stay in float32."""
+    amp = {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}
+    found = trace_step(cfg.replace(DEFORMABLE | amp), make_batch([3, 2], SIZE, 2))
+    assert not waits(found)
+    assert copies(found) == COPIES
+    products = [e for e in found if "deform_conv2d" in e.operator]
+    forward, backward = "torchvision.deform_conv2d", "torchvision._deform_conv2d_backward"
+    assert Counter(e.operator for e in products) == {forward: 3, backward: 3}
+    assert all(a[2] == torch.float32 for e in products for a in e.arguments if isinstance(a, tuple))
+
+
 def test_waits_with_bitmaps(cfg: Config) -> None:
     found = trace_step(cfg, make_batch([3, 2], SIZE, 2, bitmaps=True))
     assert not waits(found)

@@ -23,6 +23,7 @@ from gn_detect.report.run_folder import read_run
 from gn_detect.structures import Target
 from gn_detect.weights import load_weights, norm_settings, read_checkpoint, save_weights
 from tests.engine.tiny import make_dataset, write_config
+from tests.refusal import refusal
 
 
 def weights_of(cfg: Config, name: str = "model_final.pth") -> dict[str, torch.Tensor]:
@@ -54,9 +55,9 @@ def test_run_folder(tiny_config: Config, caplog: pytest.LogCaptureFixture) -> No
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not [name for name in names if name.endswith(".tmp")]
-    assert set(results) == {"bbox", "segm"}
+    assert set(results) == {"bbox", "segm", "diagnosis"}
     assert "AP" in results["segm"]
-    assert set(json.loads((folder / "results.json").read_text())) == {"bbox", "segm"}
+    assert set(json.loads((folder / "results.json").read_text())) == {"bbox", "segm", "diagnosis"}
     assert (folder / "inference" / "tiny_test" / "coco_instances_results.json").is_file()
     assert (folder / "inference" / "tiny_test" / "results.json").is_file()
     assert len(list((folder / "pictures").glob("tiny_test_*.png"))) == 1
@@ -160,10 +161,13 @@ def test_new_run_forgets_an_old_runs_checkpoint(tiny_config: Config, monkeypatch
 def test_best_checkpoint_is_kept_and_printed(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    """With the score thresholds of its evaluation; the last checkpoint has those of the last one."""
     values = iter([10.0, 30.0, 20.0])
 
     def fake(*_: object) -> dict:
-        return {"bbox": {"AP": 1.0}, "segm": {"AP": next(values)}}
+        value = next(values)
+        found = {"threshold": {"score": value / 50}, "thresholds": {"square": {"score": 0.7}, "bar": None}}
+        return {"bbox": {"AP": 1.0}, "segm": {"AP": value}, "diagnosis": {"segm": found}}
 
     monkeypatch.setattr(trainer_module, "evaluate_test_sets", fake)
     config = tmp_path / "config.yaml"
@@ -173,6 +177,10 @@ def test_best_checkpoint_is_kept_and_printed(
     best = read_checkpoint(Path(tiny_config.output_dir) / "model_best.pth")
     assert best.metadata.iteration == 3
     assert best.metadata.others["segm/AP"] == 30.0
+    assert best.metadata.score_thresholds == [0.7, 0.6]
+    final = Path(tiny_config.output_dir) / "model_final.pth"
+    assert read_checkpoint(final).metadata.score_thresholds == [0.7, 0.4]
+    assert Predictor.from_pretrained(final, {"MODEL.DEVICE": "cpu"}).score_thresholds == [0.7, 0.4]
 
 
 def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detections(
@@ -331,3 +339,33 @@ def test_fine_tuning_on_other_classes(tiny_config: Config, tmp_path: Path) -> No
     )
     model = build_model(second)
     load_weights(model, Path(second.output_dir) / "model_final.pth")
+
+
+def test_training_ends_when_nothing_gets_better(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The count goes on in a resumed run, and more patience lets a stopped run go on."""
+    values = iter([10.0, 30.0, 20.0, 25.0, 25.0, 40.0, 5.0])
+
+    def fake(*_: object) -> dict:
+        return {"bbox": {"AP": 1.0}, "segm": {"AP": next(values)}}
+
+    monkeypatch.setattr(trainer_module, "evaluate_test_sets", fake)
+    keys = {"SOLVER.MAX_ITER": 6, "TEST.EVAL_PERIOD": 1, "SOLVER.CHECKPOINT_PERIOD": 3}
+    cfg = tiny_config.replace({**keys, "SOLVER.EARLY_STOP.PATIENCE": 2})
+    folder = Path(cfg.output_dir)
+    with caplog.at_level(logging.INFO, logger="gn_detect"):
+        assert train(cfg)["segm"]["AP"] == 25.0
+    assert "no better segm/AP in 2 evaluations" in caplog.text
+    assert read_checkpoint(folder / "model_final.pth").metadata.iteration == 3
+    assert read_checkpoint(folder / "model_best.pth").metadata.iteration == 1
+    assert [row["iteration"] for row in metrics_of(cfg) if "segm/AP" in row] == [0, 1, 2, 3]
+
+    train(cfg, resume=True)  # is evaluated once more, as every finished run
+    assert read_checkpoint(folder / "model_final.pth").metadata.iteration == 3
+
+    train(cfg.replace({"SOLVER.EARLY_STOP.PATIENCE": 4}), resume=True)
+    assert read_checkpoint(folder / "model_final.pth").metadata.iteration == 5
+    assert read_checkpoint(folder / "model_best.pth").metadata.iteration == 4
+    with refusal("conflicting-keys", "SOLVER.EARLY_STOP.PATIENCE", "TEST.EVAL_PERIOD"):
+        cfg.replace({"TEST.EVAL_PERIOD": 0})

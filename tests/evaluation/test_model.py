@@ -224,6 +224,7 @@ def test_the_log_has_numbers_and_speed(
     assert "3 images, " in caplog.text
     assert "images/s (data " in caplog.text
     assert "segm   100.0  100.0  100.0" in caplog.text
+    assert "AP50 lost to  classification" in caplog.text
 
 
 def in_one_process(rank: int, folder: Path) -> None:
@@ -262,9 +263,9 @@ def test_two_processes_return_the_same_numbers_and_raise_the_same_error(
 
 
 def test_boxes_alone(dataset: SimpleNamespace, tmp_path: Path) -> None:
-    assert set(
-        evaluate_model(PerfectModel().eval(), make_loader(), dataset, tmp_path, iou_types=["bbox"])
-    ) == {"bbox"}
+    results = evaluate_model(PerfectModel().eval(), make_loader(), dataset, tmp_path, iou_types=["bbox"])
+    assert set(results) == {"bbox", "diagnosis"}
+    assert set(results["diagnosis"]) == {"bbox"}
 
 
 def test_a_failing_model_keeps_its_mode_and_leaves_no_file(dataset: SimpleNamespace, tmp_path: Path) -> None:

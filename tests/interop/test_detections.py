@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gn_detect import load_config
 from gn_detect.config import Config
+from gn_detect.data import prepare_image
 from gn_detect.engine import Predictor
 from gn_detect.export.parity import compare
 from gn_detect.interop import detectron2 as partner
@@ -29,7 +30,10 @@ CONFIGS = {
     "R-50-FPN with GN": "Misc/mask_rcnn_R_50_FPN_3x_gn.yaml",
     "R-50-FPN with frozen BN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
     "R-50-FPN cascade with frozen BN": "Misc/cascade_mask_rcnn_R_50_FPN_3x.yaml",
+    "R-50-FPN with SyncBN": "Misc/mask_rcnn_R_50_FPN_3x_syncbn.yaml",
     "R-50-C4 with frozen BN": "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml",
+    "R-50-FPN deformable with frozen BN": "Misc/mask_rcnn_R_50_FPN_1x_dconv_c3-c5.yaml",
+    "X-152's recipe at depth 50": "Misc/cascade_mask_rcnn_X_152_32x8d_FPN_IN5k_gn_dconv.yaml",
 }
 SMALL = [
     "MODEL.DEVICE", "cpu",
@@ -55,7 +59,7 @@ def configs_of(name: str, shared: Path, folder: Path) -> tuple[Any, Config]:
         theirs.merge_from_list(SMALL[:4])
     else:
         theirs = model_zoo.get_config(CONFIGS[name])
-        theirs.merge_from_list(SMALL)
+        theirs.merge_from_list([*SMALL, "MODEL.RESNETS.DEPTH", 50])
     (folder / "config.yaml").write_text(theirs.dump())
     return theirs, load_config(folder / "config.yaml")
 
@@ -110,7 +114,7 @@ def test_both_find_the_same(name: str, threads: int, shared_dir: Path, tmp_path:
         images = sorted((shared_dir / "data/coco80/images").iterdir())[:4]
     for file in FILES if threads == 1 else FILES[:1]:  # they hold the same values
         if file == "caffe2.pkl":
-            if name == TRAINED or "cascade" in name:  # Detectron had neither ResNet-18 nor these cascades
+            if name == TRAINED or "cascade" in name or "SyncBN" in name:  # Detectron had none of these
                 continue
             state = with_affine_norms(state)
         path = tmp_path / file
@@ -123,3 +127,33 @@ def test_both_find_the_same(name: str, threads: int, shared_dir: Path, tmp_path:
         assert (parity.unequal, parity.box, parity.score, parity.mask) == ([], 0, 0, 1), str(parity)
         assert parity.detections >= 40
         path.unlink()
+
+
+@pytest.mark.parametrize("name", [name for name in (TRAINED, *CONFIGS) if "SyncBN" not in name])
+def test_both_find_the_same_with_augmentation(name: str, shared_dir: Path, tmp_path: Path) -> None:
+    """Both make each view by Pillow from the image of ``INPUT.MIN_SIZE_TEST``, and batch three views."""
+    from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+
+    theirs, ours = configs_of(name, shared_dir, tmp_path)
+    keys = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (160, 224), "TEST.AUG.MAX_SIZE": 320}
+    theirs.merge_from_list([item for pair in keys.items() for item in pair])
+    if name == TRAINED:
+        path, images = shared_dir / "oracles/dsb_r18_gn/model_final.pth", "data/dsb2018/images"
+    else:
+        path, images = tmp_path / "model.pth", "data/coco80/images"
+        decided_weights(ours, path, head=0.05)
+    predictor = Predictor(ours.replace(keys | {"MODEL.WEIGHTS": str(path)}))
+    model = build_model(theirs).eval()
+    model.load_state_dict(read_checkpoint(path).tensors, strict=False)
+    augmented = GeneralizedRCNNWithTTA(theirs, model)
+
+    def detect(rgb: np.ndarray) -> Detections:
+        given = prepare_image(rgb, ours)
+        with torch.no_grad():
+            (found,) = augmented([{"image": given, "height": rgb.shape[0], "width": rgb.shape[1]}])
+        return partner.as_detections(found["instances"])
+
+    parity = compare(predictor, detect, sorted((shared_dir / images).iterdir())[:3])
+    print(f"{name}: {parity}")
+    assert (parity.unequal, parity.box, parity.score, parity.mask) == ([], 0, 0, 1), str(parity)
+    assert parity.detections >= 30

@@ -15,6 +15,7 @@ from gn_detect.engine import Predictor
 from gn_detect.errors import UserError
 from gn_detect.interop import detectron2 as partner
 from gn_detect.layers import GroupNorm
+from tests.refusal import refusal
 
 pytest.importorskip("detectron2", reason="needs detectron2, which is not installed here")
 
@@ -154,6 +155,17 @@ def test_a_model_is_converted_and_calibrated_on_its_own_inputs(name: str, norm: 
 def test_another_kind_of_model_is_not_calibrated() -> None:
     with pytest.raises(UserError, match="no GeneralizedRCNN"):
         partner.convert(nn.Sequential(nn.Conv2d(3, 32, 1), nn.BatchNorm2d(32)), make_batches())
+
+
+def test_a_deformable_convolution_is_converted_and_cannot_be_calibrated_on_a_cpu() -> None:
+    cfg = make_config(depth=50, norm="FrozenBN")
+    cfg.merge_from_list(["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, False, True]])
+    model = make_model(cfg)
+    converted, _ = partner.convert(model)
+    assert isinstance(converted.backbone.bottom_up.res5[1].conv2.norm, GroupNorm)
+    assert len(converted(make_batches()[0])[0]["instances"]) > 0
+    with refusal("unconvertible-model", "res5.0.conv2", "GPU"):
+        partner.convert(model, make_batches(), steps=1)
 
 
 @pytest.mark.parametrize("ending", ["pth", "pkl"])

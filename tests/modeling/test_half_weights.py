@@ -67,10 +67,13 @@ def test_weights_return_after_an_error() -> None:
     assert all(after[name] is parameter for name, parameter in before.items())
 
 
+@pytest.mark.parametrize("conv", ["", "WS"])
 def test_a_model_has_the_losses_and_gradients_of_autocast(
-    small_model: Callable[..., MaskRCNN], monkeypatch: pytest.MonkeyPatch
+    conv: str, small_model: Callable[..., MaskRCNN], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = small_model({"MODEL.BACKBONE.FREEZE_AT": 2}).train()
+    """Weights are standardised before they are rounded."""
+    keys = {"MODEL.RESNETS.CONV": conv, "MODEL.ROI_MASK_HEAD.CONV": conv}
+    model = small_model({"MODEL.BACKBONE.FREEZE_AT": 2} | keys).train()
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in SIZES]
     inputs = model.prepare(images, [make_target(3, size, n) for n, size in enumerate(SIZES)])
     found = []

@@ -57,6 +57,14 @@ ARCHITECTURES = {
     },
     "C4": BOTTLENECK | C4,
     "DC5": DC5,
+    "X-50-DC5 deformable": DC5
+    | {
+        "MODEL.RESNETS.NUM_GROUPS": 8,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, True, True],
+        "MODEL.RESNETS.DEFORM_MODULATED": True,
+        "MODEL.RESNETS.DEFORM_NUM_GROUPS": 2,
+    },
     "class-agnostic": {
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
         "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,

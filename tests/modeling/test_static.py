@@ -128,6 +128,7 @@ CASCADE = {
         ((2, 4), {"MODEL.RPN.CONV_DIMS": [-1, -1]}, False),
         ((3, 5), CASCADE, False),
         ((0, 1), CASCADE, False),
+        ((2, 4), {"MODEL.RESNETS.CONV": "WS", "MODEL.ROI_MASK_HEAD.CONV": "WS"}, False),
     ],
 )
 def test_losses_and_gradients_are_those_of_the_cpu(
@@ -176,6 +177,12 @@ def test_detections_are_those_of_the_cpu(
         proposals = model.proposal_generator.propose(features, SIZES)
         expected = model.roi_heads.detect(features, proposals, SIZES)
         found = static.detect(model.proposal_generator, model.roi_heads, features, SIZES)
+        boxes_alone = static.detect(
+            model.proposal_generator, model.roi_heads, features, SIZES, with_masks=False
+        )
+    for one, boxes in zip(found, boxes_alone, strict=True):
+        assert torch.equal(one.boxes, boxes.boxes)
+        assert boxes.masks is None
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.labels, other.labels)
         torch.testing.assert_close(one.boxes, other.boxes, rtol=1e-5, atol=1e-4)

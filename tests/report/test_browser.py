@@ -153,7 +153,7 @@ def test_filters_tables_and_pictures_work(make_run: Callable[..., Path], tmp_pat
     assert checks == {
         "title": "run",
         "pictures_loaded": [True] * 4,
-        "charts": 6,
+        "charts": 7,
         "charts_have_size": True,
         "no_sideways_scroll": True,
         "arrow": "descending",

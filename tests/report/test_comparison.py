@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,27 @@ def test_a_run_and_itself_do_not_differ(make_run: MakeRun) -> None:
             if expected is not None:
                 assert (row.difference, row.low, row.high) == (0, 0, 0)
                 assert not row.is_real
+
+
+def test_a_page_against_another_run(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """The other run finds nothing in the first image, and image 4 with 2 objects as this one does not."""
+
+    def change(detections: list[dict[str, Any]]) -> None:
+        del detections[:2]
+
+    run = make_run(["a", "b"])
+    other = other_run(run, "other <b>", change)
+    assert main(["report", str(run), "--against", str(other), "--pictures", "1"]) == 0
+    assert re.search(r"see .*report\.html \(\d+ kB\)", capsys.readouterr().out)
+    text = (run / "report.html").read_text()
+    assert "Against other &lt;b&gt;" in text
+    assert text.count('<b class="gained">') == 1
+    assert "001.png · quality 100.0 (+100.0)" in text
+    assert '<b class="lost">' not in text
+    assert "box AP: " in text
+    shutil.rmtree(other / "inference")
+    assert main(["report", str(run), "--against", str(other)]) == 0
+    assert "No comparison: " in (run / "report.html").read_text()
 
 
 def test_a_run_that_finds_nothing_is_worse(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:

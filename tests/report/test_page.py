@@ -14,10 +14,12 @@ import pytest
 import yaml
 
 from gn_detect.cli import main
+from gn_detect.config.schema import known_keys
 from gn_detect.errors import UserError
-from gn_detect.evaluation import read_truth
+from gn_detect.evaluation import ERRORS, read_truth
 from gn_detect.report import write_report
 from gn_detect.report.analysis import analyse, condense
+from gn_detect.report.page import HELP
 from gn_detect.report.pictures import choose_images
 
 MakeRun = Callable[..., Path]
@@ -194,19 +196,30 @@ def test_mistakes_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
             assert 100 * curves[name].mean() == pytest.approx(metrics[kind][key])
 
 
+def test_errors_and_scores_have_a_part(make_run: MakeRun) -> None:
+    """One box is moved away, one has the other class, and an image has no detection."""
+    page = read(write_report(make_run(["square", "bar"])))
+    for name in ERRORS:
+        assert name in page.words
+    assert "What AP50 is lost to" in page.words
+    assert "predict --threshold auto" in page.words
+    keys = {word.strip("(),.;") for text in HELP.values() for word in text.split() if "." in word[:-1]}
+    assert keys <= set(known_keys())
+
+
 def test_worst_and_best_are_different_images(make_run: MakeRun, tmp_path: Path) -> None:
     folder = make_run()
     truth = read_truth(tmp_path / "val" / "annotations.json", "segm")
     images = analyse(
         truth, folder / "inference" / "tiny_test" / "coco_instances_results.json", ["segm"], 0.5
     ).images
-    chosen = [(rank, image.image_id) for rank, image in choose_images(images, 1)]
+    chosen = [(rank, image.image_id) for rank, image, _ in choose_images(images, 1)]
     assert chosen == [("worst", 4), ("best", 1)]
-    chosen = [image.image_id for _, image in choose_images(images, 3)]
+    chosen = [image.image_id for _, image, _ in choose_images(images, 3)]
     assert sorted(chosen) == [1, 2, 3, 4]
     assert choose_images(images, 0) == []
     poor = [image for image in images if image.quality == 0] * 2
-    assert [rank for rank, _ in choose_images(poor, 1)] == ["worst"]
+    assert [rank for rank, *_ in choose_images(poor, 1)] == ["worst"]
 
 
 def test_large_confusion_matrices_keep_the_worst_categories() -> None:

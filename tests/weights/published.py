@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gn_detect.config import Config
@@ -13,10 +14,16 @@ from gn_detect.weights.zoo import ZooEntry
 from . import schemes
 from .schemes import State
 
-MMDETECTIONS_CONFIG = (
-    "norm_cfg = dict(type='GN', num_groups=32, requires_grad=True)\n"
-    "img_norm_cfg = dict(\n    mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)\n"
-)
+MMDETECTIONS_CONFIG = """
+norm_cfg = dict(type='GN', num_groups={groups}, requires_grad=True)
+img_norm_cfg = dict(
+    mean={mean}, std={std}, to_rgb={rgb})
+conv_cfg = {conv}
+model = dict(
+    backbone=dict(conv_cfg=conv_cfg),
+    neck=dict(conv_cfg=conv_cfg),
+    roi_head=dict(bbox_head=dict(conv_cfg=conv_cfg), mask_head=dict(conv_cfg=conv_cfg)))
+"""
 
 
 def values_for(entry: ZooEntry, model: torch.nn.Module) -> State:
@@ -33,9 +40,15 @@ def write(entry: ZooEntry, cfg: Config, state: State) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if entry.kind == "backbone":
         state = schemes.backbone_of(state)
-    {"Detectron": _detectron, "detectron2": _detectron2, "torchvision": _timm, "mmdetection": _mmdetection}[
-        entry.scheme
-    ](path, entry, cfg, state)
+    writers = {
+        "Detectron": _detectron,
+        "detectron2": _detectron2,
+        "torchvision": _timm,
+        "mmdetection": _mmdetection,
+        "BiT": _bit,
+        "tensorpack": _tensorpack,
+    }
+    writers[entry.scheme](path, entry, cfg, state)
     return path
 
 
@@ -72,8 +85,38 @@ def _timm(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
 
 def _mmdetection(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
     if entry.kind == "backbone":
-        content = {"state_dict": OrderedDict(schemes.torchvision_backbone(state, "gn"))}
+        theirs = schemes.torchvision_backbone(state, "gn") | {"fc.weight": torch.ones(1000, 8)}
+        content = {"state_dict": OrderedDict(theirs)}
     else:
-        meta = {"epoch": 24, "config": MMDETECTIONS_CONFIG, "CLASSES": ("person", "bicycle")}
+        text = MMDETECTIONS_CONFIG.format(
+            groups=cfg.model.gn.num_groups,
+            mean=list(cfg.model.pixel_mean),
+            std=list(cfg.model.pixel_std),
+            rgb=cfg.input.format == "RGB",
+            conv="dict(type='ConvWS')" if cfg.model.resnets.conv else None,
+        )
+        meta = {"epoch": 24, "config": text, "CLASSES": ("person", "bicycle")}
         content = {"meta": meta, "state_dict": OrderedDict(schemes.mmdetection(state)), "optimizer": {}}
     torch.save(content, path, _use_new_zipfile_serialization=False)  # older than PyTorch 1.6
+
+
+def _bit(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
+    """big_transfer's names for those of timm."""
+    leaves = {"weight": "gamma", "bias": "beta"}
+    found = {"resnet/head/conv2d/bias": np.zeros(1000, np.float32)}
+    for name, tensor in state.items():
+        parts = name.removeprefix("backbone.bottom_up.trunk.").split(".")
+        place = "resnet/root_block"
+        if parts[0] == "stages":
+            layer = "a/proj" if parts[4] == "downsample" else "abc"[int(parts[4][-1]) - 1]
+            place = f"resnet/block{int(parts[1]) + 1}/unit{int(parts[3]) + 1:02d}/{layer}"
+        if tensor.dim() == 4:
+            found[f"{place}/standardized_conv2d/kernel"] = tensor.permute(2, 3, 1, 0).numpy()
+        else:
+            found[f"{place}/group_norm/{leaves[parts[-1]]}"] = tensor.numpy()
+    np.savez(path, **found)
+
+
+def _tensorpack(path: Path, entry: ZooEntry, cfg: Config, state: State) -> None:
+    arrays = schemes.arrays(schemes.tensorpack(state))
+    np.savez_compressed(path, **arrays, **{"global_step:0": np.array(5), "learning_rate:0": np.array(0.1)})

@@ -187,8 +187,12 @@ def mmdetection(state: State, version: int = 2, norm: str = "gn") -> State:
 
 
 def backbone_of(state: State) -> State:
-    """Layers of the backbone, with the prefix of a model with a pyramid."""
-    return {name: tensor for name, tensor in state.items() if name.startswith("backbone.bottom_up.")}
+    """Layers of the backbone that a classifier has, with the prefix of a model with a pyramid."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if name.startswith("backbone.bottom_up.") and ".conv2_offset." not in name
+    }
 
 
 def write_pickle(path: Path, content: object, protocol: int = 2) -> None:
@@ -200,3 +204,51 @@ def write_pickle(path: Path, content: object, protocol: int = 2) -> None:
 def arrays(state: State) -> dict[str, object]:
     """NumPy arrays."""
     return {name: tensor.numpy() for name, tensor in state.items()}
+
+
+def tensorpack(state: State) -> State:
+    """A whole detector with an FPN: other layouts, the background first, ``:0`` as TensorFlow has it."""
+    found = {}
+    for name, tensor in state.items():
+        if "pixel_" in name or name.endswith("num_batches_tracked"):
+            continue
+        layer, _, leaf = name.rpartition(".")
+        if ".cls_score." in name or (".bbox_pred." in name and len(tensor) > 4):
+            tensor = background_first(name, tensor)
+        if tensor.dim() == 4:
+            tensor = tensor.permute(2, 3, 1, 0)
+        elif tensor.dim() == 2:
+            tensor = tensor.t()
+        is_norm = layer.endswith(".norm")
+        end = {"weight": "gamma", "bias": "beta"}[leaf] if is_norm else {"weight": "W", "bias": "b"}[leaf]
+        theirs = _tensorpack(layer.removesuffix(".norm"), is_norm)
+        found[f"{theirs}/{end}:0"] = tensor.contiguous()
+    return found
+
+
+def _tensorpack(layer: str, is_norm: bool) -> str:
+    parts = layer.split(".")
+    if layer.startswith("backbone.bottom_up."):
+        end = "/gn" if is_norm else ""
+        if parts[2] == "stem":
+            return f"conv0{end}"
+        branch = "convshortcut" if parts[4] == "shortcut" else parts[4]
+        return f"group{int(parts[2][3]) - 2}/block{parts[3]}/{branch}{end}"
+    if layer.startswith("backbone.fpn_"):
+        level, kind = layer[-1], "lateral" in layer
+        if is_norm:
+            return f"fpn/gn_{'c' if kind else 'p'}{level}"
+        return f"fpn/lateral_1x1_c{level}" if kind else f"fpn/posthoc_3x3_p{level}"
+    if layer.startswith("proposal_generator."):
+        return f"rpn/{ {'conv': 'conv0', 'objectness_logits': 'class', 'anchor_deltas': 'box'}[parts[2]] }"
+    if parts[1] == "mask_head":
+        if parts[2].startswith("mask_fcn"):
+            return f"maskrcnn/{'gn' if is_norm else 'fcn'}{int(parts[2][-1]) - 1}"
+        return f"maskrcnn/{ {'deconv': 'deconv', 'predictor': 'conv'}[parts[2]] }"
+    stage = f"cascade_rcnn_stage{int(parts[2]) + 1}" if parts[2].isdigit() else "fastrcnn"
+    if parts[1] == "box_predictor":
+        return f"{stage}/outputs/{ {'cls_score': 'class', 'bbox_pred': 'box'}[parts[-1]] }"
+    head = f"{stage}/head" if parts[2].isdigit() else stage
+    if parts[-1].startswith("conv"):
+        return f"{head}/{'gn' if is_norm else 'conv'}{int(parts[-1][-1]) - 1}"
+    return f"{head}/fc"

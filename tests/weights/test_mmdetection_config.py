@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 
 import gn_detect
 from gn_detect import UserError
+from gn_detect.conversion import rewrite_checkpoint
+from gn_detect.layers import Conv2d, WSConv2d
 from gn_detect.weights import (
+    implied_keys,
     load_weights,
+    norm_settings,
     norms_of,
     read_architecture,
     read_checkpoint,
@@ -76,24 +81,82 @@ def write(path: Path, text: str, version: int, key: str = "config") -> dict[str,
     return state
 
 
+CONV = [f"MODEL.{part}.CONV" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")]
+ALL_WS = [text for key in CONV for text in (key, "WS")]
+
+
+def standardise_by_hand(model: nn.Module) -> set[str]:
+    """Replace the convolutions that mmdetection builds with ``conv_cfg`` by its own; return their names."""
+    names = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Conv2d) and "proposal_generator" not in name
+    }
+    for name in names:
+        old = model.get_submodule(name)
+        new = ConvWS2d(
+            old.in_channels,
+            old.out_channels,
+            old.kernel_size,
+            old.stride,
+            old.padding,
+            bias=False,
+        )
+        new.weight = old.weight
+        new.forward = functools.partial(_with_norm, new, old.norm, old.activation)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+    return names
+
+
+def _with_norm(
+    conv: ConvWS2d, norm: nn.Module, activation: str | None, x: Tensor, *residual: Tensor
+) -> Tensor:
+    y = norm(ConvWS2d.forward(conv, x))
+    y = y + residual[0] if residual else y
+    return y.relu() if activation else y
+
+
 @pytest.mark.parametrize(("version", "text", "key"), [(1, VARIABLES, "config"), (2, FLAT, "cfg")])
-def test_weight_standardisation_is_folded(version: int, text: str, key: str, tmp_path: Path) -> None:
+def test_standardised_weights_compute_what_mmdetection_computes(
+    version: int, text: str, key: str, tmp_path: Path
+) -> None:
     path = tmp_path / "ws.pth"
     state = write(path, text, version, key)
-    model = detector()
-    report = load_weights(model, path)
-    assert not report.missing
-    assert not report.unexpected
-    own = model.state_dict()
-    folded = {name for name in state if not torch.equal(own[name], state[name])}
-    assert f"weight standardisation (ConvWS) folded into {len(folded)} convolutions" in report.converted
-    assert len(folded) == 53 + 8 + 4 + 4  # R-50, the pyramid, the box head, the mask head
-    assert not [name for name in folded if "rpn" in name or "deconv" in name or "predictor" in name]
-    for name in folded:
-        conv = ConvWS2d(*state[name].shape[1::-1], kernel_size=state[name].shape[2:], bias=False)
-        conv.weight.data.copy_(state[name])
-        x = torch.randn(2, state[name].shape[1], 9, 9)
-        torch.testing.assert_close(F.conv2d(x, own[name]), conv(x), rtol=1e-4, atol=1e-4)
+    model = detector(*ALL_WS)
+    load_weights(model, path)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    expected = detector()
+    expected.load_state_dict(state)
+    names = standardise_by_hand(expected)
+    assert names == {name for name, module in model.named_modules() if isinstance(module, WSConv2d)}
+    assert len(names) == 53 + 8 + 4 + 4  # R-50, the pyramid, the box head, the mask head
+    images = [torch.randint(0, 256, (3, 64, 96), generator=torch.Generator().manual_seed(2))]
+    with torch.no_grad():
+        for ours, theirs in zip(
+            model.backbone(model.preprocess(images)).values(),
+            expected.backbone(expected.preprocess(images)).values(),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        pooled, labels = torch.randn(5, 16, 14, 14), torch.zeros(5, dtype=torch.int64)
+        ours, theirs = (m.roi_heads.mask_head(pooled, labels) for m in (model, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        ours, theirs = (m.roi_heads.box_head(pooled[..., :7, :7]) for m in (model, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_file_says_which_weights_are_standardised(tmp_path: Path) -> None:
+    path = tmp_path / "ws.pth"
+    write(path, FLAT, 2)
+    keys = read_architecture(read_checkpoint(path)).keys
+    assert {key: keys[key] for key in CONV} == dict.fromkeys(CONV, "WS")
+    cfg = gn_detect.load_config(GN, SMALL)
+    found = implied_keys(cfg, path)
+    assert {key: found[key] for key in CONV} == dict.fromkeys(CONV, "WS")
+    for keys in ([], [text.replace("WS", "StdConv") for text in ALL_WS]):
+        with refusal("other-convolution", "ws.pth", "MODEL.RESNETS.CONV WS MODEL.FPN.CONV WS"):
+            load_weights(detector(*keys), path)
 
 
 def test_plain_convolutions_stay(tmp_path: Path) -> None:
@@ -103,20 +166,22 @@ def test_plain_convolutions_stay(tmp_path: Path) -> None:
     model = detector()
     assert not load_weights(model, path).converted
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with refusal("other-convolution", "MODEL.FPN.CONV ''"):
+        load_weights(detector("MODEL.FPN.CONV", "WS"), path)
 
 
 def test_only_the_parts_that_have_it(tmp_path: Path) -> None:
     path = tmp_path / "neck.pth"
     text = "model = dict(backbone=dict(conv_cfg=None), neck=dict(conv_cfg=dict(type='ConvWS', eps=0.5)))"
     state = write(path, text, 2)
-    found = translate(read_checkpoint(path)).tensors
-    changed = [name for name, tensor in found.items() if not torch.equal(tensor, state[name])]
-    assert len(changed) == 8
-    assert all(".fpn_" in name for name in changed)
+    model = detector("MODEL.FPN.CONV", "WS")
+    assert "8 standardised weights have the file's eps" in str(load_weights(model, path))
     weight = state["backbone.fpn_output3.weight"]
     flat = weight.flatten(1)
     expected = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 0.5)
-    torch.testing.assert_close(found["backbone.fpn_output3.weight"], expected.view_as(weight))
+    layer = model.backbone.fpn_output3
+    assert isinstance(layer, WSConv2d)
+    torch.testing.assert_close(layer.standardised_weight(), expected.view_as(weight))
 
 
 WS = "conv_cfg=dict(type='ConvWS')"
@@ -146,13 +211,13 @@ def test_the_groups_of_the_config(version: int, text: str, tmp_path: Path) -> No
     assert groups == {n: 4 for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
     keys = read_architecture(checkpoint).keys
     assert (keys["MODEL.GN.NUM_GROUPS"], keys["MODEL.GN.MIN_CHANNELS_PER_GROUP"]) == (4, 1)
-    other = detector("MODEL.GN.NUM_GROUPS", "2")
+    other = detector("MODEL.GN.NUM_GROUPS", "2", *ALL_WS)
     with refusal("other-groups", "4 groups", "MODEL.GN.NUM_GROUPS 4"):
         load_weights(other, path)
 
 
 def test_the_eps_of_the_config(tmp_path: Path) -> None:
-    path, model = tmp_path / "gn.pth", detector()
+    path, model = tmp_path / "gn.pth", detector(*ALL_WS)
     write(path, FLAT.replace("num_groups=4, type", "num_groups=4, eps=1e-3, type"), 2)
     load_weights(model, path)
     eps = {name: m.eps for name, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
@@ -171,13 +236,31 @@ def test_batch_norms_have_no_groups(tmp_path: Path) -> None:
     assert found.group_norm_eps == {}
 
 
-def test_our_own_file_of_it_is_not_folded_twice(tmp_path: Path) -> None:
+def test_our_own_file_of_it(tmp_path: Path) -> None:
+    """It holds the record, also when its tensors are written for plain convolutions."""
     write(tmp_path / "ws.pth", FLAT, 2)
-    once = translate(read_checkpoint(tmp_path / "ws.pth")).tensors
-    save_weights(tmp_path / "ours.pth", once)
-    again = translate(read_checkpoint(tmp_path / "ours.pth"))
-    assert not again.changes
-    assert all(torch.equal(tensor, once[n]) for n, tensor in again.tensors.items())
+    model = detector(*ALL_WS)
+    load_weights(model, tmp_path / "ws.pth")
+    for suffix in (".pth", ".safetensors"):
+        save_weights(tmp_path / f"own{suffix}", model.state_dict(), norm_settings(model))
+        again = detector(*ALL_WS)
+        load_weights(again, tmp_path / f"own{suffix}")
+        with refusal("other-convolution", "--keep-norm"):
+            load_weights(detector(), tmp_path / f"own{suffix}")
+    rewrite_checkpoint(tmp_path / "own.pth", tmp_path / "plain.pth")
+    plain, x = detector(), torch.randn(1, 3, 64, 64)
+    load_weights(plain, tmp_path / "plain.pth")
+    with torch.no_grad():
+        for ours, folded in zip(model.backbone(x).values(), plain.backbone(x).values(), strict=True):
+            torch.testing.assert_close(ours, folded, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("record", [["WS"], ["Other", 1e-5], ["WS", -1.0], "WS"])
+def test_a_damaged_record_is_refused(record: object, tmp_path: Path) -> None:
+    entries = {"weight_standardization": {"a": record}}
+    save_weights(tmp_path / "m.pth", {"a.weight": torch.ones(2, 2, 1, 1)}, entries)
+    with refusal("damaged-record", "weight_standardization"):
+        read_checkpoint(tmp_path / "m.pth")
 
 
 def test_later_texts_replace_former_ones() -> None:

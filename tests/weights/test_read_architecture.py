@@ -50,6 +50,17 @@ MODELS = {
     "no masks": ("GN/faster_rcnn_R_50_FPN_2x_gn.yaml", []),
     "C4": ("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml", []),
     "cascade": ("GN/mask_rcnn_R_50_FPN_2x_gn.yaml", CASCADE),
+    "deformable": (
+        "GN/mask_rcnn_R_50_FPN_2x_gn.yaml",
+        ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, False, True]"],
+    ),
+    "modulated": (
+        "GN/mask_rcnn_R_50_FPN_2x_gn.yaml",
+        [
+            *("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, False, True, True]"),
+            *("MODEL.RESNETS.DEFORM_MODULATED", "True", "MODEL.RESNETS.DEFORM_NUM_GROUPS", "2"),
+        ],
+    ),
     "ResNet-18": ("quick/Base-R18-GN.yaml", []),
     "ResNeXt": (
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",

@@ -12,6 +12,7 @@ from ...config.schema import LIBRARY_BACKBONES
 from ...errors import UserError
 from ..checkpoint import Checkpoint
 from ..convention import TORCHVISION, InputConvention
+from . import bit
 
 if TYPE_CHECKING:
     from ...config import Config
@@ -58,6 +59,8 @@ def trunk_tensors(checkpoint: Checkpoint, own: Collection[str]) -> tuple[dict[st
     # A network may have the prefix of a wrapper in its own names.
     fitting = [len(own & tensors.keys()) for tensors in (checkpoint.tensors, checkpoint.stored)]
     tensors = checkpoint.stored if fitting[1] > fitting[0] else checkpoint.tensors
+    if bit.is_bit(tensors):
+        tensors = bit.to_timm(tensors)
     for name, tensor in tensors.items():
         theirs = from_lukemelas.get(name, name)
         if theirs.rpartition(".")[0] in modules:

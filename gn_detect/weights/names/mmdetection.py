@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..convention import DETECTRON_GN, TORCHVISION, InputConvention
-from ..mmdetection_config import standardised_convs
+from ..mmdetection_config import refuse_unknown_convs
 from .resnet import from_rules, from_torchvision, move_background
 
 _LAYERS: list[tuple[str, str]] = [
@@ -38,9 +37,9 @@ def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list
     """Fill ``tensors`` and ``left_out``, and yield the changes of values in words.
 
     Raises:
-        UserError: the file's config has convolutions that cannot be made plain ones.
+        UserError: the file's config has convolutions of an unknown kind.
     """
-    standardised = standardised_convs(checkpoint)
+    refuse_unknown_convs(checkpoint)
     # Since version 2 the heads are in roi_head, and the background is the last class.
     background_first = any(name.startswith("bbox_head.") for name in checkpoint.tensors)
     for name, tensor in checkpoint.tensors.items():
@@ -49,19 +48,9 @@ def translate(checkpoint: Checkpoint, tensors: dict[str, Tensor], left_out: list
             left_out.append(name)
         elif ours is None:
             tensors[name] = tensor
-        elif name in standardised:
-            tensors[ours] = _standardised(tensor, standardised[name])
-            yield f"weight standardisation (ConvWS) folded into {len(standardised)} convolutions"
         else:
             tensors[ours], change = move_background(ours, tensor) if background_first else (tensor, [])
             yield from change
-
-
-def _standardised(weight: Tensor, eps: float) -> Tensor:
-    """Standardise a (C, ...) weight as mmcv's ConvWS does in each forward pass."""
-    flat = weight.double().flatten(1)
-    flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + eps)
-    return flat.view(weight.shape).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def convention(checkpoint: Checkpoint) -> InputConvention:
