@@ -59,6 +59,9 @@ Code = Literal[
     "ambiguous-image",
     "not-results",
     "lossy-repair",
+    "unknown-format",
+    "damaged-labels",
+    "rotated-box",
     # entries of a dataset: the doctor has the same kinds of faults
     "malformed",
     "empty-list",

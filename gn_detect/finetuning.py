@@ -14,6 +14,7 @@ from .distributed.group import is_main
 from .engine import Predictor, train
 from .engine.autoconfig import OUTPUT, backbone_keys, choose_config, with_datasets
 from .engine.pretrained import as_pairs
+from .engine.run_data import prepare_data
 from .errors import UserError
 from .progress import fitted
 from .structures import Results
@@ -50,18 +51,19 @@ class FineTuned:
 
 
 def finetune(
-    train_json: PathLike,
-    train_images: PathLike,
+    train_json: PathLike | None = None,
+    train_images: PathLike | None = None,
     val_json: PathLike | None = None,
     val_images: PathLike | None = None,
     *,
+    data: PathLike | None = None,
     weights: PathLike = "",
     backbone: str = "",
     output_dir: PathLike = OUTPUT,
     overrides: Mapping[str, Any] | None = None,
     resume: bool = False,
 ) -> FineTuned:
-    """Choose a config for COCO data, train and evaluate.
+    """Choose a config for own data, train and evaluate.
 
     The choices follow from the data, the machine and the weights; they are printed with their reasons. Each
     process of a group calls this function, as torchrun starts them.
@@ -71,6 +73,8 @@ def finetune(
         train_images: folder of their images.
         val_json: COCO annotations to evaluate on.
         val_images: folder of their images.
+        data: in place of these four: a file or folder in any format that ``gn-detect import`` reads. It
+            becomes COCO files in ``output_dir/data``, and is split by images where it has no val part.
         weights: a starting point: a file, ``zoo://NAME`` or a URL; from scratch by default.
         backbone: a network of torchvision or timm, such as ``mobilenet_v2`` or ``timm/resnet26d``;
             ``weights`` is then a file of its classifier, or empty.
@@ -84,9 +88,24 @@ def finetune(
     """
     if (val_json is None) != (val_images is None):
         raise UserError("lone-flag", "val_json and val_images belong together; give both")
+    if data is not None and (train_json, train_images, val_json) != (None, None, None):
+        raise UserError("conflicting-flags", f"data={data} and train_json name the same thing; give one")
     keys = {**(backbone_keys(backbone) if backbone else {}), **(overrides or {}), "OUTPUT_DIR": output_dir}
     if weights:
         keys["MODEL.WEIGHTS"] = weights
+    if data is not None:
+        given = {
+            key: keys.get(key, default) for key, default in (("SEED", 0), ("DATASETS.ALLOW_OUTSIDE", False))
+        }
+        prepared = prepare_data(
+            data, output_dir, int(given["SEED"]), bool(given["DATASETS.ALLOW_OUTSIDE"]), resume
+        )
+        if is_main():
+            print(prepared, flush=True)
+        train_json, train_images = prepared.train
+        val_json, val_images = prepared.val or (None, None)
+    if train_json is None or train_images is None:
+        raise UserError("lone-flag", "train_json and train_images belong together; give both, or data")
     cfg, recipe = choose_config(train_json, train_images, as_pairs(keys), has_val=val_json is not None)
     if is_main():
         print(f"chosen for {recipe.facts}:\n{fitted(str(recipe), sys.stdout)}", flush=True)

@@ -6,6 +6,7 @@ parser must take it, and that is all. Jobs are made small by what :func:`shrunk`
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from gn_detect.cli.main import parse
 from gn_detect.config import load_config
 from gn_detect.config.explain import reference
 from gn_detect.modeling import build_model
+from tests.data.format_writers import write_yolo
 from tests.engine.tiny import make_dataset, write_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -106,7 +108,7 @@ def shrunk(words: list[str]) -> list[str]:
     """A job that takes a moment instead."""
     command = words[0]
     if command == "train":
-        fresh = "--train-json" in words and "--weights" not in words
+        fresh = ("--train-json" in words or "--data" in words) and "--weights" not in words
         return [*words, *(SMALL_MODEL if fresh else SHORT_RUN)]
     if command in ("convert", "calibrate") and "--images" in words:
         return [*words[:3], "--steps", "2", "--max-images", "4", "--batch-size", "1", *words[3:]]
@@ -122,6 +124,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(made.parent / "images", folder / "photos")
     for name in ("train.json", "val.json"):
         shutil.copy(made, folder / name)
+    write_yolo(json.loads(made.read_text()), made.parent / "images", folder / "yolo")
     Image.new("RGB", (80, 64), (90, 60, 30)).save(folder / "photo.jpg")
     shutil.move(write_config(folder), folder / "bn.yaml")
     text = (folder / "bn.yaml").read_text().replace("NORM: GN", "NORM: BN")

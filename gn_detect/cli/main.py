@@ -28,6 +28,7 @@ COMMANDS = {
     "plot": "Draw losses, AP and learning rate of one run, or of several in the same axes.",
     "compare": "Tell whether the AP of two runs, or of two groups of seeds, differs by more than luck.",
     "report": "Write a run's numbers, curves, mistakes and pictures as one HTML page that needs no network.",
+    "import": "Convert YOLO, Pascal VOC, labelme, CVAT, VIA, Label Studio or masks to COCO, and split it.",
     "bench": "Time a training step or a detection part by part, or each norm and PyTorch's.",
     "replay": "Repeat a training step whose loss or gradient was not finite, from its black box.",
     "doctor": "Find errors in a dataset before training does.",
@@ -42,6 +43,9 @@ EXIT_STATUS = """exit status:
        done; export --check: the file's detections are out of the tolerances
   2    bad input, or a training diverged: one line on standard error says what, and what to do
   130  interrupted by Ctrl-C; 143 by SIGTERM (train has saved a checkpoint; --resume continues)"""
+
+
+_MODULES = {"eval": "evaluate", "import": "import_data"}  # names that Python has for itself
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,7 +131,7 @@ def load_command(name: str) -> ModuleType:
     It has ``add_arguments(parser)``, ``EXAMPLES``, lines for ``--help``, and ``run(args)``, which may return
     an exit status or a :class:`Result`.
     """
-    return import_module(f".{'evaluate' if name == 'eval' else name}", __package__)
+    return import_module(f".{_MODULES.get(name, name)}", __package__)
 
 
 def make_parser(commands: Iterable[str]) -> argparse.ArgumentParser:

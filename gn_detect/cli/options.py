@@ -62,6 +62,12 @@ def add_other_classes_argument(parser: argparse.ArgumentParser, purpose: str) ->
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="data to train on in any format that gn-detect import reads: it becomes COCO files in "
+        "OUTPUT_DIR/data, split by images where it has no val part",
+    )
     for part, purpose in (("train", "train"), ("val", "evaluate")):
         parser.add_argument(f"--{part}-json", metavar="FILE", help=f"COCO annotations to {purpose} on")
         parser.add_argument(f"--{part}-images", metavar="FOLDER", help=f"images of --{part}-json")
@@ -148,6 +154,10 @@ def read_config(args: argparse.Namespace) -> Config:
     """
     take_weights(args)
     take_backbone(args)
+    if args.data:
+        from .own_data import take_data
+
+        take_data(args)
     if not args.config_file and args.train_json and not args.eval_only:
         from .own_data import choose_config
 
@@ -155,8 +165,8 @@ def read_config(args: argparse.Namespace) -> Config:
     if not args.config_file and not args.eval_only:
         raise UserError(
             "no-config",
-            "no config: add --config-file FILE, such as quick/demo.yaml, or --train-json FILE and "
-            "--train-images FOLDER to have one made for your data",
+            "no config: add --config-file FILE, such as quick/demo.yaml, or --data PATH, or --train-json "
+            "FILE and --train-images FOLDER, to have one made for your data",
         )
     return _with_datasets(read_config_file(args), args)
 

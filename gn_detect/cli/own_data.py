@@ -6,11 +6,42 @@ import argparse
 import os
 import sys
 
-from ..config import Config, read_overrides
+from ..config import Config, load_config, read_overrides
 from ..distributed.launch import check_launch
 from ..engine import autoconfig
+from ..engine.run_data import prepare_data
 from ..errors import UserError
 from ..progress import fitted
+
+
+def take_data(args: argparse.Namespace) -> None:
+    """Turn ``--data PATH`` into the flags of its COCO files, which it writes into OUTPUT_DIR/data.
+
+    Raises:
+        UserError: other data are given, too, or something in the data is wrong.
+    """
+    others = ("train_json", "train_images", "val_json", "val_images")
+    if twice := [name for name in others if getattr(args, name)]:
+        flag = "--" + twice[0].replace("_", "-")
+        raise UserError("conflicting-flags", f"--data {args.data} and {flag} name the same thing; give one")
+    if args.eval_only:
+        raise UserError(
+            "conflicting-flags",
+            f"--data is for training; gn-detect import {args.data} DST.json makes a file for --val-json",
+        )
+    if args.config_file:
+        cfg = load_config(args.config_file, args.overrides)
+        folder, seed, outside = cfg.output_dir, cfg.seed, cfg.datasets.allow_outside
+    else:
+        given = read_overrides(args.overrides)
+        folder, seed = str(given.get("OUTPUT_DIR", autoconfig.OUTPUT)), given.get("SEED", 0)
+        outside = bool(given.get("DATASETS.ALLOW_OUTSIDE", False))
+    data = prepare_data(args.data, folder, seed, outside, args.resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(data, flush=True)
+    args.train_json, args.train_images = data.train
+    if data.val is not None:
+        args.val_json, args.val_images = data.val
 
 
 def choose_config(args: argparse.Namespace) -> Config:

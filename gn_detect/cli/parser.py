@@ -50,6 +50,7 @@ _HABITS: dict[str, tuple[str, ...]] = {
     "seed random-seed": ("SEED",),
     "o out output output-dir out-dir outdir save-dir work-dir project name exp log-dir logdir": _OUTPUT,
     "data data-path data-dir dataset data-root root": (
+        "--data",
         "--train-json",
         "DATASETS.TRAIN and DATASETS.TEST, or DATASETS.REGISTER",
     ),

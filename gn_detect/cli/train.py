@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..config import Config
 
 EXAMPLES = """
+gn-detect train --data FOLDER OUTPUT_DIR runs/one
 gn-detect train --train-json train.json --train-images images --val-json val.json --val-images images
 gn-detect train --train-json train.json --train-images images --weights zoo://R-50-GN OUTPUT_DIR runs/one
 gn-detect train --train-json train.json --train-images images --backbone mobilenet_v2 --weights FILE.pth
@@ -180,14 +181,18 @@ def command(*words: str) -> str:
 
 def _image_of(cfg: Config) -> str:
     """Return the path of an image of the first test set, or ``IMAGES`` without any."""
+    from ..data.coco.reader import read_image_list
     from ..data.datasets import resolve_dataset
     from ..data.image_paths import find_images
 
     try:
-        folder = resolve_dataset(cfg, cfg.datasets.test[0]).images
-        return str(find_images([str(folder)])[0])
+        source = resolve_dataset(cfg, cfg.datasets.test[0])
     except (IndexError, UserError):
         return "IMAGES"
+    try:
+        return str(find_images([str(source.images)])[0])
+    except UserError:  # they lie in folders below
+        return str(read_image_list(source.annotations, source.images, source.allow_outside)[0])
 
 
 def _train(cfg: Config, args: argparse.Namespace) -> None:

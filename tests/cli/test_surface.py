@@ -57,7 +57,7 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
         ("train --output a", "OUTPUT_DIR VALUE"),
         ("train --work-dir a", "OUTPUT_DIR VALUE"),
         ("export --out a", "did you mean --output?"),
-        ("train --data a", "did you mean --train-json?"),
+        ("train --dataset a", "did you mean --data?"),
         ("train --load-from a.pth", "did you mean --weights?"),
         ("predict --conf 0.5 a", "--conf; did you mean --threshold?"),
         ("eval --conf 0.5", "MODEL.ROI_HEADS.SCORE_THRESH_TEST VALUE"),

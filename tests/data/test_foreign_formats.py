@@ -29,7 +29,7 @@ BOX = {"label": "cat", "coordinates": {"x": 1, "y": 2, "width": 3, "height": 4}}
 RESULT = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
 IMAGES = [{"id": 1, "file_name": "a.jpg", "height": 4, "width": 5}]
 JSONS: dict[str, tuple[Any, str]] = {
-    "labelme": ({"version": "5.0", "flags": {}, "shapes": [], "imagePath": "a.jpg"}, "labelme2coco"),
+    "labelme": ({"version": "5.0", "flags": {}, "shapes": [], "imagePath": "a.jpg"}, "gn-detect import"),
     "via project": ({"_via_settings": {}, "_via_img_metadata": {"a.jpg9": VIA_IMAGE}}, "VIA"),
     "via": ({"a.jpg9": VIA_IMAGE, "b.jpg7": {**VIA_IMAGE, "filename": "b.jpg"}}, "VIA"),
     "via 3": (

@@ -13,6 +13,7 @@ from tests.fuzz.annotations import mutate, write_base
 from tests.fuzz.checkpoints import prepare_checkpoints
 from tests.fuzz.configs import try_config
 from tests.fuzz.folders import prepare_folders
+from tests.fuzz.formats import prepare_formats
 from tests.fuzz.images import try_image
 from tests.fuzz.limits import Case, Preparation, run_cases
 from tests.fuzz.results import prepare_results
@@ -55,6 +56,7 @@ KINDS: dict[str, tuple[Preparation, int]] = {
     "configs": (prepare_configs, 500),
     "folders": (prepare_folders, 400),
     "checkpoints": (prepare_checkpoints, 600),
+    "formats": (prepare_formats, 900),
 }
 """What makes the cases, and how many are usual."""
 

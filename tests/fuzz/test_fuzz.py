@@ -53,7 +53,8 @@ def test_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("configs", 30), ("results", 40), ("folders", 12), ("checkpoints", 16)]
+    ("kind", "count"),
+    [("configs", 30), ("results", 40), ("folders", 12), ("checkpoints", 16), ("formats", 45)],
 )
 def test_a_few(kind: str, count: int) -> None:
     tally = fuzz(kind, range(5000, 5000 + count))

@@ -1,1 +1,1 @@
-"""Annotation formats other than COCO."""
+"""Annotation formats other than COCO: each is recognised, and most are read into COCO content."""

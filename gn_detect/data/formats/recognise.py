@@ -1,7 +1,8 @@
-"""Recognise annotations of other formats by their content, and name the way to convert them to COCO."""
+"""Recognise annotations of other formats by their content, and name the way to bring them in."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -9,22 +10,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ...files import read_text
+
 _HEAD = 1 << 16  # bytes that are read of a file
 _MOST_FILES = 200  # that are looked at in a folder
 
-_CONVERTERS = "convert it to COCO with FiftyOne or Datumaro"
+_IMPORT = "gn-detect import SRC DST.json converts it, and gn-detect train --data SRC trains on it"
 _FORMATS = {  # name and remedy
-    "yolo": (
-        "YOLO labels",
-        f"{_CONVERTERS}, or export as COCO from the tool that made them (Roboflow, CVAT)",
-    ),
-    "voc": ("Pascal VOC XML", f"{_CONVERTERS}, or export as COCO from the tool (Roboflow, CVAT)"),
-    "cvat": ("CVAT's XML", 'export from CVAT as "COCO 1.0"'),
-    "labelme": ("labelme's JSON", "pip install labelme2coco; labelme2coco FOLDER writes a COCO file"),
-    "via": ("a project of VIA (VGG Image Annotator)", 'in VIA choose "Export Annotations (COCO format)"'),
+    "yolo": ("YOLO labels", _IMPORT),
+    "voc": ("Pascal VOC XML", _IMPORT),
+    "cvat": ("CVAT's XML", _IMPORT),
+    "labelme": ("labelme's JSON", _IMPORT),
+    "via": ("a project of VIA (VGG Image Annotator)", _IMPORT),
     "via3": ("a project of VIA 3 (VGG Image Annotator)", 'export from VIA 3 as "COCO"'),
-    "label-studio": ("Label Studio's JSON", 'export from Label Studio as "COCO"'),
-    "label-studio-min": ("Label Studio's JSON-MIN", 'export from Label Studio as "COCO"'),
+    "label-studio": ("Label Studio's JSON", _IMPORT),
+    "label-studio-min": ("Label Studio's JSON-MIN", 'export from Label Studio as "JSON"'),
     "results": ("a file of results, as COCO's evaluation reads them", "give the annotations themselves"),
     "list": ("a list of annotations alone", "give the whole COCO file, with 'images' and 'categories'"),
     "captions": ("COCO's captions", "give the instances_*.json, which has boxes and masks"),
@@ -50,24 +50,56 @@ def describe_foreign(path: Path) -> str:
     try:
         if not path.is_dir():
             return _sentence(_kind_of_file(path))
-        files = list(islice(_files(path), _MOST_FILES))
-        coco = [str(file) for file in files if file.suffix.lower() == ".json" and _looks_like_coco(file)]
-        if coco:
-            return f"it is a folder; give the COCO file in it, {' or '.join(coco[:3])}"
-        kinds = [kind for file in files if (kind := _kind_of_file(file))]
+        kind = next(iter(find_format(path)), "")
+        if kind == "coco":
+            files = map(str, coco_files(path)[:3])
+            return f"it is a folder; give the COCO file in it, {' or '.join(files)}"
     except OSError:
         return ""
-    kind = next((kind for kind in _FORMATS if kind in kinds), "")
     return _sentence(kind, "a folder of ") or "it is a folder; give the COCO annotation file"
+
+
+def find_format(path: Path) -> list[str]:
+    """Return the formats that a file or the files of a folder have, ``coco`` among them, the likeliest first.
+
+    A folder with COCO files is COCO's alone. A file of JSON is read whole where its first kilobytes do not
+    tell.
+    """
+    try:
+        if not path.is_dir():
+            if not path.is_file():
+                return []
+            if _looks_like_coco(path):
+                return ["coco"]
+            kind = _kind_of_file(path)
+            if not kind and path.suffix.lower() == ".json":
+                kind = _kind_of_content(json.loads(read_text(path)))
+            return [kind] if kind else []
+        if coco_files(path):
+            return ["coco"]
+        kinds = {_kind_of_file(file) for file in islice(_files(path), _MOST_FILES)}
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [kind for kind in _FORMATS if kind in kinds]
+
+
+def coco_files(folder: Path) -> list[Path]:
+    """Return the COCO files among the first files of a folder and of those below it, sorted."""
+    files = islice(_files(folder), _MOST_FILES)
+    return sorted(file for file in files if file.suffix.lower() == ".json" and _looks_like_coco(file))
 
 
 def describe_foreign_content(content: Any) -> str:
     """Return the format of JSON content that is not COCO's instances, with a remedy; empty if unknown."""
+    return _sentence(_kind_of_content(content))
+
+
+def _kind_of_content(content: Any) -> str:
     kinds, entries = _LIST_KINDS, content[:10] if isinstance(content, list) else []
     if isinstance(content, dict):
         kinds, entries = _DICT_KINDS, [content]
     found = [entry for entry in entries if isinstance(entry, dict)]
-    return _sentence(next((kind for kind, fits in kinds.items() if any(map(fits, found))), ""))
+    return next((kind for kind, fits in kinds.items() if any(map(fits, found))), "")
 
 
 def _sentence(kind: str, what: str = "") -> str:
