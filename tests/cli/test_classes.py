@@ -221,7 +221,15 @@ def test_a_run_is_resumed_by_position_and_on_other_objects_only_on_request(
     assert "renamed.json" in log
 
 
-@pytest.mark.parametrize("val", ["reordered.json", "val_onlycat.json", "val_from0.json", "val_empty.json"])
+@pytest.mark.parametrize(
+    "val",
+    [
+        "val_onlycat.json",
+        "val_empty.json",
+        pytest.param("reordered.json", marks=pytest.mark.slow),
+        pytest.param("val_from0.json", marks=pytest.mark.slow),
+    ],
+)
 def test_a_test_set_may_list_fewer_categories_in_another_order(cases: Path, tmp_path: Path, val: str) -> None:
     assert run(tmp_path, cases, "train.json", val, 1) == 0
     results, found = read(tmp_path / "run")

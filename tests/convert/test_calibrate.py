@@ -328,7 +328,12 @@ def test_every_convolution_before_a_norm_is_found(original: nn.Module, images: T
 
 
 @pytest.mark.parametrize(
-    ("blocks", "seed", "best"), [(2, 0, "varying least"), (6, 0, "equal"), (2, 3027, "neither")]
+    ("blocks", "seed", "best"),
+    [
+        (2, 0, "varying least"),
+        pytest.param(6, 0, "equal", marks=pytest.mark.slow),
+        (2, 3027, "neither"),
+    ],
 )
 def test_scales_are_those_that_do_best_on_images_held_out(blocks: int, seed: int, best: str) -> None:
     """Each of the three is chosen where it is the best; the other two are worse by 10% and more."""

@@ -137,25 +137,22 @@ def test_classes_in_another_order_are_not_resumed(finished: Config, tmp_path: Pa
         train(finished.replace(keys), resume=True)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_finishes_the_step_and_saves(
-    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, number: int, status: int
-) -> None:
+def test_a_signal_finishes_the_step_and_saves(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two reports and before an evaluation that is due, and nothing is lost."""
     cfg = tiny_config.replace({"SOLVER.LOG_PERIOD": 3, "TEST.EVAL_PERIOD": 2, "SOLVER.MAX_ITER": 4})
     train(cfg)
     folder = Path(cfg.output_dir)
     expected = torch.load(folder / "model_final.pth", weights_only=True)
     lines = (folder / "metrics.jsonl").read_text().count("\n")
-    real, stop_at = trainer_module.train_step, iter([False, True, False, True])
+    real, stop_at = trainer_module.train_step, iter([None, signal.SIGTERM, None, signal.SIGINT])
 
     def step(*args: object) -> object:
-        if next(stop_at, False):
+        if (number := next(stop_at, None)) is not None:
             os.kill(os.getpid(), number)
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trainer_module, "train_step", step)
-    for resume in (False, True):
+    for resume, status in ((False, 143), (True, 130)):
         with pytest.raises(SystemExit) as left:
             train(cfg, resume=resume)
         assert left.value.code == status
@@ -369,7 +366,7 @@ def test_an_interrupted_first_attempt_is_not_an_earlier_run(
     assert (folder / "model_final.pth.earlier").is_file()
 
 
-@pytest.mark.parametrize("period", [0, 2])
+@pytest.mark.parametrize("period", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_evaluation_that_was_killed_changes_no_checkpoint(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, period: int, tmp_path: Path
 ) -> None:

@@ -22,8 +22,6 @@ from gn_detect.report.pictures import choose_images
 
 MakeRun = Callable[..., Path]
 
-pytestmark = pytest.mark.usefixtures("real_curves")
-
 
 class Page(HTMLParser):
     """The tags and the text of a page."""
@@ -49,6 +47,7 @@ def pictures_of(page: Page) -> int:
     return sum((attributes.get("src") or "").startswith("data:image/webp") for _, attributes in page.tags)
 
 
+@pytest.mark.usefixtures("real_curves")
 def test_the_command_writes_one_page(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run()
     assert main(["report", str(folder)]) == 0
@@ -86,6 +85,7 @@ def test_the_best_evaluation_is_named_if_it_was_not_the_last(make_run: MakeRun) 
     assert "was best" not in words(None, None)
 
 
+@pytest.mark.usefixtures("real_curves")
 def test_nothing_of_the_data_becomes_markup(make_run: MakeRun) -> None:
     page = read(write_report(make_run()))
     assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]
@@ -96,6 +96,7 @@ def test_nothing_of_the_data_becomes_markup(make_run: MakeRun) -> None:
     assert handlers == []
 
 
+@pytest.mark.usefixtures("real_curves")
 def test_the_page_needs_no_network_and_no_other_file(make_run: MakeRun) -> None:
     page = read(write_report(make_run()))
     addresses = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data") if a.get(key)]
