@@ -242,8 +242,14 @@ def test_other_processes_go_on_where_as_many_images_were_seen(finished: Config) 
 OUTSIDE = ["../../victim.pth", "{tmp}/victim.pth", "..", "sub/model_0000001.pth", "model\x07.pth", "\xff\xfe"]
 
 
-@pytest.mark.parametrize("name", [*OUTSIDE, "model_final.pth\n../../victim.pth", ""])
-@pytest.mark.parametrize("listing", ["last_checkpoint", "checkpoints.txt"])
+@pytest.mark.parametrize(
+    ("listing", "name"),
+    [
+        *(("last_checkpoint", name) for name in [*OUTSIDE, "model_final.pth\n../../victim.pth", ""]),
+        ("checkpoints.txt", OUTSIDE[0]),
+        ("checkpoints.txt", "model_final.pth\n../../victim.pth"),
+    ],
+)
 def test_lists_of_checkpoints_name_files_of_the_folder_alone(
     finished: Config, tmp_path: Path, name: str, listing: str, caplog: pytest.LogCaptureFixture
 ) -> None:

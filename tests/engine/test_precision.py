@@ -64,7 +64,7 @@ def run_with_a_break(cfg: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     return final(cfg), expected
 
 
-@pytest.mark.parametrize("amp", ["fp32", "bf16"])  # float16 is bfloat16 on a CPU: see below
+@pytest.mark.parametrize("amp", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_all_of_them_together_resume_exactly(tiny_config: Config, amp: str) -> None:
     """But for compilation, which takes its time: see the next test."""
     keys = AMP[amp] | OTHERS["accumulate"] | OTHERS["ema"] | OTHERS["checkpointing"]
