@@ -330,7 +330,7 @@ def test_the_groups_of_a_converted_file_are_kept(checkpoint, folder, tmp_path, c
     one, better = tmp_path / "one.pth", tmp_path / "better.pth"
     assert main(["convert", str(checkpoint), str(one), "--num-groups", "1"]) == 0
     capsys.readouterr()
-    words = ["calibrate", str(checkpoint), str(one), str(better), "--images", str(folder), "--steps", "1"]
+    words = ["calibrate", str(checkpoint), str(one), str(better), "--images", str(folder), "--steps", "0"]
     words += ["--config-file", CONFIG]
     keys = [*BATCH_NORM, "INPUT.MIN_SIZE_TEST", "64"]
     assert main([*words, "--num-groups", "8", *keys]) == 2
@@ -531,7 +531,7 @@ def test_norms_of_unknown_groups_are_not_given_those_of_the_converted(tmp_path, 
     assert "MODEL.GN.NUM_GROUPS" not in read_architecture(read_checkpoint(target)).keys
 
 
-@pytest.mark.parametrize("words", [["--keep-norm"], []])
+@pytest.mark.parametrize("words", [pytest.param(["--keep-norm"], marks=pytest.mark.slow), []])
 def test_what_tensors_do_not_tell_stays_with_them(words, torchvision_detector, tmp_path) -> None:
     """Torchvision's RoIAlign, under other names, and a config's anchors, without the config."""
     assert main(["convert", *words, str(torchvision_detector), str(tmp_path / "new.pth")]) == 0

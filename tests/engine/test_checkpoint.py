@@ -162,6 +162,7 @@ def test_a_signal_finishes_the_step_and_saves(tiny_config: Config, monkeypatch: 
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_costs_no_checkpoint(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

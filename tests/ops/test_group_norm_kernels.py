@@ -129,8 +129,16 @@ def check(ours: dict[str, Tensor], expected: dict[str, Tensor], note: Any, facto
         assert error <= factor * TOLERANCE[dtype], (note, name, float(error))
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "groups", "channels_last", "tiles"),
+    [  # every shape in both orders, every second one with each choice of tiles
+        pytest.param(*case, order, name, marks=[] if (i + j + k) % 2 else pytest.mark.slow)
+        for (i, case), (j, order), (k, name) in itertools.product(
+            enumerate(SHAPES), enumerate((False, True)), enumerate(TILES)
+        )
+    ],
+    indirect=["tiles"],
+)
 def test_results_and_gradients(shape: tuple[int, ...], groups: int, channels_last: bool, tiles: str) -> None:
     if channels_last and len(shape) == 2:
         pytest.skip("without pixels there is one order")

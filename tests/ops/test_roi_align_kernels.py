@@ -81,8 +81,17 @@ def check(dtype: torch.dtype, order: str, side: int, sampling_ratio: int, aligne
         assert error.max() <= tolerance[dtype]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), [(0, True), (0, False), (2, True)])
+@pytest.mark.parametrize(
+    ("sampling_ratio", "aligned", "order"),
+    [
+        (0, True, "channels_first"),
+        (0, True, "channels_last"),
+        (0, False, "channels_first"),
+        (2, True, "channels_last"),
+        pytest.param(0, False, "channels_last", marks=pytest.mark.slow),
+        pytest.param(2, True, "channels_first", marks=pytest.mark.slow),
+    ],
+)
 def test_equals_torchvision(sampling_ratio: int, aligned: bool, order: str) -> None:
     check(torch.float64, order, 3, sampling_ratio, aligned)
 
@@ -100,7 +109,10 @@ def test_sums_are_in_float32(dtype: torch.dtype, order: str) -> None:
     check(dtype, order, 3, 0, True)
 
 
-@pytest.mark.parametrize(("order", "sampling_ratio"), [("channels_first", 1), ("channels_last", 2)])
+@pytest.mark.parametrize(
+    ("order", "sampling_ratio"),
+    [("channels_first", 1), pytest.param("channels_last", 2, marks=pytest.mark.slow)],
+)
 def test_several_tiles(order: str, sampling_ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roi_align_triton, "TILE", 32)
     monkeypatch.setattr(roi_align_triton, "NEIGHBOURS", (4, 8))
