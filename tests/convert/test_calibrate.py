@@ -185,7 +185,14 @@ def test_a_checkpoint_of_norms_of_another_eps_is_refused(
 
 
 @pytest.mark.usefixtures("rough_scales")
-@pytest.mark.parametrize("other", ["original", "converted", "images", "batches"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "original",
+        "batches",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("converted", "images")),
+    ],
+)
 def test_a_checkpoint_of_other_weights_or_images_is_refused(
     original: nn.Module, images: Tensor, tmp_path, other: str
 ) -> None:

@@ -65,7 +65,10 @@ def test_the_last_ones_are_kept(finished: Config) -> None:
     assert names == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, os.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_bit, os.unlink, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (truncate, empty))],
+)
 def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     finished: Config, damage, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -177,7 +177,7 @@ def test_boxes_that_become_empty_are_dropped_and_all_parameters_get_gradients(
         assert found.boxes.isfinite().all()
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [float("inf"), pytest.param(float("nan"), marks=pytest.mark.slow)])
 def test_a_stage_that_is_not_finite_ends_in_finite_detections(value: float) -> None:
     model = the_case().eval()
     with torch.no_grad():

@@ -94,11 +94,7 @@ def test_nothing_of_the_data_becomes_markup(make_run: MakeRun) -> None:
     assert "<b>9</b>" in page.words
     handlers = [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert handlers == []
-
-
-@pytest.mark.usefixtures("real_curves")
-def test_the_page_needs_no_network_and_no_other_file(make_run: MakeRun) -> None:
-    page = read(write_report(make_run()))
+    # Nor does it need the network or another file.
     addresses = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data") if a.get(key)]
     assert len([a for a in addresses if a.startswith("data:image/webp;base64,")]) == 4
     assert all(a.startswith(("data:", "#")) for a in addresses)
@@ -159,7 +155,7 @@ def test_every_test_set_has_a_part_of_its_own(make_run: MakeRun, tmp_path: Path)
     assert pictures_of(page) == 2 * 4
 
 
-@pytest.mark.parametrize("polygons", [False, True])
+@pytest.mark.parametrize("polygons", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_results_of_masks_alone_are_drawn(make_run: MakeRun, polygons: bool) -> None:
     folder = make_run()
     inference = folder / "inference" / "tiny_test"
