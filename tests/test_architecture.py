@@ -64,10 +64,9 @@ def part_of(path: Path, package: Path) -> str:
     return path.relative_to(package).parts[0].removesuffix(".py")
 
 
-def imported_parts(path: Path, package: Path) -> Iterator[tuple[int, str]]:
-    """Line and part for each import of the package, anywhere in the file, relative or absolute."""
+def imported_parts(path: Path, package: Path, parts: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and part for each import of one of ``parts``, anywhere in the file, relative or absolute."""
     folder = path.relative_to(package.parent).parent.parts
-    parts = {part_of(other, package) for other in python_files(package)}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -86,13 +85,13 @@ def imported_parts(path: Path, package: Path) -> Iterator[tuple[int, str]]:
 
 
 def wrong_imports(package: Path) -> list[str]:
-    complaints = []
+    complaints, parts = [], {part_of(path, package) for path in python_files(package)}
     for path in python_files(package):
         part = part_of(path, package)
         if part not in MAY_IMPORT:
             complaints.append(f"{path.relative_to(package)}: give '{part}' a place in MAY_IMPORT")
             continue
-        for line, target in imported_parts(path, package):
+        for line, target in imported_parts(path, package, parts):
             if target != part and target not in MAY_IMPORT[part]:
                 complaints.append(f"{path.relative_to(package)}:{line}: '{part}' may not import '{target}'")
     return complaints

@@ -48,8 +48,10 @@ def test_the_report_tells_the_norms_and_how_to_load_the_file(source, tmp_path) -
     assert found.metadata.group_norm_eps == {"1": 1e-4}
 
 
-def test_a_librarys_model_is_calibrated_further(tmp_path) -> None:
+def test_a_librarys_model_is_calibrated_further(tmp_path, monkeypatch) -> None:
     """Also with paths and a report; the eps of the earlier conversion stays."""
+    monkeypatch.setattr("gn_detect.convert.balance.STEPS", 2)
+    monkeypatch.setattr("gn_detect.conversion.WINDOWS", 2)
     torch.manual_seed(0)
     weights, images = tmp_path / "bn.pth", tmp_path / "images"
     torch.save(torchvision.models.mobilenet_v3_small().state_dict(), weights)

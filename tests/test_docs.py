@@ -111,7 +111,7 @@ def shrunk(words: list[str]) -> list[str]:
         fresh = ("--train-json" in words or "--data" in words) and "--weights" not in words
         return [*words, *(SMALL_MODEL if fresh else SHORT_RUN)]
     if command in ("convert", "calibrate") and "--images" in words:
-        return [*words[:3], "--steps", "2", "--max-images", "4", "--batch-size", "1", *words[3:]]
+        return [*words[:3], "--steps", "1", "--max-images", "3", "--batch-size", "1", *words[3:]]
     return words
 
 
@@ -147,6 +147,7 @@ def test_commands(
     page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All of a page in their order, as each may build on those before."""
+    monkeypatch.setattr("gn_detect.convert.balance.STEPS", 2)
     monkeypatch.chdir(workplace)
     for command in filter(ours, commands(page)):
         line, _, target = command.partition(" > ")

@@ -6,7 +6,7 @@ import argparse
 import ast
 import pickle
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -25,12 +25,15 @@ def documented(repository: Path) -> list[tuple[str, str]]:
     return re.findall(r"^\| `([a-z-]+)` \| `(.+?)` \| .+ \|$", text, re.MULTILINE)
 
 
-def texts(files: list[Path]) -> Iterator[str]:
-    """Yield the string constants of Python files, and the constant parts of their f-strings."""
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+@cache
+def texts_of(file: Path) -> list[str]:
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def texts(files: list[Path]) -> list[str]:
+    """Return the string constants of Python files, and the constant parts of their f-strings."""
+    return [text for file in files for text in texts_of(file)]
 
 
 def sources(repository: Path) -> list[Path]:

@@ -153,17 +153,15 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("suffix", [".png", pytest.param(".svg", marks=pytest.mark.slow)])
-def test_any_name_of_a_dataset_or_a_run_is_drawn(tmp_path: Path, name: str, suffix: str) -> None:
-    rows = [
-        {"iteration": i, "total_loss": 1.0, f"loss_{name}": 0.5, f"{name}/bbox/AP": 3, f"{name}/segm/AP": 2}
-        for i in range(3)
-    ]
+def test_any_name_of_a_dataset_or_a_run_is_drawn(tmp_path: Path, suffix: str) -> None:
+    row: dict[str, float] = {"total_loss": 1.0}
+    for name in NAMES:
+        row |= {f"loss_{name}": 0.5, f"{name}/bbox/AP": 3, f"{name}/segm/AP": 2}
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics.write_text("".join(json.dumps({"iteration": i, **row}) + "\n" for i in range(3)))
     plot_curves(metrics, tmp_path / f"one{suffix}")
-    plot_curves({name: metrics, "_other": metrics}, tmp_path / f"two{suffix}")
+    plot_curves(dict.fromkeys([*NAMES, "_other"], metrics), tmp_path / f"two{suffix}")
     assert (tmp_path / f"one{suffix}").stat().st_size
     assert (tmp_path / f"two{suffix}").stat().st_size
 

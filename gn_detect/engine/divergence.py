@@ -231,8 +231,6 @@ def replay(folder: str | Path) -> dict[int, Finding]:
         )
     cfg = load_config(folder / CONFIG)
     checkpoint = read_checkpoint(folder / STATE)
-    model = make_model(cfg)
-    load_weights(model, checkpoint)
     try:
         iteration, scale, batches = _read_state(checkpoint.metadata, cfg)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
@@ -241,6 +239,8 @@ def replay(folder: str | Path) -> dict[int, Finding]:
             "damaged-run-file",
             f"{folder / STATE} is not what a diverged training writes: {reason}; copy the whole folder again",
         ) from error
+    model = make_model(cfg)
+    load_weights(model, checkpoint)
     model.to(resolve_device(cfg.model.device))
     return {rank: examine(cfg, model, batch, iteration, rank, scale) for rank, batch in batches.items()}
 

@@ -41,6 +41,16 @@ _STORES = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _FETCHES = {"GET", "BINGET", "LONG_BINGET"}
 
 
+def _effect(opcode: pickletools.OpcodeInfo) -> tuple[int, bool, list[bool]]:
+    """Return how many values it pops, whether also those above a mark, and which pushed ones are marks."""
+    mark, before = pickletools.markobject, list(opcode.stack_before)
+    pops = before.index(mark) if mark in before else len(before)
+    return pops, mark in before, [kind is mark for kind in opcode.stack_after]
+
+
+_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
+
+
 class RefusedPickle(pickle.UnpicklingError):
     """Well-formed, but it names other things than arrays and containers, or no honest program wrote it."""
 
@@ -89,7 +99,7 @@ def check_pickle(data: bytes | IO[bytes], *, only_arrays: bool = False) -> None:
                 raise RefusedPickle(f"it has more than {MAX_INSTRUCTIONS} instructions")
             if only_arrays and opcode.name in _REFUSED:
                 raise RefusedPickle(f"it holds {_REFUSED[opcode.name]}")
-            follower.follow(opcode, argument)
+            follower.follow(opcode.name, argument)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise pickle.UnpicklingError(f"a malformed pickle: {error}") from error
 
@@ -97,13 +107,16 @@ def check_pickle(data: bytes | IO[bytes], *, only_arrays: bool = False) -> None:
 class _Value:
     """The depth of a value and the number of values in it; shared by all places that refer to it."""
 
-    def __init__(self, items: list[_Value]) -> None:
-        self.depth, self.count = 0, 1
-        self.add(items)
+    __slots__ = ("count", "depth")
+
+    def __init__(self) -> None:
+        self.depth, self.count = 1, 1
 
     def add(self, items: list[_Value]) -> None:
-        self.depth = max(self.depth, 1 + max((item.depth for item in items), default=0))
-        self.count += sum(item.count for item in items)
+        for item in items:
+            self.count += item.count
+            if item.depth >= self.depth:
+                self.depth = item.depth + 1
         if self.depth > MAX_DEPTH:
             raise RefusedPickle(f"it has containers nested more than {MAX_DEPTH} deep")
         if self.count > MAX_VALUES:
@@ -118,8 +131,7 @@ class _Follower:
         self.marks = 0
         self.memo: dict[int, _Value] = {}
 
-    def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
-        name = opcode.name
+    def follow(self, name: str, argument: object) -> None:
         if name in _STORES:
             index = len(self.memo) if name == "MEMOIZE" else argument
             # Python numbers them one after the other, and reserves memory up to the largest.
@@ -132,25 +144,23 @@ class _Follower:
         elif name == "DUP":
             self.stack.append(_value(self.stack[-1]))
         else:
-            self._apply(name, opcode)
+            self._apply(name)
 
-    def _apply(self, name: str, opcode: pickletools.OpcodeInfo) -> None:
+    def _apply(self, name: str) -> None:
         popped: list[_Value] = []
-        before = list(opcode.stack_before)
-        if pickletools.markobject in before or (name == "POP" and self.stack and self.stack[-1] is None):
+        pops, from_mark, pushes = _EFFECTS[name]
+        if from_mark or (name == "POP" and self.stack and self.stack[-1] is None):
             while (value := self.stack.pop()) is not None:
                 popped.append(value)
             self.marks -= 1
-            before = [] if name == "POP" else before[: before.index(pickletools.markobject)]
-        popped += [_value(self.stack.pop()) for _ in before]
-        if name in _GROWING:
-            result = popped[-1]
-            result.add(popped[:-1])
-        else:
-            result = _Value(popped)
-        for kind in opcode.stack_after:
-            self.stack.append(None if kind is pickletools.markobject else result)
-        self.marks += pickletools.markobject in opcode.stack_after
+            pops = 0 if name == "POP" else pops
+        popped += [_value(self.stack.pop()) for _ in range(pops)]
+        result = popped.pop() if name in _GROWING else _Value()
+        if popped:
+            result.add(popped)
+        for is_mark in pushes:
+            self.stack.append(None if is_mark else result)
+            self.marks += is_mark
         if self.marks > MAX_DEPTH:  # containers whose ends are still to come
             raise RefusedPickle(f"it has containers nested more than {MAX_DEPTH} deep")
 

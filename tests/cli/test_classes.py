@@ -70,9 +70,9 @@ def as_trained(trained: Path, cases: Path, tmp_path_factory: pytest.TempPathFact
     ("val", "ids"),
     [
         ("reordered.json", {1: 2, 2: 1}),
-        ("val_from0.json", {1: 0, 2: 1}),
         ("val_onlycat.json", {1: 1}),
-        ("val_empty.json", {1: 1, 2: 2}),
+        pytest.param("val_from0.json", {1: 0, 2: 1}, marks=pytest.mark.slow),
+        pytest.param("val_empty.json", {1: 1, 2: 2}, marks=pytest.mark.slow),
     ],
 )
 def test_evaluation_covers_the_categories_of_the_file_under_its_ids(
@@ -159,7 +159,15 @@ def prediction(trained: Path, cases: Path, truth: str, output: Path) -> list[str
     return [*words, "--threshold", "0.05", "--no-pictures", str(cases / "images")]
 
 
-@pytest.mark.parametrize("truth", ["val.json", "reordered.json", "val_from0.json", "val_onlycat.json"])
+@pytest.mark.parametrize(
+    "truth",
+    [
+        "reordered.json",
+        "val_onlycat.json",
+        pytest.param("val.json", marks=pytest.mark.slow),
+        pytest.param("val_from0.json", marks=pytest.mark.slow),
+    ],
+)
 def test_prediction_has_the_ids_of_its_ground_truth(
     trained: Path, cases: Path, tmp_path: Path, truth: str, as_trained: tuple[Any, Any]
 ) -> None:
@@ -221,7 +229,15 @@ def test_a_run_is_resumed_by_position_and_on_other_objects_only_on_request(
     assert "renamed.json" in log
 
 
-@pytest.mark.parametrize("val", ["reordered.json", "val_onlycat.json", "val_from0.json", "val_empty.json"])
+@pytest.mark.parametrize(
+    "val",
+    [
+        "val_onlycat.json",
+        "val_empty.json",
+        pytest.param("reordered.json", marks=pytest.mark.slow),
+        pytest.param("val_from0.json", marks=pytest.mark.slow),
+    ],
+)
 def test_a_test_set_may_list_fewer_categories_in_another_order(cases: Path, tmp_path: Path, val: str) -> None:
     assert run(tmp_path, cases, "train.json", val, 1) == 0
     results, found = read(tmp_path / "run")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -209,11 +209,16 @@ def test_training_speaks_of_the_doctor(case: Case, refused: Refused) -> None:
     assert not case.output.exists()
 
 
-def test_the_tool_in_a_checkout(repository: Path, case: Case, tmp_path: Path) -> None:
+def test_the_tool_in_a_checkout(
+    repository: Path, case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     case.edit(spoil)
-    images = case.train.parent / "images"
-    command = [sys.executable, repository / "tools" / "doctor.py", case.train, "--images", images]
-    result = subprocess.run([*map(str, command), "--strict"], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1
-    assert "[box-outside]" in result.stdout
-    assert result.stderr == ""
+    tool, images = str(repository / "tools" / "doctor.py"), str(case.train.parent / "images")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [tool, str(case.train), "--images", images, "--strict"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(tool, run_name="__main__")
+    assert left.value.code == 1
+    printed = capsys.readouterr()
+    assert "[box-outside]" in printed.out
+    assert printed.err == ""

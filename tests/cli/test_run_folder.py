@@ -79,6 +79,7 @@ def test_from_another_folder(project: Path) -> None:
     use(project / "runs" / "one", project / "data" / "val" / "images")
 
 
+@pytest.mark.slow
 def test_the_whole_project_was_moved(project: Path, tmp_path: Path) -> None:
     moved = Path(shutil.move(project, tmp_path / "moved"))
     use(moved / "runs" / "one", moved / "data" / "val" / "images")

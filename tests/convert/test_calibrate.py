@@ -186,7 +186,14 @@ def test_a_checkpoint_of_norms_of_another_eps_is_refused(
 
 
 @pytest.mark.usefixtures("rough_scales")
-@pytest.mark.parametrize("other", ["original", "converted", "images", "batches"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "original",
+        "batches",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("converted", "images")),
+    ],
+)
 def test_a_checkpoint_of_other_weights_or_images_is_refused(
     original: nn.Module, images: Tensor, tmp_path, other: str
 ) -> None:
@@ -346,7 +353,12 @@ def test_every_convolution_before_a_norm_is_found(original: nn.Module, images: T
 
 
 @pytest.mark.parametrize(
-    ("blocks", "seed", "best"), [(2, 0, "varying least"), (6, 0, "equal"), (2, 3027, "neither")]
+    ("blocks", "seed", "best"),
+    [
+        (2, 0, "varying least"),
+        pytest.param(6, 0, "equal", marks=pytest.mark.slow),
+        (2, 3027, "neither"),
+    ],
 )
 def test_scales_are_those_that_do_best_on_images_held_out(blocks: int, seed: int, best: str) -> None:
     """Each of the three is chosen where it is the best; the other two are worse by 10% and more."""

@@ -23,8 +23,10 @@ def total(value: object) -> Tensor:
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "densenet121", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "efficientnet_b0",
-     "regnet_x_400mf", "vgg11_bn", "lraspp_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"],
+    ["resnet18", "mobilenet_v3_small", "vgg11_bn", "lraspp_mobilenet_v3_large",
+     "fasterrcnn_mobilenet_v3_large_320_fpn",
+     *(pytest.param(name, marks=pytest.mark.slow) for name in (
+         "densenet121", "shufflenet_v2_x0_5", "mnasnet0_5", "efficientnet_b0", "regnet_x_400mf"))],
 )  # fmt: skip
 def test_family(name: str) -> None:
     torch.manual_seed(0)

@@ -419,7 +419,7 @@ def test_the_report_for_machines(write_dataset: Write, small_coco: dict) -> None
     assert [f["annotation_id"] for f in report["findings"] if f["kind"] == "bad-area"] == [1]
 
 
-@pytest.mark.parametrize("name", ["coco80", "coco_person1", "dsb2018"])
+@pytest.mark.parametrize("name", ["coco80", "coco_person1", pytest.param("dsb2018", marks=pytest.mark.slow)])
 def test_real_data_have_no_false_alarms(shared_dir: Path, name: str) -> None:
     folder = shared_dir / "data" / name
     parts = [

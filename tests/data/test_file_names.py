@@ -99,7 +99,7 @@ def test_many_names_take_seconds(folder: Path) -> None:
     """A listing of each folder, not a look at every file for every name."""
     for number in range(500):
         (folder / f"{number}.png").touch()
-    names = [f"C:\\a\\b\\{number}%20.PNG" for number in range(100_000)]
+    names = [f"C:\\a\\b\\{number}%20.PNG" for number in range(30_000)]
     begin = time.process_time()
     missing_names(folder, names)
-    assert time.process_time() - begin < 20
+    assert time.process_time() - begin < 6

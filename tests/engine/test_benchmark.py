@@ -20,6 +20,8 @@ SMALL = [
     *("--config-file", "quick/demo.yaml", "--size", "64", "96", "--objects", "3", "--iterations", "2"),
     *("MODEL.DEVICE", "cpu", "MODEL.ROI_BOX_HEAD.NUM_CONV", "0", "MODEL.ROI_BOX_HEAD.NUM_FC", "1"),
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "TEST.DETECTIONS_PER_IMAGE", "5"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
 ]
 
 

@@ -80,7 +80,7 @@ def test_replay_refuses_another_folder(tmp_path: Path) -> None:
         replay(tmp_path)
 
 
-@pytest.mark.parametrize("norm", ["GN", "BN"])
+@pytest.mark.parametrize("norm", [pytest.param("GN", marks=pytest.mark.slow), "BN"])
 def test_skipped_step_changes_nothing_and_training_goes_on(spoiled_config: Config, norm: str) -> None:
     """Nor the running statistics of BatchNorm, which the forward pass has changed by then."""
     norms = {f"MODEL.{part}.NORM": norm for part in ("RESNETS", "FPN", "ROI_MASK_HEAD")}

@@ -65,7 +65,10 @@ def test_the_last_ones_are_kept(finished: Config) -> None:
     assert names == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, os.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_bit, os.unlink, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (truncate, empty))],
+)
 def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     finished: Config, damage, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,25 +140,22 @@ def test_classes_in_another_order_are_not_resumed(finished: Config, tmp_path: Pa
         train(finished.replace(keys), resume=True)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_finishes_the_step_and_saves(
-    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, number: int, status: int
-) -> None:
+def test_a_signal_finishes_the_step_and_saves(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two reports and before an evaluation that is due, and nothing is lost."""
     cfg = tiny_config.replace({"SOLVER.LOG_PERIOD": 3, "TEST.EVAL_PERIOD": 2, "SOLVER.MAX_ITER": 4})
     train(cfg)
     folder = Path(cfg.output_dir)
     expected = torch.load(folder / "model_final.pth", weights_only=True)
     lines = (folder / "metrics.jsonl").read_text().count("\n")
-    real, stop_at = trainer_module.train_step, iter([False, True, False, True])
+    real, stop_at = trainer_module.train_step, iter([None, signal.SIGTERM, None, signal.SIGINT])
 
     def step(*args: object) -> object:
-        if next(stop_at, False):
+        if (number := next(stop_at, None)) is not None:
             os.kill(os.getpid(), number)
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trainer_module, "train_step", step)
-    for resume in (False, True):
+    for resume, status in ((False, 143), (True, 130)):
         with pytest.raises(SystemExit) as left:
             train(cfg, resume=resume)
         assert left.value.code == status
@@ -165,6 +165,7 @@ def test_signal_finishes_the_step_and_saves(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_costs_no_checkpoint(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,8 +246,14 @@ def test_other_processes_go_on_where_as_many_images_were_seen(finished: Config) 
 OUTSIDE = ["../../victim.pth", "{tmp}/victim.pth", "..", "sub/model_0000001.pth", "model\x07.pth", "\xff\xfe"]
 
 
-@pytest.mark.parametrize("name", [*OUTSIDE, "model_final.pth\n../../victim.pth", ""])
-@pytest.mark.parametrize("listing", ["last_checkpoint", "checkpoints.txt"])
+@pytest.mark.parametrize(
+    ("listing", "name"),
+    [
+        *(("last_checkpoint", name) for name in [*OUTSIDE, "model_final.pth\n../../victim.pth", ""]),
+        ("checkpoints.txt", OUTSIDE[0]),
+        ("checkpoints.txt", "model_final.pth\n../../victim.pth"),
+    ],
+)
 def test_lists_of_checkpoints_name_files_of_the_folder_alone(
     finished: Config, tmp_path: Path, name: str, listing: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -369,7 +376,7 @@ def test_an_interrupted_first_attempt_is_not_an_earlier_run(
     assert (folder / "model_final.pth.earlier").is_file()
 
 
-@pytest.mark.parametrize("period", [0, 2])
+@pytest.mark.parametrize("period", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_evaluation_that_was_killed_changes_no_checkpoint(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, period: int, tmp_path: Path
 ) -> None:

@@ -173,21 +173,37 @@ def assert_same(found: Sequence[Step], expected: Sequence[Step]) -> None:
         torch.testing.assert_close(ours.momentum, theirs.momentum, rtol=0, atol=0)
 
 
+@pytest.fixture(scope="module")
+def plain() -> list[Step]:
+    """The steps of :func:`config` without graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        return train(config(), patch, None)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"SOLVER.EMA.ENABLED": True, "SOLVER.OPTIMIZER": "AdamW", "SOLVER.BASE_LR": 0.0005}
+        | {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "MODEL.CHANNELS_LAST": True},
         pytest.param({"SOLVER.ACCUMULATE": 2}, marks=pytest.mark.slow),
         pytest.param({"SOLVER.AMP.ENABLED": True}, marks=pytest.mark.slow),
-        {"SOLVER.EMA.ENABLED": True, "SOLVER.OPTIMIZER": "AdamW", "SOLVER.BASE_LR": 0.0005},
         pytest.param({"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 2}, marks=pytest.mark.slow),
-        {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "MODEL.CHANNELS_LAST": True},
     ],
 )
 def test_a_training_by_graphs_is_the_same(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, graphed = config(changes), StepGraphs()
     expected = train(cfg, monkeypatch, None)
-    found = train(cfg, monkeypatch, graphed)
+    check_graphs(train(cfg, monkeypatch, graphed), expected, graphed)
+
+
+def test_a_training_by_graphs_of_the_default_keys_is_the_same(
+    plain: list[Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphed = StepGraphs()
+    check_graphs(train(config(), monkeypatch, graphed), plain, graphed)
+
+
+def check_graphs(found: list[Step], expected: list[Step], graphed: StepGraphs) -> None:
     assert graphed.replays > 2
     assert len(graphed.captured) == 2
     assert not any(step.broken for step in found)
@@ -198,8 +214,7 @@ def test_a_training_by_graphs_is_the_same(changes: dict[str, Any], monkeypatch: 
     ("place", "changes"),
     [
         (1, {}),  # the step that is captured
-        (2, {"MODEL.RESNETS.NORM": "BN"}),
-        (2, {"SOLVER.OPTIMIZER": "AdamW", "SOLVER.BASE_LR": 0.0005}),
+        (2, {"MODEL.RESNETS.NORM": "BN", "SOLVER.OPTIMIZER": "AdamW", "SOLVER.BASE_LR": 0.0005}),
     ],
 )
 def test_a_step_that_is_not_finite_is_skipped(
@@ -223,22 +238,21 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert not torch.equal(after.weights[name], skipped.weights[name])
 
 
-def test_the_least_recently_used_graph_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg, graphed = config(), StepGraphs(limit=1)
-    assert_same(train(cfg, monkeypatch, graphed), train(cfg, monkeypatch, None))
+def test_the_least_recently_used_graph_goes_first(plain: list[Step], monkeypatch: pytest.MonkeyPatch) -> None:
+    graphed = StepGraphs(limit=1)
+    assert_same(train(config(), monkeypatch, graphed), plain)
     assert len(graphed.captured) == 1
 
 
 def test_a_capture_that_fails_is_reported_and_steps_go_on(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    plain: list[Step], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(work: Any, pool: Any) -> Any:
         raise RuntimeError("the stream is capturing\nand more")
 
-    cfg, graphed = config(), StepGraphs(capture=fail)
-    expected = train(cfg, monkeypatch, None)
+    graphed = StepGraphs(capture=fail)
     with caplog.at_level(logging.WARNING):
-        assert_same(train(cfg, monkeypatch, graphed), expected)
+        assert_same(train(config(), monkeypatch, graphed), plain)
     assert [r.message for r in caplog.records] == [
         "a CUDA graph cannot be captured, so steps go on without: the stream is capturing"
     ]
@@ -253,10 +267,9 @@ class Stale(StepGraphs):
         return captured
 
 
-def test_the_fake_graph_shows_stale_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = train(config(), monkeypatch, None)
+def test_the_fake_graph_shows_stale_inputs(plain: list[Step], monkeypatch: pytest.MonkeyPatch) -> None:
     found = train(config(), monkeypatch, Stale())
-    assert [step.losses for step in found] != [step.losses for step in expected]
+    assert [step.losses for step in found] != [step.losses for step in plain]
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_data: tuple[Path,
     ("where", "number", "last"),
     [
         ("detections_to_coco", 1, "model_0000001.pth"),
-        ("detections_to_coco", 5, "model_final.pth"),
-        ("evaluate_kinds", 1, "model_0000001.pth"),
         ("evaluate_kinds", 2, "model_final.pth"),
+        pytest.param("detections_to_coco", 5, "model_final.pth", marks=pytest.mark.slow),
+        pytest.param("evaluate_kinds", 1, "model_0000001.pth", marks=pytest.mark.slow),
     ],
 )
 def test_signal_in_an_evaluation_ends_it_and_resuming_repeats_it(

@@ -53,7 +53,7 @@ CHANGED = {
     "MODEL.PIXEL_MEAN": [100.0, 100.0, 100.0],
     "MODEL.RPN.NMS_THRESH": 0.6,
     "SEED": 2,
-    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.IMS_PER_BATCH": 4,
     "SOLVER.BASE_LR": 0.01,
     "SOLVER.STEPS": [1],
     "SOLVER.WARMUP_ITERS": 2,
@@ -66,23 +66,16 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("key", CHANGED)
-def test_what_changes_the_weights_or_the_order_of_the_data_is_refused(begun: Config, key: str) -> None:
+def test_what_changes_the_weights_or_the_order_of_the_data_is_refused_in_one_line(begun: Config) -> None:
     with pytest.raises(UserError) as caught:
-        prepare(begun.replace({key: CHANGED[key]}), resume=True)
+        prepare(begun.replace(CHANGED), resume=True)
     message = str(caught.value)
-    assert f"{key} was " in message
-    assert " and is " in message
+    assert [key for key in CHANGED if f"{key} was " not in message] == []
+    assert "SEED was 1 and is 2" in message
+    assert "SOLVER.BASE_LR was 0.02 and is 0.01" in message
+    assert "INPUT.MIN_SIZE_TRAIN was [64] and is [48]" in message
     assert "--allow-changes" in message
     assert "\n" not in message
-
-
-def test_all_changes_stand_in_one_line(begun: Config) -> None:
-    changes = {key: CHANGED[key] for key in ("SEED", "SOLVER.BASE_LR", "INPUT.MIN_SIZE_TRAIN")}
-    with pytest.raises(UserError, match="SEED was 1 and is 2") as caught:
-        prepare(begun.replace(changes), resume=True)
-    assert "SOLVER.BASE_LR was 0.02 and is 0.01" in str(caught.value)
-    assert "INPUT.MIN_SIZE_TRAIN was [64] and is [48]" in str(caught.value)
 
 
 def test_length_periods_device_workers_and_paths_may_change(

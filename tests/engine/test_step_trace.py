@@ -167,7 +167,7 @@ def test_a_step_equals_that_of_the_cpu(cfg: Config, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(on_host(found[2]), weights, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bitmaps", [False, True])
+@pytest.mark.parametrize("bitmaps", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_forward_and_backward_are_capturable(cfg: Config, bitmaps: bool) -> None:
     """Batches of one padded shape with other objects and sizes run the same operators on the same shapes."""
     with pretended_device() as trace:

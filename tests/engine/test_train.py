@@ -35,6 +35,15 @@ def metrics_of(cfg: Config) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory, tiny_data: tuple[Path, Path]) -> Config:
+    """A run of one iteration; tests must not change its folder."""
+    cfg = load_config(write_config(tmp_path_factory.mktemp("once"), *tiny_data))
+    cfg = cfg.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
+    train(cfg)
+    return cfg
+
+
 def test_losses_go_down(tiny_config: Config) -> None:
     cfg = tiny_config.replace({"SOLVER.MAX_ITER": 20, "SOLVER.LOG_PERIOD": 5, "DATASETS.TEST": []})
     assert train(cfg) == {}
@@ -77,21 +86,18 @@ def test_run_folder(tiny_config: Config, caplog: pytest.LogCaptureFixture) -> No
         assert word in caplog.text
 
 
-def test_checkpoint_is_safe_to_load_and_has_detectron2s_keys(tiny_config: Config) -> None:
-    cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
-    train(cfg)
-    content = torch.load(Path(cfg.output_dir) / "model_final.pth", weights_only=True)
+def test_checkpoint_is_safe_to_load_and_has_detectron2s_keys(trained_once: Config) -> None:
+    content = torch.load(Path(trained_once.output_dir) / "model_final.pth", weights_only=True)
     assert {"model", "optimizer", "iteration"} <= set(content)
     assert content["iteration"] == 0
     assert content["class_names"] == ["square", "bar"]
     assert content["category_ids"] == [3, 7]
-    assert set(content["model"]) == set(build_model(cfg).state_dict())
+    assert set(content["model"]) == set(build_model(trained_once).state_dict())
 
 
-@pytest.mark.parametrize("seed", [1, -1])
-def test_resumed_run_is_bit_identical(tiny_config: Config, tmp_path: Path, seed: int) -> None:
+def test_resumed_run_is_bit_identical(tiny_config: Config) -> None:
     """Also when an evaluation came in between, and with a random seed, which the checkpoint keeps."""
-    keys = {"SOLVER.CHECKPOINT_PERIOD": 3, "SEED": seed, "SOLVER.MAX_ITER": 5}
+    keys = {"SOLVER.CHECKPOINT_PERIOD": 3, "SEED": -1, "SOLVER.MAX_ITER": 5}
     whole = tiny_config.replace({**keys, "TEST.EVAL_PERIOD": 3})
     train(whole)
     folder = Path(whole.output_dir)
@@ -224,6 +230,8 @@ def test_evaluation_of_a_checkpoint_gives_the_runs_ap_and_the_predictors_detecti
 def test_published_weights_of_coco_have_its_categories(tmp_path: Path) -> None:
     """They tell no names; a set of the user's own with as many classes is not taken for COCO."""
     narrow = ["MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.FPN.OUT_CHANNELS", "32"]
+    narrow += ["MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"]
+    narrow += ["MODEL.ROI_MASK_HEAD.CONV_DIM", "32"]
     cfg = load_config("GN/mask_rcnn_R_50_FPN_3x_gn.yaml", [*narrow, "MODEL.DEVICE", "cpu"])
     save_weights(tmp_path / "model.pth", build_model(cfg).state_dict())
     cfg = cfg.replace({"MODEL.WEIGHTS": str(tmp_path / "model.pth")})
@@ -237,7 +245,10 @@ def test_published_weights_of_coco_have_its_categories(tmp_path: Path) -> None:
     assert own.category_ids[79] == 80
 
 
-@pytest.mark.parametrize(("choice", "channels_last"), [("auto", False), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("choice", "channels_last"),
+    [("auto", False), (True, True), pytest.param(False, False, marks=pytest.mark.slow)],
+)
 def test_detection_is_in_nchw_unless_channels_last_is_asked_for(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, choice: object, channels_last: bool
 ) -> None:
@@ -266,10 +277,9 @@ def test_detection_is_in_nchw_unless_channels_last_is_asked_for(
     assert build_model(cfg).memory_format is (torch.channels_last if choice else torch.contiguous_format)
 
 
-def test_predictor_refuses_what_is_not_an_image(tiny_config: Config) -> None:
-    cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
-    train(cfg)
-    predictor = Predictor(cfg.replace({"MODEL.WEIGHTS": str(Path(cfg.output_dir) / "model_final.pth")}))
+def test_predictor_refuses_what_is_not_an_image(trained_once: Config) -> None:
+    weights = str(Path(trained_once.output_dir) / "model_final.pth")
+    predictor = Predictor(trained_once.replace({"MODEL.WEIGHTS": weights}))
     with pytest.raises(ValueError, match="uint8"):
         predictor(torch.zeros(3, 8, 8).numpy())
     with pytest.raises(UserError, match="nowhere.jpg"):
@@ -319,11 +329,9 @@ def test_losses_that_are_not_finite_name_their_images(
     assert f"image ids {', '.join(map(str, calls[3]))}" in str(caught.value)
 
 
-def test_fine_tuning_on_other_classes(tiny_config: Config, tmp_path: Path) -> None:
+def test_fine_tuning_on_other_classes(trained_once: Config, tmp_path: Path) -> None:
     """The predictors start afresh and everything else is taken over."""
-    cfg = tiny_config.replace({"DATASETS.TEST": [], "SOLVER.MAX_ITER": 1})
-    train(cfg)
-    path = Path(cfg.output_dir) / "model_final.pth"
+    path = Path(trained_once.output_dir) / "model_final.pth"
     data = make_dataset(tmp_path / "other", 2)
     content = json.loads(data.read_text())
     content["categories"].append({"id": 99, "name": "third"})
@@ -333,7 +341,7 @@ def test_fine_tuning_on_other_classes(tiny_config: Config, tmp_path: Path) -> No
     keys = ["MODEL.WEIGHTS", str(path), "MODEL.ROI_HEADS.NUM_CLASSES", "3", "SOLVER.BASE_LR", "1e-12"]
     second = load_config(write_config(folder, data), keys).replace({"SOLVER.MAX_ITER": 1})
     train(second)
-    before, after = weights_of(cfg), weights_of(second)
+    before, after = weights_of(trained_once), weights_of(second)
     assert torch.allclose(
         before["backbone.fpn_output2.weight"], after["backbone.fpn_output2.weight"], atol=1e-9
     )

@@ -60,7 +60,11 @@ def test_known_numbers(backend: str, shared_dir: Path) -> None:
             assert numbers[f"AP-{name}"] / 100 == pytest.approx(value, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "backend", ["hotcoco", "faster_coco_eval", pytest.param("pycocotools", marks=pytest.mark.slow)]
+)
 def test_numbers_of_detectron2(backend: str, shared_dir: Path) -> None:
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
     oracle = shared_dir / "oracles/dsb_r18_gn"
     expected = json.loads((oracle / "results.json").read_text())
     for iou_type in ("bbox", "segm"):
@@ -76,7 +80,10 @@ def test_numbers_of_detectron2(backend: str, shared_dir: Path) -> None:
         assert math.isnan(expected[iou_type]["APl"])
 
 
-@pytest.fixture(scope="module", params=["coco80", "dsb2018", "coco_person1"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("dsb2018", "coco_person1")]
+
+
+@pytest.fixture(scope="module", params=["coco80", *OTHERS])
 def moved(
     request: pytest.FixtureRequest, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict, list[dict], dict[str, list[float]]]:
@@ -112,9 +119,11 @@ def moved(
     )
 
 
+@pytest.mark.parametrize("backend", ["hotcoco", "faster_coco_eval"])
 def test_real_ground_truth_moved_a_little(
     moved: tuple[dict, list[dict], dict[str, list[float]]], backend: str
 ) -> None:
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
     truth, detections, expected = moved
     assert_equal(evaluate_kinds(truth, detections, backend=backend), expected)
 

@@ -37,24 +37,24 @@ def test_what_failed_once(kind: str) -> None:
 
 
 def test_annotation_files() -> None:
-    tally = fuzz("annotations", range(5000, 5060))
+    tally = fuzz("annotations", range(5000, 5030))
     assert refuses_or_uses(tally)
-    assert tally.refused > 20
-    assert tally.repaired > 20
+    assert tally.refused > 8
+    assert tally.repaired > 8
     assert tally.named >= NEEDED * tally.refused, tally.unnamed
 
 
 def test_images() -> None:
-    tally = fuzz("images", range(5000, 5060))
+    tally = fuzz("images", range(5000, 5030))
     assert refuses_or_uses(tally)
-    assert tally.refused > 10
-    assert tally.passed > 10
+    assert tally.refused > 5
+    assert tally.passed > 5
     assert tally.named == tally.refused, tally.unnamed
 
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("configs", 30), ("results", 40), ("folders", 12), ("checkpoints", 16), ("formats", 45)],
+    [("configs", 20), ("results", 20), ("folders", 6), ("checkpoints", 8), ("formats", 15)],
 )
 def test_a_few(kind: str, count: int) -> None:
     tally = fuzz(kind, range(5000, 5000 + count))
@@ -118,7 +118,7 @@ def prepare_bad_cases(folder: Path) -> Case:
 
 
 def test_each_failure_is_that_of_its_case() -> None:
-    tally = run_cases("bad", prepare_bad_cases, range(5), seconds=8)
+    tally = run_cases("bad", prepare_bad_cases, range(5), seconds=4)
     assert (tally.cases, tally.passed, tally.tracebacks) == (5, 2, 1)
     assert tally.slow == ["bad 1"]
     assert [label[:5] for label in tally.large] == ["bad 3"]

@@ -155,7 +155,7 @@ def test_scores_are_the_mean_and_boxes_the_last_stages(targets: list[Target]) ->
     assert distance.amin(dim=1).max() < 1e-2
 
 
-@pytest.mark.parametrize("counts", [(2, 0), (0, 0)])
+@pytest.mark.parametrize("counts", [(2, 0), pytest.param((0, 0), marks=pytest.mark.slow)])
 def test_boxes_that_become_empty_are_dropped_and_all_parameters_get_gradients(
     counts: tuple[int, int], small_model: Callable[..., MaskRCNN], targets: list[Target]
 ) -> None:
@@ -177,7 +177,7 @@ def test_boxes_that_become_empty_are_dropped_and_all_parameters_get_gradients(
         assert found.boxes.isfinite().all()
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [float("inf"), pytest.param(float("nan"), marks=pytest.mark.slow)])
 def test_a_stage_that_is_not_finite_ends_in_finite_detections(value: float) -> None:
     model = the_case().eval()
     with torch.no_grad():

@@ -52,7 +52,18 @@ NETWORKS = {  # channels by the library's own documentation
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision/mobilenet_v3_small",
+        "timm/mobilenetv3_small_050",
+        "timm/convnext_atto",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("timm/resnet18d", "timm/regnetx_002", "timm/efficientnet_lite0", "timm/ghostnet_050")
+        ),
+    ],
+)
 def test_features_have_the_strides_and_all_parameters_are_trained(name: str) -> None:
     norm = "keep" if "convnext" in name else "GN"
     network, features = backbone(name, {"MODEL.BACKBONE.NORM": norm})

@@ -27,7 +27,7 @@ C4 = {
 }
 BOTTLENECK = {
     "MODEL.RESNETS.DEPTH": 50,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 32,
 }
 DC5 = BOTTLENECK | {
@@ -228,7 +228,13 @@ def test_memory_formats_agree(small_model, make_images, target) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("R-18-FPN", "C4", "X-50-FPN") else pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
 def test_a_model_takes_another_memory_format_and_its_own_again(name: str, small_model, make_images, target):
     """Inside it is bit for bit the model that was built so; parameters and gradients stay where they were."""
     images, targets = make_images((96, 128)), [target]
@@ -266,8 +272,7 @@ def test_channels_must_fit_the_groups(small_model) -> None:
         small_model({"MODEL.FPN.OUT_CHANNELS": 40})
 
 
-@pytest.mark.parametrize("name", ["R-18-FPN", "C4"])
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("name", "channels_last"), [("R-18-FPN", False), ("C4", True)])
 def test_a_whole_detector_is_saved_and_copied(
     name: str, channels_last: bool, small_model, make_images
 ) -> None:

@@ -39,7 +39,7 @@ def test_pairs_of_one_model_are_equal_and_of_the_documented_shapes(detector) -> 
 
 def test_every_convolution_of_a_detector_is_rescaled(detector, monkeypatch) -> None:
     """Pairs of outputs run a model twice; a layer that is called twice is usually a shared one."""
-    monkeypatch.setattr("gn_detect.convert.balance.STEPS", 20)
+    monkeypatch.setattr("gn_detect.convert.balance.STEPS", 5)
     norms = [name for name, m in detector.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for name in norms:  # statistics as the images give
         detector.get_submodule(name).train().momentum = None

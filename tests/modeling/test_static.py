@@ -104,6 +104,7 @@ BASE = {
 }
 
 
+AGNOSTIC = {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True}
 CASCADE = {
     "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
     "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
@@ -121,14 +122,13 @@ CASCADE = {
         ((3, 5), {}, True),
         ((2, 4), {"MODEL.RPN.BOUNDARY_THRESH": 0}, False),
         ((2, 4), {"MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": False}, False),
-        ((2, 4), {"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 512}, False),  # more than there are
-        ((2, 4), {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}, False),
-        ((2, 4), {"MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True}, False),
+        ((2, 4), {"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 256}, False),  # more than there are
+        ((2, 4), AGNOSTIC, False),
         ((2, 4), {"MODEL.MASK_ON": False}, False),
-        ((2, 4), {"MODEL.RPN.CONV_DIMS": [-1, -1]}, False),
         ((3, 5), CASCADE, False),
-        ((0, 1), CASCADE, False),
         ((2, 4), {"MODEL.RESNETS.CONV": "WS", "MODEL.ROI_MASK_HEAD.CONV": "WS"}, False),
+        pytest.param((2, 4), {"MODEL.RPN.CONV_DIMS": [-1, -1]}, False, marks=pytest.mark.slow),
+        pytest.param((0, 1), CASCADE, False, marks=pytest.mark.slow),
     ],
 )
 def test_losses_and_gradients_are_those_of_the_cpu(

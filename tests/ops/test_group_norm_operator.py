@@ -118,7 +118,7 @@ def test_both_implementations_agree(
     assert_all_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_whole(dynamic: bool) -> None:
     torch._dynamo.reset()
     model, x = Block(), random(2, 8, 6, 5)

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from gn_detect.bench.norms import LAYERS
+from gn_detect.ops.group_norm_triton import plan
 from gn_detect.ops.group_norm_triton.plan import Plan, alignment, make_plan, power_of_two
 
 CASES = list(itertools.product(LAYERS.values(), (1, 2), (2, 4), (False, True), ("forward", "backward")))
@@ -123,3 +124,11 @@ def test_unusual_groups_have_a_plan(channels: int, groups: int | str) -> None:
             assert elements <= (16384 if direction == "forward" else 8192)
             assert elements <= p.num_warps * 32 * (64 if direction == "forward" else 32)
             assert p.tiles * p.splits >= 1
+
+
+def test_a_tile_of_several_groups_holds_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels give a piece of a group a tile of its own, also where a line has room for more."""
+    monkeypatch.setattr(plan, "ONE_LAUNCH_BYTES", 0)
+    monkeypatch.setattr(plan, "PIECE", 8)
+    found = make_plan.__wrapped__("forward", 1, 32, 192, 2, 2, True)
+    assert (found.pieces, found.block_groups, found.tiles) == (2, 1, 4)

@@ -81,8 +81,17 @@ def check(dtype: torch.dtype, order: str, side: int, sampling_ratio: int, aligne
         assert error.max() <= tolerance[dtype]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("sampling_ratio", "aligned"), [(0, True), (0, False), (2, True)])
+@pytest.mark.parametrize(
+    ("sampling_ratio", "aligned", "order"),
+    [
+        (0, True, "channels_first"),
+        (0, True, "channels_last"),
+        (0, False, "channels_first"),
+        (2, True, "channels_last"),
+        pytest.param(0, False, "channels_last", marks=pytest.mark.slow),
+        pytest.param(2, True, "channels_first", marks=pytest.mark.slow),
+    ],
+)
 def test_equals_torchvision(sampling_ratio: int, aligned: bool, order: str) -> None:
     check(torch.float64, order, 3, sampling_ratio, aligned)
 
@@ -100,11 +109,14 @@ def test_sums_are_in_float32(dtype: torch.dtype, order: str) -> None:
     check(dtype, order, 3, 0, True)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_several_tiles(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("order", "sampling_ratio"),
+    [("channels_first", 1), pytest.param("channels_last", 2, marks=pytest.mark.slow)],
+)
+def test_several_tiles(order: str, sampling_ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roi_align_triton, "TILE", 32)
     monkeypatch.setattr(roi_align_triton, "NEIGHBOURS", (4, 8))
-    check(torch.float64, order, 4, 0, True)
+    check(torch.float64, order, 4, sampling_ratio, True)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -118,6 +130,8 @@ def test_no_boxes(order: str) -> None:
 
 def test_one_level_and_levels_in_different_orders() -> None:
     features, (boxes, image, level) = make_case(torch.float32, "channels_first", count=2)
+    small = torch.tensor([0, 1, 2, 3, 4, 7, 8])  # large boxes take the interpreter long
+    boxes, image, level = boxes[small], image[small], level[small]
     first = torch.zeros_like(level)
     one = roi_align(features[:1], boxes, image, first, STRIDES[:1], 2)
     torch.testing.assert_close(

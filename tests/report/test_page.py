@@ -24,8 +24,6 @@ from gn_detect.report.pictures import choose_images
 
 MakeRun = Callable[..., Path]
 
-pytestmark = pytest.mark.usefixtures("real_curves")
-
 
 class Page(HTMLParser):
     """The tags and the text of a page."""
@@ -51,6 +49,7 @@ def pictures_of(page: Page) -> int:
     return sum((attributes.get("src") or "").startswith("data:image/webp") for _, attributes in page.tags)
 
 
+@pytest.mark.usefixtures("real_curves")
 def test_the_command_writes_one_page(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run()
     assert main(["report", str(folder)]) == 0
@@ -88,6 +87,7 @@ def test_the_best_evaluation_is_named_if_it_was_not_the_last(make_run: MakeRun) 
     assert "was best" not in words(None, None)
 
 
+@pytest.mark.usefixtures("real_curves")
 def test_nothing_of_the_data_becomes_markup(make_run: MakeRun) -> None:
     page = read(write_report(make_run()))
     assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]
@@ -96,10 +96,7 @@ def test_nothing_of_the_data_becomes_markup(make_run: MakeRun) -> None:
     assert "<b>9</b>" in page.words
     handlers = [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert handlers == []
-
-
-def test_the_page_needs_no_network_and_no_other_file(make_run: MakeRun) -> None:
-    page = read(write_report(make_run()))
+    # Nor does it need the network or another file.
     addresses = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data") if a.get(key)]
     assert len([a for a in addresses if a.startswith("data:image/webp;base64,")]) == 4
     assert all(a.startswith(("data:", "#")) for a in addresses)
@@ -160,7 +157,7 @@ def test_every_test_set_has_a_part_of_its_own(make_run: MakeRun, tmp_path: Path)
     assert pictures_of(page) == 2 * 4
 
 
-@pytest.mark.parametrize("polygons", [False, True])
+@pytest.mark.parametrize("polygons", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_results_of_masks_alone_are_drawn(make_run: MakeRun, polygons: bool) -> None:
     folder = make_run()
     inference = folder / "inference" / "tiny_test"

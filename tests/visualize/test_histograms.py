@@ -14,7 +14,9 @@ from gn_detect.visualize.histograms import draw_histograms
 from tests.engine.tiny import make_dataset
 
 
-@pytest.mark.parametrize("most", [1, 40, 61, 78, 79, 500])
+@pytest.mark.parametrize(
+    "most", [1, 79, *(pytest.param(n, marks=pytest.mark.slow) for n in (40, 61, 78, 500))]
+)
 def test_the_most_crowded_image_has_its_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:

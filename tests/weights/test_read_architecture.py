@@ -148,7 +148,7 @@ def test_what_is_no_resnet_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (0, 8), (1, 8, 3, 3)])
-@pytest.mark.parametrize("name", ["ResNeXt", "C4", "ResNet-18"])
+@pytest.mark.parametrize("name", [pytest.param("ResNeXt", marks=pytest.mark.slow), "C4", "ResNet-18"])
 def test_weights_of_odd_shapes_are_one_line_at_most(name: str, shape: tuple[int, ...]) -> None:
     model = build_model(narrow(*MODELS[name]))
     tensors = dict(model.state_dict())

@@ -132,7 +132,7 @@ def test_timms_own_model() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_torchvisions_own_detectors(version: int) -> None:
     """Real names of torchvision; features, RPN, boxes and masks agree layer by layer."""
     torch.manual_seed(0)

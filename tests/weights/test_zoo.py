@@ -101,7 +101,13 @@ def check_entry(entry: ZooEntry, cfg: Config, least: int = 10) -> None:
         assert torch.equal(getattr(found, part), getattr(expected, part)), part
 
 
-@pytest.mark.parametrize("name", NAMES)
+KINDS = {(entry.scheme, entry.kind): name for name, entry in read_catalog().items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in KINDS.values() else pytest.mark.slow) for name in NAMES],
+)
 def test_from_the_name_to_a_model(name: str) -> None:
     entry = find_entry(name)
     groups = ["MODEL.RESNETS.WIDTH_PER_GROUP", "1"] if "-X-" in name else []

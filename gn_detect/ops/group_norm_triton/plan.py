@@ -236,8 +236,10 @@ def _split(
 ) -> Plan:
     line = LINE // itemsize
     block_depth = min(power_of_two(depth), PIECE)
-    width = min(max(line // block_depth, 1), power_of_two(groups)) if channels_last else 1
     pieces = -(-depth // block_depth)
+    # A tile of several groups holds them whole.
+    several = channels_last and pieces == 1
+    width = min(max(line // block_depth, 1), power_of_two(groups)) if several else 1
     tiles = -(-groups // width) * pieces
     rows = width * block_depth
     wanted = max(SPLIT_PROGRAMS // (samples * tiles), 1)
