@@ -417,3 +417,17 @@ def test_dataset_names_are_names_of_folders(name: str, tmp_path: Path) -> None:
             load_config(path)
         assert str(caught.value).isprintable()
     assert load_config(overrides=["DATASETS.TEST", "('cost_$5_$9', 'über val-1.2')"]).datasets.test
+
+
+def test_keys_that_do_not_go_together() -> None:
+    """Each of them alone is fine."""
+    base = "Base-RCNN-FPN.yaml"
+    deformable = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]"]
+    for pairs, names in (
+        ([*deformable, "MODEL.RESNETS.CONV", "WS"], ("MODEL.RESNETS.CONV", "DEFORM_ON_PER_STAGE")),
+        (["SOLVER.EARLY_STOP.PATIENCE", "2"], ("SOLVER.EARLY_STOP.PATIENCE", "TEST.EVAL_PERIOD")),
+        (["MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "[1, 2]"], ("MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "80")),
+    ):
+        with refusal("conflicting-keys", *names):
+            load_config(base, pairs)
+    assert load_config(base, deformable).model.resnets.deform_on_per_stage[1:] == (True, True, True)
