@@ -57,11 +57,16 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(plan, "MOST_PARTS", 2)
     if request.param == "split":
         monkeypatch.setattr(plan, "ONE_LAUNCH_BYTES", 0)
-    plan.make_plan.cache_clear()
+    forget_plans()
     torch.use_deterministic_algorithms(True)  # new memory holds NaN: what no kernel writes is seen
     yield request.param
     torch.use_deterministic_algorithms(False)
+    forget_plans()
+
+
+def forget_plans() -> None:
     plan.make_plan.cache_clear()
+    launch._recipe.cache_clear()
 
 
 def in_order(x: Tensor, channels_last: bool) -> Tensor:
@@ -241,7 +246,7 @@ def test_the_same_bits_every_time(tiles: str) -> None:
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_order_in_which_programs_finish_changes_nothing(
     channels_last: bool, tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +255,7 @@ def test_the_order_in_which_programs_finish_changes_nothing(
         pytest.skip("the order is the GPU's")
     from triton.runtime.interpreter import interpreter_builder
 
-    x = torch.randn(2, 24, 9, 9, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 24, 5, 7, generator=torch.Generator().manual_seed(0))
     arguments = {"residual": True, "relu": True, "channels_last": channels_last}
     forwards = run(x, 2, **arguments)[0]
     set_index = interpreter_builder.set_grid_idx
