@@ -72,7 +72,7 @@ class Places:
         MetricsWriter.write = self._watched(  # type: ignore[method-assign]
             "metrics line", MetricsWriter.write, lambda *_: True
         )
-        for name in ("detections_to_coco", "evaluate_kinds"):
+        for name in ("detections_to_coco", "evaluate_and_diagnose"):
             setattr(evaluation, name, self._watched(name, getattr(evaluation, name), lambda *_: True))
 
     def _is_inside(self, path: Any, *_: Any, dir_fd: int | None = None, **__: Any) -> bool:

@@ -83,7 +83,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> list[st
         if len(done) == number:
             os.kill(os.getpid(), signal.SIGTERM)
             end = time.process_time() + 60
-            while where == "evaluate_kinds":
+            while where == "evaluate_and_diagnose":
                 assert time.process_time() < end, "the signal has not ended the evaluation"
         return real(*args)
 
@@ -106,9 +106,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_data: tuple[Path,
     ("where", "number", "last"),
     [
         ("detections_to_coco", 1, "model_0000001.pth"),
-        ("evaluate_kinds", 2, "model_final.pth"),
+        ("evaluate_and_diagnose", 2, "model_final.pth"),
         pytest.param("detections_to_coco", 5, "model_final.pth", marks=pytest.mark.slow),
-        pytest.param("evaluate_kinds", 1, "model_0000001.pth", marks=pytest.mark.slow),
+        pytest.param("evaluate_and_diagnose", 1, "model_0000001.pth", marks=pytest.mark.slow),
     ],
 )
 def test_signal_in_an_evaluation_ends_it_and_resuming_repeats_it(

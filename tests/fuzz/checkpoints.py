@@ -58,7 +58,7 @@ def prepare_checkpoints(folder: Path) -> Case:
     image = np.zeros((64, 80, 3), dtype=np.uint8)
     found = Predictor(cfg.replace({"MODEL.WEIGHTS": str(last)}))
     stride = found.model.size_divisibility
-    exported = ExportMetadata(cfg, found.class_names, found.category_ids, stride, "0").to_strings()
+    exported = ExportMetadata(cfg, found.class_names, found.category_ids, [], stride, "0").to_strings()
     names = last.name
 
     def case(seed: int, tally: Tally) -> None:

@@ -54,7 +54,7 @@ def test_images() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("configs", 20), ("results", 20), ("folders", 6), ("checkpoints", 8), ("formats", 15)],
+    [("configs", 20), ("results", 20), ("folders", 6), ("checkpoints", 8), ("formats", 30)],
 )
 def test_a_few(kind: str, count: int) -> None:
     tally = fuzz(kind, range(5000, 5000 + count))
