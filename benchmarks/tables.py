@@ -312,10 +312,29 @@ def interval(found: dict[str, Any] | None) -> str:
     return f"({text})" if found["low"] <= 0 <= found["high"] else text
 
 
+def systems() -> str:
+    """Return AP and cost of each arm of :mod:`benchmarks.systems`, with its runs."""
+    done: dict[str, list[dict[str, float]]] = {}
+    for key, record in load("systems").items():
+        done.setdefault(key.rpartition(", seed ")[0], []).append(record)
+    rows = []
+    for arm, records in done.items():
+        costs = [str(show({"runs": [r[name] for r in records]}, "median", d)) for name, d in COSTS.items()]
+        for ending, added in (("", ""), ("_TTA", ", test-time augmentation")):
+            if f"bbox{ending}" in records[0]:
+                runs = [[r[f"{kind}{ending}"] for r in records] for kind in ("bbox", "segm")]
+                averages = [show({"runs": values}, "mean", 1) for values in runs]
+                rows.append([arm + added, *averages, *(costs if not ending else ["", ""])])
+    return markdown(["", "box AP", "mask AP", "s for each iteration", "MiB"], rows)
+
+
+COSTS = {"seconds": 2, "memory": 0}  # of a training, with their digits
+
 TABLES: dict[str, Callable[[], str]] = {
     "headlines": headlines,
     "detectron2": lambda: recorded("detectron2", ratio=over_detectron2),
     "parts": lambda: recorded("parts"),
+    "systems": systems,
     "norms of 2 images": lambda: norms_gpu("norms-h200"),
     "norms of 1 image": lambda: norms_gpu("norms-h200-1-image"),
     "steps on an H200": lambda: steps(**{dtype: load("steps-h200")[dtype] for dtype in DTYPES}),
