@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,10 +142,10 @@ def test_a_lock_of_another_user_that_can_only_be_read_counts(
 ) -> None:
     real = os.open
 
-    def refuse(path: str | Path, flags: int, *rest: int) -> int:
+    def refuse(path: str | Path, flags: int, *rest: int, **options: Any) -> int:
         if Path(path).name == LOCK and flags & os.O_RDWR:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return real(path, flags, *rest)
+        return real(path, flags, *rest, **options)
 
     with another_training(Path(tiny_config.output_dir)) as process:
         monkeypatch.setattr(os, "open", refuse)
