@@ -107,21 +107,23 @@ def probe(folder: Path) -> dict[str, Any]:
 
 def command(*words: str) -> None:
     """Run a command of the package; its output goes to standard error."""
-    # The built-in datasets are looked for relative to the repository.
-    subprocess.run([sys.executable, "-m", "gn_detect", *words], check=True, stdout=sys.stderr, cwd=REPOSITORY)
+    # The built-in datasets are looked for relative to the repository, whose own code must not be imported.
+    start = "import sys; sys.path.remove(''); from gn_detect.cli import main; sys.exit(main())"
+    subprocess.run([sys.executable, "-c", start, *words], check=True, stdout=sys.stderr, cwd=REPOSITORY)
 
 
 def training(folder: Path, words: list[str]) -> dict[str, Any]:
     """Train and evaluate; return losses and AP with all digits, and a digest of the weights."""
     command("train", *words, "OUTPUT_DIR", str(folder), *SHORT)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "results.json").read_text())
     curve = [{k: v for k, v in line.items() if not any(t in k for t in TIMES)} for line in lines]
     state = torch.load(folder / "model_final.pth", weights_only=True)["model"]
     return {
         "losses": [line["total_loss"] for line in curve if "total_loss" in line],
         "metrics": digest(json.dumps(curve, sort_keys=True)),
         "weights": digest(*(part for name in sorted(state) for part in (name, state[name]))),
-        "AP": {kind: row["AP"] for kind, row in json.loads((folder / "results.json").read_text()).items()},
+        "AP": {kind: row["AP"] for kind, row in results.items() if "AP" in row},
     }
 
 

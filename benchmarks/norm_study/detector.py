@@ -60,4 +60,4 @@ def average_precisions(cell: Cell, shared: Path, quick: bool) -> dict[str, float
             nothing = {f"{kind} {key}": 0.0 for kind in ("box", "mask") for key in ("AP", "AP50", "AP75")}
             return {**nothing, "diverged": 1.0}
     kinds = {"bbox": "box", "segm": "mask"}
-    return {f"{kinds[kind]} {key}": value for kind, found in results.items() for key, value in found.items()}
+    return {f"{name} {key}": value for kind, name in kinds.items() for key, value in results[kind].items()}
