@@ -335,7 +335,7 @@ def _refuse_other_style(report: LoadReport, own: dict[str, Tensor]) -> None:
             style, place = ("detectron2", "the model") if name in own else ("tensorpack", "the file")
             raise UserError(
                 "other-network",
-                f"{report.path} has convolutions of another style: {owner} has a bias beside its norm only "
+                f"{report.path} has convolutions of another style: {owner} has a bias and a norm only "
                 f"in {place}; set MODEL.CONV_STYLE {style}",
             )
 

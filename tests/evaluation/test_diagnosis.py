@@ -1,4 +1,4 @@
-"""What errors cost by hand, score thresholds and calibration."""
+"""The cost of errors, computed by hand; score thresholds and calibration."""
 
 from __future__ import annotations
 

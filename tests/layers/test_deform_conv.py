@@ -73,7 +73,7 @@ def test_values_and_gradients_are_those_of_the_definition(layout: str, modulated
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
 def test_an_offset_to_no_place(value: float) -> None:
-    """Where it is not finite, the output is not a number; a sample far away is 0."""
+    """An offset that is not finite gives an output of NaN, and a sample far away is 0."""
     layer, (x, offset, mask) = make(LAYOUTS["groups of both kinds"], True)
     expected, without = layer(x, offset, mask), mask.clone()
     without[1, 1, 2, 4] = 0

@@ -7,7 +7,6 @@ label are one object. ``subset`` names the part of an image. ``z_order`` and ``o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from xml.etree.ElementTree import Element
@@ -19,7 +18,7 @@ from ..coco.rules import MOST_PIXELS
 from .builder import PART_WORDS, WHOLE, Builder, Imported, Shape
 from .image_index import ImageIndex
 from .shapes import ellipse_polygon, runs_to_bitmap
-from .source_files import as_finite, damaged, label_files, read_xml
+from .source_files import as_finite, damaged, finite_numbers, label_files, read_xml
 
 _LEFT_OUT = ("points", "polyline", "cuboid", "skeleton", "tag")
 
@@ -73,10 +72,10 @@ def _shape(file: Path, shape: Element, what: str) -> Shape:
         points = [point.split(",") for point in shape.get("points", "").split(";")]
         if any(len(point) != 2 for point in points):
             raise damaged(file, f"{what} has 'points' that are no pairs", "export it again")
-        return Shape(label, what, polygons=[_numbers(file, chain(*points), what)], group=group)
+        return Shape(label, what, polygons=[finite_numbers(file, chain(*points), what)], group=group)
     if shape.tag == "box":
         keys = ("xtl", "ytl", "xbr", "ybr")
-        x0, y0, x1, y1 = _numbers(file, [shape.get(key, "") for key in keys], what)
+        x0, y0, x1, y1 = finite_numbers(file, [shape.get(key, "") for key in keys], what)
         if as_finite(shape.get("rotation", "0")) != 0:
             raise UserError(
                 "rotated-box",
@@ -85,7 +84,7 @@ def _shape(file: Path, shape: Element, what: str) -> Shape:
         return Shape(label, what, box=(x0, y0, x1, y1), group=group)
     if shape.tag == "ellipse":
         given = [shape.get(key, "") for key in ("cx", "cy", "rx", "ry")] + [shape.get("rotation", "0")]
-        cx, cy, rx, ry, degrees = _numbers(file, given, what)
+        cx, cy, rx, ry, degrees = finite_numbers(file, given, what)
         return Shape(
             label, what, polygons=[ellipse_polygon(cx, cy, rx, ry, math.radians(degrees))], group=group
         )
@@ -96,7 +95,9 @@ def _shape(file: Path, shape: Element, what: str) -> Shape:
 
 def _bitmap(file: Path, shape: Element, what: str) -> tuple[np.ndarray, int, int]:
     keys = ("left", "top", "width", "height")
-    left, top, width, height = (int(n) for n in _numbers(file, [shape.get(key, "") for key in keys], what))
+    left, top, width, height = (
+        int(n) for n in finite_numbers(file, [shape.get(key, "") for key in keys], what)
+    )
     runs = shape.get("rle", "").split(",")
     try:
         if width * height > MOST_PIXELS or min(left, top) < -MOST_PIXELS or max(left, top) > MOST_PIXELS:
@@ -105,13 +106,3 @@ def _bitmap(file: Path, shape: Element, what: str) -> tuple[np.ndarray, int, int
     except (ValueError, OverflowError) as error:
         reason = str(error) if "invalid literal" not in str(error) else "'rle' that is no list of numbers"
         raise UserError("bad-rle", f"{file}: {what} has {reason}; export it again") from error
-
-
-def _numbers(file: Path, given: Iterable[str], what: str) -> list[float]:
-    numbers = []
-    for text in given:
-        number = as_finite(text)
-        if number is None:
-            raise damaged(file, f"{what} has {text[:40]!r} in place of a number", "correct it")
-        numbers.append(number)
-    return numbers

@@ -1,14 +1,16 @@
 """Read a folder of images with mask PNGs.
 
-The masks lie in a folder ``masks`` (or ``mask``, ``labels``, ``annotations``) beside ``images``, with the
-stem of the image; or beside the images as ``STEM_mask.png``; or, one PNG for each object, as in
-``ID/images/ID.png`` and ``ID/masks/*.png``.
+The masks lie in one of three places:
+
+- in a folder ``masks`` (or ``mask``, ``labels``, ``annotations``) next to ``images``, named as the image;
+- in the folder of the images, as ``STEM_mask.png``;
+- with one PNG for each object, in ``ID/masks/*.png`` for ``ID/images/ID.png``.
 
 Their content decides how they are read (:func:`choose_reading`), unless the format is named with the reading,
 such as ``masks-classes``:
 
 - *files*: several masks belong to one image; each file is an object.
-- *binary*: no mask has more than one value beside 0; each connected piece is an object.
+- *binary*: no mask has more than one value other than 0; each connected piece is an object.
 - *instances*: in each mask the values are 1, 2, ... without a gap, not always as many, and nearly all are one
   connected piece; each value is an object.
 - *classes*: the rest; each value is a class, and each connected piece of it an object.
@@ -146,7 +148,7 @@ def choose_reading(masks: list[Path]) -> str:
 
 
 def _values(values: np.ndarray) -> list[int]:
-    """Return the values beside 0, sorted."""
+    """Return the values other than 0, sorted."""
     found: list[int] = np.unique(values).tolist()
     return [value for value in found if value]
 

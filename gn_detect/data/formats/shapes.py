@@ -72,7 +72,7 @@ def runs_to_bitmap(runs: Sequence[int], height: int, width: int) -> np.ndarray:
 
 
 def connected_pieces(values: np.ndarray, most: int = MOST_RUNS) -> list[tuple[int, int, int, np.ndarray]]:
-    """Return the pieces of equal values beside 0, joined at corners, too.
+    """Return the pieces of equal values other than 0; pixels that meet at a corner are joined.
 
     Runs along the rows are joined with those of the row above that they touch.
 

@@ -6,13 +6,14 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from ...errors import UserError
 from ...files import open_file
+from ..coco.rules import shown
 
 # Most bytes of a file. XML takes about ten times as much memory; 100,000 objects of CVAT have 30 MB.
 LARGEST_TEXT, LARGEST_XML, LARGEST_JSON = 1 << 26, 1 << 28, 1 << 30
@@ -20,7 +21,7 @@ LARGEST_TEXT, LARGEST_XML, LARGEST_JSON = 1 << 26, 1 << 28, 1 << 30
 # Most tags of an XML file, each of which takes up to a kilobyte.
 _MOST_TAGS = 2_000_000
 
-# Encodings that an XML file may name, beside those of its first bytes.
+# Encodings that an XML file may name, in addition to those of its first bytes.
 _XML_ENCODINGS = {"ascii", "us-ascii", "iso-8859-1", "latin-1", "windows-1252", "gbk", "gb2312", "shift_jis"}
 
 _MARKS = (
@@ -143,6 +144,21 @@ def as_finite(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def finite_numbers(file: Path, given: Iterable[Any], what: str) -> list[float]:
+    """Return JSON values or texts as numbers.
+
+    Raises:
+        UserError: one of them is no finite number; ``file`` and ``what`` name its place.
+    """
+    numbers = []
+    for value in given:
+        number = as_finite(value)
+        if number is None:
+            raise damaged(file, f"{what} has {shown(value)} in place of a number", "draw it again")
+        numbers.append(number)
+    return numbers
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:

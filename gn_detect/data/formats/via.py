@@ -15,7 +15,7 @@ from ..coco.rules import shown
 from .builder import Builder, Imported, Shape
 from .image_index import ImageIndex
 from .shapes import ellipse_polygon
-from .source_files import as_finite, damaged, label_files, read_json
+from .source_files import damaged, finite_numbers, label_files, read_json
 
 _CLASS_NAMES = ("class", "label", "category", "name", "type")
 _LEFT_OUT = ("point", "polyline")
@@ -124,29 +124,19 @@ def _shape(file: Path, given: dict[str, Any], label: str, what: str) -> Shape:
         return Shape(
             label,
             what,
-            polygons=[[n for x, y in zip(xs, ys, strict=True) for n in _numbers(file, (x, y), what)]],
+            polygons=[[n for x, y in zip(xs, ys, strict=True) for n in finite_numbers(file, (x, y), what)]],
         )
     if kind not in _KEYS:
         raise damaged(
             file, f"{what} has the shape {shown(kind)}", "draw a rectangle, circle, ellipse or polygon"
         )
-    numbers = _numbers(file, (given.get(key) for key in _KEYS[kind]), what)
+    numbers = finite_numbers(file, (given.get(key) for key in _KEYS[kind]), what)
     if kind == "rect":
         x, y, width, height = numbers
         return Shape(label, what, box=(x, y, x + width, y + height))
     if kind == "circle":
         x, y, radius = numbers
         return Shape(label, what, polygons=[ellipse_polygon(x, y, radius, radius)])
-    (angle,) = _numbers(file, (given.get("theta", 0),), what)  # in radians
+    (angle,) = finite_numbers(file, (given.get("theta", 0),), what)  # in radians
     x, y, rx, ry = numbers
     return Shape(label, what, polygons=[ellipse_polygon(x, y, rx, ry, angle)])
-
-
-def _numbers(file: Path, given: Any, what: str) -> list[float]:
-    numbers = []
-    for value in given:
-        number = as_finite(value)
-        if number is None:
-            raise damaged(file, f"{what} has {shown(value)} in place of a number", "draw it again")
-        numbers.append(number)
-    return numbers

@@ -1,7 +1,7 @@
 """Read YOLO labels: boxes and polygons in fractions of the image, one text file for each image.
 
 ``data.yaml`` names the classes and the folders of images. A folder without one has the classes in
-``classes.txt``, or numbers. The labels of ``images/a.jpg`` are ``labels/a.txt``, else ``a.txt`` beside it.
+``classes.txt``, or numbers. The labels of ``images/a.jpg`` are ``labels/a.txt``, else ``a.txt`` in its folder.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _base(content: dict[str, Any], file: Path, builder: Builder) -> Path:
 
 
 def _place(place: str, base: Path, file: Path, builder: Builder) -> Path:
-    """Return a folder or list of images; Roboflow writes ``../train/images`` for one beside data.yaml."""
+    """Return a folder or list of images; Roboflow writes ``../train/images`` for one next to data.yaml."""
     shorter = re.sub(r"^(\.\.[/\\])+", "", place)
     tried = [base / place, base / shorter, file.parent / shorter]
     if os.path.isabs(place):
