@@ -94,10 +94,8 @@ def _shape(file: Path, shape: Element, what: str) -> Shape:
 
 
 def _bitmap(file: Path, shape: Element, what: str) -> tuple[np.ndarray, int, int]:
-    keys = ("left", "top", "width", "height")
-    left, top, width, height = (
-        int(n) for n in finite_numbers(file, [shape.get(key, "") for key in keys], what)
-    )
+    given = [shape.get(key, "") for key in ("left", "top", "width", "height")]
+    left, top, width, height = map(int, finite_numbers(file, given, what))
     runs = shape.get("rle", "").split(",")
     try:
         if width * height > MOST_PIXELS or min(left, top) < -MOST_PIXELS or max(left, top) > MOST_PIXELS:

@@ -1,7 +1,8 @@
 """Read YOLO labels: boxes and polygons in fractions of the image, one text file for each image.
 
 ``data.yaml`` names the classes and the folders of images. A folder without one has the classes in
-``classes.txt``, or numbers. The labels of ``images/a.jpg`` are ``labels/a.txt``, else ``a.txt`` in its folder.
+``classes.txt``, or numbers. The labels of ``images/a.jpg`` are ``labels/a.txt``, else ``a.txt`` in its
+folder.
 """
 
 from __future__ import annotations
