@@ -30,11 +30,18 @@ _ROOM = 3 * MOST_MEMORY
 """Address space, far above the limit: whoever asks for more gets a MemoryError, and the machine survives."""
 
 
-def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int], seconds: int = SECONDS) -> Tally:
+def run_cases(
+    kind: str,
+    prepare: Preparation,
+    seeds: Sequence[int],
+    seconds: int = SECONDS,
+    most_memory: int = MOST_MEMORY,
+) -> Tally:
     """Try cases in turn; a new process continues after one that ended the process.
 
     Args:
         seconds: of the processor, for a case; of several commands, each may take as many.
+        most_memory: bytes of a case, with Python and PyTorch.
     """
     patience = (PATIENCE + 1) * seconds  # for code that no alarm interrupts
     context = multiprocessing.get_context("forkserver")
@@ -42,7 +49,9 @@ def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int], seconds: in
     total, left = Tally(), list(seeds)
     while left:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(kind, prepare, left, theirs, seconds), daemon=True)
+        process = context.Process(
+            target=_work, args=(kind, prepare, left, theirs, seconds, most_memory), daemon=True
+        )
         process.start()
         theirs.close()
         try:
@@ -64,7 +73,12 @@ def run_cases(kind: str, prepare: Preparation, seeds: Sequence[int], seconds: in
 
 
 def _work(
-    kind: str, prepare: Preparation, seeds: Sequence[int], connection: Connection, seconds: int
+    kind: str,
+    prepare: Preparation,
+    seeds: Sequence[int],
+    connection: Connection,
+    seconds: int,
+    most_memory: int,
 ) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -83,7 +97,7 @@ def _work(
             limit = seconds * max(1, tally.commands)
             if (spent := _processor_time() - begin) > limit and not tally.slow:
                 tally.slow.append(f"{label} ({spent:.0f} s)")
-            if (peak := _peak()) > MOST_MEMORY:
+            if (peak := _peak()) > most_memory:
                 tally.large.append(f"{label} ({peak / 2**30:.1f} GB)")
             connection.send(tally)
 

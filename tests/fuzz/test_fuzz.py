@@ -106,7 +106,7 @@ def prepare_bad_cases(folder: Path) -> Case:
             pass
 
     def memory() -> int:
-        return len(b"x" * (9 << 28))
+        return len(b"x" * (1 << 30))
 
     actions: list[Callable[[], object]] = [traceback, loop, lambda: os._exit(3), memory, lambda: 1]
 
@@ -118,7 +118,7 @@ def prepare_bad_cases(folder: Path) -> Case:
 
 
 def test_each_failure_is_that_of_its_case() -> None:
-    tally = run_cases("bad", prepare_bad_cases, range(5), seconds=4)
+    tally = run_cases("bad", prepare_bad_cases, range(5), seconds=6, most_memory=1 << 30)
     assert (tally.cases, tally.passed, tally.tracebacks) == (5, 2, 1)
     assert tally.slow == ["bad 1"]
     assert [label[:5] for label in tally.large] == ["bad 3"]
