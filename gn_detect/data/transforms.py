@@ -96,7 +96,7 @@ def transpose(labelled: LabelledImage) -> LabelledImage:
 
 
 def affine(labelled: LabelledImage, matrix: np.ndarray, value: int = PAD_VALUE) -> LabelledImage:
-    """Move each point (x, y) to ``matrix @ (x, y, 1)``; the size stays. Objects may end up outside.
+    """Move each point (x, y) to ``matrix @ (x, y, 1)``; the size stays, and objects outside are dropped.
 
     Args:
         labelled: image with objects.
@@ -114,9 +114,8 @@ def affine(labelled: LabelledImage, matrix: np.ndarray, value: int = PAD_VALUE) 
 
     moved = _map_points(labelled, lambda points: points @ matrix[:, :2].T + matrix[:, 2])
     image = read(labelled.image, Image.Resampling.BILINEAR, (value,) * 3)
-    return _map_pixels(
-        moved, image, lambda bitmap: read(bitmap.view(np.uint8), Image.Resampling.NEAREST, 0).view(bool)
-    )
+    nearest = Image.Resampling.NEAREST
+    return _inside(_map_pixels(moved, image, lambda mask: read(mask.view(np.uint8), nearest, 0).view(bool)))
 
 
 def paste(labelled: LabelledImage, other: LabelledImage) -> LabelledImage:
@@ -155,12 +154,7 @@ def crop(labelled: LabelledImage, left: int, top: int, height: int, width: int) 
     window = np.s_[top : top + height, left : left + width]
     # Copies, because a view would keep the whole bitmap in memory.
     cropped = _map_pixels(moved, labelled.image[window], lambda bitmap: bitmap[window].copy())
-    cropped = replace(cropped, boxes=_clip(cropped.boxes, *cropped.size))
-    keep = (cropped.boxes[:, 2:] - cropped.boxes[:, :2] > MIN_BOX_SIDE).all(axis=1)
-    if cropped.masks is not None:
-        inside = [_nonempty(mask_bounds(mask, *cropped.size)) for mask in cropped.masks]
-        keep &= np.array(inside, dtype=bool)
-    return cropped.select(keep)
+    return _inside(cropped)
 
 
 def pad(labelled: LabelledImage, height: int, width: int, value: int = PAD_VALUE) -> LabelledImage:
@@ -171,6 +165,16 @@ def pad(labelled: LabelledImage, height: int, width: int, value: int = PAD_VALUE
     around = ((0, missing[0]), (0, missing[1]))
     image = np.pad(labelled.image, (*around, (0, 0)), constant_values=value)
     return _map_pixels(labelled, image, lambda bitmap: np.pad(bitmap, around))
+
+
+def _inside(labelled: LabelledImage) -> LabelledImage:
+    """Clip the boxes, and drop the objects outside of the image."""
+    clipped = replace(labelled, boxes=_clip(labelled.boxes, *labelled.size))
+    keep = (clipped.boxes[:, 2:] - clipped.boxes[:, :2] > MIN_BOX_SIDE).all(axis=1)
+    if clipped.masks is not None:
+        inside = [_nonempty(mask_bounds(mask, *clipped.size)) for mask in clipped.masks]
+        keep &= np.array(inside, dtype=bool)
+    return clipped.select(keep)
 
 
 def _map_points(labelled: LabelledImage, move: Callable[[np.ndarray], np.ndarray]) -> LabelledImage:
