@@ -2,7 +2,7 @@
 
 The file is one that ``albumentations.save`` wrote, as JSON or YAML. Only transforms of a list are built; none
 of them opens a file, and their numbers are bounded. The package is albumentations (MIT), the optional extra
-``albumentations``. AlbumentationsX has a module of the same name, and is under the AGPL.
+``albumentations``. AlbumentationsX is another package, under the AGPL.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -198,6 +199,12 @@ def test_each_allowed_transform_does_what_its_list_says() -> None:
         assert name in OF_OBJECTS or np.array_equal(found["mask"], mask), name
 
 
+def test_the_page_lists_the_transforms(repository: Path) -> None:
+    text = (repository / "docs" / "your-data.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- (?:Pixels alone|Objects as well): (.+?)\.$", text, re.MULTILINE | re.DOTALL)
+    assert [re.split(r",\s+", names) for names in listed] == [[*OF_PIXELS], [*OF_OBJECTS]]
+
+
 NESTED: dict[str, Any] = FLIP
 for _ in range(12):
     NESTED = {"__class_fullname__": "Sequential", "p": 1.0, "transforms": [NESTED]}
@@ -322,7 +329,7 @@ def test_a_fingerprint_is_that_of_the_content(write: Callable, tmp_path: Path) -
 def test_without_version_2_the_command_that_installs_it_is_named(
     write: Callable, monkeypatch: pytest.MonkeyPatch, version: str | None
 ) -> None:
-    """AlbumentationsX has the module's name, and another package's."""
+    """AlbumentationsX is another package."""
 
     def installed(name: str) -> str:
         if version is None:
