@@ -46,7 +46,7 @@ OF_OBJECTS = (
     "ShiftScaleRotate", "SquareSymmetry", "Transpose", "VerticalFlip",
 )  # fmt: skip
 GROUPS = ("OneOf", "Sequential")
-_FITTING = {"fit_output": True, "keep_size": False}  # values with which the result may have any size
+_RESIZING = {"fit_output": True, "keep_size": False, "crop_border": True}  # the result may have any size
 _NO_UPDATE = "NO_ALBUMENTATIONS_UPDATE"
 
 
@@ -195,7 +195,8 @@ def _read(path: str) -> dict[str, Any]:
 def _checked_names(outermost: dict[str, Any], path: str) -> set[str]:
     """Return the names of all transforms inside the outermost one, each of which is checked."""
     names: list[str] = []
-    groups = [({"p": outermost.get("p", 1.0), "transforms": outermost.get("transforms")}, "Compose", 0)]
+    used = {key: outermost[key] for key in ("p", "transforms") if key in outermost}
+    groups = [(used, "Compose", 0)]
     while groups:
         group, group_name, depth = groups.pop()
         _check_values({key: value for key, value in group.items() if key != "transforms"}, group_name, path)
@@ -231,7 +232,7 @@ def _check_values(arguments: dict[str, Any], name: str, path: str) -> None:
         fits = not isinstance(value, int | float) or -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
         if key == "p":
             fits = isinstance(value, int | float) and 0 <= value <= 1
-        if not fits or (key in _FITTING and value == _FITTING[key]):
+        if not fits or (key in _RESIZING and value == _RESIZING[key]):
             problem = f"{shortened(key)} of {name} is {shortened(repr(value))}"
             raise _not_a_pipeline(
                 path,

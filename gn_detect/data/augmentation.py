@@ -233,8 +233,8 @@ def copy_paste(labelled: LabelledImage, other: LabelledImage, random: np.random.
     """Paste a random subset of the objects of another image (arXiv 2012.07177); both have masks.
 
     As in torchvision's reference, N objects are drawn with replacement from the N of ``other``: 0.63 of them
-    on average. That reference resizes ``other`` to the size of the image and blurs borders. Here
-    ``other`` is cropped or padded, so that objects keep their form, and no pixel outside of a mask changes.
+    on average. That reference resizes ``other`` to the size of the image and blurs borders. Here ``other`` is
+    cropped or padded, so that objects keep their form, and no pixel outside of a mask changes.
     """
     other = _fitted(other, *labelled.size, random)
     chosen = np.zeros(len(other), dtype=bool)

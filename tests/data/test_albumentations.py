@@ -230,6 +230,7 @@ for _ in range(12):
         json.dumps(content(step("Affine", scale={"x": [0.5, float("inf")]}))),
         json.dumps(content(step("Affine", fit_output=True))),
         json.dumps(content(step("Perspective", keep_size=False))),
+        json.dumps(content(step("Rotate", crop_border=True))),
         json.dumps(content(NESTED)),
         json.dumps(content(*[FLIP] * 40)),
         '{"transform": ' + "[" * 30000 + "]" * 30000 + "}",
