@@ -312,10 +312,11 @@ def interval(found: dict[str, Any] | None) -> str:
     return f"({text})" if found["low"] <= 0 <= found["high"] else text
 
 
-def systems() -> str:
-    """Return AP and cost of each arm of :mod:`benchmarks.systems`, with its runs."""
+def arms(topic: str) -> str:
+    """Return AP and cost of each arm of :mod:`benchmarks.systems` or of a study like it, with its runs."""
     done: dict[str, list[dict[str, float]]] = {}
-    for key, record in load("systems").items():
+    recorded_runs = load(topic) if (RESULTS / f"{topic}.json").exists() else {}  # none may have ended yet
+    for key, record in recorded_runs.items():
         done.setdefault(key.rpartition(", seed ")[0], []).append(record)
     rows = []
     for arm, records in done.items():
@@ -334,7 +335,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "headlines": headlines,
     "detectron2": lambda: recorded("detectron2", ratio=over_detectron2),
     "parts": lambda: recorded("parts"),
-    "systems": systems,
+    "systems": lambda: arms("systems"),
+    "augmentation": lambda: arms("augmentation"),
     "norms of 2 images": lambda: norms_gpu("norms-h200"),
     "norms of 1 image": lambda: norms_gpu("norms-h200-1-image"),
     "steps on an H200": lambda: steps(**{dtype: load("steps-h200")[dtype] for dtype in DTYPES}),

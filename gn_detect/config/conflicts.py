@@ -66,6 +66,10 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
     jitter = given.large_scale_jitter
     if jitter.min_scale > jitter.max_scale or len(jitter.size) != 2:
         yield "INPUT.LARGE_SCALE_JITTER", "needs MIN_SCALE up to MAX_SCALE, and SIZE as (height, width)"
+    if given.affine.min_scale > given.affine.max_scale:
+        yield "INPUT.AFFINE", "needs MIN_SCALE up to MAX_SCALE"
+    if given.copy_paste and not model.mask_on:
+        yield "INPUT.COPY_PASTE", "needs masks: set MODEL.MASK_ON to True, or COPY_PASTE to 0"
 
 
 def _cascade_conflicts(root: Root) -> Iterator[tuple[str, str]]:

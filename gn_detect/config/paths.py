@@ -43,6 +43,8 @@ def _with_paths(cfg: Config, change: Callable[[str], str], output: str, root: st
         changes["DATASETS.ROOT"] = change(cfg.datasets.root) if root is None else root
     if is_local(cfg.model.weights):
         changes["MODEL.WEIGHTS"] = change(cfg.model.weights)
+    if cfg.input.albumentations:
+        changes["INPUT.ALBUMENTATIONS"] = change(cfg.input.albumentations)
     return cfg.replace(changes)
 
 
@@ -76,7 +78,7 @@ def find_again(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
             return path
         return next((str(p) for p in _candidates(path, before, folder) if os.path.exists(p)), path)
 
-    for group, key in (("MODEL", "WEIGHTS"), ("DATASETS", "ROOT")):
+    for group, key in (("MODEL", "WEIGHTS"), ("DATASETS", "ROOT"), ("INPUT", "ALBUMENTATIONS")):
         if isinstance(found.get(group), dict) and key in found[group]:
             found[group] = {**found[group], key: find(found[group][key])}
     datasets = found.get("DATASETS")

@@ -469,6 +469,14 @@ class LargeScaleJitter(Section):
     size: Lengths = key((1024, 1024), "(height, width) of the canvas, pixels.")
 
 
+class Affine(Section):
+    enabled: Bool = key(False, "Rotate, scale and move training images at random; their size stays.")
+    degrees: Float = key(10.0, "Largest rotation to each side.", ge=0, le=180)
+    translate: Fraction = key(0.1, "Largest move to each side, as a part of width and height.")
+    min_scale: Float = key(0.8, "Least factor of the size.", ge=0.1, le=10)
+    max_scale: Float = key(1.25, "Largest factor of the size.", ge=0.1, le=10)
+
+
 class Input(Section):
     min_size_train: Lengths = key((800,), "Lengths of the shorter side in training, pixels; drawn at random.")
     min_size_train_sampling: Literal["choice", "range"] = key(
@@ -489,6 +497,18 @@ class Input(Section):
     )
     color_jitter: ColorJitter = ColorJitter()
     large_scale_jitter: LargeScaleJitter = LargeScaleJitter()
+    rotate_90: Bool = key(False, "Turn training images by 0, 90, 180 or 270 degrees, at random.")
+    affine: Affine = Affine()
+    copy_paste: Fraction = key(
+        0.0,
+        "Part of the training images onto which random objects of another one are pasted, by their masks "
+        "(arXiv 2012.07177).",
+    )
+    albumentations: Str = key(
+        "",
+        "Pipeline file of albumentations 2, as its save() writes it (JSON or YAML): applied to each training "
+        "image after all else but COPY_PASTE; empty: none.",
+    )
 
 
 class RegisteredDataset(Section):

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..distributed.group import from_main
 from ..errors import UserError
 from ..structures import PolygonMask, Sample
-from .augmentation import Augmentation, build_augmentations, crops, prepare_image
+from .augmentation import Augmentation, build_augmentations, copy_paste, cuts_objects, prepare_image
 from .coco.dataset import CocoDataset, join_datasets
 from .datasets import resolve_dataset
 from .images import read_image
@@ -41,7 +41,7 @@ from .samplers import (
     share_of_rank,
     shuffled_indices,
 )
-from .transforms import to_target, to_tensor
+from .transforms import LabelledImage, to_target, to_tensor
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -98,7 +98,8 @@ def build_train_loader(
         seed,
         channel_order=cfg.input.format,
         draw_polygons=cfg.input.mask_format == "bitmask",
-        boxes_from_masks=masks and crops(cfg),
+        boxes_from_masks=masks and cuts_objects(cfg),
+        copy_paste=cfg.input.copy_paste,
     )
     make_stream = _sampler(cfg, dataset, kept)
 
@@ -174,7 +175,10 @@ def _is_wide(dataset: CocoDataset, index: int) -> bool:
 
 
 class TrainSamples(Dataset[Sample]):
-    """Augmented samples for (index, position); the position seeds the augmentation."""
+    """Augmented samples for (index, position); the position seeds the augmentation.
+
+    ``copy_paste`` is the part of the samples that get objects of another image, augmented likewise.
+    """
 
     def __init__(
         self,
@@ -185,21 +189,30 @@ class TrainSamples(Dataset[Sample]):
         channel_order: str = "BGR",
         draw_polygons: bool = False,
         boxes_from_masks: bool = False,
+        copy_paste: float = 0.0,
     ) -> None:
         self.dataset, self.augmentations, self.seed = dataset, augmentations, seed
         self.channel_order = channel_order
         self.draw_polygons, self.boxes_from_masks = draw_polygons, boxes_from_masks
+        self.copy_paste, self.with_objects = copy_paste, np.flatnonzero(dataset.objects.counts())
 
     def __getitem__(self, item: Item) -> Sample:
         index, position = item
         record = self.dataset.images[index]
         random = np.random.default_rng([self.seed, position])
-        labelled = self.dataset.read(index)
-        for augment in self.augmentations:
-            labelled = augment(labelled, random)
+        labelled = self._augmented(index, random)
+        if self.copy_paste and random.random() < self.copy_paste:
+            other = self._augmented(int(random.choice(self.with_objects)), random)
+            labelled = copy_paste(labelled, other, random)
         target = to_target(labelled, draw_polygons=self.draw_polygons, boxes_from_masks=self.boxes_from_masks)
         image = to_tensor(labelled.image, self.channel_order)
         return Sample(image, record.id, record.file_name, (record.height, record.width), target)
+
+    def _augmented(self, index: int, random: np.random.Generator) -> LabelledImage:
+        labelled = self.dataset.read(index)
+        for augment in self.augmentations:
+            labelled = augment(labelled, random)
+        return labelled
 
 
 class TestSamples(Dataset[Sample]):

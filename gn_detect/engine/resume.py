@@ -13,6 +13,7 @@ from ..config import load_config, with_absolute_paths
 from ..config.load import parse_config
 from ..config.types import to_plain
 from ..data import CocoDataset, list_names
+from ..data.albumentations_pipeline import fingerprint
 from ..distributed.group import restart_count, world_size
 from ..errors import UserError
 from ..weights import Checkpoint
@@ -40,7 +41,7 @@ FREE = (
 )  # fmt: skip
 
 # Keys that name files and folders of a machine, which a checkpoint does not hold.
-PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.ROOT", "DATASETS.REGISTER")
+PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.ROOT", "DATASETS.REGISTER", "INPUT.ALBUMENTATIONS")
 
 # Keys that scale_config rounds, so that scaling twice may move them by one.
 COUNTED_IN_ITERATIONS = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
@@ -70,9 +71,11 @@ class Change:
         return f"{self.key} was {_shown(self.before)} and is {_shown(self.now)}"
 
 
-def describe_data(train: CocoDataset, tests: Mapping[str, CocoDataset]) -> dict[str, str]:
-    """Return the fingerprints of a run's datasets, by config key and name."""
+def describe_data(cfg: Config, train: CocoDataset, tests: Mapping[str, CocoDataset]) -> dict[str, str]:
+    """Return the fingerprints of a run's datasets and pipeline file, by config key and name."""
     found = {"DATASETS.TRAIN": train.fingerprint()}
+    if cfg.input.albumentations:
+        found["INPUT.ALBUMENTATIONS"] = fingerprint(cfg.input.albumentations)
     return found | {f"DATASETS.TEST {name}": dataset.fingerprint() for name, dataset in tests.items()}
 
 
@@ -156,6 +159,9 @@ def _path_changes(cfg: Config, file: Path) -> Iterator[Change]:
     cfg = with_absolute_paths(cfg)
     if saved.model.weights != cfg.model.weights:
         yield Change("MODEL.WEIGHTS", saved.model.weights, cfg.model.weights)
+    files = saved.input.albumentations, cfg.input.albumentations
+    if not all(files) and any(files):  # of two files the content is compared
+        yield Change("INPUT.ALBUMENTATIONS", *files)
     for name in dict.fromkeys((*cfg.datasets.train, *cfg.datasets.test)):
         before, now = (c.datasets.registered.get(name) for c in (saved, cfg))
         if before is not None and now is not None and before != now:

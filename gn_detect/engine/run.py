@@ -186,7 +186,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
         advice = "give both the same names, or leave out of the test set what is not trained"
         match_classes(test_set, dataset.class_names, owner, advice)
     _check_best_metric(cfg, next(iter(test_sets.values()), dataset))
-    data = describe_data(dataset, test_sets)
+    data = describe_data(cfg, dataset, test_sets)
     if checkpoint is not None:
         check_changes(given, checkpoint, data, allow_changes)
     warn_of_faults(dataset, list(test_sets.values()))

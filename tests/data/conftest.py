@@ -113,6 +113,10 @@ def _make_cfg(*sources: DatasetSource, **changes: Any) -> Any:
                 enabled=False, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
             ),
             large_scale_jitter=SimpleNamespace(enabled=False, min_scale=0.1, max_scale=2.0, size=(64, 64)),
+            rotate_90=False,
+            affine=SimpleNamespace(enabled=False, degrees=10.0, translate=0.1, min_scale=0.8, max_scale=1.25),
+            copy_paste=0.0,
+            albumentations="",
         ),
     )
     for path, value in changes.items():
