@@ -1,4 +1,4 @@
-"""The part of a config that belongs to weights: it alone goes to the Hub, and it alone is taken from there."""
+"""The part of a config that belongs to weights: it alone goes to the Hub, and is taken from there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shared_values(cfg: Config) -> dict[str, Any]:
 
 
 def read_shared(values: Mapping[str, Any], source: str) -> Config:
-    """Return the config that the :data:`SHARED` keys of untrusted values make; all others have their defaults.
+    """Return the config that the :data:`SHARED` keys of untrusted values make; others have their defaults.
 
     Args:
         values: nested dictionaries. Keys of a run, such as ``OUTPUT_DIR``, are not read.
@@ -43,7 +43,8 @@ def read_shared(values: Mapping[str, Any], source: str) -> Config:
     for key in values:
         if key not in key_fields():
             raise UserError(
-                "unknown-key", f"{source}: {shortened(key, 200)}: unknown key; it stands alone, without _BASE_"
+                "unknown-key",
+                f"{source}: {shortened(key, 200)}: unknown key; it stands alone, without _BASE_",
             )
     tree: dict[str, Any] = {}
     for key in SHARED:

@@ -1,4 +1,4 @@
-"""The model card beside exported weights: what they are, were trained on and reach, and what their licence is.
+"""The model card beside exported weights: architecture, classes, data, results, use and licence.
 
 Text from files (classes, data sets, names of files) stands in code spans, where nothing is markup.
 """
@@ -65,7 +65,11 @@ def model_card(
     front = {
         "library_name": LIBRARY,
         "pipeline_tag": "image-segmentation" if cfg.model.mask_on else "object-detection",
-        "tags": ["instance-segmentation" if cfg.model.mask_on else "object-detection", "mask-rcnn", "pytorch"],
+        "tags": [
+            "instance-segmentation" if cfg.model.mask_on else "object-detection",
+            "mask-rcnn",
+            "pytorch",
+        ],
         **({"license": licence} if licence else {}),
         **({"base_model": read_name(based_on).repo} if based_on else {}),
         **_model_index(title, metadata, cfg, sets),
@@ -115,8 +119,11 @@ def describe(cfg: Config) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    with path.open("rb") as file:
-        return _OURS.match(file.read(200).decode("utf-8", "replace").replace("\r\n", "\n")) is not None
+    try:
+        with path.open("rb") as file:
+            return _OURS.match(file.read(200).decode("utf-8", "replace").replace("\r\n", "\n")) is not None
+    except OSError:
+        return False
 
 
 def _classes(names: list[str]) -> str:
@@ -192,11 +199,16 @@ def _model_index(
 
 def _usage(name: str) -> str:
     if name.endswith((".onnx", ".pt2")):
-        trust = ", trust=True" if name.endswith(".pt2") else ""
-        make = f"from gn_detect.export import ExportedPredictor\npredictor = ExportedPredictor({json.dumps(name)}{trust})"
+        module, call = "gn_detect.export", "ExportedPredictor"
     else:
-        make = f"from gn_detect import Predictor\npredictor = Predictor.from_pretrained({json.dumps(name)})"
-    return f'```python\n{make}\nfound = predictor("photo.jpg")  # boxes, scores, labels, masks\n```'
+        module, call = "gn_detect", "Predictor.from_pretrained"
+    trust = ", trust=True" if name.endswith(".pt2") else ""
+    lines = [
+        f"from {module} import {call.partition('.')[0]}",
+        f"predictor = {call}({json.dumps(name)}{trust})",
+        'found = predictor("photo.jpg")  # boxes, scores, labels and masks',
+    ]
+    return "\n".join(["```python", *lines, "```"])
 
 
 def _starting_weights(metadata: CheckpointMetadata) -> str | None:
@@ -209,16 +221,18 @@ def _starting_weights(metadata: CheckpointMetadata) -> str | None:
 
 def _licence_note(licence: str, source: str, own: ZooEntry | None, start: str | None) -> list[str]:
     """Return sentences on where the weights come from, and whose terms that brings along."""
-    said = [f"These weights are published under {code(licence)}." if licence else "No licence is stated here."]
+    said = [
+        f"Licence of these weights: {code(licence)}." if licence else "No licence of these weights is stated."
+    ]
     if own is not None or is_hub(source):
-        return [*said, f"They are {_origin(source)}."]
+        return [*said, f"The weights are {_origin(source)}."]
     if start is None:
-        return [*said, "The weights that their training started from are not recorded."]
+        return [*said, "What the training started from is not recorded."]
     if not start:
-        return [*said, "Their training started from random weights."]
+        return [*said, "The training started from random weights."]
     return [
         *said,
-        f"Their training started from {_origin(start)}.",
+        f"The training started from {_origin(start)}.",
         "Fine-tuned weights may inherit the terms of the weights that they started from.",
     ]
 
@@ -227,7 +241,8 @@ def _origin(path: str) -> str:
     """Return where weights were published, and under which licence."""
     if is_hub(path):
         name = read_name(path)
-        return f"those of [{name.repo}](https://{HOST}/{name.repo}) at {code(name.revision)}, whose page has its licence"
+        page = f"[{name.repo}](https://{HOST}/{name.repo})"
+        return f"those of {page} at {code(name.revision)}, whose page has its licence"
     try:
         entry = entry_of(path)
     except UserError:  # a name that this version's model zoo lacks
@@ -236,6 +251,8 @@ def _origin(path: str) -> str:
         terms = "without a stated licence" if entry.licence == _NO_LICENCE else f"under {entry.licence}"
         return f"{code(entry.name)} of the model zoo, published {terms} ([source]({entry.source}))"
     host = urlsplit(path).hostname if is_remote(path) else None
-    return f"a file of {code(host)}, whose licence is not recorded" if host else (
-        "a local file, whose licence is not recorded"
+    return (
+        f"a file of {code(host)}, whose licence is not recorded"
+        if host
+        else ("a local file, whose licence is not recorded")
     )

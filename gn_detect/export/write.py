@@ -207,8 +207,8 @@ def export_detector(predictor: Predictor, path: str | Path) -> None:
 def export_weights(predictor: Predictor, path: str | Path, results: dict[str, float]) -> CheckpointMetadata:
     """Write the detector's weights as safetensors, and return the record that is in the file.
 
-    The record holds classes, results and the part of the config that belongs to weights: no paths, no names of
-    data sets and nothing of a training.
+    The record holds classes, results and the part of the config that belongs to weights: no paths, no names
+    of data sets and nothing of a training.
 
     Args:
         predictor: its model is written.

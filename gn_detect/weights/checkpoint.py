@@ -79,7 +79,8 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors``, ``.pkl`` or ``.npz``, recognised by content.
 
-    Of ``hf://USER/REPO`` only ``model.safetensors`` and ``config.json`` are read, see :mod:`.hub`. The weights are a plain dict of tensors, or stand under one of :data:`MODEL_KEYS`; the rest is metadata.
+    The weights are a plain dict of tensors, or stand under one of :data:`MODEL_KEYS`; the rest is metadata.
+    Of ``hf://USER/REPO`` only ``model.safetensors`` and ``config.json`` are read, see :mod:`.hub`.
 
     Raises:
         UserError: no such file, a failed download, truncated or of another format, without tensors, or naming

@@ -86,7 +86,7 @@ def pinned(path: str) -> str:
 def pull(path: str | Path) -> tuple[Path, HubName]:
     """Return the ``model.safetensors`` of a repository in the cache, and its name with the commit.
 
-    Beside it lies the ``config.json`` of the same commit, if the repository has one. No other file is fetched.
+    Beside it lies the ``config.json`` of the same commit, if the repository has one; no other file is pulled.
     Sizes are compared with :data:`MOST_BYTES` before, and size and sha256 with the Hub's after a download. A
     commit that is in the cache needs no network; neither does a branch if the Hub cannot be reached.
 
@@ -137,7 +137,7 @@ def pull(path: str | Path) -> tuple[Path, HubName]:
 def push(path: str, files: Mapping[str, Path]) -> tuple[HubName, str]:
     """Write files into a repository as one commit, and return its name and URL.
 
-    A repository that does not exist is made, private. The token is the one of huggingface_hub: ``HF_TOKEN``, or
+    A repository that does not exist is made, private. The token is that of huggingface_hub: ``HF_TOKEN``, or
     that of ``hf auth login``.
 
     Args:
@@ -159,7 +159,7 @@ def push(path: str, files: Mapping[str, Path]) -> tuple[HubName, str]:
 
 
 def shared_record(metadata: CheckpointMetadata, file: Path, name: HubName) -> CheckpointMetadata:
-    """Return the record of pulled weights: of the config only the shared keys, and no state of a training.
+    """Return the record of pulled weights, with the shared keys alone of their config.
 
     Config and classes are those of a ``config.json`` of ours, otherwise those in the header of the weights.
 
@@ -189,8 +189,7 @@ def shared_record(metadata: CheckpointMetadata, file: Path, name: HubName) -> Ch
         raise UserError(
             "damaged-record", f"{source} cannot be read: {_first_line(error)}; its owner has to push it again"
         ) from error
-    state = {"iteration": None, "seed": None, "losses": None, "data": None, "optimizer": None}
-    return replace(metadata, config=config, **state, scaler=None, trained=None, averaged_steps=None)
+    return replace(metadata, config=config)
 
 
 _RECORD = ("class_names", "category_ids", "score_thresholds", "results")  # entries of a config.json

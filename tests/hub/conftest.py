@@ -54,4 +54,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def config_file(**entries: Any) -> bytes:
     """A ``config.json`` as gn_detect pushes it, with other entries."""
-    return json.dumps({"library_name": "gn_detect", "class_names": list(NAMES), "category_ids": [3, 7]} | entries).encode()
+    return json.dumps(
+        {"library_name": "gn_detect", "class_names": list(NAMES), "category_ids": [3, 7]} | entries
+    ).encode()

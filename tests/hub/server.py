@@ -96,9 +96,13 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
             if repo in self.hub.refs:
-                self.answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo}"})
+                self.answer(
+                    409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo}"}
+                )
                 return
-            self.hub.visibility[repo] = asked.get("visibility", "private" if asked.get("private") else "public")
+            self.hub.visibility[repo] = asked.get(
+                "visibility", "private" if asked.get("private") else "public"
+            )
             self.hub.commit(repo, {})
             self.answer(200, {"url": f"{self.hub.url}/{repo}"})
         elif path == "/api/validate-yaml":

@@ -1,4 +1,4 @@
-"""Weights from the Hub: pinned, bounded, safetensors and JSON alone, and of the config only what fits weights."""
+"""Weights from the Hub: pinned, bounded, safetensors and JSON alone, and of a config only what fits them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,14 @@ def test_other_weights_are_no_names_of_the_hub() -> None:
 
 
 BAD_NAMES = ["hf://", "hf://one", "hf://a/b/c", "hf://a/b@", "hf://a/../b", "hf://a/b@../../x", "hf://a/b@/x"]
-BAD_NAMES += ["hf://a/b@x//y", "hf://a/b@x/", "hf://a b/c", "hf://a/b@x\x1b[2J", "hf://a/b#c", "hf://user@host/x"]
+BAD_NAMES += [
+    "hf://a/b@x//y",
+    "hf://a/b@x/",
+    "hf://a b/c",
+    "hf://a/b@x\x1b[2J",
+    "hf://a/b#c",
+    "hf://user@host/x",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -95,7 +102,9 @@ def test_a_training_stores_the_commit_and_resume_and_a_later_run_take_it(
     commit = hub.commit(REPO, {"model.safetensors": weights})
     data = make_dataset(tmp_path / "data", 2)
     config = write_config(tmp_path, data)
-    train(load_config(config, ["MODEL.WEIGHTS", NAME, "SOLVER.MAX_ITER", "1", "SOLVER.CHECKPOINT_PERIOD", "1"]))
+    train(
+        load_config(config, ["MODEL.WEIGHTS", NAME, "SOLVER.MAX_ITER", "1", "SOLVER.CHECKPOINT_PERIOD", "1"])
+    )
     run = tmp_path / "run"
     hub.commit(REPO, {"model.safetensors": b"broken since"})
     assert load_config(run / "config.yaml").model.weights == f"{NAME}@{commit}"
@@ -122,7 +131,16 @@ def test_weights_of_a_library_in_its_own_repository(hub: Hub, tmp_path: Path) ->
     data = make_dataset(tmp_path / "data", 2)
     words = ["train", "--train-json", data, "--train-images", data.parent / "images"]
     words += ["--backbone", "timm/test_efficientnet", "--weights", "hf://timm/test_efficientnet.r160_in1k"]
-    words += ["OUTPUT_DIR", tmp_path / "run", "SOLVER.MAX_ITER", "1", "MODEL.DEVICE", "cpu", "VIS.NUM_IMAGES", "0"]
+    words += [
+        "OUTPUT_DIR",
+        tmp_path / "run",
+        "SOLVER.MAX_ITER",
+        "1",
+        "MODEL.DEVICE",
+        "cpu",
+        "VIS.NUM_IMAGES",
+        "0",
+    ]
     words += ["MODEL.BACKBONE.NORM", "keep", "DATALOADER.NUM_WORKERS", "0", "SOLVER.IMS_PER_BATCH", "1"]
     words += ["INPUT.MIN_SIZE_TRAIN", "[64]", "MODEL.FPN.OUT_CHANNELS", "16"]
     words += ["MODEL.ROI_BOX_HEAD.CONV_DIM", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16"]
@@ -336,7 +354,15 @@ def test_class_names_cannot_control_a_terminal(
     config = yaml.safe_load(config_of(weights))
     hub.commit(REPO, {"model.safetensors": weights, "config.json": config_file(**entries, config=config)})
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    words = ["predict", NAME, str(tmp_path / "a.png"), "--threshold", "auto", "--output", str(tmp_path / "out")]
+    words = [
+        "predict",
+        NAME,
+        str(tmp_path / "a.png"),
+        "--threshold",
+        "auto",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main([*words, "--workers", "0", "MODEL.DEVICE", "cpu"]) == 0
     out = "".join(capfd.readouterr())
     assert "\\x1b[2J\\nsquare" in out
