@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from .output import Result
 
 if TYPE_CHECKING:
     from ..engine import Predictor
-    from ..weights import Checkpoint
+    from ..weights import CheckpointMetadata
 
 EXAMPLES = """
 gn-detect export runs/one/model_best.pth --output model.onnx
@@ -60,13 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Write the file and its card, or push them; 1 if the detections differ."""
+    from ..config.shared import shared_values
     from ..data.image_paths import find_images
     from ..engine import Predictor
     from ..export import ExportedPredictor
     from ..export.card import model_card, write_card
     from ..export.parity import compare
     from ..export.write import SAFE, check_target, export_detector, export_weights
-    from ..weights import read_checkpoint
+    from ..weights import known_config, read_checkpoint
     from .inputs import split_overrides
 
     if args.push and (args.output or args.check):
@@ -83,12 +85,15 @@ def run(args: argparse.Namespace) -> Result:
     predictor = Predictor(cfg, checkpoint)
     assert checkpoint is not None  # Predictor has refused it
     print(predictor.report)
+    metadata, inside = checkpoint.metadata, known_config(checkpoint)
+    if inside is not None and shared_values(inside) != shared_values(cfg):
+        metadata = replace(metadata, results={})  # they are of other settings
     card: dict[str, Any] = {"source": cfg.model.weights, "licence": args.license}
     if args.push:
-        return _push(args.push, predictor, checkpoint, card)
-    text = model_card(predictor, checkpoint.metadata, name=path.name, **card)
+        return _push(args.push, predictor, metadata, card)
+    text = model_card(predictor, metadata, name=path.name, **card)
     if path.suffix == SAFE:
-        export_weights(predictor, path, checkpoint.metadata.results)
+        export_weights(predictor, path, metadata.results)
     else:
         print(f"exporting to {path} (a minute or two for a large model)", flush=True)
         export_detector(predictor, path)
@@ -110,7 +115,7 @@ def _check_push(name: str) -> Path:
     return Path(WEIGHTS)
 
 
-def _push(name: str, predictor: Predictor, checkpoint: Checkpoint, card: dict[str, Any]) -> Result:
+def _push(name: str, predictor: Predictor, metadata: CheckpointMetadata, card: dict[str, Any]) -> Result:
     """Write the files of a repository into a temporary folder and upload them."""
     import tempfile
 
@@ -120,11 +125,11 @@ def _push(name: str, predictor: Predictor, checkpoint: Checkpoint, card: dict[st
     from ..files import atomic_write_text
     from ..weights.hub import CARD, CONFIG, WEIGHTS, config_json, push
 
-    text = model_card(predictor, checkpoint.metadata, name=name.partition("@")[0], **card)
+    text = model_card(predictor, metadata, name=name.partition("@")[0], **card)
     with tempfile.TemporaryDirectory(prefix="gn_detect-") as place:
         files = {file: Path(place) / file for file in (WEIGHTS, CONFIG, CARD)}
-        metadata = export_weights(predictor, files[WEIGHTS], checkpoint.metadata.results)
-        config = config_json(describe(predictor.cfg), metadata, shared_values(predictor.cfg))
+        record = export_weights(predictor, files[WEIGHTS], metadata.results)
+        config = config_json(describe(predictor.cfg), record, shared_values(predictor.cfg))
         atomic_write_text(files[CONFIG], config)
         atomic_write_text(files[CARD], text)
         pushed, url = push(name, files)

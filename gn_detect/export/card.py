@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import yaml
 
 from ..config.conflicts import has_fpn
-from ..config.load import parse_config
 from ..config.types import value_at
+from ..config.yaml_text import parse_yaml
 from ..errors import UserError
 from ..files import atomic_write_text
 from ..text import printable, shortened
@@ -104,7 +104,7 @@ def write_card(beside: Path, text: str) -> Path:
 
 def code(text: str) -> str:
     """Return text as a code span of Markdown; hidden characters become their escapes."""
-    text = printable(shortened(text, 200))
+    text = printable(shortened(text, 200)) or " "  # two backticks alone would begin another span
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
@@ -214,9 +214,10 @@ def _usage(name: str) -> str:
 def _starting_weights(metadata: CheckpointMetadata) -> str | None:
     """Return ``MODEL.WEIGHTS`` of the training; "" from random weights, None if that is not recorded."""
     try:
-        return None if metadata.config is None else parse_config(metadata.config).model.weights
-    except UserError:  # another program's
+        weights = parse_yaml(metadata.config or "")["MODEL"]["WEIGHTS"]  # exported weights have no such key
+    except (KeyError, TypeError, yaml.YAMLError):  # or another program's config
         return None
+    return weights if isinstance(weights, str) else None
 
 
 def _licence_note(licence: str, source: str, own: ZooEntry | None, start: str | None) -> list[str]:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..config import dump_config
 from ..config.shared import read_shared
 from ..config.yaml_text import parse_yaml
 from ..errors import Code, UserError
-from ..files import atomic_write_text, read_text
+from ..files import atomic_write_text, read_text, remedy
 from ..progress import HIDDEN
 from ..text import shortened
 from .download import verify
@@ -70,7 +70,7 @@ def read_name(path: str | Path) -> HubName:
     """
     found = _NAME.fullmatch(str(path))
     if found is None or ".." in str(path) or "//" in (found[2] or "") or str(path).endswith("/"):
-        raise UserError("unknown-weights", f"{path} is no name on the Hub; write hf://USER/REPO@REVISION")
+        raise UserError("unknown-weights", f"{path} is no name on the Hub: write hf://USER/REPO@REVISION")
     return HubName(found[1], found[2] or "main")
 
 
@@ -95,7 +95,7 @@ def pull(path: str | Path) -> tuple[Path, HubName]:
             ``model.safetensors``, a file is too large, or the Hub does not answer.
     """
     name = read_name(path)
-    hub = _import_hub(name)
+    hub = _hub_for(name)
     folder = cache_folder() / HOST
 
     def in_cache() -> tuple[Path, HubName] | None:
@@ -130,7 +130,8 @@ def pull(path: str | Path) -> tuple[Path, HubName]:
         logger.warning("%s; %s, which was pulled before, is used", error, known[1])
         return known
     if not name.is_commit:  # for a later call without a network
-        atomic_write_text(target.parents[2] / "refs" / name.revision, info.sha)
+        with suppress(UserError):
+            atomic_write_text(target.parents[2] / "refs" / name.revision, info.sha)
     return target, replace(name, revision=info.sha)
 
 
@@ -148,7 +149,7 @@ def push(path: str, files: Mapping[str, Path]) -> tuple[HubName, str]:
         UserError: huggingface_hub is missing, or the Hub does not take the files.
     """
     name = read_name(path)
-    hub = _import_hub(name)
+    hub = _hub_for(name)
     api = hub.HfApi(library_name=LIBRARY, library_version=program_version())
     operations = [hub.CommitOperationAdd(file, source) for file, source in files.items()]
     with _asking("upload-failed", f"cannot push to {name}"):
@@ -242,14 +243,24 @@ def _checked(name: HubName, info: Any) -> dict[str, tuple[int, str]]:
     return files
 
 
-def _import_hub(name: HubName) -> Any:
+def _hub_for(name: HubName) -> Any:
+    """Return the module ``huggingface_hub``, which takes the name.
+
+    Raises:
+        UserError: it is not installed, or refuses the name.
+    """
     try:
         import huggingface_hub
+        from huggingface_hub.utils import validate_repo_id
     except ImportError as error:
         raise UserError(
             "missing-package",
             f"{name} needs huggingface_hub, which is not installed: pip install huggingface_hub",
         ) from error
+    try:
+        validate_repo_id(name.repo)
+    except ValueError as error:
+        raise UserError("unknown-weights", f"{name} is no name on the Hub: {_first_line(error)}") from error
     return huggingface_hub
 
 
@@ -291,6 +302,8 @@ def _refusal(code: Code, what: str, error: Exception) -> UserError:
         reason = f"the Hub answers {answer}: the token is missing, wrong or without this right; {_LOG_IN}"
     elif answer is not None:
         reason = f"the Hub answers {answer}; try again later"
+    elif isinstance(error, OSError) and error.strerror:
+        reason = f"{error.strerror.lower()}: {error.filename}; {remedy(error)}"
     elif "Timeout" in type(error).__name__:
         reason = "the Hub does not answer in time; try again, or check HTTPS_PROXY and HF_ENDPOINT"
     elif "Connect" in type(error).__name__:

@@ -82,12 +82,15 @@ BAD_NAMES += [
     "hf://a/b@x\x1b[2J",
     "hf://a/b#c",
     "hf://user@host/x",
+    "hf://a--b/c",
+    "hf://a/b.git",
+    f"hf://a/{'b' * 200}",
 ]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_is_none_is_refused_before_any_request(hub: Hub, name: str) -> None:
-    with refusal("unknown-weights", "hf://USER/REPO"):
+    with refusal("unknown-weights", "is no name on the Hub"):
         read_checkpoint(name)
     assert hub.requests == []
 

@@ -211,6 +211,20 @@ def test_the_licence_note_names_the_starting_weights(tmp_path: Path, start: str)
     assert data.get("base_model") == ("timm/resnet26d.bt_in1k" if start.startswith("hf://") else None)
 
 
+def test_what_an_exported_file_does_not_hold_is_not_made_up(tmp_path: Path, run: Path) -> None:
+    """A second export knows the AP and not the start; with other settings it does not know the AP."""
+    out, second = tmp_path / "one.safetensors", tmp_path / "second" / "two.safetensors"
+    assert main(["export", str(run / "model_best.pth"), "--output", str(out)]) == 0
+    assert main(["export", str(out), "--output", str(second)]) == 0
+    text = (second.parent / "README.md").read_text()
+    assert "What the training started from is not recorded." in text
+    results = front_matter((tmp_path / "README.md").read_text())["model-index"][0]["results"]
+    assert front_matter(text)["model-index"][0]["results"][0]["metrics"] == results[0]["metrics"]
+    assert main(["export", str(out), "--output", str(second), "INPUT.MIN_SIZE_TEST", "96"]) == 0
+    assert "model-index" not in front_matter((second.parent / "README.md").read_text())
+    assert read_checkpoint(second).metadata.results == {}
+
+
 def test_the_licence_of_the_zoos_own_weights(tmp_path: Path) -> None:
     cfg = load_config(write_config(tmp_path))
     checkpoint_file(tmp_path)
@@ -252,7 +266,9 @@ def test_text_of_users_is_no_markup(tmp_path: Path) -> None:
         assert fence and shown.endswith(fence) and fence not in inside
         assert not (inside.startswith("`") or inside.endswith("`"))
     markdown = pytest.importorskip("markdown", reason="needs the extra 'docs'")
-    html = markdown.markdown("\n\n".join(map(module.code, HOSTILE)))
+    html = markdown.markdown(
+        ", ".join(map(module.code, ["", "`", *HOSTILE, " ", "``", HOSTILE[0], "a\\", ""]))
+    )
     assert not [tag for tag in ("<script", "<a ", "<img", "<h1", "<hr") if tag in html], html
 
 
