@@ -226,7 +226,7 @@ def _licence_note(licence: str, source: str, own: ZooEntry | None, start: str | 
         f"Licence of these weights: {code(licence)}." if licence else "No licence of these weights is stated."
     ]
     if own is not None or is_hub(source):
-        return [*said, f"The weights are {_origin(source)}."]
+        return [*said, f"These are {_origin(source)}."]
     if start is None:
         return [*said, "What the training started from is not recorded."]
     if not start:
@@ -243,7 +243,7 @@ def _origin(path: str) -> str:
     if is_hub(path):
         name = read_name(path)
         page = f"[{name.repo}](https://{HOST}/{name.repo})"
-        return f"those of {page} at {code(name.revision)}, whose page has its licence"
+        return f"the weights of {page} at {code(name.revision)}, whose page has its licence"
     try:
         entry = entry_of(path)
     except UserError:  # a name that this version's model zoo lacks

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -270,7 +271,8 @@ def _asking(code: Code, what: str) -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     theirs = logging.getLogger("huggingface_hub")
-    level, hide = theirs.level, HIDDEN in os.environ and not are_progress_bars_disabled()
+    unseen = HIDDEN in os.environ or not sys.stderr.isatty()
+    level, hide = theirs.level, unseen and not are_progress_bars_disabled()
     theirs.setLevel(logging.ERROR)
     if hide:
         disable_progress_bars()

@@ -92,6 +92,7 @@ def test_what_was_pushed_is_pulled(hub: Hub, run: Path, capsys: pytest.CaptureFi
     )
     assert set(hub.tokens) == {"Bearer hf_secret"}
     assert "hf_secret" not in printed.out + printed.err
+    assert "%" not in printed.err, "no progress without a terminal"
 
     keys = {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0}
     ours, theirs = Predictor.from_pretrained(best, keys), Predictor.from_pretrained(NAME, keys)
@@ -232,7 +233,7 @@ def test_the_licence_of_the_zoos_own_weights(tmp_path: Path) -> None:
     given: dict[str, Any] = {"name": "model.onnx", "source": "zoo://mask-R-50-FPN-GN-3x"}
     text = module.model_card(predictor, CheckpointMetadata(config=dump_config(cfg)), **given)
     assert front_matter(text)["license"] == "cc-by-sa-3.0"
-    assert "The weights are `mask-R-50-FPN-GN-3x` of the model zoo, published under CC BY-SA 3.0" in text
+    assert "These are `mask-R-50-FPN-GN-3x` of the model zoo, published under CC BY-SA 3.0" in text
     given["licence"] = "apache-2.0"
     assert (
         front_matter(module.model_card(predictor, CheckpointMetadata(), **given))["license"] == "apache-2.0"
