@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> Result:
     from ..data.image_paths import find_images
     from ..engine import Predictor
     from ..export import ExportedPredictor
-    from ..export.card import model_card, write_card
+    from ..export.card import check_licence, model_card, write_card
     from ..export.parity import compare
     from ..export.write import SAFE, check_target, export_detector, export_weights
     from ..weights import known_config, read_checkpoint
@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> Result:
     if args.push and (args.output or args.check):
         raise UserError("conflicting-flags", "--push writes to the Hub alone; leave out --output and --check")
     path = check_target(args.output or OUTPUT) if not args.push else _check_push(args.push)
+    if args.license:
+        check_licence(args.license)
     checked, keys = split_overrides(args.check or [])  # argparse takes KEY VALUE after --check as its images
     if checked and path.suffix == SAFE:
         raise UserError("conflicting-flags", f"--check is for programs; {path} holds the weights as they are")

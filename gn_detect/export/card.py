@@ -46,15 +46,8 @@ def model_card(
         metadata: of the checkpoint: it holds the results, the data and the config of the training.
         name: of the exported file, or ``hf://USER/REPO``.
         source: of the checkpoint: a file, ``zoo://NAME``, ``hf://USER/REPO@COMMIT`` or a URL.
-        licence: an identifier of the Hub, such as ``apache-2.0``; empty if it is not known.
-
-    Raises:
-        UserError: ``licence`` is no such identifier.
+        licence: see :func:`check_licence`; empty if it is not known.
     """
-    if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", licence):
-        raise UserError(
-            "bad-argument", f"--license {licence}: give an identifier of the Hub, such as apache-2.0 or other"
-        )
     cfg, start = predictor.cfg, _starting_weights(metadata)
     own = entry_of(source)
     if own is not None and own.licence != _NO_LICENCE and not licence:
@@ -88,6 +81,14 @@ def model_card(
         " ".join(_licence_note(licence, source, own, start)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def check_licence(licence: str) -> None:
+    """Refuse what is no identifier of the Hub, such as ``apache-2.0`` and ``other``."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", licence):
+        raise UserError(
+            "bad-argument", f"--license {licence}: give an identifier of the Hub, such as apache-2.0 or other"
+        )
 
 
 def write_card(beside: Path, text: str) -> Path:

@@ -161,7 +161,7 @@ def _look_up(text: str) -> tuple[ZooEntry | None, str]:
     if not text.startswith("https://"):
         raise UserError(
             "unknown-weights",
-            f"cannot load {text}: only zoo://, hf://, detectron2://, catalog:// and https:// are known",
+            f"cannot load {text}: only hf://, zoo://, detectron2://, catalog:// and https:// are known",
         )
     return next((entry for entry in read_catalog().values() if entry.url == text), None), text
 
