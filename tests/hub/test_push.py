@@ -16,7 +16,7 @@ import yaml
 
 from gn_detect import Predictor, load_config
 from gn_detect.cli import main
-from gn_detect.config import dump_config
+from gn_detect.config import dump_config, without_paths
 from gn_detect.config.shared import SHARED
 from gn_detect.evaluation import METRICS
 from gn_detect.export import card as module
@@ -203,9 +203,17 @@ STARTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    """A small detector."""
+    return Predictor.from_pretrained(checkpoint_file(tmp_path_factory.mktemp("predictor")))
+
+
 @pytest.mark.parametrize("start", STARTS)
-def test_the_licence_note_names_the_starting_weights(tmp_path: Path, start: str) -> None:
-    text = exported(tmp_path, keys={"MODEL.WEIGHTS": start})
+def test_the_licence_note_names_the_starting_weights(predictor: Predictor, start: str) -> None:
+    config = dump_config(without_paths(predictor.cfg.replace({"MODEL.WEIGHTS": start})))
+    metadata = CheckpointMetadata(config=config)
+    text = module.model_card(predictor, metadata, name="model.onnx", source="runs/model_best.pth")
     note = text.partition("## Licence")[2]
     assert [part for part in STARTS[start] if part not in note] == []
     assert "secret" not in text
@@ -228,18 +236,14 @@ def test_what_an_exported_file_does_not_hold_is_not_made_up(tmp_path: Path, run:
     assert read_checkpoint(second).metadata.results == {}
 
 
-def test_the_licence_of_the_zoos_own_weights(tmp_path: Path) -> None:
-    cfg = load_config(write_config(tmp_path))
-    checkpoint_file(tmp_path)
-    predictor = Predictor.from_pretrained(tmp_path / "model.pth")
+def test_the_licence_of_the_zoos_own_weights(predictor: Predictor) -> None:
     given: dict[str, Any] = {"name": "model.onnx", "source": "zoo://mask-R-50-FPN-GN-3x"}
-    text = module.model_card(predictor, CheckpointMetadata(config=dump_config(cfg)), **given)
+    text = module.model_card(predictor, CheckpointMetadata(config=dump_config(predictor.cfg)), **given)
     assert front_matter(text)["license"] == "cc-by-sa-3.0"
     assert "These are `mask-R-50-FPN-GN-3x` of the model zoo, published under CC BY-SA 3.0" in text
     given["licence"] = "apache-2.0"
-    assert (
-        front_matter(module.model_card(predictor, CheckpointMetadata(), **given))["license"] == "apache-2.0"
-    )
+    text = module.model_card(predictor, CheckpointMetadata(), **given)
+    assert front_matter(text)["license"] == "apache-2.0"
 
 
 HOSTILE = [
