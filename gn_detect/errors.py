@@ -94,6 +94,7 @@ Code = Literal[
     "missing-weights",
     "unknown-weights",
     "download-failed",
+    "upload-failed",
     "not-weights",
     "damaged-weights",
     "damaged-record",

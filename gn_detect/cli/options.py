@@ -75,7 +75,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", metavar="W", help="MODEL.WEIGHTS: a file, zoo://NAME (gn-detect zoo list) or a URL"
+        "--weights",
+        metavar="W",
+        help="MODEL.WEIGHTS: a file, zoo://NAME (gn-detect zoo list), hf://USER/REPO or a URL",
     )
 
 

@@ -405,8 +405,8 @@ class Model(Section):
     meta_architecture: Str = only("GeneralizedRCNN")
     weights: Str = key(
         "",
-        "Checkpoint to start from or to evaluate: a file, zoo://NAME, detectron2://..., https://...; empty: "
-        "random weights.",
+        "Checkpoint to start from or to evaluate: a file, zoo://NAME, hf://USER/REPO, detectron2://..., "
+        "https://...; empty: random weights.",
     )
     pixel_mean: PerChannel = key(
         (103.53, 116.28, 123.675), "Mean to subtract from pixels of 0 to 255, in the order of INPUT.FORMAT."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..config import Config, load_config
 from ..data import check_classes, match_classes
 from ..distributed.group import by_main, is_main, resolve_device, share
 from ..errors import UserError
-from ..evaluation import BOUNDARY, DIAGNOSIS, Stop, evaluate_model
+from ..evaluation import BOUNDARY, DIAGNOSIS, METRICS, Stop, evaluate_model
 from ..evaluation.model import Detector
 from ..files import atomic_write_json, json_values
 from ..modeling import detection_format, make_model
@@ -187,6 +188,15 @@ def scalars_of(results: Results) -> dict[str, float]:
         else:
             flat[key] = value
     return flat
+
+
+def headline(scalars: dict[str, float]) -> dict[str, float]:
+    """Return the scalars of all categories together that are defined for the data."""
+    return {
+        name: float(value)
+        for name, value in scalars.items()
+        if name.rpartition("/")[2] in METRICS and math.isfinite(value)
+    }
 
 
 def score_thresholds(cfg: Config, results: Results, tests: TestSets) -> list[float]:

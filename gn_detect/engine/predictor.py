@@ -148,8 +148,8 @@ class Predictor(ImagePredictor):
         """Return the predictor of trained weights; no config is needed.
 
         Args:
-            source: a run's folder (its best checkpoint), a checkpoint file, ``zoo://NAME`` or a name of the
-                model zoo.
+            source: a run's folder (its best checkpoint), a checkpoint file, ``hf://USER/REPO``, ``zoo://NAME``
+                or a name of the model zoo.
             overrides: config keys, such as ``{"MODEL.DEVICE": "cpu", "TEST.DETECTIONS_PER_IMAGE": 300}``.
 
         Raises:

@@ -52,6 +52,7 @@ from ..weights import (
     norm_settings,
     read_checkpoint,
 )
+from ..weights.hub import is_hub, pinned
 from .checkpoint import (
     BEST,
     CONFIG,
@@ -106,6 +107,7 @@ class Run:
     stopped: bool = False  # SOLVER.EARLY_STOP ends the run here
     losses: dict[str, list[float]] = field(default_factory=dict)  # from the checkpoint: since the last report
     thresholds: list[float] = field(default_factory=list)  # of the last evaluation, see score_thresholds()
+    scores: dict[str, float] = field(default_factory=dict)  # AP and AR of the last evaluation, see headline()
     skipped: int = 0  # steps that were skipped because something was not finite
     is_evaluated: bool = True  # the weights after ``done`` iterations need no evaluation
     precise: int = -1  # iterations after which TEST.PRECISE_BN set the statistics last
@@ -143,6 +145,7 @@ class Run:
             seed=self.cfg.seed,
             losses=losses,
             score_thresholds=self.thresholds if self.is_evaluated else [],
+            results=self.scores if self.is_evaluated else {},
             **self.state.metadata(),
         )
 
@@ -164,6 +167,8 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     Arguments are those of :func:`gn_detect.train`.
     """
     device = resolve_device(cfg.model.device)
+    if is_hub(cfg.model.weights):  # the commit goes into config.yaml and the checkpoints
+        cfg = cfg.replace({"MODEL.WEIGHTS": by_main(partial(pinned, cfg.model.weights))})
     given = cfg
     cfg = scale_config(cfg, world_size())
     checkpoint = share_last_checkpoint(cfg.output_dir, set_aside=True) if resume else None

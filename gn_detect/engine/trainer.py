@@ -27,7 +27,7 @@ from ..modeling.mask_rcnn import MaskRCNN
 from .checkpoint import BEST, FINAL, PICTURES, RESULTS, checkpoint_name, save_checkpoint
 from .divergence import keep_black_box
 from .drawing import draw_curves, draw_test_images
-from .evaluator import Results, evaluate_test_sets, scalars_of, score_thresholds, write_results
+from .evaluator import Results, evaluate_test_sets, headline, scalars_of, score_thresholds, write_results
 from .folder_lock import FolderLock
 from .interruption import Interruption
 from .metrics import Meter, MetricsWriter, NotFinite, run_log
@@ -127,7 +127,7 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
                 with meter.pause():
                     update_run(run)
                     results = evaluate_and_keep_best(run, interruption)
-                    if run.done >= run.end and (run.thresholds or run.stopped):
+                    if run.done >= run.end and (run.scores or run.stopped):
                         save(run, meter.state())  # with them; if it is stopped, perhaps for the first time
             if run.done >= run.end:
                 return results
@@ -258,6 +258,7 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
     metric = best_metric(run.cfg)
     value = scalars.get(metric, float("nan"))
     run.thresholds = score_thresholds(run.cfg, results, run.tests)
+    run.scores = headline(scalars)
     run.stale += 1
     if is_main() and value > run.best:
         run.best, run.stale = value, 0
@@ -265,6 +266,7 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
             run.origin(),
             iteration=run.done - 1,
             score_thresholds=run.thresholds,
+            results=run.scores,
             others={metric: value},
         )
         save_checkpoint(run.folder, BEST, model, metadata, is_last=False)
