@@ -29,8 +29,10 @@ def with_absolute_paths(cfg: Config) -> Config:
 
 
 def without_paths(cfg: Config) -> Config:
-    """Return a config for a file that is passed on: local paths keep their last part alone."""
-    return _with_paths(cfg, _last_part, output="./output", root="")
+    """Return a config that may be passed on: paths keep their last part alone, URLs no password or query."""
+    cfg = _with_paths(cfg, _last_part, output="./output", root="")
+    weights = re.sub(r"://(?:[^/]*@)?([^?#]*).*", r"://\1", cfg.model.weights)
+    return cfg.replace({"MODEL.WEIGHTS": weights}) if weights != cfg.model.weights else cfg
 
 
 def _with_paths(cfg: Config, change: Callable[[str], str], output: str, root: str | None = None) -> Config:

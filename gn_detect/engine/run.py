@@ -62,6 +62,7 @@ from .checkpoint import (
     start_anew,
 )
 from .folder_lock import FolderLock
+from .loggers import check_loggers
 from .metrics import MetricsWriter, count_evaluations
 from .optimizer import describe_parameters, learning_rate_factor, scale_config, set_learning_rate
 from .resume import (
@@ -164,6 +165,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     Arguments are those of :func:`gn_detect.train`.
     """
     device = resolve_device(cfg.model.device)
+    by_main(partial(check_loggers, cfg))
     given = cfg
     cfg = scale_config(cfg, world_size())
     checkpoint = share_last_checkpoint(cfg.output_dir, set_aside=True) if resume else None
