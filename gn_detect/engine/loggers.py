@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from unittest import mock
 
 from ..config import without_paths
+from ..config.paths import without_secrets
+from ..config.schema import never_read
 from ..config.types import to_plain
 from ..errors import UserError
 from ..files import atomic_write_json, read_text
@@ -129,8 +131,9 @@ class MLflowLogger:
         from mlflow.entities import Param
 
         database = Path(os.path.abspath(cfg.output_dir)) / "mlflow.db"
-        self.place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
-        self._client = MlflowClient(tracking_uri=self.place)
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
+        self.place = without_secrets(uri)
+        self._client = MlflowClient(tracking_uri=uri)
         try:
             if id is not None:
                 self._client.update_run(id, status="RUNNING")
@@ -183,7 +186,9 @@ class TrackioLogger:
                 auto_log_cpu=False,
                 auto_log_gpu=False,
             )
-        self.place = remote or f"{trackio.TRACKIO_DIR} (trackio show --project {PROJECT})"
+        self.place = (
+            without_secrets(remote) if remote else f"{trackio.TRACKIO_DIR} (trackio show --project {PROJECT})"
+        )
         self.last = self._run._next_step - 1
 
     def write(self, step: int, row: Row) -> None:
@@ -191,8 +196,10 @@ class TrackioLogger:
         self._run.log({"iteration_time" if key == "time" else key: value for key, value in row.items()}, step)
 
     def close(self, finished: bool) -> None:
+        import trackio
+
         with redirect_stdout(io.StringIO()):
-            self._run.finish()
+            trackio.finish()  # of the run of this process: Trackio has one at a time
 
 
 KINDS: dict[str, type[RunLogger]] = {"wandb": WandbLogger, "mlflow": MLflowLogger, "trackio": TrackioLogger}
@@ -289,8 +296,17 @@ def _name(cfg: Config) -> str:
 
 
 def _public(cfg: Config) -> dict[str, Any]:
-    """Return the config as a dictionary, without the folders of this machine."""
-    return dict(to_plain(without_paths(cfg)))
+    """Return the config as a dictionary, without this machine's folders and keys that nothing reads."""
+    unread = never_read()
+
+    def read(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        return {
+            key: read(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+            for key, value in tree.items()
+            if f"{prefix}{key}" not in unread
+        }
+
+    return read(to_plain(without_paths(cfg)), "")
 
 
 def _key_for_mlflow(key: str) -> str:

@@ -98,6 +98,23 @@ def test_a_logger_gets_config_and_metrics_and_changes_nothing(cfg: Config, recor
     assert not (Path(without.output_dir) / "loggers.json").exists()
 
 
+def test_the_config_is_sent_without_folders_and_secrets(tiny_config: Config, tmp_path: Path) -> None:
+    """In detectron2's configs keys that nothing reads may hold paths, too."""
+    cfg = tiny_config.replace(
+        {
+            "MODEL.WEIGHTS": "https://me:secret@host.org/r18.pth?token=secret#secret",
+            "DATASETS.ROOT": str(tmp_path),
+            "DATASETS.PROPOSAL_FILES_TRAIN": [str(tmp_path / "proposals.pkl")],
+        }
+    )
+    config = loggers._public(cfg)
+    assert config["MODEL"]["WEIGHTS"] == "https://host.org/r18.pth"
+    assert "secret" not in json.dumps(config)
+    assert str(tmp_path) not in json.dumps(config)
+    local = loggers._public(cfg.replace({"MODEL.WEIGHTS": str(tmp_path / "r18.pth")}))
+    assert local["MODEL"]["WEIGHTS"] == "r18.pth"
+
+
 def killed_at(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
     """Let the training die in an iteration, as if killed: no logger is closed."""
     from gn_detect.engine import trainer
