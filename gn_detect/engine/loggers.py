@@ -245,7 +245,7 @@ class Loggers:
             return
         file = Path(cfg.output_dir) / LOGGERS
         ids = _read_ids(file) if start else {}
-        for name in cfg.loggers:
+        for name in dict.fromkeys(cfg.loggers):
             with self._dropped_on_failure(name):
                 run = KINDS[name](cfg, ids.get(name))
                 self._open[name], ids[name] = run, run.id

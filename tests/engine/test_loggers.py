@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from gn_detect.cli import main
 from gn_detect.config import Config
 from gn_detect.distributed import launch
 from gn_detect.engine import loggers, train
@@ -220,6 +221,14 @@ def test_a_missing_package_is_refused_before_anything_is_written(
 def test_an_unknown_logger_is_refused(tiny_config: Config) -> None:
     with refusal("bad-value", "LOGGERS", "wandb", "mlflow", "trackio"):
         tiny_config.replace({"LOGGERS": ["comet"]})
+
+
+def test_the_flag_sets_the_key(tiny_config: Config, tmp_path: Path, recorder: type[Recorder]) -> None:
+    words = ["train", "--config-file", str(tmp_path / "tiny.yaml"), "--logger", "wandb"]
+    assert main([*words, "LOGGERS", "mlflow"]) == 2
+    assert not Path(tiny_config.output_dir).exists()
+    assert main([*words, "--logger", "wandb", "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "[]"]) == 0
+    assert [[step for step, _ in rows] for rows in recorder.runs.values()] == [[0]]
 
 
 def in_two_processes(cfg: Config) -> None:
