@@ -61,6 +61,9 @@ SLOW_IMPORTS += (
     "albumentations",
     "cv2",
     "huggingface_hub",
+    "wandb",
+    "mlflow",
+    "trackio",
 )
 
 

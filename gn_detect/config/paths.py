@@ -29,8 +29,14 @@ def with_absolute_paths(cfg: Config) -> Config:
 
 
 def without_paths(cfg: Config) -> Config:
-    """Return a config for a file that is passed on: local paths keep their last part alone."""
-    return _with_paths(cfg, _last_part, output="./output", root="")
+    """Return a config that may be passed on: paths keep their last part alone, URLs no password or query."""
+    cfg = _with_paths(cfg, _last_part, output="./output", root="")
+    return cfg.replace({"MODEL.WEIGHTS": without_secrets(cfg.model.weights)})
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL without user, password and query; other text unchanged."""
+    return re.sub(r"://(?:[^/]*@)?([^?#]*).*", r"://\1", url)
 
 
 def _with_paths(cfg: Config, change: Callable[[str], str], output: str, root: str | None = None) -> Config:

@@ -133,6 +133,7 @@ FractionsOfStages = Annotated[tuple[Fraction, ...], Field(min_length=1, max_leng
 FloatsOfLevel = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=64)]
 FloatsPerLevel = Annotated[tuple[FloatsOfLevel, ...], Field(min_length=1, max_length=64), AsTuple]
 Names = Annotated[tuple[Str, ...], BeforeValidator(as_names)]
+Loggers = Annotated[tuple[Literal["wandb", "mlflow", "trackio"], ...], BeforeValidator(as_names)]
 Stages = Annotated[Names, AfterValidator(_known_stages)]
 DatasetNames = Annotated[Names, AfterValidator(_folder_names)]
 
@@ -720,6 +721,10 @@ class Root(Section):
     cudnn_benchmark: Bool = key(False, "Let cuDNN time its algorithms; helps where all inputs have one size.")
     float32_precision: Literal["", "highest", "high", "medium"] = key(
         "", "Precision of float32 matrix products (torch.set_float32_matmul_precision); empty: PyTorch's own."
+    )
+    loggers: Loggers = key(
+        (),
+        "Loggers in addition to TensorBoard: wandb, mlflow, trackio. Each gets the config and the metrics.",
     )
     vis_period: Int = only(0)
     vis: Vis = Vis()

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # SOLVER.STEPS, SOLVER.WARMUP_ITERS and the like are not among them, even where MAX_ITER grows: a schedule
 # that changed by accident, as in a newly chosen config, looks like one that was changed on purpose.
 FREE = (
-    "VERSION", "OUTPUT_DIR", "CUDNN_BENCHMARK", "VIS", "VIS_PERIOD", "GLOBAL", "CHECKPOINT",
+    "VERSION", "OUTPUT_DIR", "LOGGERS", "CUDNN_BENCHMARK", "VIS", "VIS_PERIOD", "GLOBAL", "CHECKPOINT",
     "MODEL.WEIGHTS",  # a resumed run has the checkpoint's
     "MODEL.DEVICE", "MODEL.COMPILE", "MODEL.CHANNELS_LAST", "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING",
     "DATASETS.REGISTER",  # the place of the data; their content is compared
@@ -142,7 +142,7 @@ def _config_changes(cfg: Config, saved: Config) -> Iterator[Change]:
     before, now = saved.solver.reference_world_size, cfg.solver.reference_world_size
     rescaled = now not in (0, before)
     scaled = scale_config(cfg, before or world_size()) if rescaled else cfg
-    old, new = dict(_leaves(to_plain(saved))), dict(_leaves(to_plain(scaled)))
+    old, new = dict(leaves(to_plain(saved))), dict(leaves(to_plain(scaled)))
     for key, value in new.items():
         if key in (*PATHS, "SOLVER.REFERENCE_WORLD_SIZE") or (key == "SEED" and value < 0):
             continue  # a checkpoint holds no paths; the scaled keys are compared; a run keeps its own seed
@@ -177,12 +177,12 @@ def _are_equal(key: str, before: Any, now: Any, rescaled: bool) -> bool:
     return bool(before == now)
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted keys and values; all registered datasets together are one value."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name != "DATASETS.REGISTER":
-            yield from _leaves(value, f"{name}.")
+            yield from leaves(value, f"{name}.")
         else:
             yield name, value
 

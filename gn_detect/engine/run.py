@@ -63,6 +63,7 @@ from .checkpoint import (
     start_anew,
 )
 from .folder_lock import FolderLock
+from .loggers import check_loggers
 from .metrics import MetricsWriter, count_evaluations
 from .optimizer import describe_parameters, learning_rate_factor, scale_config, set_learning_rate
 from .resume import (
@@ -167,6 +168,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     Arguments are those of :func:`gn_detect.train`.
     """
     device = resolve_device(cfg.model.device)
+    by_main(partial(check_loggers, cfg))
     if is_hub(cfg.model.weights):  # the commit goes into config.yaml and the checkpoints
         cfg = cfg.replace({"MODEL.WEIGHTS": by_main(partial(pinned, cfg.model.weights))})
     given = cfg

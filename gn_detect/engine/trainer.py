@@ -30,6 +30,7 @@ from .drawing import draw_curves, draw_test_images
 from .evaluator import Results, evaluate_test_sets, headline, scalars_of, score_thresholds, write_results
 from .folder_lock import FolderLock
 from .interruption import Interruption
+from .loggers import Loggers
 from .metrics import Meter, MetricsWriter, NotFinite, run_log
 from .optimizer import learning_rate_factor, set_learning_rate
 from .precise_bn import update_run
@@ -78,7 +79,8 @@ def train(
         by_main(partial(open_run_folder, run, resume))
         if is_main():
             log.open(run.folder / "log.txt")
-            run.writer = MetricsWriter(run.folder, run.start, evaluate_again=run.start >= run.end)
+            loggers = Loggers(run.cfg, run.start)
+            run.writer = MetricsWriter(run.folder, run.start, loggers, evaluate_again=run.start >= run.end)
         with closing(run.writer) if run.writer else nullcontext(), Interruption() as interruption:
             try:
                 results = training_loop(run, interruption)
@@ -286,6 +288,8 @@ def finish(run: Run, results: Results, interruption: Interruption) -> None:
     """Write ``results.json`` and pictures; a signal ends this with Interrupted."""
     if is_main():
         write_results(run.folder / RESULTS, results)
+        if run.writer is not None:
+            run.writer.finish()
         with suppress(Interrupted), interruption.at_once():
             folder = run.folder / PICTURES
             draw_curves(run.folder, folder / "curves.png")

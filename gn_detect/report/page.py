@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config.paths import FOLDER
 from ..data import resolve_dataset
+from ..engine.checkpoint import AUGMENTED
 from ..errors import UserError
 from ..evaluation import ERRORS, METRICS, read_truth
 from ..files import atomic_write_text
@@ -310,7 +311,7 @@ def render(run: RunFolder, sections: list[Section], threshold: float) -> str:
         charts=training_charts(run.logged),
         last_iteration=run.logged.last + 1,
         metrics=METRICS,
-        kinds=KINDS,
+        kinds=KINDS | {f"{kind}{AUGMENTED}": f"{name} (TTA)" for kind, name in KINDS.items()},
         errors=ERRORS,
         help=HELP,
         threshold=threshold,
