@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import sys
 import traceback
@@ -241,12 +242,12 @@ def _limited(device: torch.device, limit: float) -> Iterator[None]:
         return
     import resource
 
-    sizes = Path("/proc/self/statm").read_text().split()
-    resident, data = (int(sizes[i]) * resource.getpagesize() for i in (1, 5))
+    resident, data = _memory_now()
+    if limit <= resident:  # oneDNN does not recover from a lack of memory for its own code
+        raise MemoryError
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = int(max(data + limit - resident, 0))
-    bounds = [each for each in (wanted, soft, hard) if each != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
+    bounds = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([int(data + limit - resident), *bounds]), hard))
     try:
         yield
     finally:
@@ -257,14 +258,17 @@ def available(device: torch.device) -> int:
     """Return the bytes that this process can have on a device: what it holds, and its share of the rest."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    import resource
-
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     rooms = [int(fields["MemAvailable"].split()[0]) * 1024]
     rooms += [limit - used for limit, used in cgroup_limits()]
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    return resident + max(min(rooms), 0) // here
+    return _memory_now()[0] + max(min(rooms), 0) // here
+
+
+def _memory_now() -> tuple[int, int]:
+    """Return the bytes of this process on Linux: those in memory, and those that RLIMIT_DATA counts."""
+    sizes = Path("/proc/self/statm").read_text().split()
+    return int(sizes[1]) * mmap.PAGESIZE, int(sizes[5]) * mmap.PAGESIZE
 
 
 def cgroup_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:

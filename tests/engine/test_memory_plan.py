@@ -118,12 +118,14 @@ def test_a_part_takes_less_memory_than_the_whole(parts: Parts, monkeypatch: pyte
     cfg, state, dataset = parts
     weights = [p.clone() for p in state.trained]
 
-    def peak(images: int) -> float:
+    def peak(images: int, limit: float = 64 * GB) -> float:
         batch = memory.largest_batch(cfg, dataset, images, (256, 320))
-        return memory.peak_of_step(cfg.replace({"SOLVER.ACCUMULATE": 6 // images}), state, batch, 64 * GB)
+        return memory.peak_of_step(cfg.replace({"SOLVER.ACCUMULATE": 6 // images}), state, batch, limit)
 
     six, one = peak(6), peak(1)
     assert six - one > 40e6  # the stem's output alone takes 1 MB for an image
+    assert peak(6, limit=one + 10e6) == float("inf")
+    assert peak(6) == pytest.approx(six, abs=150e6)  # and everything works again
     monkeypatch.setattr(memory, "available", lambda device: (six + one) / 2 / 0.9)
     assert memory.with_measured_parts(cfg, state, dataset).solver.accumulate in (2, 3, 6)
     monkeypatch.setattr(memory, "available", lambda device: GB / 8)
@@ -294,7 +296,7 @@ def test_limits_of_control_groups(tmp_path: Path) -> None:
 
 def test_a_limit_of_the_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    resident, _ = memory._memory_now()
     free = memory.available(cpu) - resident
     assert free > 0
     monkeypatch.setattr(memory, "cgroup_limits", lambda: iter([(3 * GB, 3 * GB - 5000), (9 * GB, 0)]))
