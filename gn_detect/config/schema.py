@@ -671,6 +671,11 @@ class Test(Section):
     coco_eval_backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = key(
         "auto", "Library that computes AP; all give the same numbers."
     )
+    loss_images: Count = key(
+        0,
+        "Images of each test set, evenly spread, whose losses each evaluation computes, too, without "
+        "augmentation; 0: none.",
+    )
     boundary_ap: Bool = key(False, "Compute the Boundary AP of masks, too: how well outlines fit.")
 
 

@@ -15,7 +15,7 @@ from ..config import Config, dump_config, load_config, without_paths
 from ..engine.checkpoint import BEST
 from ..engine.run import best_metric
 from ..errors import UserError
-from ..evaluation import DIAGNOSIS
+from ..evaluation import DIAGNOSIS, VALIDATION
 from ..files import read_text
 from ..text import shortened
 from ..visualize import Metrics, metric_points, read_metrics
@@ -151,7 +151,7 @@ def read_results(path: Path) -> dict[str, dict[str, float | None]]:
     found = _read_object(path)
     kinds: dict[str, dict[str, float | None]] = {}
     for kind, row in found.items():
-        if kind == DIAGNOSIS:
+        if kind in (DIAGNOSIS, VALIDATION):
             continue
         if not isinstance(row, dict):
             raise UserError(
