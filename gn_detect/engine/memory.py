@@ -69,7 +69,10 @@ def with_measured_parts(cfg: Config, state: TrainingState, dataset: CocoDataset)
             logger.info("%s: SOLVER.ACCUMULATE %d", "; ".join(tried), parts)
             return trial
     remedies = f"{_fitting_size(cfg, state, dataset)}{memory_remedies(cfg, 1)}"
-    raise UserError("out-of-memory", f"{tried[-1]}; {remedies}; or freeze parts with MODEL.FREEZE")
+    raise UserError(
+        "out-of-memory",
+        f"not even one image fits into the memory: {tried[-1]}; {remedies}; or freeze parts with MODEL.FREEZE",
+    )
 
 
 def _fits(cfg: Config, state: TrainingState, dataset: CocoDataset) -> tuple[bool, str]:
@@ -79,10 +82,10 @@ def _fits(cfg: Config, state: TrainingState, dataset: CocoDataset) -> tuple[bool
     limit = _PART * available(state.broken.device)
     peak = peak_of_step(cfg, state, largest_batch(cfg, dataset, images, (height, width)), limit)
     limit, peak = min(gather(limit)), max(gather(peak))
-    taken = f"{peak / _GB:.2f} GB" if peak < float("inf") else "more"
+    taken = f"{peak / _GB:.2f} of" if peak <= limit else "more than"
     noun = "image" if images == 1 else "images"
-    what = f"a step with {images} {noun} of {width} x {height} pixels at a time takes {taken}"
-    return peak <= limit, f"{what} of {limit / _GB:.2f} GB"
+    what = f"a step with {images} {noun} of {width} x {height} pixels at a time takes"
+    return peak <= limit, f"{what} {taken} {limit / _GB:.2f} GB"
 
 
 def _fitting_size(cfg: Config, state: TrainingState, dataset: CocoDataset) -> str:

@@ -263,7 +263,9 @@ def memory_remedies(cfg: Config, images: int) -> str:
     if solver.cuda_graphs is True:
         choices.append("set SOLVER.CUDA_GRAPHS False")
     if images > 1:
-        choices.append(f"raise SOLVER.ACCUMULATE ({solver.accumulate}), which gives the same update")
+        choices.append(
+            f"set SOLVER.ACCUMULATE auto, or above {solver.accumulate}, which gives the same update"
+        )
     is_resnet = model.backbone.name in RESNET_BACKBONES and model.resnets.norm not in ("BN", "SyncBN")
     if not model.backbone.activation_checkpointing and is_resnet:
         choices.append("set MODEL.BACKBONE.ACTIVATION_CHECKPOINTING True")
