@@ -8,8 +8,9 @@ import mmap
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ def with_measured_parts(cfg: Config, state: TrainingState, dataset: CocoDataset)
     remedies = f"{_fitting_size(cfg, state, dataset)}{memory_remedies(cfg, 1)}"
     raise UserError(
         "out-of-memory",
-        f"not even one image fits into the memory: {tried[-1]}; {remedies}; or freeze parts with MODEL.FREEZE",
+        f"not even one image fits into the memory: {tried[-1]}; {remedies}; or freeze parts (MODEL.FREEZE)",
     )
 
 
@@ -80,7 +81,8 @@ def _fits(cfg: Config, state: TrainingState, dataset: CocoDataset) -> tuple[bool
     images = cfg.solver.ims_per_batch // world_size() // cfg.solver.accumulate
     height, width = largest_shape(cfg, dataset, images)
     limit = _PART * available(state.broken.device)
-    peak = peak_of_step(cfg, state, largest_batch(cfg, dataset, images, (height, width)), limit)
+    part = partial(largest_batch, cfg, dataset, images, (height, width))
+    peak = peak_of_step(cfg, state, part, limit)
     limit, peak = min(gather(limit)), max(gather(peak))
     taken = f"{peak / _GB:.2f} of" if peak <= limit else "more than"
     noun = "image" if images == 1 else "images"
@@ -166,7 +168,9 @@ def largest_batch(cfg: Config, dataset: CocoDataset, images: int, shape: tuple[i
     return samples
 
 
-def peak_of_step(cfg: Config, state: TrainingState, part: list[Sample], limit: float) -> float:
+def peak_of_step(
+    cfg: Config, state: TrainingState, make_part: Callable[[], list[Sample]], limit: float
+) -> float:
     """Return the largest memory in bytes while a part of a batch goes through a step; infinite above a limit.
 
     The weights stay. The part goes through the model twice: the second time with the optimiser's state and,
@@ -175,16 +179,17 @@ def peak_of_step(cfg: Config, state: TrainingState, part: list[Sample], limit: f
     Args:
         cfg: ``SOLVER.ACCUMULATE`` is a number.
         state: of the model.
-        part: images that go through the model at once.
+        make_part: makes the images that go through the model at once, which count, too.
         limit: in bytes; on a CPU the process gets no more.
     """
     device, optimizer = state.broken.device, state.optimizer
     statistics = [value.clone() for value in state.statistics]
     is_fresh = not optimizer.state
-    images, targets = [s.image for s in part], [s.target for s in part]
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), _peak_from_here(device), _limited(device, limit):
+            part = make_part()
+            images, targets = [s.image for s in part], [s.target for s in part]
             for _ in range(2):
                 forward_backward(cfg, state, part, state.model, images, targets)
                 step_unless(optimizer, torch.ones_like(state.broken))  # it makes AdamW's state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gn_detect.data.datasets import DatasetSource
 from gn_detect.data.transforms import LabelledImage
 from gn_detect.engine import memory, train
 from gn_detect.engine.run import prepare
-from gn_detect.engine.step import TrainingState, make_state, train_step
+from gn_detect.engine.step import TrainingState, make_state, memory_help, train_step
 from gn_detect.modeling import build_model
 from gn_detect.weights import read_checkpoint
 from tests.refusal import refusal
@@ -119,8 +120,8 @@ def test_a_part_takes_less_memory_than_the_whole(parts: Parts, monkeypatch: pyte
     weights = [p.clone() for p in state.trained]
 
     def peak(images: int, limit: float = 64 * GB) -> float:
-        batch = memory.largest_batch(cfg, dataset, images, (256, 320))
-        return memory.peak_of_step(cfg.replace({"SOLVER.ACCUMULATE": 6 // images}), state, batch, limit)
+        part = partial(memory.largest_batch, cfg, dataset, images, (256, 320))
+        return memory.peak_of_step(cfg.replace({"SOLVER.ACCUMULATE": 6 // images}), state, part, limit)
 
     six, one = peak(6), peak(1)
     assert six - one > 40e6  # the stem's output alone takes 1 MB for an image
@@ -137,7 +138,7 @@ def test_a_part_takes_less_memory_than_the_whole(parts: Parts, monkeypatch: pyte
 def pretend(monkeypatch: pytest.MonkeyPatch, images: float) -> None:
     """Let there be memory for so many images of 256 x 320 pixels."""
     monkeypatch.setattr(memory, "available", lambda device: images * 256 * 320 / 0.9)
-    taken = lambda cfg, state, part, limit: sum(s.image[0].numel() for s in part)  # noqa: E731
+    taken = lambda cfg, state, part, limit: sum(s.image[0].numel() for s in part())  # noqa: E731
     monkeypatch.setattr(memory, "peak_of_step", taken)
 
 
@@ -155,6 +156,23 @@ def test_the_least_parts_that_fit(
     pretend(monkeypatch, 0.3)
     with refusal("out-of-memory", "INPUT.MIN_SIZE_TRAIN [128] INPUT.MAX_SIZE_TRAIN 160, which fit"):
         memory.with_measured_parts(*parts)
+
+
+def test_an_allocator_that_refuses_is_no_failure(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a GPU, whose error names the batch."""
+    cfg, state, dataset = parts
+    work, seen = memory.forward_backward, []
+
+    def refuse(cfg: Config, state: TrainingState, part: Any, *inputs: Any) -> Any:
+        seen.append(len(part))
+        with memory_help(cfg, part, "in the forward pass"):
+            if len(part) > 3:
+                raise torch.cuda.OutOfMemoryError
+        return work(cfg, state, part, *inputs)
+
+    monkeypatch.setattr(memory, "forward_backward", refuse)
+    assert memory.with_measured_parts(cfg, state, dataset).solver.accumulate == 2
+    assert seen == [6, 3, 3]
 
 
 def test_nothing_is_written_if_nothing_fits(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +197,7 @@ def test_other_errors_are_not_taken_for_too_little_memory(
 def test_a_resumed_run_keeps_the_number(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tiny_config.replace({"SOLVER.ACCUMULATE": "auto", "SOLVER.MAX_ITER": 2, "DATASETS.TEST": []})
     with monkeypatch.context() as patched:
-        patched.setattr(memory, "peak_of_step", lambda cfg, state, part, limit: len(part) * limit / 1.5)
+        patched.setattr(memory, "peak_of_step", lambda cfg, state, part, limit: len(part()) * limit / 1.5)
         train(cfg)
     folder = Path(cfg.output_dir)
     assert load_config(folder / "config.yaml").solver.accumulate == 2
@@ -192,7 +210,7 @@ def test_the_processes_of_a_run_and_its_parts_share_a_batch(
 ) -> None:
     """With two processes, one of which has less memory: both take its number."""
     monkeypatch.setattr(memory, "world_size", lambda: 2)
-    monkeypatch.setattr(memory, "peak_of_step", lambda cfg, state, part, limit: 1.0 * len(part))
+    monkeypatch.setattr(memory, "peak_of_step", lambda cfg, state, part, limit: 1.0 * len(part()))
     monkeypatch.setattr(memory, "gather", lambda value: [value, 3.0 if value > 100 else value])
     cfg = tiny_config.replace({"SOLVER.ACCUMULATE": "auto", "SOLVER.IMS_PER_BATCH": 12})
     _, dataset = build_train_loader(cfg)
@@ -313,14 +331,14 @@ def test_on_a_gpu_the_measured_peak_is_that_of_a_training_step(
     run = prepare(cfg, False)
     assert run.cfg.solver.accumulate == 1
     batch = memory.largest_batch(run.cfg, run.dataset, 6, (256, 320))
-    peak = memory.peak_of_step(run.cfg, run.state, batch, float("inf"))
+    peak = memory.peak_of_step(run.cfg, run.state, lambda: batch, float("inf"))
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         train_step(run.cfg, run.model, batch, run.state)
     assert torch.cuda.max_memory_allocated() == pytest.approx(peak, rel=0.1)
     torch.cuda.set_per_process_memory_fraction(peak / 2 / torch.cuda.mem_get_info()[1])
     try:  # an out-of-memory error of the allocator itself
-        assert memory.peak_of_step(run.cfg, run.state, batch, float("inf")) == float("inf")
+        assert memory.peak_of_step(run.cfg, run.state, lambda: batch, float("inf")) == float("inf")
         assert memory.with_measured_parts(cfg, run.state, run.dataset).solver.accumulate > 1
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
