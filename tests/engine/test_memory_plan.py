@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.pretended_device import DEVICE, pretended_device
 from gn_detect.config import Config, load_config
 from gn_detect.data import CocoDataset, build_train_loader
 from gn_detect.data.augmentation import build_augmentations
@@ -321,6 +322,29 @@ def test_a_limit_of_the_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 <= memory.available(cpu) - resident - 5000 < GB / 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
     assert memory.available(cpu) - resident < GB / 4
+
+
+def test_the_path_of_a_gpu(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one: the model computes on the CPU, and the allocator's numbers are made up."""
+    cfg = tiny_config.replace(
+        {"MODEL.DEVICE": "cuda", "SOLVER.ACCUMULATE": "auto", "SOLVER.IMS_PER_BATCH": 1}
+    )
+    _, dataset = build_train_loader(cfg)
+    calls: list[str] = []
+    answers = {
+        "reset_peak_memory_stats": None, "max_memory_allocated": 100 * 2**20, "memory_reserved": 30 * 2**20,
+        "mem_get_info": (90 * 2**20, GB), "empty_cache": None, "get_rng_state": None, "set_rng_state": None,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        note = lambda *_, name=name, answer=answer: (calls.append(name), answer)[1]  # noqa: E731
+        monkeypatch.setattr(torch.cuda, name, note)
+    with pretended_device():
+        state = make_state(cfg, build_model(cfg).to(DEVICE).train())
+        assert state.broken.device == DEVICE
+        assert memory.with_measured_parts(cfg, state, dataset).solver.accumulate == 1  # 100 of 108 MB
+        assert all(p.grad is None for p in state.trained)
+    first = ["get_rng_state", "reset_peak_memory_stats", "max_memory_allocated", "reset_peak_memory_stats"]
+    assert calls[2:8] == [*first, "set_rng_state", "empty_cache"]
 
 
 @pytest.mark.gpu
