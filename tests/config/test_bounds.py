@@ -39,8 +39,8 @@ def test_no_key_divides_by_zero(key: str, value: str) -> None:
         load_config(overrides=[key, value])
 
 
-def test_no_number_of_parts_is_one_that_is_measured() -> None:
-    """0 and auto are the same; a training replaces both."""
+def test_auto_is_a_number_of_parts() -> None:
+    """It is 0, which a training replaces."""
     for value in ("0", "auto"):
         assert load_config(overrides=["SOLVER.ACCUMULATE", value]).solver.accumulate == 0
     for value in ("-1", "1.5", "automatic"):
