@@ -101,13 +101,14 @@ class Results(TypedDict, total=False):
 
     ``segm`` is missing for a model without masks. A value that COCO does not define for the data is nan.
     ``boundary`` is there with ``TEST.BOUNDARY_AP``. ``diagnosis`` has, for boxes and masks, what
-    :func:`gn_detect.evaluation.diagnose` returns.
+    :func:`gn_detect.evaluation.diagnose` returns. ``validation`` has the losses, with ``TEST.LOSS_IMAGES``.
     """
 
     bbox: dict[str, float]
     segm: dict[str, float]
     boundary: dict[str, float]
     diagnosis: dict[str, dict[str, Any]]
+    validation: dict[str, float]
 
 
 @dataclass

@@ -342,7 +342,7 @@ def test_finetune_gives_a_predictor_results_reasons_and_a_report(
     )
     assert isinstance(run, gn_detect.FineTuned)
     assert run.folder == tmp_path / "run"
-    assert set(run.results) == {"bbox", "segm", "diagnosis"}
+    assert set(run.results) == {"bbox", "segm", "diagnosis", "validation"}
     assert 0 <= run.results["bbox"]["AP"] <= 100
     assert run.config.solver.max_iter == 1
     assert run.config.model.roi_heads.num_classes == 2

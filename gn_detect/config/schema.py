@@ -111,6 +111,7 @@ Channels = Annotated[Int, Field(gt=0, le=2**14)]
 Small = Annotated[Int, Field(ge=0, le=64)]  # layers; samples in each direction
 Cells = Annotated[Int, Field(gt=0, le=64)]  # in each direction of a pooled RoI
 Amount = Annotated[Int, Field(gt=0, le=10**6)]  # boxes, images or parts that are computed at once
+Parts = Annotated[Int, Field(ge=0, le=10**6), BeforeValidator(lambda parts: 0 if parts == "auto" else parts)]
 Side = Annotated[Int, Field(gt=0, le=2**15)]  # of an image, pixels
 
 AsTuple = BeforeValidator(as_tuple)
@@ -635,9 +636,11 @@ class Solver(Section):
         "Metric that selects model_best.pth, such as bbox/AP-person; auto: segm/AP, without masks bbox/AP.",
     )
     log_period: PositiveInt = key(20, "Iterations between log lines.")
-    accumulate: Amount = key(
+    accumulate: Parts = key(
         1,
-        "Parts of IMS_PER_BATCH that go through the model one after the other: less memory, the same update.",
+        "Parts of IMS_PER_BATCH that go through the model one after the other: less memory, the same update. "
+        "auto, or 0: as few as fit into the memory; a step is measured before the first iteration, and "
+        "config.yaml has the number.",
     )
     cuda_graphs: BoolOrAuto = key(
         "auto",
@@ -688,6 +691,11 @@ class Test(Section):
     ims_per_batch: Amount = key(1, "Images that each process reads and evaluates together.")
     coco_eval_backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = key(
         "auto", "Library that computes AP; all give the same numbers."
+    )
+    loss_images: Count = key(
+        0,
+        "Images of each test set, evenly spread, whose losses each evaluation computes, too, without "
+        "augmentation; 0: none.",
     )
     boundary_ap: Bool = key(False, "Compute the Boundary AP of masks, too: how well outlines fit.")
 

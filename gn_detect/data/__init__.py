@@ -7,13 +7,14 @@ from .coco.reader import read_image_list
 from .datasets import DatasetSource, datasets_root, resolve_dataset
 from .doctor.quick import warn_of_faults
 from .images import read_image
-from .loader import SampleLoader, build_test_loader, build_train_loader
+from .loader import SampleLoader, build_loss_loader, build_test_loader, build_train_loader
 
 __all__ = [
     "CocoDataset",
     "DatasetSource",
     "SampleLoader",
     "build_augmentations",
+    "build_loss_loader",
     "build_test_loader",
     "build_train_loader",
     "check_classes",

@@ -27,7 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from ..distributed.group import from_main
 from ..errors import UserError
 from ..structures import PolygonMask, Sample
-from .augmentation import Augmentation, build_augmentations, copy_paste, cuts_objects, prepare_image
+from .augmentation import (
+    Augmentation,
+    ResizeShortestEdge,
+    build_augmentations,
+    copy_paste,
+    cuts_objects,
+    prepare_image,
+)
 from .coco.dataset import CocoDataset, join_datasets
 from .datasets import resolve_dataset
 from .images import read_image
@@ -139,6 +146,34 @@ def build_test_loader(
         TestSamples(dataset, cfg), lambda: iter(batches), len(batches), cfg.dataloader.num_workers, 0
     )
     return loader, dataset
+
+
+def build_loss_loader(
+    cfg: Config, dataset: CocoDataset, *, rank: int = 0, world_size: int = 1
+) -> SampleLoader:
+    """Return images of a test set with targets, each by itself, resized as for inference.
+
+    They are ``TEST.LOSS_IMAGES``, evenly spread among those that training would keep.
+
+    Args:
+        cfg: whole config.
+        dataset: of :func:`build_test_loader`.
+        rank, world_size: this process among all; each gets every ``world_size``-th image.
+    """
+    kept = np.arange(len(dataset))
+    if cfg.dataloader.filter_empty_annotations:
+        kept = np.flatnonzero(dataset.objects.counts())
+    places = np.linspace(0, len(kept) - 1, min(cfg.test.loss_images, len(kept))).round().astype(int)
+    items = [[(int(index), 0)] for index in kept[places]][rank::world_size]
+    resize = ResizeShortestEdge((cfg.input.min_size_test,), cfg.input.max_size_test)
+    samples = TrainSamples(
+        dataset,
+        [resize],
+        0,
+        channel_order=cfg.input.format,
+        draw_polygons=cfg.input.mask_format == "bitmask",
+    )
+    return SampleLoader(samples, lambda: iter(items), len(items), cfg.dataloader.num_workers, 0)
 
 
 def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:

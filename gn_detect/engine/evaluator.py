@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, load_config
-from ..data import check_classes, match_classes
-from ..distributed.group import by_main, is_main, resolve_device, share
+from ..data import build_loss_loader, check_classes, match_classes
+from ..distributed.group import by_main, get_rank, is_main, resolve_device, share, world_size
 from ..errors import UserError
-from ..evaluation import BOUNDARY, DIAGNOSIS, METRICS, Stop, evaluate_model
+from ..evaluation import BOUNDARY, DIAGNOSIS, METRICS, VALIDATION, Stop, evaluate_model, mean_losses
 from ..evaluation.model import Detector
 from ..files import atomic_write_json, json_values
 from ..modeling import detection_format, make_model
@@ -29,7 +29,7 @@ from .run import TestSets, load_test_sets, make_folder, write_run_config
 logger = logging.getLogger(__name__)
 
 # {"bbox": {"AP": ...}, "segm": {...}, "diagnosis": {...}} in percent, with TEST.AUG also "bbox_TTA" and the
-# like; for several test sets one such dict for each name.
+# like, with TEST.LOSS_IMAGES the losses as "validation"; for several test sets one such dict for each name.
 Results = dict[str, Any]
 
 # Subfolder of inference/<dataset> for an evaluation while a training uses the run's folder.
@@ -170,6 +170,9 @@ def evaluate_test_sets(
                     stop=stop,
                     detector=detector,
                 )
+                if cfg.test.loss_images and not ending:
+                    images = build_loss_loader(cfg, dataset, rank=get_rank(), world_size=world_size())
+                    found[VALIDATION] = mean_losses(model, images, stop)
             if is_main():
                 write_results(folder / RESULTS, found)
             kinds = [kind for kind in found if not (ending and kind == DIAGNOSIS)]  # its folder has that
@@ -178,7 +181,10 @@ def evaluate_test_sets(
 
 
 def scalars_of(results: Results) -> dict[str, float]:
-    """Return AP and AR as flat scalars: ``bbox/AP``, or ``<dataset>/bbox/AP`` for several test sets."""
+    """Return AP, AR and losses as flat scalars: ``bbox/AP``, ``validation/total_loss``.
+
+    With several test sets the dataset comes first: ``<dataset>/bbox/AP``.
+    """
     flat: dict[str, float] = {}
     for key, value in results.items():
         if key.startswith(DIAGNOSIS):

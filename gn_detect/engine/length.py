@@ -124,6 +124,7 @@ def within(cfg: Config, seconds: float, given: Collection[str] = ()) -> Config:
         evaluation,
         iterations,
     )
+    cfg = cfg.replace({"SOLVER.ACCUMULATE": run.cfg.solver.accumulate})  # measured once
     return with_length(cfg, iterations, given)
 
 

@@ -37,7 +37,8 @@ FREE = (
     "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.LOG_PERIOD", "SOLVER.NON_FINITE",
     "SOLVER.CUDA_GRAPHS", "SOLVER.EARLY_STOP",
     "TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH", "TEST.COCO_EVAL_BACKEND", "TEST.EXPECTED_RESULTS",
-    "TEST.BOUNDARY_AP", "TEST.AUG",  # the latter has results of its own, after the last iteration
+    "TEST.BOUNDARY_AP", "TEST.LOSS_IMAGES",
+    "TEST.AUG",  # it has results of its own, after the last iteration
 )  # fmt: skip
 
 # Keys that name files and folders of a machine, which a checkpoint does not hold.

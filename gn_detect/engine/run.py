@@ -64,6 +64,7 @@ from .checkpoint import (
 )
 from .folder_lock import FolderLock
 from .loggers import check_loggers
+from .memory import with_measured_parts
 from .metrics import MetricsWriter, count_evaluations
 from .optimizer import describe_parameters, learning_rate_factor, scale_config, set_learning_rate
 from .resume import (
@@ -178,6 +179,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
         by_main(partial(refuse_no_run, cfg.output_dir))
     known = CheckpointMetadata() if checkpoint is None else checkpoint.metadata
     cfg = _decide_seed(cfg, known)
+    given, cfg = (_with_parts_of(each, checkpoint) for each in (given, cfg))
     start = _first_iteration(cfg, checkpoint)
 
     _check_accumulation(cfg)
@@ -212,6 +214,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
         logger.info("%s", report)
     model.to(device).train()
     state = make_state(cfg, model)
+    cfg = with_measured_parts(cfg, state, dataset)
     if cfg.model.freeze or cfg.solver.lr_multipliers:
         logger.info("%s", Lines(describe_parameters(model, state.optimizer)))
     run = Run(cfg, device, model, state, loader, dataset, tests, data, start)
@@ -277,6 +280,12 @@ def _with_class_weights(cfg: Config, dataset: CocoDataset) -> Config:
     weights = 1 / np.sqrt(np.maximum(counts, 1))
     weights /= (counts * weights).sum() / counts.sum()
     return cfg.replace({"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS": [round(float(w), 4) for w in weights]})
+
+
+def _with_parts_of(cfg: Config, checkpoint: Checkpoint | None) -> Config:
+    """Replace ``ACCUMULATE auto`` by the number that was measured when the run began."""
+    saved = saved_config(checkpoint) if checkpoint is not None and not cfg.solver.accumulate else None
+    return cfg if saved is None else cfg.replace({"SOLVER.ACCUMULATE": saved.solver.accumulate})
 
 
 def _check_accumulation(cfg: Config) -> None:

@@ -213,7 +213,7 @@ def evaluate_model(
     backend = choose_backend(backend)  # before the work, as it may be missing
     path = Path(output_dir) / RESULTS_FILE
     category_ids = [dataset.spelt_categories.get(i, i) for i in dataset.category_ids]
-    with _in_evaluation_mode(model):
+    with in_evaluation_mode(model):
         found = _detect(detector or model, loader, category_ids, stop)
         if is_main():
             _write_results(found, path, stop)
@@ -238,7 +238,7 @@ def _write_results(found: Iterable[list[dict[str, Any]]], path: Path, stop: Stop
         results = ResultsWriter(file)
         for entries in found:
             results.add(entries)
-        _agree(stop)
+        agree(stop)
         for text in gather_text(None) if world_size() > 1 else ():
             results.add_text(text)
         results.end()
@@ -249,19 +249,19 @@ def _send_results(found: Iterable[list[dict[str, Any]]], stop: Stop | None) -> N
     with tempfile.TemporaryFile("w+", encoding="ascii") as spool:
         for entries in found:
             spool.writelines(map(entry_text, entries))
-        _agree(stop)
+        agree(stop)
         for _ in gather_text(spool):
             pass
 
 
-def _agree(stop: Stop | None) -> None:
+def agree(stop: Stop | None) -> None:
     """Raise Interrupted in all processes together, or in none."""
     if stop is not None and stop.requested():
         raise Interrupted
 
 
 @contextmanager
-def _in_evaluation_mode(model: MaskRCNN) -> Iterator[None]:
+def in_evaluation_mode(model: MaskRCNN) -> Iterator[None]:
     """Restore the mode of every module at the end: some may be frozen on purpose."""
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -15,7 +15,7 @@ from ..config import Config, dump_config, load_config, without_paths
 from ..engine.checkpoint import AUGMENTED, BEST, RESULTS
 from ..engine.run import best_metric
 from ..errors import UserError
-from ..evaluation import DIAGNOSIS
+from ..evaluation import DIAGNOSIS, VALIDATION
 from ..files import read_text
 from ..text import shortened
 from ..visualize import Metrics, metric_points, read_metrics
@@ -171,7 +171,7 @@ def read_results(path: Path) -> dict[str, dict[str, float | None]]:
 def _kinds(found: dict[str, Any], path: Path) -> dict[str, dict[str, float | None]]:
     kinds: dict[str, dict[str, float | None]] = {}
     for kind, row in found.items():
-        if kind == DIAGNOSIS:
+        if kind in (DIAGNOSIS, VALIDATION):
             continue
         if not isinstance(row, dict):
             raise UserError(
