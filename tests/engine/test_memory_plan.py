@@ -257,6 +257,7 @@ def dataset_of(folder: Path, sizes: list[tuple[int, int]]) -> CocoDataset:
         ({"INPUT.MAX_SIZE_TRAIN": 120}, 2, (120, 80)),
         ({"DATALOADER.FILTER_EMPTY_ANNOTATIONS": False}, 1, (100, 200)),
         ({"INPUT.LARGE_SCALE_JITTER.ENABLED": True, "INPUT.LARGE_SCALE_JITTER.SIZE": [96, 64]}, 2, (96, 64)),
+        ({"INPUT.ROTATE_90": True}, 2, (180, 180)),  # a turned image beside one that is not
     ],
 )
 def test_the_largest_shape(tmp_path: Path, keys: dict[str, Any], images: int, shape: tuple[int, int]) -> None:
