@@ -339,9 +339,10 @@ def peers() -> str:
         last = found[-1]
         final = (f"{last[kind]:.1f}" for kind in ("segm", "bbox"))
         total = f"{last['seconds']:.0f} ({last['iteration']})"
-        rows.append([name, model, seed, *reached, total, *final, record["memory"], record["lines"]])
+        lines = " + ".join(str(count) for count in record["lines"].values() if count)
+        rows.append([name, model, seed, *reached, total, *final, record["memory"], lines])
     columns = ("", "model", "seed", "s to 20 mask AP", "s to 30", "s of all (iterations)", "final mask AP")
-    return markdown((*columns, "final box AP", "MiB", "lines"), rows)
+    return markdown((*columns, "final box AP", "MiB", "lines (script + config)"), rows)
 
 
 def time_to(ap: float, points: list[tuple[float, float]]) -> float | None:

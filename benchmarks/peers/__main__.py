@@ -61,7 +61,8 @@ def main() -> None:
             found = once(path, evaluate, args.name, checkpoint.resolve(), model, args.images)
             evaluations.append({"iteration": iteration, "seconds": seconds, **found})
             print(f"{key}: {evaluations[-1]}", flush=True)
-    record = {"lines": lines_of(peer), **trained, "evaluations": evaluations}
+    lines = {"script": code_lines(Path(peer.__file__).read_text("utf-8")), "config": config_lines(peer)}
+    record = {"lines": lines, **trained, "evaluations": evaluations}
     if args.iterations == ITERATIONS and args.images is None:
         atomic_write_json(RESULTS, read(RESULTS) | {key: record}, indent=1)
     print(f"{key}: {record}")
@@ -81,11 +82,10 @@ def once(path: Path, function: Callable[..., dict[str, Any]], *args: object) -> 
     return read(path)
 
 
-def lines_of(peer: Any) -> int:
-    """Return the lines of a script and its configs, without blanks, comments, docstrings and imports."""
-    configs = [line.strip() for path in peer.CONFIGS for line in path.read_text("utf-8").splitlines()]
-    written = [line for line in configs if line and not line.startswith("#")]
-    return code_lines(Path(peer.__file__).read_text("utf-8")) + len(written)
+def config_lines(peer: Any) -> int:
+    """Return the lines of a script's configs, without blanks and comments."""
+    lines = [line.strip() for path in peer.CONFIGS for line in path.read_text("utf-8").splitlines()]
+    return sum(bool(line) and not line.startswith("#") for line in lines)
 
 
 def code_lines(source: str) -> int:
