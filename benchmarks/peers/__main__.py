@@ -38,7 +38,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("output/peers"), help="for checkpoints")
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="another number is not recorded")
-    parser.add_argument("--images", type=int, help="to evaluate on; another number than all is not recorded")
     args = parser.parse_args()
     peer = import_module(f".with_{args.name}", __package__)
     model = args.model or peer.MODELS[0]
@@ -48,7 +47,7 @@ def main() -> None:
     if key in read(RESULTS):
         print(f"{key} is done")
         return
-    folder = args.work / key.replace(", ", "-").replace(" ", "-")
+    folder = args.work / f"{key}, {args.iterations}".replace(", ", "-").replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     trained = once(
         folder / "trained.json", measure, args.name, folder.resolve(), args.seed, args.iterations, model
@@ -58,12 +57,12 @@ def main() -> None:
         checkpoint = folder / peer.CHECKPOINT.format(iteration=iteration, last=iteration - 1)
         if checkpoint.exists():
             path = folder / f"evaluated-{iteration}.json"
-            found = once(path, evaluate, args.name, checkpoint.resolve(), model, args.images)
+            found = once(path, evaluate, args.name, checkpoint.resolve(), model)
             evaluations.append({"iteration": iteration, "seconds": seconds, **found})
             print(f"{key}: {evaluations[-1]}", flush=True)
     lines = {"script": code_lines(Path(peer.__file__).read_text("utf-8")), "config": config_lines(peer)}
     record = {"lines": lines, **trained, "evaluations": evaluations}
-    if args.iterations == ITERATIONS and args.images is None:
+    if args.iterations == ITERATIONS:
         atomic_write_json(RESULTS, read(RESULTS) | {key: record}, indent=1)
     print(f"{key}: {record}")
 

@@ -33,11 +33,11 @@ def measure(name: str, folder: Path, seed: int, iterations: int, model: str) -> 
     }
 
 
-def evaluate(name: str, checkpoint: Path, model: str, count: int | None) -> dict[str, float]:
-    """Return box and mask AP of a checkpoint in percent, on the first ``count`` images."""
+def evaluate(name: str, checkpoint: Path, model: str) -> dict[str, float]:
+    """Return box and mask AP of a checkpoint in percent."""
     torch.set_num_threads(1)
     truth = COCO(str(VAL))
-    images = {key: IMAGES / truth.imgs[key]["file_name"] for key in sorted(truth.imgs)[:count]}
+    images = {key: IMAGES / truth.imgs[key]["file_name"] for key in truth.imgs}
     peer = import_module(f".with_{name}", __package__)
     entries = list(peer.predict(checkpoint, images, model))
     found = {}
@@ -46,7 +46,6 @@ def evaluate(name: str, checkpoint: Path, model: str, count: int | None) -> dict
             found[kind] = 0.0
             continue
         evaluation = COCOeval(truth, truth.loadRes(entries), kind)
-        evaluation.params.imgIds = list(images)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
