@@ -341,6 +341,8 @@ def peers() -> str:
         total = f"{last['seconds']:.0f} ({last['iteration']})"
         lines = " + ".join(str(count) for count in record["lines"].values() if count)
         rows.append([name, model, seed, *reached, total, *final, record["memory"], lines])
+    if not rows:
+        return "*No training has been recorded yet.*"
     columns = ("", "model", "seed", "s to 20 mask AP", "s to 30", "s of all (iterations)", "final mask AP")
     return markdown((*columns, "final box AP", "MiB", "lines (script + config)"), rows)
 

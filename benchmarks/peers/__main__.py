@@ -39,7 +39,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("output/peers"), help="for checkpoints")
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="another number is not recorded")
     args = parser.parse_args()
-    peer = import_module(f".with_{args.name}", __package__)
+    try:
+        peer = import_module(f".with_{args.name}", __package__)
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}; benchmarks/README.md says how to install {args.name}")
     model = args.model or peer.MODELS[0]
     if model not in peer.MODELS:
         parser.error(f"--model {model} is not in {peer.MODELS}")
