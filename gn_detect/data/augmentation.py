@@ -248,6 +248,15 @@ def prepare_image(image: np.ndarray, cfg: Config) -> torch.Tensor:
     return to_tensor(resize_pixels(np.ascontiguousarray(image), *size), cfg.input.format)
 
 
+def prepare_test_image(image: np.ndarray, cfg: Config) -> torch.Tensor:
+    """Return what the detector of a config takes: :func:`prepare_image`, or with ``TEST.TILES`` the pixels.
+
+    Tiles are cut from the pixels, and each is resized by itself.
+    """
+    return to_tensor(image, cfg.input.format) if cfg.test.tiles.size else prepare_image(image, cfg)
+
+
 def crops(cfg: Config) -> bool:
     """Return whether training images are cropped, so that boxes must come from the masks."""
-    return cfg.input.crop.enabled or cfg.input.large_scale_jitter.enabled
+    given = cfg.input
+    return given.crop.enabled or given.large_scale_jitter.enabled or cfg.dataloader.tiles.size > 0

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..distributed.group import from_main
 from ..errors import UserError
 from ..structures import PolygonMask, Sample
-from .augmentation import Augmentation, build_augmentations, crops, prepare_image
+from .augmentation import Augmentation, build_augmentations, crops, prepare_test_image
 from .coco.dataset import CocoDataset, join_datasets
 from .datasets import resolve_dataset
 from .images import read_image
@@ -41,6 +41,7 @@ from .samplers import (
     share_of_rank,
     shuffled_indices,
 )
+from .tiles import TiledDataset
 from .transforms import to_target, to_tensor
 
 if TYPE_CHECKING:
@@ -89,24 +90,25 @@ def build_train_loader(
     for part in parts:
         part.check_files()
     dataset = join_datasets(parts)
-    kept = trainable_images(dataset, cfg.dataloader.filter_empty_annotations)
+    images = training_images(cfg, dataset)
+    kept = trainable_images(images, cfg.dataloader.filter_empty_annotations)
     if seed is None:
         seed = cfg.seed if cfg.seed >= 0 else from_main(secrets.randbits(31))
     samples = TrainSamples(
-        dataset,
+        images,
         build_augmentations(cfg),
         seed,
         channel_order=cfg.input.format,
         draw_polygons=cfg.input.mask_format == "bitmask",
         boxes_from_masks=masks and crops(cfg),
     )
-    make_stream = _sampler(cfg, dataset, kept)
+    make_stream = _sampler(cfg, images, kept)
 
     def batches() -> Iterator[list[Item]]:
         share = share_of_rank(make_stream(seed), rank, world_size)
         stream = ((kept[i], position) for i, position in share)
         if cfg.dataloader.aspect_ratio_grouping:
-            grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(dataset, i))
+            grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(images, i))
         else:
             grouped = in_batches(stream, batch_size)
         return islice(grouped, start_iteration, None)
@@ -140,13 +142,19 @@ def build_test_loader(
     return loader, dataset
 
 
-def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
+def training_images(cfg: Config, dataset: CocoDataset) -> CocoDataset | TiledDataset:
+    """Return the images to choose from in training: the dataset's, or with ``DATALOADER.TILES`` its tiles."""
+    tiles = cfg.dataloader.tiles
+    return TiledDataset(dataset, tiles) if tiles.size else dataset
+
+
+def trainable_images(dataset: CocoDataset | TiledDataset, filter_empty: bool) -> list[int]:
     """Return the indices of the images to train on: all, or those with objects if ``filter_empty``.
 
     Raises:
         UserError: there is no object at all.
     """
-    counts = dataset.objects.counts()
+    counts = dataset.counts()
     if not counts.any():
         raise UserError(
             "no-objects",
@@ -160,7 +168,9 @@ def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
     return kept.tolist()
 
 
-def _sampler(cfg: Config, dataset: CocoDataset, kept: Sequence[int]) -> Callable[[int], Iterator[int]]:
+def _sampler(
+    cfg: Config, dataset: CocoDataset | TiledDataset, kept: Sequence[int]
+) -> Callable[[int], Iterator[int]]:
     """Return a function that makes an endless stream of positions in ``kept`` from a seed."""
     loader = cfg.dataloader
     if loader.sampler_train == "TrainingSampler":
@@ -169,7 +179,7 @@ def _sampler(cfg: Config, dataset: CocoDataset, kept: Sequence[int]) -> Callable
     return partial(repeated_indices, repeat_factors(labels, loader.repeat_threshold, loader.repeat_sqrt))
 
 
-def _is_wide(dataset: CocoDataset, index: int) -> bool:
+def _is_wide(dataset: CocoDataset | TiledDataset, index: int) -> bool:
     return dataset.images[index].width > dataset.images[index].height
 
 
@@ -178,7 +188,7 @@ class TrainSamples(Dataset[Sample]):
 
     def __init__(
         self,
-        dataset: CocoDataset,
+        dataset: CocoDataset | TiledDataset,
         augmentations: Sequence[Augmentation],
         seed: int,
         *,
@@ -215,7 +225,7 @@ class TestSamples(Dataset[Sample]):
         size = record.height, record.width
         pixels = read_image(record.file_name, "RGB", size)
         image_id = self.dataset.spelt_images.get(record.id, record.id)
-        return Sample(prepare_image(pixels, self.cfg), image_id, record.file_name, size)
+        return Sample(prepare_test_image(pixels, self.cfg), image_id, record.file_name, size)
 
 
 class SampleLoader(Iterable[list[Sample]]):

@@ -64,12 +64,13 @@ class ImageDetections(Detections):
                 "to_supervision needs the package supervision, not installed here: pip install supervision",
             ) from error
         found = self.to("cpu")
+        masks = found.bitmaps()
         names = [self.class_names[label] for label in found.labels.tolist()]
         return supervision.Detections(
             xyxy=found.boxes.numpy(),
             confidence=found.scores.numpy(),
             class_id=found.labels.numpy(),
-            mask=None if found.masks is None else found.masks.numpy(),
+            mask=None if masks is None else masks.numpy(),
             data={"class_name": np.array(names, dtype=str)},
         )
 

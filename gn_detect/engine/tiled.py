@@ -1,0 +1,315 @@
+"""Detect in tiles of an image, and join the parts of the objects that the tiles cut.
+
+Two tiles that overlap both see the zone that they share. So two detections show the same object if their
+masks agree in that zone, however much of the object each tile shows. A mask is kept as RLE of the whole
+image: a few hundred bytes, whatever its size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import torch
+from torch import Tensor
+
+from ..data.augmentation import shortest_edge_size
+from ..data.tiles import tile_windows
+from ..data.transforms import resize_pixels, to_tensor
+from ..evaluation.model import Detector, encode_part
+from ..modeling.mask_rcnn import image_size
+from ..ops import paste_one_by_one
+from ..structures import Detections, RleMasks
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+AGREE = 0.5  # IoU in the common zone above which two masks show one object
+INSIDE = 0.5  # part of a cut object's mask inside a whole one, above which it shows the same object
+BRANCH = 0.9  # part of a cut mask inside another in the zone: one of several branches of that object
+MARGIN = 0.01  # of the tile's side: an object so near to a border may go on behind it
+
+
+@dataclass(frozen=True)
+class Found:
+    """Detections of all tiles of an image, in the order of the tiles.
+
+    Attributes:
+        tiles: (N,) int64, position of each detection's tile.
+        boxes: (N, 4) float32 ``xyxy`` in pixels of the image.
+        scores, labels: (N,) float32 and int64.
+        rles: masks as RLE of the whole image; those of the boxes for a model without masks.
+        areas: (N,) int64, their pixels.
+        cut: (N,) bool, whether a detection reaches a border of its tile inside the image.
+    """
+
+    tiles: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    rles: list[Any]
+    areas: np.ndarray
+    cut: np.ndarray
+
+
+class TiledDetector:
+    """Detect objects in the tiles of ``TEST.TILES``, and merge them; see :func:`merge`.
+
+    Args:
+        detector: finds objects in a tile, whose masks are probabilities inside the boxes until they are
+            pasted.
+        cfg: whole config.
+    """
+
+    def __init__(self, detector: Detector, cfg: Config) -> None:
+        self.detector, self.cfg = detector, cfg
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+        paste: bool = True,
+    ) -> list[Detections]:
+        """Return the detections of each image on the CPU, best first; masks are :class:`RleMasks`.
+
+        Args:
+            images: (3, H, W) uint8 in the pixels of the file, in ``INPUT.FORMAT`` order.
+            original_sizes: those of ``images``.
+            paste: has no effect.
+        """
+        return [self._detect_one(image) for image in images]
+
+    def _detect_one(self, image: Tensor) -> Detections:
+        size, tiles = image_size(image), self.cfg.test.tiles
+        windows = tile_windows(*size, tiles.size, tiles.overlap)
+        parts, rles, areas = [], [], []
+        for window, found in zip(windows, self._in_windows(image, windows), strict=True):
+            parts.append(found)
+            for rle, area in _encode(found, window, size):
+                rles.append(rle)
+                areas.append(area)
+        counts = [len(part) for part in parts]
+        tile_of = np.repeat(np.arange(len(parts)), counts)
+        boxes = torch.cat([part.boxes for part in parts]).float().numpy() + windows[tile_of][:, [0, 1, 0, 1]]
+        merged = merge(
+            Found(
+                tile_of,
+                boxes.astype(np.float32),
+                torch.cat([part.scores for part in parts]).float().numpy(),
+                torch.cat([part.labels for part in parts]).numpy(),
+                rles,
+                np.array(areas, dtype=np.int64),
+                _is_cut(boxes, windows[tile_of], size, MARGIN * tiles.size),
+            ),
+            windows,
+            size,
+        )
+        if all(part.masks is None for part in parts):
+            merged.masks = None
+        return merged
+
+    def _in_windows(self, image: Tensor, windows: np.ndarray) -> Iterator[Detections]:
+        """Yield the detections in each tile, in its pixels, on the CPU."""
+        test, given = self.cfg.test, self.cfg.input
+        for begin in range(0, len(windows), test.ims_per_batch):
+            batch, sizes = [], []
+            for left, top, right, bottom in windows[begin : begin + test.ims_per_batch].tolist():
+                pixels = np.ascontiguousarray(image[:, top:bottom, left:right].permute(1, 2, 0).cpu())
+                sizes.append((bottom - top, right - left))
+                resized = shortest_edge_size(*sizes[-1], given.min_size_test, given.max_size_test)
+                batch.append(to_tensor(resize_pixels(pixels, *resized), "RGB"))  # keeps the order
+            for found in self.detector.detect(batch, sizes, paste=False):
+                yield found.to("cpu")
+
+
+def in_tiles(detector: Detector, cfg: Config) -> Detector:
+    """Return the detector, or with ``TEST.TILES`` one that gives it tiles."""
+    return TiledDetector(detector, cfg) if cfg.test.tiles.size else detector
+
+
+def _encode(found: Detections, window: np.ndarray, size: tuple[int, int]) -> Iterator[tuple[Any, int]]:
+    """Yield RLE and number of pixels of each mask of a tile, in the image of ``size``; see :class:`Found`."""
+    left, top, right, bottom = window.tolist()
+    if isinstance(found.masks, Tensor):
+        pasted = paste_one_by_one(found.masks, found.boxes, (bottom - top, right - left))
+    else:
+        pasted = iter(
+            (int(y0), int(x0), torch.ones(int(np.ceil(y1)) - int(y0), int(np.ceil(x1)) - int(x0)).bool())
+            for x0, y0, x1, y1 in found.boxes.tolist()
+        )
+    for row, column, part in pasted:
+        yield encode_part(part.numpy(), top + row, left + column, size), int(part.sum())
+
+
+def _is_cut(boxes: np.ndarray, windows: np.ndarray, size: tuple[int, int], margin: float) -> np.ndarray:
+    """Return (N,) whether boxes (N, 4) come near to a border of their tiles (N, 4) inside the image."""
+    height, width = size
+    inner = np.concatenate([windows[:, :2] > 0, windows[:, 2:] < (width, height)], axis=1)
+    near: np.ndarray = (np.abs(boxes - windows) <= max(1.0, margin)) & inner
+    return near.any(axis=1)
+
+
+def merge(found: Found, windows: np.ndarray, size: tuple[int, int]) -> Detections:
+    """Make one detection of all that show the same object.
+
+    Detections of one class in two tiles are compared by the part of their masks in the zone that both tiles
+    see. In this order:
+
+    1. Of two whole objects with an IoU above :data:`AGREE` there, the one with the lower score is dropped.
+    2. A cut object is dropped whose mask lies by more than :data:`INSIDE` in a whole one of another tile.
+    3. Others of which at least one is cut are joined if they agree in the zone, and each is the best partner
+       of the other among those of its tile; or if both are cut, and :data:`BRANCH` of one without a partner
+       lies in the other, as with a U of which a tile shows two arms.
+
+    Joined ones have the union of their masks, the box around their boxes, and the highest score, also of
+    those that were dropped for them. Detections of one tile are never compared: NMS has done that.
+
+    Args:
+        found: detections of all tiles.
+        windows: (T, 4) see :func:`tile_windows`.
+        size: (height, width) of the image.
+
+    Returns:
+        Detections, best first, with :class:`RleMasks`.
+    """
+    pairs = _pairs(found, windows, size)
+    scores, dropped = found.scores.copy(), np.zeros(len(scores), dtype=bool)
+    partners: dict[int, list[_Pair]] = defaultdict(list)
+    for pair in pairs:
+        partners[pair.one].append(pair)
+        partners[pair.other].append(pair)
+
+    for one in np.argsort(-found.scores, kind="stable").tolist():
+        if found.cut[one] or dropped[one]:
+            continue
+        for pair in partners[one]:
+            other = pair.beside(one)
+            if pair.agreement > AGREE and not found.cut[other]:
+                dropped[other] = True  # a better one would have dropped this one
+    for part in np.flatnonzero(found.cut).tolist():
+        wholes = [pair for pair in partners[part] if not (found.cut[w := pair.beside(part)] or dropped[w])]
+        best = max(wholes, key=lambda pair: pair.common, default=None)
+        if best is not None and best.common > INSIDE * found.areas[part]:
+            dropped[part], whole = True, best.beside(part)
+            scores[whole] = max(scores[whole], scores[part])
+
+    group = list(range(len(scores)))
+
+    def root(row: int) -> int:
+        while group[row] != row:
+            group[row] = row = group[group[row]]
+        return row
+
+    for pair in _joints(found, [p for p in pairs if not (dropped[p.one] or dropped[p.other])]):
+        group[root(pair.other)] = root(pair.one)
+    members: dict[int, list[int]] = defaultdict(list)
+    for row in np.flatnonzero(~dropped).tolist():
+        members[root(row)].append(row)
+    ordered = sorted(members.values(), key=lambda rows: -scores[rows].max())
+    boxes = [np.append(found.boxes[r, :2].min(axis=0), found.boxes[r, 2:].max(axis=0)) for r in ordered]
+    rles = [[found.rles[row] for row in rows] for rows in ordered]
+    counts = [(coco_mask.merge(parts) if len(parts) > 1 else parts[0])["counts"] for parts in rles]
+    return Detections(
+        torch.from_numpy(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
+        torch.tensor([scores[rows].max() for rows in ordered], dtype=torch.float32),
+        torch.tensor([found.labels[rows[0]] for rows in ordered], dtype=torch.int64),
+        RleMasks(counts, size),
+    )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two detections of one class in two tiles whose masks overlap, by their rows.
+
+    Attributes:
+        common: pixels of both masks.
+        zone_one, zone_other: pixels of each mask in the zone that both tiles see.
+    """
+
+    one: int
+    other: int
+    common: int
+    zone_one: int
+    zone_other: int
+
+    def beside(self, row: int) -> int:
+        """Return the other one."""
+        return self.other if row == self.one else self.one
+
+    @property
+    def agreement(self) -> float:
+        """Return the IoU in the zone."""
+        return self.common / (self.zone_one + self.zone_other - self.common)
+
+
+def _pairs(found: Found, windows: np.ndarray, size: tuple[int, int]) -> list[_Pair]:
+    first = np.searchsorted(found.tiles, np.arange(len(windows) + 1))
+    rows_of = [np.arange(begin, end) for begin, end in pairwise(first.tolist())]
+    pairs: list[_Pair] = []
+    for one, window in enumerate(windows):
+        low, high = np.maximum(window[:2], windows[:, :2]), np.minimum(window[2:], windows[:, 2:])
+        for other in np.flatnonzero((low < high).all(axis=1)).tolist():
+            if other > one:
+                zone = np.concatenate([low[other], high[other]])
+                pairs += _pairs_of(found, rows_of[one], rows_of[other], zone, size)
+    return pairs
+
+
+def _pairs_of(
+    found: Found, ones: np.ndarray, others: np.ndarray, zone: np.ndarray, size: tuple[int, int]
+) -> Iterator[_Pair]:
+    """Yield the pairs of the detections of two tiles with a common ``zone``, (4,) ``xyxy``."""
+    ones, others = _reaching(found, ones, zone), _reaching(found, others, zone)
+    if not len(ones) or not len(others):
+        return
+    left, top, right, bottom = zone.tolist()
+    rectangle = coco_mask.frPyObjects(np.array([[left, top, right - left, bottom - top]], dtype=float), *size)
+    zone_ones, zone_others = (_common(found, rows, rectangle)[:, 0].tolist() for rows in (ones, others))
+    common = _common(found, ones, [found.rles[row] for row in others])
+    common[found.labels[ones][:, None] != found.labels[others]] = 0
+    for i, j in np.argwhere(common > 0).tolist():
+        yield _Pair(int(ones[i]), int(others[j]), int(common[i, j]), zone_ones[i], zone_others[j])
+
+
+def _reaching(found: Found, rows: np.ndarray, zone: np.ndarray) -> np.ndarray:
+    """Return the rows of the detections that have pixels and may have some in a zone."""
+    boxes = found.boxes[rows]  # a mask may go beyond its box by a pixel
+    near = ((boxes[:, 2:] > zone[:2] - 1) & (boxes[:, :2] < zone[2:] + 1)).all(axis=1)
+    return rows[near & (found.areas[rows] > 0)]
+
+
+def _common(found: Found, rows: np.ndarray, others: list[Any]) -> np.ndarray:
+    """Return (R, O) int64, the common pixels of the masks of some detections and of others.
+
+    With a crowd on the right side pycocotools returns not the IoU but the part of the left side.
+    """
+    shares = coco_mask.iou([found.rles[row] for row in rows], others, [1] * len(others))
+    pixels: np.ndarray = np.rint(shares * found.areas[rows][:, None]).astype(np.int64)
+    return pixels
+
+
+def _joints(found: Found, pairs: list[_Pair]) -> Iterator[_Pair]:
+    """Yield the pairs that are parts of one object, see step 3 of :func:`merge`."""
+    pairs = [pair for pair in pairs if found.cut[pair.one] or found.cut[pair.other]]
+    best: dict[tuple[int, int], _Pair] = {}  # by detection and tile of the partner
+    for pair in sorted(pairs, key=lambda pair: -pair.agreement):
+        if pair.agreement > AGREE:
+            for row in (pair.one, pair.other):
+                best.setdefault((row, int(found.tiles[pair.beside(row)])), pair)
+
+    def partner(row: int, pair: _Pair) -> _Pair | None:
+        return best.get((row, int(found.tiles[pair.beside(row)])))
+
+    for pair in pairs:
+        if partner(pair.one, pair) is pair is partner(pair.other, pair):
+            yield pair
+        elif found.cut[pair.one] and found.cut[pair.other]:
+            alone = [(pair.one, pair.zone_one), (pair.other, pair.zone_other)]
+            if any(partner(row, pair) is None and pair.common >= BRANCH * pixels for row, pixels in alone):
+                yield pair
