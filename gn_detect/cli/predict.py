@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tile",
         type=int,
         metavar="PIXELS",
-        help="search large images in square tiles of this side, and join what the tiles cut (TEST.TILES.SIZE)",
+        help="search square tiles of large images, and join the parts of what they cut (TEST.TILES.SIZE)",
     )
     parser.add_argument(
         "--overlap",

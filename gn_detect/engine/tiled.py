@@ -7,6 +7,7 @@ image: a few hundred bytes, whatever its size.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,8 @@ from torch import Tensor
 from ..data.augmentation import shortest_edge_size
 from ..data.tiles import tile_windows
 from ..data.transforms import resize_pixels, to_tensor
-from ..evaluation.model import Detector, encode_part
+from ..evaluation.model import Detector, encode_part, mask_parts
 from ..modeling.mask_rcnn import image_size
-from ..ops import paste_one_by_one
 from ..structures import Detections, RleMasks
 
 if TYPE_CHECKING:
@@ -137,22 +137,25 @@ def _encode(found: Detections, window: np.ndarray, size: tuple[int, int]) -> Ite
     """Yield RLE and number of pixels of each mask of a tile, in the image of ``size``; see :class:`Found`."""
     left, top, right, bottom = window.tolist()
     if isinstance(found.masks, Tensor):
-        pasted = paste_one_by_one(found.masks, found.boxes, (bottom - top, right - left))
+        parts = mask_parts(found.masks, found.boxes, (bottom - top, right - left))
     else:
-        pasted = iter(
-            (int(y0), int(x0), torch.ones(int(np.ceil(y1)) - int(y0), int(np.ceil(x1)) - int(x0)).bool())
-            for x0, y0, x1, y1 in found.boxes.tolist()
-        )
-    for row, column, part in pasted:
+        parts = map(_filled, found.boxes.tolist())
+    for row, column, part in parts:
         yield encode_part(part.numpy(), top + row, left + column, size), int(part.sum())
+
+
+def _filled(box: list[float]) -> tuple[int, int, Tensor]:
+    """Return first row and column of the pixels that a box touches, and a mask with all of them."""
+    x0, y0, x1, y1 = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
+    return y0, x0, torch.ones(y1 - y0, x1 - x0, dtype=torch.bool)
 
 
 def _is_cut(boxes: np.ndarray, windows: np.ndarray, size: tuple[int, int], margin: float) -> np.ndarray:
     """Return (N,) whether boxes (N, 4) come near to a border of their tiles (N, 4) inside the image."""
     height, width = size
     inner = np.concatenate([windows[:, :2] > 0, windows[:, 2:] < (width, height)], axis=1)
-    near: np.ndarray = (np.abs(boxes - windows) <= max(1.0, margin)) & inner
-    return near.any(axis=1)
+    near: np.ndarray = ((np.abs(boxes - windows) <= max(1.0, margin)) & inner).any(axis=1)
+    return near
 
 
 def merge(found: Found, windows: np.ndarray, size: tuple[int, int]) -> Detections:
@@ -179,7 +182,7 @@ def merge(found: Found, windows: np.ndarray, size: tuple[int, int]) -> Detection
         Detections, best first, with :class:`RleMasks`.
     """
     pairs = _pairs(found, windows, size)
-    scores, dropped = found.scores.copy(), np.zeros(len(scores), dtype=bool)
+    scores, dropped = found.scores.copy(), np.zeros(len(found.scores), dtype=bool)
     partners: dict[int, list[_Pair]] = defaultdict(list)
     for pair in pairs:
         partners[pair.one].append(pair)

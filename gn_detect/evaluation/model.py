@@ -123,11 +123,14 @@ def _encode(detections: Detections, size: tuple[int, int] | None) -> Iterator[di
     if isinstance(masks, RleMasks):
         yield from map(masks.rle, range(len(masks)))
         return
-    pasted = size is None or masks.dtype == torch.bool
-    size = (masks.shape[1], masks.shape[2]) if size is None or pasted else size
-    parts = _moved(masks) if pasted else paste_one_by_one(masks, detections.boxes, size)
-    for top, left, part in parts:
-        yield encode_part(part.numpy(), top, left, size)
+    height, width = masks.shape[1:] if size is None or masks.dtype == torch.bool else size
+    for top, left, part in mask_parts(masks, detections.boxes, (height, width)):
+        yield encode_part(part.numpy(), top, left, (height, width))
+
+
+def mask_parts(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield masks, pasted already or not, as :func:`gn_detect.ops.paste_one_by_one` does."""
+    return _moved(masks) if masks.dtype == torch.bool else paste_one_by_one(masks, boxes, size)
 
 
 def encode_part(part: np.ndarray, top: int, left: int, size: tuple[int, int]) -> dict[str, Any]:
