@@ -1,0 +1,206 @@
+"""``python -m benchmarks.tiles``: AP and memory of detection in tiles, on mosaics of nuclei images.
+
+A mosaic has the val images with a shorter side of 256 pixels and mirror images of theirs, in a random order:
+about 2,000 x 2,000 pixels, in which the network sees each nucleus as large as in its own image. All arms may
+find 3,000 objects in an image, and AP counts 3,000, more than a mosaic has: it is not COCO's AP, which counts
+100. Each arm runs in a process of its own, with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from gn_detect.data import CocoDataset, DatasetSource
+from gn_detect.engine import Predictor
+from gn_detect.evaluation import detections_to_coco
+from gn_detect.files import atomic_write_text
+from gn_detect.visualize import draw_detections, save_picture
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+SEEDS, PICTURES, ROW = (1, 2, 3), 60, 2112  # mosaics; images and the longest row of each, pixels
+MOST = 3000  # objects that are found and counted in an image
+
+# Keys of each arm; the whole image at its own size needs more proposals for its objects.
+OWN_SIZE = {"INPUT.MIN_SIZE_TEST": 0, "INPUT.MAX_SIZE_TEST": 10**5}
+ARMS: dict[str, dict[str, Any]] = {
+    "the images by themselves": {},
+    "mosaics, resized to 256 pixels": {},
+    "mosaics, at their own size": OWN_SIZE
+    | {"MODEL.RPN.PRE_NMS_TOPK_TEST": 6000, "MODEL.RPN.POST_NMS_TOPK_TEST": 4000},
+    "mosaics, tiles of 256 pixels, overlap 0": {"TEST.TILES.SIZE": 256, "TEST.TILES.OVERLAP": 0.0},
+    "mosaics, tiles of 256 pixels, overlap 0.2": {"TEST.TILES.SIZE": 256, "TEST.TILES.OVERLAP": 0.2},
+    "mosaics, tiles of 512 pixels, overlap 0.2": OWN_SIZE | {"TEST.TILES.SIZE": 512},
+}
+
+Image = tuple[np.ndarray, list[np.ndarray]]
+"""(H, W, 3) uint8 RGB, and (H, W) bool of each object."""
+
+
+def main() -> None:
+    """Run the arms one after the other, and write their figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arm", type=int, help="run this one here and print its figures")
+    parser.add_argument("--picture", type=Path, help="draw a part of the first mosaic with what tiles find")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tiles.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.picture:
+        draw(args.picture)
+    elif args.arm is not None:
+        print(json.dumps(measure([*ARMS][args.arm])))
+    else:
+        records = []
+        for number, what in enumerate(ARMS):
+            command = [sys.executable, "-m", "benchmarks.tiles", "--arm", str(number)]
+            found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            records.append({"what": what, "figures": json.loads(found.splitlines()[-1])})
+            print(records[-1], flush=True)
+        content = {
+            "statistic": "mean",
+            "digits": 1,
+            "machine": "CPU",
+            "versions": {"PyTorch": torch.__version__.partition("+")[0], "Python": platform.python_version()},
+            "unit": f"AP in percent at maxDets {MOST}, not COCO's 100",
+            "command": "python -m benchmarks.tiles",
+            "records": records,
+        }
+        atomic_write_text(args.output, json.dumps(content, indent=1) + "\n")
+
+
+def measure(arm: str) -> dict[str, Any]:
+    """Return AP of boxes and masks for each mosaic, seconds of processor time and peak memory."""
+    predictor = load(ARMS[arm])
+    single = arm.startswith("the images")
+    groups = [mosaic_parts(seed) for seed in SEEDS]
+    sets = [parts if single else [compose(parts)] for parts in groups]
+    before = peak()
+    scores: dict[str, list[float]] = {"bbox": [], "segm": []}
+    seconds, known = [], {}
+    for images in sets:
+        begin, entries = time.process_time(), []
+        for image_id, (pixels, _) in enumerate(images, 1):
+            key = pixels.tobytes()  # the mosaics share images
+            found = known.get(key) or detections_to_coco(predictor.find(pixels), 0, [1], pixels.shape[:2])
+            entries += [{**entry, "image_id": image_id} for entry in found]
+            if single:
+                known[key] = found
+        seconds.append(round(time.process_time() - begin, 1))
+        highest = peak()
+        for kind, values in scores.items():
+            values.append(round(ap(images, entries, kind), 2))
+    return {
+        "box AP": {"runs": scores["bbox"]},
+        "mask AP": {"runs": scores["segm"]},
+        "objects": {"runs": [sum(len(masks) for _, masks in images) for images in sets]},
+        "s": {"runs": seconds[:1] if single else seconds},
+        "memory above the start, MB": {"runs": [round(highest - before)]},
+    }
+
+
+def peak() -> float:
+    """Return the most memory that this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def load(keys: dict[str, Any]) -> Predictor:
+    """Return the detector of nuclei that detectron2 trained, which the oracles' numbers come from."""
+    oracle = SHARED / "oracles" / "dsb_r18_gn"
+    from gn_detect.config import load_config
+
+    weights = {"MODEL.WEIGHTS": str(oracle / "model_final.pth"), "MODEL.DEVICE": "cpu"}
+    limit = {"TEST.DETECTIONS_PER_IMAGE": MOST}
+    return Predictor(load_config(oracle / "config.yaml").replace(weights | limit | keys))
+
+
+def mosaic_parts(seed: int) -> list[Image]:
+    """Return the images of a mosaic in their order: each val image, and some of them mirrored as well."""
+    data = SHARED / "data" / "dsb2018"
+    source = DatasetSource("val", data / "annotations" / "instances_val.json", data / "images")
+    dataset = CocoDataset(source, quiet=True)
+    chosen = [i for i, record in enumerate(dataset.images) if min(record.height, record.width) == 256]
+    whole = [dataset.read(i) for i in chosen]
+    images = [(each.image, [mask.decode() for mask in each.masks or []]) for each in whole]
+    mirrored = [(pixels[:, ::-1].copy(), [mask[:, ::-1] for mask in masks]) for pixels, masks in images]
+    both = (images + mirrored)[:PICTURES]
+    return [both[i] for i in np.random.default_rng(seed).permutation(len(both))]
+
+
+def compose(parts: list[Image]) -> Image:
+    """Put images of 256 rows into rows of about 2,000 pixels; what is left at their ends is black."""
+    places, top, left = [], 0, 0
+    for pixels, _ in parts:
+        if left + pixels.shape[1] > ROW:
+            top, left = top + pixels.shape[0], 0
+        places.append((top, left))
+        left += pixels.shape[1]
+    canvas = np.zeros((top + 256, ROW, 3), dtype=np.uint8)
+    objects = []
+    for (pixels, masks), (top, left) in zip(parts, places, strict=True):
+        place = np.s_[top : top + pixels.shape[0], left : left + pixels.shape[1]]
+        canvas[place] = pixels
+        for mask in masks:
+            whole = np.zeros(canvas.shape[:2], dtype=bool)
+            whole[place] = mask
+            objects.append(whole)
+    return canvas, objects
+
+
+def ap(images: list[Image], entries: list[dict[str, Any]], kind: str) -> float:
+    """Return the AP in percent that counts :data:`MOST` detections of an image."""
+    annotations: list[dict[str, Any]] = []
+    for image_id, (_, masks) in enumerate(images, 1):
+        for mask in masks:
+            rle = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
+            about = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "iscrowd": 0}
+            area, box = int(coco_mask.area(rle)), coco_mask.toBbox(rle).tolist()
+            annotations.append({**about, "segmentation": rle, "area": area, "bbox": box})
+    with redirect_stdout(StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "images": [
+                {"id": i, "height": pixels.shape[0], "width": pixels.shape[1]}
+                for i, (pixels, _) in enumerate(images, 1)
+            ],
+            "categories": [{"id": 1, "name": "nucleus"}],
+            "annotations": annotations,
+        }
+        truth.createIndex()
+        evaluator = COCOeval(truth, truth.loadRes(entries), kind)
+        evaluator.params.maxDets = [MOST]
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return float(evaluator.eval["precision"].mean()) * 100
+
+
+def draw(path: Path) -> None:
+    """Draw the objects that tiles find in a part of the first mosaic, with the borders of the tiles."""
+    from gn_detect.data.tiles import tile_windows
+
+    pixels, _ = compose(mosaic_parts(SEEDS[0]))
+    pixels = np.ascontiguousarray(pixels[:768, :768])
+    found = load({"TEST.TILES.SIZE": 256})(pixels)
+    for left, top, right, bottom in tile_windows(*pixels.shape[:2], 256, 0.2).tolist():
+        for line in (np.s_[top:bottom, [left, right - 1]], np.s_[[top, bottom - 1], left:right]):
+            pixels[line] = (255, 255, 0)
+    save_picture(path, draw_detections(pixels, found, ["nucleus"], 0.5))
+
+
+if __name__ == "__main__":
+    main()
