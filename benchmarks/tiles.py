@@ -26,9 +26,14 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from gn_detect.config import load_config
 from gn_detect.data import CocoDataset, DatasetSource
+from gn_detect.data.coco.rle import RleMask
+from gn_detect.data.tiles import tile_windows
+from gn_detect.data.transforms import LabelledImage, flip_horizontal
 from gn_detect.engine import Predictor
 from gn_detect.evaluation import detections_to_coco
+from gn_detect.evaluation.model import encode_part
 from gn_detect.files import atomic_write_text
 from gn_detect.visualize import draw_detections, save_picture
 
@@ -45,11 +50,10 @@ ARMS: dict[str, dict[str, Any]] = {
     | {"MODEL.RPN.PRE_NMS_TOPK_TEST": 6000, "MODEL.RPN.POST_NMS_TOPK_TEST": 4000},
     "mosaics, tiles of 256 pixels, overlap 0": {"TEST.TILES.SIZE": 256, "TEST.TILES.OVERLAP": 0.0},
     "mosaics, tiles of 256 pixels, overlap 0.2": {"TEST.TILES.SIZE": 256, "TEST.TILES.OVERLAP": 0.2},
-    "mosaics, tiles of 512 pixels, overlap 0.2": OWN_SIZE | {"TEST.TILES.SIZE": 512},
 }
 
-Image = tuple[np.ndarray, list[np.ndarray]]
-"""(H, W, 3) uint8 RGB, and (H, W) bool of each object."""
+Image = tuple[np.ndarray, list[dict[str, Any]]]
+"""(H, W, 3) uint8 RGB, and the compressed RLE of each object."""
 
 
 def main() -> None:
@@ -71,35 +75,36 @@ def main() -> None:
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             records.append({"what": what, "figures": json.loads(found.splitlines()[-1])})
             print(records[-1], flush=True)
-        content = {
-            "statistic": "mean",
-            "digits": 1,
-            "machine": "CPU",
-            "versions": {"PyTorch": torch.__version__.partition("+")[0], "Python": platform.python_version()},
-            "unit": f"AP in percent at maxDets {MOST}, not COCO's 100",
-            "command": "python -m benchmarks.tiles",
-            "records": records,
-        }
-        atomic_write_text(args.output, json.dumps(content, indent=1) + "\n")
+            write(args.output, records)
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write the figures of the arms that are done."""
+    content = {
+        "statistic": "mean",
+        "digits": 1,
+        "machine": "CPU",
+        "versions": {"PyTorch": torch.__version__.partition("+")[0], "Python": platform.python_version()},
+        "unit": f"AP in percent at maxDets {MOST}, not COCO's 100",
+        "command": "python -m benchmarks.tiles",
+        "records": records,
+    }
+    atomic_write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def measure(arm: str) -> dict[str, Any]:
     """Return AP of boxes and masks for each mosaic, seconds of processor time and peak memory."""
     predictor = load(ARMS[arm])
     single = arm.startswith("the images")
-    groups = [mosaic_parts(seed) for seed in SEEDS]
-    sets = [parts if single else [compose(parts)] for parts in groups]
+    made = [make_images(seed) for seed in (SEEDS[:1] if single else SEEDS)]
+    sets = [parts if single else [mosaic] for parts, mosaic in made]
     before = peak()
     scores: dict[str, list[float]] = {"bbox": [], "segm": []}
-    seconds, known = [], {}
+    seconds = []
     for images in sets:
         begin, entries = time.process_time(), []
         for image_id, (pixels, _) in enumerate(images, 1):
-            key = pixels.tobytes()  # the mosaics share images
-            found = known.get(key) or detections_to_coco(predictor.find(pixels), 0, [1], pixels.shape[:2])
-            entries += [{**entry, "image_id": image_id} for entry in found]
-            if single:
-                known[key] = found
+            entries += detections_to_coco(predictor.find(pixels), image_id, [1], pixels.shape[:2])
         seconds.append(round(time.process_time() - begin, 1))
         highest = peak()
         for kind, values in scores.items():
@@ -108,7 +113,7 @@ def measure(arm: str) -> dict[str, Any]:
         "box AP": {"runs": scores["bbox"]},
         "mask AP": {"runs": scores["segm"]},
         "objects": {"runs": [sum(len(masks) for _, masks in images) for images in sets]},
-        "s": {"runs": seconds[:1] if single else seconds},
+        "s": {"runs": seconds},
         "memory above the start, MB": {"runs": [round(highest - before)]},
     }
 
@@ -121,43 +126,38 @@ def peak() -> float:
 def load(keys: dict[str, Any]) -> Predictor:
     """Return the detector of nuclei that detectron2 trained, which the oracles' numbers come from."""
     oracle = SHARED / "oracles" / "dsb_r18_gn"
-    from gn_detect.config import load_config
-
     weights = {"MODEL.WEIGHTS": str(oracle / "model_final.pth"), "MODEL.DEVICE": "cpu"}
     limit = {"TEST.DETECTIONS_PER_IMAGE": MOST}
     return Predictor(load_config(oracle / "config.yaml").replace(weights | limit | keys))
 
 
-def mosaic_parts(seed: int) -> list[Image]:
-    """Return the images of a mosaic in their order: each val image, and some of them mirrored as well."""
+def make_images(seed: int) -> tuple[list[Image], Image]:
+    """Return the images of a mosaic in their order, each by itself, and the mosaic."""
     data = SHARED / "data" / "dsb2018"
     source = DatasetSource("val", data / "annotations" / "instances_val.json", data / "images")
     dataset = CocoDataset(source, quiet=True)
     chosen = [i for i, record in enumerate(dataset.images) if min(record.height, record.width) == 256]
     whole = [dataset.read(i) for i in chosen]
-    images = [(each.image, [mask.decode() for mask in each.masks or []]) for each in whole]
-    mirrored = [(pixels[:, ::-1].copy(), [mask[:, ::-1] for mask in masks]) for pixels, masks in images]
-    both = (images + mirrored)[:PICTURES]
-    return [both[i] for i in np.random.default_rng(seed).permutation(len(both))]
+    both = [*whole, *map(flip_horizontal, whole)][:PICTURES]
+    both = [both[i] for i in np.random.default_rng(seed).permutation(len(both))]
+    return [compose([each], each.size[1]) for each in both], compose(both, ROW)
 
 
-def compose(parts: list[Image]) -> Image:
-    """Put images of 256 rows into rows of about 2,000 pixels; what is left at their ends is black."""
+def compose(parts: list[LabelledImage], longest: int) -> Image:
+    """Put images of 256 rows into rows of at most ``longest`` pixels; what is left at their ends is black."""
     places, top, left = [], 0, 0
-    for pixels, _ in parts:
-        if left + pixels.shape[1] > ROW:
-            top, left = top + pixels.shape[0], 0
+    for part in parts:
+        if left + part.size[1] > longest:
+            top, left = top + 256, 0
         places.append((top, left))
-        left += pixels.shape[1]
-    canvas = np.zeros((top + 256, ROW, 3), dtype=np.uint8)
+        left += part.size[1]
+    canvas = np.zeros((top + 256, longest, 3), dtype=np.uint8)
     objects = []
-    for (pixels, masks), (top, left) in zip(parts, places, strict=True):
-        place = np.s_[top : top + pixels.shape[0], left : left + pixels.shape[1]]
-        canvas[place] = pixels
-        for mask in masks:
-            whole = np.zeros(canvas.shape[:2], dtype=bool)
-            whole[place] = mask
-            objects.append(whole)
+    for part, (top, left) in zip(parts, places, strict=True):
+        canvas[top : top + 256, left : left + part.size[1]] = part.image
+        for mask in part.masks or []:
+            bitmap = mask.decode() if isinstance(mask, RleMask) else np.asarray(mask)
+            objects.append(encode_part(bitmap, top, left, canvas.shape[:2]))
     return canvas, objects
 
 
@@ -165,8 +165,7 @@ def ap(images: list[Image], entries: list[dict[str, Any]], kind: str) -> float:
     """Return the AP in percent that counts :data:`MOST` detections of an image."""
     annotations: list[dict[str, Any]] = []
     for image_id, (_, masks) in enumerate(images, 1):
-        for mask in masks:
-            rle = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
+        for rle in masks:
             about = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "iscrowd": 0}
             area, box = int(coco_mask.area(rle)), coco_mask.toBbox(rle).tolist()
             annotations.append({**about, "segmentation": rle, "area": area, "bbox": box})
@@ -191,10 +190,8 @@ def ap(images: list[Image], entries: list[dict[str, Any]], kind: str) -> float:
 
 def draw(path: Path) -> None:
     """Draw the objects that tiles find in a part of the first mosaic, with the borders of the tiles."""
-    from gn_detect.data.tiles import tile_windows
-
-    pixels, _ = compose(mosaic_parts(SEEDS[0]))
-    pixels = np.ascontiguousarray(pixels[:768, :768])
+    _, (pixels, _) = make_images(SEEDS[0])
+    pixels = np.ascontiguousarray(pixels[:640, :640])
     found = load({"TEST.TILES.SIZE": 256})(pixels)
     for left, top, right, bottom in tile_windows(*pixels.shape[:2], 256, 0.2).tolist():
         for line in (np.s_[top:bottom, [left, right - 1]], np.s_[[top, bottom - 1], left:right]):

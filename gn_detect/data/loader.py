@@ -91,6 +91,8 @@ def build_train_loader(
         part.check_files()
     dataset = join_datasets(parts)
     images = training_images(cfg, dataset)
+    if cfg.dataloader.tiles.size and cfg.datasets.test and not cfg.test.tiles.size:
+        logger.warning("training on tiles, and evaluating on whole images: set TEST.TILES.SIZE, too")
     kept = trainable_images(images, cfg.dataloader.filter_empty_annotations)
     if seed is None:
         seed = cfg.seed if cfg.seed >= 0 else from_main(secrets.randbits(31))
