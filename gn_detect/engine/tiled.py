@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 AGREE = 0.5  # IoU in the common zone above which two masks show one object
 INSIDE = 0.5  # part of a cut object's mask inside a whole one, above which it shows the same object
 BRANCH = 0.9  # part of a cut mask inside another in the zone: one of several branches of that object
-MARGIN = 0.01  # of the tile's side: an object so near to a border may go on behind it
+MARGIN = 0.02  # of the tile's side: an object so near to a border may go on behind it
 
 
 @dataclass(frozen=True)
