@@ -1,9 +1,10 @@
 """``python -m benchmarks.tiles``: AP and memory of detection in tiles, on mosaics of nuclei images.
 
-A mosaic has the val images with a shorter side of 256 pixels and mirror images of theirs, in a random order:
-about 2,000 x 2,000 pixels, in which the network sees each nucleus as large as in its own image. All arms may
-find 3,000 objects in an image, and AP counts 3,000, more than a mosaic has: it is not COCO's AP, which counts
-100. Each arm runs in a process of its own, with one thread.
+A mosaic has the val images with a shorter side of 256 pixels and mirror images of theirs, in a random order,
+the dark ones first: about 2,000 x 2,000 pixels, in which the network sees each nucleus as large as in its own
+image. All arms may find 3,000 objects in an image, and AP counts 3,000, more than a mosaic has: it is not
+COCO's AP, which counts 100. Each arm runs in a process of its own, with one thread. The command goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ MOST = 3000  # objects that are found and counted in an image
 
 # Keys of each arm; the whole image at its own size needs more proposals for its objects.
 OWN_SIZE = {"INPUT.MIN_SIZE_TEST": 0, "INPUT.MAX_SIZE_TEST": 10**5}
+SINGLE = "the images by themselves"
 ARMS: dict[str, dict[str, Any]] = {
-    "the images by themselves": {},
+    SINGLE: {},
     "mosaics, resized to 256 pixels": {},
     "mosaics, at their own size": OWN_SIZE
     | {"MODEL.RPN.PRE_NMS_TOPK_TEST": 6000, "MODEL.RPN.POST_NMS_TOPK_TEST": 4000},
@@ -57,64 +59,67 @@ Image = tuple[np.ndarray, list[dict[str, Any]]]
 
 
 def main() -> None:
-    """Run the arms one after the other, and write their figures."""
+    """Run what is not recorded yet: all arms on the first mosaic, then all on the next one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arm", type=int, help="run this one here and print its figures")
+    parser.add_argument(
+        "--cell", nargs=2, type=int, help="run this arm on this mosaic here, print its figures"
+    )
     parser.add_argument("--picture", type=Path, help="draw a part of the first mosaic with what tiles find")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tiles.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.picture:
         draw(args.picture)
-    elif args.arm is not None:
-        print(json.dumps(measure([*ARMS][args.arm])))
+    elif args.cell:
+        print(json.dumps(measure([*ARMS][args.cell[0]], args.cell[1])))
     else:
-        records = []
-        for number, what in enumerate(ARMS):
-            command = [sys.executable, "-m", "benchmarks.tiles", "--arm", str(number)]
-            found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            records.append({"what": what, "figures": json.loads(found.splitlines()[-1])})
-            print(records[-1], flush=True)
-            write(args.output, records)
+        run_all(args.output)
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write the figures of the arms that are done."""
-    content = {
-        "statistic": "mean",
-        "digits": 1,
-        "machine": "CPU",
-        "versions": {"PyTorch": torch.__version__.partition("+")[0], "Python": platform.python_version()},
-        "unit": f"AP in percent at maxDets {MOST}, not COCO's 100",
-        "command": "python -m benchmarks.tiles",
-        "records": records,
-    }
-    atomic_write_text(path, json.dumps(content, indent=1) + "\n")
+def run_all(path: Path) -> None:
+    """Run each arm on each mosaic in a process of its own, and add its figures to the file."""
+    done = json.loads(path.read_text("utf-8"))["records"] if path.is_file() else []
+    figures = {record["what"]: record["figures"] for record in done}
+    for number, seed in enumerate(SEEDS):
+        for arm, what in enumerate(ARMS):
+            known = figures.setdefault(what, {})
+            if len(known.get("box AP", {"runs": []})["runs"]) > number or (number and what == SINGLE):
+                continue
+            command = [sys.executable, "-m", "benchmarks.tiles", "--cell", str(arm), str(seed)]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            for name, value in json.loads(printed.splitlines()[-1]).items():
+                known.setdefault(name, {"runs": []})["runs"].append(value)
+            print(what, seed, known, flush=True)
+            records = [{"what": what, "figures": found} for what, found in figures.items() if found]
+            version = torch.__version__.partition("+")[0]
+            content = {
+                "statistic": "mean",
+                "digits": 1,
+                "machine": "CPU",
+                "versions": {"PyTorch": version, "Python": platform.python_version()},
+                "unit": f"AP in percent at maxDets {MOST}, not COCO's 100",
+                "command": "python -m benchmarks.tiles",
+                "records": records,
+            }
+            atomic_write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def measure(arm: str) -> dict[str, Any]:
-    """Return AP of boxes and masks for each mosaic, seconds of processor time and peak memory."""
+def measure(arm: str, seed: int) -> dict[str, float]:
+    """Return AP of boxes and masks, the number of objects, seconds of processor time and peak memory."""
     predictor = load(ARMS[arm])
-    single = arm.startswith("the images")
-    made = [make_images(seed) for seed in (SEEDS[:1] if single else SEEDS)]
-    sets = [parts if single else [mosaic] for parts, mosaic in made]
-    before = peak()
-    scores: dict[str, list[float]] = {"bbox": [], "segm": []}
-    seconds = []
-    for images in sets:
-        begin, entries = time.process_time(), []
-        for image_id, (pixels, _) in enumerate(images, 1):
-            entries += detections_to_coco(predictor.find(pixels), image_id, [1], pixels.shape[:2])
-        seconds.append(round(time.process_time() - begin, 1))
-        highest = peak()
-        for kind, values in scores.items():
-            values.append(round(ap(images, entries, kind), 2))
+    parts, mosaic = make_images(seed)
+    images = parts if arm == SINGLE else [mosaic]
+    before, begin = peak(), time.process_time()
+    entries: list[dict[str, Any]] = []
+    for image_id, (pixels, _) in enumerate(images, 1):
+        entries += detections_to_coco(predictor.find(pixels), image_id, [1], pixels.shape[:2])
+    seconds, memory = time.process_time() - begin, peak() - before
     return {
-        "box AP": {"runs": scores["bbox"]},
-        "mask AP": {"runs": scores["segm"]},
-        "objects": {"runs": [sum(len(masks) for _, masks in images) for images in sets]},
-        "s": {"runs": seconds},
-        "memory above the start, MB": {"runs": [round(highest - before)]},
+        "box AP": round(ap(images, entries, "bbox"), 2),
+        "mask AP": round(ap(images, entries, "segm"), 2),
+        "objects": sum(len(masks) for _, masks in images),
+        "s": round(seconds, 1),
+        "memory above the start, MB": round(memory),
     }
 
 
@@ -140,6 +145,7 @@ def make_images(seed: int) -> tuple[list[Image], Image]:
     whole = [dataset.read(i) for i in chosen]
     both = [*whole, *map(flip_horizontal, whole)][:PICTURES]
     both = [both[i] for i in np.random.default_rng(seed).permutation(len(both))]
+    both.sort(key=lambda each: each.image.mean() > 128)  # a slide is of one kind, fluorescent or stained
     return [compose([each], each.size[1]) for each in both], compose(both, ROW)
 
 
@@ -189,14 +195,18 @@ def ap(images: list[Image], entries: list[dict[str, Any]], kind: str) -> float:
 
 
 def draw(path: Path) -> None:
-    """Draw the objects that tiles find in a part of the first mosaic, with the borders of the tiles."""
-    _, (pixels, _) = make_images(SEEDS[0])
-    pixels = np.ascontiguousarray(pixels[:640, :640])
-    found = load({"TEST.TILES.SIZE": 256})(pixels)
-    for left, top, right, bottom in tile_windows(*pixels.shape[:2], 256, 0.2).tolist():
-        for line in (np.s_[top:bottom, [left, right - 1]], np.s_[[top, bottom - 1], left:right]):
-            pixels[line] = (255, 255, 0)
-    save_picture(path, draw_detections(pixels, found, ["nucleus"], 0.5))
+    """Draw what tiles find in the part of the first mosaic with the most objects, and the tiles' borders."""
+    _, (pixels, masks) = make_images(SEEDS[0])
+    boxes, side = coco_mask.toBbox(masks), 448
+    centres = boxes[:, :2] + boxes[:, 2:] / 2
+    corners = [(x, y) for x in range(0, ROW - side, 64) for y in range(0, len(pixels) - side + 1, 64)]
+    left, top = max(corners, key=lambda at: int(((centres > at) & (centres < np.add(at, side))).all(1).sum()))
+    part = np.ascontiguousarray(pixels[top : top + side, left : left + side])
+    found = load({"TEST.TILES.SIZE": 256})(part)
+    for x0, y0, x1, y1 in tile_windows(side, side, 256, 0.2).tolist():
+        for line in (np.s_[y0:y1, [x0, x1 - 1]], np.s_[[y0, y1 - 1], x0:x1]):
+            part[line] = (255, 255, 0)
+    save_picture(path, draw_detections(part, found[found.scores > 0.5], ["nucleus"], 0.0))
 
 
 if __name__ == "__main__":
