@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gn_detect.config import Config
 from gn_detect.data.tiles import tile_windows
-from gn_detect.engine import Predictor, evaluate
+from gn_detect.engine import Predictor, evaluate, train
 from gn_detect.engine.tiled import TiledDetector, in_tiles
 from gn_detect.modeling import MaskRCNN, build_model
 from gn_detect.structures import Detections, RleMasks
@@ -297,6 +297,17 @@ def test_predictor_and_evaluation_agree(tiny_config: Config, tmp_path: Path, cha
     assert len(plain(path)) != len(found)
     (listed,) = plain([path], tile=64, overlap=0.25)
     assert torch.equal(listed.boxes, found.boxes)
+
+
+def test_training_on_tiles(tiny_config: Config, tmp_path: Path) -> None:
+    """It evaluates in tiles, and draws what they find."""
+    keys = {"SOLVER.MAX_ITER": 2, "VIS.NUM_IMAGES": 1, "DATALOADER.TILES.SIZE": 64}
+    results = train(tiny_config.replace(BIG | keys))
+    assert {"bbox", "segm"} <= set(results)
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "in 12 tiles of 64 pixels" in log
+    assert "in tiles of 64 pixels" in log
+    assert len(list((tmp_path / "run").rglob("tiny_test_*.png"))) == 1
 
 
 def test_what_detections_of_tiles_can_do(tiny_config: Config, tmp_path: Path) -> None:
