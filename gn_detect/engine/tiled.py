@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -88,12 +88,13 @@ class TiledDetector:
     def _detect_one(self, image: Tensor) -> Detections:
         size, tiles = image_size(image), self.cfg.test.tiles
         windows = tile_windows(*size, tiles.size, tiles.overlap)
-        parts, rles, areas = [], [], []
+        parts, rles, areas, with_masks = [], [], [], False
         for window, found in zip(windows, self._in_windows(image, windows), strict=True):
-            parts.append(found)
             for rle, area in _encode(found, window, size):
                 rles.append(rle)
                 areas.append(area)
+            with_masks |= found.masks is not None
+            parts.append(replace(found, masks=None))  # the probabilities of all tiles are hundreds of MB
         counts = [len(part) for part in parts]
         tile_of = np.repeat(np.arange(len(parts)), counts)
         boxes = torch.cat([part.boxes for part in parts]).float().numpy() + windows[tile_of][:, [0, 1, 0, 1]]
@@ -110,9 +111,7 @@ class TiledDetector:
             windows,
             size,
         )
-        if all(part.masks is None for part in parts):
-            merged.masks = None
-        return merged
+        return merged if with_masks else replace(merged, masks=None)
 
     def _in_windows(self, image: Tensor, windows: np.ndarray) -> Iterator[Detections]:
         """Yield the detections in each tile, in its pixels, on the CPU."""
