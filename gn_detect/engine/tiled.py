@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..config import Config
 
 AGREE = 0.5  # IoU in the common zone above which two masks show one object
-INSIDE = 0.5  # part of a cut object's mask inside a whole one, above which it shows the same object
+INSIDE = 0.5  # part of a mask inside another, above which the better one counts
 BRANCH = 0.9  # part of a cut mask inside another in the zone: one of several branches of that object
 MARGIN = 0.02  # of the tile's side: an object so near to a border may go on behind it
 
@@ -163,9 +163,10 @@ def merge(found: Found, windows: np.ndarray, size: tuple[int, int]) -> Detection
     Detections of one class in two tiles are compared by the part of their masks in the zone that both tiles
     see. In this order:
 
-    1. Of two whole objects with an IoU above :data:`AGREE` there, the one with the lower score is dropped.
-    2. A cut object is dropped whose mask lies by more than :data:`INSIDE` in a whole one of another tile.
-    3. Others of which at least one is cut are joined if they agree in the zone, and each is the best partner
+    1. A detection is dropped if another tile shows its box with more room to the borders, and has the same
+       object: a mask with an IoU above :data:`AGREE` in the zone; or one with as high a score, if more than
+       :data:`INSIDE` of one of the two masks lies in the other.
+    2. Others of which at least one is cut are joined if they agree in the zone, and each is the best partner
        of the other among those of its tile; or if both are cut, and :data:`BRANCH` of one without a partner
        lies in the other, as with a U of which a tile shows two arms.
 
@@ -187,19 +188,19 @@ def merge(found: Found, windows: np.ndarray, size: tuple[int, int]) -> Detection
         partners[pair.one].append(pair)
         partners[pair.other].append(pair)
 
-    for one in np.argsort(-found.scores, kind="stable").tolist():
-        if found.cut[one] or dropped[one]:
-            continue
-        for pair in partners[one]:
-            other = pair.beside(one)
-            if pair.agreement > AGREE and not found.cut[other]:
-                dropped[other] = True  # a better one would have dropped this one
-    for part in np.flatnonzero(found.cut).tolist():
-        wholes = [pair for pair in partners[part] if not (found.cut[w := pair.beside(part)] or dropped[w])]
-        best = max(wholes, key=lambda pair: pair.common, default=None)
-        if best is not None and best.common > INSIDE * found.areas[part]:
-            dropped[part], whole = True, best.beside(part)
-            scores[whole] = max(scores[whole], scores[part])
+    own, best = _rooms(found.boxes, windows, found.tiles, size)
+    for row in np.argsort(own, kind="stable").tolist():
+        witnesses = [
+            pair
+            for pair in partners[row]
+            if found.tiles[other := pair.beside(row)] == best[row]
+            and not dropped[other]
+            and (pair.agreement > AGREE or (_is_inside(found, pair) and scores[other] >= scores[row]))
+        ]
+        if best[row] != found.tiles[row] and witnesses:
+            dropped[row] = True
+            other = max(witnesses, key=lambda pair: pair.agreement).beside(row)
+            scores[other] = max(scores[other], scores[row])
 
     group = list(range(len(scores)))
 
@@ -223,6 +224,33 @@ def merge(found: Found, windows: np.ndarray, size: tuple[int, int]) -> Detection
         torch.tensor([found.labels[rows[0]] for rows in ordered], dtype=torch.int64),
         RleMasks(counts, size),
     )
+
+
+def _rooms(
+    boxes: np.ndarray, windows: np.ndarray, tiles: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (N,) the room of boxes (N, 4) in their own tile, and (N,) the tile with the most room.
+
+    The room is the distance to the nearest border that lies inside the image; below 0 where a tile does not
+    hold the box. Of several with as much it is the first one.
+    """
+    far = float(sum(size))
+    edges = windows.astype(np.float64)
+    edges[:, :2][windows[:, :2] == 0] = -far
+    edges[:, 2:][windows[:, 2:] == (size[1], size[0])] = far
+    rows = np.arange(len(boxes))
+    own, best = np.zeros(len(boxes)), np.zeros(len(boxes), dtype=np.int64)
+    for begin in range(0, len(boxes), 1000):
+        part = slice(begin, begin + 1000)
+        low, high = boxes[part, None, :2] - edges[:, :2], edges[:, 2:] - boxes[part, None, 2:]
+        room = np.minimum(low, high).min(axis=2)
+        own[part] = room[rows[: len(room)], tiles[part]]
+        best[part] = room.argmax(axis=1)
+    return own, best
+
+
+def _is_inside(found: Found, pair: _Pair) -> bool:
+    return pair.common > INSIDE * min(found.areas[pair.one], found.areas[pair.other])
 
 
 @dataclass(frozen=True)
@@ -297,7 +325,7 @@ def _common(found: Found, rows: np.ndarray, others: list[Any]) -> np.ndarray:
 
 
 def _joints(found: Found, pairs: list[_Pair]) -> Iterator[_Pair]:
-    """Yield the pairs that are parts of one object, see step 3 of :func:`merge`."""
+    """Yield the pairs that are parts of one object, see step 2 of :func:`merge`."""
     pairs = [pair for pair in pairs if found.cut[pair.one] or found.cut[pair.other]]
     best: dict[tuple[int, int], _Pair] = {}  # by detection and tile of the partner
     for pair in sorted(pairs, key=lambda pair: -pair.agreement):

@@ -235,7 +235,7 @@ def test_memory_does_not_grow_with_objects_times_pixels(tiny_config: Config) -> 
     before: list[weakref.ref[Tensor]] = []
 
     def watch(found: Detections) -> Detections:
-        """The masks of a tile are gone when the next but one is searched; tracemalloc does not see tensors."""
+        """The masks of a tile are gone two tiles later; tracemalloc does not see tensors."""
         assert sum(mask() is not None for mask in before) <= 1
         before.append(weakref.ref(found.masks))
         return found
