@@ -207,6 +207,20 @@ def test_a_whole_object_takes_the_place_of_a_rough_part(tiny_config: Config, cro
     check(detect(tiny_config, Seer(spoil=roughen), image), image)
 
 
+def test_poor_copies_give_way_to_the_tile_with_the_most_room(tiny_config: Config) -> None:
+    """Tiles at 0, 40 and 80: the outer ones find a little of the object, with a lower score."""
+    image, tile = picture(90, 180, np.s_[30:50, 84:98]), iter([0, 1, 2])
+
+    def shrink(found: Detections) -> Detections:
+        if next(tile) == 1:
+            return found
+        masks = torch.zeros_like(found.masks)
+        masks[:, 30:36] = found.masks[:, 30:36]
+        return Detections(found.boxes, found.scores - 0.1, found.labels, masks)
+
+    check(detect(tiny_config, Seer(spoil=shrink), image, overlap=0.5), image)
+
+
 def test_boxes_alone(tiny_config: Config) -> None:
     image = picture(180, 180, np.s_[5:40, 40:140], np.s_[50:130, 45:135], np.s_[140:150, 84:96])
     found = detect(tiny_config, Seer(masks=False), image)
