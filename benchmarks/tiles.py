@@ -39,7 +39,7 @@ from gn_detect.files import atomic_write_text
 from gn_detect.visualize import draw_detections, save_picture
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-SEEDS, PICTURES, ROW = (1, 2), 60, 2112  # mosaics; images and the longest row of each, pixels
+SEEDS, PICTURES, ROW = (1, 2, 3), 60, 2112  # mosaics; images and the longest row of each, pixels
 MOST = 3000  # objects that are found and counted in an image
 
 # Keys of each arm; the whole image at its own size needs more proposals for its objects.
