@@ -391,6 +391,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "own data": lambda: recorded("own-data"),
     "throughput": lambda: recorded("throughput"),
     "memory": lambda: recorded("memory"),
+    "tiles": lambda: recorded("tiles"),
     "evaluation": lambda: recorded("evaluation", ratio=lambda record: f"{record['ratio']:.2f}"),
 }
 

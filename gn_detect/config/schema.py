@@ -30,6 +30,8 @@ ROI_HEADS = ("StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads")
 POOLERS = ("ROIAlignV2", "ROIAlign")
 MATCH_LABELS = "0 background, -1 ignored, 1 object, for each range of IOU_THRESHOLDS."
 
+LEAST_TILE = 64  # pixels; two cells of the coarsest level of an FPN
+
 # Bytes of a dataset's name: file systems allow 255, and endings follow.
 _LONGEST_NAME = 150
 
@@ -71,6 +73,12 @@ def _metric(name: str) -> str:
     return name
 
 
+def _tile(side: int) -> int:
+    if side and not LEAST_TILE <= side <= 2**15:
+        raise ValueError(f"must be 0, or {LEAST_TILE} to {2**15} pixels")
+    return side
+
+
 def _below_one(pair: tuple[float, float]) -> tuple[float, float]:
     if not all(0 <= value < 1 for value in pair):
         raise ValueError("must be two numbers from 0 to below 1")
@@ -105,6 +113,7 @@ Depth = Annotated[Literal[18, 34, 50, 101, 152], FromText]
 Dilation = Annotated[Literal[1, 2], FromText]
 Device = Annotated[Str, AfterValidator(_device)]
 Metric = Annotated[Str, AfterValidator(_metric)]
+TileSide = Annotated[Int, AfterValidator(_tile)]
 
 # Sizes of tensors are bounded: a file of a few lines must not make something huge.
 Channels = Annotated[Int, Field(gt=0, le=2**14)]
@@ -543,6 +552,34 @@ class Datasets(Section):
     )
 
 
+class Tiles(Section):
+    size: TileSide = key(
+        0,
+        "Side of square tiles, pixels of the file, 64 or more: each is searched as an image of its own, and "
+        "parts of an object are joined by their masks. 0: whole images.",
+    )
+    overlap: Float = key(
+        0.2,
+        "Least part of a tile's side that the next one shares, up to 0.9. Objects up to that size are whole "
+        "in some tile.",
+        ge=0,
+        le=0.9,
+    )
+
+
+class TrainTiles(Tiles):
+    size: TileSide = key(
+        0, "Side of square tiles to train on, pixels of the file, 64 or more. 0: whole images."
+    )
+    min_visible: Float = key(
+        0.3,
+        "Least part of an object's mask, or without masks of its box, that a tile must show; smaller parts "
+        "are background.",
+        gt=0,
+        le=1,
+    )
+
+
 class DataLoader(Section):
     num_workers: Int = key(4, "Processes of the loader; 0: none.", ge=0, le=1024)
     aspect_ratio_grouping: Bool = key(True, "Put wide and tall images into different batches.")
@@ -553,7 +590,10 @@ class DataLoader(Section):
     )
     repeat_threshold: Fraction = key(0.0, "Share of the images below which a category is rare.")
     repeat_sqrt: Bool = key(True, "Repeat by the square root of the shortage (LVIS).")
-    filter_empty_annotations: Bool = key(True, "Leave out training images without objects.")
+    filter_empty_annotations: Bool = key(
+        True, "Leave out training images, or with TILES tiles, without objects."
+    )
+    tiles: TrainTiles = TrainTiles()
 
 
 class ClipGradients(Section):
@@ -685,8 +725,11 @@ class Test(Section):
     expected_results: Annotated[tuple[Any, ...], FromText] = only(())
     eval_period: Count = key(0, "Iterations between evaluations; 0: at the end alone.")
     keypoint_oks_sigmas: Annotated[tuple[Float, ...], FromText] = unread(())
-    detections_per_image: Amount = key(100, "Limit of the detections of an image; COCO's AP counts 100.")
+    detections_per_image: Amount = key(
+        100, "Limit of the detections of an image, or with TILES of a tile; COCO's AP counts 100."
+    )
     aug: Augmentation = Augmentation()
+    tiles: Tiles = Tiles()
     precise_bn: PreciseBN = PreciseBN()
     ims_per_batch: Amount = key(1, "Images that each process reads and evaluates together.")
     coco_eval_backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = key(

@@ -1,6 +1,6 @@
 """COCO datasets, augmentation, samplers and loaders."""
 
-from .augmentation import build_augmentations, prepare_image, shortest_edge_size
+from .augmentation import build_augmentations, prepare_image, prepare_test_image, shortest_edge_size
 from .coco.classes import list_names, match_names
 from .coco.dataset import CocoDataset, check_classes, check_same_classes, join_datasets, match_classes
 from .coco.reader import read_image_list
@@ -25,6 +25,7 @@ __all__ = [
     "match_classes",
     "match_names",
     "prepare_image",
+    "prepare_test_image",
     "read_image",
     "read_image_list",
     "resolve_dataset",

@@ -318,6 +318,14 @@ def prepare_image(image: np.ndarray, cfg: Config) -> torch.Tensor:
     return to_tensor(resize_pixels(np.ascontiguousarray(image), *size), cfg.input.format)
 
 
+def prepare_test_image(image: np.ndarray, cfg: Config) -> torch.Tensor:
+    """Return what the detector of a config takes: :func:`prepare_image`, or with ``TEST.TILES`` the pixels.
+
+    Tiles are cut from the pixels, and each is resized by itself.
+    """
+    return to_tensor(image, cfg.input.format) if cfg.test.tiles.size else prepare_image(image, cfg)
+
+
 def cuts_objects(cfg: Config) -> bool:
     """Return whether training may cut or cover objects, so that boxes must come from the masks."""
     given = cfg.input
@@ -327,4 +335,5 @@ def cuts_objects(cfg: Config) -> bool:
         or given.affine.enabled
         or given.copy_paste
         or given.albumentations
+        or cfg.dataloader.tiles.size
     )

@@ -33,7 +33,7 @@ from .augmentation import (
     build_augmentations,
     copy_paste,
     cuts_objects,
-    prepare_image,
+    prepare_test_image,
 )
 from .coco.dataset import CocoDataset, join_datasets
 from .datasets import resolve_dataset
@@ -48,6 +48,7 @@ from .samplers import (
     share_of_rank,
     shuffled_indices,
 )
+from .tiles import TiledDataset
 from .transforms import LabelledImage, to_target, to_tensor
 
 if TYPE_CHECKING:
@@ -71,9 +72,8 @@ def build_train_loader(
     Args:
         cfg: whole config.
         rank, world_size: this process among those that train together.
-        start_iteration: number of batches that a resumed run has seen; they are skipped without reading
-        images. seed: by default ``cfg.seed``; if that is negative, a random one, equal in all processes of
-        an
+        start_iteration: number of batches that a resumed run has seen; they are skipped unread.
+        seed: by default ``cfg.seed``; if that is negative, a random one, equal in all processes of an
             initialised process group. The loader keeps it as ``.seed``.
 
     Returns:
@@ -96,11 +96,14 @@ def build_train_loader(
     for part in parts:
         part.check_files()
     dataset = join_datasets(parts)
-    kept = trainable_images(dataset, cfg.dataloader.filter_empty_annotations)
+    images = training_images(cfg, dataset)
+    if cfg.dataloader.tiles.size and cfg.datasets.test and not cfg.test.tiles.size:
+        logger.warning("training on tiles, and evaluating on whole images: set TEST.TILES.SIZE, too")
+    kept = trainable_images(images, cfg.dataloader.filter_empty_annotations)
     if seed is None:
         seed = cfg.seed if cfg.seed >= 0 else from_main(secrets.randbits(31))
     samples = TrainSamples(
-        dataset,
+        images,
         build_augmentations(cfg),
         seed,
         channel_order=cfg.input.format,
@@ -108,13 +111,13 @@ def build_train_loader(
         boxes_from_masks=masks and cuts_objects(cfg),
         copy_paste=cfg.input.copy_paste,
     )
-    make_stream = _sampler(cfg, dataset, kept)
+    make_stream = _sampler(cfg, images, kept)
 
     def batches() -> Iterator[list[Item]]:
         share = share_of_rank(make_stream(seed), rank, world_size)
         stream = ((kept[i], position) for i, position in share)
         if cfg.dataloader.aspect_ratio_grouping:
-            grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(dataset, i))
+            grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(images, i))
         else:
             grouped = in_batches(stream, batch_size)
         return islice(grouped, start_iteration, None)
@@ -160,29 +163,37 @@ def build_loss_loader(
         dataset: of :func:`build_test_loader`.
         rank, world_size: this process among all; each gets every ``world_size``-th image.
     """
-    kept = np.arange(len(dataset))
+    images = training_images(cfg, dataset)
+    kept = np.arange(len(images))
     if cfg.dataloader.filter_empty_annotations:
-        kept = np.flatnonzero(dataset.objects.counts())
+        kept = np.flatnonzero(images.counts())
     places = np.linspace(0, len(kept) - 1, min(cfg.test.loss_images, len(kept))).round().astype(int)
     items = [[(int(index), 0)] for index in kept[places]][rank::world_size]
     resize = ResizeShortestEdge((cfg.input.min_size_test,), cfg.input.max_size_test)
     samples = TrainSamples(
-        dataset,
+        images,
         [resize],
         0,
         channel_order=cfg.input.format,
         draw_polygons=cfg.input.mask_format == "bitmask",
+        boxes_from_masks=cfg.model.mask_on and cfg.dataloader.tiles.size > 0,
     )
     return SampleLoader(samples, lambda: iter(items), len(items), cfg.dataloader.num_workers, 0)
 
 
-def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
+def training_images(cfg: Config, dataset: CocoDataset) -> CocoDataset | TiledDataset:
+    """Return the images to choose from in training: the dataset's, or with ``DATALOADER.TILES`` its tiles."""
+    tiles = cfg.dataloader.tiles
+    return TiledDataset(dataset, tiles) if tiles.size else dataset
+
+
+def trainable_images(dataset: CocoDataset | TiledDataset, filter_empty: bool) -> list[int]:
     """Return the indices of the images to train on: all, or those with objects if ``filter_empty``.
 
     Raises:
         UserError: there is no object at all.
     """
-    counts = dataset.objects.counts()
+    counts = dataset.counts()
     if not counts.any():
         raise UserError(
             "no-objects",
@@ -196,7 +207,9 @@ def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
     return kept.tolist()
 
 
-def _sampler(cfg: Config, dataset: CocoDataset, kept: Sequence[int]) -> Callable[[int], Iterator[int]]:
+def _sampler(
+    cfg: Config, dataset: CocoDataset | TiledDataset, kept: Sequence[int]
+) -> Callable[[int], Iterator[int]]:
     """Return a function that makes an endless stream of positions in ``kept`` from a seed."""
     loader = cfg.dataloader
     if loader.sampler_train == "TrainingSampler":
@@ -205,7 +218,7 @@ def _sampler(cfg: Config, dataset: CocoDataset, kept: Sequence[int]) -> Callable
     return partial(repeated_indices, repeat_factors(labels, loader.repeat_threshold, loader.repeat_sqrt))
 
 
-def _is_wide(dataset: CocoDataset, index: int) -> bool:
+def _is_wide(dataset: CocoDataset | TiledDataset, index: int) -> bool:
     return dataset.images[index].width > dataset.images[index].height
 
 
@@ -217,7 +230,7 @@ class TrainSamples(Dataset[Sample]):
 
     def __init__(
         self,
-        dataset: CocoDataset,
+        dataset: CocoDataset | TiledDataset,
         augmentations: Sequence[Augmentation],
         seed: int,
         *,
@@ -229,7 +242,7 @@ class TrainSamples(Dataset[Sample]):
         self.dataset, self.augmentations, self.seed = dataset, augmentations, seed
         self.channel_order = channel_order
         self.draw_polygons, self.boxes_from_masks = draw_polygons, boxes_from_masks
-        self.copy_paste, self.with_objects = copy_paste, np.flatnonzero(dataset.objects.counts())
+        self.copy_paste, self.with_objects = copy_paste, np.flatnonzero(dataset.counts())
 
     def __getitem__(self, item: Item) -> Sample:
         index, position = item
@@ -263,7 +276,7 @@ class TestSamples(Dataset[Sample]):
         size = record.height, record.width
         pixels = read_image(record.file_name, "RGB", size)
         image_id = self.dataset.spelt_images.get(record.id, record.id)
-        return Sample(prepare_image(pixels, self.cfg), image_id, record.file_name, size)
+        return Sample(prepare_test_image(pixels, self.cfg), image_id, record.file_name, size)
 
 
 class SampleLoader(Iterable[list[Sample]]):

@@ -152,8 +152,13 @@ def crop(labelled: LabelledImage, left: int, top: int, height: int, width: int) 
     """
     moved = _map_points(labelled, lambda points: points - (left, top))
     window = np.s_[top : top + height, left : left + width]
-    # Copies, because a view would keep the whole bitmap in memory.
-    cropped = _map_pixels(moved, labelled.image[window], lambda bitmap: bitmap[window].copy())
+
+    def crop_bitmap(bitmap: RleMask | np.ndarray) -> np.ndarray:
+        if isinstance(bitmap, RleMask):
+            return bitmap.window(top, left, height, width)
+        return bitmap[window].copy()  # a view would keep the whole bitmap in memory
+
+    cropped = _map_bitmaps(moved, labelled.image[window], crop_bitmap)
     return _inside(cropped)
 
 
@@ -195,9 +200,15 @@ def _map_pixels(
     RLEs are decoded one after the other: a hundred bitmaps of a large image would take more memory than all
     other steps.
     """
+    return _map_bitmaps(labelled, image, lambda bitmap: map_bitmap(_decoded(bitmap)))
+
+
+def _map_bitmaps(
+    labelled: LabelledImage, image: np.ndarray, change: Callable[[RleMask | np.ndarray], np.ndarray]
+) -> LabelledImage:
     masks = labelled.masks
     if masks is not None:
-        masks = [mask if isinstance(mask, list) else map_bitmap(_decoded(mask)) for mask in masks]
+        masks = [mask if isinstance(mask, list) else change(mask) for mask in masks]
     return replace(labelled, image=image, masks=masks)
 
 

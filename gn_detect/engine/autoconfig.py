@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,6 +255,7 @@ def make_recipe(
         given: the user's own keys, typed.
     """
     recipe = Recipe(data, machine, architecture, dict(given or {}))
+    _tiles(recipe)
     _classes(recipe)
     _model(recipe, weights)
     _batch(recipe)
@@ -264,6 +265,16 @@ def make_recipe(
     _housekeeping(recipe, has_val)
     recipe.keys |= recipe.given
     return recipe
+
+
+def _tiles(recipe: Recipe) -> None:
+    """Evaluate and predict in tiles like those to train on, which are what the other choices measure."""
+    side, overlap = (recipe.given.get(f"DATALOADER.TILES.{key}") for key in ("SIZE", "OVERLAP"))
+    if not side:
+        return
+    recipe.data = replace(recipe.data, images=recipe.data.images.clip(max=side))
+    keys = {"TEST.TILES.SIZE": side} | ({} if overlap is None else {"TEST.TILES.OVERLAP": overlap})
+    recipe.choose("tiles", "those of the training, so the model sees objects as large as it learned", keys)
 
 
 def _classes(recipe: Recipe) -> None:

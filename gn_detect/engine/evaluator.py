@@ -25,6 +25,7 @@ from .folder_lock import is_in_use
 from .metrics import run_log
 from .resume import OTHER_CLASSES
 from .run import TestSets, load_test_sets, make_folder, write_run_config
+from .tiled import in_tiles
 
 logger = logging.getLogger(__name__)
 
@@ -151,13 +152,14 @@ def evaluate_test_sets(
     backend = cfg.test.coco_eval_backend
     share(model.buffers())
     results: dict[str, Results] = {name: {} for name in tests}
-    detectors: dict[str, Detector] = {"": model}
+    detectors: dict[str, Detector] = {"": in_tiles(model, cfg)}
     if augmented and cfg.test.aug.enabled:
-        detectors[AUGMENTED] = AugmentedDetector(model, cfg)
+        detectors[AUGMENTED] = in_tiles(AugmentedDetector(model, cfg), cfg)
     for ending, detector in detectors.items():
         for name, (loader, dataset) in tests.items():
             folder = Path(cfg.output_dir) / f"{INFERENCE}{ending}" / name / below
-            how = " with test-time augmentation" if ending else ""
+            how = f" in tiles of {cfg.test.tiles.size} pixels" if cfg.test.tiles.size else ""
+            how += " with test-time augmentation" if ending else ""
             logger.info("evaluating %d images of %s%s", len(dataset), name, how)
             with model.in_memory_format(detection_format(cfg)):
                 found = evaluate_model(

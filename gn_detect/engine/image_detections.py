@@ -68,7 +68,7 @@ class ImageDetections(Detections):
             **dict(zip(("x1", "y1", "x2", "y2"), self.boxes.cpu().numpy().T, strict=True)),
         }
         if self.masks is not None:
-            columns["area"] = self.masks.sum((1, 2)).cpu().numpy()
+            columns["area"] = [int(mask.sum()) for mask in self.masks]
         return pandas.DataFrame(columns)
 
     def to_supervision(self) -> Any:
@@ -79,12 +79,13 @@ class ImageDetections(Detections):
         """
         supervision = _import("supervision", "to_supervision")
         found = self.to("cpu")
+        masks = found.bitmaps()
         names = [self.class_names[label] for label in found.labels.tolist()]
         return supervision.Detections(
             xyxy=found.boxes.numpy(),
             confidence=found.scores.numpy(),
             class_id=found.labels.numpy(),
-            mask=None if found.masks is None else found.masks.numpy(),
+            mask=None if masks is None else masks.numpy(),
             data={"class_name": np.array(names, dtype=str)},
         )
 

@@ -20,6 +20,8 @@ from torch import nn
 
 from ..data import CocoDataset
 from ..data.augmentation import shortest_edge_size
+from ..data.loader import training_images
+from ..data.tiles import TiledDataset
 from ..distributed.group import gather, world_size
 from ..errors import UserError
 from ..structures import Sample, Target
@@ -60,23 +62,24 @@ def with_measured_parts(cfg: Config, state: TrainingState, dataset: CocoDataset)
     if device.type == "cpu" and not sys.platform.startswith("linux"):
         logger.warning("the memory of a step is measured on Linux and GPUs alone: SOLVER.ACCUMULATE 1")
         return cfg.replace({"SOLVER.ACCUMULATE": 1})
+    pictures = training_images(cfg, dataset)
     images = cfg.solver.ims_per_batch // world_size()
     tried = []
     for parts in (number for number in range(1, images + 1) if images % number == 0):
         trial = cfg.replace({"SOLVER.ACCUMULATE": parts})
-        fits, result = _fits(trial, state, dataset)
+        fits, result = _fits(trial, state, pictures)
         tried.append(result)
         if fits:
             logger.info("%s: SOLVER.ACCUMULATE %d", "; ".join(tried), parts)
             return trial
-    remedies = f"{_fitting_size(cfg, state, dataset)}{memory_remedies(cfg, 1)}"
+    remedies = f"{_fitting_size(cfg, state, pictures)}{memory_remedies(cfg, 1)}"
     raise UserError(
         "out-of-memory",
         f"not even one image fits into the memory: {tried[-1]}; {remedies}; or freeze parts (MODEL.FREEZE)",
     )
 
 
-def _fits(cfg: Config, state: TrainingState, dataset: CocoDataset) -> tuple[bool, str]:
+def _fits(cfg: Config, state: TrainingState, dataset: CocoDataset | TiledDataset) -> tuple[bool, str]:
     """Return whether a step fits into the memory of every process, and a sentence about it."""
     images = cfg.solver.ims_per_batch // world_size() // cfg.solver.accumulate
     height, width = largest_shape(cfg, dataset, images)
@@ -90,7 +93,7 @@ def _fits(cfg: Config, state: TrainingState, dataset: CocoDataset) -> tuple[bool
     return peak <= limit, f"{what} {taken} {limit / _GB:.2f} GB"
 
 
-def _fitting_size(cfg: Config, state: TrainingState, dataset: CocoDataset) -> str:
+def _fitting_size(cfg: Config, state: TrainingState, dataset: CocoDataset | TiledDataset) -> str:
     """Return the remedy of the largest of some smaller sizes that fits; empty if none does."""
     given = cfg.input
     for factor in _SMALLER if not given.large_scale_jitter.enabled else ():
@@ -103,13 +106,13 @@ def _fitting_size(cfg: Config, state: TrainingState, dataset: CocoDataset) -> st
     return ""
 
 
-def largest_shape(cfg: Config, dataset: CocoDataset, images: int) -> tuple[int, int]:
+def largest_shape(cfg: Config, dataset: CocoDataset | TiledDataset, images: int) -> tuple[int, int]:
     """Return (height, width) in pixels of the largest batch of so many images, before it is padded."""
     given = cfg.input
     if given.large_scale_jitter.enabled:
         height, width = given.large_scale_jitter.size
         return height, width
-    trained = (dataset.objects.counts() > 0) | (not cfg.dataloader.filter_empty_annotations)
+    trained = (dataset.counts() > 0) | (not cfg.dataloader.filter_empty_annotations)
     files = np.unique(dataset.images.sizes()[trained], axis=0)
     turned = given.rotate_90 or bool(given.albumentations)
     if turned:
@@ -147,14 +150,16 @@ def _crops(cfg: Config, height: int, width: int) -> list[tuple[int, int]]:
     return [whole, (least[0], most[1]), (most[0], least[1])]
 
 
-def largest_batch(cfg: Config, dataset: CocoDataset, images: int, shape: tuple[int, int]) -> list[Sample]:
+def largest_batch(
+    cfg: Config, dataset: CocoDataset | TiledDataset, images: int, shape: tuple[int, int]
+) -> list[Sample]:
     """Return random images of (height, width) pixels with at least as many objects as any of the dataset.
 
     There are enough objects for all RoIs that may be foreground, which decide about the mask head.
     """
     random, (height, width), heads = np.random.default_rng(0), shape, cfg.model.roi_heads
     foreground = int(heads.batch_size_per_image * heads.positive_fraction)
-    count = max(int(dataset.objects.counts().max()), foreground)
+    count = max(int(dataset.counts().max()), foreground)
     samples = []
     for _ in range(images):
         corners = np.sort(random.uniform(0, 1, (count, 2, 2)), axis=1) * (width - 1, height - 1)

@@ -86,7 +86,7 @@ class ExportableDetector(nn.Module):
         proposals = model.proposal_generator.propose(features, sizes)
         found = model.roi_heads.detect(features, proposals, sizes)[0]
         outputs = (found.boxes, found.scores, found.labels)
-        return outputs if found.masks is None else (*outputs, found.masks)
+        return (*outputs, found.masks) if isinstance(found.masks, Tensor) else outputs
 
 
 class _NeverEmpty(nn.Module):

@@ -90,7 +90,7 @@ def _make_cfg(*sources: DatasetSource, **changes: Any) -> Any:
         model=SimpleNamespace(mask_on=True),
         datasets=SimpleNamespace(train=names, test=names, registered=register, root="", allow_outside=False),
         solver=SimpleNamespace(ims_per_batch=2),
-        test=SimpleNamespace(ims_per_batch=1),
+        test=SimpleNamespace(ims_per_batch=1, tiles=SimpleNamespace(size=0)),
         dataloader=SimpleNamespace(
             num_workers=0,
             aspect_ratio_grouping=True,
@@ -98,6 +98,7 @@ def _make_cfg(*sources: DatasetSource, **changes: Any) -> Any:
             sampler_train="TrainingSampler",
             repeat_threshold=0.0,
             repeat_sqrt=True,
+            tiles=SimpleNamespace(size=0, overlap=0.2, min_visible=0.3),
         ),
         input=SimpleNamespace(
             format="BGR",
