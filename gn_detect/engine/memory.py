@@ -203,7 +203,8 @@ def peak_of_step(
                 step_unless(optimizer, torch.ones_like(state.broken))  # it makes AdamW's state
                 if cfg.solver.accumulate == 1:
                     optimizer.zero_grad(set_to_none=True)
-            return memory_in_use(device) * 2**20
+            peak = memory_in_use(device) * 2**20
+            return peak if peak <= limit else float("inf")  # what was mapped before is not limited
     except (UserError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
