@@ -418,5 +418,5 @@ def test_the_page_speaks_of_names_that_exist(repository: Path) -> None:
         for part in name.split("."):
             found = getattr(found, part)
     for name in re.findall(r"found\.(\w+)|sure\.(\w+)", text):
-        names = {*vars(ImageDetections), *ImageDetections.__dataclass_fields__}
+        names = {*dir(ImageDetections), *ImageDetections.__dataclass_fields__}
         assert set(filter(None, name)) <= names
