@@ -53,6 +53,9 @@ class Cell:
 REFERENCE, CONVERTED = "frozen BN", "GN, calibrated"
 """The two arms of the main comparison."""
 
+HEADS_ALONE = "frozen BN, GN in FPN and heads"
+"""With the heads of the second, and the backbone of the first."""
+
 SOURCES = (1, 2, 3)
 
 
@@ -92,3 +95,24 @@ def stained(rates: Mapping[str, float]) -> list[Cell]:
         Cell(f"stained{fold}", source, arm, rates[arm], MIDDLE, seed=source)
         for source, fold, arm in product(SOURCES, range(1, 6), (REFERENCE, CONVERTED))
     ]
+
+
+def pretrained(rates: Mapping[str, float]) -> list[Cell]:
+    """Return the cells of fine-tunings from ImageNet's backbone: the paper's comparison, then the other arms.
+
+    Args:
+        rates: the arms' learning rates, in the order of the arms.
+    """
+    main = [arm for arm in (REFERENCE, HEADS_ALONE, CONVERTED) if arm in rates]
+    others = [arm for arm in rates if arm not in main]
+    runs = list(product(SOURCES, ("imagenetA", "imagenetB")))
+    found = [Cell(f, 1, arm, rates[arm], MIDDLE, seed=s) for s, f in runs for arm in main]
+    found += [Cell(f, 1, arm, rates[arm], MIDDLE, seed=s) for s, f in runs for arm in others]
+    for iterations, images in ((SHORT, 1), (MIDDLE, 2), (LONG, 1)):
+        found += [
+            Cell(f, 1, arm, rates[arm], iterations, images, seed=s)
+            for s, f in runs
+            for arm in main
+            if arm != HEADS_ALONE
+        ]
+    return found
