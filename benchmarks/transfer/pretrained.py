@@ -6,7 +6,6 @@ and a cell's seed draws the new layers and the order of the images.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,19 @@ from typing import Any, Literal
 
 import torch
 import torchvision
+from torch import Tensor, nn
+from torchvision.transforms.functional import five_crop, resize
 
-from gn_detect import convert_checkpoint, convert_norm
+from gn_detect import calibrate, convert_norm
+from gn_detect.data import read_image
 from gn_detect.weights import norm_settings, save_weights
 
 MODEL = "mobilenet_v2"
 WEIGHTS = Path("weights/mobilenet_v2_imagenet/mobilenet_v2_features_torchvision_keys.pth")
 
 GROUPS = {"num_groups": 32, "min_channels_per_group": 16}
+
+CALIBRATION_STEPS = 150  # of 8 crops
 
 KEYS: dict[str, Any] = {
     "INPUT.FORMAT": "RGB",
@@ -79,20 +83,25 @@ def start_weights(data: Path, work: Path, names: Sequence[str], arm: Pretrained)
     source = data.parents[1] / WEIGHTS
     if arm.norm != "GN" or arm.start == "match":
         return source
-    if arm.start == "reset":
-        target = work / "converted" / f"{MODEL}-reset.pth"
-        if not target.exists():
-            network = torchvision.models.mobilenet_v2()
-            network.load_state_dict(torch.load(source, weights_only=True), strict=False)
-            network, _ = convert_norm(network, init="reset", **GROUPS)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_weights(target, network.state_dict(), norm_settings(network))
-        return target
-    target = work / "converted" / f"{MODEL}-{names[0].partition('.')[0]}-{len(names)}.pth"
+    kind = "reset" if arm.start == "reset" else f"{names[0].partition('.')[0]}-{len(names)}"
+    target = work / "converted" / f"{MODEL}-{kind}.pth"
     if not target.exists():
+        network = torchvision.models.mobilenet_v2()
+        network.classifier = nn.Identity()
+        network.load_state_dict(torch.load(source, weights_only=True))
+        init: Literal["reset", "match"] = "reset" if arm.start == "reset" else "match"
+        converted, report = convert_norm(network, init=init, **GROUPS)
+        if arm.start == "calibrate":
+            crops = torch.cat([read_crops(data / "images" / name) for name in names])
+            calibrate(network, converted, crops, CALIBRATION_STEPS, report=report, progress=False)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            for name in names:
-                (Path(folder) / name).symlink_to((data / "images" / name).resolve())
-            convert_checkpoint(MODEL, target, folder, weights=source, relative_eps=0.0, **GROUPS)
+        save_weights(target, converted.state_dict(), norm_settings(converted))
     return target
+
+
+def read_crops(path: Path) -> Tensor:
+    """Return the corners and the centre of an image whose short side has 256 pixels: (5, 3, 224, 224)."""
+    image = torch.from_numpy(read_image(path, "RGB").copy()).permute(2, 0, 1)
+    resized = resize(image, [256], antialias=True).float()
+    mean, std = (torch.tensor(KEYS[f"MODEL.PIXEL_{name}"]).view(3, 1, 1) for name in ("MEAN", "STD"))
+    return torch.stack(five_crop((resized - mean) / std, [224, 224]))

@@ -11,15 +11,16 @@ from typing import Any
 
 from . import plan
 from .arms import ARMS
-from .cells import CONVERTED, LONG, MIDDLE, REFERENCE, SHORT, Cell
+from .cells import CONVERTED, HEADS_ALONE, LONG, MIDDLE, REFERENCE, SHORT, Cell
 from .data import annotations_of, folds, slides_of
 from .intervals import Difference, Images, Pair, difference
 from .matches import Matches, count_objects
+from .pretrained import PRETRAINED
 
 SETTINGS = ((SHORT, 1), (MIDDLE, 1), (MIDDLE, 2), (LONG, 1))
 """Iterations and images of the final protocol."""
 
-HEADS_ALIKE = ("frozen BN, GN in FPN and heads", CONVERTED)
+HEADS_ALIKE = (HEADS_ALONE, CONVERTED)
 """The paper's comparison: a backbone with frozen BN and one with GN, both with GN in FPN and heads."""
 
 Records = dict[Cell, dict[str, Any]]
@@ -42,12 +43,16 @@ def summarise(data: Path, results: Path) -> dict[str, Any]:
     done = {study: read(results, study) for study in plan.STUDIES}
     return {
         "rates": rate_rows(done["rates"]),
+        "pretrained-rates": rate_rows(done["pretrained-rates"]),
         "causes": cause_rows(done["causes"], compare),
-        "final": [
-            row
-            for iterations, count in SETTINGS
-            for row in setting_rows(done["final"], iterations, count, compare)
-        ],
+        **{
+            study: [
+                row
+                for iterations, count in SETTINGS
+                for row in setting_rows(done[study], iterations, count, compare)
+            ]
+            for study in ("final", "pretrained")
+        },
         "stained": setting_rows(done["stained"], MIDDLE, 1, compare),
     }
 
@@ -124,7 +129,8 @@ def cause_rows(done: Records, compare: Any) -> list[dict[str, Any]]:
 def setting_rows(done: Records, iterations: int, images: int, compare: Any) -> list[dict[str, Any]]:
     """Return each arm's AP with one schedule, and its difference to frozen BN."""
     own = {
-        arm: [c for c in done if (c.arm, c.iterations, c.images) == (arm, iterations, images)] for arm in ARMS
+        arm: [c for c in done if (c.arm, c.iterations, c.images) == (arm, iterations, images)]
+        for arm in dict.fromkeys([*ARMS, *PRETRAINED])
     }
     rows = []
     for arm, cells in own.items():
