@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import cells as cell_lists
 from .arms import ARMS
-from .cells import CONVERTED, HEADS_ALONE, MIDDLE, PRETRAINED_RATES, RATES, REFERENCE, Cell
+from .cells import CONVERTED, HEADS_ALONE, MATCHED, MIDDLE, PRETRAINED_RATES, RATES, REFERENCE, Cell
 from .pretrained import PRETRAINED
 
 STUDIES = ("rates", "causes", "final", "stained", "pretrained-rates", "pretrained")
@@ -83,7 +83,7 @@ def pretrained_rate_cells() -> list[Cell]:
 
     After 150 iterations mask AP is below 3, with every arm and rate, so the grid has 450.
     """
-    ordered = [CONVERTED, "GN, matched", HEADS_ALONE, REFERENCE]
+    ordered = [MATCHED, REFERENCE, HEADS_ALONE, CONVERTED]
     ordered += [name for name in PRETRAINED if name not in ordered]
     return [Cell("imagenetdev1", 1, arm, rate, MIDDLE) for arm in ordered for rate in PRETRAINED_RATES]
 

@@ -23,7 +23,7 @@ from gn_detect.weights import norm_settings, save_weights
 MODEL = "mobilenet_v2"
 WEIGHTS = Path("weights/mobilenet_v2_imagenet/mobilenet_v2_features_torchvision_keys.pth")
 
-GROUPS = {"num_groups": 32, "min_channels_per_group": 16}
+GROUPS, FEWEST_CHANNELS = 32, 16
 
 CALIBRATION_STEPS = 150  # of 8 crops
 
@@ -33,8 +33,8 @@ KEYS: dict[str, Any] = {
     "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
     "MODEL.BACKBONE.NAME": "build_torchvision_fpn_backbone",
     "MODEL.BACKBONE.MODEL": MODEL,
-    "MODEL.GN.NUM_GROUPS": GROUPS["num_groups"],
-    "MODEL.GN.MIN_CHANNELS_PER_GROUP": GROUPS["min_channels_per_group"],
+    "MODEL.GN.NUM_GROUPS": GROUPS,
+    "MODEL.GN.MIN_CHANNELS_PER_GROUP": FEWEST_CHANNELS,
 }
 
 NEW_LAYERS = ("MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
@@ -48,12 +48,13 @@ class Pretrained:
         norm: of the backbone; ``keep`` is BatchNorm that is trained.
         heads: norm of FPN, box head and mask head; none beside detectron2's frozen BN.
         start: of a backbone with GN. ``match`` needs no images, ``calibrate`` sees the training images
-            without labels, ``reset`` is GN as initialised.
+            without labels, and so does ``distil``, which leaves the channels' scales alone; ``reset`` is GN
+            as initialised.
     """
 
     norm: Literal["FrozenBN", "keep", "GN"]
     heads: Literal["", "BN", "GN"]
-    start: Literal["match", "calibrate", "reset"] = "match"
+    start: Literal["match", "calibrate", "distil", "reset"] = "match"
 
     def config_keys(self) -> dict[str, Any]:
         """Return the config keys in which this arm differs from the others."""
@@ -65,6 +66,7 @@ PRETRAINED = {
     "frozen BN, GN in FPN and heads": Pretrained("FrozenBN", "GN"),
     "GN, matched": Pretrained("GN", "GN"),
     "GN, calibrated": Pretrained("GN", "GN", "calibrate"),
+    "GN, distilled": Pretrained("GN", "GN", "distil"),
     "GN, fresh": Pretrained("GN", "GN", "reset"),
     "live BN": Pretrained("keep", "BN"),
     "GN in the backbone": Pretrained("GN", "", "calibrate"),
@@ -83,17 +85,27 @@ def start_weights(data: Path, work: Path, names: Sequence[str], arm: Pretrained)
     source = data.parents[1] / WEIGHTS
     if arm.norm != "GN" or arm.start == "match":
         return source
-    kind = "reset" if arm.start == "reset" else f"{names[0].partition('.')[0]}-{len(names)}"
-    target = work / "converted" / f"{MODEL}-{kind}.pth"
+    images = "" if arm.start == "reset" else f"-{names[0].partition('.')[0]}-{len(names)}"
+    target = work / "converted" / f"{MODEL}-{arm.start}{images}.pth"
     if not target.exists():
         network = torchvision.models.mobilenet_v2()
         network.classifier = nn.Identity()
         network.load_state_dict(torch.load(source, weights_only=True))
         init: Literal["reset", "match"] = "reset" if arm.start == "reset" else "match"
-        converted, report = convert_norm(network, init=init, **GROUPS)
-        if arm.start == "calibrate":
+        converted, report = convert_norm(
+            network, init=init, num_groups=GROUPS, min_channels_per_group=FEWEST_CHANNELS
+        )
+        if arm.start != "reset":
             crops = torch.cat([read_crops(data / "images" / name) for name in names])
-            calibrate(network, converted, crops, CALIBRATION_STEPS, report=report, progress=False)
+            calibrate(
+                network,
+                converted,
+                crops,
+                CALIBRATION_STEPS,
+                rescale=arm.start == "calibrate",
+                report=report,
+                progress=False,
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         save_weights(target, converted.state_dict(), norm_settings(converted))
     return target
