@@ -111,8 +111,7 @@ def pretrained(rates: Mapping[str, float]) -> list[Cell]:
     main = [arm for arm in (REFERENCE, HEADS_ALONE, MATCHED) if arm in rates]
     others = [arm for arm in rates if arm not in main]
     runs = list(product(SOURCES, ("imagenetA", "imagenetB")))
-    found = [Cell(f, 1, arm, rates[arm], LONG, seed=s) for s, f in runs[:2] for arm in main]
-    found += [Cell(f, 1, arm, rates[arm], MIDDLE, seed=s) for s, f in runs for arm in main]
+    found = [Cell(f, 1, arm, rates[arm], MIDDLE, seed=s) for s, f in runs for arm in main]
     found += [Cell(f, 1, arm, rates[arm], MIDDLE, seed=s) for s, f in runs for arm in others]
     for iterations, images in ((LONG, 1), (SHORT, 1), (MIDDLE, 2)):
         found += [
@@ -121,4 +120,4 @@ def pretrained(rates: Mapping[str, float]) -> list[Cell]:
             for arm in main
             if arm != HEADS_ALONE
         ]
-    return list(dict.fromkeys(found))
+    return found
