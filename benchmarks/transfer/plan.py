@@ -89,14 +89,17 @@ def pretrained_rate_cells() -> list[Cell]:
 
 
 def chosen_rates(results: Path, grid: Sequence[Cell]) -> dict[str, float]:
-    """Return the rate with the highest AP on the development fold, of each arm whose grid is complete."""
+    """Return the rate with the highest AP on the development fold, of each arm whose next rates did worse."""
     path = results / f"{grid[0].unit}.json"
     done = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    rates = sorted({cell.rate for cell in grid if cell.iterations})
     found: dict[str, dict[float, float]] = {}
-    rates: dict[str, set[float]] = {}
     for cell in grid:
-        if cell.iterations:
-            rates.setdefault(cell.arm, set()).add(cell.rate)
         if cell.iterations and cell.name in done:
             found.setdefault(cell.arm, {})[cell.rate] = done[cell.name]["AP"]
-    return {arm: max(aps, key=lambda r: aps[r]) for arm, aps in found.items() if aps.keys() == rates[arm]}
+    chosen = {}
+    for arm, aps in found.items():
+        best = rates.index(max(aps, key=lambda rate: aps[rate]))
+        if aps.keys() >= {*rates[max(best - 1, 0) : best + 2]}:
+            chosen[arm] = rates[best]
+    return chosen
