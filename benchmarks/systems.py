@@ -23,7 +23,6 @@ from gn_detect import evaluate, load_config, train
 from gn_detect.files import atomic_write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "systems.json"
 CONFIG = REPOSITORY / "configs" / "quick" / "nuclei_r18_gn.yaml"
 
 NARROW = {"MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.WIDTH_PER_GROUP": 32, "MODEL.DEVICE": "cpu"}
@@ -46,49 +45,51 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Run the trainings that have no result yet."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.systems", description=__doc__)
+    run("systems", CONFIG, {arm: {**NARROW, **keys} for arm, keys in ARMS.items()}, str(__doc__))
+
+
+def run(topic: str, config: Path, arms: dict[str, dict[str, Any]], description: str) -> None:
+    """Train each arm with each seed, and record the result in ``results/TOPIC.json`` as it ends."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{topic}", description=description)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hours", type=float, default=2.0, help="after which no training is begun")
     parser.add_argument("--only", default="", help="part of an arm's name")
+    parser.add_argument("--iterations", type=int, help="of a trial; its results are printed, not recorded")
     args = parser.parse_args()
-    end = time.monotonic() + args.hours * 3600
-    for seed, arm in product(range(1, args.seeds + 1), ARMS):
-        key = f"{arm}, seed {seed}"
-        if key in read() or args.only not in arm:
+    path, end = REPOSITORY / "benchmarks" / "results" / f"{topic}.json", time.monotonic() + args.hours * 3600
+    for seed, arm in product(range(1, args.seeds + 1), arms):
+        key, keys = f"{arm}, seed {seed}", {**arms[arm], "SEED": seed}
+        done = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if key in done or args.only not in arm:
             continue
         if time.monotonic() > end:
             print("the time is over; the same command continues")
             return
+        if args.iterations:
+            keys |= {"SOLVER.MAX_ITER": args.iterations, "SOLVER.STEPS": []}
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
             1, mp_context=context
         ) as pool:  # a process each: its peak of memory is its own
-            found = pool.submit(measure, arm, seed).result()
-        atomic_write_json(RESULTS, read() | {key: found}, indent=1)
+            found = pool.submit(measure, config, keys).result()
+        if not args.iterations:
+            atomic_write_json(path, done | {key: found}, indent=1)
         print(f"{key}: {found}", flush=True)
 
 
-def measure(arm: str, seed: int) -> dict[str, Any]:
-    """Train an arm, and return AP in percent, seconds of an iteration and of an image, and MiB."""
+def measure(config: Path, keys: dict[str, Any]) -> dict[str, Any]:
+    """Train a config, and return AP in percent, seconds of an iteration, and MiB."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        keys = {**NARROW, **ARMS[arm], "SEED": seed, "OUTPUT_DIR": folder, "DATASETS.TEST": []}
-        cfg = load_config(CONFIG).replace(keys)
+        whole = load_config(config).replace({**keys, "OUTPUT_DIR": folder})
+        cfg = whole.replace({"DATASETS.TEST": []})
         begin = time.process_time()
         train(cfg)
         found: dict[str, Any] = {"seconds": round((time.process_time() - begin) / cfg.solver.max_iter, 3)}
         lines = (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()
         found["memory"] = round(json.loads(lines[-1])["memory_mb"])
-        weights = str(Path(folder) / "model_final.pth")
-        tested = cfg.replace({"MODEL.WEIGHTS": weights, "DATASETS.TEST": ["nuclei_val"]})
-        results = evaluate(tested)
+        results = evaluate(whole.replace({"MODEL.WEIGHTS": str(Path(folder) / "model_final.pth")}))
     return found | {kind: round(row["AP"], 2) for kind, row in results.items() if "AP" in row}
-
-
-def read() -> dict[str, Any]:
-    """Return the records so far."""
-    found: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-    return found
 
 
 if __name__ == "__main__":

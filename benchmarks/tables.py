@@ -11,7 +11,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -312,10 +312,11 @@ def interval(found: dict[str, Any] | None) -> str:
     return f"({text})" if found["low"] <= 0 <= found["high"] else text
 
 
-def systems() -> str:
-    """Return AP and cost of each arm of :mod:`benchmarks.systems`, with its runs."""
+def arms(topic: str) -> str:
+    """Return AP and cost of each arm of :mod:`benchmarks.systems` or of a study like it, with its runs."""
     done: dict[str, list[dict[str, float]]] = {}
-    for key, record in load("systems").items():
+    recorded_runs = load(topic) if (RESULTS / f"{topic}.json").exists() else {}  # none may have ended yet
+    for key, record in recorded_runs.items():
         done.setdefault(key.rpartition(", seed ")[0], []).append(record)
     rows = []
     for arm, records in done.items():
@@ -328,13 +329,48 @@ def systems() -> str:
     return markdown(["", "box AP", "mask AP", "s for each iteration", "MiB"], rows)
 
 
+def peers() -> str:
+    """Return time to an AP, final AP and cost of each training of :mod:`benchmarks.peers`."""
+    rows = []
+    for key, record in load("peers").items():
+        found = record["evaluations"]
+        times = [time_to(ap, [(row["seconds"], row["segm"]) for row in found]) for ap in (20, 30)]
+        name, model, seed = key.split(", ")[0], ", ".join(key.split(", ")[1:-1]), key.rpartition(" ")[2]
+        reached = ("not reached" if seconds is None else f"{seconds:.0f}" for seconds in times)
+        last = found[-1]
+        final = (f"{last[kind]:.1f}" for kind in ("segm", "bbox"))
+        total = f"{last['seconds']:.0f} ({last['iteration']})"
+        lines = " + ".join(str(count) for count in record["lines"].values() if count)
+        rows.append([name, model, seed, *reached, total, *final, record["memory"], lines])
+    if not rows:
+        return "*No training has been recorded yet.*"
+    columns = ("", "model", "seed", "s to 20 mask AP", "s to 30", "s of all (iterations)", "final mask AP")
+    return markdown((*columns, "final box AP", "MiB", "lines (script + config)"), rows)
+
+
+def time_to(ap: float, points: list[tuple[float, float]]) -> float | None:
+    """Return the seconds at which the AP is first reached, or None.
+
+    Args:
+        ap: percent.
+        points: seconds and AP of each evaluation, in order. Between two, and from 0 s with AP 0 to the
+            first, the AP is taken as linear.
+    """
+    for (begin, before), (end, after) in pairwise([(0.0, 0.0), *points]):
+        if after >= ap:
+            return begin + (end - begin) * (ap - before) / (after - before)
+    return None
+
+
 COSTS = {"seconds": 2, "memory": 0}  # of a training, with their digits
 
 TABLES: dict[str, Callable[[], str]] = {
     "headlines": headlines,
     "detectron2": lambda: recorded("detectron2", ratio=over_detectron2),
     "parts": lambda: recorded("parts"),
-    "systems": systems,
+    "systems": lambda: arms("systems"),
+    "augmentation": lambda: arms("augmentation"),
+    "peers": peers,
     "norms of 2 images": lambda: norms_gpu("norms-h200"),
     "norms of 1 image": lambda: norms_gpu("norms-h200-1-image"),
     "steps on an H200": lambda: steps(**{dtype: load("steps-h200")[dtype] for dtype in DTYPES}),
@@ -355,6 +391,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "own data": lambda: recorded("own-data"),
     "throughput": lambda: recorded("throughput"),
     "memory": lambda: recorded("memory"),
+    "tiles": lambda: recorded("tiles"),
     "evaluation": lambda: recorded("evaluation", ratio=lambda record: f"{record['ratio']:.2f}"),
 }
 

@@ -109,6 +109,7 @@ def convert_checkpoint(
     learning_rate: float = 1e-4,
     norm_learning_rate: float = 2e-3,
     block_weight: float = 30.0,
+    rescale: bool = True,
     checkpoint: str | Path | None = None,
     report_file: str | Path | None = None,
 ) -> CheckpointReport:
@@ -137,6 +138,8 @@ def convert_checkpoint(
         max_images: calibrate on at most so many images, spread over all.
         steps, learning_rate, norm_learning_rate, block_weight: see :func:`gn_detect.calibrate`; a
             detector has 400 steps by default.
+        rescale: let the calibration rescale channels; not for weights that are to be fine-tuned, which then
+            learn more slowly.
         batch_size: images in each step; by default 2 for detectors and 8 for other models.
         checkpoint: file to continue an interrupted calibration from; deleted when ``target`` is written.
         report_file: JSON to write the report to; with ``images`` a picture (``.png``) is written next to it.
@@ -184,7 +187,12 @@ def convert_checkpoint(
             "conflicting-flags", f"{converted} has its own eps; leave --eps and --relative-eps out"
         )
     rates = {"learning_rate": learning_rate, "norm_learning_rate": norm_learning_rate}
-    settings: dict[str, Any] = {**rates, "block_weight": block_weight, "checkpoint": checkpoint}
+    settings: dict[str, Any] = {
+        **rates,
+        "block_weight": block_weight,
+        "rescale": rescale,
+        "checkpoint": checkpoint,
+    }
 
     fixed_keys, for_config, for_module, choice = None, not is_model, is_model, ""
     earlier = read_checkpoint(converted) if converted else None

@@ -32,6 +32,8 @@ Code = Literal[
     "unsupported-value",
     "conflicting-keys",
     "indivisible-batch",
+    "not-a-pipeline",
+    "refused-transform",
     # any file, and the machine
     "cannot-read",
     "cannot-write",
@@ -92,6 +94,7 @@ Code = Literal[
     "missing-weights",
     "unknown-weights",
     "download-failed",
+    "upload-failed",
     "not-weights",
     "damaged-weights",
     "damaged-record",

@@ -75,7 +75,8 @@ def finetune(
         val_images: folder of their images.
         data: in place of these four: a file or folder in any format that ``gn-detect import`` reads. It
             becomes COCO files in ``output_dir/data``, and is split by images where it has no val part.
-        weights: a starting point: a file, ``zoo://NAME`` or a URL; from scratch by default.
+        weights: a starting point: a file, ``zoo://NAME``, ``hf://USER/REPO`` or a URL; from scratch by
+            default.
         backbone: a network of torchvision or timm, such as ``mobilenet_v2`` or ``timm/resnet26d``;
             ``weights`` is then a file of its classifier, or empty.
         output_dir: the run's folder.

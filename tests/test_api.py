@@ -167,6 +167,29 @@ def test_detections_as_coco_results(found: ImageDetections) -> None:
     assert np.array_equal(coco_mask.decode(entries[0]["segmentation"]), found.masks[0].numpy())
 
 
+def test_detections_as_a_table(found: ImageDetections, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pandas itself where it is installed; else a stand-in, which takes the same columns."""
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(gn_detect.UserError, match="pip install pandas"):
+        found.to_pandas()
+    monkeypatch.undo()
+    try:
+        import pandas  # noqa: F401
+    except ImportError:
+        monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=dict))
+    for few in (found, found[:0]):
+        table = few.to_pandas()
+        assert list(table) == ["class_name", "category_id", "score", "x1", "y1", "x2", "y2", "area"]
+        assert list(table["class_name"]) == [few.class_names[label] for label in few.labels]
+        assert {*table["category_id"]} <= {3, 7}
+        boxes = np.stack([table[name] for name in ("x1", "y1", "x2", "y2")], axis=1)
+        assert np.array_equal(boxes, few.boxes.numpy())
+        assert few.masks is not None
+        assert list(table["area"]) == [int(mask.sum()) for mask in few.masks]
+    few.masks = None
+    assert "area" not in few.to_pandas()
+
+
 def test_detections_for_supervision(found: ImageDetections, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in takes the place of the package, which the tests do not install."""
     monkeypatch.setitem(sys.modules, "supervision", None)
@@ -319,7 +342,7 @@ def test_finetune_gives_a_predictor_results_reasons_and_a_report(
     )
     assert isinstance(run, gn_detect.FineTuned)
     assert run.folder == tmp_path / "run"
-    assert set(run.results) == {"bbox", "segm", "diagnosis"}
+    assert set(run.results) == {"bbox", "segm", "diagnosis", "validation"}
     assert 0 <= run.results["bbox"]["AP"] <= 100
     assert run.config.solver.max_iter == 1
     assert run.config.model.roi_heads.num_classes == 2

@@ -52,7 +52,19 @@ MAY_IMPORT: dict[str, set[str]] = {
 """For each file or folder of the package, what else of the package it may import (itself always)."""
 
 SLOW_IMPORTS = ("tensorboard", "matplotlib", "hotcoco", "faster_coco_eval", "scipy", "pytest", "jinja2", "av")
-SLOW_IMPORTS += ("onnx", "onnxscript", "onnxruntime", "detectron2", "timm")
+SLOW_IMPORTS += (
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "detectron2",
+    "timm",
+    "albumentations",
+    "cv2",
+    "huggingface_hub",
+    "wandb",
+    "mlflow",
+    "trackio",
+)
 
 
 def python_files(root: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from benchmarks import tables
+from benchmarks.peers.__main__ import code_lines
 
 RECORDED = [
     path.stem for path in tables.RESULTS.glob("*.json") if "records" in json.loads(path.read_text("utf-8"))
@@ -53,3 +54,36 @@ def test_a_record_has_a_machine_and_runs(topic: str) -> None:
             elif "value" in figure and len(figure["runs"]) > 1:  # of runs before they were rounded
                 runs = {"runs": figure["runs"]}
                 assert figure["value"] == pytest.approx(tables.value(runs, content["statistic"]), abs=0.1)
+
+
+def test_the_time_to_an_ap_lies_on_the_line_between_evaluations() -> None:
+    points = [(10.0, 5.0), (20.0, 25.0), (30.0, 22.0), (40.0, 42.0)]
+    assert tables.time_to(4, points) == pytest.approx(8)  # from AP 0 at 0 s
+    assert tables.time_to(5, points) == pytest.approx(10)
+    assert tables.time_to(20, points) == pytest.approx(17.5)
+    assert tables.time_to(24, points) == pytest.approx(19.5)  # the first time, though the AP falls again
+    assert tables.time_to(32, points) == pytest.approx(35)
+    assert tables.time_to(43, points) is None
+    assert tables.time_to(1, []) is None
+
+
+def test_lines_of_code_leave_out_what_does_nothing() -> None:
+    source = '''"""A docstring
+of two lines."""
+
+from a import (
+    b,
+)
+
+# a comment
+def f(x):  # counted
+    """Do it."""
+    import c
+
+    return b(
+        x,
+        """a
+        text""",
+    )
+'''
+    assert code_lines(source) == 6

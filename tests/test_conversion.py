@@ -76,6 +76,13 @@ def test_a_librarys_model_is_calibrated_further(tmp_path, monkeypatch) -> None:
     assert "converted" in report.similarity
     assert (tmp_path / "report.png").exists()
     assert set(read_checkpoint(second).metadata.group_norm_eps.values()) == {1e-3}
+    kept = tmp_path / "kept.pth"
+    settings = {"weights": weights, "converted": first, "steps": 0}
+    gn_detect.convert_checkpoint("mobilenet_v3_small", kept, images, rescale=False, **settings)
+    start, rescaled, same = (read_checkpoint(path).tensors for path in (first, second, kept))
+    convolution = "features.1.block.0.0.weight"
+    assert not torch.equal(rescaled[convolution], start[convolution])
+    assert torch.equal(same[convolution], start[convolution])
 
 
 def test_a_photo_gives_itself_and_windows(tmp_path, monkeypatch) -> None:

@@ -29,7 +29,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 PARSED_ONLY = {
     r"--backbone|convert mobilenet_v2": "needs the weights of a classifier",
-    r"zoo://|zoo (list|info|download|verify)|DEFAULT|https://": "needs the network",
+    r"(zoo|hf)://|zoo (list|info|download|verify)|DEFAULT|https://": "needs the network",
     r"--num-gpus [2-9]|bench norm": "is for a GPU",
     r"bench train": "times a whole model",
     r"gn-detect export|predict model.onnx": "takes a minute, and tests/cli/test_export.py does it",

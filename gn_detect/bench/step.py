@@ -163,6 +163,7 @@ def _with_workload(cfg: Config, folder: Path, workload: Workload) -> Config:
             "INPUT.MAX_SIZE_TEST": long,
             "INPUT.RANDOM_FLIP": "none",
             "SOLVER.IMS_PER_BATCH": workload.images,
+            "SOLVER.ACCUMULATE": cfg.solver.accumulate or 1,
             "TEST.IMS_PER_BATCH": workload.images,
             "MODEL.ROI_HEADS.NUM_CLASSES": 80,
             # Fresh weights score all classes alike; about half of them pass.

@@ -25,7 +25,7 @@ FORMATS = ("pth", "pt", "pkl", "safetensors")
 SHARED = (
     "overrides", "fix_config", "weights", "num_groups", "min_channels_per_group", "report_file",
     "image_folder", "max_images", "steps", "batch_size", "learning_rate", "norm_learning_rate",
-    "block_weight", "checkpoint",
+    "block_weight", "rescale", "checkpoint",
 )  # fmt: skip
 
 
@@ -83,6 +83,12 @@ def add_shared_arguments(
     add("--norm-learning-rate", type=float, default=2e-3, help="of the norms' weights and biases")
     weight = "of the blocks' differences, on average, relative to the outputs'"
     add("--block-weight", type=float, default=30.0, help=weight)
+    add(
+        "--keep-scales",
+        dest="rescale",
+        action="store_false",
+        help="do not rescale channels; for weights to be fine-tuned, which learn faster so",
+    )
     checkpoint = "to go on from, if it is interrupted; deleted when DST is written"
     add("--checkpoint", metavar="FILE", help=checkpoint)
     add_fix_argument(parser)

@@ -13,11 +13,11 @@ _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 
 
 def names_weights(text: str) -> bool:
-    """Return whether a word is a checkpoint, a run's folder or a name of the model zoo."""
+    """Return whether a word is a checkpoint, a run's folder, or a name of the model zoo or the Hub."""
     path = Path(text)
     if path.is_dir():
         return (path / CONFIG).is_file()
-    if text.endswith((".pth", ".pt", ".pkl", ".safetensors", ".npz")) or text.startswith("zoo://"):
+    if text.endswith((".pth", ".pt", ".pkl", ".safetensors", ".npz")) or text.startswith(("zoo://", "hf://")):
         return True
     if not re.fullmatch(r"[\w.]+(-[\w.]+)+", text) or path.exists():
         return False

@@ -23,7 +23,7 @@ COMMANDS = {
     "convert": "Convert a checkpoint from BatchNorm to GroupNorm.",
     "calibrate": "Bring a converted checkpoint closer to its original, with images that need no labels.",
     "config": "Print the config that a file and KEY VALUE pairs make, or explain a key or find it by words.",
-    "export": "Export a trained detector as ONNX or as a program of PyTorch.",
+    "export": "Export a trained detector as ONNX, program of PyTorch or safetensors, or push it to the Hub.",
     "zoo": "List, explain, download and check published weights.",
     "plot": "Draw losses, AP and learning rate of one run, or of several in the same axes.",
     "compare": "Tell whether the AP of two runs, or of two groups of seeds, differs by more than luck.",

@@ -73,9 +73,24 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{part}-images", metavar="FOLDER", help=f"images of --{part}-json")
 
 
+def take_loggers(args: argparse.Namespace) -> None:
+    """Turn ``--logger A --logger B`` into ``LOGGERS ['A', 'B']``.
+
+    Raises:
+        UserError: the key is given, too.
+    """
+    if not args.logger:
+        return
+    if "LOGGERS" in args.overrides[::2]:
+        raise UserError("conflicting-flags", "--logger and LOGGERS name the same thing; give one")
+    args.overrides = ["LOGGERS", str(args.logger), *args.overrides]
+
+
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", metavar="W", help="MODEL.WEIGHTS: a file, zoo://NAME (gn-detect zoo list) or a URL"
+        "--weights",
+        metavar="W",
+        help="MODEL.WEIGHTS: a file, zoo://NAME (gn-detect zoo list), hf://USER/REPO or a URL",
     )
 
 
@@ -154,6 +169,7 @@ def read_config(args: argparse.Namespace) -> Config:
     """
     take_weights(args)
     take_backbone(args)
+    take_loggers(args)
     if args.data:
         from .own_data import take_data
 

@@ -36,6 +36,7 @@ gn-detect predict runs/one --output found --threshold 0.7 photos 'more/*.png' TE
 gn-detect predict --config-file runs/one/config.yaml --weights runs/one/model_best.pth \\
     --annotations val.json images
 gn-detect predict model.onnx clip.mp4
+gn-detect predict runs/one slides --tile 800 --overlap 0.2
 """
 
 AUTO = "auto"
@@ -74,6 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "other images of a folder or quoted pattern are left out",
     )
     add_other_classes_argument(parser, "with --annotations: take")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="search square tiles of large images, and join the parts of what they cut (TEST.TILES.SIZE)",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        metavar="PART",
+        help="least part of its side that a tile shares with the next, from 0 to 0.9 (TEST.TILES.OVERLAP)",
+    )
     parser.add_argument("--no-pictures", action="store_true", help="write the results of images alone")
     parser.add_argument(
         "--workers",
@@ -197,10 +210,14 @@ def nothing_found(predictor: ImagePredictor, best: Outcome, threshold: float) ->
 
 
 def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor | ExportedPredictor:
-    """Return the predictor of ``--model``, or of ``--config-file`` and ``--weights``."""
+    """Return the predictor of ``--model``, or of ``--config-file`` and ``--weights``, with ``--tile``."""
     from ..engine import Predictor
+    from ..engine.predictor import with_tiles
     from ..export import ExportedPredictor
 
+    for flag, key in (("tile", "TEST.TILES.SIZE"), ("overlap", "TEST.TILES.OVERLAP")):
+        if getattr(args, flag) is not None and key in overrides[::2]:
+            raise UserError("conflicting-flags", f"--{flag} and {key} name the same thing; give one")
     if args.model:
         given = (
             ["--config-file"] * bool(args.config_file) + ["--weights"] * bool(args.weights) + overrides[:1]
@@ -210,10 +227,12 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
                 "conflicting-flags",
                 f"--model holds its own config, so {given[0]} has no effect; leave it out",
             )
-        return ExportedPredictor(args.model, trust=args.trust)
+        exported = ExportedPredictor(args.model, trust=args.trust)
+        exported.cfg = with_tiles(exported.cfg, args.tile, args.overlap)
+        return exported
     args.overrides = overrides
     take_weights(args)
-    cfg = read_config_file(args)
+    cfg = with_tiles(read_config_file(args), args.tile, args.overlap)
     least = cfg.model.roi_heads.score_thresh_test
     if args.threshold != AUTO and args.threshold < least:
         print(f"no score will be below MODEL.ROI_HEADS.SCORE_THRESH_TEST, {least:g}: lower it, too")

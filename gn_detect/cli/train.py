@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train and evaluate for so long, such as 45m or 1h30m: measures some iterations, and sets "
         "SOLVER.MAX_ITER",
     )
+    parser.add_argument(
+        "--logger",
+        action="append",
+        metavar="NAME",
+        help="send config and metrics to wandb, mlflow or trackio, too; may be repeated: sets LOGGERS",
+    )
     add_other_classes_argument(parser, "evaluate, or with --resume go on, on")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
     add_launch_arguments(parser)

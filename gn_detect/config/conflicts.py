@@ -40,7 +40,9 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
             yield f"{key}.IOU_THRESHOLDS", "must have one entry less than IOU_LABELS"
     if model.roi_heads.name == "CascadeROIHeads":
         yield from _cascade_conflicts(root)
-    if root.solver.ims_per_batch % root.solver.accumulate:
+    if root.solver.accumulate == 0 and root.solver.cuda_graphs is True:
+        yield "SOLVER.ACCUMULATE", "cannot be auto with SOLVER.CUDA_GRAPHS True, whose memory is not measured"
+    if root.solver.ims_per_batch % (root.solver.accumulate or 1):
         yield "SOLVER.ACCUMULATE", f"must divide SOLVER.IMS_PER_BATCH, which is {root.solver.ims_per_batch}"
     weights = model.roi_box_head.class_weights
     if weights and weights != "auto" and len(weights) != model.roi_heads.num_classes:
@@ -66,6 +68,10 @@ def conflicts(root: Root) -> Iterator[tuple[str, str]]:
     jitter = given.large_scale_jitter
     if jitter.min_scale > jitter.max_scale or len(jitter.size) != 2:
         yield "INPUT.LARGE_SCALE_JITTER", "needs MIN_SCALE up to MAX_SCALE, and SIZE as (height, width)"
+    if given.affine.min_scale > given.affine.max_scale:
+        yield "INPUT.AFFINE", "needs MIN_SCALE up to MAX_SCALE"
+    if given.copy_paste and not model.mask_on:
+        yield "INPUT.COPY_PASTE", "needs masks: set MODEL.MASK_ON to True, or COPY_PASTE to 0"
 
 
 def _cascade_conflicts(root: Root) -> Iterator[tuple[str, str]]:

@@ -29,8 +29,14 @@ def with_absolute_paths(cfg: Config) -> Config:
 
 
 def without_paths(cfg: Config) -> Config:
-    """Return a config for a file that is passed on: local paths keep their last part alone."""
-    return _with_paths(cfg, _last_part, output="./output", root="")
+    """Return a config that may be passed on: paths keep their last part alone, URLs no password or query."""
+    cfg = _with_paths(cfg, _last_part, output="./output", root="")
+    return cfg.replace({"MODEL.WEIGHTS": without_secrets(cfg.model.weights)})
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL without user, password and query; other text unchanged."""
+    return re.sub(r"://(?:[^/]*@)?([^?#]*).*", r"://\1", url)
 
 
 def _with_paths(cfg: Config, change: Callable[[str], str], output: str, root: str | None = None) -> Config:
@@ -43,6 +49,8 @@ def _with_paths(cfg: Config, change: Callable[[str], str], output: str, root: st
         changes["DATASETS.ROOT"] = change(cfg.datasets.root) if root is None else root
     if is_local(cfg.model.weights):
         changes["MODEL.WEIGHTS"] = change(cfg.model.weights)
+    if cfg.input.albumentations:
+        changes["INPUT.ALBUMENTATIONS"] = change(cfg.input.albumentations)
     return cfg.replace(changes)
 
 
@@ -76,7 +84,7 @@ def find_again(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
             return path
         return next((str(p) for p in _candidates(path, before, folder) if os.path.exists(p)), path)
 
-    for group, key in (("MODEL", "WEIGHTS"), ("DATASETS", "ROOT")):
+    for group, key in (("MODEL", "WEIGHTS"), ("DATASETS", "ROOT"), ("INPUT", "ALBUMENTATIONS")):
         if isinstance(found.get(group), dict) and key in found[group]:
             found[group] = {**found[group], key: find(found[group][key])}
     datasets = found.get("DATASETS")

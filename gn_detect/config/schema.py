@@ -30,6 +30,8 @@ ROI_HEADS = ("StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads")
 POOLERS = ("ROIAlignV2", "ROIAlign")
 MATCH_LABELS = "0 background, -1 ignored, 1 object, for each range of IOU_THRESHOLDS."
 
+LEAST_TILE = 64  # pixels; two cells of the coarsest level of an FPN
+
 # Bytes of a dataset's name: file systems allow 255, and endings follow.
 _LONGEST_NAME = 150
 
@@ -71,6 +73,12 @@ def _metric(name: str) -> str:
     return name
 
 
+def _tile(side: int) -> int:
+    if side and not LEAST_TILE <= side <= 2**15:
+        raise ValueError(f"must be 0, or {LEAST_TILE} to {2**15} pixels")
+    return side
+
+
 def _below_one(pair: tuple[float, float]) -> tuple[float, float]:
     if not all(0 <= value < 1 for value in pair):
         raise ValueError("must be two numbers from 0 to below 1")
@@ -105,12 +113,14 @@ Depth = Annotated[Literal[18, 34, 50, 101, 152], FromText]
 Dilation = Annotated[Literal[1, 2], FromText]
 Device = Annotated[Str, AfterValidator(_device)]
 Metric = Annotated[Str, AfterValidator(_metric)]
+TileSide = Annotated[Int, AfterValidator(_tile)]
 
 # Sizes of tensors are bounded: a file of a few lines must not make something huge.
 Channels = Annotated[Int, Field(gt=0, le=2**14)]
 Small = Annotated[Int, Field(ge=0, le=64)]  # layers; samples in each direction
 Cells = Annotated[Int, Field(gt=0, le=64)]  # in each direction of a pooled RoI
 Amount = Annotated[Int, Field(gt=0, le=10**6)]  # boxes, images or parts that are computed at once
+Parts = Annotated[Int, Field(ge=0, le=10**6), BeforeValidator(lambda parts: 0 if parts == "auto" else parts)]
 Side = Annotated[Int, Field(gt=0, le=2**15)]  # of an image, pixels
 
 AsTuple = BeforeValidator(as_tuple)
@@ -133,6 +143,7 @@ FractionsOfStages = Annotated[tuple[Fraction, ...], Field(min_length=1, max_leng
 FloatsOfLevel = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=64)]
 FloatsPerLevel = Annotated[tuple[FloatsOfLevel, ...], Field(min_length=1, max_length=64), AsTuple]
 Names = Annotated[tuple[Str, ...], BeforeValidator(as_names)]
+Loggers = Annotated[tuple[Literal["wandb", "mlflow", "trackio"], ...], BeforeValidator(as_names)]
 Stages = Annotated[Names, AfterValidator(_known_stages)]
 DatasetNames = Annotated[Names, AfterValidator(_folder_names)]
 
@@ -405,8 +416,8 @@ class Model(Section):
     meta_architecture: Str = only("GeneralizedRCNN")
     weights: Str = key(
         "",
-        "Checkpoint to start from or to evaluate: a file, zoo://NAME, detectron2://..., https://...; empty: "
-        "random weights.",
+        "Checkpoint to start from or to evaluate: a file, zoo://NAME, hf://USER/REPO, detectron2://..., "
+        "https://...; empty: random weights.",
     )
     pixel_mean: PerChannel = key(
         (103.53, 116.28, 123.675), "Mean to subtract from pixels of 0 to 255, in the order of INPUT.FORMAT."
@@ -469,6 +480,14 @@ class LargeScaleJitter(Section):
     size: Lengths = key((1024, 1024), "(height, width) of the canvas, pixels.")
 
 
+class Affine(Section):
+    enabled: Bool = key(False, "Rotate, scale and move training images at random; their size stays.")
+    degrees: Float = key(10.0, "Largest rotation to each side.", ge=0, le=180)
+    translate: Fraction = key(0.1, "Largest move to each side, as a part of width and height.")
+    min_scale: Float = key(0.8, "Least factor of the size.", ge=0.1, le=10)
+    max_scale: Float = key(1.25, "Largest factor of the size.", ge=0.1, le=10)
+
+
 class Input(Section):
     min_size_train: Lengths = key((800,), "Lengths of the shorter side in training, pixels; drawn at random.")
     min_size_train_sampling: Literal["choice", "range"] = key(
@@ -489,6 +508,18 @@ class Input(Section):
     )
     color_jitter: ColorJitter = ColorJitter()
     large_scale_jitter: LargeScaleJitter = LargeScaleJitter()
+    rotate_90: Bool = key(False, "Turn training images by 0, 90, 180 or 270 degrees, at random.")
+    affine: Affine = Affine()
+    copy_paste: Fraction = key(
+        0.0,
+        "Part of the training images onto which random objects of another one are pasted, by their masks "
+        "(arXiv 2012.07177).",
+    )
+    albumentations: Str = key(
+        "",
+        "Pipeline file of albumentations 2, as its save() writes it (JSON or YAML): applied to each training "
+        "image after all else but COPY_PASTE; empty: none.",
+    )
 
 
 class RegisteredDataset(Section):
@@ -521,6 +552,34 @@ class Datasets(Section):
     )
 
 
+class Tiles(Section):
+    size: TileSide = key(
+        0,
+        "Side of square tiles, pixels of the file, 64 or more: each is searched as an image of its own, and "
+        "parts of an object are joined by their masks. 0: whole images.",
+    )
+    overlap: Float = key(
+        0.2,
+        "Least part of a tile's side that the next one shares, up to 0.9. Objects up to that size are whole "
+        "in some tile.",
+        ge=0,
+        le=0.9,
+    )
+
+
+class TrainTiles(Tiles):
+    size: TileSide = key(
+        0, "Side of square tiles to train on, pixels of the file, 64 or more. 0: whole images."
+    )
+    min_visible: Float = key(
+        0.3,
+        "Least part of an object's mask, or without masks of its box, that a tile must show; smaller parts "
+        "are background.",
+        gt=0,
+        le=1,
+    )
+
+
 class DataLoader(Section):
     num_workers: Int = key(4, "Processes of the loader; 0: none.", ge=0, le=1024)
     aspect_ratio_grouping: Bool = key(True, "Put wide and tall images into different batches.")
@@ -531,7 +590,10 @@ class DataLoader(Section):
     )
     repeat_threshold: Fraction = key(0.0, "Share of the images below which a category is rare.")
     repeat_sqrt: Bool = key(True, "Repeat by the square root of the shortage (LVIS).")
-    filter_empty_annotations: Bool = key(True, "Leave out training images without objects.")
+    filter_empty_annotations: Bool = key(
+        True, "Leave out training images, or with TILES tiles, without objects."
+    )
+    tiles: TrainTiles = TrainTiles()
 
 
 class ClipGradients(Section):
@@ -614,9 +676,11 @@ class Solver(Section):
         "Metric that selects model_best.pth, such as bbox/AP-person; auto: segm/AP, without masks bbox/AP.",
     )
     log_period: PositiveInt = key(20, "Iterations between log lines.")
-    accumulate: Amount = key(
+    accumulate: Parts = key(
         1,
-        "Parts of IMS_PER_BATCH that go through the model one after the other: less memory, the same update.",
+        "Parts of IMS_PER_BATCH that go through the model one after the other: less memory, the same update. "
+        "auto, or 0: as few as fit into the memory; a step is measured before the first iteration, and "
+        "config.yaml has the number.",
     )
     cuda_graphs: BoolOrAuto = key(
         "auto",
@@ -661,12 +725,20 @@ class Test(Section):
     expected_results: Annotated[tuple[Any, ...], FromText] = only(())
     eval_period: Count = key(0, "Iterations between evaluations; 0: at the end alone.")
     keypoint_oks_sigmas: Annotated[tuple[Float, ...], FromText] = unread(())
-    detections_per_image: Amount = key(100, "Limit of the detections of an image; COCO's AP counts 100.")
+    detections_per_image: Amount = key(
+        100, "Limit of the detections of an image, or with TILES of a tile; COCO's AP counts 100."
+    )
     aug: Augmentation = Augmentation()
+    tiles: Tiles = Tiles()
     precise_bn: PreciseBN = PreciseBN()
     ims_per_batch: Amount = key(1, "Images that each process reads and evaluates together.")
     coco_eval_backend: Literal["auto", "hotcoco", "faster_coco_eval", "pycocotools"] = key(
         "auto", "Library that computes AP; all give the same numbers."
+    )
+    loss_images: Count = key(
+        0,
+        "Images of each test set, evenly spread, whose losses each evaluation computes, too, without "
+        "augmentation; 0: none.",
     )
     boundary_ap: Bool = key(False, "Compute the Boundary AP of masks, too: how well outlines fit.")
 
@@ -700,6 +772,10 @@ class Root(Section):
     cudnn_benchmark: Bool = key(False, "Let cuDNN time its algorithms; helps where all inputs have one size.")
     float32_precision: Literal["", "highest", "high", "medium"] = key(
         "", "Precision of float32 matrix products (torch.set_float32_matmul_precision); empty: PyTorch's own."
+    )
+    loggers: Loggers = key(
+        (),
+        "Loggers in addition to TensorBoard: wandb, mlflow, trackio. Each gets the config and the metrics.",
     )
     vis_period: Int = only(0)
     vis: Vis = Vis()

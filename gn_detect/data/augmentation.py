@@ -1,4 +1,4 @@
-"""Random augmentation as in detectron2, and large-scale jitter.
+"""Random augmentation as in detectron2, and more: large-scale jitter, turns, affine maps, copy-paste.
 
 Each augmentation is a callable of a LabelledImage and a NumPy generator, the only source of random numbers.
 The config's schema bounds their settings.
@@ -15,15 +15,19 @@ import torch
 from torchvision.transforms.v2 import functional as color
 
 from ..errors import UserError
+from .albumentations_pipeline import AlbumentationsPipeline
 from .transforms import (
     LabelledImage,
+    affine,
     crop,
     flip_horizontal,
     flip_vertical,
     pad,
+    paste,
     resize,
     resize_pixels,
     to_tensor,
+    transpose,
 )
 
 if TYPE_CHECKING:
@@ -177,11 +181,66 @@ class LargeScaleJitter:
         fit = min(height / labelled.size[0], width / labelled.size[1])
         scale = random.uniform(self.min_scale, self.max_scale) * fit
         new_height, new_width = (max(round(side * scale), 1) for side in labelled.size)
-        resized = resize(labelled, new_height, new_width)
-        cropped = crop_with_object(resized, height, width, random)
-        if cropped.size[0] > height or cropped.size[1] > width:  # no window holds any object
-            cropped = crop(resized, 0, 0, height, width)
-        return pad(cropped, height, width)
+        return _fitted(resize(labelled, new_height, new_width), height, width, random)
+
+
+def _fitted(labelled: LabelledImage, height: int, width: int, random: np.random.Generator) -> LabelledImage:
+    """Crop a random window and pad, up to exactly (height, width)."""
+    cropped = crop_with_object(labelled, height, width, random)
+    if cropped.size[0] > height or cropped.size[1] > width:  # no window holds any object
+        cropped = crop(labelled, 0, 0, height, width)
+    return pad(cropped, height, width)
+
+
+@dataclass(frozen=True)
+class RandomRotate90:
+    """Turn by 0, 90, 180 or 270 degrees; with a flip these are all eight symmetries of a square."""
+
+    def __call__(self, labelled: LabelledImage, random: np.random.Generator) -> LabelledImage:
+        quarters = int(random.integers(4))
+        if quarters % 2:
+            labelled = transpose(labelled)
+        if quarters in (1, 2):
+            labelled = flip_vertical(labelled)
+        return flip_horizontal(labelled) if quarters in (2, 3) else labelled
+
+
+@dataclass(frozen=True)
+class RandomAffine:
+    """Rotate and scale around the centre, then move; as torchvision's RandomAffine without shear.
+
+    Attributes:
+        degrees: angles are from [-degrees, degrees].
+        translate: moves are from [-translate, translate], as a part of width and height.
+        min_scale, max_scale: ends of the factor's range.
+    """
+
+    degrees: float
+    translate: float
+    min_scale: float
+    max_scale: float
+
+    def __call__(self, labelled: LabelledImage, random: np.random.Generator) -> LabelledImage:
+        size = np.array(labelled.size[::-1], dtype=np.float64)
+        angle = np.deg2rad(random.uniform(-self.degrees, self.degrees))
+        scale = random.uniform(self.min_scale, self.max_scale)
+        move = random.uniform(-self.translate, self.translate, size=2) * size
+        turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        return affine(labelled, np.column_stack([turn, size / 2 + move - turn @ (size / 2)]))
+
+
+def copy_paste(labelled: LabelledImage, other: LabelledImage, random: np.random.Generator) -> LabelledImage:
+    """Paste a random subset of the objects of another image (arXiv 2012.07177); both have masks.
+
+    As in torchvision's reference, N objects are drawn with replacement from the N of ``other``: 0.63 of them
+    on average. That reference resizes ``other`` to the size of the image and blurs borders. Here ``other`` is
+    cropped or padded, so that objects keep their form, and no pixel outside of a mask changes.
+    """
+    other = _fitted(other, *labelled.size, random)
+    chosen = np.zeros(len(other), dtype=bool)
+    if len(other):
+        chosen[random.integers(len(other), size=len(other))] = True
+    return paste(labelled, other.select(chosen))
 
 
 @dataclass(frozen=True)
@@ -216,7 +275,11 @@ class ColorJitter:
 
 
 def build_augmentations(cfg: Config) -> list[Augmentation]:
-    """Return the training augmentations of ``cfg.input``: crop, resize or jitter, flip, colour."""
+    """Return the training augmentations of ``cfg.input`` for one image, in their order.
+
+    Raises:
+        UserError: ``INPUT.ALBUMENTATIONS`` cannot be read, or the package is missing.
+    """
     given = cfg.input
     chosen: list[Augmentation] = []
     if given.crop.enabled:
@@ -230,9 +293,16 @@ def build_augmentations(cfg: Config) -> list[Augmentation]:
         )
     if given.random_flip != "none":
         chosen.append(RandomFlip(vertical=given.random_flip == "vertical"))
+    if given.rotate_90:
+        chosen.append(RandomRotate90())
+    if given.affine.enabled:
+        moves = given.affine
+        chosen.append(RandomAffine(moves.degrees, moves.translate, moves.min_scale, moves.max_scale))
     if given.color_jitter.enabled:
         strength = given.color_jitter
         chosen.append(ColorJitter(strength.brightness, strength.contrast, strength.saturation, strength.hue))
+    if given.albumentations:
+        chosen.append(AlbumentationsPipeline(given.albumentations))
     return chosen
 
 
@@ -248,6 +318,22 @@ def prepare_image(image: np.ndarray, cfg: Config) -> torch.Tensor:
     return to_tensor(resize_pixels(np.ascontiguousarray(image), *size), cfg.input.format)
 
 
-def crops(cfg: Config) -> bool:
-    """Return whether training images are cropped, so that boxes must come from the masks."""
-    return cfg.input.crop.enabled or cfg.input.large_scale_jitter.enabled
+def prepare_test_image(image: np.ndarray, cfg: Config) -> torch.Tensor:
+    """Return what the detector of a config takes: :func:`prepare_image`, or with ``TEST.TILES`` the pixels.
+
+    Tiles are cut from the pixels, and each is resized by itself.
+    """
+    return to_tensor(image, cfg.input.format) if cfg.test.tiles.size else prepare_image(image, cfg)
+
+
+def cuts_objects(cfg: Config) -> bool:
+    """Return whether training may cut or cover objects, so that boxes must come from the masks."""
+    given = cfg.input
+    return bool(
+        given.crop.enabled
+        or given.large_scale_jitter.enabled
+        or given.affine.enabled
+        or given.copy_paste
+        or given.albumentations
+        or cfg.dataloader.tiles.size
+    )

@@ -27,7 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from ..distributed.group import from_main
 from ..errors import UserError
 from ..structures import PolygonMask, Sample
-from .augmentation import Augmentation, build_augmentations, crops, prepare_image
+from .augmentation import (
+    Augmentation,
+    ResizeShortestEdge,
+    build_augmentations,
+    copy_paste,
+    cuts_objects,
+    prepare_test_image,
+)
 from .coco.dataset import CocoDataset, join_datasets
 from .datasets import resolve_dataset
 from .images import read_image
@@ -41,7 +48,8 @@ from .samplers import (
     share_of_rank,
     shuffled_indices,
 )
-from .transforms import to_target, to_tensor
+from .tiles import TiledDataset
+from .transforms import LabelledImage, to_target, to_tensor
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -64,9 +72,8 @@ def build_train_loader(
     Args:
         cfg: whole config.
         rank, world_size: this process among those that train together.
-        start_iteration: number of batches that a resumed run has seen; they are skipped without reading
-        images. seed: by default ``cfg.seed``; if that is negative, a random one, equal in all processes of
-        an
+        start_iteration: number of batches that a resumed run has seen; they are skipped unread.
+        seed: by default ``cfg.seed``; if that is negative, a random one, equal in all processes of an
             initialised process group. The loader keeps it as ``.seed``.
 
     Returns:
@@ -89,24 +96,28 @@ def build_train_loader(
     for part in parts:
         part.check_files()
     dataset = join_datasets(parts)
-    kept = trainable_images(dataset, cfg.dataloader.filter_empty_annotations)
+    images = training_images(cfg, dataset)
+    if cfg.dataloader.tiles.size and cfg.datasets.test and not cfg.test.tiles.size:
+        logger.warning("training on tiles, and evaluating on whole images: set TEST.TILES.SIZE, too")
+    kept = trainable_images(images, cfg.dataloader.filter_empty_annotations)
     if seed is None:
         seed = cfg.seed if cfg.seed >= 0 else from_main(secrets.randbits(31))
     samples = TrainSamples(
-        dataset,
+        images,
         build_augmentations(cfg),
         seed,
         channel_order=cfg.input.format,
         draw_polygons=cfg.input.mask_format == "bitmask",
-        boxes_from_masks=masks and crops(cfg),
+        boxes_from_masks=masks and cuts_objects(cfg),
+        copy_paste=cfg.input.copy_paste,
     )
-    make_stream = _sampler(cfg, dataset, kept)
+    make_stream = _sampler(cfg, images, kept)
 
     def batches() -> Iterator[list[Item]]:
         share = share_of_rank(make_stream(seed), rank, world_size)
         stream = ((kept[i], position) for i, position in share)
         if cfg.dataloader.aspect_ratio_grouping:
-            grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(dataset, i))
+            grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(images, i))
         else:
             grouped = in_batches(stream, batch_size)
         return islice(grouped, start_iteration, None)
@@ -140,13 +151,49 @@ def build_test_loader(
     return loader, dataset
 
 
-def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
+def build_loss_loader(
+    cfg: Config, dataset: CocoDataset, *, rank: int = 0, world_size: int = 1
+) -> SampleLoader:
+    """Return images of a test set with targets, each by itself, resized as for inference.
+
+    They are ``TEST.LOSS_IMAGES``, evenly spread among those that training would keep.
+
+    Args:
+        cfg: whole config.
+        dataset: of :func:`build_test_loader`.
+        rank, world_size: this process among all; each gets every ``world_size``-th image.
+    """
+    images = training_images(cfg, dataset)
+    kept = np.arange(len(images))
+    if cfg.dataloader.filter_empty_annotations:
+        kept = np.flatnonzero(images.counts())
+    places = np.linspace(0, len(kept) - 1, min(cfg.test.loss_images, len(kept))).round().astype(int)
+    items = [[(int(index), 0)] for index in kept[places]][rank::world_size]
+    resize = ResizeShortestEdge((cfg.input.min_size_test,), cfg.input.max_size_test)
+    samples = TrainSamples(
+        images,
+        [resize],
+        0,
+        channel_order=cfg.input.format,
+        draw_polygons=cfg.input.mask_format == "bitmask",
+        boxes_from_masks=cfg.model.mask_on and cfg.dataloader.tiles.size > 0,
+    )
+    return SampleLoader(samples, lambda: iter(items), len(items), cfg.dataloader.num_workers, 0)
+
+
+def training_images(cfg: Config, dataset: CocoDataset) -> CocoDataset | TiledDataset:
+    """Return the images to choose from in training: the dataset's, or with ``DATALOADER.TILES`` its tiles."""
+    tiles = cfg.dataloader.tiles
+    return TiledDataset(dataset, tiles) if tiles.size else dataset
+
+
+def trainable_images(dataset: CocoDataset | TiledDataset, filter_empty: bool) -> list[int]:
     """Return the indices of the images to train on: all, or those with objects if ``filter_empty``.
 
     Raises:
         UserError: there is no object at all.
     """
-    counts = dataset.objects.counts()
+    counts = dataset.counts()
     if not counts.any():
         raise UserError(
             "no-objects",
@@ -160,7 +207,9 @@ def trainable_images(dataset: CocoDataset, filter_empty: bool) -> list[int]:
     return kept.tolist()
 
 
-def _sampler(cfg: Config, dataset: CocoDataset, kept: Sequence[int]) -> Callable[[int], Iterator[int]]:
+def _sampler(
+    cfg: Config, dataset: CocoDataset | TiledDataset, kept: Sequence[int]
+) -> Callable[[int], Iterator[int]]:
     """Return a function that makes an endless stream of positions in ``kept`` from a seed."""
     loader = cfg.dataloader
     if loader.sampler_train == "TrainingSampler":
@@ -169,37 +218,49 @@ def _sampler(cfg: Config, dataset: CocoDataset, kept: Sequence[int]) -> Callable
     return partial(repeated_indices, repeat_factors(labels, loader.repeat_threshold, loader.repeat_sqrt))
 
 
-def _is_wide(dataset: CocoDataset, index: int) -> bool:
+def _is_wide(dataset: CocoDataset | TiledDataset, index: int) -> bool:
     return dataset.images[index].width > dataset.images[index].height
 
 
 class TrainSamples(Dataset[Sample]):
-    """Augmented samples for (index, position); the position seeds the augmentation."""
+    """Augmented samples for (index, position); the position seeds the augmentation.
+
+    ``copy_paste`` is the part of the samples that get objects of another image, augmented likewise.
+    """
 
     def __init__(
         self,
-        dataset: CocoDataset,
+        dataset: CocoDataset | TiledDataset,
         augmentations: Sequence[Augmentation],
         seed: int,
         *,
         channel_order: str = "BGR",
         draw_polygons: bool = False,
         boxes_from_masks: bool = False,
+        copy_paste: float = 0.0,
     ) -> None:
         self.dataset, self.augmentations, self.seed = dataset, augmentations, seed
         self.channel_order = channel_order
         self.draw_polygons, self.boxes_from_masks = draw_polygons, boxes_from_masks
+        self.copy_paste, self.with_objects = copy_paste, np.flatnonzero(dataset.counts())
 
     def __getitem__(self, item: Item) -> Sample:
         index, position = item
         record = self.dataset.images[index]
         random = np.random.default_rng([self.seed, position])
-        labelled = self.dataset.read(index)
-        for augment in self.augmentations:
-            labelled = augment(labelled, random)
+        labelled = self._augmented(index, random)
+        if self.copy_paste and random.random() < self.copy_paste:
+            other = self._augmented(int(random.choice(self.with_objects)), random)
+            labelled = copy_paste(labelled, other, random)
         target = to_target(labelled, draw_polygons=self.draw_polygons, boxes_from_masks=self.boxes_from_masks)
         image = to_tensor(labelled.image, self.channel_order)
         return Sample(image, record.id, record.file_name, (record.height, record.width), target)
+
+    def _augmented(self, index: int, random: np.random.Generator) -> LabelledImage:
+        labelled = self.dataset.read(index)
+        for augment in self.augmentations:
+            labelled = augment(labelled, random)
+        return labelled
 
 
 class TestSamples(Dataset[Sample]):
@@ -215,7 +276,7 @@ class TestSamples(Dataset[Sample]):
         size = record.height, record.width
         pixels = read_image(record.file_name, "RGB", size)
         image_id = self.dataset.spelt_images.get(record.id, record.id)
-        return Sample(prepare_image(pixels, self.cfg), image_id, record.file_name, size)
+        return Sample(prepare_test_image(pixels, self.cfg), image_id, record.file_name, size)
 
 
 class SampleLoader(Iterable[list[Sample]]):

@@ -1,4 +1,4 @@
-"""Geometry of an image with its boxes and masks: resize, flip, crop, pad. Nothing here is random.
+"""Geometry of an image with its boxes and masks: resize, flip, crop, pad, move, paste; nothing is random.
 
 Coordinates are continuous: pixel i covers [i, i + 1), so a horizontal flip maps x to width - x. Pillow
 resizes images by its bilinear filter on uint8 and bitmaps by its nearest one, bit for bit as in detectron2.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def resize(labelled: LabelledImage, height: int, width: int) -> LabelledImage:
     old_height, old_width = labelled.size
     if (old_height, old_width) == (height, width):
         return labelled
-    moved = _map_points(labelled, (width / old_width, height / old_height), (0.0, 0.0))
+    moved = _map_points(labelled, lambda points: points * (width / old_width, height / old_height))
 
     def resize_bitmap(bitmap: np.ndarray) -> np.ndarray:
         picture = Image.fromarray(np.ascontiguousarray(bitmap).view(np.uint8))
@@ -78,14 +79,69 @@ def resize(labelled: LabelledImage, height: int, width: int) -> LabelledImage:
 
 def flip_horizontal(labelled: LabelledImage) -> LabelledImage:
     """Exchange left and right."""
-    moved = _map_points(labelled, (-1.0, 1.0), (float(labelled.size[1]), 0.0))
+    moved = _map_points(labelled, lambda points: points * (-1, 1) + (labelled.size[1], 0))
     return _map_pixels(moved, labelled.image[:, ::-1], lambda bitmap: bitmap[:, ::-1])
 
 
 def flip_vertical(labelled: LabelledImage) -> LabelledImage:
     """Exchange top and bottom."""
-    moved = _map_points(labelled, (1.0, -1.0), (0.0, float(labelled.size[0])))
+    moved = _map_points(labelled, lambda points: points * (1, -1) + (0, labelled.size[0]))
     return _map_pixels(moved, labelled.image[::-1], lambda bitmap: bitmap[::-1])
+
+
+def transpose(labelled: LabelledImage) -> LabelledImage:
+    """Exchange x and y, so height and width."""
+    moved = _map_points(labelled, lambda points: points[:, ::-1])
+    return _map_pixels(moved, labelled.image.swapaxes(0, 1), lambda bitmap: bitmap.T)
+
+
+def affine(labelled: LabelledImage, matrix: np.ndarray, value: int = PAD_VALUE) -> LabelledImage:
+    """Move each point (x, y) to ``matrix @ (x, y, 1)``; the size stays, and objects outside are dropped.
+
+    Args:
+        labelled: image with objects.
+        matrix: (2, 3), invertible. Pixels are read by Pillow's bilinear filter and bitmaps by the nearest
+            pixel, as by torchvision's ``v2.functional.affine``.
+        value: colour of the pixels that come from outside.
+    """
+    height, width = labelled.size
+    inverse = np.linalg.inv(np.vstack([matrix, (0, 0, 1)]))[:2].reshape(-1).tolist()
+
+    def read(pixels: np.ndarray, resample: Image.Resampling, fill: Any) -> np.ndarray:
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        size, how = (width, height), Image.Transform.AFFINE
+        return np.asarray(picture.transform(size, how, inverse, resample, fillcolor=fill))
+
+    moved = _map_points(labelled, lambda points: points @ matrix[:, :2].T + matrix[:, 2])
+    image = read(labelled.image, Image.Resampling.BILINEAR, (value,) * 3)
+    nearest = Image.Resampling.NEAREST
+    return _inside(_map_pixels(moved, image, lambda mask: read(mask.view(np.uint8), nearest, 0).view(bool)))
+
+
+def paste(labelled: LabelledImage, other: LabelledImage) -> LabelledImage:
+    """Paste the objects of another image of the same size, with their pixels; both have masks.
+
+    The objects below lose what is covered: their boxes become the tight ones of the rest, a covered polygon
+    becomes a bitmap, and an object without a rest is dropped. Pasted objects stay as they are.
+    """
+    assert labelled.masks is not None and other.masks is not None and labelled.size == other.size
+    cover = np.zeros(labelled.size, dtype=bool)
+    for mask in other.masks:
+        cover |= drawn(mask, *labelled.size)
+    boxes, masks, keep = labelled.boxes.copy(), list(labelled.masks), np.ones(len(labelled), dtype=bool)
+    for i, mask in enumerate(masks):
+        bitmap = drawn(mask, *labelled.size)
+        if (bitmap & cover).any():
+            masks[i] = rest = bitmap & ~cover
+            boxes[i], keep[i] = bitmap_bounds(rest), rest.any()
+    left = replace(labelled, boxes=boxes, masks=masks).select(keep)
+    assert left.masks is not None
+    return LabelledImage(
+        np.where(cover[..., None], other.image, labelled.image),
+        np.concatenate([left.boxes, other.boxes]),
+        np.concatenate([left.labels, other.labels]),
+        [*left.masks, *other.masks],
+    )
 
 
 def crop(labelled: LabelledImage, left: int, top: int, height: int, width: int) -> LabelledImage:
@@ -94,16 +150,16 @@ def crop(labelled: LabelledImage, left: int, top: int, height: int, width: int) 
     Boxes are clipped to the window. Polygons are moved and not clipped: their drawing clips them, and
     :func:`polygon_bounds` returns the exact box of the part inside.
     """
-    moved = _map_points(labelled, (1.0, 1.0), (-float(left), -float(top)))
+    moved = _map_points(labelled, lambda points: points - (left, top))
     window = np.s_[top : top + height, left : left + width]
-    # Copies, because a view would keep the whole bitmap in memory.
-    cropped = _map_pixels(moved, labelled.image[window], lambda bitmap: bitmap[window].copy())
-    cropped = replace(cropped, boxes=_clip(cropped.boxes, *cropped.size))
-    keep = (cropped.boxes[:, 2:] - cropped.boxes[:, :2] > MIN_BOX_SIDE).all(axis=1)
-    if cropped.masks is not None:
-        inside = [_nonempty(mask_bounds(mask, *cropped.size)) for mask in cropped.masks]
-        keep &= np.array(inside, dtype=bool)
-    return cropped.select(keep)
+
+    def crop_bitmap(bitmap: RleMask | np.ndarray) -> np.ndarray:
+        if isinstance(bitmap, RleMask):
+            return bitmap.window(top, left, height, width)
+        return bitmap[window].copy()  # a view would keep the whole bitmap in memory
+
+    cropped = _map_bitmaps(moved, labelled.image[window], crop_bitmap)
+    return _inside(cropped)
 
 
 def pad(labelled: LabelledImage, height: int, width: int, value: int = PAD_VALUE) -> LabelledImage:
@@ -116,18 +172,23 @@ def pad(labelled: LabelledImage, height: int, width: int, value: int = PAD_VALUE
     return _map_pixels(labelled, image, lambda bitmap: np.pad(bitmap, around))
 
 
-def _map_points(
-    labelled: LabelledImage, scale: tuple[float, float], offset: tuple[float, float]
-) -> LabelledImage:
-    """Map (x, y) of boxes and polygons to (x, y) * scale + offset."""
-    corners = labelled.boxes.reshape(-1, 2, 2) * scale + offset
+def _inside(labelled: LabelledImage) -> LabelledImage:
+    """Clip the boxes, and drop the objects outside of the image."""
+    clipped = replace(labelled, boxes=_clip(labelled.boxes, *labelled.size))
+    keep = (clipped.boxes[:, 2:] - clipped.boxes[:, :2] > MIN_BOX_SIDE).all(axis=1)
+    if clipped.masks is not None:
+        inside = [_nonempty(mask_bounds(mask, *clipped.size)) for mask in clipped.masks]
+        keep &= np.array(inside, dtype=bool)
+    return clipped.select(keep)
+
+
+def _map_points(labelled: LabelledImage, move: Callable[[np.ndarray], np.ndarray]) -> LabelledImage:
+    """Map the points (K, 2) of boxes and polygons by ``move``; a box becomes that of its four corners."""
+    corners = move(labelled.boxes[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 2)).reshape(-1, 4, 2)
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
     masks = labelled.masks
     if masks is not None:
-        masks = [
-            [(p.reshape(-1, 2) * scale + offset).reshape(-1) for p in m] if isinstance(m, list) else m
-            for m in masks
-        ]
+        masks = [[move(p.reshape(-1, 2)).reshape(-1) for p in m] if isinstance(m, list) else m for m in masks]
     return replace(labelled, boxes=boxes, masks=masks)
 
 
@@ -139,14 +200,25 @@ def _map_pixels(
     RLEs are decoded one after the other: a hundred bitmaps of a large image would take more memory than all
     other steps.
     """
+    return _map_bitmaps(labelled, image, lambda bitmap: map_bitmap(_decoded(bitmap)))
+
+
+def _map_bitmaps(
+    labelled: LabelledImage, image: np.ndarray, change: Callable[[RleMask | np.ndarray], np.ndarray]
+) -> LabelledImage:
     masks = labelled.masks
     if masks is not None:
-        masks = [mask if isinstance(mask, list) else map_bitmap(_decoded(mask)) for mask in masks]
+        masks = [mask if isinstance(mask, list) else change(mask) for mask in masks]
     return replace(labelled, image=image, masks=masks)
 
 
 def _decoded(bitmap: RleMask | np.ndarray) -> np.ndarray:
     return bitmap.decode() if isinstance(bitmap, RleMask) else bitmap
+
+
+def drawn(mask: Mask, height: int, width: int) -> np.ndarray:
+    """Return the bool bitmap (height, width) of any mask."""
+    return rasterize_polygons(mask, height, width) if isinstance(mask, list) else _decoded(mask)
 
 
 def _clip(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -232,7 +304,7 @@ def to_target(
     if labelled.masks is not None:
         masks = [m if isinstance(m, list) else _decoded(m) for m in labelled.masks]
         if draw_polygons:
-            masks = [m if isinstance(m, np.ndarray) else rasterize_polygons(m, height, width) for m in masks]
+            masks = [drawn(m, height, width) for m in masks]
         keep = np.array([m.any() if isinstance(m, np.ndarray) else len(m) > 0 for m in masks], dtype=bool)
         if boxes_from_masks:
             boxes = np.array([mask_bounds(m, height, width) for m in masks]).reshape(-1, 4)

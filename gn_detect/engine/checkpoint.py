@@ -25,6 +25,7 @@ HISTORY = "checkpoints.txt"  # the checkpoints that this run keeps, the newest l
 FINAL = "model_final.pth"
 BEST = "model_best.pth"
 METRICS = "metrics.jsonl"
+LOGGERS = "loggers.json"  # the names that W&B and the like have for the run
 INFERENCE, RESULTS, PICTURES = "inference", "results.json", "pictures"
 AUGMENTED = "_TTA"  # detectron2's ending for results and folders of an evaluation with test-time augmentation
 
@@ -223,7 +224,7 @@ def start_anew(folder: Path) -> None:
     and their config get the ending ``.earlier``. A kill in between leaves the earlier run, or a folder
     without a config; the next attempt sets the rest aside.
     """
-    of_runs = (FINAL, BEST, METRICS, INFERENCE, f"{INFERENCE}{AUGMENTED}", RESULTS, PICTURES)
+    of_runs = (FINAL, BEST, METRICS, LOGGERS, INFERENCE, f"{INFERENCE}{AUGMENTED}", RESULTS, PICTURES)
     kept = [name for name in of_runs if (folder / name).exists()]
     kept = [name for name in (CONFIG, ENVIRONMENT) if kept and (folder / name).exists()] + kept
     for name in kept:

@@ -13,7 +13,7 @@ import pycocotools.mask as coco_mask
 import torch
 from torch import Tensor
 
-from ..data import CocoDataset, prepare_image, read_image
+from ..data import CocoDataset, prepare_test_image, read_image
 from ..errors import UserError
 from ..evaluation import detections_to_coco, match_objects, read_truth
 from ..modeling import detection_format
@@ -21,6 +21,7 @@ from ..modeling.mask_rcnn import MaskRCNN
 from ..progress import announced
 from ..structures import Detections, Target
 from ..visualize import Crop, crop_mask, draw_comparison, draw_detections, plot_curves, save_picture
+from .tiled import in_tiles
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -127,6 +128,7 @@ def draw_test_images(
         return
     truth = read_truth(dataset.annotations_path, "segm" if cfg.model.mask_on else "bbox")
     classes = Classes(dataset.class_names, dataset.category_ids)
+    detector = in_tiles(model, cfg)
     training = model.training
     model.eval()
     with model.in_memory_format(detection_format(cfg)):
@@ -135,7 +137,7 @@ def draw_test_images(
             record = dataset.images[index]
             size = record.height, record.width
             pixels = read_image(record.file_name, "RGB", size)
-            found = model.detect([prepare_image(pixels, cfg)], [size], paste=False)[0]
+            found = detector.detect([prepare_test_image(pixels, cfg)], [size], paste=False)[0]
             shown = found[: int((found.scores >= THRESHOLD).sum())]  # the best come first
             entries = detections_to_coco(shown, record.id, dataset.category_ids, size)
             picture = draw_entries(pixels, entries, classes, truth.objects[record.id])

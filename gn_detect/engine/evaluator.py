@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, load_config
-from ..data import check_classes, match_classes
-from ..distributed.group import by_main, is_main, resolve_device, share
+from ..data import build_loss_loader, check_classes, match_classes
+from ..distributed.group import by_main, get_rank, is_main, resolve_device, share, world_size
 from ..errors import UserError
-from ..evaluation import BOUNDARY, DIAGNOSIS, Stop, evaluate_model
+from ..evaluation import BOUNDARY, DIAGNOSIS, METRICS, VALIDATION, Stop, evaluate_model, mean_losses
 from ..evaluation.model import Detector
 from ..files import atomic_write_json, json_values
 from ..modeling import detection_format, make_model
@@ -24,11 +25,12 @@ from .folder_lock import is_in_use
 from .metrics import run_log
 from .resume import OTHER_CLASSES
 from .run import TestSets, load_test_sets, make_folder, write_run_config
+from .tiled import in_tiles
 
 logger = logging.getLogger(__name__)
 
 # {"bbox": {"AP": ...}, "segm": {...}, "diagnosis": {...}} in percent, with TEST.AUG also "bbox_TTA" and the
-# like; for several test sets one such dict for each name.
+# like, with TEST.LOSS_IMAGES the losses as "validation"; for several test sets one such dict for each name.
 Results = dict[str, Any]
 
 # Subfolder of inference/<dataset> for an evaluation while a training uses the run's folder.
@@ -150,13 +152,14 @@ def evaluate_test_sets(
     backend = cfg.test.coco_eval_backend
     share(model.buffers())
     results: dict[str, Results] = {name: {} for name in tests}
-    detectors: dict[str, Detector] = {"": model}
+    detectors: dict[str, Detector] = {"": in_tiles(model, cfg)}
     if augmented and cfg.test.aug.enabled:
-        detectors[AUGMENTED] = AugmentedDetector(model, cfg)
+        detectors[AUGMENTED] = in_tiles(AugmentedDetector(model, cfg), cfg)
     for ending, detector in detectors.items():
         for name, (loader, dataset) in tests.items():
             folder = Path(cfg.output_dir) / f"{INFERENCE}{ending}" / name / below
-            how = " with test-time augmentation" if ending else ""
+            how = f" in tiles of {cfg.test.tiles.size} pixels" if cfg.test.tiles.size else ""
+            how += " with test-time augmentation" if ending else ""
             logger.info("evaluating %d images of %s%s", len(dataset), name, how)
             with model.in_memory_format(detection_format(cfg)):
                 found = evaluate_model(
@@ -169,6 +172,9 @@ def evaluate_test_sets(
                     stop=stop,
                     detector=detector,
                 )
+                if cfg.test.loss_images and not ending:
+                    images = build_loss_loader(cfg, dataset, rank=get_rank(), world_size=world_size())
+                    found[VALIDATION] = mean_losses(model, images, stop)
             if is_main():
                 write_results(folder / RESULTS, found)
             kinds = [kind for kind in found if not (ending and kind == DIAGNOSIS)]  # its folder has that
@@ -177,7 +183,10 @@ def evaluate_test_sets(
 
 
 def scalars_of(results: Results) -> dict[str, float]:
-    """Return AP and AR as flat scalars: ``bbox/AP``, or ``<dataset>/bbox/AP`` for several test sets."""
+    """Return AP, AR and losses as flat scalars: ``bbox/AP``, ``validation/total_loss``.
+
+    With several test sets the dataset comes first: ``<dataset>/bbox/AP``.
+    """
     flat: dict[str, float] = {}
     for key, value in results.items():
         if key.startswith(DIAGNOSIS):
@@ -187,6 +196,15 @@ def scalars_of(results: Results) -> dict[str, float]:
         else:
             flat[key] = value
     return flat
+
+
+def headline(scalars: dict[str, float]) -> dict[str, float]:
+    """Return the scalars of all categories together that are defined for the data."""
+    return {
+        name: float(value)
+        for name, value in scalars.items()
+        if name.rpartition("/")[2] in METRICS and math.isfinite(value)
+    }
 
 
 def score_thresholds(cfg: Config, results: Results, tests: TestSets) -> list[float]:

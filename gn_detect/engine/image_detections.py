@@ -50,26 +50,42 @@ class ImageDetections(Detections):
         """Return entries of a COCO result file: ``bbox`` (x, y, width, height), ``score``, masks as RLE."""
         return detections_to_coco(self, image_id, self.category_ids)
 
+    def to_pandas(self) -> Any:
+        """Return a ``pandas.DataFrame`` with a row for each object.
+
+        The columns are ``class_name``, ``category_id``, ``score``, the box ``x1, y1, x2, y2`` in pixels and,
+        with masks, their ``area`` in pixels.
+
+        Raises:
+            UserError: the package pandas is not installed.
+        """
+        pandas = _import("pandas", "to_pandas")
+        labels = self.labels.tolist()
+        columns: dict[str, Any] = {
+            "class_name": [self.class_names[label] for label in labels],
+            "category_id": [self.category_ids[label] for label in labels],
+            "score": self.scores.cpu().numpy(),
+            **dict(zip(("x1", "y1", "x2", "y2"), self.boxes.cpu().numpy().T, strict=True)),
+        }
+        if self.masks is not None:
+            columns["area"] = [int(mask.sum()) for mask in self.masks]
+        return pandas.DataFrame(columns)
+
     def to_supervision(self) -> Any:
         """Return ``supervision.Detections``; ``data["class_name"]`` holds the names.
 
         Raises:
             UserError: the package supervision is not installed.
         """
-        try:
-            supervision = importlib.import_module("supervision")
-        except ImportError as error:
-            raise UserError(
-                "missing-package",
-                "to_supervision needs the package supervision, not installed here: pip install supervision",
-            ) from error
+        supervision = _import("supervision", "to_supervision")
         found = self.to("cpu")
+        masks = found.bitmaps()
         names = [self.class_names[label] for label in found.labels.tolist()]
         return supervision.Detections(
             xyxy=found.boxes.numpy(),
             confidence=found.scores.numpy(),
             class_id=found.labels.numpy(),
-            mask=None if found.masks is None else found.masks.numpy(),
+            mask=None if masks is None else masks.numpy(),
             data={"class_name": np.array(names, dtype=str)},
         )
 
@@ -78,3 +94,13 @@ class ImageDetections(Detections):
 
     def _name_of(self, label: int) -> str:
         return printable(self.class_names[label])
+
+
+def _import(package: str, method: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            "missing-package",
+            f"{method} needs the package {package}, not installed here: pip install {package}",
+        ) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..data import CocoDataset, join_datasets, resolve_dataset
-from ..data.loader import trainable_images
+from ..data.loader import trainable_images, training_images
 from ..distributed.group import from_main, parallelize
 from ..errors import UserError
 from .optimizer import set_learning_rate
@@ -64,8 +64,9 @@ def of_epochs(cfg: Config, epochs: float, given: Collection[str] = ()) -> Config
     ]
     if not parts:
         raise UserError("no-dataset", "DATASETS.TRAIN is empty; name the dataset to train on")
-    images = len(trainable_images(join_datasets(parts), cfg.dataloader.filter_empty_annotations))
-    return with_length(cfg, max(1, round(epochs * images / cfg.solver.ims_per_batch)), given)
+    images = training_images(cfg, join_datasets(parts))
+    count = len(trainable_images(images, cfg.dataloader.filter_empty_annotations))
+    return with_length(cfg, max(1, round(epochs * count / cfg.solver.ims_per_batch)), given)
 
 
 def with_length(cfg: Config, iterations: int, given: Collection[str] = ()) -> Config:
@@ -124,6 +125,7 @@ def within(cfg: Config, seconds: float, given: Collection[str] = ()) -> Config:
         evaluation,
         iterations,
     )
+    cfg = cfg.replace({"SOLVER.ACCUMULATE": run.cfg.solver.accumulate})  # measured once
     return with_length(cfg, iterations, given)
 
 

@@ -27,6 +27,7 @@ from ..progress import close_bars, fitted, progress_bar
 from ..structures import Sample
 from ..text import LogFormatter, printable
 from .checkpoint import METRICS
+from .loggers import Loggers
 
 LOGGER = "gn_detect"
 
@@ -260,18 +261,21 @@ def memory_in_use(device: torch.device) -> float:
 
 
 class MetricsWriter:
-    """Write scalars by iteration, as lines of ``metrics.jsonl`` and as TensorBoard events.
+    """Write scalars by iteration: lines of ``metrics.jsonl``, TensorBoard events, rows of ``LOGGERS``.
 
     Args:
         folder: of the run.
         start: lines from this iteration on are dropped, because the iterations are computed again.
+        loggers: get the lines that stay and those to come, and are closed with the writer.
         evaluate_again: drop the evaluation after the iteration before ``start``, too.
 
     Attributes:
         is_evaluated: the evaluation after the iteration before ``start`` is in the file.
     """
 
-    def __init__(self, folder: Path, start: int, evaluate_again: bool = False) -> None:
+    def __init__(
+        self, folder: Path, start: int, loggers: Loggers | None = None, evaluate_again: bool = False
+    ) -> None:
         self._folder, self._path = folder, folder / METRICS
         lines = [] if start == 0 else _lines(self._path)
         kept = [line for line in lines if _iteration(line) < start]
@@ -284,6 +288,10 @@ class MetricsWriter:
         atomic_write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._events = _events_in(folder, start)
+        self._loggers = loggers
+        if loggers is not None:
+            for scalars in map(json.loads, kept):
+                loggers.write(scalars.pop("iteration"), scalars)
 
     def write(self, iteration: int, scalars: dict[str, float]) -> None:
         """Write ``scalars`` after ``iteration``; values that are not finite become null in ``metrics.jsonl``.
@@ -301,6 +309,8 @@ class MetricsWriter:
             raise cannot_write(self._path, error, ", then --resume") from error
         if self._events is not None:
             self._events.write(iteration, scalars)
+        if self._loggers is not None:
+            self._loggers.write(iteration, scalars)
 
     def add_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
         """Write a (H, W, 3) uint8 RGB picture for TensorBoard."""
@@ -318,6 +328,11 @@ class MetricsWriter:
             self._events.close()
         self._events = _events_in(self._folder, iteration)
 
+    def finish(self) -> None:
+        """Let the loggers know that the run is at its end."""
+        if self._loggers is not None:
+            self._loggers.finish()
+
     def sync(self) -> None:
         """Make the lines last through a power failure, like the checkpoint that follows them."""
         os.fsync(self._file.fileno())
@@ -327,6 +342,8 @@ class MetricsWriter:
             self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._loggers is not None:
+            self._loggers.close()
 
 
 def _lines(path: Path) -> list[str]:

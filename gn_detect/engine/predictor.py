@@ -13,16 +13,18 @@ from PIL import Image
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from ..data import prepare_image, read_image
+from ..data import prepare_test_image, read_image
 from ..data.images import image_pixels
 from ..distributed.group import resolve_device
 from ..errors import UserError
+from ..evaluation.model import Detector
 from ..modeling import detection_format, make_model
 from ..structures import Detections
 from ..weights import COCO_IDS, Checkpoint, load_weights, read_checkpoint
 from .augmented import AugmentedDetector
 from .image_detections import ImageDetections
 from .pretrained import as_pairs, read_pretrained
+from .tiled import in_tiles
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -49,12 +51,21 @@ class ImagePredictor(ABC):
     score_thresholds: list[float]
 
     @overload
-    def __call__(self, image: ImageSource) -> ImageDetections: ...  # type: ignore[overload-overlap]
+    def __call__(  # type: ignore[overload-overlap]
+        self, image: ImageSource, tile: int | None = None, overlap: float | None = None
+    ) -> ImageDetections: ...
 
     @overload
-    def __call__(self, image: Sequence[ImageSource]) -> list[ImageDetections]: ...
+    def __call__(
+        self, image: Sequence[ImageSource], tile: int | None = None, overlap: float | None = None
+    ) -> list[ImageDetections]: ...
 
-    def __call__(self, image: ImageSource | Sequence[ImageSource]) -> ImageDetections | list[ImageDetections]:
+    def __call__(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        tile: int | None = None,
+        overlap: float | None = None,
+    ) -> ImageDetections | list[ImageDetections]:
         """Return the objects in one image, or a list of results for a list of images.
 
         The images of a list go through the model one by one: no result depends on the others.
@@ -63,19 +74,21 @@ class ImagePredictor(ABC):
             image: a path (the EXIF orientation is applied), a PIL image of any mode (its EXIF orientation
                 too), a uint8 array (H, W, 3) or grey (H, W), or a uint8 tensor (3, H, W). Channels are RGB,
                 whatever INPUT.FORMAT is; an array of OpenCV is BGR: pass ``array[:, :, ::-1]``.
+            tile, overlap: in place of ``TEST.TILES.SIZE`` and ``TEST.TILES.OVERLAP``; 0 searches the whole
+                image at once.
 
         Returns:
             Detections on the CPU, best first, in the pixels of the upright image, those that score more than
-            MODEL.ROI_HEADS.SCORE_THRESH_TEST.
+            MODEL.ROI_HEADS.SCORE_THRESH_TEST. From tiles their masks are :class:`RleMasks`.
 
         Raises:
             UserError: a file cannot be read, or an image does not fit the model.
             ValueError: the image is something else, or an array of another shape or type.
         """
         if isinstance(image, Sequence) and not isinstance(image, str):
-            return [self(one) for one in image]
+            return [self(one, tile, overlap) for one in image]
         pixels = read_pixels(image)
-        found = self._find(image, pixels, paste=True).to("cpu")
+        found = self._find(image, pixels, True, with_tiles(self.cfg, tile, overlap)).to("cpu")
         return ImageDetections(
             found.boxes,
             found.scores,
@@ -92,21 +105,22 @@ class ImagePredictor(ABC):
         Args:
             image: see :meth:`__call__`, which also lists the errors.
             paste: make bitmaps of the masks; otherwise they are probabilities inside the boxes, which take
-                as much memory for a large image as for a small one.
+                as much memory for a large image as for a small one. From tiles they are RLE in any case.
         """
-        return self._find(image, read_pixels(image), paste)
+        return self._find(image, read_pixels(image), paste, self.cfg)
 
-    def _find(self, image: ImageSource, pixels: np.ndarray, paste: bool) -> Detections:
+    def _find(self, image: ImageSource, pixels: np.ndarray, paste: bool, cfg: Config) -> Detections:
         try:
-            return self._detect(pixels, paste)
+            prepared = prepare_test_image(pixels, cfg)
+            return in_tiles(self._detector(), cfg).detect([prepared], [pixels.shape[:2]], paste)[0]
         except UserError as error:
             if isinstance(image, str | Path):
                 raise UserError(error.code, f"{image}: {error}") from error
             raise
 
     @abstractmethod
-    def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
-        """Return the objects in (H, W, 3) uint8 RGB pixels."""
+    def _detector(self) -> Detector:
+        """Return the detector of a whole image or of a tile."""
 
 
 class Predictor(ImagePredictor):
@@ -148,8 +162,8 @@ class Predictor(ImagePredictor):
         """Return the predictor of trained weights; no config is needed.
 
         Args:
-            source: a run's folder (its best checkpoint), a checkpoint file, ``zoo://NAME`` or a name of the
-                model zoo.
+            source: a run's folder (its best checkpoint), a checkpoint file, ``hf://USER/REPO``, ``zoo://NAME``
+                or a name of the model zoo.
             overrides: config keys, such as ``{"MODEL.DEVICE": "cpu", "TEST.DETECTIONS_PER_IMAGE": 300}``.
 
         Raises:
@@ -157,9 +171,22 @@ class Predictor(ImagePredictor):
         """
         return cls(*read_pretrained(source, as_pairs(overrides or {})))
 
-    def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
-        detector = AugmentedDetector(self.model, self.cfg) if self.cfg.test.aug.enabled else self.model
-        return detector.detect([prepare_image(pixels, self.cfg)], [pixels.shape[:2]], paste)[0]
+    def _detector(self) -> Detector:
+        return AugmentedDetector(self.model, self.cfg) if self.cfg.test.aug.enabled else self.model
+
+
+def with_tiles(cfg: Config, tile: int | None, overlap: float | None) -> Config:
+    """Return a config with other ``TEST.TILES``; None keeps a value.
+
+    Raises:
+        UserError: a value does not fit, or there is an overlap without tiles.
+    """
+    keys = {"TEST.TILES.SIZE": tile, "TEST.TILES.OVERLAP": overlap}
+    given = {key: value for key, value in keys.items() if value is not None}
+    cfg = cfg.replace(given) if given else cfg
+    if overlap is not None and not cfg.test.tiles.size:
+        raise UserError("lone-flag", f"an overlap ({overlap:g}) is of tiles; give their size, too: tile 800")
+    return cfg
 
 
 def unnamed_classes(count: int) -> list[str]:

@@ -13,6 +13,7 @@ from ..config.load import parse_config
 from ..config.paths import CONFIG
 from ..errors import UserError
 from ..weights import Checkpoint, implied_keys, read_architecture, read_checkpoint, translate
+from ..weights.hub import pinned
 from ..weights.zoo import ZOO, entry_of, read_catalog
 from .checkpoint import BEST, FINAL, read_last_checkpoint
 
@@ -28,13 +29,14 @@ def read_pretrained(source: str | Path, overrides: Sequence[str] = ()) -> tuple[
     or what the tensors imply.
 
     Args:
-        source: a run's folder, a checkpoint file, ``zoo://NAME`` or another URL, or a name of the model zoo.
+        source: a run's folder, a checkpoint file, ``zoo://NAME``, ``hf://USER/REPO`` or another URL, or a
+            name of the model zoo.
         overrides: ``KEY VALUE`` pairs; they win.
 
     Raises:
         UserError: the weights cannot be read, no config is known for them, or a key is wrong.
     """
-    weights = _find_weights(source)
+    weights = pinned(_find_weights(source))
     checkpoint = read_checkpoint(weights)
     entry = entry_of(weights)
     cfg = config_of(checkpoint) if entry is None else load_config(entry.config, entry.overrides)

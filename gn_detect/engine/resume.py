@@ -13,6 +13,7 @@ from ..config import load_config, with_absolute_paths
 from ..config.load import parse_config
 from ..config.types import to_plain
 from ..data import CocoDataset, list_names
+from ..data.albumentations_pipeline import fingerprint
 from ..distributed.group import restart_count, world_size
 from ..errors import UserError
 from ..weights import Checkpoint
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 # SOLVER.STEPS, SOLVER.WARMUP_ITERS and the like are not among them, even where MAX_ITER grows: a schedule
 # that changed by accident, as in a newly chosen config, looks like one that was changed on purpose.
 FREE = (
-    "VERSION", "OUTPUT_DIR", "CUDNN_BENCHMARK", "VIS", "VIS_PERIOD", "GLOBAL", "CHECKPOINT",
+    "VERSION", "OUTPUT_DIR", "LOGGERS", "CUDNN_BENCHMARK", "VIS", "VIS_PERIOD", "GLOBAL", "CHECKPOINT",
     "MODEL.WEIGHTS",  # a resumed run has the checkpoint's
     "MODEL.DEVICE", "MODEL.COMPILE", "MODEL.CHANNELS_LAST", "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING",
     "DATASETS.REGISTER",  # the place of the data; their content is compared
@@ -36,11 +37,12 @@ FREE = (
     "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.LOG_PERIOD", "SOLVER.NON_FINITE",
     "SOLVER.CUDA_GRAPHS", "SOLVER.EARLY_STOP",
     "TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH", "TEST.COCO_EVAL_BACKEND", "TEST.EXPECTED_RESULTS",
-    "TEST.BOUNDARY_AP", "TEST.AUG",  # the latter has results of its own, after the last iteration
+    "TEST.BOUNDARY_AP", "TEST.LOSS_IMAGES",
+    "TEST.AUG",  # it has results of its own, after the last iteration
 )  # fmt: skip
 
 # Keys that name files and folders of a machine, which a checkpoint does not hold.
-PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.ROOT", "DATASETS.REGISTER")
+PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.ROOT", "DATASETS.REGISTER", "INPUT.ALBUMENTATIONS")
 
 # Keys that scale_config rounds, so that scaling twice may move them by one.
 COUNTED_IN_ITERATIONS = ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
@@ -70,9 +72,11 @@ class Change:
         return f"{self.key} was {_shown(self.before)} and is {_shown(self.now)}"
 
 
-def describe_data(train: CocoDataset, tests: Mapping[str, CocoDataset]) -> dict[str, str]:
-    """Return the fingerprints of a run's datasets, by config key and name."""
+def describe_data(cfg: Config, train: CocoDataset, tests: Mapping[str, CocoDataset]) -> dict[str, str]:
+    """Return the fingerprints of a run's datasets and pipeline file, by config key and name."""
     found = {"DATASETS.TRAIN": train.fingerprint()}
+    if cfg.input.albumentations:
+        found["INPUT.ALBUMENTATIONS"] = fingerprint(cfg.input.albumentations)
     return found | {f"DATASETS.TEST {name}": dataset.fingerprint() for name, dataset in tests.items()}
 
 
@@ -139,7 +143,7 @@ def _config_changes(cfg: Config, saved: Config) -> Iterator[Change]:
     before, now = saved.solver.reference_world_size, cfg.solver.reference_world_size
     rescaled = now not in (0, before)
     scaled = scale_config(cfg, before or world_size()) if rescaled else cfg
-    old, new = dict(_leaves(to_plain(saved))), dict(_leaves(to_plain(scaled)))
+    old, new = dict(leaves(to_plain(saved))), dict(leaves(to_plain(scaled)))
     for key, value in new.items():
         if key in (*PATHS, "SOLVER.REFERENCE_WORLD_SIZE") or (key == "SEED" and value < 0):
             continue  # a checkpoint holds no paths; the scaled keys are compared; a run keeps its own seed
@@ -156,6 +160,9 @@ def _path_changes(cfg: Config, file: Path) -> Iterator[Change]:
     cfg = with_absolute_paths(cfg)
     if saved.model.weights != cfg.model.weights:
         yield Change("MODEL.WEIGHTS", saved.model.weights, cfg.model.weights)
+    files = saved.input.albumentations, cfg.input.albumentations
+    if not all(files) and any(files):  # of two files the content is compared
+        yield Change("INPUT.ALBUMENTATIONS", *files)
     for name in dict.fromkeys((*cfg.datasets.train, *cfg.datasets.test)):
         before, now = (c.datasets.registered.get(name) for c in (saved, cfg))
         if before is not None and now is not None and before != now:
@@ -171,12 +178,12 @@ def _are_equal(key: str, before: Any, now: Any, rescaled: bool) -> bool:
     return bool(before == now)
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted keys and values; all registered datasets together are one value."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name != "DATASETS.REGISTER":
-            yield from _leaves(value, f"{name}.")
+            yield from leaves(value, f"{name}.")
         else:
             yield name, value
 

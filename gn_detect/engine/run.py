@@ -52,6 +52,7 @@ from ..weights import (
     norm_settings,
     read_checkpoint,
 )
+from ..weights.hub import is_hub, pinned
 from .checkpoint import (
     BEST,
     CONFIG,
@@ -62,6 +63,8 @@ from .checkpoint import (
     start_anew,
 )
 from .folder_lock import FolderLock
+from .loggers import check_loggers
+from .memory import with_measured_parts
 from .metrics import MetricsWriter, count_evaluations
 from .optimizer import describe_parameters, learning_rate_factor, scale_config, set_learning_rate
 from .resume import (
@@ -106,6 +109,7 @@ class Run:
     stopped: bool = False  # SOLVER.EARLY_STOP ends the run here
     losses: dict[str, list[float]] = field(default_factory=dict)  # from the checkpoint: since the last report
     thresholds: list[float] = field(default_factory=list)  # of the last evaluation, see score_thresholds()
+    scores: dict[str, float] = field(default_factory=dict)  # AP and AR of the last evaluation, see headline()
     skipped: int = 0  # steps that were skipped because something was not finite
     is_evaluated: bool = True  # the weights after ``done`` iterations need no evaluation
     precise: int = -1  # iterations after which TEST.PRECISE_BN set the statistics last
@@ -143,6 +147,7 @@ class Run:
             seed=self.cfg.seed,
             losses=losses,
             score_thresholds=self.thresholds if self.is_evaluated else [],
+            results=self.scores if self.is_evaluated else {},
             **self.state.metadata(),
         )
 
@@ -164,6 +169,9 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
     Arguments are those of :func:`gn_detect.train`.
     """
     device = resolve_device(cfg.model.device)
+    by_main(partial(check_loggers, cfg))
+    if is_hub(cfg.model.weights):  # the commit goes into config.yaml and the checkpoints
+        cfg = cfg.replace({"MODEL.WEIGHTS": by_main(partial(pinned, cfg.model.weights))})
     given = cfg
     cfg = scale_config(cfg, world_size())
     checkpoint = share_last_checkpoint(cfg.output_dir, set_aside=True) if resume else None
@@ -171,6 +179,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
         by_main(partial(refuse_no_run, cfg.output_dir))
     known = CheckpointMetadata() if checkpoint is None else checkpoint.metadata
     cfg = _decide_seed(cfg, known)
+    given, cfg = (_with_parts_of(each, checkpoint) for each in (given, cfg))
     start = _first_iteration(cfg, checkpoint)
 
     _check_accumulation(cfg)
@@ -186,7 +195,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
         advice = "give both the same names, or leave out of the test set what is not trained"
         match_classes(test_set, dataset.class_names, owner, advice)
     _check_best_metric(cfg, next(iter(test_sets.values()), dataset))
-    data = describe_data(dataset, test_sets)
+    data = describe_data(cfg, dataset, test_sets)
     if checkpoint is not None:
         check_changes(given, checkpoint, data, allow_changes)
     warn_of_faults(dataset, list(test_sets.values()))
@@ -205,6 +214,7 @@ def prepare(cfg: Config, resume: bool, *, allow_changes: bool = False, other_cla
         logger.info("%s", report)
     model.to(device).train()
     state = make_state(cfg, model)
+    cfg = with_measured_parts(cfg, state, dataset)
     if cfg.model.freeze or cfg.solver.lr_multipliers:
         logger.info("%s", Lines(describe_parameters(model, state.optimizer)))
     run = Run(cfg, device, model, state, loader, dataset, tests, data, start)
@@ -270,6 +280,12 @@ def _with_class_weights(cfg: Config, dataset: CocoDataset) -> Config:
     weights = 1 / np.sqrt(np.maximum(counts, 1))
     weights /= (counts * weights).sum() / counts.sum()
     return cfg.replace({"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS": [round(float(w), 4) for w in weights]})
+
+
+def _with_parts_of(cfg: Config, checkpoint: Checkpoint | None) -> Config:
+    """Replace ``ACCUMULATE auto`` by the number that was measured when the run began."""
+    saved = saved_config(checkpoint) if checkpoint is not None and not cfg.solver.accumulate else None
+    return cfg if saved is None else cfg.replace({"SOLVER.ACCUMULATE": saved.solver.accumulate})
 
 
 def _check_accumulation(cfg: Config) -> None:

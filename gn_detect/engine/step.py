@@ -252,18 +252,20 @@ def memory_help(cfg: Config, batch: Sequence[Sample], doing: str) -> Iterator[No
             "out-of-memory",
             f"out of GPU memory {doing}: {len(batch)} images in this process, the largest {width}x{height} "
             f"(width x height), {sum(objects)} instances ({max(objects)} in one image; image ids "
-            f"{', '.join(str(s.image_id) for s in batch)}); {_memory_remedies(cfg, len(batch))}",
+            f"{', '.join(str(s.image_id) for s in batch)}); {memory_remedies(cfg, len(batch))}",
         ) from error
 
 
-def _memory_remedies(cfg: Config, images: int) -> str:
+def memory_remedies(cfg: Config, images: int) -> str:
     """List the unused ways to reduce memory, those that change the result least first."""
     solver, model = cfg.solver, cfg.model
     choices = []
     if solver.cuda_graphs is True:
         choices.append("set SOLVER.CUDA_GRAPHS False")
     if images > 1:
-        choices.append(f"raise SOLVER.ACCUMULATE ({solver.accumulate}), which gives the same update")
+        choices.append(
+            f"set SOLVER.ACCUMULATE auto, or above {solver.accumulate}, which gives the same update"
+        )
     is_resnet = model.backbone.name in RESNET_BACKBONES and model.resnets.norm not in ("BN", "SyncBN")
     if not model.backbone.activation_checkpointing and is_resnet:
         choices.append("set MODEL.BACKBONE.ACTIVATION_CHECKPOINTING True")

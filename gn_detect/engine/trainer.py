@@ -27,9 +27,10 @@ from ..modeling.mask_rcnn import MaskRCNN
 from .checkpoint import BEST, FINAL, PICTURES, RESULTS, checkpoint_name, save_checkpoint
 from .divergence import keep_black_box
 from .drawing import draw_curves, draw_test_images
-from .evaluator import Results, evaluate_test_sets, scalars_of, score_thresholds, write_results
+from .evaluator import Results, evaluate_test_sets, headline, scalars_of, score_thresholds, write_results
 from .folder_lock import FolderLock
 from .interruption import Interruption
+from .loggers import Loggers
 from .metrics import Meter, MetricsWriter, NotFinite, run_log
 from .optimizer import learning_rate_factor, set_learning_rate
 from .precise_bn import update_run
@@ -78,7 +79,8 @@ def train(
         by_main(partial(open_run_folder, run, resume))
         if is_main():
             log.open(run.folder / "log.txt")
-            run.writer = MetricsWriter(run.folder, run.start, evaluate_again=run.start >= run.end)
+            loggers = Loggers(run.cfg, run.start)
+            run.writer = MetricsWriter(run.folder, run.start, loggers, evaluate_again=run.start >= run.end)
         with closing(run.writer) if run.writer else nullcontext(), Interruption() as interruption:
             try:
                 results = training_loop(run, interruption)
@@ -127,7 +129,7 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
                 with meter.pause():
                     update_run(run)
                     results = evaluate_and_keep_best(run, interruption)
-                    if run.done >= run.end and (run.thresholds or run.stopped):
+                    if run.done >= run.end and (run.scores or run.stopped):
                         save(run, meter.state())  # with them; if it is stopped, perhaps for the first time
             if run.done >= run.end:
                 return results
@@ -258,6 +260,7 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
     metric = best_metric(run.cfg)
     value = scalars.get(metric, float("nan"))
     run.thresholds = score_thresholds(run.cfg, results, run.tests)
+    run.scores = headline(scalars)
     run.stale += 1
     if is_main() and value > run.best:
         run.best, run.stale = value, 0
@@ -265,6 +268,7 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
             run.origin(),
             iteration=run.done - 1,
             score_thresholds=run.thresholds,
+            results=run.scores,
             others={metric: value},
         )
         save_checkpoint(run.folder, BEST, model, metadata, is_last=False)
@@ -284,6 +288,8 @@ def finish(run: Run, results: Results, interruption: Interruption) -> None:
     """Write ``results.json`` and pictures; a signal ends this with Interrupted."""
     if is_main():
         write_results(run.folder / RESULTS, results)
+        if run.writer is not None:
+            run.writer.finish()
         with suppress(Interrupted), interruption.at_once():
             folder = run.folder / PICTURES
             draw_curves(run.folder, folder / "curves.png")

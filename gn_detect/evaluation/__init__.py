@@ -13,6 +13,7 @@ from .coco import (
 from .coco_data import prepare_ground_truth, read_annotations
 from .detections import DetectionTable, prepare_detections
 from .diagnosis import ERRORS, diagnose
+from .losses import VALIDATION, mean_losses
 from .matching import IN_CROWD, NOTHING, confusion_matrix, match_objects
 from .model import DIAGNOSIS, Interrupted, Stop, detections_to_coco, evaluate_model
 from .results_file import ResultsWriter, read_entries
@@ -27,6 +28,7 @@ __all__ = [
     "IN_CROWD",
     "METRICS",
     "NOTHING",
+    "VALIDATION",
     "DetectionTable",
     "Evaluators",
     "Interrupted",
@@ -48,6 +50,7 @@ __all__ = [
     "format_results",
     "interval",
     "match_objects",
+    "mean_losses",
     "prepare_detections",
     "prepare_ground_truth",
     "read_annotations",

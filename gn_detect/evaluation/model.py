@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..ops import paste_one_by_one
 from ..progress import progress_bar
-from ..structures import Detections, Sample
+from ..structures import Detections, RleMasks, Sample
 from ..text import Lines
 from .backends import choose_backend
 from .coco import IOU_TYPES, evaluate_and_diagnose
@@ -120,12 +120,22 @@ def _encode(detections: Detections, size: tuple[int, int] | None) -> Iterator[di
     """
     masks = detections.masks
     assert masks is not None
-    pasted = size is None or masks.dtype == torch.bool
-    size = (masks.shape[1], masks.shape[2]) if size is None or pasted else size
-    parts = _moved(masks) if pasted else paste_one_by_one(masks, detections.boxes, size)
-    for top, left, part in parts:
-        counts = _run_lengths(part.numpy(), top, left, size)
-        yield coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
+    if isinstance(masks, RleMasks):
+        yield from map(masks.rle, range(len(masks)))
+        return
+    height, width = masks.shape[1:] if size is None or masks.dtype == torch.bool else size
+    for top, left, part in mask_parts(masks, detections.boxes, (height, width)):
+        yield encode_part(part.numpy(), top, left, (height, width))
+
+
+def mask_parts(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield masks, pasted already or not, as :func:`gn_detect.ops.paste_one_by_one` does."""
+    return _moved(masks) if masks.dtype == torch.bool else paste_one_by_one(masks, boxes, size)
+
+
+def encode_part(part: np.ndarray, top: int, left: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Return COCO's compressed RLE of a mask in an image of ``size``; see :func:`_run_lengths`."""
+    return coco_mask.frPyObjects({"size": size, "counts": _run_lengths(part, top, left, size)}, *size)
 
 
 def _run_lengths(part: np.ndarray, top: int, left: int, size: tuple[int, int]) -> np.ndarray:
@@ -213,7 +223,7 @@ def evaluate_model(
     backend = choose_backend(backend)  # before the work, as it may be missing
     path = Path(output_dir) / RESULTS_FILE
     category_ids = [dataset.spelt_categories.get(i, i) for i in dataset.category_ids]
-    with _in_evaluation_mode(model):
+    with in_evaluation_mode(model):
         found = _detect(detector or model, loader, category_ids, stop)
         if is_main():
             _write_results(found, path, stop)
@@ -238,7 +248,7 @@ def _write_results(found: Iterable[list[dict[str, Any]]], path: Path, stop: Stop
         results = ResultsWriter(file)
         for entries in found:
             results.add(entries)
-        _agree(stop)
+        agree(stop)
         for text in gather_text(None) if world_size() > 1 else ():
             results.add_text(text)
         results.end()
@@ -249,19 +259,19 @@ def _send_results(found: Iterable[list[dict[str, Any]]], stop: Stop | None) -> N
     with tempfile.TemporaryFile("w+", encoding="ascii") as spool:
         for entries in found:
             spool.writelines(map(entry_text, entries))
-        _agree(stop)
+        agree(stop)
         for _ in gather_text(spool):
             pass
 
 
-def _agree(stop: Stop | None) -> None:
+def agree(stop: Stop | None) -> None:
     """Raise Interrupted in all processes together, or in none."""
     if stop is not None and stop.requested():
         raise Interrupted
 
 
 @contextmanager
-def _in_evaluation_mode(model: MaskRCNN) -> Iterator[None]:
+def in_evaluation_mode(model: MaskRCNN) -> Iterator[None]:
     """Restore the mode of every module at the end: some may be frozen on purpose."""
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -93,10 +93,10 @@ def _add(parity: Parity, expected: Detections, found: Detections, name: str) -> 
     found = found[partner]
     parity.box = max(parity.box, float((expected.boxes - found.boxes).abs().max()))
     parity.score = max(parity.score, float((expected.scores - found.scores).abs().max()))
-    if expected.masks is None or found.masks is None:
+    one, other = expected.bitmaps(), found.bitmaps()
+    if one is None or other is None:
         return
-    both = (expected.masks & found.masks).flatten(1).sum(1)
-    either = (expected.masks | found.masks).flatten(1).sum(1)
+    both, either = (one & other).flatten(1).sum(1), (one | other).flatten(1).sum(1)
     iou = torch.where(either > 0, both / either.clamp(min=1), 1.0)
     parity.mask = min(parity.mask, float(iou.min()))
     off = (either - both)[iou < MASK_TOLERANCE]

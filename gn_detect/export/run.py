@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import prepare_image
 from ..engine.predictor import ImagePredictor
 from ..errors import UserError
 from ..modeling.mask_rcnn import image_size, rescale
@@ -63,9 +61,20 @@ class ExportedPredictor(ImagePredictor):
             f"{path}: exported by gn_detect {metadata.version}, run by {runtime} on the CPU"
         )
 
-    def _detect(self, pixels: np.ndarray, paste: bool) -> Detections:
-        original = pixels.shape[:2]
-        prepared = prepare_image(pixels, self.cfg)
+    def _detector(self) -> ExportedPredictor:
+        return self
+
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+        paste: bool = True,
+    ) -> list[Detections]:
+        """Return the detections of each image; see :meth:`gn_detect.modeling.MaskRCNN.detect`."""
+        sizes = [image_size(image) for image in images] if original_sizes is None else original_sizes
+        return [self._detect(image, size, paste) for image, size in zip(images, sizes, strict=True)]
+
+    def _detect(self, prepared: Tensor, original: tuple[int, int], paste: bool) -> Detections:
         size = image_size(prepared)
         height, width = (-(-side // self._divisibility) * self._divisibility for side in size)
         if min(height, width) < MIN_SIDE:

@@ -7,21 +7,24 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from ..config import dump_config, without_paths
 from ..config.load import parse_config
+from ..config.shared import shared_values
 from ..errors import UserError
 from ..files import atomic_write
 from ..layers import fold_standardization
 from ..modeling.freezing import freeze
 from ..modeling.mask_rcnn import MaskRCNN
+from ..weights import CheckpointMetadata, InputConvention, norm_settings, save_weights
 from ..weights.metadata import program_version
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from ..engine.predictor import Predictor
 
 SUFFIXES = (".onnx", ".pt2")
+SAFE = ".safetensors"  # weights, classes and config, for gn_detect itself
 INPUTS = ("image", "size")
 OUTPUTS = ("boxes", "scores", "labels", "masks")  # a model without masks has the first three
 METADATA_FILE = "gn_detect.json"  # in a .pt2; an ONNX file has the same keys as metadata_props
@@ -82,7 +86,7 @@ class ExportableDetector(nn.Module):
         proposals = model.proposal_generator.propose(features, sizes)
         found = model.roi_heads.detect(features, proposals, sizes)[0]
         outputs = (found.boxes, found.scores, found.labels)
-        return outputs if found.masks is None else (*outputs, found.masks)
+        return (*outputs, found.masks) if isinstance(found.masks, Tensor) else outputs
 
 
 class _NeverEmpty(nn.Module):
@@ -200,11 +204,39 @@ def export_detector(predictor: Predictor, path: str | Path) -> None:
             torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
 
 
+def export_weights(predictor: Predictor, path: str | Path, results: dict[str, float]) -> CheckpointMetadata:
+    """Write the detector's weights as safetensors, and return the record that is in the file.
+
+    The record holds classes, results and the part of the config that belongs to weights: no paths, no names
+    of data sets and nothing of a training.
+
+    Args:
+        predictor: its model is written.
+        path: ends in ``.safetensors``.
+        results: AP by name, see :class:`CheckpointMetadata`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    cfg = predictor.cfg
+    metadata = replace(
+        norm_settings(predictor.model),
+        class_names=predictor.class_names,
+        category_ids=predictor.category_ids,
+        score_thresholds=predictor.score_thresholds,
+        results=results,
+        input=InputConvention.of_config(cfg),
+        config=yaml.safe_dump(shared_values(cfg), sort_keys=False, default_flow_style=None),
+    )
+    save_weights(path, predictor.model.state_dict(), metadata)
+    return metadata
+
+
 def check_target(path: str | Path) -> Path:
     """Return the path of a file to export; refuse another suffix or missing packages."""
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise UserError("wrong-ending", f"--output {path} must end in {' or '.join(SUFFIXES)}")
+    if path.suffix not in (*SUFFIXES, SAFE):
+        raise UserError("wrong-ending", f"--output {path} must end in {', '.join(SUFFIXES)} or {SAFE}")
     if path.suffix == ".onnx":
         require("onnx", "onnxscript")
     return path

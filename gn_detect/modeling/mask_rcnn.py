@@ -259,7 +259,7 @@ def rescale(
     boxes = clip_boxes(boxes, original)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]  # once, and not for each tensor
     kept = Detections(boxes, detections.scores, detections.labels, detections.masks)[keep]
-    if kept.masks is not None and paste:
+    if isinstance(kept.masks, Tensor) and paste:
         kept.masks = paste_masks(kept.masks, kept.boxes, original)
         kept = kept.to(kept.masks.device)
     return kept

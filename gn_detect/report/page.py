@@ -13,10 +13,11 @@ import numpy as np
 
 from ..config.paths import FOLDER
 from ..data import resolve_dataset
+from ..engine.checkpoint import AUGMENTED
 from ..errors import UserError
 from ..evaluation import ERRORS, METRICS, read_truth
 from ..files import atomic_write_text
-from ..visualize import Curve, Metrics, draw_chart, is_average, is_loss, metric_points
+from ..visualize import Curve, Metrics, draw_chart, is_average, is_loss, is_validation_loss, metric_points
 from ..weights.metadata import program_version
 from .analysis import IOU_AVERAGES, RECALLS, Analysis, ImageResult, analyse, condense
 from .comparison import Comparison, Difference, compare_on, conclusion
@@ -265,7 +266,10 @@ def training_charts(logged: Metrics) -> list[Chart]:
     """Draw losses, AP, learning rate and throughput by iteration, as far as there are any."""
     names = logged.names
     chosen = {
-        "loss": sorted(filter(is_loss, names), key=lambda name: name != "total_loss"),
+        "loss": sorted(
+            [name for name in names if is_loss(name) or is_validation_loss(name)],
+            key=lambda name: (name != "total_loss", not is_validation_loss(name)),
+        ),
         "AP (%)": [name for name in names if is_average(name, "AP", "AP50")],
         "learning rate": [name for name in names if name == "lr"],
         "images per second": [name for name in names if name == "images_per_second"],
@@ -310,7 +314,7 @@ def render(run: RunFolder, sections: list[Section], threshold: float) -> str:
         charts=training_charts(run.logged),
         last_iteration=run.logged.last + 1,
         metrics=METRICS,
-        kinds=KINDS,
+        kinds=KINDS | {f"{kind}{AUGMENTED}": f"{name} (TTA)" for kind, name in KINDS.items()},
         errors=ERRORS,
         help=HELP,
         threshold=threshold,

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..config import Config, dump_config, load_config, without_paths
-from ..engine.checkpoint import BEST
+from ..engine.checkpoint import AUGMENTED, BEST, RESULTS
 from ..engine.run import best_metric
 from ..errors import UserError
-from ..evaluation import DIAGNOSIS
+from ..evaluation import DIAGNOSIS, VALIDATION
 from ..files import read_text
 from ..text import shortened
 from ..visualize import Metrics, metric_points, read_metrics
@@ -30,7 +30,8 @@ class TestSet:
     Attributes:
         name: the dataset.
         metrics: ``{"bbox": {"AP": ..., ...}, ...}`` in percent, None for a value that COCO does not define;
-            empty without a ``results.json``.
+            empty without a ``results.json``. ``bbox_TTA`` and ``segm_TTA`` are those with test-time
+            augmentation, if the last evaluation of the run had it.
         results: the COCO result file, or None.
     """
 
@@ -139,7 +140,23 @@ def read_run(folder: str | Path) -> RunFolder:
 def _test_set(folder: Path) -> TestSet:
     metrics, results = folder / "results.json", folder / RESULTS_FILE
     kinds = read_results(metrics) if metrics.is_file() else {}
+    whole = folder.parents[1] / RESULTS
+    if kinds and whole.is_file():
+        kinds = _with_augmented(kinds, folder.name, whole)
     return TestSet(folder.name, kinds, results if results.is_file() else None)
+
+
+def _with_augmented(
+    kinds: dict[str, dict[str, float | None]], name: str, path: Path
+) -> dict[str, dict[str, float | None]]:
+    """Add AP with test-time augmentation, if the run's ``results.json`` is of the same evaluation."""
+    found = _read_object(path)
+    found = found.get(name, found)  # several test sets are listed by name
+    if not isinstance(found, dict):
+        return kinds
+    rows = {kind: row for kind, row in found.items() if kind.removesuffix(AUGMENTED) in kinds}
+    everything = _kinds(rows, path)
+    return everything if all(everything.get(kind) == row for kind, row in kinds.items()) else kinds
 
 
 def read_results(path: Path) -> dict[str, dict[str, float | None]]:
@@ -148,10 +165,13 @@ def read_results(path: Path) -> dict[str, dict[str, float | None]]:
     Raises:
         UserError: it cannot be read, or has other content.
     """
-    found = _read_object(path)
+    return _kinds(_read_object(path), path)
+
+
+def _kinds(found: dict[str, Any], path: Path) -> dict[str, dict[str, float | None]]:
     kinds: dict[str, dict[str, float | None]] = {}
     for kind, row in found.items():
-        if kind == DIAGNOSIS:
+        if kind in (DIAGNOSIS, VALIDATION):
             continue
         if not isinstance(row, dict):
             raise UserError(

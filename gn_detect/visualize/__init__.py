@@ -7,7 +7,7 @@ keep their values.
 from .canvas import Crop, Masks, crop_mask, picture_scale
 from .comparison import draw_comparison
 from .curves import Curve, draw_chart, plot_curves
-from .metrics import Metrics, is_average, is_loss, metric_points, read_metrics
+from .metrics import Metrics, is_average, is_loss, is_validation_loss, metric_points, read_metrics
 from .objects import draw_detections, draw_ground_truth
 from .pictures import encode_picture, save_picture, save_picture_grid, side_by_side
 
@@ -24,6 +24,7 @@ __all__ = [
     "encode_picture",
     "is_average",
     "is_loss",
+    "is_validation_loss",
     "metric_points",
     "picture_scale",
     "plot_curves",

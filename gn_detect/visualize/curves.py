@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..text import shortened
 from .fonts import add_legend
-from .metrics import Metrics, is_average, is_loss, metric_points, read_metrics
+from .metrics import Metrics, is_average, is_loss, is_validation_loss, metric_points, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +76,7 @@ def plot_curves(
                     look = {"color": colour, "linewidth": 1.5, "linestyle": style, "marker": marker}
                 elif name == "total_loss":
                     look = {"color": "0.15", "linewidth": 1.8}
-                _draw_line(axes, points, marked=title == _AP, **look)
+                _draw_line(axes, points, marked=title == _AP or is_validation_loss(name), **look)
     if len(read) > 1:
         _add_legend_of_runs(figure, list(read), len(titles))
         if len(kinds) > 1:
@@ -95,7 +95,8 @@ def plot_curves(
 def _panels(metrics: Metrics, several: bool) -> dict[str, list[str]]:
     """Return the names of the curves in each panel."""
     names = metrics.names
-    losses = [name for name in names if name == "total_loss" or (is_loss(name) and not several)]
+    shown = [name for name in names if is_loss(name) or is_validation_loss(name)]
+    losses = [name for name in shown if name == "total_loss" or not several]
     return {
         _LOSS: sorted(losses, key=lambda name: name != "total_loss"),
         _AP: [name for name in names if is_average(name, "AP")],

@@ -186,6 +186,11 @@ def is_loss(name: str) -> bool:
     return name == "total_loss" or (name.startswith("loss_") and "/" not in name)
 
 
+def is_validation_loss(name: str) -> bool:
+    """Return whether a name is that of the total loss on a test set."""
+    return re.fullmatch("([^/]+/)?validation/total_loss", name) is not None
+
+
 def is_average(name: str, *metrics: str) -> bool:
     """Return whether a name is one of ``metrics`` over all categories; categories may have any name."""
     return re.fullmatch(rf"([^/]+/)?(bbox|segm)/({'|'.join(metrics)})", name) is not None

@@ -102,7 +102,7 @@ def mask_crops(detections: Detections) -> Masks:
     """Return the mask of each detection, or None for each."""
     if detections.masks is None:
         return [None] * len(detections)
-    return [crop_mask(mask) for mask in detections.masks.numpy()]
+    return [crop_mask(mask.numpy()) for mask in detections.masks]
 
 
 def target_crops(target: Target, image: np.ndarray) -> Masks:

@@ -21,6 +21,7 @@ from ..config import load_config
 from ..errors import UserError
 from ..files import atomic_write, cannot_write
 from .convention import InputConvention
+from .hub import CONFIG, is_hub, pull, shared_record
 from .metadata import CheckpointMetadata, read_metadata, signature
 from .mmdetection_config import norm_entries, standardised_by_config
 from .numpy_pickle import RefusedPickle, check_pickle, load_numpy_pickle
@@ -79,13 +80,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read ``.pth``/``.pt`` (zip or legacy), ``.safetensors``, ``.pkl`` or ``.npz``, recognised by content.
 
     The weights are a plain dict of tensors, or stand under one of :data:`MODEL_KEYS`; the rest is metadata.
+    Of ``hf://USER/REPO`` only ``model.safetensors`` and ``config.json`` are read, see :mod:`.hub`.
 
     Raises:
         UserError: no such file, a failed download, truncated or of another format, without tensors, or naming
             classes or functions other than tensors, arrays and containers; none of them is called.
     """
-    entry = entry_of(path)
-    path = resolve(path)
+    entry, pulled = entry_of(path), None
+    if is_hub(path):
+        path, pulled = pull(path)
+    else:
+        path = resolve(path)
     if path.is_dir():
         raise UserError(
             "missing-weights", f"cannot load weights from {path}: it is a folder; give a file inside it"
@@ -96,7 +101,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"cannot load weights from {path}: no such file; check MODEL.WEIGHTS, or give zoo://NAME of "
             "gn-detect zoo list",
         )
-    content, kind = _read(path)
+    content, kind = _read(path) if pulled is None else (_read_safetensors(path), "safetensors")
     stored, others = _split(content, path, nested=kind != "safetensors")
     try:
         others = without_stand_ins(others)
@@ -104,6 +109,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise _refusal(path, "it holds containers nested by the thousand") from None
     tensors = strip_wrappers(stored)
     metadata = read_metadata(norm_entries(others, tensors) | others, path)
+    if pulled is not None:
+        metadata = shared_record(metadata, path.with_name(CONFIG), pulled)
     if entry is not None:  # the catalogue knows better than the names what the weights were trained with
         cfg = load_config(entry.config, entry.overrides)
         convs = metadata.weight_standardization or standardised_by_config(cfg, tensors)

@@ -98,6 +98,7 @@ class CheckpointMetadata:
     Attributes:
         class_names, category_ids: indexed by label; the ids are those of the training JSON.
         score_thresholds: by label, the score with the best F1 in the evaluation of these weights.
+        results: AP and AR in percent by name, such as ``bbox/AP``, in the evaluation of these weights.
         input: format, mean and deviation of the images, and the place of the stride.
         config: the model's whole config as YAML, without local paths.
         config_keys: in a file without a config, the config keys that no tensor implies.
@@ -122,6 +123,7 @@ class CheckpointMetadata:
     score_thresholds: list[float] = _entry(
         "a list of scores", _is_list_of(lambda value: _is_number(value) and 0 <= value <= 1), list
     )
+    results: dict[str, float] = _entry("numbers by name", _is_dict_of(_is_number), dict)
     input: InputConvention | None = _entry("values by name", _IS_DICT)
     config: str | None = _entry("text", _is_a(str))
     config_keys: dict[str, Any] = _entry("values by key", _IS_DICT, dict)
@@ -173,7 +175,7 @@ class CheckpointMetadata:
         return content | self.others
 
 
-def read_metadata(content: Mapping[str, Any], path: Path) -> CheckpointMetadata:
+def read_metadata(content: Mapping[str, Any], path: Path | str) -> CheckpointMetadata:
     """Read the entries of a file that are no weights.
 
     Another program's value of another type is left in ``others``.

@@ -93,6 +93,8 @@ def is_remote(path: str | Path) -> bool:
 def entry_of(path: str | Path) -> ZooEntry | None:
     """Return the entry that ``path`` names in any way, or None."""
     if is_remote(path):
+        if str(path).startswith("hf:"):  # on the Hub, see .hub
+            return None
         return _look_up(_with_two_slashes(path))[0]
     return next((entry for entry in read_catalog().values() if entry.file == Path(path)), None)
 
@@ -159,7 +161,7 @@ def _look_up(text: str) -> tuple[ZooEntry | None, str]:
     if not text.startswith("https://"):
         raise UserError(
             "unknown-weights",
-            f"cannot load {text}: only zoo://, detectron2://, catalog:// and https:// are known",
+            f"cannot load {text}: only hf://, zoo://, detectron2://, catalog:// and https:// are known",
         )
     return next((entry for entry in read_catalog().values() if entry.url == text), None), text
 

@@ -30,7 +30,7 @@ def test_one_command_trains_says_why_and_leaves_its_config(
     assert main(["train", *flags(case), "--json", *keys]) == 0
     printed = capsys.readouterr()
     result = json.loads(printed.out)  # alone on standard output
-    assert set(result["results"]) == {"bbox", "segm", "diagnosis"}
+    assert set(result["results"]) == {"bbox", "segm", "diagnosis", "validation"}
     assert Path(result["weights"]).is_file()
     for topic in ("classes: 2", "anchors:", "SOLVER.MAX_ITER as given", "learning rate:"):
         assert topic in printed.err

@@ -24,7 +24,7 @@ from gn_detect.errors import UserError
 from gn_detect.evaluation import detections_to_coco
 from gn_detect.modeling import build_model
 from gn_detect.structures import Detections
-from gn_detect.weights import norm_settings
+from gn_detect.weights import norm_settings, save_weights
 from tests.cli.conftest import Case
 from tests.refusal import refusal
 
@@ -63,6 +63,51 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def predict(case: Case, output: Path, *arguments: object) -> int:
     return main(["predict", "--config-file", str(case.config), "--output", str(output), *map(str, arguments)])
+
+
+def test_tiles(case: Case, tmp_path: Path, refused: Any) -> None:
+    """By flags, by keys, and by an exported file: the same results, and other ones than without."""
+    torch.manual_seed(3)
+    cfg = load_config(case.config, ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.3"])
+    save_weights(tmp_path / "model.pth", build_model(cfg).state_dict())
+    weights = ["--weights", tmp_path / "model.pth", "--no-pictures", "--threshold", "0.3"]
+    keys = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.3", "TEST.DETECTIONS_PER_IMAGE", "20"]
+    image = case.train.parent / "images/001.png"
+    tiles = ["TEST.TILES.SIZE", "64", "TEST.TILES.OVERLAP", "0.3"]
+    flags = ["--tile", "64", "--overlap", "0.3"]
+    found = []
+    for name, some in (
+        ("keys", [image, *keys, *tiles]),
+        ("flags", [*flags, image, *keys]),
+        ("no", [image, *keys]),
+    ):
+        assert predict(case, tmp_path / name, *weights, *some) == 0
+        found.append(json.loads((tmp_path / name / "predictions.json").read_text()))
+    assert found[0] == found[1] != found[2]
+    assert len(found[0]) > 5
+    for code, names, some in (
+        ("bad-value", ["TEST.TILES.SIZE", "10"], ["--tile", "10"]),
+        ("bad-value", ["TEST.TILES.OVERLAP", "0.95"], ["--tile", "64", "--overlap", "0.95"]),
+        ("lone-flag", ["overlap"], ["--overlap", "0.3"]),
+        ("conflicting-flags", ["--tile", "TEST.TILES.SIZE"], ["--tile", "64", image, *tiles]),
+        ("bad-argument", ["--tile", "many"], ["--tile", "many"]),
+    ):
+        command = [
+            "predict",
+            "--config-file",
+            case.config,
+            *weights,
+            "--output",
+            tmp_path / "bad",
+            *some,
+            image,
+        ]
+        if image in some:
+            command.pop()
+        line = refused(*command)
+        assert f"[{code}]" in line
+        assert all(name in line for name in names), line
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.usefixtures("stub")

@@ -164,6 +164,18 @@ def test_weights_that_the_run_began_with_are_found_again(project: Path, tmp_path
         assert with_absolute_paths(there).model.weights == without_paths(there).model.weights == url
 
 
+def test_a_pipeline_file_is_found_again(project: Path, tmp_path: Path) -> None:
+    run = project / "runs" / "one"
+    (project / "pipeline.json").write_text("{}")
+    cfg = load_config(run / "config.yaml").replace({"INPUT.ALBUMENTATIONS": str(project / "pipeline.json")})
+    (run / "config.yaml").write_text(dump_config(with_absolute_paths(cfg)))
+    moved = Path(shutil.move(project, tmp_path / "moved"))
+    found = load_config(moved / "runs" / "one" / "config.yaml")
+    assert found.input.albumentations == str(moved / "pipeline.json")
+    assert without_paths(found).input.albumentations == "pipeline.json"
+    assert with_absolute_paths(cfg.replace({"INPUT.ALBUMENTATIONS": ""})).input.albumentations == ""
+
+
 def test_built_in_data_are_found_again_and_not_generated_elsewhere(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ def test_help_has_examples_and_exit_status(command: str, capsys: pytest.CaptureF
     ("command", "advice"),
     [
         ("eval --config x.yaml", "--config; did you mean --config-file?"),
-        ("predict --t 0.5 a", "--t; did you mean --trust or --threshold?"),
+        ("predict --t 0.5 a", "--t; did you mean --trust or --threshold or --tile?"),
         ("bench train --iter=3", "--iter; did you mean --iterations?"),
         ("predict --score 0.5 a", "--score; gn-detect predict --help"),
         ("predict --device cpu a", "--device; it is a config key, given after the command: MODEL.DEVICE"),

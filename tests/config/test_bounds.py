@@ -18,7 +18,7 @@ DIVIDES_OR_SIZES = [
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.RPN.PRE_NMS_TOPK_TEST", "MODEL.ROI_BOX_HEAD.FC_DIM",
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
     "MODEL.ROI_MASK_HEAD.CONV_DIM", "INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST", "SOLVER.IMS_PER_BATCH",
-    "SOLVER.ACCUMULATE", "SOLVER.LOG_PERIOD", "SOLVER.MAX_ITER", "TEST.IMS_PER_BATCH",
+    "SOLVER.LOG_PERIOD", "SOLVER.MAX_ITER", "TEST.IMS_PER_BATCH",
     "TEST.DETECTIONS_PER_IMAGE", "INPUT.LARGE_SCALE_JITTER.MAX_SCALE",
 ]  # fmt: skip
 
@@ -28,6 +28,7 @@ SIZES = [key for key in DIVIDES_OR_SIZES if key not in UNBOUNDED] + [
     "DATALOADER.NUM_WORKERS", "INPUT.MIN_SIZE_TEST", "MODEL.ROI_BOX_HEAD.NUM_CONV",
     "MODEL.ROI_BOX_HEAD.NUM_FC", "MODEL.ROI_MASK_HEAD.NUM_CONV", "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO",
     "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", "SOLVER.REFERENCE_WORLD_SIZE",
+    "SOLVER.ACCUMULATE",
 ]  # fmt: skip
 
 
@@ -36,6 +37,15 @@ SIZES = [key for key in DIVIDES_OR_SIZES if key not in UNBOUNDED] + [
 def test_no_key_divides_by_zero(key: str, value: str) -> None:
     with refusal("bad-value", key):
         load_config(overrides=[key, value])
+
+
+def test_auto_is_a_number_of_parts() -> None:
+    """It is 0, which a training replaces."""
+    for value in ("0", "auto"):
+        assert load_config(overrides=["SOLVER.ACCUMULATE", value]).solver.accumulate == 0
+    for value in ("-1", "1.5", "automatic"):
+        with refusal("bad-value", "SOLVER.ACCUMULATE"):
+            load_config(overrides=["SOLVER.ACCUMULATE", value])
 
 
 @pytest.mark.parametrize("key", SIZES)

@@ -90,7 +90,7 @@ def _make_cfg(*sources: DatasetSource, **changes: Any) -> Any:
         model=SimpleNamespace(mask_on=True),
         datasets=SimpleNamespace(train=names, test=names, registered=register, root="", allow_outside=False),
         solver=SimpleNamespace(ims_per_batch=2),
-        test=SimpleNamespace(ims_per_batch=1),
+        test=SimpleNamespace(ims_per_batch=1, tiles=SimpleNamespace(size=0)),
         dataloader=SimpleNamespace(
             num_workers=0,
             aspect_ratio_grouping=True,
@@ -98,6 +98,7 @@ def _make_cfg(*sources: DatasetSource, **changes: Any) -> Any:
             sampler_train="TrainingSampler",
             repeat_threshold=0.0,
             repeat_sqrt=True,
+            tiles=SimpleNamespace(size=0, overlap=0.2, min_visible=0.3),
         ),
         input=SimpleNamespace(
             format="BGR",
@@ -113,6 +114,10 @@ def _make_cfg(*sources: DatasetSource, **changes: Any) -> Any:
                 enabled=False, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1
             ),
             large_scale_jitter=SimpleNamespace(enabled=False, min_scale=0.1, max_scale=2.0, size=(64, 64)),
+            rotate_90=False,
+            affine=SimpleNamespace(enabled=False, degrees=10.0, translate=0.1, min_scale=0.8, max_scale=1.25),
+            copy_paste=0.0,
+            albumentations="",
         ),
     )
     for path, value in changes.items():

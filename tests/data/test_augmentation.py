@@ -8,20 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import v2
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
 
 from gn_detect.config import load_config
 from gn_detect.data import build_augmentations, prepare_image
 from gn_detect.data.augmentation import (
     ColorJitter,
     LargeScaleJitter,
+    RandomAffine,
     RandomCrop,
     RandomFlip,
+    RandomRotate90,
     ResizeShortestEdge,
     crop_with_object,
 )
 from gn_detect.data.transforms import LabelledImage, bitmap_bounds, to_target
 from gn_detect.errors import UserError
+from gn_detect.ops.masks import rasterize_polygons
 
 
 def scene(height: int = 40, width: int = 60) -> LabelledImage:
@@ -155,6 +159,10 @@ CROP = "INPUT.CROP"
         ("INPUT.LARGE_SCALE_JITTER", {"INPUT.LARGE_SCALE_JITTER.MIN_SCALE": 3}),
         ("INPUT.COLOR_JITTER.HUE", {"INPUT.COLOR_JITTER.HUE": 0.6}),
         ("INPUT.RANDOM_FLIP", {"INPUT.RANDOM_FLIP": "both"}),
+        ("INPUT.AFFINE", {"INPUT.AFFINE.MIN_SCALE": 2}),
+        ("INPUT.AFFINE.DEGREES", {"INPUT.AFFINE.DEGREES": 200}),
+        ("INPUT.COPY_PASTE", {"INPUT.COPY_PASTE": 1.5}),
+        ("INPUT.COPY_PASTE", {"INPUT.COPY_PASTE": 0.5, "MODEL.MASK_ON": False}),
     ],
 )
 def test_impossible_settings_are_refused(key: str, changes: dict[str, Any]) -> None:
@@ -193,6 +201,89 @@ def test_colour_jitter_is_torchvisions() -> None:
     assert not np.array_equal(twice[0], original.image)
 
 
+def test_turns_by_90_degrees() -> None:
+    """All four, evenly; boxes are those of the turned masks."""
+    random, original, seen = np.random.default_rng(0), scene(), [0] * 4
+    square = original.masks[0]
+    for _ in range(80):
+        found = RandomRotate90()(original, random)
+        (quarters,) = [k for k in range(4) if np.array_equal(found.image, np.rot90(original.image, k))]
+        seen[quarters] += 1
+        np.testing.assert_array_equal(found.masks[0], np.rot90(square, quarters))
+        np.testing.assert_array_equal(found.boxes[0], bitmap_bounds(np.rot90(square, quarters)))
+        x0, y0, x1, y1 = found.boxes[1]
+        points = found.masks[1][0].reshape(-1, 2)
+        np.testing.assert_array_equal([*points.min(axis=0), *points.max(axis=0)], [x0, y0, x1, y1])
+        assert (x1 - x0, y1 - y0) == (10, 10)
+        assert [x0, y0] == [[5, 20], [20, 45], [45, 10], [10, 5]][quarters]
+    assert min(seen) > 10
+
+
+class LargestValues:
+    """A generator that always draws the upper end."""
+
+    def uniform(self, low: float, high: float, size: int | None = None) -> Any:
+        return high if size is None else np.full(size, high)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "translate", "scale"),
+    [(30, 0, 1), (0, 0.1, 1), (0, 0, 1.25), (-17, 0.05, 0.8), (180, 0.05, 1.1)],
+)
+def test_affine_maps_are_torchvisions(degrees: float, translate: float, scale: float) -> None:
+    original = scene()
+    found = RandomAffine(degrees, translate, scale, scale)(original, LargestValues())
+
+    def by_torchvision(pixels: np.ndarray, mode: InterpolationMode, fill: int) -> np.ndarray:
+        moves = [60 * translate, 40 * translate]
+        picture = Image.fromarray(pixels)
+        return np.asarray(v2.functional.affine(picture, degrees, moves, scale, [0.0, 0.0], mode, fill))
+
+    expected = by_torchvision(original.image, InterpolationMode.BILINEAR, 128)
+    assert np.abs(found.image.astype(int) - expected).max() <= 1
+    square = by_torchvision(original.masks[0].view(np.uint8), InterpolationMode.NEAREST, 0).view(bool)
+    if square.any():
+        np.testing.assert_array_equal(found.masks[0], square)
+    triangle = rasterize_polygons(original.masks[1], 40, 60)
+    moved = by_torchvision(triangle.view(np.uint8), InterpolationMode.NEAREST, 0).view(bool)
+    drawn = rasterize_polygons(found.masks[-1], 40, 60)
+    assert (drawn ^ moved).sum() <= 0.3 * moved.sum()  # of 55 pixels, 30 are at the border
+    target = to_target(found, draw_polygons=True, boxes_from_masks=True)
+    kept = [mask for mask in (square, drawn) if mask.any()]
+    np.testing.assert_array_equal([mask.numpy() for mask in target.masks], kept)
+    np.testing.assert_allclose(target.boxes, [bitmap_bounds(mask) for mask in kept], atol=1)
+
+
+def test_objects_that_an_affine_map_moves_out_are_dropped() -> None:
+    """By 12 pixels to the right and 8 down: the square leaves the image, the triangle stays whole."""
+    original = scene()
+    found = RandomAffine(0, 0.2, 1, 1)(original, LargestValues())
+    assert found.labels.tolist() == [1]
+    np.testing.assert_array_equal(found.image[8:, 12:], original.image[:-8, :-12])
+    assert (found.image[:8] == 128).all() and (found.image[:, :12] == 128).all()
+    target = to_target(found, boxes_from_masks=True)
+    assert target.labels.tolist() == [1]
+    assert target.boxes.tolist() == [[17, 28, 27, 38]]
+    without_masks = LabelledImage(original.image, original.boxes, original.labels)
+    moved = to_target(RandomAffine(0, 0.2, 1, 1)(without_masks, LargestValues()))
+    assert moved.boxes.tolist() == [[17, 28, 27, 38]]
+
+
+def test_random_affine_maps_are_within_their_ranges() -> None:
+    """The corner of a polygon far from the centre shows angle and size."""
+    image, box, polygon = np.zeros((64, 64, 3), np.uint8), [32.0, 32, 64, 64], [32.0, 32, 64, 32, 32, 64]
+    labelled = LabelledImage(image, np.array([box]), np.zeros(1, int), [[np.array(polygon)]])
+    random, seen = np.random.default_rng(0), []
+    for _ in range(200):
+        centre, right, _ = RandomAffine(20, 0.1, 0.5, 1.5)(labelled, random).masks[0][0].reshape(3, 2)
+        step = right - centre
+        seen.append([np.degrees(np.arctan2(step[1], step[0])), np.hypot(*step) / 32, *(centre - 32) / 64])
+    low, high = np.min(seen, axis=0), np.max(seen, axis=0)
+    limits, slack = np.array([[-20, 0.5, -0.1, -0.1], [20, 1.5, 0.1, 0.1]]), np.array([1, 0.05, 0.01, 0.01])
+    assert (low >= limits[0] - 1e-9).all() and (low < limits[0] + slack).all()
+    assert (high <= limits[1] + 1e-9).all() and (high > limits[1] - slack).all()
+
+
 def test_config_chooses_the_augmentations(make_cfg: Callable[..., Any]) -> None:
     def names(**changes: Any) -> list[str]:
         return [type(augment).__name__ for augment in build_augmentations(make_cfg(**changes))]
@@ -206,6 +297,12 @@ def test_config_chooses_the_augmentations(make_cfg: Callable[..., Any]) -> None:
         "ColorJitter",
     ]
     assert names(input__large_scale_jitter__enabled=True) == ["LargeScaleJitter", "RandomFlip"]
+    assert names(input__rotate_90=True, input__affine__enabled=True) == [
+        "ResizeShortestEdge",
+        "RandomFlip",
+        "RandomRotate90",
+        "RandomAffine",
+    ]
 
 
 def test_image_for_inference(make_cfg: Callable[..., Any]) -> None:

@@ -112,3 +112,15 @@ def test_one_rle_at_a_time_is_in_memory(write_dataset: Write, small_coco: dict, 
     tracemalloc.stop()
     assert len(target) == count
     assert peak < 10 * size**2  # all of them would be 30
+
+
+def test_a_window_is_that_part_of_the_bitmap() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        height, width, top, left = random.integers(1, 30, 4).tolist()
+        bitmap = random.random((height, width)) < random.random()
+        counts = coco_mask.encode(np.asfortranarray(bitmap.view(np.uint8)))["counts"]
+        top, left = top % height, left % width
+        window = RleMask(counts, height, width).window(top, left, 12, 7)
+        assert window.dtype == bool
+        assert np.array_equal(window, bitmap[top : top + 12, left : left + 7])

@@ -144,8 +144,9 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
         "INPUT.RANDOM_FLIP", "none", "SOLVER.MAX_ITER", "3", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "5000",
         "MODEL.RPN.POSITIVE_FRACTION", "1.0", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "500",
         "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.FPN.CONV", "WS",
+        "SOLVER.ACCUMULATE", "auto", "TEST.LOSS_IMAGES", "3",
     ]  # fmt: skip
-    weights, evaluated = [], []
+    weights, evaluated, losses = [], [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
@@ -153,8 +154,11 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
         launch(train, (cfg,), device="cpu", num_gpus=processes)
         weights.append(read_checkpoint(folder / "run" / "model_final.pth").tensors)
         results = json.loads((folder / "run" / "inference" / "tiny_test" / RESULTS).read_text())
+        losses.append(json.loads((folder / "run" / "results.json").read_text())["validation"])
+        assert load_config(folder / "run" / "config.yaml").solver.accumulate == 1
         evaluated.append(sorted({result["image_id"] for result in results}))
     assert evaluated == [[1, 2, 3], [1, 2, 3]]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     results = (folder / "run" / "results.json").read_bytes()
     (folder / "run" / "results.json").unlink()
     launch(partial(evaluate, resume=True), (cfg,), device="cpu", num_gpus=2)

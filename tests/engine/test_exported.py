@@ -6,6 +6,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,3 +169,27 @@ def test_outputs_that_are_no_detections_are_told_from_detections() -> None:
         [boxes[:, :3], scores, labels], [boxes, scores, scores], [boxes, scores, labels, scores],
     ):  # fmt: skip
         assert not _is_of(2, outputs)
+
+
+def test_an_exported_detector_takes_tiles(tmp_path: Path) -> None:
+    """Its program sees each tile, and its detections are merged as those of a model."""
+    exported = ExportedPredictor.__new__(ExportedPredictor)
+    exported.cfg = load_config(write_config(tmp_path), ["INPUT.MIN_SIZE_TEST", "0"])
+    exported.class_names, exported.category_ids, exported._divisibility = ["square", "bar"], [3, 7], 32
+    sizes = []
+
+    def find_bright(image: torch.Tensor, size: torch.Tensor) -> list[torch.Tensor]:
+        sizes.append(size.tolist())
+        rows, columns = (image[0, 0] > 150).any(1).nonzero()[:, 0], (image[0, 0] > 150).any(0).nonzero()[:, 0]
+        box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if len(rows) else []
+        boxes = torch.tensor(box).float().reshape(-1, 4)
+        return [boxes, torch.full((len(boxes),), 0.9), torch.ones(len(boxes)).long()]
+
+    exported._program = find_bright
+    pixels = np.zeros((64, 160, 3), np.uint8)
+    pixels[20:40, 50:110] = 200
+    found = exported(pixels, tile=64, overlap=0.25)
+    assert sizes == [[64, 64]] * 3
+    assert found.boxes.tolist() == [[50, 20, 110, 40]]
+    assert exported(pixels).boxes.tolist() == [[50, 20, 110, 40]]
+    assert sizes[3:] == [[64, 160]]

@@ -268,7 +268,7 @@ def test_out_of_gpu_memory_names_the_batch_and_the_keys(tiny_config: Config) -> 
     message = str(caught.value)
     for words in (
         "out of GPU memory in the forward pass: 2 images", "the largest 80x64", "4 instances (2 in one image",
-        "SOLVER.ACCUMULATE (1)", "ACTIVATION_CHECKPOINTING", "AMP.ENABLED", "INPUT.MAX_SIZE_TRAIN (96)",
+        "SOLVER.ACCUMULATE auto", "ACTIVATION_CHECKPOINTING", "AMP.ENABLED", "INPUT.MAX_SIZE_TRAIN (96)",
     ):  # fmt: skip
         assert words in message
 

@@ -94,6 +94,21 @@ def test_given_keys_win_and_the_rest_follows() -> None:
     assert "evaluation: 3 evaluations;" in str(recipe)
 
 
+def test_tiles_to_train_on_decide_about_the_size() -> None:
+    """Images of 4800 x 6400 in tiles of 480 are resized as images of 480 x 480, in evaluation, too."""
+    large = make_survey(images=100)
+    whole = make_survey()
+    large = Survey(**{**vars(large), "images": large.images * 10})
+    given = {"DATALOADER.TILES.SIZE": 480, "DATALOADER.TILES.OVERLAP": 0.3}
+    cfg, untiled = (
+        as_config(make_recipe(data, CPU, given=keys)) for data, keys in ((large, given), (whole, {}))
+    )
+    assert (cfg.test.tiles.size, cfg.test.tiles.overlap) == (480, 0.3)
+    assert cfg.input.min_size_train == untiled.input.min_size_train
+    assert cfg.model.anchor_generator.sizes == untiled.model.anchor_generator.sizes
+    assert untiled.test.tiles.size == 0
+
+
 def test_little_memory_makes_images_smaller() -> None:
     small = Machine(True, 1, 6 * 2**30, 16)
     sizes = [make_recipe(make_survey(), m).keys["INPUT.MIN_SIZE_TEST"] for m in (GPU, small)]

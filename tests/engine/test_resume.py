@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import yaml
 
 from gn_detect.config import Config, dump_config, load_config
 from gn_detect.config.load import known_keys
+from gn_detect.data.albumentations_pipeline import fingerprint
 from gn_detect.engine import train
 from gn_detect.engine.optimizer import scale_config
-from gn_detect.engine.resume import COUNTED_IN_ITERATIONS, FREE
+from gn_detect.engine.resume import COUNTED_IN_ITERATIONS, FREE, changes, check_changes
 from gn_detect.engine.run import BEST_IS_OF, prepare
 from gn_detect.errors import UserError
+from gn_detect.weights import read_checkpoint
 from tests.engine.tiny import make_dataset, write_config
+from tests.refusal import refusal
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,7 @@ def edit(cfg: Config, name: str = "model_final.pth", **changes: Any) -> None:
 CHANGED = {
     "INPUT.MIN_SIZE_TRAIN": [48],
     "INPUT.RANDOM_FLIP": "none",
+    "INPUT.COPY_PASTE": 0.5,
     "INPUT.MIN_SIZE_TEST": 48,
     "MODEL.PIXEL_MEAN": [100.0, 100.0, 100.0],
     "MODEL.RPN.NMS_THRESH": 0.6,
@@ -151,6 +156,35 @@ def test_other_content_of_a_dataset_is_refused(begun: Config, tmp_path: Path, pa
     entries[name]["ANNOTATIONS"] = str(changed)
     with pytest.raises(UserError, match=rf"content of DATASETS.{part.upper()}.* was .*objects.* and is"):
         prepare(begun.replace({"DATASETS.REGISTER": entries}), resume=True)
+
+
+def test_another_pipeline_file_is_refused(begun: Config, tmp_path: Path) -> None:
+    """Its content counts, wherever it is; and a run that began without one stays without."""
+    file, moved = tmp_path / "a.json", tmp_path / "b.json"
+    for path in (file, moved):
+        path.write_text("{}")
+    with_file = begun.replace({"INPUT.ALBUMENTATIONS": str(file), "OUTPUT_DIR": str(tmp_path)})
+    (tmp_path / "config.yaml").write_text(dump_config(with_file))
+    began_without = read_checkpoint(Path(begun.output_dir) / "model_final.pth")
+    data = {"INPUT.ALBUMENTATIONS": fingerprint(str(file))}
+    checkpoint = replace(began_without, metadata=replace(began_without.metadata, data=data))
+
+    def changed(cfg: Config) -> list[str]:
+        path = cfg.input.albumentations
+        return [
+            str(c)
+            for c in changes(cfg, checkpoint, {"INPUT.ALBUMENTATIONS": fingerprint(path)} if path else {})
+        ]
+
+    elsewhere = with_file.replace({"INPUT.ALBUMENTATIONS": str(moved)})
+    assert changed(with_file) == changed(elsewhere) == []
+    moved.write_text("{ }")
+    (change,) = changed(elsewhere)
+    assert change.startswith("the content of INPUT.ALBUMENTATIONS was ")
+    (change,) = changed(with_file.replace({"INPUT.ALBUMENTATIONS": ""}))
+    assert change == f"INPUT.ALBUMENTATIONS was {file} and is "
+    with refusal("other-run", f"INPUT.ALBUMENTATIONS was  and is {file}"):
+        check_changes(begun.replace({"INPUT.ALBUMENTATIONS": str(file)}), began_without, {}, allow=False)
 
 
 def test_a_checkpoint_without_the_optimisers_state_is_refused(copied: Config) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,6 +138,28 @@ def test_bad_input_is_refused_without_a_page(make_run: MakeRun, tmp_path: Path) 
     with pytest.raises(UserError, match=r"results\.json cannot be read"):
         write_report(folder)
     assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_results_with_test_time_augmentation_are_shown_if_they_are_of_the_same_evaluation(
+    make_run: MakeRun, several: bool
+) -> None:
+    folder = make_run()
+    plain = json.loads((folder / "inference" / "tiny_test" / "results.json").read_text())
+    augmented = {f"{kind}_TTA": {**row, "AP": 87.65} for kind, row in plain.items()}
+
+    def shown(results: dict[str, Any]) -> str:
+        whole = {"tiny_test": results, "other": results} if several else results
+        (folder / "results.json").write_text(json.dumps(whole))
+        return read(write_report(folder)).words
+
+    words = shown({**plain, **augmented})
+    assert "mask (TTA)" in words
+    assert "87.65" in words or "87.7" in words
+    assert "test-time augmentation" in words
+    assert "TTA" not in shown(plain)
+    earlier = {**plain, "bbox": {**plain["bbox"], "AP": 1.0}}
+    assert "TTA" not in shown({**earlier, **augmented})
 
 
 def test_every_test_set_has_a_part_of_its_own(make_run: MakeRun, tmp_path: Path) -> None:

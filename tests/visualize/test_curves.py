@@ -64,6 +64,31 @@ def test_the_highest_point_stands_below_the_upper_edge(
     assert tops["loss"] > 3.0 * 1.05
 
 
+def test_the_loss_on_a_test_set_stands_beside_the_training_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several runs show their training loss alone."""
+    from matplotlib.figure import Figure
+
+    file = tmp_path / "metrics.jsonl"
+    write_metrics(file)
+    text = file.read_text().replace(
+        '"bbox/AP"', '"validation/total_loss": 2, "validation/loss_cls": 9, "bbox/AP"'
+    )
+    file.write_text(text)
+    drawn: list[dict[str, np.ndarray]] = []
+
+    def note(self: Figure, *_: Any, **__: Any) -> None:
+        drawn.append({axes.get_title(): [line.get_ydata() for line in axes.lines] for axes in self.axes})
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    plot_curves(file, tmp_path / "one.png")
+    plot_curves({"a": file, "b": file}, tmp_path / "two.png")
+    assert [values.tolist() for values in drawn[0]["loss"]].count([2.0]) == 1
+    assert len(drawn[0]["loss"]) == 3
+    assert len(drawn[1]["loss"]) == 2
+
+
 @pytest.mark.parametrize("content", [None, "", '{"iteration": 3, "time": 1.0}\n', "\x00\n[1]\n"])
 def test_nothing_to_plot_is_an_error_without_a_file(tmp_path: Path, content: str | None) -> None:
     if content is not None:

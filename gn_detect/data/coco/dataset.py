@@ -144,6 +144,10 @@ class CocoDataset:
             digest.update(np.ascontiguousarray(values).tobytes())
         return f"{len(self)} images, {len(table.labels)} objects, {digest.hexdigest()[:16]}"
 
+    def counts(self) -> np.ndarray:
+        """Return (I,), the number of objects in each image."""
+        return self.objects.counts()
+
     def labels(self, index: int) -> np.ndarray:
         """Return (N,) int64, the contiguous labels of the objects in an image."""
         return self.objects.labels[self.objects.rows(index)]

@@ -33,6 +33,14 @@ class RleMask:
         mask = coco_mask.decode({"size": [self.height, self.width], "counts": self.counts})
         return np.ascontiguousarray(mask).view(bool)
 
+    def window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Return ``decode()[top : top + height, left : left + width]``; only its columns are decoded."""
+        begin, end = left * self.height, min(left + width, self.width) * self.height
+        ends = np.cumsum(read_runs(self.counts.decode())).clip(begin, end)
+        inside = np.arange(len(ends)) % 2 == 1
+        columns = np.repeat(inside, np.diff(ends, prepend=begin)).reshape(-1, self.height)
+        return np.ascontiguousarray(columns[:, top : top + height].T)
+
 
 def count_pixels(counts: str) -> int:
     """Return the sum of the runs: in a whole RLE, the image's height times width.
