@@ -284,6 +284,17 @@ def transfer(study: str) -> str:
     )
 
 
+def rates(study: str) -> str:
+    """Return AP by arm and learning rate."""
+    rows = load("transfer/summary")[study]
+    known = sorted({rate for row in rows for rate in row["AP"]}, key=float)
+    table = [
+        [row["arm"], *(f"{row['AP'][rate]:.1f}" if rate in row["AP"] else "" for rate in known)]
+        for row in rows
+    ]
+    return markdown(("", *known), table)
+
+
 def first_steps(fold: str) -> str:
     """Return the loss after one step along the mean gradient, as means over the sets of images.
 
@@ -380,6 +391,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps on a CPU": lambda: steps(float32=load("norms-cpu")["steps"]),
     "detector": lambda: recorded("detector", mask_AP_kept=kept),
     "transfer causes": lambda: transfer("causes"),
+    "pretrained rates": lambda: rates("pretrained-rates"),
+    "pretrained best": lambda: transfer("pretrained-best"),
+    "pretrained": lambda: transfer("pretrained"),
     "first steps": lambda: first_steps("small1"),
     "first steps, young": lambda: first_steps("young1"),
     "classifiers": lambda: recorded("classifiers"),

@@ -86,7 +86,7 @@ def test_every_source_has_the_same_cells() -> None:
 
 
 def test_a_rate_is_chosen_when_its_grid_is_complete(tmp_path: Path) -> None:
-    assert plan.chosen_rates(tmp_path) == {}
+    assert plan.chosen_rates(tmp_path, plan.rate_cells()) == {}
     assert plan.cells("final", tmp_path) == plan.cells("stained", tmp_path) == []
 
 

@@ -19,6 +19,7 @@ from gn_detect.files import atomic_write_json, atomic_write_text
 from . import gradients, plan, slides, summary
 from .arms import ARMS, CAUSES
 from .data import SLIDES, folds
+from .pretrained import PRETRAINED
 from .training import Place, fine_tune
 
 RESULTS = SLIDES.parent
@@ -66,7 +67,9 @@ def run_study(args: argparse.Namespace) -> None:
         path = RESULTS / args.study / f"{cell.unit}.json"
         done = read(path)
         if cell.name not in done and args.only in cell.name:
-            record = fine_tune(places[cell.fold], cell, (ARMS | CAUSES)[cell.arm])
+            place = places[cell.fold]
+            arm = PRETRAINED[cell.arm] if place.is_pretrained else (ARMS | CAUSES)[cell.arm]
+            record = fine_tune(place, cell, arm)
             atomic_write_json(path, read(path) | {cell.name: record}, indent=1)
             print(f"{cell.unit}: {cell.name}: AP {record['AP']}, {record['seconds']} s", flush=True)
 

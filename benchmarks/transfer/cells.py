@@ -9,6 +9,9 @@ from itertools import product
 RATES = (0.00125, 0.003, 0.0075, 0.02)
 """Learning rates of one image, from the paper's (0.02 for 16 images) to a rate at which frozen BN fails."""
 
+PRETRAINED_RATES = (0.003, 0.0075, 0.02, 0.00125)
+"""The same in the order in which they are tried."""
+
 START, SHORT, MIDDLE, LONG = 60, 150, 450, 1350
 """Iterations; the first for the search for causes of a slow start."""
 
@@ -53,6 +56,11 @@ class Cell:
 REFERENCE, CONVERTED = "frozen BN", "GN, calibrated"
 """The two arms of the main comparison."""
 
+MATCHED = "GN, matched"
+
+HEADS_ALONE = "frozen BN, GN in FPN and heads"
+"""With the heads of the second, and the backbone of the first."""
+
 SOURCES = (1, 2, 3)
 
 
@@ -92,3 +100,24 @@ def stained(rates: Mapping[str, float]) -> list[Cell]:
         Cell(f"stained{fold}", source, arm, rates[arm], MIDDLE, seed=source)
         for source, fold, arm in product(SOURCES, range(1, 6), (REFERENCE, CONVERTED))
     ]
+
+
+def pretrained(rates: Mapping[str, float]) -> list[Cell]:
+    """Return the cells of fine-tunings from ImageNet's backbone: the paper's comparison, then the other arms.
+
+    Args:
+        rates: the arms' learning rates, in the order of the arms.
+    """
+    main = [arm for arm in (REFERENCE, HEADS_ALONE, MATCHED) if arm in rates]
+    others = [arm for arm in rates if arm not in main]
+    runs = list(product(SOURCES, ("imagenetA", "imagenetB")))
+    found = [Cell(f, 1, arm, rates[arm], MIDDLE, seed=s) for s, f in runs for arm in main]
+    found += [Cell(f, 1, arm, rates[arm], MIDDLE, seed=s) for s, f in runs for arm in others]
+    for iterations, images in ((LONG, 1), (SHORT, 1), (MIDDLE, 2)):
+        found += [
+            Cell(f, 1, arm, rates[arm], iterations, images, seed=s)
+            for s, f in runs
+            for arm in main
+            if arm != HEADS_ALONE
+        ]
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def folds(data: Path) -> dict[str, Fold]:
     ``A`` is trained on half A and tested on half B, ``B`` the other way round. ``dev1`` to ``dev3`` lie
     inside half A, so that half B is untouched by choices; ``small1`` to ``small3`` are the same at half the
     resolution, and ``young1`` to ``young3`` those with sources after half of their training. ``stained1`` to
-    ``stained5`` go from fluorescence to stained images.
+    ``stained5`` go from fluorescence to stained images. With ``imagenet`` before a name (``A``, ``B``,
+    ``dev1``) the source is a backbone of ImageNet, for the same images.
     """
     pictures, slides = read_pictures(data), read_slides()
     halves = [tuple(part) for part in divide(pictures, slides, HALVES)]
@@ -85,6 +86,8 @@ def folds(data: Path) -> dict[str, Fold]:
     for number, part in enumerate(divide(stained, slides, STAINED_FOLDS), 1):
         train = tuple(picture.name for picture in stained if picture.name not in part)
         found[f"stained{number}"] = Fold(fluorescent, train, tuple(part))
+    for name in ("A", "B", "dev1"):
+        found[f"imagenet{name}"] = replace(found[name], source=())
     return found
 
 

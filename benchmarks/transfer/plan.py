@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import cells as cell_lists
 from .arms import ARMS
-from .cells import CONVERTED, RATES, REFERENCE, Cell
+from .cells import CONVERTED, HEADS_ALONE, MATCHED, MIDDLE, PRETRAINED_RATES, RATES, REFERENCE, Cell
+from .pretrained import PRETRAINED
 
-STUDIES = ("rates", "causes", "final", "stained")
+STUDIES = ("rates", "causes", "final", "stained", "pretrained-rates", "pretrained")
 
 CAUSE_SEEDS = (1, 2, 3)
 
@@ -41,13 +43,18 @@ FIRST = ("frozen BN", "GN, calibrated", "GN, matched")
 def cells(study: str, results: Path) -> list[Cell]:
     """Return the cells of a study, those that answer most first.
 
-    ``final`` and ``stained`` need the results of ``rates``; arms without are left out.
+    ``final`` and ``stained`` need the results of ``rates``, and ``pretrained`` those of ``pretrained-rates``;
+    arms without are left out.
     """
     if study == "rates":
         return rate_cells()
     if study == "causes":
         return cause_cells()
-    rates = chosen_rates(results)
+    if study == "pretrained-rates":
+        return pretrained_rate_cells()
+    if study == "pretrained":
+        return cell_lists.pretrained(chosen_rates(results / "pretrained-rates", pretrained_rate_cells()))
+    rates = chosen_rates(results / "rates", rate_cells())
     if study == "final":
         return cell_lists.final([arm for arm in ARMS if arm in rates], rates)
     return cell_lists.stained(rates) if {REFERENCE, CONVERTED} <= rates.keys() else []
@@ -71,12 +78,28 @@ def cause_cells() -> list[Cell]:
     return found
 
 
-def chosen_rates(results: Path) -> dict[str, float]:
-    """Return the rate with the highest AP on the development fold, of each arm whose grid is complete."""
-    path = results / "rates" / "dev1-source1.json"
+def pretrained_rate_cells() -> list[Cell]:
+    """Return the grid of rates of all arms that start from ImageNet's backbone.
+
+    After 150 iterations mask AP is below 3, with every arm and rate, so the grid has 450.
+    """
+    ordered = [MATCHED, REFERENCE, HEADS_ALONE, CONVERTED]
+    ordered += [name for name in PRETRAINED if name not in ordered]
+    return [Cell("imagenetdev1", 1, arm, rate, MIDDLE) for arm in ordered for rate in PRETRAINED_RATES]
+
+
+def chosen_rates(results: Path, grid: Sequence[Cell]) -> dict[str, float]:
+    """Return the rate with the highest AP on the development fold, of each arm whose next rates did worse."""
+    path = results / f"{grid[0].unit}.json"
     done = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    rates = sorted({cell.rate for cell in grid if cell.iterations})
     found: dict[str, dict[float, float]] = {}
-    for cell in rate_cells():
+    for cell in grid:
         if cell.iterations and cell.name in done:
             found.setdefault(cell.arm, {})[cell.rate] = done[cell.name]["AP"]
-    return {arm: max(grid, key=lambda r: grid[r]) for arm, grid in found.items() if len(grid) == len(RATES)}
+    chosen = {}
+    for arm, aps in found.items():
+        best = rates.index(max(aps, key=lambda rate: aps[rate]))
+        if aps.keys() >= {*rates[max(best - 1, 0) : best + 2]}:
+            chosen[arm] = rates[best]
+    return chosen

@@ -11,16 +11,14 @@ from typing import Any
 
 from . import plan
 from .arms import ARMS
-from .cells import CONVERTED, LONG, MIDDLE, REFERENCE, SHORT, Cell
+from .cells import CONVERTED, HEADS_ALONE, LONG, MATCHED, MIDDLE, REFERENCE, SHORT, Cell
 from .data import annotations_of, folds, slides_of
 from .intervals import Difference, Images, Pair, difference
 from .matches import Matches, count_objects
+from .pretrained import PRETRAINED
 
 SETTINGS = ((SHORT, 1), (MIDDLE, 1), (MIDDLE, 2), (LONG, 1))
 """Iterations and images of the final protocol."""
-
-HEADS_ALIKE = ("frozen BN, GN in FPN and heads", CONVERTED)
-"""The paper's comparison: a backbone with frozen BN and one with GN, both with GN in FPN and heads."""
 
 Records = dict[Cell, dict[str, Any]]
 
@@ -42,13 +40,18 @@ def summarise(data: Path, results: Path) -> dict[str, Any]:
     done = {study: read(results, study) for study in plan.STUDIES}
     return {
         "rates": rate_rows(done["rates"]),
+        "pretrained-rates": rate_rows(done["pretrained-rates"]),
         "causes": cause_rows(done["causes"], compare),
-        "final": [
-            row
-            for iterations, count in SETTINGS
-            for row in setting_rows(done["final"], iterations, count, compare)
-        ],
+        **{
+            study: [
+                row
+                for iterations, count in SETTINGS
+                for row in setting_rows(done[study], iterations, count, compare)
+            ]
+            for study in ("final", "pretrained")
+        },
         "stained": setting_rows(done["stained"], MIDDLE, 1, compare),
+        "pretrained-best": best_rows(done["pretrained-rates"], compare),
     }
 
 
@@ -102,6 +105,23 @@ def rate_rows(done: Records) -> list[dict[str, Any]]:
     return rows
 
 
+def best_rows(done: Records, compare: Any) -> list[dict[str, Any]]:
+    """Return each arm at its best rate on the development fold, next to frozen BN and a rescaled GN."""
+    best: dict[str, Cell] = {}
+    for cell, record in done.items():
+        if cell.arm not in best or record["AP"] > done[best[cell.arm]]["AP"]:
+            best[cell.arm] = cell
+    rows = []
+    for arm, cell in best.items():
+        row: dict[str, Any] = {"arm": arm, "rate": cell.rate, "AP": [done[cell]["AP"]]}
+        row["loss"] = done[cell]["losses"][-1]
+        for name in (REFERENCE, CONVERTED):
+            if arm != name and name in best:
+                row[f"against {name}"] = compare(done, [best[name]], [cell])
+        rows.append(row)
+    return rows
+
+
 def cause_rows(done: Records, compare: Any) -> list[dict[str, Any]]:
     """Return each arm at each rate, next to the arms of the main comparison at the same rate."""
     groups: dict[tuple[str, float], list[Cell]] = {}
@@ -124,7 +144,8 @@ def cause_rows(done: Records, compare: Any) -> list[dict[str, Any]]:
 def setting_rows(done: Records, iterations: int, images: int, compare: Any) -> list[dict[str, Any]]:
     """Return each arm's AP with one schedule, and its difference to frozen BN."""
     own = {
-        arm: [c for c in done if (c.arm, c.iterations, c.images) == (arm, iterations, images)] for arm in ARMS
+        arm: [c for c in done if (c.arm, c.iterations, c.images) == (arm, iterations, images)]
+        for arm in dict.fromkeys([*ARMS, *PRETRAINED])
     }
     rows = []
     for arm, cells in own.items():
@@ -133,8 +154,8 @@ def setting_rows(done: Records, iterations: int, images: int, compare: Any) -> l
             row |= {"rate": cells[0].rate, "AP": [done[cell]["AP"] for cell in cells]}
             if arm != REFERENCE:
                 row[f"against {REFERENCE}"] = compare(done, own[REFERENCE], cells)
-            if arm == HEADS_ALIKE[1]:
-                row[f"against {HEADS_ALIKE[0]}"] = compare(done, own[HEADS_ALIKE[0]], cells)
+            if arm in (MATCHED, CONVERTED):
+                row[f"against {HEADS_ALONE}"] = compare(done, own[HEADS_ALONE], cells)
             rows.append(row)
     return rows
 

@@ -31,10 +31,12 @@ from gn_detect.modeling import make_model, paired_outputs
 from gn_detect.modeling.mask_rcnn import MaskRCNN
 from gn_detect.weights import load_weights, norm_settings, save_weights
 
+from . import pretrained
 from .arms import PARTS, Arm, Conversion
 from .cells import Cell
 from .data import Fold, annotations_of, write_annotations
 from .matches import Matches, count_objects, match
+from .pretrained import Pretrained
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quick" / "nuclei_r18_gn.yaml"
 
@@ -81,13 +83,18 @@ class Place:
                 write_annotations(self.data, names, path)
             registered[dataset] = {"ANNOTATIONS": str(path), "IMAGES": str(self.data / "images")}
         own = {"DATASETS.REGISTER": registered, "MODEL.DEVICE": "cpu"}
-        size = SMALL if self.is_small else {}
+        size = SMALL if self.is_small else pretrained.KEYS if self.is_pretrained else {}
         return load_config(CONFIG, []).replace(own | size | keys)
 
     @property
     def is_small(self) -> bool:
         """Return whether images have half the resolution."""
         return self.name.startswith(("small", "young"))
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Return whether the source is a backbone of ImageNet."""
+        return self.name.startswith("imagenet")
 
     @cached_property
     def truth(self) -> dict[str, Any]:
@@ -176,9 +183,12 @@ def original_model(place: Place, seed: int) -> MaskRCNN:
     return model.eval()
 
 
-def fine_tune(place: Place, cell: Cell, arm: Arm) -> dict[str, Any]:
+def fine_tune(place: Place, cell: Cell, arm: Arm | Pretrained) -> dict[str, Any]:
     """Fine-tune an arm, test it, and return the record of the run."""
-    weights = start_weights(place, cell.source, arm.conversion)
+    if isinstance(arm, Pretrained):
+        weights = pretrained.start_weights(place.data, place.work, place.fold.train, arm)
+    else:
+        weights = start_weights(place, cell.source, arm.conversion)
     begin = time.monotonic()
     keys = schedule_keys(cell.images, cell.rate or 1.0, max(1, cell.iterations), cell.seed)
     keys |= arm.config_keys() | {"MODEL.WEIGHTS": str(weights)}
@@ -258,9 +268,9 @@ class Remedies:
 
 
 @contextmanager
-def remedies(run: Run, arm: Arm, place: Place, cell: Cell) -> Iterator[Forward | None]:
+def remedies(run: Run, arm: Arm | Pretrained, place: Place, cell: Cell) -> Iterator[Forward | None]:
     """Yield the forward pass of an arm with remedies, None for one without."""
-    if not (arm.scaled_gradients or arm.annealed or arm.distilled):
+    if isinstance(arm, Pretrained) or not (arm.scaled_gradients or arm.annealed or arm.distilled):
         yield None
         return
     original = original_model(place, cell.source)
