@@ -341,7 +341,7 @@ def _library_model(recipe: Recipe, weights: str) -> None:
         reason += ", from random weights; --weights FILE of its classifier needs fewer images and iterations"
     elif recipe.architecture.norm == "BN":
         reason += "; the BatchNorms of the weights are converted while they are loaded (gn-detect convert "
-        reason += "--images calibrates them first, which keeps more of their function)"
+        reason += "--images --keep-scales brings them closer to the original first)"
     recipe.choose("model", reason, {"MODEL.BACKBONE.MODEL": model})
 
 
@@ -517,11 +517,15 @@ def _solver(recipe: Recipe) -> None:
     iterations = recipe.keys["SOLVER.MAX_ITER"]
     recipe.set({"SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR", "SOLVER.STEPS": []})
     recipe.set({"SOLVER.WARMUP_ITERS": min(1000, max(1, iterations // 10))})
-    small = architecture is None and not on_gpu
-    rate = 0.005 if small else 0.02 / 16
+    rate, is_clipped = 0.02 / 16, False
+    if not on_gpu and architecture is None:
+        rate, is_clipped = 0.005, True
+    is_backbone = architecture is not None and not architecture.is_detector
+    if is_backbone and not on_gpu and recipe.keys.get("MODEL.BACKBONE.NORM") == "GN":
+        rate, is_clipped = 0.0075, True  # the best of four for MobileNetV2, 450 images (benchmarks/README.md)
     reason = f"{rate:g} for each image of the batch, with warm-up and half a cosine"
     recipe.choose("learning rate", reason, {"SOLVER.BASE_LR": rate * batch})
-    recipe.set({"SOLVER.CLIP_GRADIENTS.ENABLED": small})
+    recipe.set({"SOLVER.CLIP_GRADIENTS.ENABLED": is_clipped})
 
 
 def _housekeeping(recipe: Recipe, has_val: bool) -> None:
