@@ -6,6 +6,7 @@ image in the stream of images seeds its augmentation.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import secrets
@@ -348,35 +349,46 @@ def _batches_of_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     workers = [process for process in multiprocessing.active_children() if process not in others]
     if by_signals:
         signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
+    # A program that ends sends SIGTERM to its processes and waits for them, and these ignore it.
+    kill = partial(_kill, workers)
+    atexit.register(kill)
 
     def report_death(number: int, frame: Any) -> None:
         if callable(previous):
             previous(number, frame)
         _check_workers(workers)
 
-    while True:
-        if by_signals:
-            previous = signal.signal(signal.SIGCHLD, report_death)
-        try:
-            _check_workers(workers)
-            batch = next(batches)
-        except StopIteration:
-            return
-        except UserError:
-            raise
-        except Exception as error:
-            # The connection may break first. And without signals PyTorch itself notices the death.
-            if "in DataLoader worker process" not in str(error):
-                gone = wait([worker.sentinel for worker in workers], _GRACE_SECONDS)
-                for worker in workers:
-                    if worker.sentinel in gone:
-                        worker.join()
-                _check_workers(workers)
-            raise
-        finally:
+    try:
+        while True:
             if by_signals:
-                signal.signal(signal.SIGCHLD, previous)
-        yield batch
+                previous = signal.signal(signal.SIGCHLD, report_death)
+            try:
+                _check_workers(workers)
+                batch = next(batches)
+            except StopIteration:
+                return
+            except UserError:
+                raise
+            except Exception as error:
+                # The connection may break first. And without signals PyTorch itself notices the death.
+                if "in DataLoader worker process" not in str(error):
+                    gone = wait([worker.sentinel for worker in workers], _GRACE_SECONDS)
+                    for worker in workers:
+                        if worker.sentinel in gone:
+                            worker.join()
+                    _check_workers(workers)
+                raise
+            finally:
+                if by_signals:
+                    signal.signal(signal.SIGCHLD, previous)
+            yield batch
+    finally:
+        atexit.unregister(kill)
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _check_workers(workers: Sequence[BaseProcess]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -262,3 +264,19 @@ def test_real_config_has_the_keys_that_are_read(small: DatasetSource, repository
         {"INPUT.LARGE_SCALE_JITTER.ENABLED": True, "INPUT.LARGE_SCALE_JITTER.SIZE": [64, 64]}
     )
     assert take(build_train_loader(jittered)[0], 1)[0][0].image.shape == (3, 64, 64)
+
+
+@pytest.mark.slow  # for the import of a new process
+def test_a_program_ends_with_a_loader_left_open() -> None:
+    """Its worker ignores the SIGTERM that Python sends before it waits for its processes."""
+    program = """
+import itertools
+import torch
+from gn_detect.data.loader import SampleLoader
+from gn_detect.structures import Sample
+
+sample = Sample(torch.zeros(3, 4, 4), 1, "a.png", (4, 4), None)
+batches = iter(SampleLoader([sample], lambda: itertools.repeat([0]), None, 1, 0))
+assert len(next(batches)) == 1
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
