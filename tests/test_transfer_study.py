@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def test_no_slide_is_trained_on_and_tested_on(nuclei: Path) -> None:
         "A",
         "B",
         *(f"{name}{i + 1}" for name, count in parts.items() for i in range(count)),
+        *("imagenetA", "imagenetB", "imagenetdev1"),
     }
     for fold in found.values():
         trained = {known[name] for name in (*fold.source, *fold.train)}
@@ -49,6 +51,8 @@ def test_no_slide_is_trained_on_and_tested_on(nuclei: Path) -> None:
         for one, other in combinations(names, 2):
             assert not set(found[one].test) & set(found[other].test)
     assert sum(len(found[f"stained{i}"].test) for i in range(1, 6)) == 33
+    for name in ("A", "B", "dev1"):
+        assert found[f"imagenet{name}"].test == found[name].test
 
 
 def test_slides_are_spread_by_kind() -> None:
@@ -80,13 +84,27 @@ def test_every_source_has_the_same_cells() -> None:
     assert list(names) == [f"{fold}-source{i}" for i in (1, 2, 3) for fold in ("A", "B")]
     assert len({tuple(part) for part in names.values()}) == 1
     assert len(cells.stained(rates)) == 5 * 3 * 2
+    for some in (rates, {"frozen BN": 0.003, "GN, matched": 0.0075}):
+        found = cells.pretrained(some)
+        assert {cell.arm for cell in found} <= set(some)
+        assert len({(cell.unit, cell.name) for cell in found}) == len(found)
     for study in (plan.rate_cells(), plan.cause_cells()):
         assert len({(cell.unit, cell.name) for cell in study}) == len(study)
     assert set(plan.CAUSE_ARMS) <= {*ARMS, *CAUSES}
 
 
-def test_a_rate_is_chosen_when_its_grid_is_complete(tmp_path: Path) -> None:
+def test_a_rate_is_chosen_when_its_neighbours_did_worse(tmp_path: Path) -> None:
     assert plan.chosen_rates(tmp_path, plan.rate_cells()) == {}
+    grid = [cells.Cell("fold", 1, "arm", rate) for rate in (0.001, 0.002, 0.004, 0.008)]
+    for aps, expected in (
+        ((1, 3), {}),
+        ((1, 3, 2), {"arm": 0.002}),
+        ((3, 1), {"arm": 0.001}),
+        ((1, 2, 3), {}),
+    ):
+        done = {cell.name: {"AP": ap} for cell, ap in zip(grid, aps, strict=False)}
+        (tmp_path / "fold-source1.json").write_text(json.dumps(done))
+        assert plan.chosen_rates(tmp_path, grid) == expected
     assert plan.cells("final", tmp_path) == plan.cells("stained", tmp_path) == []
 
 
