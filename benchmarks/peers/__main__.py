@@ -56,8 +56,11 @@ def main() -> None:
         folder / "trained.json", measure, args.name, folder.resolve(), args.seed, args.iterations, model
     )
     evaluations = []
-    for iteration, seconds in enumerate(trained.pop("seconds"), start=1):
+    steps = trained.pop("seconds")
+    for iteration, seconds in enumerate(steps, start=1):
         checkpoint = folder / peer.CHECKPOINT.format(iteration=iteration, last=iteration - 1)
+        if iteration == len(steps) and not checkpoint.exists():
+            checkpoint = folder / "model_final.pth"  # gn_detect writes its last weights once
         if checkpoint.exists():
             path = folder / f"evaluated-{iteration}.json"
             found = once(path, evaluate, args.name, checkpoint.resolve(), model)
