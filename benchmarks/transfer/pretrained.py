@@ -46,7 +46,7 @@ class Pretrained:
 
     Attributes:
         norm: of the backbone; ``keep`` is BatchNorm that is trained.
-        heads: norm of FPN, box head and mask head; none beside detectron2's frozen BN.
+        heads: norm of FPN, box head and mask head; none with frozen BN, as in detectron2.
         start: of a backbone with GN. ``match`` needs no images, ``calibrate`` sees the training images
             without labels, and so does ``distil``, which leaves the channels' scales alone; ``reset`` is GN
             as initialised.

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="FILE",
         help=f"{OUTPUT} (by default), model.pt2 for torch.export, or model.safetensors for gn-detect itself; "
-        "a model card is written beside it",
+        "a model card is written next to it",
     )
     parser.add_argument(
         "--push",

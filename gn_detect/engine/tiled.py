@@ -193,13 +193,13 @@ def merge(found: Found, windows: np.ndarray, size: tuple[int, int]) -> Detection
         witnesses = [
             pair
             for pair in partners[row]
-            if found.tiles[other := pair.beside(row)] == best[row]
+            if found.tiles[other := pair.partner_of(row)] == best[row]
             and not dropped[other]
             and (pair.agreement > AGREE or (_is_inside(found, pair) and scores[other] >= scores[row]))
         ]
         if best[row] != found.tiles[row] and witnesses:
             dropped[row] = True
-            other = max(witnesses, key=lambda pair: pair.agreement).beside(row)
+            other = max(witnesses, key=lambda pair: pair.agreement).partner_of(row)
             scores[other] = max(scores[other], scores[row])
 
     group = list(range(len(scores)))
@@ -268,8 +268,8 @@ class _Pair:
     zone_one: int
     zone_other: int
 
-    def beside(self, row: int) -> int:
-        """Return the other one."""
+    def partner_of(self, row: int) -> int:
+        """Return the other detection of the pair."""
         return self.other if row == self.one else self.one
 
     @property
@@ -331,10 +331,10 @@ def _joints(found: Found, pairs: list[_Pair]) -> Iterator[_Pair]:
     for pair in sorted(pairs, key=lambda pair: -pair.agreement):
         if pair.agreement > AGREE:
             for row in (pair.one, pair.other):
-                best.setdefault((row, int(found.tiles[pair.beside(row)])), pair)
+                best.setdefault((row, int(found.tiles[pair.partner_of(row)])), pair)
 
     def partner(row: int, pair: _Pair) -> _Pair | None:
-        return best.get((row, int(found.tiles[pair.beside(row)])))
+        return best.get((row, int(found.tiles[pair.partner_of(row)])))
 
     for pair in pairs:
         if partner(pair.one, pair) is pair is partner(pair.other, pair):

@@ -1,4 +1,4 @@
-"""The model card beside exported weights: architecture, classes, data, results, use and licence.
+"""The model card of exported weights: architecture, classes, data, results, use and licence.
 
 Text from files (classes, data sets, names of files) stands in code spans, where nothing is markup.
 """
@@ -91,14 +91,14 @@ def check_licence(licence: str) -> None:
         )
 
 
-def write_card(beside: Path, text: str) -> Path:
+def write_card(exported: Path, text: str) -> Path:
     """Write the card of an exported file and return its path.
 
     It is the folder's ``README.md``, or ``<file>.md`` where that is not a card of ours.
     """
-    path = beside.with_name(CARD)
+    path = exported.with_name(CARD)
     if path.exists() and not _is_ours(path):
-        path = beside.with_name(f"{beside.name}.md")
+        path = exported.with_name(f"{exported.name}.md")
     atomic_write_text(path, text)
     return path
 

@@ -155,7 +155,7 @@ def test_weights_of_a_library_in_its_own_repository(hub: Hub, tmp_path: Path) ->
 
 
 HOSTILE = {
-    "OUTPUT_DIR": "/tmp/elsewhere",
+    "OUTPUT_DIR": "elsewhere",
     "DATASETS": {"TRAIN": ["x"], "REGISTER": {"x": {"ANNOTATIONS": "/etc/passwd", "IMAGES": "/"}}},
     "SOLVER": {"BASE_LR": 1e9},
 }
