@@ -363,7 +363,7 @@ def classes() -> str:
 
 
 def stopping() -> str:
-    """Return what each patience saves, and how far the best AP until then is below that of the whole training."""
+    """Return the iterations that each patience saves, and the AP that it loses of a whole training's best."""
     rows = []
     for patience in (2, 3, 5):
         saved, lost = [], []
