@@ -45,17 +45,22 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Run the trainings that have no result yet."""
-    run("systems", CONFIG, {arm: {**NARROW, **keys} for arm, keys in ARMS.items()}, str(__doc__))
+    args = parser("systems", str(__doc__)).parse_args()
+    run("systems", {arm: {**NARROW, **keys} for arm, keys in ARMS.items()}, args)
 
 
-def run(topic: str, config: Path, arms: dict[str, dict[str, Any]], description: str) -> None:
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of a command that runs trainings."""
+    found = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    found.add_argument("--seeds", type=int, default=3)
+    found.add_argument("--hours", type=float, default=2.0, help="after which no training is begun")
+    found.add_argument("--only", default="", help="part of an arm's name")
+    found.add_argument("--iterations", type=int, help="of a trial; its results are printed, not recorded")
+    return found
+
+
+def run(topic: str, arms: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
     """Train each arm with each seed, and record the result in ``results/TOPIC.json`` as it ends."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{topic}", description=description)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--hours", type=float, default=2.0, help="after which no training is begun")
-    parser.add_argument("--only", default="", help="part of an arm's name")
-    parser.add_argument("--iterations", type=int, help="of a trial; its results are printed, not recorded")
-    args = parser.parse_args()
     path, end = REPOSITORY / "benchmarks" / "results" / f"{topic}.json", time.monotonic() + args.hours * 3600
     for seed, arm in product(range(1, args.seeds + 1), arms):
         key, keys = f"{arm}, seed {seed}", {**arms[arm], "SEED": seed}
@@ -67,29 +72,39 @@ def run(topic: str, config: Path, arms: dict[str, dict[str, Any]], description: 
             return
         if args.iterations:
             keys |= {"SOLVER.MAX_ITER": args.iterations, "SOLVER.STEPS": []}
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            1, mp_context=context
-        ) as pool:  # a process each: its peak of memory is its own
-            found = pool.submit(measure, config, keys).result()
+        # A process for each: its peak of memory is its own.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(measure, keys).result()
         if not args.iterations:
             atomic_write_json(path, done | {key: found}, indent=1)
         print(f"{key}: {found}", flush=True)
 
 
-def measure(config: Path, keys: dict[str, Any]) -> dict[str, Any]:
-    """Train a config, and return AP in percent, seconds of an iteration, and MiB."""
+def measure(keys: dict[str, Any]) -> dict[str, Any]:
+    """Train the recipe with further keys; return AP in percent, seconds of an iteration, and MiB.
+
+    With evaluations in between, ``curve`` has the iterations and the mask AP of each.
+    """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        whole = load_config(config).replace({**keys, "OUTPUT_DIR": folder})
-        cfg = whole.replace({"DATASETS.TEST": []})
+        cfg = load_config(CONFIG).replace({**keys, "OUTPUT_DIR": folder})
+        between = cfg.test.eval_period > 0
         begin = time.process_time()
-        train(cfg)
+        train(cfg if between else cfg.replace({"DATASETS.TEST": []}))
         found: dict[str, Any] = {"seconds": round((time.process_time() - begin) / cfg.solver.max_iter, 3)}
-        lines = (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()
-        found["memory"] = round(json.loads(lines[-1])["memory_mb"])
-        results = evaluate(whole.replace({"MODEL.WEIGHTS": str(Path(folder) / "model_final.pth")}))
-    return found | {kind: round(row["AP"], 2) for kind, row in results.items() if "AP" in row}
+        lines = [
+            json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()
+        ]
+        found["memory"] = max(round(line["memory_mb"]) for line in lines if "memory_mb" in line)
+        if between:
+            ap = "segm/AP"
+            found["curve"] = [[line["iteration"] + 1, round(line[ap], 2)] for line in lines if ap in line]
+        results = evaluate(cfg.replace({"MODEL.WEIGHTS": str(Path(folder) / "model_final.pth")}))
+        for kind, row in results.items():
+            if "AP" in row:
+                found[kind] = round(row["AP"], 2)
+                found |= {f"{kind}, {name[3:]}": round(v, 2) for name, v in row.items() if name[:3] == "AP-"}
+    return found
 
 
 if __name__ == "__main__":

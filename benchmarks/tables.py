@@ -330,14 +330,19 @@ def interval(found: dict[str, Any] | None) -> str:
     return f"({text})" if found["low"] <= 0 <= found["high"] else text
 
 
-def arms(topic: str) -> str:
-    """Return AP and cost of each arm of :mod:`benchmarks.systems` or of a study like it, with its runs."""
-    done: dict[str, list[dict[str, float]]] = {}
-    recorded_runs = load(topic) if (RESULTS / f"{topic}.json").exists() else {}  # none may have ended yet
+def by_arm(topic: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the records of each arm, one of each seed; none if no training has ended yet."""
+    done: dict[str, list[dict[str, Any]]] = {}
+    recorded_runs = load(topic) if (RESULTS / f"{topic}.json").exists() else {}
     for key, record in recorded_runs.items():
         done.setdefault(key.rpartition(", seed ")[0], []).append(record)
+    return done
+
+
+def arms(topic: str) -> str:
+    """Return AP and cost of each arm of :mod:`benchmarks.systems` or of a study like it, with its runs."""
     rows = []
-    for arm, records in done.items():
+    for arm, records in by_arm(topic).items():
         costs = [str(show({"runs": [r[name] for r in records]}, "median", d)) for name, d in COSTS.items()]
         for ending, added in (("", ""), ("_TTA", ", test-time augmentation")):
             if f"bbox{ending}" in records[0]:
@@ -345,6 +350,42 @@ def arms(topic: str) -> str:
                 averages = [show({"runs": values}, "mean", 1) for values in runs]
                 rows.append([arm + added, *averages, *(costs if not ending else ["", ""])])
     return markdown(["", "box AP", "mask AP", "s for each iteration", "MiB"], rows)
+
+
+def classes() -> str:
+    """Return mask AP of each arm, of all classes and of each."""
+    columns = {"segm": "mask AP", "segm, fluorescent": "fluorescent", "segm, stained": "stained"}
+    rows = [
+        [arm, *(show({"runs": [record[key] for record in records]}, "mean", 1) for key in columns)]
+        for arm, records in by_arm("imbalance").items()
+    ]
+    return markdown(["", *columns.values()], rows)
+
+
+def stopping() -> str:
+    """Return the iterations that each patience saves, and the AP that it loses of a whole training's best."""
+    rows = []
+    for patience in (2, 3, 5):
+        saved, lost = [], []
+        for record in by_arm("stopping").get("long", []):
+            curve = record["curve"]
+            end = stops_at([ap for _, ap in curve], patience)
+            saved.append(curve[-1][0] - curve[end][0])
+            lost.append(max(ap for _, ap in curve) - max(ap for _, ap in curve[: end + 1]))
+        if saved:
+            rows.append([patience, show({"runs": saved}, "mean", 0), show({"runs": lost}, "mean", 1)])
+    return markdown(["patience", "iterations saved of 1,500", "best mask AP lost"], rows)
+
+
+def stops_at(aps: list[float], patience: int) -> int:
+    """Return the index of the evaluation after which ``SOLVER.EARLY_STOP`` ends a training."""
+    best = 0
+    for index, ap in enumerate(aps):
+        if ap > aps[best]:
+            best = index
+        if index - best >= patience:
+            return index
+    return len(aps) - 1
 
 
 def peers() -> str:
@@ -388,6 +429,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": lambda: recorded("parts"),
     "systems": lambda: arms("systems"),
     "augmentation": lambda: arms("augmentation"),
+    "imbalance": classes,
+    "freezing": lambda: arms("freezing"),
+    "stopping": stopping,
     "peers": peers,
     "norms of 2 images": lambda: norms_gpu("norms-h200"),
     "norms of 1 image": lambda: norms_gpu("norms-h200-1-image"),

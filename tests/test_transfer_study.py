@@ -78,12 +78,13 @@ def test_arms_differ_only_in_norms() -> None:
 
 def test_every_source_has_the_same_cells() -> None:
     rates = dict.fromkeys(ARMS, 0.005)
-    found = cells.final(list(ARMS), rates)
+    found = cells.final(rates, "GN, matched")
     assert len({(cell.unit, cell.name) for cell in found}) == len(found)
     names = {unit: [c.name for c in found if c.unit == unit] for unit in dict.fromkeys(c.unit for c in found)}
     assert list(names) == [f"{fold}-source{i}" for i in (1, 2, 3) for fold in ("A", "B")]
     assert len({tuple(part) for part in names.values()}) == 1
-    assert len(cells.stained(rates)) == 5 * 3 * 2
+    assert {cell.arm for cell in found} == set(ARMS)
+    assert len(cells.stained(rates, "GN, matched")) == 5 * 3 * 2
     for some in (rates, {"frozen BN": 0.003, "GN, matched": 0.0075}):
         found = cells.pretrained(some)
         assert {cell.arm for cell in found} <= set(some)

@@ -19,7 +19,7 @@ PARTS = {
 
 HEADS = ("FPN", "box head", "mask head")
 
-Start = Literal["match", "balance", "calibrate", "reset"]
+Start = Literal["match", "balance", "calibrate", "distil", "reset"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Conversion:
     Attributes:
         parts: with GN; the others keep their BatchNorm.
         start: ``match`` needs no images, ``balance`` adds the first part of a calibration, ``calibrate`` the
-            whole; ``reset`` is GN as initialised.
+            whole, ``distil`` the whole without the first part; ``reset`` is GN as initialised.
         groups: at most, and the fewest channels in one: of ``convert_norm``.
         relative_eps: of ``convert_norm``.
     """
@@ -80,17 +80,19 @@ class Arm:
 
 MATCHED = Arm(conversion=Conversion())
 CALIBRATED = Arm(conversion=Conversion(start="calibrate"))
+DISTILLED = Arm(conversion=Conversion(start="distil"))
 
 ARMS = {
     "frozen BN": Arm(),
     "GN, matched": MATCHED,
+    "GN, distilled": DISTILLED,
     "GN, calibrated": CALIBRATED,
     "GN, fresh": Arm(conversion=Conversion(start="reset")),
     "live BN": Arm(norm="BN"),
-    "GN in the backbone": Arm(conversion=Conversion(("backbone",), "calibrate")),
-    "frozen BN, GN in FPN and heads": Arm(conversion=Conversion(HEADS, "calibrate")),
+    "GN in the backbone": Arm(conversion=Conversion(("backbone",), "distil")),
+    "frozen BN, GN in FPN and heads": Arm(conversion=Conversion(HEADS, "distil")),
 }
-"""The arms of the final protocol. ``GN, calibrated`` against the last is the paper's comparison."""
+"""The arms of the final protocol. A converted GN against the last is the paper's comparison."""
 
 CAUSES = {
     "GN, balanced": replace(MATCHED, conversion=Conversion(start="balance")),

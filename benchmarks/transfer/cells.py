@@ -53,10 +53,10 @@ class Cell:
         )
 
 
-REFERENCE, CONVERTED = "frozen BN", "GN, calibrated"
-"""The two arms of the main comparison."""
+REFERENCE, CONVERTED, MATCHED = "frozen BN", "GN, calibrated", "GN, matched"
 
-MATCHED = "GN, matched"
+WHOLE = (MATCHED, "GN, distilled", CONVERTED)
+"""Arms with a converted GN everywhere; the main comparison is of the best one and frozen BN."""
 
 HEADS_ALONE = "frozen BN, GN in FPN and heads"
 """With the heads of the second, and the backbone of the first."""
@@ -73,32 +73,36 @@ def development(arms: Sequence[str], rates: Sequence[float], fold: str) -> list[
     return found
 
 
-def final(arms: Sequence[str], rates: Mapping[str, float]) -> list[Cell]:
+def final(rates: Mapping[str, float], best: str | None) -> list[Cell]:
     """Return the cells of the final protocol, one source of each half in turn.
 
-    All arms with 450 iterations and 1 image; then the two of the main comparison with 150 and 1350
-    iterations, and with 2 images.
+    The main comparison comes first: 450 iterations with 1 image, then 1350 and 150 iterations, then 2 images;
+    then the other arms with 450 iterations and 1 image.
 
     Args:
-        rates: the arms' learning rates, chosen on development folds.
+        rates: the arms' learning rates, chosen on a development fold.
+        best: the converted arm that did best there.
     """
-    cells: list[Cell] = []
-    if not {REFERENCE, CONVERTED} <= rates.keys():
-        return cells
-    for source, fold in product(SOURCES, ("A", "B")):
-        cells += [Cell(fold, source, arm, rates[arm], MIDDLE) for arm in arms]
-        for arm in (REFERENCE, CONVERTED):
-            cells.append(Cell(fold, source, arm, rates[arm], SHORT))
-            cells.append(Cell(fold, source, arm, rates[arm], MIDDLE, images=2))
-        cells += [Cell(fold, source, arm, rates[arm], LONG) for arm in (REFERENCE, CONVERTED)]
-    return cells
+    if best is None or REFERENCE not in rates:
+        return []
+    runs = list(product(SOURCES, ("A", "B")))
+    found = [
+        Cell(fold, source, arm, rates[arm], iterations, images)
+        for iterations, images in ((MIDDLE, 1), (LONG, 1), (SHORT, 1), (MIDDLE, 2))
+        for source, fold in runs
+        for arm in (REFERENCE, best)
+    ]
+    others = [arm for arm in rates if arm not in (REFERENCE, best)]
+    return found + [Cell(f, source, arm, rates[arm], MIDDLE) for source, f in runs for arm in others]
 
 
-def stained(rates: Mapping[str, float]) -> list[Cell]:
+def stained(rates: Mapping[str, float], best: str | None) -> list[Cell]:
     """Return the cells of the transfer from fluorescence to stained images: five folds, three sources."""
+    if best is None or REFERENCE not in rates:
+        return []
     return [
         Cell(f"stained{fold}", source, arm, rates[arm], MIDDLE, seed=source)
-        for source, fold, arm in product(SOURCES, range(1, 6), (REFERENCE, CONVERTED))
+        for source, fold, arm in product(SOURCES, range(1, 6), (REFERENCE, best))
     ]
 
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import cells as cell_lists
 from .arms import ARMS
-from .cells import CONVERTED, HEADS_ALONE, MATCHED, MIDDLE, PRETRAINED_RATES, RATES, REFERENCE, Cell
+from .cells import (
+    CONVERTED,
+    HEADS_ALONE,
+    MATCHED,
+    MIDDLE,
+    PRETRAINED_RATES,
+    RATES,
+    REFERENCE,
+    SHORT,
+    WHOLE,
+    Cell,
+)
 from .pretrained import PRETRAINED
 
 STUDIES = ("rates", "causes", "final", "stained", "pretrained-rates", "pretrained")
@@ -36,7 +47,7 @@ CAUSE_ARMS = (
 GRADIENT_FOLDS = ("small1", "young1")
 GRADIENT_ARMS = ("frozen BN", "GN, matched", "GN, balanced", "GN, balanced, scaled gradients")
 
-FIRST = ("frozen BN", "GN, calibrated", "GN, matched")
+FIRST = (REFERENCE, *WHOLE)
 """Arms whose rates are sought first."""
 
 
@@ -55,9 +66,10 @@ def cells(study: str, results: Path) -> list[Cell]:
     if study == "pretrained":
         return cell_lists.pretrained(chosen_rates(results / "pretrained-rates", pretrained_rate_cells()))
     rates = chosen_rates(results / "rates", rate_cells())
+    best = best_converted(results / "rates", rates)
     if study == "final":
-        return cell_lists.final([arm for arm in ARMS if arm in rates], rates)
-    return cell_lists.stained(rates) if {REFERENCE, CONVERTED} <= rates.keys() else []
+        return cell_lists.final(rates, best)
+    return cell_lists.stained(rates, best)
 
 
 def rate_cells() -> list[Cell]:
@@ -86,6 +98,15 @@ def pretrained_rate_cells() -> list[Cell]:
     ordered = [MATCHED, REFERENCE, HEADS_ALONE, CONVERTED]
     ordered += [name for name in PRETRAINED if name not in ordered]
     return [Cell("imagenetdev1", 1, arm, rate, MIDDLE) for arm in ordered for rate in PRETRAINED_RATES]
+
+
+def best_converted(results: Path, rates: Mapping[str, float]) -> str | None:
+    """Return the converted arm with the highest AP on the development fold, None if none has a rate."""
+    cells = [Cell("dev1", 1, arm, rates[arm], SHORT) for arm in WHOLE if arm in rates]
+    if not cells:
+        return None
+    done = json.loads((results / f"{cells[0].unit}.json").read_text("utf-8"))
+    return max(cells, key=lambda cell: float(done[cell.name]["AP"])).arm
 
 
 def chosen_rates(results: Path, grid: Sequence[Cell]) -> dict[str, float]:

@@ -157,7 +157,7 @@ def start_weights(place: Place, seed: int, conversion: Conversion | None) -> Pat
             relative_eps=conversion.relative_eps,
             include=[PARTS[part][1] for part in conversion.parts],
         )
-        if conversion.start in ("balance", "calibrate"):
+        if conversion.start in ("balance", "calibrate", "distil"):
             cfg = place.config(place.fold.train, {})
             folder = place.data / "images"
             pictures = [prepare_image(read_image(folder / n, "RGB"), cfg) for n in place.fold.train]
@@ -166,8 +166,9 @@ def start_weights(place: Place, seed: int, conversion: Conversion | None) -> Pat
                 original,
                 model,
                 [pictures[i : i + size] for i in range(0, len(pictures), size)],
-                CALIBRATION_STEPS if conversion.start == "calibrate" else 0,
+                0 if conversion.start == "balance" else CALIBRATION_STEPS,
                 outputs=paired_outputs,
+                rescale=conversion.start != "distil",
                 report=report,
                 progress=False,
             )
