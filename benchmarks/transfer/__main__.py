@@ -35,7 +35,7 @@ def main() -> None:
     run.add_argument("study", choices=plan.STUDIES)
     run.add_argument("--work", type=Path, default=Path("output/transfer"), help="for checkpoints")
     run.add_argument("--hours", type=float, default=1.0, help="after which no training is begun")
-    run.add_argument("--only", default="", help="part of the names of cells to run")
+    run.add_argument("--only", default="", help="part of the units and names of cells to run")
     first = commands.add_parser("gradients", help="measure the first step of each arm of the study of causes")
     first.add_argument("--work", type=Path, default=Path("output/transfer"), help="for checkpoints")
     commands.add_parser("summary", help="compute intervals, and write results/transfer/summary.json")
@@ -66,7 +66,7 @@ def run_study(args: argparse.Namespace) -> None:
             return
         path = RESULTS / args.study / f"{cell.unit}.json"
         done = read(path)
-        if cell.name not in done and args.only in cell.name:
+        if cell.name not in done and args.only in f"{cell.unit}: {cell.name}":
             place = places[cell.fold]
             arm = PRETRAINED[cell.arm] if place.is_pretrained else (ARMS | CAUSES)[cell.arm]
             record = fine_tune(place, cell, arm)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-RATES = (0.00125, 0.003, 0.0075, 0.02)
-"""Learning rates of one image, from the paper's (0.02 for 16 images) to a rate at which frozen BN fails."""
+RATES = (0.0002, 0.0005, 0.00125, 0.003, 0.0075, 0.02)
+"""Learning rates of one image; the third is the paper's (0.02 for 16 images), and frozen BN fails at the last."""
 
 PRETRAINED_RATES = (0.003, 0.0075, 0.02, 0.00125)
 """The same in the order in which they are tried."""

@@ -85,8 +85,8 @@ def cause_cells() -> list[Cell]:
         for arm in CAUSE_ARMS:
             if seed == CAUSE_SEEDS[0]:
                 found.append(Cell("small1", 1, arm, iterations=0))
-            # The lowest rate of the grid is too low to show anything in so few iterations.
-            found += [Cell("small1", 1, arm, rate, cell_lists.START, seed=seed) for rate in RATES[1:]]
+            # The lower rates of the grid are too low to show anything in so few iterations.
+            found += [Cell("small1", 1, arm, rate, cell_lists.START, seed=seed) for rate in RATES[3:]]
     return found
 
 
