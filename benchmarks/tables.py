@@ -442,6 +442,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps on a CPU": lambda: steps(float32=load("norms-cpu")["steps"]),
     "detector": lambda: recorded("detector", mask_AP_kept=kept),
     "transfer causes": lambda: transfer("causes"),
+    "rates": lambda: rates("rates"),
+    "final": lambda: transfer("final"),
     "pretrained rates": lambda: rates("pretrained-rates"),
     "pretrained best": lambda: transfer("pretrained-best"),
     "pretrained": lambda: transfer("pretrained"),

@@ -11,7 +11,14 @@ import torch
 
 from gn_detect.config import Config, load_config
 from gn_detect.distributed import launch
-from gn_detect.distributed.group import check_synchronised_norms, gather, get_rank, mean_over_processes
+from gn_detect.distributed import group
+from gn_detect.distributed.group import (
+    check_synchronised_norms,
+    gather,
+    get_rank,
+    mean_over_processes,
+    parallelize,
+)
 from gn_detect.distributed.launch import check_launch
 from gn_detect.engine import evaluate, train
 from gn_detect.engine.optimizer import scale_config
@@ -128,6 +135,43 @@ def _talk_and_fail(folder: str) -> None:
 
 
 @pytest.mark.slow
+def test_wrapper_copies_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``device_ids`` PyTorch copies a forward's tensors to the GPU one by one; the model has its buffer."""
+    seen: dict[str, object] = {}
+
+    def wrap(model: torch.nn.Module, **keys: object) -> torch.nn.Module:
+        seen.update(keys)
+        return model
+
+    monkeypatch.setattr(group, "is_distributed", lambda: True)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", wrap)
+    parallelize(torch.nn.Conv2d(3, 4, 1))
+    assert seen.pop("gradient_as_bucket_view")
+    assert not any(seen.values())
+
+
+@pytest.mark.gpu
+def test_images_reach_a_wrapped_model_on_a_gpu_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Devices(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones((), device="cuda"))
+
+        def forward(self, images: list[torch.Tensor]) -> tuple[list[torch.device], torch.Tensor]:
+            return [image.device for image in images], self.weight * 1
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(group, "is_distributed", lambda: True)
+        devices, _ = parallelize(Devices())([torch.zeros(3, 4, 4)])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert devices == [torch.device("cpu")]
+
+
 def test_processes_talk_and_a_user_error_in_one_ends_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^image 7 is damaged$"):
         launch(_talk_and_fail, (str(tmp_path),), device="cpu", num_gpus=2)
