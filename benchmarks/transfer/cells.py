@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 RATES = (0.0002, 0.0005, 0.00125, 0.003, 0.0075, 0.02)
-"""Learning rates of one image; the third is the paper's (0.02 for 16 images), and frozen BN fails at the last."""
+"""Learning rates of one image; the third is the paper's, 0.02 for 16 images."""
 
 PRETRAINED_RATES = (0.003, 0.0075, 0.02, 0.00125)
 """The same in the order in which they are tried."""

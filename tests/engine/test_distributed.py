@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from gn_detect.config import Config, load_config
-from gn_detect.distributed import launch
-from gn_detect.distributed import group
+from gn_detect.distributed import group, launch
 from gn_detect.distributed.group import (
     check_synchronised_norms,
     gather,
@@ -134,9 +133,8 @@ def _talk_and_fail(folder: str) -> None:
     gather(0)
 
 
-@pytest.mark.slow
 def test_wrapper_copies_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With ``device_ids`` PyTorch copies a forward's tensors to the GPU one by one; the model has its buffer."""
+    """With ``device_ids`` PyTorch copies tensors to the GPU one by one; the model sends one buffer."""
     seen: dict[str, object] = {}
 
     def wrap(model: torch.nn.Module, **keys: object) -> torch.nn.Module:
@@ -172,6 +170,7 @@ def test_images_reach_a_wrapped_model_on_a_gpu_as_they_are(
     assert devices == [torch.device("cpu")]
 
 
+@pytest.mark.slow
 def test_processes_talk_and_a_user_error_in_one_ends_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^image 7 is damaged$"):
         launch(_talk_and_fail, (str(tmp_path),), device="cpu", num_gpus=2)
