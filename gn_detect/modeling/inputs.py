@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -37,25 +37,25 @@ class Inputs:
 
 
 def send(
-    images: Sequence[Tensor], targets: PaddedTargets, device: torch.device
-) -> tuple[Tensor, Tensor, PaddedTargets]:
-    """Copy uint8 images (3, H, W) and targets from the host to ``device`` at once.
+    images: Sequence[Tensor], others: Mapping[str, Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Copy uint8 images (3, H, W) and other tensors from the host to ``device`` at once.
 
     The copy has its own stream. The host is ahead of the device, so the copy runs while the device works on
     the batch before.
 
     Returns:
-        A buffer and the places of the images in it, see :func:`gn_detect.ops.normalize_images`; the targets.
+        A buffer and the places of the images in it, see :func:`gn_detect.ops.normalize_images`; the others.
     """
     places = torch.empty(len(images), 3, dtype=torch.int64)
-    tensors = {"places": places, **targets.tensors()}
+    tensors = {"places": places, **others}
     begin = sum(map(_room, tensors.values()))
     for place, image in zip(places, images, strict=True):
         place.copy_(torch.tensor([begin, *image.shape[1:]]))
         begin += _room(image)
     buffer = _copy([*tensors.values(), *images], device)
     found = dict(zip(tensors, _views(buffer, list(tensors.values())), strict=True))
-    return buffer, found["places"], targets.with_tensors(found)
+    return buffer, found.pop("places"), found
 
 
 def _copy(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
