@@ -292,14 +292,16 @@ def transfer(study: str) -> str:
 
 
 def rates(study: str) -> str:
-    """Return AP by arm and learning rate."""
+    """Return AP by arm and learning rate, and before training where that was tested."""
     rows = load("transfer/summary")[study]
-    known = sorted({rate for row in rows for rate in row["AP"]}, key=float)
-    table = [
-        [row["arm"], *(f"{row['AP'][rate]:.1f}" if rate in row["AP"] else "" for rate in known)]
-        for row in rows
-    ]
-    return markdown(("", *known), table)
+    rates = sorted({rate for row in rows for rate in row["AP"]}, key=float)
+    columns = {rate: [row["AP"].get(rate) for row in rows] for rate in rates}
+    if any(row["start"] is not None for row in rows):
+        columns = {"start": [row["start"] for row in rows], **columns}
+    cells = zip(
+        *(["" if ap is None else f"{ap:.1f}" for ap in column] for column in columns.values()), strict=True
+    )
+    return markdown(("", *columns), [[row["arm"], *own] for row, own in zip(rows, cells, strict=True)])
 
 
 def first_steps(fold: str) -> str:
@@ -443,6 +445,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "detector": lambda: recorded("detector", mask_AP_kept=kept),
     "transfer causes": lambda: transfer("causes"),
     "rates": lambda: rates("rates"),
+    "rates best": lambda: transfer("rates-best"),
     "final": lambda: transfer("final"),
     "pretrained rates": lambda: rates("pretrained-rates"),
     "pretrained best": lambda: transfer("pretrained-best"),

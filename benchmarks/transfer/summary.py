@@ -31,7 +31,8 @@ def summarise(data: Path, results: Path) -> dict[str, Any]:
     def images(cells: Sequence[Cell]) -> dict[str, Images]:
         for fold in {cell.fold for cell in cells} - tests.keys():
             truth = annotations_of(data, known[fold].test)
-            tests[fold] = Images(count_objects(truth), slides_of(truth), len(tests))
+            # Its place, so that other results do not change a fold's resampling.
+            tests[fold] = Images(count_objects(truth), slides_of(truth), list(known).index(fold))
         return tests
 
     def compare(done: Records, first: list[Cell], second: list[Cell]) -> dict[str, Any] | None:
@@ -51,6 +52,7 @@ def summarise(data: Path, results: Path) -> dict[str, Any]:
             for study in ("final", "pretrained")
         },
         "stained": setting_rows(done["stained"], MIDDLE, 1, compare),
+        "rates-best": best_rows(done["rates"], compare),
         "pretrained-best": best_rows(done["pretrained-rates"], compare),
     }
 
@@ -109,7 +111,7 @@ def best_rows(done: Records, compare: Any) -> list[dict[str, Any]]:
     """Return each arm at its best rate on the development fold, next to frozen BN and a rescaled GN."""
     best: dict[str, Cell] = {}
     for cell, record in done.items():
-        if cell.arm not in best or record["AP"] > done[best[cell.arm]]["AP"]:
+        if cell.iterations and (cell.arm not in best or record["AP"] > done[best[cell.arm]]["AP"]):
             best[cell.arm] = cell
     rows = []
     for arm, cell in best.items():
