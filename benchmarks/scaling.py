@@ -105,7 +105,7 @@ def measure(cfg: Config, side: int, steps: int, path: str) -> None:
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = parallelize(build_model(cfg).backbone, torch.device("cpu"))
+    model = parallelize(build_model(cfg).backbone)
     images = torch.randn(1, 3, side, side)
     flat = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     seconds: dict[str, list[float]] = {"alone": [], "together": [], "exchange": []}

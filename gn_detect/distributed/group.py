@@ -127,18 +127,18 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
+def parallelize(model: nn.Module) -> nn.Module:
     """Wrap a model so that its gradients are averaged over the processes; return it as it is in a single one.
 
     Each loss uses its head also without an object in the batch, so every parameter takes part in every step.
+    The wrapper passes its inputs on as they are: the model brings them to its device in one buffer.
     """
     if not is_distributed():
         return model
     # PyTorch compares the strides of dimensions of length 1, which mean nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
+    # With device_ids its forward would copy image by image, and the host would wait for each copy.
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -130,7 +130,7 @@ def within(cfg: Config, seconds: float, given: Collection[str] = ()) -> Config:
 
 
 def _seconds_of_step(run: Run) -> float:
-    model = run.model if run.state.graphs is not None else parallelize(run.model, run.device)
+    model = run.model if run.state.graphs is not None else parallelize(run.model)
     set_learning_rate(run.state.optimizer, 0.0)
     begin = time.perf_counter()
     for done, batch in enumerate(islice(run.loader, _FIRST + _MEASURED)):

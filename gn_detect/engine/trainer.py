@@ -114,7 +114,7 @@ def training_loop(run: Run, interruption: Interruption) -> Results:
     is_known = run.start == 0 or (run.writer is not None and run.writer.is_evaluated)
     run.is_evaluated = run.start < run.end and from_main(is_known)
     if run.state.graphs is None:
-        model = parallelize(run.model, run.device)
+        model = parallelize(run.model)
     else:  # the step averages gradients itself
         model = run.model
         share(model.state_dict().values())

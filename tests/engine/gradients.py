@@ -47,7 +47,7 @@ def of_backbone(cfg: Config, parts: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     weights = torch.randn(64, dtype=torch.float64)
-    wrapped = parallelize(backbone, torch.device("cpu"))
+    wrapped = parallelize(backbone)
     own = images.chunk(world_size())[get_rank()]
     for part in own.chunk(parts):
         features = wrapped(part)
@@ -65,7 +65,7 @@ def of_detector(cfg: Config, parts: int, graphs: bool = False) -> dict[str, Tens
     own = split(batch, world_size())[get_rank()]
     state = make_state(cfg, model)
     state.graphs = StepGraphs() if graphs else None
-    train_step(cfg, parallelize(model, torch.device("cpu")), own, state)
+    train_step(cfg, parallelize(model), own, state)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

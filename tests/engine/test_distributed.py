@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.pretended_device import DEVICE, copies, pretended_device, waits
 from gn_detect.config import Config, load_config
 from gn_detect.distributed import launch
-from gn_detect.distributed.group import check_synchronised_norms, gather, get_rank, mean_over_processes
+from gn_detect.distributed.group import (
+    check_synchronised_norms,
+    gather,
+    get_rank,
+    mean_over_processes,
+    parallelize,
+)
 from gn_detect.distributed.launch import check_launch
 from gn_detect.engine import evaluate, train
 from gn_detect.engine.optimizer import scale_config
@@ -114,6 +125,44 @@ def test_single_process_runs_here() -> None:
     called: list[int] = []
     launch(called.append, (3,), device="cpu")
     assert called == [3]
+
+
+class _Summed(nn.Module):
+    """Keeps the inputs that its forward gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("running", torch.zeros(2))
+        self.inputs: list[torch.Tensor] = []
+
+    def forward(self, images: list[torch.Tensor], boxes: list[torch.Tensor]) -> torch.Tensor:
+        self.inputs = [*images, *boxes]
+        return self.weight.sum()
+
+
+@pytest.fixture
+def fake_group() -> Iterator[None]:
+    """Make this process the first of two that exchange nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_the_wrapper_passes_inputs_on_as_they_are() -> None:
+    """On a GPU, too: the model brings a batch to its device in one copy, for which the host does not wait."""
+    inputs = [torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 5, 4, dtype=torch.uint8)]
+    boxes = [torch.zeros(2, 4)]
+    with pretended_device() as trace:
+        model = _Summed().to(DEVICE)
+        wrapped = parallelize(model)
+        events = trace.record(lambda: wrapped(inputs, boxes))
+    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    assert wrapped.broadcast_buffers
+    assert not waits(events)
+    assert not copies(events)
+    assert all(found is given for found, given in zip(model.inputs, inputs + boxes, strict=True))
 
 
 def _talk_and_fail(folder: str) -> None:
