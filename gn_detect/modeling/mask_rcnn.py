@@ -15,7 +15,7 @@ from ..ops import clip_boxes, normalize_images, paste_masks, scale_boxes
 from ..structures import Detections, Target
 from . import static
 from .half_weights import half_weights
-from .inputs import Inputs, send
+from .inputs import Inputs, send, send_images
 from .roi_heads import RoIHeads
 from .rpn import RPN
 
@@ -224,9 +224,8 @@ class MaskRCNN(nn.Module):
         """Return normalised images, padded with zeros at the right and the bottom: (N, 3, H, W) float32."""
         shape = len(images), 3, *self._padded_size([image_size(image) for image in images])
         batch = self.pixel_mean.new_zeros(shape).contiguous(memory_format=self.memory_format)
-        for place, image in zip(batch, images, strict=True):
-            pixels = image.to(self.device, non_blocking=True)
-            place[:, : image.shape[-2], : image.shape[-1]] = (pixels - self.pixel_mean) / self.pixel_std
+        for place, pixels in zip(batch, send_images(images, self.device), strict=True):
+            place[:, : pixels.shape[-2], : pixels.shape[-1]] = (pixels - self.pixel_mean) / self.pixel_std
         return batch
 
     def _padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
