@@ -131,12 +131,13 @@ def parallelize(model: nn.Module) -> nn.Module:
     """Wrap a model so that its gradients are averaged over the processes; return it as it is in a single one.
 
     Each loss uses its head also without an object in the batch, so every parameter takes part in every step.
+    The wrapper passes its inputs on as they are: the model brings them to its device in one buffer.
     """
     if not is_distributed():
         return model
     # PyTorch compares the strides of dimensions of length 1, which mean nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # With device_ids it would copy the images to the device one by one; the model sends them in one buffer.
+    # With device_ids its forward would copy image by image, and the host would wait for each copy.
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -20,6 +20,8 @@ from ..data import CocoDataset
 from ..distributed.group import from_main, is_main, world_size
 from ..errors import UserError
 from ..files import atomic_write
+from ..modeling import MaskRCNN
+from ..modeling.inputs import send_ahead
 from ..ops import paste_one_by_one
 from ..progress import progress_bar
 from ..structures import Detections, RleMasks, Sample
@@ -28,9 +30,6 @@ from .backends import choose_backend
 from .coco import IOU_TYPES, evaluate_and_diagnose
 from .results_file import ResultsWriter, entry_text, gather_text
 from .table import format_errors, format_results
-
-if TYPE_CHECKING:
-    from ..modeling import MaskRCNN
 
 logger = logging.getLogger(__name__)
 
@@ -308,7 +307,10 @@ def _detect(
         seconds[part] += now - last
         last = now
 
-    for batch in progress_bar(loader, desc="evaluating", unit="batch", shown=is_main()):
+    batches: Iterable[list[Sample]] = progress_bar(loader, desc="evaluating", unit="batch", shown=is_main())
+    if isinstance(model, MaskRCNN):  # other detectors change the images on the host
+        batches = send_ahead(batches, model.device)
+    for batch in batches:
         count("data")
         with detection_memory_help(_name_images(batch), len(batch)), torch.inference_mode():
             sizes = [sample.original_size for sample in batch]

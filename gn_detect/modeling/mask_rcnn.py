@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,7 +15,7 @@ from ..ops import clip_boxes, normalize_images, paste_masks, scale_boxes
 from ..structures import Detections, Target
 from . import static
 from .half_weights import half_weights
-from .inputs import Inputs, send
+from .inputs import Inputs, send, send_images
 from .roi_heads import RoIHeads
 from .rpn import RPN
 
@@ -135,11 +135,14 @@ class MaskRCNN(nn.Module):
         sizes = [image_size(image) for image in images]
         size = self._padded_size(sizes)
         padded = static.pad_targets(targets, sizes, size, self.has_masks)
-        if self._are_as_read(images):
-            normalised, found = self._send(images, padded.tensors())
-        else:
-            normalised, found = self.preprocess(images), send([], padded.tensors(), self.device)[-1]
-        return Inputs(normalised, padded.with_tensors(found))
+        as_read = all(image.dtype == torch.uint8 and image.device.type == "cpu" for image in images)
+        if not as_read or self.pixel_mean.dtype != torch.float32:
+            return Inputs(self.preprocess(images), send([], padded, self.device)[-1])
+        buffer, places, padded = send(images, padded, self.device)
+        normalised = normalize_images(
+            buffer, places, self.pixel_mean, self.pixel_std, size, self.channels_last
+        )
+        return Inputs(normalised, padded)
 
     def static_losses(self, inputs: Inputs) -> dict[str, Tensor]:
         """Return :meth:`losses` by operators whose shapes follow from those of ``inputs`` alone."""
@@ -219,28 +222,11 @@ class MaskRCNN(nn.Module):
 
     def preprocess(self, images: Sequence[Tensor]) -> Tensor:
         """Return normalised images, padded with zeros at the right and the bottom: (N, 3, H, W) float32."""
-        if self.device.type == "cuda" and self._are_as_read(images):
-            return self._send(images)[0]
         shape = len(images), 3, *self._padded_size([image_size(image) for image in images])
         batch = self.pixel_mean.new_zeros(shape).contiguous(memory_format=self.memory_format)
-        for place, image in zip(batch, images, strict=True):
-            pixels = image.to(self.device, non_blocking=True)
-            place[:, : image.shape[-2], : image.shape[-1]] = (pixels - self.pixel_mean) / self.pixel_std
+        for place, pixels in zip(batch, send_images(images, self.device), strict=True):
+            place[:, : pixels.shape[-2], : pixels.shape[-1]] = (pixels - self.pixel_mean) / self.pixel_std
         return batch
-
-    def _are_as_read(self, images: Sequence[Tensor]) -> bool:
-        """Return whether :meth:`_send` takes the images: pixels of files, on the host."""
-        as_read = all(image.dtype == torch.uint8 and image.device.type == "cpu" for image in images)
-        return as_read and self.pixel_mean.dtype == torch.float32
-
-    def _send(
-        self, images: Sequence[Tensor], others: Mapping[str, Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return :meth:`preprocess` of images and other tensors of the host, which one copy brings."""
-        buffer, places, found = send(images, others or {}, self.device)
-        size = self._padded_size([image_size(image) for image in images])
-        mean_and_std = self.pixel_mean, self.pixel_std
-        return normalize_images(buffer, places, *mean_and_std, size, self.channels_last), found
 
     def _padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         unit = self.size_divisibility

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.pretended_device import DEVICE, copies, pretended_device, waits
 from gn_detect.config import Config, load_config
-from gn_detect.distributed import group, launch
+from gn_detect.distributed import launch
 from gn_detect.distributed.group import (
     check_synchronised_norms,
     gather,
@@ -122,6 +127,44 @@ def test_single_process_runs_here() -> None:
     assert called == [3]
 
 
+class _Summed(nn.Module):
+    """Keeps the inputs that its forward gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("running", torch.zeros(2))
+        self.inputs: list[torch.Tensor] = []
+
+    def forward(self, images: list[torch.Tensor], boxes: list[torch.Tensor]) -> torch.Tensor:
+        self.inputs = [*images, *boxes]
+        return self.weight.sum()
+
+
+@pytest.fixture
+def fake_group() -> Iterator[None]:
+    """Make this process the first of two that exchange nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_the_wrapper_passes_inputs_on_as_they_are() -> None:
+    """On a GPU, too: the model brings a batch to its device in one copy, for which the host does not wait."""
+    inputs = [torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 5, 4, dtype=torch.uint8)]
+    boxes = [torch.zeros(2, 4)]
+    with pretended_device() as trace:
+        model = _Summed().to(DEVICE)
+        wrapped = parallelize(model)
+        events = trace.record(lambda: wrapped(inputs, boxes))
+    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    assert wrapped.broadcast_buffers
+    assert not waits(events)
+    assert not copies(events)
+    assert all(found is given for found, given in zip(model.inputs, inputs + boxes, strict=True))
+
+
 def _talk_and_fail(folder: str) -> None:
     """Runs in each of two processes; one of them fails while the other waits for it."""
     assert gather(get_rank()) == [0, 1]
@@ -131,43 +174,6 @@ def _talk_and_fail(folder: str) -> None:
     if get_rank() == 1:
         raise UserError("unreadable-image", "image 7 is damaged")
     gather(0)
-
-
-def test_wrapper_copies_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With ``device_ids`` PyTorch copies tensors to the GPU one by one; the model sends one buffer."""
-    seen: dict[str, object] = {}
-
-    def wrap(model: torch.nn.Module, **keys: object) -> torch.nn.Module:
-        seen.update(keys)
-        return model
-
-    monkeypatch.setattr(group, "is_distributed", lambda: True)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", wrap)
-    parallelize(torch.nn.Conv2d(3, 4, 1))
-    assert seen.pop("gradient_as_bucket_view")
-    assert not any(seen.values())
-
-
-@pytest.mark.gpu
-def test_images_reach_a_wrapped_model_on_a_gpu_as_they_are(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    class Devices(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones((), device="cuda"))
-
-        def forward(self, images: list[torch.Tensor]) -> tuple[list[torch.device], torch.Tensor]:
-            return [image.device for image in images], self.weight * 1
-
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    try:
-        monkeypatch.setattr(group, "is_distributed", lambda: True)
-        devices, _ = parallelize(Devices())([torch.zeros(3, 4, 4)])
-    finally:
-        torch.distributed.destroy_process_group()
-    assert devices == [torch.device("cpu")]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def make_images(sizes: list[tuple[int, int]]) -> list[Tensor]:
 
 def pack(images: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Send images as training does, with targets after them in the buffer."""
-    buffer, places, _ = send(images, pad_targets([], [], (32, 32), with_masks=True).tensors(), DEVICE)
+    buffer, places, _ = send(images, pad_targets([], [], (32, 32), with_masks=True), DEVICE)
     return buffer, places
 
 
