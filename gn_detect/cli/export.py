@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     """Write the file and its card, or push them; 1 if the detections differ."""
     from ..config.shared import shared_values
-    from ..data.image_paths import find_images
+    from ..data.images import find_images
     from ..engine import Predictor
     from ..export import ExportedPredictor
     from ..export.card import check_licence, model_card, write_card

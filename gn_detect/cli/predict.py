@@ -109,7 +109,7 @@ def _threshold(text: str) -> float | str:
 
 def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image, results for all, and a video for each video."""
-    from ..data.image_paths import find_images
+    from ..data.images import find_images
     from ..engine.predict_files import default_workers, predict_images
     from ..evaluation import read_truth
     from ..export.write import SUFFIXES as EXPORTED

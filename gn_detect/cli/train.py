@@ -189,7 +189,7 @@ def _image_of(cfg: Config) -> str:
     """Return the path of an image of the first test set, or ``IMAGES`` without any."""
     from ..data.coco.reader import read_image_list
     from ..data.datasets import resolve_dataset
-    from ..data.image_paths import find_images
+    from ..data.images import find_images
 
     try:
         source = resolve_dataset(cfg, cfg.datasets.test[0])

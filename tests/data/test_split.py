@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from gn_detect.data.formats import split
-from gn_detect.data.formats.split import deal, group_alike, split_content
+from gn_detect.data.formats.importing import deal, group_alike, split_content
 from tests.refusal import refusal
 
 

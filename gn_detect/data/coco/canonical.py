@@ -43,15 +43,26 @@ NOTES = {
 
 @dataclass
 class Note:
-    """A kind of change (a key of :data:`NOTES`), the first entry that has it, and the number of entries."""
+    """Something that a reader changed or left out: the first case, and the number of cases."""
 
-    kind: str
+    text: str
     first: str
     count: int = 1
 
     def __str__(self) -> str:
         others = f" and {self.count - 1} more" if self.count > 1 else ""
-        return f"{NOTES[self.kind]} ({self.first}{others})"
+        return f"{self.text} ({self.first}{others})"
+
+
+class Notes(dict[str, Note]):
+    """Notes by their text."""
+
+    def add(self, text: str, first: str) -> None:
+        """Count a case of ``text``; ``first`` is kept where it is the first one."""
+        if text in self:
+            self[text].count += 1
+        else:
+            self[text] = Note(text, first)
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ def canonical(source: Mapping[str, Any], path: Path) -> CocoFile:
     for key in ("images", "categories", "annotations"):
         if isinstance(source.get(key), list):
             content[key] = reader.read_list(key, source[key])
-    notes = [reader.notes[kind] for kind in NOTES if kind in reader.notes]
+    notes = [reader.notes[text] for text in NOTES.values() if text in reader.notes]
     return CocoFile(path, content, notes, reader.own_ids["images"], reader.own_ids["categories"])
 
 
@@ -108,7 +119,7 @@ class _Reader:
 
     def __init__(self, path: Path) -> None:
         self.rules = Rules(path)
-        self.notes: dict[str, Note] = {}
+        self.notes = Notes()
         self.numbers: dict[str, dict[Any, int]] = {}  # by list: the number of each id that is no integer
         self.own_ids: dict[str, dict[int, Any]] = {"images": {}, "categories": {}, "annotations": {}}
         self.images: dict[int, dict[str, Any]] = {}
@@ -129,10 +140,7 @@ class _Reader:
             if new is not entry and new.get("id") != entry.get("id"):
                 self.own_ids[key][new["id"]] = entry["id"]
             for kind in kinds:
-                if kind in self.notes:
-                    self.notes[kind].count += 1
-                else:
-                    self.notes[kind] = Note(kind, f"{noun} {entry.get('id', position)!s:.60}")
+                self.notes.add(NOTES[kind], f"{noun} {entry.get('id', position)!s:.60}")
             found.append(new)
         name = {"images": "file_name", "categories": "name"}.get(key)
         if name:

@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import UserError
 from ...files import open_file
 from ..formats.recognise import describe_foreign, describe_foreign_content
-from .canonical import CocoFile, Note, canonical
+from .canonical import NOTES, CocoFile, Note, canonical
 from .rules import Rules, kind_of
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def read_canonical(path: Path, lists: tuple[str, ...] = LISTS) -> CocoFile:
     check_lists(content, lists, path)
     file = canonical(content, path)
     if text.startswith(_MARKS):
-        file.notes.insert(0, Note("byte-order-mark", "its first bytes"))
+        file.notes.insert(0, Note(NOTES["byte-order-mark"], "its first bytes"))
     return file
 
 
