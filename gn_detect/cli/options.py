@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,7 @@ def add_fix_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def fix_config(cfg: Config, weights: str | Path | Checkpoint) -> Config:
-    """Return the config with the keys that ``weights`` imply, and print these.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Return the config with the keys that ``weights`` imply, and print these."""
     from ..weights import as_command_line, implied_keys
 
     keys = implied_keys(cfg, weights)
@@ -73,17 +69,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{part}-images", metavar="FOLDER", help=f"images of --{part}-json")
 
 
-def take_loggers(args: argparse.Namespace) -> None:
-    """Turn ``--logger A --logger B`` into ``LOGGERS ['A', 'B']``.
-
-    Raises:
-        UserError: the key is given, too.
-    """
-    if not args.logger:
-        return
-    if "LOGGERS" in args.overrides[::2]:
-        raise UserError("conflicting-flags", "--logger and LOGGERS name the same thing; give one")
-    args.overrides = ["LOGGERS", str(args.logger), *args.overrides]
+def put_keys(args: argparse.Namespace, flag: str, keys: Mapping[str, str]) -> None:
+    """Put the config keys that a flag means before the ``KEY VALUE`` pairs, which must not have them."""
+    if twice := [key for key in keys if key in args.overrides[::2]]:
+        raise UserError("conflicting-flags", f"{flag} and {twice[0]} name the same thing; give one")
+    args.overrides = [*(word for pair in keys.items() for word in pair), *args.overrides]
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
@@ -103,38 +93,10 @@ def add_backbone_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def take_backbone(args: argparse.Namespace) -> None:
-    """Turn ``--backbone NAME`` into ``MODEL.BACKBONE.NAME`` and ``MODEL.BACKBONE.MODEL``.
-
-    Raises:
-        UserError: there is no such network, or one of the keys is given, too.
-    """
-    if not args.backbone:
-        return
-    from ..engine.autoconfig import backbone_keys
-
-    keys = backbone_keys(args.backbone)
-    if twice := [key for key in keys if key in args.overrides[::2]]:
-        raise UserError(
-            "conflicting-flags",
-            f"--backbone {args.backbone} and {twice[0]} name the same thing; give one",
-        )
-    args.overrides = [*(word for pair in keys.items() for word in pair), *args.overrides]
-
-
 def take_weights(args: argparse.Namespace) -> None:
-    """Turn ``--weights W`` into ``MODEL.WEIGHTS W``.
-
-    Raises:
-        UserError: the key is given, too.
-    """
+    """Turn ``--weights W`` into ``MODEL.WEIGHTS W``."""
     if args.weights:
-        if "MODEL.WEIGHTS" in args.overrides[::2]:
-            raise UserError(
-                "conflicting-flags",
-                f"--weights {args.weights} and MODEL.WEIGHTS name the same thing; give one",
-            )
-        args.overrides = ["MODEL.WEIGHTS", args.weights, *args.overrides]
+        put_keys(args, f"--weights {args.weights}", {"MODEL.WEIGHTS": args.weights})
 
 
 def take_checkpoint(args: argparse.Namespace, words: list[str]) -> list[str]:
@@ -162,37 +124,33 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """Return the config of ``--config-file``, ``KEY VALUE`` and the dataset flags.
-
-    Raises:
-        UserError: there is no config file, or something in it, in the keys or in the flags is wrong.
-    """
+    """Return the config of ``--config-file``, ``KEY VALUE`` and the dataset flags."""
     take_weights(args)
-    take_backbone(args)
-    take_loggers(args)
+    if args.backbone:
+        from ..engine.autoconfig import backbone_keys
+
+        put_keys(args, f"--backbone {args.backbone}", backbone_keys(args.backbone))
+    if args.logger:
+        put_keys(args, "--logger", {"LOGGERS": str(args.logger)})
     if args.data:
         from .own_data import take_data
 
         take_data(args)
-    if not args.config_file and args.train_json and not args.eval_only:
-        from .own_data import choose_config
-
-        return _with_datasets(choose_config(args), args)
-    if not args.config_file and not args.eval_only:
+    if args.config_file or args.eval_only:
+        return _with_datasets(read_config_file(args), args)
+    if not args.train_json:
         raise UserError(
             "no-config",
             "no config: add --config-file FILE, such as quick/demo.yaml, or --data PATH, or --train-json "
             "FILE and --train-images FOLDER, to have one made for your data",
         )
-    return _with_datasets(read_config_file(args), args)
+    from .own_data import choose_config
+
+    return _with_datasets(choose_config(args), args)
 
 
 def read_config_file(args: argparse.Namespace) -> Config:
-    """Return the config of ``--config-file`` or of the weights, with ``KEY VALUE`` and ``--fix-config``.
-
-    Raises:
-        UserError: there is neither, or something in them or in the keys is wrong.
-    """
+    """Return the config of ``--config-file`` or of the weights, with ``KEY VALUE`` and ``--fix-config``."""
     from ..config import load_config
 
     weights = dict(zip(args.overrides[::2], args.overrides[1::2], strict=False)).get("MODEL.WEIGHTS")
@@ -221,23 +179,20 @@ def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
     if decides is not None and NUM_CLASSES not in args.overrides[::2]:
         found, origin = _count_categories(Path(decides[0])), f"categories in {decides[0]}"
         if args.eval_only and found != cfg.model.roi_heads.num_classes:
-            checkpoint = _evaluated(cfg, args.resume)
+            from ..engine.checkpoint import read_last_checkpoint
+            from ..weights import read_checkpoint
+
+            checkpoint = None  # the evaluation itself reports that there is none
+            if args.resume:
+                checkpoint = read_last_checkpoint(cfg.output_dir)
+            elif cfg.model.weights:
+                checkpoint = read_checkpoint(cfg.model.weights)
             if checkpoint is not None and checkpoint.metadata.class_names:
                 found, origin = len(checkpoint.metadata.class_names), f"classes of {checkpoint.path}"
         if found and found != cfg.model.roi_heads.num_classes:
             cfg = cfg.replace({NUM_CLASSES: found})
             print(f"{NUM_CLASSES} set to {found}, the number of {origin}")
     return cfg
-
-
-def _evaluated(cfg: Config, resume: bool) -> Checkpoint | None:
-    """Return the checkpoint to evaluate, or None without any; the evaluation itself reports that."""
-    from ..engine.checkpoint import read_last_checkpoint
-    from ..weights import read_checkpoint
-
-    if resume:
-        return read_last_checkpoint(cfg.output_dir)
-    return read_checkpoint(cfg.model.weights) if cfg.model.weights else None
 
 
 def _pair(args: argparse.Namespace, part: str) -> tuple[str, str] | None:
@@ -261,12 +216,6 @@ def launch_from(args: argparse.Namespace, cfg: Config, function: Callable[..., A
     """Call ``function(cfg, args)`` in the processes that the flags ask for."""
     from ..distributed import launch
 
-    launch(
-        function,
-        (cfg, args),
-        device=cfg.model.device,
-        num_gpus=args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-    )
+    names = ("num_gpus", "num_machines", "machine_rank", "dist_url")
+    flags = {name: getattr(args, name) for name in names}
+    launch(function, (cfg, args), device=cfg.model.device, **flags)

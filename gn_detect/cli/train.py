@@ -45,34 +45,33 @@ gn-detect train --config-file GN/mask_rcnn_R_50_FPN_2x_gn.yaml --num-gpus 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--resume",
         action="store_true",
         help="continue the run in OUTPUT_DIR from its last checkpoint; only its length, periods, device, "
         "workers and paths may differ from its beginning",
     )
-    parser.add_argument(
+    add(
         "--allow-changes",
         action="store_true",
         help="with --resume: go on even where settings or data differ from the run's beginning",
     )
-    parser.add_argument(
-        "--epochs", type=float, metavar="N", help="train for N passes over the images: sets SOLVER.MAX_ITER"
-    )
-    parser.add_argument(
+    add("--epochs", type=float, metavar="N", help="train for N passes over the images: sets SOLVER.MAX_ITER")
+    add(
         "--time",
         metavar="2h",
         help="train and evaluate for so long, such as 45m or 1h30m: measures some iterations, and sets "
         "SOLVER.MAX_ITER",
     )
-    parser.add_argument(
+    add(
         "--logger",
         action="append",
         metavar="NAME",
         help="send config and metrics to wandb, mlflow or trackio, too; may be repeated: sets LOGGERS",
     )
     add_other_classes_argument(parser, "evaluate, or with --resume go on, on")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
     add_launch_arguments(parser)
     add_data_arguments(parser)
     add_weights_argument(parser)

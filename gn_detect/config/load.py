@@ -223,11 +223,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
-    """Return the config of nested dictionaries; ``origins`` maps a dotted key to its file, for messages.
-
-    Raises:
-        UserError: the first mistake.
-    """
+    """Return the config of nested dictionaries; the UserError for the first mistake names its origin."""
     cfg = _check_types(tree, origins)
     unread = tuple(unread_groups(cfg))
     for key in key_fields():

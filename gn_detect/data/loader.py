@@ -61,12 +61,7 @@ _GRACE_SECONDS = 2.0  # a worker closes its connections a moment before it count
 
 
 def build_train_loader(
-    cfg: Config,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    start_iteration: int = 0,
-    seed: int | None = None,
+    cfg: Config, *, rank: int = 0, world_size: int = 1, start_iteration: int = 0, seed: int | None = None
 ) -> tuple[SampleLoader, CocoDataset]:
     """Return endless training batches of ``DATASETS.TRAIN``.
 
@@ -118,7 +113,8 @@ def build_train_loader(
         share = share_of_rank(make_stream(seed), rank, world_size)
         stream = ((kept[i], position) for i, position in share)
         if cfg.dataloader.aspect_ratio_grouping:
-            grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(images, i))
+            sizes = images.images
+            grouped = grouped_batches(stream, batch_size, lambda i: sizes[i].width > sizes[i].height)
         else:
             grouped = in_batches(stream, batch_size)
         return islice(grouped, start_iteration, None)
@@ -217,10 +213,6 @@ def _sampler(
         return partial(shuffled_indices, len(kept))
     labels = (dataset.labels(i).tolist() for i in kept)  # RepeatFactorTrainingSampler, the other known one
     return partial(repeated_indices, repeat_factors(labels, loader.repeat_threshold, loader.repeat_sqrt))
-
-
-def _is_wide(dataset: CocoDataset | TiledDataset, index: int) -> bool:
-    return dataset.images[index].width > dataset.images[index].height
 
 
 class TrainSamples(Dataset[Sample]):
@@ -349,8 +341,12 @@ def _batches_of_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     workers = [process for process in multiprocessing.active_children() if process not in others]
     if by_signals:
         signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
+
     # A program that ends sends SIGTERM to its processes and waits for them, and these ignore it.
-    kill = partial(_kill, workers)
+    def kill() -> None:
+        for worker in workers:
+            worker.kill()
+
     atexit.register(kill)
 
     def report_death(number: int, frame: Any) -> None:
@@ -384,11 +380,6 @@ def _batches_of_workers(loader: DataLoader[Any]) -> Iterator[Any]:
             yield batch
     finally:
         atexit.unregister(kill)
-
-
-def _kill(processes: Sequence[BaseProcess]) -> None:
-    for process in processes:
-        process.kill()
 
 
 def _check_workers(workers: Sequence[BaseProcess]) -> None:

@@ -19,10 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from .faults import DataError
-from .numbers import NUMBERS, as_integer, is_integer
 from .rules import Rules
 from .tables import ImageRecord
-from .values import NOTHING, Kinds, is_blank, read_area, read_box, read_flag, read_integer, read_mask
+from .values import (
+    NOTHING,
+    NUMBERS,
+    Kinds,
+    as_integer,
+    is_blank,
+    is_integer,
+    read_area,
+    read_box,
+    read_flag,
+    read_integer,
+    read_mask,
+)
 
 NOTES = {
     "byte-order-mark": "the file begins with a byte order mark, which is left out",
@@ -43,26 +54,26 @@ NOTES = {
 
 @dataclass
 class Note:
-    """Something that a reader changed or left out: the first case, and the number of cases."""
+    """Something that a reader changed or left out: key of :data:`NOTES` or text, first case, and number."""
 
-    text: str
+    kind: str
     first: str
     count: int = 1
 
     def __str__(self) -> str:
         others = f" and {self.count - 1} more" if self.count > 1 else ""
-        return f"{self.text} ({self.first}{others})"
+        return f"{NOTES.get(self.kind, self.kind)} ({self.first}{others})"
 
 
 class Notes(dict[str, Note]):
-    """Notes by their text."""
+    """Notes by their kind."""
 
-    def add(self, text: str, first: str) -> None:
-        """Count a case of ``text``; ``first`` is kept where it is the first one."""
-        if text in self:
-            self[text].count += 1
+    def add(self, kind: str, first: str) -> None:
+        """Count a case; ``first`` names it, and is kept where it is the first one."""
+        if kind in self:
+            self[kind].count += 1
         else:
-            self[text] = Note(text, first)
+            self[kind] = Note(kind, first)
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ def canonical(source: Mapping[str, Any], path: Path) -> CocoFile:
     for key in ("images", "categories", "annotations"):
         if isinstance(source.get(key), list):
             content[key] = reader.read_list(key, source[key])
-    notes = [reader.notes[text] for text in NOTES.values() if text in reader.notes]
+    notes = [reader.notes[kind] for kind in NOTES if kind in reader.notes]
     return CocoFile(path, content, notes, reader.own_ids["images"], reader.own_ids["categories"])
 
 
@@ -140,7 +151,7 @@ class _Reader:
             if new is not entry and new.get("id") != entry.get("id"):
                 self.own_ids[key][new["id"]] = entry["id"]
             for kind in kinds:
-                self.notes.add(NOTES[kind], f"{noun} {entry.get('id', position)!s:.60}")
+                self.notes.add(kind, f"{noun} {entry.get('id', position)!s:.60}")
             found.append(new)
         name = {"images": "file_name", "categories": "name"}.get(key)
         if name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .numbers import NUMBERS, is_integer
+from .values import NUMBERS, is_integer
 
 # The largest number that can be a fraction: those of boxes at the border may be rounded up.
 _FRACTION = 1.01

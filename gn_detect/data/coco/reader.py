@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import UserError
 from ...files import open_file
 from ..formats.recognise import describe_foreign, describe_foreign_content
-from .canonical import NOTES, CocoFile, Note, canonical
+from .canonical import CocoFile, Note, canonical
 from .rules import Rules, kind_of
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def read_canonical(path: Path, lists: tuple[str, ...] = LISTS) -> CocoFile:
     check_lists(content, lists, path)
     file = canonical(content, path)
     if text.startswith(_MARKS):
-        file.notes.insert(0, Note(NOTES["byte-order-mark"], "its first bytes"))
+        file.notes.insert(0, Note("byte-order-mark", "its first bytes"))
     return file
 
 
@@ -97,11 +97,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def check_lists(content: Any, lists: tuple[str, ...], path: str | Path) -> None:
-    """Refuse content of a JSON file that cannot be COCO at all.
-
-    Raises:
-        UserError: it is no object with the lists.
-    """
+    """Refuse content of a JSON file that is no object with the ``lists`` (UserError)."""
     foreign = describe_foreign_content(content)
     fits = isinstance(content, Mapping) and all(isinstance(content.get(key), list) for key in lists)
     if foreign and not (fits and "annotations" not in lists):

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from ...text import printable
-from ..coco.classes import list_names, match_names
+from ..coco.dataset import list_names, match_names
 from ..coco.faults import FAULTS, NOTE, SEVERITIES, DataError, Finding
 from ..datasets import DatasetSource
 from .checks import LARGE, SMALL, Part, check_part
-from .images import Probes, probe_images
-from .reading import Reading, read_as_meant
+from .reading import Probes, Reading, probe_images, read_as_meant
 from .repair import Repair, repair
 
 EXAMPLES = 5  # of each kind of fault, in the text

@@ -153,11 +153,7 @@ class Builder:
         return self.images[path]
 
     def add(self, image: SourceImage, shapes: Iterable[Shape]) -> None:
-        """Add the objects of an image.
-
-        Raises:
-            UserError: a class is unknown, or a shape is against COCO's rules.
-        """
+        """Add the objects of an image; a UserError names an unknown class, or a shape that breaks a rule."""
         groups: dict[Hashable, list[Shape]] = {}
         for number, shape in enumerate(shapes):
             if not shape.label.strip():

@@ -56,11 +56,7 @@ class ImageIndex:
         return self.place(Path(folder))
 
     def check(self, path: Path, what: str) -> None:
-        """Refuse a path outside of the root.
-
-        Raises:
-            UserError: it leads out, and that is not allowed.
-        """
+        """Refuse a path outside of the root (UserError), unless that is allowed."""
         if not (self.allow_outside or self.holds(path)):
             raise UserError(
                 "image-outside",

@@ -97,9 +97,8 @@ def with_split(data: Imported, share: float, seed: int) -> Imported:
         raise UserError("bad-argument", f"{data.name} has a val part already; leave out --split")
     name = "train" if "train" in data.parts else WHOLE
     if name not in data.parts:
-        raise UserError(
-            "bad-argument", f"{data.name} has {', '.join(data.parts)}, and no train part to split"
-        )
+        given = ", ".join(data.parts)
+        raise UserError("bad-argument", f"{data.name} has {given}, and no train part to split")
     train, val, how = split_content(data.parts[name], data.folder, share, seed)
     others = {part: content for part, content in data.parts.items() if part != name}
     return replace(data, parts={"train": train, "val": val, **others}, notes=[*data.notes, how])
@@ -132,9 +131,8 @@ def split_content(
         if row is not None and column is not None:
             counts[row, column] += 1
     chosen = deal(counts, groups, share, seed)
-    together = (
-        f"{len(images)} images, of which {len(images) - len(set(groups.tolist()))} look like another one"
-    )
+    alike = len(images) - len(set(groups.tolist()))
+    together = f"{len(images)} images, of which {alike} look like another one"
     if not 0 < chosen.sum() < len(images):
         groups = np.arange(len(images))
         chosen = deal(counts, groups, share, seed)
@@ -232,22 +230,14 @@ def part_files(data: Imported, target: Path) -> dict[str, Path]:
 
 
 def write_files(contents: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Write COCO files: all are complete before the first gets its name.
-
-    Raises:
-        UserError: one cannot be written.
-    """
+    """Write COCO files: all are complete before the first gets its name (UserError if one cannot be)."""
     with ExitStack() as stack:
         for path, content in contents.items():
             json.dump(content, stack.enter_context(atomic_write(path)))
 
 
 def check_targets(data: Imported, files: Mapping[str, Path]) -> None:
-    """Refuse to replace what was read.
-
-    Raises:
-        UserError: a file is one of the sources.
-    """
+    """Refuse to replace a file that was read (UserError)."""
     sources = set(map(os.path.realpath, data.sources))
     for path in files.values():
         if os.path.realpath(path) in sources:

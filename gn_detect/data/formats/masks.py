@@ -207,10 +207,9 @@ def read_mask(path: Path) -> np.ndarray:
         with open_image(path) as image:
             if image.format != "PNG":
                 raise DataError("unreadable-image", f"mask {path} is {image.format}; save it as PNG")
-            if image.width * image.height > MOST_PIXELS:
-                raise DataError(
-                    "image-size", f"mask {path} has {image.width}x{image.height} pixels, too many"
-                )
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise DataError("image-size", f"mask {path} has {width}x{height} pixels, too many")
             if image.mode in ("RGB", "RGBA", "LA"):
                 bands = [np.asarray(band) for band in image.split()[: 1 if image.mode == "LA" else 3]]
                 if any((band != bands[0]).any() for band in bands[1:]):

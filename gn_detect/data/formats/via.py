@@ -45,9 +45,9 @@ def read(path: Path, index: ImageIndex) -> Imported:
 
 def _entries(content: Any) -> dict[str, Any]:
     """Return the images' entries; nothing for a file of another format."""
-    found = content.get("_via_img_metadata", content) if isinstance(content, dict) else None
-    is_via = isinstance(found, dict) and all(isinstance(e, dict) and "filename" in e for e in found.values())
-    return found if is_via else {}
+    found: Any = content.get("_via_img_metadata", content) if isinstance(content, dict) else None
+    entries = list(found.values()) if isinstance(found, dict) else [None]
+    return found if all(isinstance(entry, dict) and "filename" in entry for entry in entries) else {}
 
 
 def _regions(file: Path, key: str, entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
