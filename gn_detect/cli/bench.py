@@ -16,8 +16,7 @@ from .output import Result
 if TYPE_CHECKING:
     import torch
 
-    from ..bench.compare import Step
-    from ..bench.norms import Timing
+    from ..bench.norms import Step, Timing
 
 EXAMPLES = """
 gn-detect bench train
@@ -93,7 +92,6 @@ def _run_norms(args: argparse.Namespace, config: str) -> Result:
     import torch
 
     from ..bench import norms
-    from ..bench.compare import compare_steps
     from ..bench.step import describe_machine
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -122,7 +120,7 @@ def _run_norms(args: argparse.Namespace, config: str) -> Result:
         size = [str(length) for length in args.size]
         arguments = ["--size", *size, "--images", str(args.images), "--objects", str(args.objects)]
         arguments += [*args.overrides, "MODEL.DEVICE", device.type]
-        for steps in compare_steps(config, arguments, args.steps):
+        for steps in norms.compare_steps(config, arguments, args.steps):
             _keep_norm_figures(args, device, timings, steps)
         for name, step in steps.items():
             print(f"training step, {name:<10} {step}")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..weights import Checkpoint
 
 NO_CONFIG = (
     "no config: add --config-file FILE, such as the config.yaml of the training run, or a checkpoint that "
@@ -39,15 +38,6 @@ def add_fix_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def fix_config(cfg: Config, weights: str | Path | Checkpoint) -> Config:
-    """Return the config with the keys that ``weights`` imply, and print these."""
-    from ..weights import as_command_line, implied_keys
-
-    keys = implied_keys(cfg, weights)
-    print(f"--fix-config: {as_command_line(keys)}" if keys else "--fix-config: nothing to set")
-    return cfg.replace(keys)
-
-
 def add_other_classes_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
     parser.add_argument(
         "--other-classes",
@@ -55,18 +45,6 @@ def add_other_classes_argument(parser: argparse.ArgumentParser, purpose: str) ->
         help=f"{purpose} data whose classes have other names than the checkpoint's, as many of them, taken "
         "by position; without it they are matched by name, and other names are an error",
     )
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        help="data to train on in any format that gn-detect import reads: it becomes COCO files in "
-        "OUTPUT_DIR/data, split by images where it has no val part",
-    )
-    for part, purpose in (("train", "train"), ("val", "evaluate")):
-        parser.add_argument(f"--{part}-json", metavar="FILE", help=f"COCO annotations to {purpose} on")
-        parser.add_argument(f"--{part}-images", metavar="FOLDER", help=f"images of --{part}-json")
 
 
 def put_keys(args: argparse.Namespace, flag: str, keys: Mapping[str, str]) -> None:
@@ -81,15 +59,6 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
         "--weights",
         metavar="W",
         help="MODEL.WEIGHTS: a file, zoo://NAME (gn-detect zoo list), hf://USER/REPO or a URL",
-    )
-
-
-def add_backbone_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help="network of torchvision or timm with an FPN, such as mobilenet_v2, torchvision/resnet50 or "
-        "timm/resnet26d; --weights then is a file of its classifier",
     )
 
 
@@ -112,15 +81,6 @@ def take_checkpoint(args: argparse.Namespace, words: list[str]) -> list[str]:
 def check_threshold(value: float) -> None:
     if not 0 <= value <= 1:
         raise UserError("bad-argument", f"--threshold {value:g}: it must be from 0 to 1, as scores are")
-
-
-def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine, one for each GPU")
-    parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0, help="this machine, from 0")
-    parser.add_argument(
-        "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; found by itself for one"
-    )
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -162,7 +122,13 @@ def read_config_file(args: argparse.Namespace) -> Config:
         cfg, _ = read_pretrained(weights, args.overrides)
     else:
         raise UserError("no-config", NO_CONFIG)
-    return fix_config(cfg, cfg.model.weights) if args.fix_config and cfg.model.weights else cfg
+    if args.fix_config and cfg.model.weights:
+        from ..weights import as_command_line, implied_keys
+
+        keys = implied_keys(cfg, cfg.model.weights)
+        print(f"--fix-config: {as_command_line(keys)}" if keys else "--fix-config: nothing to set")
+        cfg = cfg.replace(keys)
+    return cfg
 
 
 def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
@@ -210,12 +176,3 @@ def _count_categories(path: Path) -> int:
         return len(load_coco(path, ("categories",))["categories"])
     except UserError:
         return 0
-
-
-def launch_from(args: argparse.Namespace, cfg: Config, function: Callable[..., Any]) -> None:
-    """Call ``function(cfg, args)`` in the processes that the flags ask for."""
-    from ..distributed import launch
-
-    names = ("num_gpus", "num_machines", "machine_rank", "dist_url")
-    flags = {name: getattr(args, name) for name in names}
-    launch(function, (cfg, args), device=cfg.model.device, **flags)

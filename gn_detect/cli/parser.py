@@ -107,7 +107,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def _code(message: str) -> Code:
-    """Return the code of one of argparse's messages."""
     if message.startswith("argument command: "):
         return "unknown-command"
     return "missing-argument" if re.search("required|expected .*argument", message) else "bad-argument"

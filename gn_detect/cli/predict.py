@@ -215,14 +215,11 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
         if getattr(args, flag) is not None and key in overrides[::2]:
             raise UserError("conflicting-flags", f"--{flag} and {key} name the same thing; give one")
     if args.model:
-        given = (
-            ["--config-file"] * bool(args.config_file) + ["--weights"] * bool(args.weights) + overrides[:1]
-        )
+        flags = {"--config-file": args.config_file, "--weights": args.weights}
+        given = [*(flag for flag, value in flags.items() if value), *overrides[:1]]
         if given:
-            raise UserError(
-                "conflicting-flags",
-                f"--model holds its own config, so {given[0]} has no effect; leave it out",
-            )
+            text = f"--model holds its own config, so {given[0]} has no effect; leave it out"
+            raise UserError("conflicting-flags", text)
         exported = ExportedPredictor(args.model, trust=args.trust)
         exported.cfg = with_tiles(exported.cfg, args.tile, args.overlap)
         return exported

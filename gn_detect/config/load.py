@@ -249,7 +249,6 @@ def _check_types(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
 
 
 def _refusal(error: ValidationError, origins: Mapping[str, str]) -> UserError:
-    """Return the error for the first of pydantic's errors."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":

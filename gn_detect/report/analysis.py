@@ -138,7 +138,6 @@ def _shown(
 
 
 def _curves(prepared: GroundTruth, evaluators: Evaluators, iou_type: str) -> dict[str, np.ndarray]:
-    """Return precision by recall."""
     curves = {name: np.full((len(prepared.labels), len(RECALLS)), np.nan) for name in IOU_AVERAGES}
     for places, precision, _ in evaluate_categories(prepared, evaluators, iou_type):
         chosen = precision[..., _ALL_AREAS, _MOST_DETECTIONS]  # (10, 101, K)

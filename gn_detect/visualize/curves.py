@@ -93,7 +93,6 @@ def plot_curves(
 
 
 def _panels(metrics: Metrics, several: bool) -> dict[str, list[str]]:
-    """Return the names of the curves in each panel."""
     names = metrics.names
     shown = [name for name in names if is_loss(name) or is_validation_loss(name)]
     losses = [name for name in shown if name == "total_loss" or not several]
@@ -105,7 +104,6 @@ def _panels(metrics: Metrics, several: bool) -> dict[str, list[str]]:
 
 
 def _add_legend_of_runs(figure: Figure, names: Sequence[str], panels: int) -> None:
-    """Add one legend below all panels."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colour, linewidth=2) for colour in _colours(len(names))]

@@ -321,7 +321,6 @@ def draw_comparison(
 
 
 def _outcomes(target: Target, detections: Detections, matched: np.ndarray) -> tuple[list[str], list[str]]:
-    """Return the outcome of each object and of each detection."""
     truth, found = [MISSED] * len(target), []
     for label, partner in zip(detections.labels.tolist(), matched.tolist(), strict=True):
         if partner < 0:

@@ -22,10 +22,16 @@ from ...errors import Code
 from ..transforms import polygon_bounds
 from .faults import ERROR, FAULTS, DataError
 from .file_names import leads_out
-from .fractions import has_fraction_box, has_fraction_mask, is_larger_than_fractions
 from .rle import count_pixels
 from .tables import ImageRecord
-from .values import extent_of, is_area, is_integer
+from .values import (
+    extent_of,
+    has_fraction_box,
+    has_fraction_mask,
+    is_area,
+    is_integer,
+    is_larger_than_fractions,
+)
 
 T = TypeVar("T")
 

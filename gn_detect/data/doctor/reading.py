@@ -19,9 +19,9 @@ from ...progress import progress_bar
 from ..coco.canonical import has_masks
 from ..coco.faults import DataError
 from ..coco.file_names import missing_names
-from ..coco.fractions import are_all_fractions, has_fraction_box, has_fraction_mask, in_pixels
 from ..coco.reader import read_canonical
 from ..coco.rules import Rules, id_of
+from ..coco.values import are_all_fractions, has_fraction_box, has_fraction_mask, in_pixels
 from ..datasets import DatasetSource
 from ..images import is_deep, open_image, read_image
 

@@ -100,7 +100,6 @@ class Diagnosis:
         return "\n".join([*map(printable, lines), "", ", ".join(numbers) + self._hint()])
 
     def _hint(self) -> str:
-        """Describe the work of ``--fix``."""
         counts = {"repairs": self.fix.num_changes, "removes": len(self.fix.removals)}
         work = " and ".join(f"{verb} {count}" for verb, count in counts.items() if count)
         part = f" of {self.parts[0].name}" if len(self.parts) > 1 else ""

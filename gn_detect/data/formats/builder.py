@@ -14,9 +14,9 @@ import pycocotools.mask as coco_mask
 from ...errors import UserError
 from ..coco.canonical import Notes
 from ..coco.faults import DataError
-from ..coco.fractions import has_fraction_box, is_larger_than_fractions
 from ..coco.rules import MOST_CATEGORIES, Rules, is_polygon
 from ..coco.tables import ImageRecord
+from ..coco.values import has_fraction_box, is_larger_than_fractions
 from .image_index import ImageIndex, image_size
 from .shapes import box_polygon, encode_bitmap
 

@@ -142,7 +142,6 @@ def choose_reading(masks: list[Path]) -> str:
 
 
 def _values(values: np.ndarray) -> list[int]:
-    """Return the values other than 0, sorted."""
     found: list[int] = np.unique(values).tolist()
     return [value for value in found if value]
 

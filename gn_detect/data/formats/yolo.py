@@ -187,7 +187,6 @@ def _check_strays(place: Path, expected: set[Path], folders: set[Path]) -> None:
 
 
 def _read_folder(folder: Path, index: ImageIndex) -> Imported:
-    """Read a folder without data.yaml."""
     labels = label_files(folder, "*.txt")
     lists = [path for path in labels if path.name in _CLASS_FILES]
     lists += [path for path in label_files(folder, "obj.names") if path not in lists]
