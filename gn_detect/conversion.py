@@ -19,7 +19,7 @@ from .convert import ConversionReport, calibrate, choose_settings, convert_norm,
 from .convert.images import random_window
 from .convert.surgery import DEFAULT_GROUPS, DEFAULT_MIN_CHANNELS
 from .data import prepare_image, read_image, read_image_list
-from .data.image_paths import find_images
+from .data.images import find_images
 from .errors import UserError
 from .files import check_writable
 from .interop.library_models import LibraryModel, is_library_model, load_library_model

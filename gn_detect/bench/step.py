@@ -7,9 +7,8 @@ workload's folder.
 
 from __future__ import annotations
 
-import resource
+import mmap
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..data import build_test_loader, build_train_loader
 from ..distributed.group import resolve_device
+from ..engine.metrics import memory_in_use
 from ..engine.step import make_state, train_step
 from ..files import atomic_write_json
 from ..modeling import build_model, detection_format
@@ -62,13 +62,10 @@ class Report:
         if "data" in self.parts:
             rows.append(f"{'data':<10} {self.parts['data']:9.1f} ms in addition")
         median, least = statistics.median(self.seconds), min(self.seconds)
-        return "\n".join(
-            [
-                *rows,
-                f"one step, without data: median {median:.3f} s, least {least:.3f} s of {len(self.seconds)}",
-                f"peak memory above the start: {self.memory / MIB:.0f} MiB",
-            ]
+        rows.append(
+            f"one step, without data: median {median:.3f} s, least {least:.3f} s of {len(self.seconds)}"
         )
+        return "\n".join([*rows, f"peak memory above the start: {self.memory / MIB:.0f} MiB"])
 
 
 def benchmark(
@@ -237,7 +234,7 @@ def _measure(step: Step, device: torch.device, iterations: int) -> Report:
         _synchronize(device)
         seconds.append(time.perf_counter() - begin - waited)
         data.append(waited)
-    memory = _peak_memory(device) - before
+    memory = round(memory_in_use(device) * MIB) - before
     return Report(seconds, _profile(step, device, statistics.median(data)), memory, summary)
 
 
@@ -266,21 +263,13 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _memory(device: torch.device) -> int:
-    """Return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     statistics_file = Path("/proc/self/statm")
     if statistics_file.exists():
-        return int(statistics_file.read_text().split()[1]) * resource.getpagesize()
-    return _peak_memory(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return int(statistics_file.read_text().split()[1]) * mmap.PAGESIZE
+    return round(memory_in_use(device) * MIB)
 
 
 def describe_machine(device: torch.device) -> str:
@@ -288,8 +277,3 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"PyTorch {torch.__version__}, {torch.cuda.get_device_name(device)}"
     return f"PyTorch {torch.__version__}, CPU, {torch.get_num_threads()} threads"
-
-
-def write_report(path: Path, report: Report) -> None:
-    """Write ``report`` as JSON."""
-    atomic_write_json(path, vars(report))

@@ -16,8 +16,7 @@ from .output import Result
 if TYPE_CHECKING:
     import torch
 
-    from ..bench.compare import Step
-    from ..bench.norms import Timing
+    from ..bench.norms import Step, Timing
 
 EXAMPLES = """
 gn-detect bench train
@@ -30,24 +29,22 @@ DEFAULT_CONFIG = "GN/mask_rcnn_R_50_FPN_3x_gn.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     workload = Workload()
-    parser.add_argument("mode", choices=["train", "infer", "norm"])
+    add("mode", choices=["train", "infer", "norm"])
     size = [workload.height, workload.width]
-    parser.add_argument("--size", nargs=2, type=int, default=size, metavar=("HEIGHT", "WIDTH"), help="pixels")
-    parser.add_argument("--images", type=int, default=workload.images, help="in a batch")
-    parser.add_argument("--objects", type=int, default=workload.objects, help="in an image")
-    parser.add_argument(
+    add("--size", nargs=2, type=int, default=size, metavar=("HEIGHT", "WIDTH"), help="pixels")
+    add("--images", type=int, default=workload.images, help="in a batch")
+    add("--objects", type=int, default=workload.objects, help="in an image")
+    add(
         "--iterations",
         type=int,
         default=10,
         help="timed steps; with norm, rounds of each norm (on a GPU as many as fit)",
     )
-    parser.add_argument("--workload", metavar="FOLDER", help="keep images, annotations and proposals there")
-    parser.add_argument("--output", metavar="FILE", help="write the figures as JSON there, too")
-    norm = parser.add_argument_group(
-        "norm",
-        "the norms of R-50-FPN at 800 x 1344, then whole training steps",
-    )
+    add("--workload", metavar="FOLDER", help="keep images, annotations and proposals there")
+    add("--output", metavar="FILE", help="write the figures as JSON there, too")
+    norm = parser.add_argument_group("norm", "the norms of R-50-FPN at 800 x 1344, then whole training steps")
     norm.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     for flag, choices, text in (
         ("--layer", LAYERS, "of the model"),
@@ -76,7 +73,7 @@ def run(args: argparse.Namespace) -> Result:
     cfg = load_config(config, args.overrides)  # for norms, too: a wrong key is reported before they are timed
     if args.mode == "norm":
         return _run_norms(args, config)
-    from ..bench.step import benchmark, describe_machine, write_report
+    from ..bench.step import benchmark, describe_machine
     from ..distributed.group import resolve_device
 
     height, width = args.size
@@ -87,7 +84,7 @@ def run(args: argparse.Namespace) -> Result:
     print(f"{config} {args.mode}, {args.images} x {height} x {width}, {machine}")
     print(report)
     if args.output:
-        write_report(Path(args.output), report)
+        atomic_write_json(Path(args.output), vars(report))
     return Result(vars(report))
 
 
@@ -95,7 +92,6 @@ def _run_norms(args: argparse.Namespace, config: str) -> Result:
     import torch
 
     from ..bench import norms
-    from ..bench.compare import compare_steps
     from ..bench.step import describe_machine
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -124,7 +120,7 @@ def _run_norms(args: argparse.Namespace, config: str) -> Result:
         size = [str(length) for length in args.size]
         arguments = ["--size", *size, "--images", str(args.images), "--objects", str(args.objects)]
         arguments += [*args.overrides, "MODEL.DEVICE", device.type]
-        for steps in compare_steps(config, arguments, args.steps):
+        for steps in norms.compare_steps(config, arguments, args.steps):
             _keep_norm_figures(args, device, timings, steps)
         for name, step in steps.items():
             print(f"training step, {name:<10} {step}")

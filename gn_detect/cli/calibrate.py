@@ -17,7 +17,6 @@ gn-detect calibrate resnet50 resnet50_gn.pth better.pth --weights DEFAULT --imag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
     parser.add_argument(
         "original", metavar="ORIGINAL", help="checkpoint with BatchNorm, or a model of torchvision or timm"
     )
@@ -30,13 +29,7 @@ def run(args: argparse.Namespace) -> Result:
     """Write DST and print each norm's distance from the original."""
     from ..conversion import convert_checkpoint
 
-    report = convert_checkpoint(
-        args.original,
-        args.target,
-        args.images,
-        args.config_file,
-        converted=args.converted,
-        **shared_arguments(args),
-    )
+    files = args.original, args.target, args.images, args.config_file
+    report = convert_checkpoint(*files, converted=args.converted, **shared_arguments(args))
     print(report)
     return Result(report.to_dict())

@@ -14,16 +14,11 @@ gn-detect compare runs/gn1 runs/gn2 runs/gn3 --to runs/bn1 runs/bn2 runs/bn3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="two evaluated run folders; with --to the first group"
-    )
-    parser.add_argument(
-        "--to", nargs="+", default=[], metavar="RUN", help="second group, such as other seeds of one config"
-    )
-    parser.add_argument(
-        "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap over images"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="two evaluated run folders; with --to the first group")
+    add("--to", nargs="+", default=[], metavar="RUN", help="second group, such as other seeds of one config")
+    add("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap over images")
+    add("--seed", type=int, default=0, help="of the resamples")
 
 
 def run(args: argparse.Namespace) -> Result:

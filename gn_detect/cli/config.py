@@ -23,8 +23,9 @@ gn-detect config reference                                            # every ke
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config-file", metavar="FILE", help="YAML with detectron2's keys")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config-file", metavar="FILE", help="YAML with detectron2's keys")
+    add(
         "overrides",
         nargs="*",
         metavar="explain KEY|WORD | reference | KEY VALUE",
@@ -52,11 +53,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _explain(wanted: str) -> list[KeyFact]:
-    """Print a key or group, or the keys with the words in their name or description.
-
-    Raises:
-        UserError: there is none; the nearest key is named.
-    """
+    """Print a key or group, or the keys about some words; the UserError for none names the nearest key."""
     habit = "" if wanted.upper() in known_keys() else key_of_habit(wanted)
     meant = [key for key in known_keys() if key in re.findall(r"[A-Z0-9_.]+[A-Z0-9_]", habit)]
     try:

@@ -30,7 +30,6 @@ SHARED = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
     add = parser.add_argument
     add(
         "source",
@@ -114,10 +113,8 @@ def run(args: argparse.Namespace) -> Result:
         rewritten = rewrite_checkpoint(args.source, target)
         print(rewritten)
         return Result(rewritten.to_dict())
-    own = {"eps": args.eps, "relative_eps": args.relative_eps}
-    report = convert_checkpoint(
-        args.source, target, args.images, args.config_file, **own, **shared_arguments(args)
-    )
+    own = {"eps": args.eps, "relative_eps": args.relative_eps} | shared_arguments(args)
+    report = convert_checkpoint(args.source, target, args.images, args.config_file, **own)
     print(report)
     return Result(report.to_dict())
 

@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     _check_files(args)
-    from ..data.doctor.repair import output_is_input
     from ..data.doctor.report import examine
     from ..visualize.histograms import draw_histograms
 
@@ -66,7 +65,8 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError(
             "replaced-file", "--fix, --report and the picture of --report (.png) need different names"
         )
-    if any(output_is_input(path, [source.annotations for source in sources]) for path in written):
+    inputs = {os.path.realpath(source.annotations) for source in sources}
+    if not inputs.isdisjoint(map(os.path.realpath, written)):
         raise UserError(
             "replaced-file", "--fix and --report must not name an input: the doctor never changes it"
         )
@@ -88,13 +88,11 @@ def run(args: argparse.Namespace) -> Result:
 def _check_files(args: argparse.Namespace) -> None:
     if not args.files:
         raise UserError("missing-argument", "no annotation file: gn-detect doctor train.json --images FOLDER")
-    if args.images is None:
-        if not args.no_images:
-            raise UserError(
-                "missing-argument",
-                "--images FOLDER is missing, one for each annotation file; or add --no-images",
-            )
-        args.images = [Path(file).parent for file in args.files]
+    if args.images is None and not args.no_images:
+        raise UserError(
+            "missing-argument", "--images FOLDER is missing, one for each annotation file; or add --no-images"
+        )
+    args.images = args.images or [Path(file).parent for file in args.files]
     if len(args.files) != len(args.images):
         counts = f"{len(args.files)} annotation files but {len(args.images)} --images"
         raise UserError("missing-argument", f"{counts}; give each annotation file its folder")

@@ -34,21 +34,21 @@ OUTPUT = "model.onnx"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--output",
         metavar="FILE",
         help=f"{OUTPUT} (by default), model.pt2 for torch.export, or model.safetensors for gn-detect itself; "
         "a model card is written next to it",
     )
-    parser.add_argument(
+    add(
         "--push",
         metavar="hf://USER/REPO",
         help="upload safetensors, config and model card to the Hugging Face Hub in place of --output; a new "
         "repository is private",
     )
-    parser.add_argument("--license", metavar="ID", default="", help="licence of the weights in the card")
-    parser.add_argument(
+    add("--license", metavar="ID", default="", help="licence of the weights in the card")
+    add(
         "--check",
         nargs="+",
         metavar="IMAGE",
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     """Write the file and its card, or push them; 1 if the detections differ."""
     from ..config.shared import shared_values
-    from ..data.image_paths import find_images
+    from ..data.images import find_images
     from ..engine import Predictor
     from ..export import ExportedPredictor
     from ..export.card import check_licence, model_card, write_card

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..weights import Checkpoint
 
 NO_CONFIG = (
     "no config: add --config-file FILE, such as the config.yaml of the training run, or a checkpoint that "
@@ -39,19 +38,6 @@ def add_fix_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def fix_config(cfg: Config, weights: str | Path | Checkpoint) -> Config:
-    """Return the config with the keys that ``weights`` imply, and print these.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    from ..weights import as_command_line, implied_keys
-
-    keys = implied_keys(cfg, weights)
-    print(f"--fix-config: {as_command_line(keys)}" if keys else "--fix-config: nothing to set")
-    return cfg.replace(keys)
-
-
 def add_other_classes_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
     parser.add_argument(
         "--other-classes",
@@ -61,29 +47,11 @@ def add_other_classes_argument(parser: argparse.ArgumentParser, purpose: str) ->
     )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        help="data to train on in any format that gn-detect import reads: it becomes COCO files in "
-        "OUTPUT_DIR/data, split by images where it has no val part",
-    )
-    for part, purpose in (("train", "train"), ("val", "evaluate")):
-        parser.add_argument(f"--{part}-json", metavar="FILE", help=f"COCO annotations to {purpose} on")
-        parser.add_argument(f"--{part}-images", metavar="FOLDER", help=f"images of --{part}-json")
-
-
-def take_loggers(args: argparse.Namespace) -> None:
-    """Turn ``--logger A --logger B`` into ``LOGGERS ['A', 'B']``.
-
-    Raises:
-        UserError: the key is given, too.
-    """
-    if not args.logger:
-        return
-    if "LOGGERS" in args.overrides[::2]:
-        raise UserError("conflicting-flags", "--logger and LOGGERS name the same thing; give one")
-    args.overrides = ["LOGGERS", str(args.logger), *args.overrides]
+def put_keys(args: argparse.Namespace, flag: str, keys: Mapping[str, str]) -> None:
+    """Put the config keys that a flag means before the ``KEY VALUE`` pairs, which must not have them."""
+    if twice := [key for key in keys if key in args.overrides[::2]]:
+        raise UserError("conflicting-flags", f"{flag} and {twice[0]} name the same thing; give one")
+    args.overrides = [*(word for pair in keys.items() for word in pair), *args.overrides]
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
@@ -94,47 +62,10 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_backbone_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help="network of torchvision or timm with an FPN, such as mobilenet_v2, torchvision/resnet50 or "
-        "timm/resnet26d; --weights then is a file of its classifier",
-    )
-
-
-def take_backbone(args: argparse.Namespace) -> None:
-    """Turn ``--backbone NAME`` into ``MODEL.BACKBONE.NAME`` and ``MODEL.BACKBONE.MODEL``.
-
-    Raises:
-        UserError: there is no such network, or one of the keys is given, too.
-    """
-    if not args.backbone:
-        return
-    from ..engine.autoconfig import backbone_keys
-
-    keys = backbone_keys(args.backbone)
-    if twice := [key for key in keys if key in args.overrides[::2]]:
-        raise UserError(
-            "conflicting-flags",
-            f"--backbone {args.backbone} and {twice[0]} name the same thing; give one",
-        )
-    args.overrides = [*(word for pair in keys.items() for word in pair), *args.overrides]
-
-
 def take_weights(args: argparse.Namespace) -> None:
-    """Turn ``--weights W`` into ``MODEL.WEIGHTS W``.
-
-    Raises:
-        UserError: the key is given, too.
-    """
+    """Turn ``--weights W`` into ``MODEL.WEIGHTS W``."""
     if args.weights:
-        if "MODEL.WEIGHTS" in args.overrides[::2]:
-            raise UserError(
-                "conflicting-flags",
-                f"--weights {args.weights} and MODEL.WEIGHTS name the same thing; give one",
-            )
-        args.overrides = ["MODEL.WEIGHTS", args.weights, *args.overrides]
+        put_keys(args, f"--weights {args.weights}", {"MODEL.WEIGHTS": args.weights})
 
 
 def take_checkpoint(args: argparse.Namespace, words: list[str]) -> list[str]:
@@ -152,47 +83,34 @@ def check_threshold(value: float) -> None:
         raise UserError("bad-argument", f"--threshold {value:g}: it must be from 0 to 1, as scores are")
 
 
-def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine, one for each GPU")
-    parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0, help="this machine, from 0")
-    parser.add_argument(
-        "--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; found by itself for one"
-    )
-
-
 def read_config(args: argparse.Namespace) -> Config:
-    """Return the config of ``--config-file``, ``KEY VALUE`` and the dataset flags.
-
-    Raises:
-        UserError: there is no config file, or something in it, in the keys or in the flags is wrong.
-    """
+    """Return the config of ``--config-file``, ``KEY VALUE`` and the dataset flags."""
     take_weights(args)
-    take_backbone(args)
-    take_loggers(args)
+    if args.backbone:
+        from ..engine.autoconfig import backbone_keys
+
+        put_keys(args, f"--backbone {args.backbone}", backbone_keys(args.backbone))
+    if args.logger:
+        put_keys(args, "--logger", {"LOGGERS": str(args.logger)})
     if args.data:
         from .own_data import take_data
 
         take_data(args)
-    if not args.config_file and args.train_json and not args.eval_only:
-        from .own_data import choose_config
-
-        return _with_datasets(choose_config(args), args)
-    if not args.config_file and not args.eval_only:
+    if args.config_file or args.eval_only:
+        return _with_datasets(read_config_file(args), args)
+    if not args.train_json:
         raise UserError(
             "no-config",
             "no config: add --config-file FILE, such as quick/demo.yaml, or --data PATH, or --train-json "
             "FILE and --train-images FOLDER, to have one made for your data",
         )
-    return _with_datasets(read_config_file(args), args)
+    from .own_data import choose_config
+
+    return _with_datasets(choose_config(args), args)
 
 
 def read_config_file(args: argparse.Namespace) -> Config:
-    """Return the config of ``--config-file`` or of the weights, with ``KEY VALUE`` and ``--fix-config``.
-
-    Raises:
-        UserError: there is neither, or something in them or in the keys is wrong.
-    """
+    """Return the config of ``--config-file`` or of the weights, with ``KEY VALUE`` and ``--fix-config``."""
     from ..config import load_config
 
     weights = dict(zip(args.overrides[::2], args.overrides[1::2], strict=False)).get("MODEL.WEIGHTS")
@@ -204,7 +122,13 @@ def read_config_file(args: argparse.Namespace) -> Config:
         cfg, _ = read_pretrained(weights, args.overrides)
     else:
         raise UserError("no-config", NO_CONFIG)
-    return fix_config(cfg, cfg.model.weights) if args.fix_config and cfg.model.weights else cfg
+    if args.fix_config and cfg.model.weights:
+        from ..weights import as_command_line, implied_keys
+
+        keys = implied_keys(cfg, cfg.model.weights)
+        print(f"--fix-config: {as_command_line(keys)}" if keys else "--fix-config: nothing to set")
+        cfg = cfg.replace(keys)
+    return cfg
 
 
 def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
@@ -221,23 +145,20 @@ def _with_datasets(cfg: Config, args: argparse.Namespace) -> Config:
     if decides is not None and NUM_CLASSES not in args.overrides[::2]:
         found, origin = _count_categories(Path(decides[0])), f"categories in {decides[0]}"
         if args.eval_only and found != cfg.model.roi_heads.num_classes:
-            checkpoint = _evaluated(cfg, args.resume)
+            from ..engine.checkpoint import read_last_checkpoint
+            from ..weights import read_checkpoint
+
+            checkpoint = None  # the evaluation itself reports that there is none
+            if args.resume:
+                checkpoint = read_last_checkpoint(cfg.output_dir)
+            elif cfg.model.weights:
+                checkpoint = read_checkpoint(cfg.model.weights)
             if checkpoint is not None and checkpoint.metadata.class_names:
                 found, origin = len(checkpoint.metadata.class_names), f"classes of {checkpoint.path}"
         if found and found != cfg.model.roi_heads.num_classes:
             cfg = cfg.replace({NUM_CLASSES: found})
             print(f"{NUM_CLASSES} set to {found}, the number of {origin}")
     return cfg
-
-
-def _evaluated(cfg: Config, resume: bool) -> Checkpoint | None:
-    """Return the checkpoint to evaluate, or None without any; the evaluation itself reports that."""
-    from ..engine.checkpoint import read_last_checkpoint
-    from ..weights import read_checkpoint
-
-    if resume:
-        return read_last_checkpoint(cfg.output_dir)
-    return read_checkpoint(cfg.model.weights) if cfg.model.weights else None
 
 
 def _pair(args: argparse.Namespace, part: str) -> tuple[str, str] | None:
@@ -255,18 +176,3 @@ def _count_categories(path: Path) -> int:
         return len(load_coco(path, ("categories",))["categories"])
     except UserError:
         return 0
-
-
-def launch_from(args: argparse.Namespace, cfg: Config, function: Callable[..., Any]) -> None:
-    """Call ``function(cfg, args)`` in the processes that the flags ask for."""
-    from ..distributed import launch
-
-    launch(
-        function,
-        (cfg, args),
-        device=cfg.model.device,
-        num_gpus=args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-    )

@@ -30,10 +30,9 @@ def add_output_arguments(parser: argparse.ArgumentParser, default: object = argp
     Args:
         default: of both; a subcommand keeps the values that the flags before its name set.
     """
-    parser.add_argument(
-        "--quiet", action="store_true", default=default, help="print errors alone: no log, no progress"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--quiet", action="store_true", default=default, help="print errors alone: no log, no progress")
+    add(
         "--json",
         dest="as_json",
         action="store_true",

@@ -15,11 +15,7 @@ from ..progress import fitted
 
 
 def take_data(args: argparse.Namespace) -> None:
-    """Turn ``--data PATH`` into the flags of its COCO files, which it writes into OUTPUT_DIR/data.
-
-    Raises:
-        UserError: other data are given, too, or something in the data is wrong.
-    """
+    """Turn ``--data PATH`` into the flags of its COCO files, which it writes into OUTPUT_DIR/data."""
     others = ("train_json", "train_images", "val_json", "val_images")
     if twice := [name for name in others if getattr(args, name)]:
         flag = "--" + twice[0].replace("_", "-")
@@ -45,13 +41,7 @@ def take_data(args: argparse.Namespace) -> None:
 
 
 def choose_config(args: argparse.Namespace) -> Config:
-    """Return the config for ``--train-json``, ``--train-images`` and the weights, and print the choices.
-
-    The dataset flags are not in it yet.
-
-    Raises:
-        UserError: the data, the weights or a given key are wrong.
-    """
+    """Return the config for ``--train-json`` and the weights, without the datasets; print the choices."""
     given = read_overrides(args.overrides)
     if "RANK" not in os.environ:  # torchrun has started the processes
         device = str(given.get("MODEL.DEVICE", "auto"))

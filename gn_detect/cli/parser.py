@@ -58,10 +58,7 @@ _HABITS: dict[str, tuple[str, ...]] = {
     "source input inputs image images img-dir": ("--train-images", _NO_FLAG),
     "cfg config": ("--config-file",),
     "cfg-options opts options opt-level set": ("SOLVER.BASE_LR 0.01, without a flag in front",),
-    "pretrained checkpoint ckpt load-from weight pretrained-weights finetune": (
-        "--weights",
-        "MODEL.WEIGHTS",
-    ),
+    "pretrained checkpoint ckpt load-from weight pretrained-weights finetune": ("--weights", "MODEL.WEIGHTS"),
     "model": ("--weights", "MODEL.WEIGHTS"),
     "arch architecture encoder": ("--backbone", "MODEL.BACKBONE.MODEL"),
     "resume-from auto-resume": ("--resume", "MODEL.WEIGHTS"),
@@ -110,7 +107,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def _code(message: str) -> Code:
-    """Return the code of one of argparse's messages."""
     if message.startswith("argument command: "):
         return "unknown-command"
     return "missing-argument" if re.search("required|expected .*argument", message) else "bad-argument"
@@ -185,11 +181,7 @@ def _meant(scope: argparse.ArgumentParser, flag: str) -> str:
 
 
 def check_keys(words: Sequence[str]) -> None:
-    """Refuse ``KEY=VALUE``, and other tools' names of a key, in ``KEY VALUE ...``.
-
-    Raises:
-        UserError: the message has the key's name and form.
-    """
+    """Refuse ``KEY=VALUE``, and other tools' names of a key; the UserError has its name and form."""
     if not words:
         return
     from ..config.load import known_keys

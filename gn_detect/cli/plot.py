@@ -16,13 +16,14 @@ gn-detect plot runs/one --output curves.png
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or its metrics.jsonl")
-    parser.add_argument(
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folder, or its metrics.jsonl")
+    add(
         "--output",
         metavar="FILE",
         help="picture, .png or .svg; by default curves.png in the folder of the only run, or here",
     )
-    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="mean of N log lines for losses")
+    add("--smooth", type=int, default=1, metavar="N", help="mean of N log lines for losses")
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -41,11 +42,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def name_runs(metrics: list[Path]) -> list[str]:
-    """Return the shortest ends of the runs' paths that differ from each other.
-
-    Raises:
-        UserError: the same run is given twice.
-    """
+    """Return the shortest ends of the runs' paths that differ; a UserError if one is given twice."""
     folders = [Path(os.path.realpath(path)).parent.parts for path in metrics]
     if len(set(folders)) < len(folders):
         raise UserError("extra-argument", "the same run is given twice; name each once")

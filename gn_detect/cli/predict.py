@@ -45,22 +45,18 @@ UNREADABLE = 1  # exit status when some inputs could not be read; the others are
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags and the inputs."""
-    parser.add_argument("--config-file", metavar="FILE", help="config.yaml of a run; weights hold their own")
+    add = parser.add_argument
+    add("--config-file", metavar="FILE", help="config.yaml of a run; weights hold their own")
     add_weights_argument(parser)
-    parser.add_argument(
-        "--model", metavar="FILE", help="a file of gn-detect export, in place of a checkpoint"
-    )
-    parser.add_argument(
-        "--trust", action="store_true", help="run a --model of PyTorch (.pt2), which is a program"
-    )
-    parser.add_argument(
+    add("--model", metavar="FILE", help="a file of gn-detect export, in place of a checkpoint")
+    add("--trust", action="store_true", help="run a --model of PyTorch (.pt2), which is a program")
+    add(
         "--output",
         metavar="FOLDER",
         default="predictions",
         help="for pictures, predictions.json and images.json",
     )
-    parser.add_argument(
+    add(
         "--threshold",
         type=_threshold,
         default=0.5,
@@ -68,34 +64,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="least score of what is drawn and written; auto: for each class the one with the best F1 on the "
         "test images of the training",
     )
-    parser.add_argument(
+    add(
         "--annotations",
         metavar="FILE",
         help="COCO ground truth: it is drawn next to the detections and gives the image ids of the results; "
         "other images of a folder or quoted pattern are left out",
     )
     add_other_classes_argument(parser, "with --annotations: take")
-    parser.add_argument(
+    add(
         "--tile",
         type=int,
         metavar="PIXELS",
         help="search square tiles of large images, and join the parts of what they cut (TEST.TILES.SIZE)",
     )
-    parser.add_argument(
+    add(
         "--overlap",
         type=float,
         metavar="PART",
         help="least part of its side that a tile shares with the next, from 0 to 0.9 (TEST.TILES.OVERLAP)",
     )
-    parser.add_argument("--no-pictures", action="store_true", help="write the results of images alone")
-    parser.add_argument(
+    add("--no-pictures", action="store_true", help="write the results of images alone")
+    add(
         "--workers",
         type=int,
         metavar="N",
         help="threads that read and processes that draw; by default the cores that the model leaves",
     )
     add_fix_argument(parser)
-    parser.add_argument(
+    add(
         "inputs",
         nargs="+",
         metavar="INPUT",
@@ -109,7 +105,7 @@ def _threshold(text: str) -> float | str:
 
 def run(args: argparse.Namespace) -> Result:
     """Write one picture for each image, results for all, and a video for each video."""
-    from ..data.image_paths import find_images
+    from ..data.images import find_images
     from ..engine.predict_files import default_workers, predict_images
     from ..evaluation import read_truth
     from ..export.write import SUFFIXES as EXPORTED
@@ -219,14 +215,11 @@ def make_predictor(args: argparse.Namespace, overrides: list[str]) -> Predictor 
         if getattr(args, flag) is not None and key in overrides[::2]:
             raise UserError("conflicting-flags", f"--{flag} and {key} name the same thing; give one")
     if args.model:
-        given = (
-            ["--config-file"] * bool(args.config_file) + ["--weights"] * bool(args.weights) + overrides[:1]
-        )
+        flags = {"--config-file": args.config_file, "--weights": args.weights}
+        given = [*(flag for flag, value in flags.items() if value), *overrides[:1]]
         if given:
-            raise UserError(
-                "conflicting-flags",
-                f"--model holds its own config, so {given[0]} has no effect; leave it out",
-            )
+            text = f"--model holds its own config, so {given[0]} has no effect; leave it out"
+            raise UserError("conflicting-flags", text)
         exported = ExportedPredictor(args.model, trust=args.trust)
         exported.cfg = with_tiles(exported.cfg, args.tile, args.overlap)
         return exported
@@ -278,10 +271,7 @@ def make_tasks(named: list[tuple[Path, str]], output: Path, truth: Truth | None)
 def match_categories(predictor: ImagePredictor, truth: Truth, other_classes: bool) -> list[int | None]:
     """Return the ground truth's category id for each class of the model, None for a class without one.
 
-    Args:
-        predictor: matches classes by name if it knows their names.
-        truth: may list fewer classes, in another order.
-        other_classes: match by position in any case.
+    Classes are matched by name if the model has names, unless ``other_classes``; the truth may list fewer.
     """
     from ..data import list_names, match_names
     from ..engine.evaluator import OTHER_CLASSES
@@ -316,14 +306,7 @@ def match_categories(predictor: ImagePredictor, truth: Truth, other_classes: boo
 def check_replaces_nothing(
     named: list[tuple[Path, str]], found: list[Path], output: Path, args: argparse.Namespace
 ) -> None:
-    """Refuse to write over an input or another file that is read.
-
-    Args:
-        named: inputs and the names of their pictures or videos in ``output``.
-        found: all inputs, also those that are left out.
-        output: folder.
-        args: flags.
-    """
+    """Refuse to write over an input, also one that is left out, or another file that is read."""
     from .inputs import is_video
 
     others = [args.annotations, args.config_file, args.model]

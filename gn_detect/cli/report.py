@@ -16,17 +16,12 @@ gn-detect report runs/two --against runs/one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("--output", metavar="FILE", help="page; by default report.html in the run folder")
-    parser.add_argument(
-        "--threshold", type=float, default=0.5, help="least score in pictures, confusion and table of images"
-    )
-    parser.add_argument(
-        "--against", metavar="RUN", help="another run, of which the page shows the differences"
-    )
-    parser.add_argument(
-        "--pictures", type=int, default=6, metavar="N", help="of the worst and of the best images, each"
-    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder")
+    add("--output", metavar="FILE", help="page; by default report.html in the run folder")
+    add("--threshold", type=float, default=0.5, help="least score in pictures, confusion and table of images")
+    add("--against", metavar="RUN", help="another run, of which the page shows the differences")
+    add("--pictures", type=int, default=6, metavar="N", help="of the worst and of the best images, each")
 
 
 def run(args: argparse.Namespace) -> Result:

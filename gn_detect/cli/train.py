@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..text import printable
 from .options import (
-    add_backbone_argument,
     add_config_arguments,
-    add_data_arguments,
     add_fix_argument,
-    add_launch_arguments,
     add_other_classes_argument,
     add_weights_argument,
-    launch_from,
     read_config,
 )
 from .output import Result
@@ -45,38 +42,53 @@ gn-detect train --config-file GN/mask_rcnn_R_50_FPN_2x_gn.yaml --num-gpus 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--resume",
         action="store_true",
         help="continue the run in OUTPUT_DIR from its last checkpoint; only its length, periods, device, "
         "workers and paths may differ from its beginning",
     )
-    parser.add_argument(
+    add(
         "--allow-changes",
         action="store_true",
         help="with --resume: go on even where settings or data differ from the run's beginning",
     )
-    parser.add_argument(
-        "--epochs", type=float, metavar="N", help="train for N passes over the images: sets SOLVER.MAX_ITER"
-    )
-    parser.add_argument(
+    add("--epochs", type=float, metavar="N", help="train for N passes over the images: sets SOLVER.MAX_ITER")
+    add(
         "--time",
         metavar="2h",
         help="train and evaluate for so long, such as 45m or 1h30m: measures some iterations, and sets "
         "SOLVER.MAX_ITER",
     )
-    parser.add_argument(
+    add(
         "--logger",
         action="append",
         metavar="NAME",
         help="send config and metrics to wandb, mlflow or trackio, too; may be repeated: sets LOGGERS",
     )
     add_other_classes_argument(parser, "evaluate, or with --resume go on, on")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
-    add_launch_arguments(parser)
-    add_data_arguments(parser)
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
+    add("--num-gpus", type=int, default=1, help="processes on this machine, one for each GPU")
+    add("--num-machines", type=int, default=1)
+    add("--machine-rank", type=int, default=0, help="this machine, from 0")
+    add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; found by itself for one")
+    add(
+        "--data",
+        metavar="PATH",
+        help="data to train on in any format that gn-detect import reads: it becomes COCO files in "
+        "OUTPUT_DIR/data, split by images where it has no val part",
+    )
+    for part, purpose in (("train", "train"), ("val", "evaluate")):
+        add(f"--{part}-json", metavar="FILE", help=f"COCO annotations to {purpose} on")
+        add(f"--{part}-images", metavar="FOLDER", help=f"images of --{part}-json")
     add_weights_argument(parser)
-    add_backbone_argument(parser)
+    add(
+        "--backbone",
+        metavar="NAME",
+        help="network of torchvision or timm with an FPN, such as mobilenet_v2, torchvision/resnet50 or "
+        "timm/resnet26d; --weights then is a file of its classifier",
+    )
     add_fix_argument(parser)
     add_config_arguments(parser)
 
@@ -89,10 +101,10 @@ def run(args: argparse.Namespace) -> Result:
     if args.eval_only:
         with tempfile.TemporaryDirectory(prefix="gn_detect-") as place:  # the run may keep its own results
             file = Path(place) / "results.json"
-            launch_from(args, cfg, partial(_evaluate, file))
+            _launch(partial(_evaluate, file), cfg, args)
             found = {"results": _read(file)} if is_first else {}
         return Result({"output_dir": str(folder), **found})
-    launch_from(args, cfg, _train)
+    _launch(_train, cfg, args)
     if not is_first:
         return Result({"output_dir": str(folder)})
 
@@ -189,7 +201,7 @@ def _image_of(cfg: Config) -> str:
     """Return the path of an image of the first test set, or ``IMAGES`` without any."""
     from ..data.coco.reader import read_image_list
     from ..data.datasets import resolve_dataset
-    from ..data.image_paths import find_images
+    from ..data.images import find_images
 
     try:
         source = resolve_dataset(cfg, cfg.datasets.test[0])
@@ -199,6 +211,15 @@ def _image_of(cfg: Config) -> str:
         return str(find_images([str(source.images)])[0])
     except UserError:  # they lie in folders below
         return str(read_image_list(source.annotations, source.images, source.allow_outside)[0])
+
+
+def _launch(function: Callable[..., None], cfg: Config, args: argparse.Namespace) -> None:
+    """Call ``function(cfg, args)`` in the processes that the flags ask for."""
+    from ..distributed import launch
+
+    names = ("num_gpus", "num_machines", "machine_rank", "dist_url")
+    flags = {name: getattr(args, name) for name in names}
+    launch(function, (cfg, args), device=cfg.model.device, **flags)
 
 
 def _train(cfg: Config, args: argparse.Namespace) -> None:

@@ -22,13 +22,12 @@ gn-detect zoo list --json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     text = "path prints the place of a file, also before its download"
-    parser.add_argument("action", choices=["download", "info", "list", "path", "verify"], help=text)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="a name in the list; default: all, except for download"
-    )
-    parser.add_argument("--all", action="store_true", help="download: all, several GB")
-    parser.add_argument("--markdown", action="store_true", help="list: the table of model_zoo/README.md")
+    add("action", choices=["download", "info", "list", "path", "verify"], help=text)
+    add("names", nargs="*", metavar="NAME", help="a name in the list; default: all, except for download")
+    add("--all", action="store_true", help="download: all, several GB")
+    add("--markdown", action="store_true", help="list: the table of model_zoo/README.md")
 
 
 def run(args: argparse.Namespace) -> Result:

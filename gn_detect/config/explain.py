@@ -15,23 +15,13 @@ from .schema import Root, implemented, is_below, key_fields, never_read
 from .types import NEVER_READ, to_plain, value_at
 
 _TYPES = {
-    "string": "text",
-    "integer": "whole number",
-    "number": "number",
-    "boolean": "True or False",
-    "object": "mapping",
-    "null": "none",
-}
+    "string": "text", "integer": "whole number", "number": "number", "boolean": "True or False",
+    "object": "mapping", "null": "none",
+}  # fmt: skip
 _BOUNDS = {
-    "ge": "at least",
-    "gt": "above",
-    "le": "at most",
-    "lt": "below",
-    "minimum": "at least",
-    "exclusiveMinimum": "above",
-    "maximum": "at most",
-    "exclusiveMaximum": "below",
-}
+    "ge": "at least", "gt": "above", "le": "at most", "lt": "below",
+    "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,11 +134,9 @@ def reference() -> str:
     for name, members in groups.items():
         lines += ["", f"## {name or 'Top level'}", "", "| key | type | default | |", "|---|---|---|---|"]
         lines += map(_row, members)
-    lines += ["", "## Accepted and never read", ""]
-    lines.append(
-        "These belong to architectures that are not implemented; detectron2's full configs contain them:"
-    )
-    lines.append(", ".join(f"`{key}`" for key in never_read()) + ".")
+    text = "These belong to architectures that are not implemented; detectron2's full configs contain them:"
+    unread = ", ".join(f"`{key}`" for key in never_read())
+    lines += ["", "## Accepted and never read", "", text, f"{unread}."]
     return "\n".join(lines) + "\n"
 
 

@@ -223,11 +223,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
-    """Return the config of nested dictionaries; ``origins`` maps a dotted key to its file, for messages.
-
-    Raises:
-        UserError: the first mistake.
-    """
+    """Return the config of nested dictionaries; the UserError for the first mistake names its origin."""
     cfg = _check_types(tree, origins)
     unread = tuple(unread_groups(cfg))
     for key in key_fields():
@@ -253,7 +249,6 @@ def _check_types(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
 
 
 def _refusal(error: ValidationError, origins: Mapping[str, str]) -> UserError:
-    """Return the error for the first of pydantic's errors."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":

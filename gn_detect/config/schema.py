@@ -340,11 +340,7 @@ class ROIMaskHead(Section):
 
 class ROIBoxCascadeHead(Section):
     bbox_reg_weights: BoxWeightsOfStages = key(
-        (
-            (10.0, 10.0, 5.0, 5.0),
-            (20.0, 20.0, 10.0, 10.0),
-            (30.0, 30.0, 15.0, 15.0),
-        ),
+        ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)),
         "Factors of the box deltas dx, dy, dw, dh in each stage of CascadeROIHeads.",
     )
     ious: FractionsOfStages = key(

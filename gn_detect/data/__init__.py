@@ -1,8 +1,15 @@
 """COCO datasets, augmentation, samplers and loaders."""
 
 from .augmentation import build_augmentations, prepare_image, prepare_test_image, shortest_edge_size
-from .coco.classes import list_names, match_names
-from .coco.dataset import CocoDataset, check_classes, check_same_classes, join_datasets, match_classes
+from .coco.dataset import (
+    CocoDataset,
+    check_classes,
+    check_same_classes,
+    join_datasets,
+    list_names,
+    match_classes,
+    match_names,
+)
 from .coco.reader import read_image_list
 from .datasets import DatasetSource, datasets_root, resolve_dataset
 from .doctor.quick import warn_of_faults

@@ -88,23 +88,18 @@ def resolve_dataset(cfg: Config, name: str) -> DatasetSource:
         key = "DATASETS.ROOT" if cfg.datasets.root else "GN_DETECT_DATASETS"
         remedy = f"put it there or set {key} to the folder that holds it"
     else:
-        raise UserError("unknown-dataset", _unknown(name, [*registered, *BUILT_IN]))
+        known = [*registered, *BUILT_IN]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"the nearest names are {', '.join(near)}" if near else f"known names are {', '.join(known)}"
+        remedy = "add your own under DATASETS.REGISTER"
+        raise UserError("unknown-dataset", f"unknown dataset {name!r}; {hint}; {remedy}")
     if source.annotations.is_dir():
         found = describe_foreign(source.annotations)
         raise UserError("foreign-format", f"dataset {name}: {source.annotations} is no COCO file: {found}")
     if not source.annotations.is_file():
-        raise UserError(
-            "missing-annotations",
-            f"dataset {name}: annotation file {source.annotations} is missing; {remedy}",
-        )
+        missing = f"annotation file {source.annotations} is missing"
+        raise UserError("missing-annotations", f"dataset {name}: {missing}; {remedy}")
     if not source.images.is_dir():
-        raise UserError(
-            "missing-images-folder", f"dataset {name}: images folder {source.images} is missing; {remedy}"
-        )
+        missing = f"images folder {source.images} is missing"
+        raise UserError("missing-images-folder", f"dataset {name}: {missing}; {remedy}")
     return source
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"the nearest names are {', '.join(near)}" if near else f"known names are {', '.join(known)}"
-    return f"unknown dataset {name!r}; {hint}; add your own under DATASETS.REGISTER"

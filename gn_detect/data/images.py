@@ -1,8 +1,9 @@
-"""Reading of image files: all common modes become 8-bit RGB or BGR, with the EXIF orientation applied."""
+"""Find and read image files: all common modes become 8-bit RGB or BGR, with the EXIF orientation applied."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import glob
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from ..errors import UserError
 from ..files import open_file
 from .coco.faults import DataError
 from .coco.file_names import nearby_file
+from .video import VIDEO_SUFFIXES
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 # Undoes each value of the EXIF tag ``Orientation``; 1 is upright.
 _UPRIGHT = {
@@ -29,8 +33,54 @@ _UPRIGHT = {
 # Pillow reads many more, among them PostScript, for which it starts another program.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
 
+# What Pillow raises for damaged files.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
 _PIXELS_AT_ONCE = 1 << 20  # converted or copied
 DARK = 64  # greys of 256 that remain of a 16-bit greyscale image with 14 bits or less
+
+
+def find_images(inputs: Iterable[str], videos: bool = False) -> list[Path]:
+    """Return files as given, the images in folders, and the matches of patterns, each once.
+
+    Folders and patterns leave out hidden files, such as macOS's ``._photo.jpg``, and files of other kinds,
+    such as ``Thumbs.db``.
+
+    Args:
+        inputs: paths and patterns.
+        videos: take videos as well.
+
+    Raises:
+        UserError: an input does not exist, a folder or pattern holds no image, or there is no input.
+    """
+    suffixes = IMAGE_SUFFIXES | (VIDEO_SUFFIXES if videos else set())
+    found: dict[Path, None] = {}
+    for text in inputs:
+        path = Path(text)
+        if path.is_file():
+            matches = [path]
+        else:
+            listed = path.iterdir() if path.is_dir() else map(Path, glob.glob(text, recursive=True))
+            shown = sorted(p for p in listed if p.is_file() and not p.name.startswith("."))
+            matches = [p for p in shown if p.suffix.lower() in suffixes]
+            if not path.is_dir():
+                matches = matches or shown  # a pattern such as '*.dat' names them
+        if not matches:
+            raise UserError(
+                "no-such-image", f"no image at {text}; give image files, a folder of them or a pattern"
+            )
+        found.update(dict.fromkeys(matches))
+    if not found:
+        raise UserError(
+            "missing-argument", "no images: name files, a folder or a pattern before the config keys"
+        )
+    return list(found)
+
+
+def cannot_read(path: str | Path, error: BaseException) -> DataError:
+    """Return the error for an image file that Pillow cannot read."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError("unreadable-image", f"cannot read image {path}: {reason}; replace or remove it")
 
 
 @contextmanager
@@ -90,17 +140,15 @@ def read_image(
             if expected_size is not None and sorted(file.size) != sorted(expected_size):
                 raise _other_size(path, file.size, expected_size)  # before the pixels take memory
             stored = _loaded(file, path)
-            orientation = _orientation(file)
+            orientation = exif_orientation(file)
     except FileNotFoundError as error:
         near = nearby_file(path)
         there = "" if near is None else f", but {near} is there"
         raise DataError(
             "missing-image", f"image {path} is missing{there}; restore it or correct the images folder"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(
-            "unreadable-image", f"cannot read image {path}: {_one_line(error)}; replace or remove it"
-        ) from error
+    except DAMAGED as error:
+        raise cannot_read(path, error) from error
     pixels = _rgb_pixels(_upright(stored, orientation, expected_size))
     if expected_size is not None and pixels.shape[:2] != tuple(expected_size):
         raise _other_size(path, (pixels.shape[1], pixels.shape[0]), expected_size)
@@ -113,7 +161,7 @@ def image_pixels(image: Image.Image) -> np.ndarray:
     Raises:
         UserError: the mode has no usual meaning in 8 bits.
     """
-    orientation = _orientation(image)
+    orientation = exif_orientation(image)
     name = getattr(image, "filename", "") or "(PIL)"
     return _rgb_pixels(_upright(_loaded(image, name), orientation, None))
 
@@ -159,7 +207,7 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode.startswith("I")
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation; 1 if there is none or the EXIF block is damaged."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -172,12 +220,5 @@ def _upright(image: Image.Image, orientation: int, expected_size: tuple[int, int
     if method is None:
         return image
     turned = image.transpose(method)
-    if expected_size is not None:
-        height, width = expected_size
-        if turned.size != (width, height) and image.size == (width, height):
-            return image
-    return turned
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    wanted = None if expected_size is None else tuple(expected_size[::-1])
+    return image if image.size == wanted != turned.size else turned

@@ -13,7 +13,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait
@@ -61,12 +61,7 @@ _GRACE_SECONDS = 2.0  # a worker closes its connections a moment before it count
 
 
 def build_train_loader(
-    cfg: Config,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    start_iteration: int = 0,
-    seed: int | None = None,
+    cfg: Config, *, rank: int = 0, world_size: int = 1, start_iteration: int = 0, seed: int | None = None
 ) -> tuple[SampleLoader, CocoDataset]:
     """Return endless training batches of ``DATASETS.TRAIN``.
 
@@ -104,9 +99,9 @@ def build_train_loader(
     if seed is None:
         seed = cfg.seed if cfg.seed >= 0 else from_main(secrets.randbits(31))
     samples = TrainSamples(
-        images,
-        build_augmentations(cfg),
-        seed,
+        dataset=images,
+        augmentations=build_augmentations(cfg),
+        seed=seed,
         channel_order=cfg.input.format,
         draw_polygons=cfg.input.mask_format == "bitmask",
         boxes_from_masks=masks and cuts_objects(cfg),
@@ -118,7 +113,8 @@ def build_train_loader(
         share = share_of_rank(make_stream(seed), rank, world_size)
         stream = ((kept[i], position) for i, position in share)
         if cfg.dataloader.aspect_ratio_grouping:
-            grouped = grouped_batches(stream, batch_size, lambda i: _is_wide(images, i))
+            sizes = images.images
+            grouped = grouped_batches(stream, batch_size, lambda i: sizes[i].width > sizes[i].height)
         else:
             grouped = in_batches(stream, batch_size)
         return islice(grouped, start_iteration, None)
@@ -172,9 +168,9 @@ def build_loss_loader(
     items = [[(int(index), 0)] for index in kept[places]][rank::world_size]
     resize = ResizeShortestEdge((cfg.input.min_size_test,), cfg.input.max_size_test)
     samples = TrainSamples(
-        images,
-        [resize],
-        0,
+        dataset=images,
+        augmentations=[resize],
+        seed=0,
         channel_order=cfg.input.format,
         draw_polygons=cfg.input.mask_format == "bitmask",
         boxes_from_masks=cfg.model.mask_on and cfg.dataloader.tiles.size > 0,
@@ -219,31 +215,23 @@ def _sampler(
     return partial(repeated_indices, repeat_factors(labels, loader.repeat_threshold, loader.repeat_sqrt))
 
 
-def _is_wide(dataset: CocoDataset | TiledDataset, index: int) -> bool:
-    return dataset.images[index].width > dataset.images[index].height
-
-
+@dataclass(eq=False, kw_only=True)
 class TrainSamples(Dataset[Sample]):
     """Augmented samples for (index, position); the position seeds the augmentation.
 
     ``copy_paste`` is the part of the samples that get objects of another image, augmented likewise.
     """
 
-    def __init__(
-        self,
-        dataset: CocoDataset | TiledDataset,
-        augmentations: Sequence[Augmentation],
-        seed: int,
-        *,
-        channel_order: str = "BGR",
-        draw_polygons: bool = False,
-        boxes_from_masks: bool = False,
-        copy_paste: float = 0.0,
-    ) -> None:
-        self.dataset, self.augmentations, self.seed = dataset, augmentations, seed
-        self.channel_order = channel_order
-        self.draw_polygons, self.boxes_from_masks = draw_polygons, boxes_from_masks
-        self.copy_paste, self.with_objects = copy_paste, np.flatnonzero(dataset.counts())
+    dataset: CocoDataset | TiledDataset
+    augmentations: Sequence[Augmentation]
+    seed: int
+    channel_order: str
+    draw_polygons: bool
+    boxes_from_masks: bool
+    copy_paste: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.with_objects = np.flatnonzero(self.dataset.counts())
 
     def __getitem__(self, item: Item) -> Sample:
         index, position = item
@@ -264,13 +252,14 @@ class TrainSamples(Dataset[Sample]):
         return labelled
 
 
+@dataclass(eq=False)
 class TestSamples(Dataset[Sample]):
     """Samples without targets for (index, anything), resized for inference."""
 
     __test__ = False  # not a test case for pytest
 
-    def __init__(self, dataset: CocoDataset, cfg: Config) -> None:
-        self.dataset, self.cfg = dataset, cfg
+    dataset: CocoDataset
+    cfg: Config
 
     def __getitem__(self, item: Item) -> Sample:
         record = self.dataset.images[item[0]]
@@ -280,10 +269,11 @@ class TestSamples(Dataset[Sample]):
         return Sample(prepare_test_image(pixels, self.cfg), image_id, record.file_name, size)
 
 
+@dataclass(eq=False)
 class SampleLoader(Iterable[list[Sample]]):
     """Loads batches, in this process or in workers; every ``iter()`` starts again.
 
-    Args:
+    Attributes:
         samples: (index, position) -> Sample.
         batches: makes an iterator of lists of items.
         length: number of batches; None for an endless loader.
@@ -291,16 +281,11 @@ class SampleLoader(Iterable[list[Sample]]):
         seed: seed of the run.
     """
 
-    def __init__(
-        self,
-        samples: Dataset[Sample],
-        batches: Callable[[], Iterator[list[Item]]],
-        length: int | None,
-        num_workers: int,
-        seed: int,
-    ) -> None:
-        self.samples, self.batches, self.length = samples, batches, length
-        self.num_workers, self.seed = num_workers, seed
+    samples: Dataset[Sample]
+    batches: Callable[[], Iterator[list[Item]]]
+    length: int | None
+    num_workers: int
+    seed: int
 
     def __len__(self) -> int:
         if self.length is None:
@@ -349,8 +334,12 @@ def _batches_of_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     workers = [process for process in multiprocessing.active_children() if process not in others]
     if by_signals:
         signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
+
     # A program that ends sends SIGTERM to its processes and waits for them, and these ignore it.
-    kill = partial(_kill, workers)
+    def kill() -> None:
+        for worker in workers:
+            worker.kill()
+
     atexit.register(kill)
 
     def report_death(number: int, frame: Any) -> None:
@@ -386,11 +375,6 @@ def _batches_of_workers(loader: DataLoader[Any]) -> Iterator[Any]:
         atexit.unregister(kill)
 
 
-def _kill(processes: Sequence[BaseProcess]) -> None:
-    for process in processes:
-        process.kill()
-
-
 def _check_workers(workers: Sequence[BaseProcess]) -> None:
     for worker in workers:
         if code := worker.exitcode:
@@ -402,15 +386,15 @@ def _check_workers(workers: Sequence[BaseProcess]) -> None:
             )
 
 
+@dataclass(eq=False)
 class _PackedSamples(Dataset[Any]):
     """Samples in the form for other processes; a UserError is sent as a value to keep its one line."""
 
-    def __init__(self, samples: Dataset[Sample]) -> None:
-        self._samples = samples
+    samples: Dataset[Sample]
 
     def __getitem__(self, item: Item) -> tuple[Sample, Tensor | None] | UserError:
         try:
-            return _pack(self._samples[item])
+            return _pack(self.samples[item])
         except UserError as error:
             return error
 

@@ -158,8 +158,7 @@ def crop(labelled: LabelledImage, left: int, top: int, height: int, width: int) 
             return bitmap.window(top, left, height, width)
         return bitmap[window].copy()  # a view would keep the whole bitmap in memory
 
-    cropped = _map_bitmaps(moved, labelled.image[window], crop_bitmap)
-    return _inside(cropped)
+    return _inside(_map_bitmaps(moved, labelled.image[window], crop_bitmap))
 
 
 def pad(labelled: LabelledImage, height: int, width: int, value: int = PAD_VALUE) -> LabelledImage:
@@ -175,7 +174,7 @@ def pad(labelled: LabelledImage, height: int, width: int, value: int = PAD_VALUE
 def _inside(labelled: LabelledImage) -> LabelledImage:
     """Clip the boxes, and drop the objects outside of the image."""
     clipped = replace(labelled, boxes=_clip(labelled.boxes, *labelled.size))
-    keep = (clipped.boxes[:, 2:] - clipped.boxes[:, :2] > MIN_BOX_SIDE).all(axis=1)
+    keep = _nonempty(clipped.boxes)
     if clipped.masks is not None:
         inside = [_nonempty(mask_bounds(mask, *clipped.size)) for mask in clipped.masks]
         keep &= np.array(inside, dtype=bool)
@@ -225,8 +224,10 @@ def _clip(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
     return boxes.clip(0, [width, height, width, height])
 
 
-def _nonempty(box: np.ndarray) -> bool:
-    return bool((box[2:] - box[:2] > MIN_BOX_SIDE).all())
+def _nonempty(boxes: np.ndarray) -> np.ndarray:
+    """Return which of (..., 4) ``xyxy`` boxes have sides above :data:`MIN_BOX_SIDE`."""
+    nonempty: np.ndarray = (boxes[..., 2:] - boxes[..., :2] > MIN_BOX_SIDE).all(axis=-1)
+    return nonempty
 
 
 def mask_bounds(mask: Mask, height: int, width: int) -> np.ndarray:
@@ -309,7 +310,7 @@ def to_target(
         if boxes_from_masks:
             boxes = np.array([mask_bounds(m, height, width) for m in masks]).reshape(-1, 4)
     boxes = _clip(boxes, height, width).astype(np.float32)
-    keep &= (boxes[:, 2:] - boxes[:, :2] > MIN_BOX_SIDE).all(axis=1)
+    keep &= _nonempty(boxes)
     kept = None
     if masks is not None:
         kept = [

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as coco_mask
 
-from ..data.coco.numbers import NUMBERS, as_integer, as_number
 from ..data.coco.rle import measure
 from ..data.coco.rules import Rules, shown
-from ..data.coco.values import read_box, read_mask
+from ..data.coco.values import NUMBERS, as_integer, as_number, read_box, read_mask
 from ..errors import UserError
 from .coco_data import GroundTruth, Json, Size, encode
 from .results_file import read_batches

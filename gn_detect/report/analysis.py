@@ -138,7 +138,6 @@ def _shown(
 
 
 def _curves(prepared: GroundTruth, evaluators: Evaluators, iou_type: str) -> dict[str, np.ndarray]:
-    """Return precision by recall."""
     curves = {name: np.full((len(prepared.labels), len(RECALLS)), np.nan) for name in IOU_AVERAGES}
     for places, precision, _ in evaluate_categories(prepared, evaluators, iou_type):
         chosen = precision[..., _ALL_AREAS, _MOST_DETECTIONS]  # (10, 101, K)
@@ -151,20 +150,15 @@ def _curves(prepared: GroundTruth, evaluators: Evaluators, iou_type: str) -> dic
 def _image(truth: Truth, image_id: Any, found: list[Json], iou_type: str) -> ImageResult:
     objects = truth.objects[image_id]
     matched, iou = match_objects(objects, found, iou_type)
-    right = [
-        index
-        for index, partner in enumerate(matched.tolist())
-        if partner >= 0 and objects[partner]["category_id"] == found[index]["category_id"]
-    ]
+    pairs = [(index, partner) for index, partner in enumerate(matched.tolist()) if partner >= 0]
+    right = [i for i, partner in pairs if objects[partner]["category_id"] == found[i]["category_id"]]
     number = sum(not entry["iscrowd"] for entry in objects)
-    paired = int((matched >= 0).sum())
-    false = int((matched == NOTHING).sum())
     counts = {
         "objects": number,
         "found": len(right),
-        "other class": paired - len(right),
-        "missed": number - paired,
-        "false": false,
+        "other class": len(pairs) - len(right),
+        "missed": number - len(pairs),
+        "false": int((matched == NOTHING).sum()),
     }
     wrong = (number - len(right)) + (len(found) - int((matched == IN_CROWD).sum()) - len(right))
     total = len(right) + wrong / 2

@@ -174,14 +174,14 @@ def _values(truth: GroundTruth, results: Path, kind: str, draws: np.ndarray) -> 
     aps = np.full((len(AREAS), len(labels), len(draws), THRESHOLDS), np.nan)
     for (category, area), matches in ranked.items():
         aps[area, category] = average_precision(matches, draws) * 100
-    everything = aps[0]
-    found = {
-        "AP": _mean(everything.mean(axis=2)),
-        "AP50": _mean(everything[..., _IOU_50]),
-        "AP75": _mean(everything[..., _IOU_75]),
-    }
-    found |= {name: _mean(aps[place].mean(axis=2)) for place, name in enumerate(METRICS[3:], start=1)}
-    per_category = everything.mean(axis=2)
+    per_category = aps[0].mean(axis=2)
+    parts = [
+        per_category,
+        aps[0, ..., _IOU_50],
+        aps[0, ..., _IOU_75],
+        *(part.mean(axis=2) for part in aps[1:]),
+    ]
+    found = {name: _mean(part) for name, part in zip(METRICS, parts, strict=True)}
     return found | {f"AP-{label}": per_category[place] for place, label in enumerate(labels)}
 
 
@@ -243,23 +243,13 @@ def conclusion(row: Difference, images: int) -> str:
 
 def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     """Return plain values, in percent."""
+
+    def values(row: Difference) -> dict[str, Any]:
+        sides = {"first": row.first, "second": row.second, "difference": row.difference}
+        return sides | {"interval": [row.low, row.high], "real": row.is_real}
+
     return [
-        {
-            "dataset": comparison.dataset,
-            "images": comparison.images,
-            **{
-                kind: {
-                    row.name: {
-                        "first": row.first,
-                        "second": row.second,
-                        "difference": row.difference,
-                        "interval": [row.low, row.high],
-                        "real": row.is_real,
-                    }
-                    for row in rows
-                }
-                for kind, rows in comparison.kinds.items()
-            },
-        }
+        {"dataset": comparison.dataset, "images": comparison.images}
+        | {kind: {row.name: values(row) for row in rows} for kind, rows in comparison.kinds.items()}
         for comparison in comparisons
     ]

@@ -241,10 +241,8 @@ def _precision_chart(analysis: Analysis, kind: str, key: str) -> Chart:
             rows |= {
                 str(label): row for label, row in enumerate(precision) if label in chosen and counts[label]
             }
-        curves += [
-            Curve(f"IoU {name}", np.stack([RECALLS, row], axis=1), colour, group)
-            for group, row in rows.items()
-        ]
+        for group, row in rows.items():
+            curves.append(Curve(f"IoU {name}", np.stack([RECALLS, row], axis=1), colour, group))
     return Chart.of(f"{KINDS[kind]} precision", curves, "recall", key, x_range=(0, 1), y_max=1.02)
 
 
@@ -274,21 +272,14 @@ def training_charts(logged: Metrics) -> list[Chart]:
         "learning rate": [name for name in names if name == "lr"],
         "images per second": [name for name in names if name == "images_per_second"],
     }
-    return [
-        Chart.of(
-            title,
-            [
-                Curve(name.replace("_", " "), metric_points(logged, name), colour)
-                for colour, name in enumerate(shown)
-            ],
-            "iteration",
-            title,
-            x_range=(0, 1.01 * max(logged.last + 1, 1)),
-            marked=title == "AP (%)",
-        )
-        for title, shown in chosen.items()
-        if shown
-    ]
+    charts, x_range = [], (0, 1.01 * max(logged.last + 1, 1))
+    for title, shown in chosen.items():
+        points = [(name.replace("_", " "), metric_points(logged, name)) for name in shown]
+        curves = [Curve(name, line, colour) for colour, (name, line) in enumerate(points)]
+        if curves:
+            marked = title == "AP (%)"
+            charts.append(Chart.of(title, curves, "iteration", title, x_range=x_range, marked=marked))
+    return charts
 
 
 def render(run: RunFolder, sections: list[Section], threshold: float) -> str:

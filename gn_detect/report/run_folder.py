@@ -174,9 +174,7 @@ def _kinds(found: dict[str, Any], path: Path) -> dict[str, dict[str, float | Non
         if kind in (DIAGNOSIS, VALIDATION):
             continue
         if not isinstance(row, dict):
-            raise UserError(
-                "damaged-run-file", f"{path}: {kind!r} has no metrics by name; evaluate the run again"
-            )
+            raise _damaged(f"{path}: {kind!r} has no metrics by name")
         kinds[kind] = {name: _percent(value, f"{path}: {kind!r}, {name!r}") for name, value in row.items()}
     return kinds
 
@@ -186,22 +184,19 @@ def _percent(value: Any, label: str) -> float | None:
     if value is None or value != value:
         return None
     if type(value) not in (int, float) or not -1 <= value <= 100.001:
-        raise UserError(
-            "damaged-run-file",
-            f"{label} is {shortened(repr(value), 40)}, not a percentage; evaluate the run again",
-        )
+        raise _damaged(f"{label} is {shortened(repr(value), 40)}, not a percentage")
     return float(value)
+
+
+def _damaged(problem: str) -> UserError:
+    return UserError("damaged-run-file", f"{problem}; evaluate the run again")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            "damaged-run-file", f"{path} cannot be read ({error}); evaluate the run again"
-        ) from error
+        raise _damaged(f"{path} cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(
-            "damaged-run-file", f"{path} is not what an evaluation writes; evaluate the run again"
-        )
+        raise _damaged(f"{path} is not what an evaluation writes")
     return content

@@ -5,10 +5,9 @@ keep their values.
 """
 
 from .canvas import Crop, Masks, crop_mask, picture_scale
-from .comparison import draw_comparison
 from .curves import Curve, draw_chart, plot_curves
 from .metrics import Metrics, is_average, is_loss, is_validation_loss, metric_points, read_metrics
-from .objects import draw_detections, draw_ground_truth
+from .objects import draw_comparison, draw_detections, draw_ground_truth
 from .pictures import encode_picture, save_picture, save_picture_grid, side_by_side
 
 __all__ = [

@@ -139,11 +139,7 @@ def picture_scale(size: tuple[int, int], boxes: np.ndarray, labels: int = 0) -> 
 
 
 def enlarged(image: np.ndarray, scale: float) -> np.ndarray:
-    """Return an image as uint8 RGB, ``scale`` times as large.
-
-    Raises:
-        ValueError: it is not uint8 (H, W, 3) or (H, W).
-    """
+    """Return an image, uint8 (H, W, 3) or (H, W) (else ValueError), as uint8 RGB ``scale`` times as large."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise ValueError(f"image must be uint8 (H, W, 3) or (H, W), not {image.dtype} {image.shape}")
     picture = np.array(Image.fromarray(image).convert("RGB"))

@@ -47,6 +47,7 @@ def plot_curves(
         UserError: there is nothing to plot, or the picture cannot be written.
     """
     import matplotlib
+    from matplotlib.lines import Line2D
 
     runs = metrics_jsonl if isinstance(metrics_jsonl, Mapping) else {"": metrics_jsonl}
     suffix = Path(path).suffix.lower()
@@ -58,10 +59,8 @@ def plot_curves(
     panels = {name: _panels(metrics, several=len(runs) > 1) for name, metrics in read.items()}
     for name, panel in panels.items():
         if not any(panel.values()):
-            raise UserError(
-                "no-metrics",
-                f"{runs[name]} has neither losses nor AP; wait for the first log line of the run",
-            )
+            problem = "has neither losses nor AP; wait for the first log line of the run"
+            raise UserError("no-metrics", f"{runs[name]} {problem}")
     titles = [title for title in (_LOSS, _AP, _RATE) if any(panel[title] for panel in panels.values())]
     kinds = list(dict.fromkeys(name for panel in panels.values() for name in panel[_AP]))
     styles = dict(zip(kinds, _AP_STYLES * len(kinds), strict=False))
@@ -80,7 +79,8 @@ def plot_curves(
     if len(read) > 1:
         _add_legend_of_runs(figure, list(read), len(titles))
         if len(kinds) > 1:
-            _add_legend_of_kinds(all_axes[titles.index(_AP)], styles)
+            lines = [Line2D([], [], color="0.3", ls=ls, marker=m, markersize=4) for ls, m in styles.values()]
+            add_legend(all_axes[titles.index(_AP)], lines, list(styles), frameon=False, fontsize=8)
     else:
         for names, axes in zip(filter(None, panels[run].values()), all_axes, strict=True):
             if len(names) > 1:
@@ -93,7 +93,6 @@ def plot_curves(
 
 
 def _panels(metrics: Metrics, several: bool) -> dict[str, list[str]]:
-    """Return the names of the curves in each panel."""
     names = metrics.names
     shown = [name for name in names if is_loss(name) or is_validation_loss(name)]
     losses = [name for name in shown if name == "total_loss" or not several]
@@ -105,7 +104,6 @@ def _panels(metrics: Metrics, several: bool) -> dict[str, list[str]]:
 
 
 def _add_legend_of_runs(figure: Figure, names: Sequence[str], panels: int) -> None:
-    """Add one legend below all panels."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colour, linewidth=2) for colour in _colours(len(names))]
@@ -113,13 +111,6 @@ def _add_legend_of_runs(figure: Figure, names: Sequence[str], panels: int) -> No
     columns = max(1, min(len(names), round(60 * panels / (longest + 8))))
     place = "outside lower center"
     add_legend(figure, handles, names, loc=place, ncols=columns, frameon=False, fontsize=9)
-
-
-def _add_legend_of_kinds(axes: Any, styles: Mapping[str, tuple[str, str]]) -> None:
-    from matplotlib.lines import Line2D
-
-    lines = [Line2D([], [], color="0.3", ls=ls, marker=m, markersize=4) for ls, m in styles.values()]
-    add_legend(axes, lines, list(styles), frameon=False, fontsize=8)
 
 
 def _colours(count: int) -> list[Any]:
@@ -219,15 +210,8 @@ def draw_chart(
     axes.spines[:].set_color("0.5")
     axes.tick_params(bottom=False, left=False)
     for number, curve in enumerate(curves):
-        _draw_line(
-            axes,
-            curve.points,
-            marked,
-            _MOST_CHART_POINTS,
-            gid=f"curve-{number}",
-            color="black",
-            linewidth=1.5,
-        )
+        look: dict[str, Any] = {"gid": f"curve-{number}", "color": "black", "linewidth": 1.5}
+        _draw_line(axes, curve.points, marked, _MOST_CHART_POINTS, **look)
     axes.set_xlim(*x_range)
     axes.set_ylim(0, y_max or _top(axes) or 1)
     text = io.StringIO()

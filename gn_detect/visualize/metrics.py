@@ -8,7 +8,6 @@ import math
 import os
 import re
 from array import array
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby, islice
@@ -37,9 +36,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._columns: dict[str, tuple[array[float], array[float]]] = defaultdict(
-            lambda: (array("d"), array("d"))
-        )
+        self._columns: dict[str, tuple[array[float], array[float]]] = {}
         self.last = -1
 
     def __bool__(self) -> bool:
@@ -68,8 +65,9 @@ class Metrics:
             iterations = iterations[valid]
             self.last = max(self.last, int(iterations.max()))
             for name, column in zip(names, values[valid].T, strict=True):
-                for stored, added in zip(self._columns[name], (iterations, column), strict=True):
-                    stored.frombytes(added.tobytes())
+                stored = self._columns.setdefault(name, (array("d"), array("d")))
+                stored[0].frombytes(iterations.tobytes())
+                stored[1].frombytes(column.tobytes())
         return valid
 
     def points(self, name: str) -> np.ndarray:
@@ -105,18 +103,11 @@ def read_metrics(path: str | Path) -> Metrics:
             "no-metrics", f"cannot read {path}: {error.strerror}; give the metrics.jsonl of a run's folder"
         ) from error
     if damaged and not metrics:
-        raise UserError(
-            "no-metrics",
-            f"{path} has no line with an iteration and its numbers; give the metrics.jsonl of a run's folder",
-        )
+        remedy = "give the metrics.jsonl of a run's folder"
+        raise UserError("no-metrics", f"{path} has no line with an iteration and its numbers; {remedy}")
     if damaged:
-        logger.warning(
-            "%s: %d of %d lines are damaged and left out, the first of them line %d",
-            path,
-            len(damaged),
-            count,
-            damaged[0],
-        )
+        text = "%s: %d of %d lines are damaged and left out, the first of them line %d"
+        logger.warning(text, path, len(damaged), count, damaged[0])
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""Draw detections and ground truth on an image, each object in its own colour."""
+"""Draw detections and ground truth on an image, by object or by what is right and wrong."""
 
 from __future__ import annotations
 
@@ -15,28 +15,20 @@ from .canvas import (
     Style,
     base_scale,
     box_area,
+    box_overlap,
     crop_mask,
     enlarged,
     mask_outline,
     picture_scale,
 )
-from .labels import draw_labels
+from .fonts import WEIGHT, set_text
+from .pictures import Legend, side_by_side
 
 # Colours of instances, in turn: bright, and each far from the next.
 COLOURS = [
-    "#ff4d4d",
-    "#3fa7ff",
-    "#48d65a",
-    "#ffc02e",
-    "#c56bff",
-    "#12d3d3",
-    "#ff7ac6",
-    "#ff8a3d",
-    "#a5e02a",
-    "#8186ff",
-    "#f2ee4a",
-    "#1fc495",
-]
+    "#ff4d4d", "#3fa7ff", "#48d65a", "#ffc02e", "#c56bff", "#12d3d3",
+    "#ff7ac6", "#ff8a3d", "#a5e02a", "#8186ff", "#f2ee4a", "#1fc495",
+]  # fmt: skip
 # With more objects, masks are drawn without boxes, and objects of a single class without names.
 CROWDED = 15
 
@@ -210,3 +202,152 @@ def pick_colours(boxes: np.ndarray) -> list[str]:
         np.minimum.at(nearest, picked, np.linalg.norm(centres[:number] - centre, axis=1))
         picked.append(int(nearest.argmax()))
     return [COLOURS[index] for index in picked]
+
+
+_PAD = 0.18  # around the text of a plate, as a share of the text's size
+
+
+def draw_labels(canvas: Canvas, boxes: np.ndarray, labels: Sequence[str], colours: Sequence[str]) -> None:
+    """Draw rounded plates near their boxes (N, 4) ``xyxy``, those of large objects first.
+
+    Plates do not cover each other. Empty labels, and small objects in a crowded place, get none.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure, font_size = canvas.figure, canvas.text_size
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    picture_size = np.array(figure.bbox.size)
+    taken = np.zeros((0, 4))
+    for index in np.argsort(-box_area(boxes), kind="stable"):
+        if not labels[index]:
+            continue
+        text = figure.text(0, 0, "", size=font_size, weight=WEIGHT)
+        text.set(ha="center", va="center", transform=None)
+        set_text(text, labels[index])
+        extent = text.get_window_extent(renderer)
+        size = np.array([extent.width, extent.height]) + 2 * _PAD * font_size
+        plate = _free_place(boxes[index], size, picture_size, boxes, taken)
+        if plate is None:
+            text.remove()
+            continue
+        taken = np.vstack([taken, plate])
+        text.set_position(((plate[0] + plate[2]) / 2, figure.bbox.height - (plate[1] + plate[3]) / 2))
+        style = f"round,pad={_PAD},rounding_size=0.25"
+        text.set_bbox({"boxstyle": style, "facecolor": colours[index], "edgecolor": "none", "alpha": 0.9})
+
+
+def _free_place(
+    box: np.ndarray, size: np.ndarray, picture_size: np.ndarray, boxes: np.ndarray, taken: np.ndarray
+) -> np.ndarray | None:
+    """Return the place ``xyxy`` where a label hides least; None for a small object without a free one.
+
+    Args:
+        box: the object's, ``xyxy``.
+        size, picture_size: ``width, height`` of the label and of the picture.
+        boxes: (N, 4) of all objects.
+        taken: (M, 4) labels already placed.
+    """
+    (x0, y0, x1, y1), (width, height) = box, size
+    above, below, middle = y0 - height - 1, y1 + 1, (y0 + y1 - height) / 2
+    left, right, centre = x0, x1 - width, (x0 + x1 - width) / 2
+    places = [(x, y) for x in (left, right, centre) for y in (above, below, y0 + 2, y1 - height - 2)]
+    places += [(x1 + 2, middle), (x0 - width - 2, middle), (centre, middle)]
+    corners = np.clip(places, 1, np.maximum(picture_size - size - 1, 1))
+    plates = np.concatenate([corners, corners + size], axis=1)
+    # A hidden area counts as a share of its box: a corner of a large box costs little, a small box all.
+    hidden = (box_overlap(plates, boxes) / np.maximum(box_area(boxes), 1)).sum(axis=1)
+    collides = box_overlap(plates, taken).sum(axis=1) / size.prod()
+    best = int((10 * collides + hidden + 0.01 * np.arange(len(plates))).argmin())
+    large = min(x1 - x0, y1 - y0) > 2 * height
+    return None if (collides[best] > 0.02 and not large) or hidden[best] > 0.4 else plates[best]
+
+
+FOUND, OTHER_CLASS, MISSED, FALSE, IGNORED = "found", "other class", "missed", "false", "in a crowd"
+MISTAKES = (OTHER_CLASS, MISSED, FALSE)
+# Blue, not green, for what is right: people who cannot distinguish red and green see it, too.
+_COLOURS = {
+    FOUND: "#3fa7ff", OTHER_CLASS: "#d17bff", MISSED: "#ffc02e", FALSE: "#ff4d4d", IGNORED: "#b8b8b8",
+}  # fmt: skip
+
+
+def draw_comparison(
+    image: np.ndarray,
+    target: Target,
+    detections: Detections,
+    class_names: Sequence[str],
+    matched: np.ndarray,
+    scale: float | None = None,
+    masks: tuple[Masks, Masks] | None = None,
+) -> np.ndarray:
+    """Draw two pictures side by side: objects found or missed, and detections right or false.
+
+    True positives have thin lines and little fill; mistakes stand out, and a missed object is dashed. A
+    crowded picture names only mistakes, and with a single class nothing is named.
+
+    Args:
+        image: uint8 RGB (H, W, 3), or grey (H, W).
+        target: ground truth in the image's pixels.
+        detections: those to show, in the image's pixels.
+        class_names: name of each contiguous label.
+        matched: (M,) for each detection the index of its object; -1 for none, -2 for a detection in a crowd,
+            which does not count.
+        scale: factor by which the image is enlarged; see :func:`draw_detections`.
+        masks: of the objects and of the detections, in place of those in ``target`` and ``detections``.
+
+    Returns:
+        uint8 RGB with a title and a legend over each half.
+    """
+    target, detections = target.to("cpu"), detections.to("cpu")
+    truth_masks, found_masks = masks or (target_crops(target, image), mask_crops(detections))
+    truth, found = _outcomes(target, detections, np.asarray(matched))
+    truth_labels = _labels(truth, _names(target.labels, class_names))
+    found_labels = _labels(found, scored_names(detections, _names(detections.labels, class_names)))
+    truth_boxes, found_boxes = target.boxes.double().numpy(), detections.boxes.double().numpy()
+    if not scale:
+        boxes = np.concatenate([truth_boxes.reshape(-1, 4), found_boxes.reshape(-1, 4)])
+        most = max(sum(map(bool, truth_labels)), sum(map(bool, found_labels)))
+        scale = picture_scale(image.shape[:2], boxes, most)
+    styles = {outcome: _style(outcome) for outcome in _COLOURS}
+    halves = [
+        draw_objects(image, boxes, crops, labels, scale, styles=[styles[outcome] for outcome in outcomes])
+        for boxes, crops, labels, outcomes in (
+            (truth_boxes, truth_masks, truth_labels, truth),
+            (found_boxes, found_masks, found_labels, found),
+        )
+    ]
+    noun = "object" if len(target) == 1 else "objects"
+    titles = [f"ground truth: {len(target)} {noun}", f"prediction: {len(detections)}"]
+    return side_by_side(halves, titles, [_legend(truth), _legend(found)])
+
+
+def _outcomes(target: Target, detections: Detections, matched: np.ndarray) -> tuple[list[str], list[str]]:
+    truth, found = [MISSED] * len(target), []
+    for label, partner in zip(detections.labels.tolist(), matched.tolist(), strict=True):
+        if partner < 0:
+            found.append(IGNORED if partner == -2 else FALSE)
+            continue
+        found.append(FOUND if int(target.labels[partner]) == label else OTHER_CLASS)
+        truth[partner] = found[-1]
+    return truth, found
+
+
+def _names(labels: Tensor, class_names: Sequence[str]) -> list[str]:
+    """Return names; empty for a single class, where colours say everything."""
+    return [""] * len(labels) if len(class_names) == 1 else names_of(labels, class_names)
+
+
+def _labels(outcomes: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the names that are written: in a crowd only those of mistakes."""
+    few = len(outcomes) <= CROWDED
+    return [name if few or outcome in MISTAKES else "" for outcome, name in zip(outcomes, names, strict=True)]
+
+
+def _style(outcome: str) -> Style:
+    wrong = outcome in MISTAKES
+    fill, width = (0.3, 1.5) if wrong else (0.12, 0.8)
+    return Style(_COLOURS[outcome], fill, width, dashed=outcome == MISSED, on_top=wrong)
+
+
+def _legend(outcomes: Sequence[str]) -> Legend:
+    counts = {outcome: outcomes.count(outcome) for outcome in _COLOURS}
+    return [(f"{count} {outcome}", _COLOURS[outcome]) for outcome, count in counts.items() if count]

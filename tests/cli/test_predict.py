@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 
 from gn_detect.cli import main
 from gn_detect.config import load_config
-from gn_detect.data.image_paths import find_images
+from gn_detect.data.images import find_images
 from gn_detect.engine import predict_files as prediction
 from gn_detect.errors import UserError
 from gn_detect.evaluation import detections_to_coco

@@ -18,9 +18,8 @@ from gn_detect.data import CocoDataset, DatasetSource, read_image_list
 from gn_detect.data.coco import rules
 from gn_detect.data.coco.canonical import canonical, has_masks
 from gn_detect.data.coco.faults import ERROR, DataError
-from gn_detect.data.coco.numbers import as_number
 from gn_detect.data.coco.reader import load_coco, read_canonical
-from gn_detect.data.coco.values import read_mask
+from gn_detect.data.coco.values import as_number, read_mask
 from gn_detect.data.doctor.report import examine
 from gn_detect.engine.autoconfig import survey
 from gn_detect.errors import UserError

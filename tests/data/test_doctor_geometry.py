@@ -9,8 +9,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from gn_detect.data.doctor import geometry
-from gn_detect.data.doctor.geometry import crosses_itself
+from gn_detect.data.doctor import checks
+from gn_detect.data.doctor.checks import crosses_itself
 
 
 def slowly(points: list[tuple[int, int]]) -> bool:
@@ -30,7 +30,7 @@ def slowly(points: list[tuple[int, int]]) -> bool:
 
 @pytest.mark.parametrize("pairs", [1, 1 << 18])
 def test_random_polygons(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
-    monkeypatch.setattr(geometry, "_PAIRS", pairs)
+    monkeypatch.setattr(checks, "_PAIRS", pairs)
     random = np.random.default_rng(0)
     answers = set()
     for _ in range(300):

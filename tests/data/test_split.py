@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gn_detect.data.formats import split
-from gn_detect.data.formats.split import deal, group_alike, split_content
+from gn_detect.data.formats import importing
+from gn_detect.data.formats.importing import deal, group_alike, split_content
 from tests.refusal import refusal
 
 
@@ -54,9 +54,9 @@ def test_many_images_are_compared_with_their_neighbours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = write(tmp_path, {f"{seed:02d}.png": scene(seed // 2) for seed in range(20)})
-    monkeypatch.setattr(split, "_WHOLE", 5)
-    monkeypatch.setattr(split, "_NEAR", 3)
-    monkeypatch.setattr(split, "_ROWS", 2)
+    monkeypatch.setattr(importing, "_WHOLE", 5)
+    monkeypatch.setattr(importing, "_NEAR", 3)
+    monkeypatch.setattr(importing, "_ROWS", 2)
     assert len(set(group_alike(paths).tolist())) == 10
 
 

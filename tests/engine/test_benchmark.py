@@ -10,8 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gn_detect.bench.compare import VARIANTS, compare_steps
-from gn_detect.bench.norms import LAYERS, Layer, Timing, benchmark_norms, fewest_passes, implementations
+from gn_detect.bench.norms import (
+    LAYERS,
+    VARIANTS,
+    Layer,
+    Timing,
+    benchmark_norms,
+    compare_steps,
+    fewest_passes,
+    implementations,
+)
 from gn_detect.bench.step import Workload, write_workload
 from gn_detect.cli import main
 from gn_detect.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gn_detect.data.doctor.images import probe_image
+from gn_detect.data.doctor.reading import probe_image
 from gn_detect.data.images import read_image
 from gn_detect.errors import UserError
 from tests.fuzz.trial import Tally

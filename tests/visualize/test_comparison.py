@@ -10,7 +10,7 @@ import torch
 
 from gn_detect.engine.drawing import Classes, draw_entries
 from gn_detect.structures import Detections, Target
-from gn_detect.visualize import comparison, draw_comparison, objects
+from gn_detect.visualize import draw_comparison, objects
 
 SIDE = 480
 NAMES = ["disc", "star"]
@@ -25,7 +25,7 @@ def colour_in(picture: np.ndarray, box: list[int]) -> str:
         return "nothing"
     hues = {
         name: np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)], dtype=float)
-        for name, code in comparison._COLOURS.items()
+        for name, code in objects._COLOURS.items()
     }
     return min(hues, key=lambda name: np.linalg.norm(mean / mean.max() - hues[name] / hues[name].max()))
 
@@ -99,9 +99,9 @@ def test_nothing_in_an_image_gives_two_plain_halves() -> None:
 
 def test_in_a_crowd_mistakes_alone_are_named() -> None:
     outcomes = ["found"] * 20 + ["missed", "false", "other class", "in a crowd"]
-    spoken = comparison._labels(outcomes, [f"star {i}" for i in range(24)])
+    spoken = objects._labels(outcomes, [f"star {i}" for i in range(24)])
     assert [name for name in spoken if name] == ["star 20", "star 21", "star 22"]
-    assert all(comparison._labels(outcomes[:15], ["star"] * 15))
+    assert all(objects._labels(outcomes[:15], ["star"] * 15))
 
 
 def test_detections_without_masks_are_compared() -> None:

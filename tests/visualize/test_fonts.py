@@ -12,7 +12,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 
 from gn_detect.visualize import fonts
 from gn_detect.visualize.canvas import Canvas
-from gn_detect.visualize.labels import draw_labels
+from gn_detect.visualize.objects import draw_labels
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from .faults import DataError
-from .numbers import NUMBERS, as_integer, is_integer
 from .rules import Rules
 from .tables import ImageRecord
-from .values import NOTHING, Kinds, is_blank, read_area, read_box, read_flag, read_integer, read_mask
+from .values import (
+    NOTHING,
+    NUMBERS,
+    Kinds,
+    as_integer,
+    is_blank,
+    is_integer,
+    read_area,
+    read_box,
+    read_flag,
+    read_integer,
+    read_mask,
+)
 
 NOTES = {
     "byte-order-mark": "the file begins with a byte order mark, which is left out",
@@ -43,7 +54,7 @@ NOTES = {
 
 @dataclass
 class Note:
-    """A kind of change (a key of :data:`NOTES`), the first entry that has it, and the number of entries."""
+    """Something that a reader changed or left out: key of :data:`NOTES` or text, first case, and number."""
 
     kind: str
     first: str
@@ -51,7 +62,18 @@ class Note:
 
     def __str__(self) -> str:
         others = f" and {self.count - 1} more" if self.count > 1 else ""
-        return f"{NOTES[self.kind]} ({self.first}{others})"
+        return f"{NOTES.get(self.kind, self.kind)} ({self.first}{others})"
+
+
+class Notes(dict[str, Note]):
+    """Notes by their kind."""
+
+    def add(self, kind: str, first: str) -> None:
+        """Count a case; ``first`` names it, and is kept where it is the first one."""
+        if kind in self:
+            self[kind].count += 1
+        else:
+            self[kind] = Note(kind, first)
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,7 @@ class _Reader:
 
     def __init__(self, path: Path) -> None:
         self.rules = Rules(path)
-        self.notes: dict[str, Note] = {}
+        self.notes = Notes()
         self.numbers: dict[str, dict[Any, int]] = {}  # by list: the number of each id that is no integer
         self.own_ids: dict[str, dict[int, Any]] = {"images": {}, "categories": {}, "annotations": {}}
         self.images: dict[int, dict[str, Any]] = {}
@@ -129,10 +151,7 @@ class _Reader:
             if new is not entry and new.get("id") != entry.get("id"):
                 self.own_ids[key][new["id"]] = entry["id"]
             for kind in kinds:
-                if kind in self.notes:
-                    self.notes[kind].count += 1
-                else:
-                    self.notes[kind] = Note(kind, f"{noun} {entry.get('id', position)!s:.60}")
+                self.notes.add(kind, f"{noun} {entry.get('id', position)!s:.60}")
             found.append(new)
         name = {"images": "file_name", "categories": "name"}.get(key)
         if name:

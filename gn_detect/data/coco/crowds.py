@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..formats.shapes import join_runs
 from .faults import FAULTS
 from .rle import read_runs
 
@@ -86,39 +87,18 @@ def _is_blob(entry: dict[str, Any]) -> bool:
 
 def _is_connected(runs: np.ndarray, height: int) -> bool:
     """Return whether the pixels of runs, down the columns, are one region, joined at corners, too."""
-    ends = np.cumsum(runs)
-    starts = ends - runs
-    if ((ends[1::2] - 1) // height - starts[1::2] // height).sum() > _MOST_RUNS:
+    ends = np.cumsum(runs)[1::2]
+    begins = (ends - runs[1::2])[runs[1::2] > 0]
+    ends = ends[runs[1::2] > 0]
+    parts = (ends - 1) // height - begins // height + 1  # a run goes on in the next column
+    if parts.sum() > _MOST_RUNS + len(parts):
         return False
-    pieces = [
-        piece
-        for start, end in zip(ends[:-1:2].tolist(), ends[1::2].tolist(), strict=True)
-        for piece in _by_column(start, end, height)
-    ]
-    parent = list(range(len(pieces)))
-
-    def root(piece: int) -> int:
-        while parent[piece] != piece:
-            parent[piece] = piece = parent[parent[piece]]
-        return piece
-
-    before, first = 0, 0  # the first piece that can touch, in the column to the left
-    for number, (column, top, bottom) in enumerate(pieces):
-        if number and pieces[number - 1][0] != column:
-            before, first = first, number
-        while before < first and (pieces[before][0] < column - 1 or pieces[before][2] < top - 1):
-            before += 1
-        other = before
-        while other < first and pieces[other][1] <= bottom + 1:
-            parent[root(number)] = root(other)
-            other += 1
-    return len({root(piece) for piece in range(len(pieces))}) == 1
-
-
-def _by_column(start: int, end: int, height: int) -> list[tuple[int, int, int]]:
-    """Return column, first and last row of the parts of a run of pixels."""
-    return [
-        (column, max(start - column * height, 0), min(end - column * height, height) - 1)
-        for column in range(start // height, (end - 1) // height + 1)
-        if end > start
-    ]
+    firsts = np.repeat(np.cumsum(parts) - parts, parts)
+    columns = np.repeat(begins // height, parts) + np.arange(parts.sum()) - firsts
+    if (np.diff(columns) > 1).any():
+        return False
+    tops = (np.repeat(begins, parts) - columns * height).clip(min=0)
+    bottoms = (np.repeat(ends, parts) - columns * height).clip(max=height)
+    columns -= columns[0]
+    joined = join_runs(columns, tops, bottoms, np.ones_like(columns), int(columns[-1]) + 1)
+    return bool((joined == joined[0]).all())

@@ -22,7 +22,6 @@ from ..datasets import DatasetSource
 from ..images import read_image
 from ..transforms import LabelledImage, Mask, to_target
 from .canonical import has_masks
-from .classes import list_names, match_names
 from .crowds import Crowds, count_crowds
 from .faults import DataError
 from .file_names import missing_names
@@ -206,11 +205,7 @@ def _stop_with_name(folder: Path, error: DataError, about: Mapping[str, Any]) ->
 
 
 def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
-    """Join datasets, their images in order.
-
-    Raises:
-        UserError: their classes differ.
-    """
+    """Join datasets of equal classes (else UserError), their images in order."""
     first = datasets[0]
     if len(datasets) == 1:
         return first
@@ -226,11 +221,7 @@ def join_datasets(datasets: Sequence[CocoDataset]) -> CocoDataset:
 
 
 def check_same_classes(first: CocoDataset, second: CocoDataset) -> None:
-    """Refuse two datasets whose labels have different meanings.
-
-    Raises:
-        UserError: number, names or order of the categories differ.
-    """
+    """Refuse two datasets whose categories differ in number, names or order (UserError)."""
     if first.class_names != second.class_names:
         raise UserError(
             "classes-differ",
@@ -269,11 +260,7 @@ def match_classes(dataset: CocoDataset, names: Sequence[str], owner: str, remedy
 
 
 def check_classes(dataset: CocoDataset, num_classes: int) -> None:
-    """Refuse a model of another number of classes.
-
-    Raises:
-        UserError: ``num_classes`` is not the number of categories.
-    """
+    """Refuse a model whose ``num_classes`` is not the number of categories (UserError)."""
     found = len(dataset.class_names)
     if found != num_classes:
         noun = "category" if found == 1 else "categories"
@@ -282,3 +269,30 @@ def check_classes(dataset: CocoDataset, num_classes: int) -> None:
             f"dataset {dataset.name} has {found} {noun} ({list_names(dataset.class_names)}) but "
             f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: set it to {found}",
         )
+
+
+LISTED = 20  # names that a message shows of a list
+
+
+def match_names(names: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Return the position in ``known`` of each of ``names``; equal lists match by position.
+
+    Raises:
+        ValueError: a name is not in ``known``, or several classes share one.
+    """
+    if list(names) == list(known):
+        return list(range(len(known)))
+    position = {name: label for label, name in enumerate(known)}
+    unknown = [name for name in names if name not in position]
+    if unknown:
+        raise ValueError(f"not among them: {list_names(unknown)}")
+    for side in (names, known):
+        shared = [name for name, count in Counter(side).items() if count > 1]
+        if shared:
+            raise ValueError(f"several share the name {shared[0]}")
+    return [position[name] for name in names]
+
+
+def list_names(names: Sequence[str], limit: int = LISTED) -> str:
+    """Return the first ``limit`` names for a message."""
+    return ", ".join(names) if len(names) <= limit else ", ".join([*names[:limit], "..."])

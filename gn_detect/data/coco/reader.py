@@ -97,11 +97,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def check_lists(content: Any, lists: tuple[str, ...], path: str | Path) -> None:
-    """Refuse content of a JSON file that cannot be COCO at all.
-
-    Raises:
-        UserError: it is no object with the lists.
-    """
+    """Refuse content of a JSON file that is no object with the ``lists`` (UserError)."""
     foreign = describe_foreign_content(content)
     fits = isinstance(content, Mapping) and all(isinstance(content.get(key), list) for key in lists)
     if foreign and not (fits and "annotations" not in lists):

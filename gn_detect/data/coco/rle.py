@@ -59,11 +59,7 @@ def count_pixels(counts: str) -> int:
 
 
 def read_runs(counts: str | list[int]) -> np.ndarray:
-    """Return (R,) int64, the runs of an RLE down the columns, of background and object in turn.
-
-    Raises:
-        ValueError, OverflowError: as :func:`count_pixels`.
-    """
+    """Return (R,) int64, the runs of an RLE, background and object in turn; errors: :func:`count_pixels`."""
     if isinstance(counts, list):
         return np.array(counts, dtype=np.int64)
     if not RLE_CHARACTERS.fullmatch(counts):

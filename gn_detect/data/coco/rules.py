@@ -22,10 +22,16 @@ from ...errors import Code
 from ..transforms import polygon_bounds
 from .faults import ERROR, FAULTS, DataError
 from .file_names import leads_out
-from .fractions import has_fraction_box, has_fraction_mask, is_larger_than_fractions
-from .numbers import extent_of, is_area, is_integer
 from .rle import count_pixels
 from .tables import ImageRecord
+from .values import (
+    extent_of,
+    has_fraction_box,
+    has_fraction_mask,
+    is_area,
+    is_integer,
+    is_larger_than_fractions,
+)
 
 T = TypeVar("T")
 
@@ -210,11 +216,10 @@ class Rules:
             self._unit("segmentations", entries, map(has_fraction_mask, entries))
 
     def _unit(self, noun: str, entries: list[dict[str, Any]], answers: Iterable[bool | None]) -> None:
-        number, wrong = 0, []
-        for entry, is_fraction in zip(entries, answers, strict=True):
-            number += is_fraction is not None
-            if is_fraction:
-                wrong.append(entry)
+        known = [
+            (entry, answer) for entry, answer in zip(entries, answers, strict=True) if answer is not None
+        ]
+        wrong, number = [entry for entry, is_fraction in known if is_fraction], len(known)
         if len(wrong) > _FEW * number:
             folder = self.folder if self.folder.name else "FOLDER"
             raise self.error(
@@ -229,7 +234,8 @@ class Rules:
         names: dict[int, str] = {}
         for position, entry in enumerate(entries):
             try:
-                category_id, name = self.category(entry, position)
+                category_id = self.field(entry, "id", int, f"category {position} (counted from 0)")
+                name = self.field(entry, "name", str, f"category {category_id}")
                 if category_id in names:
                     raise self.repeated(
                         "duplicate-category-id", category_id, f" ({shown(names[category_id])}, {shown(name)})"
@@ -254,7 +260,7 @@ class Rules:
         images: dict[int, ImageRecord | None] = {}
         for position, entry in enumerate(entries):
             try:
-                image_id = self.image_id(entry, position)
+                image_id = self.field(entry, "id", int, f"image {position} (counted from 0)")
                 if image_id in images:
                     raise self.repeated(
                         "duplicate-image-id", image_id, f" (entry {position} counted from 0 repeats it)"
@@ -266,9 +272,8 @@ class Rules:
                     images[image_id] = ImageRecord(image_id, "", *self.size(entry, f"image {image_id}"))
             except DataError as error:
                 name = entry.get("file_name") if isinstance(entry, dict) else None
-                report(
-                    error, {"image_id": id_of(entry), "file_name": name if isinstance(name, str) else None}
-                )
+                name = name if isinstance(name, str) else None
+                report(error, {"image_id": id_of(entry), "file_name": name})
         if files and not entries:
             report(self.error("empty-list", "it lists no images; give a file with images"), {})
         return images
@@ -337,22 +342,12 @@ class Rules:
         fault = f"id {entry_id} occurs twice{details}; give each {noun} its own id"
         return self.error(code, f"{noun} {fault}")
 
-    def category(self, entry: Any, position: int) -> tuple[int, str]:
-        """Return id and name of a category."""
-        category_id = self.field(entry, "id", int, f"category {position} (counted from 0)")
-        return category_id, self.field(entry, "name", str, f"category {category_id}")
-
     def image(self, entry: Any, position: int) -> ImageRecord:
         """Return the record of an image, its path included."""
-        image_id = self.image_id(entry, position)
+        image_id = self.field(entry, "id", int, f"image {position} (counted from 0)")
         what = f"image {image_id}"
         height, width = self.size(entry, what)
         return ImageRecord(image_id, str(self.image_path(entry, what)), height, width)
-
-    def image_id(self, entry: Any, position: int) -> int:
-        """Return the id of an image."""
-        image_id: int = self.field(entry, "id", int, f"image {position} (counted from 0)")
-        return image_id
 
     def image_path(self, entry: Any, what: str) -> Path:
         """Return the file of an image, see :func:`image_file`."""

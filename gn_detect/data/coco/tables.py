@@ -6,7 +6,7 @@ as it touches a reference count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import overload
@@ -61,9 +61,6 @@ class ImageTable(Sequence[ImageRecord]):
         image_id, height, width = self._numbers[index].tolist()
         name = self._names[self._ends[index] : self._ends[index + 1]].tobytes()
         return ImageRecord(image_id, name.decode("utf-8", "surrogatepass"), height, width)
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        return map(self.__getitem__, range(len(self)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ImageTable) and list(self) == list(other)

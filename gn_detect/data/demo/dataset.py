@@ -25,8 +25,7 @@ from PIL import Image
 from ...errors import UserError
 from ...files import atomic_write_json
 from ...progress import announced
-from .shapes import CATEGORIES, MAX_SIZE, MIN_SIZE, make_outline
-from .textures import background, finish, object_texture
+from .shapes import CATEGORIES, MAX_SIZE, MIN_SIZE, background, finish, make_outline, object_texture
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from ...errors import UserError
 from ..coco.dataset import CocoDataset
 from ..coco.faults import FAULTS, NOTE
 from ..images import DARK, is_deep, open_image, read_image
-from .geometry import BORDER, boxes_differ
+from .checks import BORDER, boxes_differ
 
 logger = logging.getLogger(__name__)
 

@@ -1,20 +1,29 @@
 """Read a COCO file as it is meant: correct the forms, units and image names that have one obvious meaning.
 
-The doctor reports what was corrected, and the repaired copy keeps it.
+The doctor reports what was corrected, and the repaired copy keeps it. Image files are read as training reads
+them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...errors import Code, UserError
+from ...files import open_file
+from ...progress import progress_bar
 from ..coco.canonical import has_masks
 from ..coco.faults import DataError
 from ..coco.file_names import missing_names
-from ..coco.fractions import are_all_fractions, has_fraction_box, has_fraction_mask, in_pixels
 from ..coco.reader import read_canonical
 from ..coco.rules import Rules, id_of
+from ..coco.values import are_all_fractions, has_fraction_box, has_fraction_mask, in_pixels
 from ..datasets import DatasetSource
+from ..images import is_deep, open_image, read_image
 
 
 @dataclass
@@ -99,9 +108,8 @@ def _find_some_fractions(reading: Reading) -> None:
     """Report boxes that look like fractions in a file of pixels; only a person can decide."""
     for entry in reading.content["annotations"]:
         if isinstance(entry, dict) and has_fraction_box(entry):
-            detail = (
-                f"annotation {entry.get('id')} of image {entry.get('image_id')} has 'bbox' {entry['bbox']}"
-            )
+            what = f"annotation {entry.get('id')} of image {entry.get('image_id')}"
+            detail = f"{what} has 'bbox' {entry['bbox']}"
             reading.findings.append(("some-fractions", detail, {"annotation_id": id_of(entry)}))
 
 
@@ -113,11 +121,59 @@ def _multiply_fractions(reading: Reading) -> None:
     scaled = []
     for entry in reading.content["annotations"]:
         image_id = id_of(entry, "image_id")
-        image = None if image_id is None else images.get(image_id)
-        size = (image.width, image.height) if image is not None else (0, 0)
-        multiplied = in_pixels(entry, size, whole_boxes, whole_masks) if image is not None else None
-        if multiplied is not None:
-            what = f"annotation {entry.get('id')} of image {image_id}"
-            reading.change(f"{what}: fractions multiplied by {size}, width and height")
-        scaled.append(multiplied or entry)
+        if image_id is not None and (image := images.get(image_id)) is not None:
+            size = image.width, image.height
+            if (multiplied := in_pixels(entry, size, whole_boxes, whole_masks)) is not None:
+                what = f"annotation {entry.get('id')} of image {image_id}"
+                reading.change(f"{what}: fractions multiplied by {size}, width and height")
+                entry = multiplied
+        scaled.append(entry)
     reading.content["annotations"] = scaled
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The facts about an image file.
+
+    Attributes:
+        sizes: (height, width) in pixels, upright and as stored; empty for a file that cannot be read.
+        digest: of its bytes; empty for a missing file.
+        error: the reason for a file that cannot be read.
+        brightest: value from 0 to 255, as read, of greyscale with more than 8 bits; None for other images.
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ()
+    digest: str = ""
+    error: DataError | None = None
+    brightest: int | None = None
+
+
+Probes = Mapping[str, Probe]  # by path
+
+
+def probe_images(paths: Iterable[str]) -> Probes:
+    """Read every file once, on all processors (decoders work outside Python's lock)."""
+    unique = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(probe_image, unique)
+        bar = progress_bar(found, desc="reading images", total=len(unique))
+        return dict(zip(unique, bar, strict=True))
+
+
+def probe_image(path: str) -> Probe:
+    """Read one file."""
+    digest = ""
+    try:
+        with open_file(path) as file:
+            digest = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+        pixels = read_image(path, "RGB")
+        with open_image(path) as stored:
+            sizes = (pixels.shape[:2], (stored.height, stored.width))
+            return Probe(sizes, digest, brightest=int(pixels.max()) if is_deep(stored) else None)
+    except DataError as error:
+        return Probe(digest=digest, error=error)
+    except (OSError, ValueError, UserError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        code: Code = "missing-image" if missing else "unreadable-image"
+        reason = getattr(error, "strerror", None) or str(error)
+        return Probe(digest=digest, error=DataError(code, f"image {path} cannot be read: {reason}"))

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from ..coco.canonical import has_mask
 from ..coco.faults import DataError
-from ..coco.numbers import extent_of, is_area, is_integer
 from ..coco.rules import MOST_CATEGORIES, Rules, Segmentation, id_of, is_polygon, shown
 from ..coco.tables import ImageRecord
-from .checks import repeated
-from .geometry import BORDER, area_differs, box_differs, overhang
-from .images import Probes
+from ..coco.values import extent_of, is_area, is_integer
+from .checks import BORDER, area_differs, box_differs, overhang, repeated
+from .reading import Probes
 
 # A box reaches out of its picture by this part of the longer side only if it was drawn on a larger picture.
 _FAR_OUT = 0.1
@@ -339,8 +336,3 @@ def _resize_factor(given: tuple[Any, Any], found: tuple[int, int]) -> float | No
     if any(abs(new - old) <= 1 or abs(new - factor * old) > rounded for old, new in pairs):
         return None
     return factor
-
-
-def output_is_input(output: Path, inputs: Collection[Path]) -> bool:
-    """Return whether a repaired copy would overwrite what it was made from."""
-    return any(os.path.realpath(output) == os.path.realpath(path) for path in inputs)

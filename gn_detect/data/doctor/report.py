@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from ...text import printable
-from ..coco.classes import list_names, match_names
+from ..coco.dataset import list_names, match_names
 from ..coco.faults import FAULTS, NOTE, SEVERITIES, DataError, Finding
 from ..datasets import DatasetSource
 from .checks import LARGE, SMALL, Part, check_part
-from .images import Probes, probe_images
-from .reading import Reading, read_as_meant
+from .reading import Probes, Reading, probe_images, read_as_meant
 from .repair import Repair, repair
 
 EXAMPLES = 5  # of each kind of fault, in the text
@@ -101,7 +100,6 @@ class Diagnosis:
         return "\n".join([*map(printable, lines), "", ", ".join(numbers) + self._hint()])
 
     def _hint(self) -> str:
-        """Describe the work of ``--fix``."""
         counts = {"repairs": self.fix.num_changes, "removes": len(self.fix.removals)}
         work = " and ".join(f"{verb} {count}" for verb, count in counts.items() if count)
         part = f" of {self.parts[0].name}" if len(self.parts) > 1 else ""

@@ -12,10 +12,11 @@ import numpy as np
 import pycocotools.mask as coco_mask
 
 from ...errors import UserError
+from ..coco.canonical import Notes
 from ..coco.faults import DataError
-from ..coco.fractions import has_fraction_box, is_larger_than_fractions
 from ..coco.rules import MOST_CATEGORIES, Rules, is_polygon
 from ..coco.tables import ImageRecord
+from ..coco.values import has_fraction_box, is_larger_than_fractions
 from .image_index import ImageIndex, image_size
 from .shapes import box_polygon, encode_bitmap
 
@@ -32,19 +33,6 @@ PART_WORDS = {  # names of folders and keys
 
 # The largest share of boxes within the first pixel of the image in a format of pixels.
 _FEW = 0.05
-
-
-@dataclass
-class Note:
-    """Something that a reader changed or left out: the number of cases and the first."""
-
-    text: str
-    first: str
-    count: int = 1
-
-    def __str__(self) -> str:
-        others = f" and {self.count - 1} more" if self.count > 1 else ""
-        return f"{self.text} ({self.first}{others})"
 
 
 @dataclass(frozen=True)
@@ -114,14 +102,8 @@ class Builder:
         self.sources: set[Path] = set()
         self.images: dict[Path, SourceImage] = {}
         self.objects: list[tuple[SourceImage, str, dict[str, Any]]] = []
-        self._notes: dict[str, Note] = {}
-
-    def note(self, text: str, first: str) -> None:
-        """Count a case of something that was changed or left out."""
-        if text in self._notes:
-            self._notes[text].count += 1
-        else:
-            self._notes[text] = Note(text, first)
+        self._notes = Notes()
+        self.note = self._notes.add
 
     def find_image(self, name: str, source: Path, what: str) -> Path:
         """Return the file that labels name; see :meth:`ImageIndex.find`."""
@@ -131,12 +113,17 @@ class Builder:
         return path
 
     def add_image(
-        self, path: Path, source: Path, what: str, part: str = WHOLE, size: tuple[int, int] | None = None
+        self,
+        path: Path | str,
+        source: Path,
+        what: str,
+        part: str = WHOLE,
+        size: tuple[int, int] | None = None,
     ) -> SourceImage:
         """Add an image; its header is read.
 
         Args:
-            path: of the image.
+            path: of the image; its name in the labels, as text, is looked for by :meth:`find_image`.
             source: its label file, or the image itself.
             what: names the entry in messages.
             part: of the data.
@@ -146,7 +133,7 @@ class Builder:
             UserError: the image is damaged, has another size, or was added before.
         """
         self.sources.add(source)
-        path = self.index.place(path)
+        path = self.index.place(self.find_image(path, source, what) if isinstance(path, str) else path)
         if path in self.images:
             other = self.images[path].rules.path
             where = "the same file" if other == source else f"{other} has labels for it, too"
@@ -166,11 +153,7 @@ class Builder:
         return self.images[path]
 
     def add(self, image: SourceImage, shapes: Iterable[Shape]) -> None:
-        """Add the objects of an image.
-
-        Raises:
-            UserError: a class is unknown, or a shape is against COCO's rules.
-        """
+        """Add the objects of an image; a UserError names an unknown class, or a shape that breaks a rule."""
         groups: dict[Hashable, list[Shape]] = {}
         for number, shape in enumerate(shapes):
             if not shape.label.strip():
@@ -262,11 +245,12 @@ class Builder:
                     self.note(text, image.rules.path.name)
         folder = self.index.common_folder(self.images)
         order = {label: number for number, label in enumerate(names, 1)}
+        categories = [{"id": number, "name": label} for label, number in order.items()]
         part_of = self._parts()
         parts: dict[str, dict[str, Any]] = {}
         for path, image in self.images.items():
-            content = parts.setdefault(part_of[path], {"images": [], "annotations": [], "categories": []})
-            record = image.record
+            empty = {"images": [], "annotations": [], "categories": categories}
+            content, record = parts.setdefault(part_of[path], empty), image.record
             name = Path(os.path.relpath(record.file_name, folder)).as_posix()
             content["images"].append(
                 {"id": record.id, "file_name": name, "height": record.height, "width": record.width}
@@ -274,8 +258,6 @@ class Builder:
         for number, (image, label, entry) in enumerate(self.objects, 1):
             head = {"id": number, "image_id": image.record.id, "category_id": order[label], "iscrowd": 0}
             parts[part_of[Path(image.record.file_name)]]["annotations"].append(head | entry)
-        for content in parts.values():
-            content["categories"] = [{"id": number, "name": label} for label, number in order.items()]
         labelled = {image.record.id for image, _, _ in self.objects}
         for path, image in self.images.items():
             if image.record.id not in labelled:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ..coco.canonical import Notes
 from ..coco.reader import read_canonical
 from ..coco.rules import Rules
-from .builder import PART_WORDS, PARTS, WHOLE, Imported, Note
+from .builder import PART_WORDS, PARTS, WHOLE, Imported
 from .image_index import ImageIndex
 from .recognise import coco_files
 
@@ -32,7 +33,7 @@ def read(path: Path, index: ImageIndex) -> Imported:
             f"{path} holds several COCO files, such as {files[0]} and {files[1]}, whose names do not say "
             "which is train, val and test; give them by --train-json and --val-json",
         )
-    notes: dict[str, Note] = {}
+    notes = Notes()
     own: list[str] = []
     contents: dict[str, dict[str, Any]] = {}
     places: list[tuple[dict[str, Any], Path]] = []
@@ -48,8 +49,7 @@ def read(path: Path, index: ImageIndex) -> Imported:
                 continue
             found, moved = index.find(name, file.parent, f"{file}: image {entry.get('id', position)!s:.40}")
             if moved:
-                text = "images whose path is another one here are taken by their name"
-                notes.setdefault(text, Note(text, name, 0)).count += 1
+                notes.add("images whose path is another one here are taken by their name", name)
             images.append(entry := dict(entry))
             places.append((entry, found))
         content["images"] = images

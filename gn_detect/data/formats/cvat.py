@@ -52,9 +52,8 @@ def _read_image(file: Path, element: Element, what: str, builder: Builder) -> No
     if any(side is None or side <= 0 or side != int(side) for side in sides):
         raise damaged(file, f"{what} ({name}) has no width and height", "export it again")
     part = element.get("subset", "").lower()
-    path = builder.find_image(name, file, what)
     size = (int(sides[0] or 0), int(sides[1] or 0))
-    image = builder.add_image(path, file, what, PART_WORDS.get(part, WHOLE), size=size)
+    image = builder.add_image(name, file, what, PART_WORDS.get(part, WHOLE), size)
     shapes = []
     for number, shape in enumerate(element, 1):
         about = f"{what} ({name}), <{shape.tag}> {number}"
@@ -66,8 +65,8 @@ def _read_image(file: Path, element: Element, what: str, builder: Builder) -> No
 
 
 def _shape(file: Path, shape: Element, what: str) -> Shape:
-    label, group = shape.get("label", "").strip(), shape.get("group_id") or None
-    group = None if group == "0" else group
+    label, group = shape.get("label", "").strip(), shape.get("group_id")
+    group = None if group in ("", "0") else group
     if shape.tag == "polygon":
         points = [point.split(",") for point in shape.get("points", "").split(";")]
         if any(len(point) != 2 for point in points):

@@ -9,13 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import unquote
 
-from PIL import ExifTags, Image
-
 from ...errors import UserError
 from ..coco.faults import DataError
 from ..coco.rules import MOST_PIXELS
-from ..image_paths import IMAGE_SUFFIXES
-from ..images import open_image
+from ..images import DAMAGED, IMAGE_SUFFIXES, cannot_read, exif_orientation, open_image
 
 _MOST_FILES = 5_000_000
 
@@ -59,11 +56,7 @@ class ImageIndex:
         return self.place(Path(folder))
 
     def check(self, path: Path, what: str) -> None:
-        """Refuse a path outside of the root.
-
-        Raises:
-            UserError: it leads out, and that is not allowed.
-        """
+        """Refuse a path outside of the root (UserError), unless that is allowed."""
         if not (self.allow_outside or self.holds(path)):
             raise UserError(
                 "image-outside",
@@ -97,8 +90,7 @@ class ImageIndex:
                 outside = path
         if outside is not None:
             self.check(outside, f"{what} has the image {name!r}, which")
-        ends = [found for text in _spellings(name) if (found := self._longest_end(text))]
-        best = next((paths for paths in ends), [])
+        best = next(filter(None, map(self._longest_end, _spellings(name))), [])
         if len(best) == 1:
             return best[0], "/" in name or "\\" in name
         if best:
@@ -151,21 +143,11 @@ def image_size(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     try:
         with open_image(path) as image:
             stored = image.size
-            turned = _orientation(image) in (5, 6, 7, 8)
+            turned = exif_orientation(image) in (5, 6, 7, 8)
     except FileNotFoundError as error:
         raise DataError("missing-image", f"image {path} is missing; restore it") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            "unreadable-image", f"cannot read image {path}: {reason}; replace or remove it"
-        ) from error
+    except DAMAGED as error:
+        raise cannot_read(path, error) from error
     if stored[0] * stored[1] > MOST_PIXELS:
         raise DataError("image-size", f"image {path} has {stored[0]}x{stored[1]} pixels, too many to read")
     return (stored[::-1] if turned else stored), stored
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow's EXIF parser raises many types on damaged blocks, and the pixels are fine
-        return 1

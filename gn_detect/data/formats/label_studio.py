@@ -15,7 +15,7 @@ import numpy as np
 
 from ...errors import UserError
 from ..coco.rules import MOST_PIXELS, shown
-from ..image_paths import IMAGE_SUFFIXES
+from ..images import IMAGE_SUFFIXES
 from .builder import Builder, Imported, Shape
 from .image_index import ImageIndex
 from .shapes import ellipse_polygon
@@ -63,7 +63,7 @@ def _read_task(file: Path, task: dict[str, Any], what: str, builder: Builder) ->
         )
     name = _image_name(file, task["data"], what)
     stated = _stated_size(file, chosen[0]["result"], what)
-    image = builder.add_image(builder.find_image(name, file, what), file, what, size=stated)
+    image = builder.add_image(name, file, what, size=stated)
     size = (image.record.width, image.record.height)
     labels = _labels(chosen[0]["result"])
     shapes = []
@@ -106,12 +106,8 @@ def _labels(results: list[Any]) -> dict[str, list[Any]]:
     """Return the classes of entries of the type ``labels`` by the id that they share with a shape."""
     found: dict[str, list[Any]] = {}
     for entry in results:
-        value = entry.get("value") if isinstance(entry, dict) else None
-        if (
-            isinstance(value, dict)
-            and entry.get("type") == "labels"
-            and isinstance(value.get("labels"), list)
-        ):
+        value = entry.get("value") if isinstance(entry, dict) and entry.get("type") == "labels" else None
+        if isinstance(value, dict) and isinstance(value.get("labels"), list):
             found[str(entry.get("id"))] = value["labels"]
     return found
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..coco.rules import MOST_PIXELS, shown
-from .builder import WHOLE, Builder, Imported, Shape
+from .builder import Builder, Imported, Shape
 from .image_index import ImageIndex
 from .shapes import ellipse_polygon
 from .source_files import as_finite, damaged, label_files, read_json
@@ -53,8 +53,7 @@ def _read_file(file: Path, content: dict[str, Any], builder: Builder) -> None:
         if any(number is None or number != int(number) or number <= 0 for number in numbers):
             raise damaged(file, f"'imageWidth' and 'imageHeight' are {shown(sides)}", "give the image's size")
         known = (int(numbers[0] or 0), int(numbers[1] or 0))
-    path = builder.find_image(name.replace("\\", "/"), file, "'imagePath'")
-    image = builder.add_image(path, file, "'imagePath'", WHOLE, size=known)
+    image = builder.add_image(name.replace("\\", "/"), file, "'imagePath'", size=known)
     found = [_shape(file, entry, f"shape {n} (counted from 0)", builder) for n, entry in enumerate(given)]
     builder.add(image, [shape for shape in found if shape is not None])
 

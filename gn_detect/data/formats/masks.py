@@ -25,17 +25,21 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ...errors import UserError
 from ..coco.faults import DataError
 from ..coco.rules import MOST_PIXELS
-from ..images import open_image
+from ..images import DAMAGED, open_image
 from .builder import WHOLE, Builder, Imported, Shape, SourceImage
 from .image_index import ImageIndex, image_size
 from .shapes import connected_pieces, encode_pixels
 
-READINGS = ("files", "binary", "instances", "classes")
+READINGS = {
+    "files": "each file is one object",
+    "binary": "each connected piece is one object",
+    "instances": "each value is one object",
+    "classes": "each value is a class, and each connected piece of it one object",
+}
 
 _FOLDERS = ("masks", "mask", "labels", "annotations", "segmentation", "segmentations")
 _ENDINGS = re.compile(r"[_-](mask|masks|seg|label|labels|gt)$", re.IGNORECASE)
@@ -50,12 +54,10 @@ def find_pairs(index: ImageIndex) -> dict[Path, list[Path]]:
     paths, root = index.all(), index.root
     masks = [path for path in paths if _is_mask(path, root)]
     images: dict[tuple[Path, str], list[Path]] = {}
-    for path in paths:
-        if not _is_mask(path, root):
-            images.setdefault((_place(path, root), path.stem), []).append(path)
     alone: dict[Path, list[Path]] = {}  # images by their place, for masks of other names
     for path in paths:
         if not _is_mask(path, root):
+            images.setdefault((_place(path, root), path.stem), []).append(path)
             alone.setdefault(_place(path, root), []).append(path)
     pairs: dict[Path, list[Path]] = {}
     for mask in masks:
@@ -105,25 +107,17 @@ def read(path: Path, index: ImageIndex, reading: str = "") -> Imported:
         )
     classes = None if reading == "classes" else ["object"]
     builder = Builder("mask images", index, classes)
-    builder.note(f"the masks are read as {reading}: {_MEANING[reading]}", str(path))
+    builder.note(f"the masks are read as {reading}: {READINGS[reading]}", str(path))
     for image, masks in sorted(pairs.items()):
         size = image_size(masks[0])[1]  # of the picture as it is stored, perhaps
         added = builder.add_image(image, masks[0], "its image", WHOLE, size)
         builder.sources.update(masks)
         for mask in masks:
             builder.add(added, _shapes(mask, added, reading, builder))
-    unpaired = [p for p in index.all() if not _is_mask(p, index.root) and p not in pairs]
-    for image in unpaired:
-        builder.note("images without a mask are left out", str(image))
+    for image in index.all():
+        if not _is_mask(image, index.root) and image not in pairs:
+            builder.note("images without a mask are left out", str(image))
     return builder.finish()
-
-
-_MEANING = {
-    "files": "each file is one object",
-    "binary": "each connected piece is one object",
-    "instances": "each value is one object",
-    "classes": "each value is a class, and each connected piece of it one object",
-}
 
 
 def choose_reading(masks: list[Path]) -> str:
@@ -148,7 +142,6 @@ def choose_reading(masks: list[Path]) -> str:
 
 
 def _values(values: np.ndarray) -> list[int]:
-    """Return the values other than 0, sorted."""
     found: list[int] = np.unique(values).tolist()
     return [value for value in found if value]
 
@@ -213,10 +206,9 @@ def read_mask(path: Path) -> np.ndarray:
         with open_image(path) as image:
             if image.format != "PNG":
                 raise DataError("unreadable-image", f"mask {path} is {image.format}; save it as PNG")
-            if image.width * image.height > MOST_PIXELS:
-                raise DataError(
-                    "image-size", f"mask {path} has {image.width}x{image.height} pixels, too many"
-                )
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise DataError("image-size", f"mask {path} has {width}x{height} pixels, too many")
             if image.mode in ("RGB", "RGBA", "LA"):
                 bands = [np.asarray(band) for band in image.split()[: 1 if image.mode == "LA" else 3]]
                 if any((band != bands[0]).any() for band in bands[1:]):
@@ -227,7 +219,7 @@ def read_mask(path: Path) -> np.ndarray:
                 return bands[0]
             values = np.asarray(image)
             return values.astype(np.uint8) if values.dtype == bool else values
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise DataError(
             "unreadable-image", f"cannot read mask {path}: {' '.join(str(error).split())}; replace it"
         ) from error

@@ -14,6 +14,7 @@ from ...files import read_text
 
 _HEAD = 1 << 16  # bytes that are read of a file
 _MOST_FILES = 200  # that are looked at in a folder
+_ENDINGS = (".yaml", ".yml", ".xml", ".json", ".txt", ".csv")
 
 _IMPORT = "gn-detect import SRC DST.json converts it, and gn-detect train --data SRC trains on it"
 _FORMATS = {  # name and remedy
@@ -205,9 +206,7 @@ def _files(folder: Path) -> Iterator[Path]:
                 for entry in islice(entries, 20 * _MOST_FILES):
                     if entry.is_dir():
                         below.append(Path(entry.path))
-                    elif entry.is_file() and entry.name.lower().endswith(
-                        (".yaml", ".yml", ".xml", ".json", ".txt", ".csv")
-                    ):
+                    elif entry.is_file() and entry.name.lower().endswith(_ENDINGS):
                         yield Path(entry.path)
         folders = sorted(below)
 
@@ -215,7 +214,5 @@ def _files(folder: Path) -> Iterator[Path]:
 def _looks_like_coco(file: Path) -> bool:
     with open(file, "rb") as opened:
         head = opened.read(_HEAD)
-    lists = re.search(rb'"(images|categories)"\s*:\s*\[', head)
-    return (
-        bool(lists or b'"category_id"' in head) and b'"segments_info"' not in head and b'"score"' not in head
-    )
+    is_coco = re.search(rb'"(images|categories)"\s*:\s*\[|"category_id"', head)
+    return is_coco is not None and not any(mark in head for mark in (b'"segments_info"', b'"score"'))

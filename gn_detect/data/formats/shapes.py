@@ -97,7 +97,7 @@ def connected_pieces(values: np.ndarray, most: int = MOST_RUNS) -> list[tuple[in
     if not len(begins):
         return []
     rows, starts, ends, found = rows[begins], columns[begins], columns[begins + 1], found[begins]
-    label = _join_runs(rows, starts, ends, found, height)
+    label = join_runs(rows, starts, ends, found, height)
     order = np.argsort(label, kind="stable")
     pieces = []
     for members in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
@@ -109,10 +109,16 @@ def connected_pieces(values: np.ndarray, most: int = MOST_RUNS) -> list[tuple[in
     return pieces
 
 
-def _join_runs(
+def join_runs(
     rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, values: np.ndarray, height: int
 ) -> np.ndarray:
-    """Return the least number of a run that each run is joined with."""
+    """Return the least number of a run that each run is joined with, also over others.
+
+    Args:
+        rows, starts, ends: (R,) row, first column and column after the last, ordered by rows and columns.
+        values: (R,); only runs of one value are joined.
+        height: number of rows.
+    """
     first = np.searchsorted(rows, np.arange(height + 1)).tolist()
     begin, end, value = starts.tolist(), ends.tolist(), values.tolist()
     parent = list(range(len(begin)))

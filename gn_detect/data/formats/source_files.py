@@ -24,11 +24,7 @@ _MOST_TAGS = 2_000_000
 # Encodings that an XML file may name, in addition to those of its first bytes.
 _XML_ENCODINGS = {"ascii", "us-ascii", "iso-8859-1", "latin-1", "windows-1252", "gbk", "gb2312", "shift_jis"}
 
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 def damaged(path: Path, reason: str, remedy: str) -> UserError:
@@ -55,11 +51,7 @@ def read_labels(path: Path, largest: int = LARGEST_TEXT) -> str:
 
 
 def read_bytes(path: Path, largest: int) -> bytes:
-    """Return the bytes of a file.
-
-    Raises:
-        UserError: it cannot be read, or has more than ``largest`` bytes.
-    """
+    """Return the bytes of a file; a UserError names one that cannot be read or has more than ``largest``."""
     try:
         with open_file(path) as file:
             content = file.read(largest + 1)
@@ -89,11 +81,7 @@ def _decode(content: bytes, path: Path, declared: str = "") -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value of a JSON file.
-
-    Raises:
-        UserError: it cannot be read, is too large or too deep, or is not JSON.
-    """
+    """Return the value of a JSON file; a UserError names one that is too large or deep, or is not JSON."""
     text = read_labels(path, LARGEST_JSON)
     try:
         return json.loads(text)
@@ -147,11 +135,7 @@ def as_finite(value: Any) -> float | None:
 
 
 def finite_numbers(file: Path, given: Iterable[Any], what: str) -> list[float]:
-    """Return JSON values or texts as numbers.
-
-    Raises:
-        UserError: one of them is no finite number; ``file`` and ``what`` name its place.
-    """
+    """Return JSON values or texts as numbers; the UserError for another names ``file`` and ``what``."""
     numbers = []
     for value in given:
         number = as_finite(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,58 +30,44 @@ _KEYS = {
 def read(path: Path, index: ImageIndex) -> Imported:
     """Read a file, or all files of a folder and of those below it."""
     files = [path] if path.is_file() else label_files(path, "*.json")
-    contents = {file: _entries(content) for file in files if _is_via(content := read_json(file))}
+    contents = {file: entries for file in files if (entries := _entries(read_json(file)))}
     if not contents:
         raise damaged(path, "it has no images of VIA 2", "export annotations as JSON")
-    regions = [(file, region) for file, entries in contents.items() for region in _regions(file, entries)]
-    attribute = _class_attribute(path, regions)
+    images = [(file, key, entry) for file, entries in contents.items() for key, entry in entries.items()]
+    attribute = _class_attribute(path, [region for image in images for _, region in _regions(*image)])
     builder = Builder("VIA", index)
     if not attribute:
         builder.note("regions have no attribute: all are of the class 'object'", str(path))
-    for file, entries in contents.items():
-        for key, entry in entries.items():
-            _read_image(file, key, entry, attribute, builder)
+    for image in images:
+        _read_image(*image, attribute, builder)
     return builder.finish()
 
 
-def _is_via(content: Any) -> bool:
-    entries = _entries(content)
-    return bool(entries) and all(isinstance(e, dict) and "filename" in e for e in entries.values())
-
-
 def _entries(content: Any) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        return {}
-    found = content.get("_via_img_metadata", content)
-    return found if isinstance(found, dict) else {}
+    """Return the images' entries; nothing for a file of another format."""
+    found: Any = content.get("_via_img_metadata", content) if isinstance(content, dict) else None
+    entries = list(found.values()) if isinstance(found, dict) else [None]
+    return found if all(isinstance(entry, dict) and "filename" in entry for entry in entries) else {}
 
 
-def _regions(file: Path, entries: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _regions(file: Path, key: str, entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what names a region in messages, and the region; VIA 1 has an object of numbered regions."""
-    for key, entry in entries.items():
-        yield from _regions_of(file, key, entry)
-
-
-def _regions_of(file: Path, key: str, entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     given = entry.get("regions", [])
     found = list(given.values()) if isinstance(given, dict) else given
     if not isinstance(found, list):
         raise damaged(file, f"image {key[:80]!r} has 'regions' {shown(given)}", "export it again")
     for number, region in enumerate(found):
         what = f"image {key[:80]!r}, region {number} (counted from 0)"
-        parts = (
-            [region.get(part) for part in ("shape_attributes", "region_attributes")]
-            if isinstance(region, dict)
-            else []
-        )
-        if not parts or not isinstance(parts[0], dict) or not isinstance(parts[1] or {}, dict):
+        parts = region if isinstance(region, dict) else {}
+        shape, attributes = parts.get("shape_attributes"), parts.get("region_attributes") or {}
+        if not isinstance(shape, dict) or not isinstance(attributes, dict):
             raise damaged(file, f"{what} is {shown(region)}", "export it again")
         yield what, region
 
 
-def _class_attribute(path: Path, regions: list[tuple[Path, tuple[str, dict[str, Any]]]]) -> str:
+def _class_attribute(path: Path, regions: list[dict[str, Any]]) -> str:
     """Return the attribute that holds the class; empty if regions have none."""
-    counts = Counter(name for _, (_, region) in regions for name in region.get("region_attributes") or {})
+    counts = Counter(name for region in regions for name in region.get("region_attributes") or {})
     named = [name for wanted in _CLASS_NAMES for name in counts if name.strip().lower() == wanted]
     if len(counts) > 1 and not named:
         known = ", ".join(sorted(counts)[:10])
@@ -94,9 +81,9 @@ def _read_image(file: Path, key: str, entry: dict[str, Any], attribute: str, bui
     name, what = entry.get("filename"), f"image {key[:80]!r}"
     if not isinstance(name, str):
         raise damaged(file, f"{what} has 'filename' {shown(name)}", "give the name of the image")
-    image = builder.add_image(builder.find_image(name, file, what), file, what)
+    image = builder.add_image(name, file, what)
     shapes = []
-    for about, region in _regions_of(file, key, entry):
+    for about, region in _regions(file, key, entry):
         if region["shape_attributes"].get("name") in _LEFT_OUT:
             builder.note("points and lines are left out", f"{file}: {about}")
             continue
@@ -121,11 +108,8 @@ def _shape(file: Path, given: dict[str, Any], label: str, what: str) -> Shape:
         xs, ys = given.get("all_points_x"), given.get("all_points_y")
         if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
             raise damaged(file, f"{what} has not as many x as y", "draw it again")
-        return Shape(
-            label,
-            what,
-            polygons=[[n for x, y in zip(xs, ys, strict=True) for n in finite_numbers(file, (x, y), what)]],
-        )
+        points = chain.from_iterable(zip(xs, ys, strict=True))
+        return Shape(label, what, polygons=[finite_numbers(file, points, what)])
     if kind not in _KEYS:
         raise damaged(
             file, f"{what} has the shape {shown(kind)}", "draw a rectangle, circle, ellipse or polygon"

@@ -53,14 +53,9 @@ def _read_file(file: Path, root: Element, part: str, builder: Builder) -> None:
     known = None
     if sides[0] and sides[1]:  # some tools write 0
         known = (int(sides[0]), int(sides[1]))
-    image = builder.add_image(
-        builder.find_image(name, file, "<filename>"), file, "<filename>", part, size=known
-    )
-    shapes = []
-    for number, element in enumerate(root.iter("object"), 1):
-        what = f"<object> {number}"
-        shapes.append(_object(file, element, what, builder))
-    builder.add(image, shapes)
+    image = builder.add_image(name, file, "<filename>", part, known)
+    objects = enumerate(root.iter("object"), 1)
+    builder.add(image, [_object(file, element, f"<object> {n}", builder) for n, element in objects])
 
 
 def _object(file: Path, element: Element, what: str, builder: Builder) -> Shape:

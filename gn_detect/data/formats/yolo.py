@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,6 @@ def _check_strays(place: Path, expected: set[Path], folders: set[Path]) -> None:
 
 
 def _read_folder(folder: Path, index: ImageIndex) -> Imported:
-    """Read a folder without data.yaml."""
     labels = label_files(folder, "*.txt")
     lists = [path for path in labels if path.name in _CLASS_FILES]
     lists += [path for path in label_files(folder, "obj.names") if path not in lists]
@@ -215,21 +215,12 @@ def _read_folder(folder: Path, index: ImageIndex) -> Imported:
 
 def _pairs(index: ImageIndex, files: set[Path]) -> Iterator[tuple[Path, Path | None]]:
     """Yield each image with its label file, by the usual place, or as the only one with its stem."""
-    by_stem: dict[str, list[Path]] = {}
-    for file in files:
-        by_stem.setdefault(file.stem, []).append(file)
-    images = index.all()
-    stems: dict[str, int] = {}
-    for image in images:
-        stems[image.stem] = stems.get(image.stem, 0) + 1
+    images, by_stem = index.all(), {file.stem: file for file in files}
+    stems, label_stems = (Counter(path.stem for path in paths) for paths in (images, files))
     for image in images:
         usual = label_file(image, index.root)
-        if usual in files:
-            yield image, usual
-        elif stems[image.stem] == 1 and len(by_stem.get(image.stem, [])) == 1:
-            yield image, by_stem[image.stem][0]
-        else:
-            yield image, None
+        alone = stems[image.stem] == 1 and label_stems[image.stem] == 1
+        yield image, usual if usual in files else by_stem[image.stem] if alone else None
 
 
 def _largest_class(files: Iterator[Path]) -> int:
@@ -251,9 +242,8 @@ def _read_image(path: Path, part: str, builder: Builder, names: list[str], file:
         return
     image = builder.add_image(path, labels, "its image", part)
     size = (image.record.width, image.record.height)
-    shapes = []
-    for number, line in numbered_lines(read_labels(labels)):
-        shapes.append(_shape(line.split(), names, size, labels, f"line {number}"))
+    lines = numbered_lines(read_labels(labels))
+    shapes = [_shape(line.split(), names, size, labels, f"line {number}") for number, line in lines]
     if not shapes:
         builder.note("label files are empty", str(labels))
     builder.add(image, shapes)
