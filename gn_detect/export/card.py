@@ -103,8 +103,8 @@ def check_card(exported: Path) -> Path:
     if path.exists() and not _is_ours(path):
         raise UserError(
             "replaced-file",
-            f"{path} is no model card of {LIBRARY}, and the export would replace it; move it, or give another "
-            "--output",
+            f"{path} is no model card of {LIBRARY}, and the export would replace it; "
+            "move it, or give another --output",
         )
     return path
 

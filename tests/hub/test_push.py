@@ -280,7 +280,7 @@ def test_text_of_users_is_no_markup(tmp_path: Path) -> None:
 
 
 def test_each_exported_file_has_a_card_of_its_own(tmp_path: Path) -> None:
-    """Two exports into one folder: each card speaks of its file, and a second export replaces its own card."""
+    """Two exports into one folder: each card speaks of its file; a second export replaces its own card."""
     path, out = checkpoint_file(tmp_path), tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("# My project\n")
