@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="FILE",
         help=f"{OUTPUT} (by default), model.pt2 for torch.export, or model.safetensors for gn-detect itself; "
-        "a model card is written next to it",
+        "its model card is FILE.md",
     )
     add(
         "--push",
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> Result:
     from ..data.images import find_images
     from ..engine import Predictor
     from ..export import ExportedPredictor
-    from ..export.card import check_licence, model_card, write_card
+    from ..export.card import check_card, check_licence, model_card, write_card
     from ..export.parity import compare
     from ..export.write import SAFE, check_target, export_detector, export_weights
     from ..weights import known_config, read_checkpoint
@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> Result:
     path = check_target(args.output or OUTPUT) if not args.push else _check_push(args.push)
     if args.license:
         check_licence(args.license)
+    if not args.push:
+        check_card(path)
     checked, keys = split_overrides(args.check or [])  # argparse takes KEY VALUE after --check as its images
     if checked and path.suffix == SAFE:
         raise UserError("conflicting-flags", f"--check is for programs; {path} holds the weights as they are")

@@ -18,8 +18,10 @@ from ..errors import UserError
 from .albumentations_pipeline import AlbumentationsPipeline
 from .transforms import (
     LabelledImage,
+    Mask,
     affine,
     crop,
+    drawn,
     flip_horizontal,
     flip_vertical,
     pad,
@@ -189,7 +191,26 @@ def _fitted(labelled: LabelledImage, height: int, width: int, random: np.random.
     cropped = crop_with_object(labelled, height, width, random)
     if cropped.size[0] > height or cropped.size[1] > width:  # no window holds any object
         cropped = crop(labelled, 0, 0, height, width)
-    return pad(cropped, height, width)
+    return pad(_cut_at_borders(cropped), height, width)
+
+
+def _cut_at_borders(labelled: LabelledImage) -> LabelledImage:
+    """Cut boxes and polygons at the borders of the image; a cut polygon becomes a bitmap.
+
+    A crop leaves polygons as they are. What it cut off would come back on the padding of a later step.
+    """
+    height, width = labelled.size
+    masks = labelled.masks
+    if masks is not None:
+        masks = [drawn(mask, height, width) if _reaches_out(mask, height, width) else mask for mask in masks]
+    return replace(labelled, boxes=labelled.boxes.clip(0, [width, height] * 2), masks=masks)
+
+
+def _reaches_out(mask: Mask, height: int, width: int) -> bool:
+    if not isinstance(mask, list) or not mask:
+        return False
+    points = np.concatenate(mask).reshape(-1, 2)
+    return bool((points < 0).any() or (points > (width, height)).any())
 
 
 @dataclass(frozen=True)
@@ -226,7 +247,7 @@ class RandomAffine:
         scale = random.uniform(self.min_scale, self.max_scale)
         move = random.uniform(-self.translate, self.translate, size=2) * size
         turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        return affine(labelled, np.column_stack([turn, size / 2 + move - turn @ (size / 2)]))
+        return affine(_cut_at_borders(labelled), np.column_stack([turn, size / 2 + move - turn @ (size / 2)]))
 
 
 def copy_paste(labelled: LabelledImage, other: LabelledImage, random: np.random.Generator) -> LabelledImage:

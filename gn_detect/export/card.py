@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..files import atomic_write_text
 from ..text import printable, shortened
 from ..weights import Architecture
-from ..weights.hub import CARD, HOST, HUB, LIBRARY, is_hub, read_name
+from ..weights.hub import HOST, HUB, LIBRARY, is_hub, read_name
 from ..weights.metadata import program_version
 from ..weights.zoo import ZooEntry, entry_of, is_remote
 
@@ -91,14 +91,27 @@ def check_licence(licence: str) -> None:
         )
 
 
-def write_card(exported: Path, text: str) -> Path:
-    """Write the card of an exported file and return its path.
+def check_card(exported: Path) -> Path:
+    """Return the path of the card of an exported file: ``<file>.md``, so that each file has its own.
 
-    It is the folder's ``README.md``, or ``<file>.md`` where that is not a card of ours.
+    ``README.md`` is the folder's, and stays as it is.
+
+    Raises:
+        UserError: something that is no card of ours is there.
     """
-    path = exported.with_name(CARD)
+    path = exported.with_name(f"{exported.name}.md")
     if path.exists() and not _is_ours(path):
-        path = exported.with_name(f"{exported.name}.md")
+        raise UserError(
+            "replaced-file",
+            f"{path} is no model card of {LIBRARY}, and the export would replace it; "
+            "move it, or give another --output",
+        )
+    return path
+
+
+def write_card(exported: Path, text: str) -> Path:
+    """Write the card of an exported file and return its path, see :func:`check_card`."""
+    path = check_card(exported)
     atomic_write_text(path, text)
     return path
 

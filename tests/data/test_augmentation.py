@@ -23,7 +23,7 @@ from gn_detect.data.augmentation import (
     ResizeShortestEdge,
     crop_with_object,
 )
-from gn_detect.data.transforms import LabelledImage, bitmap_bounds, to_target
+from gn_detect.data.transforms import LabelledImage, bitmap_bounds, crop, drawn, to_target
 from gn_detect.errors import UserError
 from gn_detect.ops.masks import rasterize_polygons
 
@@ -310,3 +310,27 @@ def test_image_for_inference(make_cfg: Callable[..., Any]) -> None:
     assert prepare_image(image, make_cfg()).shape == (3, 40, 120)
     kept = prepare_image(image[:, ::-1], make_cfg(input__min_size_test=0, input__format="RGB"))
     np.testing.assert_array_equal(kept.permute(1, 2, 0).numpy(), image[:, ::-1])
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+@pytest.mark.parametrize(
+    "step",
+    [RandomAffine(30.0, 0.3, 0.5, 0.9), LargeScaleJitter(0.5, 0.9, (60, 60))],
+    ids=["affine", "jitter"],
+)
+def test_what_a_crop_cut_off_does_not_come_back(step: Any, with_masks: bool) -> None:
+    """The image is white and the padding is grey: no mask or box corner lies on the padding alone."""
+    square = [np.array([10.0, 10, 30, 10, 30, 30, 10, 30])]
+    image = np.full((40, 40, 3), 255, dtype=np.uint8)
+    whole = LabelledImage(
+        image, np.array([[10.0, 10, 30, 30]]), np.array([1]), [square] if with_masks else None
+    )
+    for left, top in ((0, 0), (20, 0), (0, 20), (20, 20)):
+        for seed in range(5):
+            found = step(crop(whole, left, top, 20, 20), np.random.default_rng(seed))
+            if with_masks and len(found):
+                mask = drawn(found.masks[0], *found.size)
+                assert mask.any() and (found.image[mask] == 255).all()
+            elif len(found) and isinstance(step, LargeScaleJitter):
+                rows, columns = np.nonzero((found.image == 255).all(axis=2))
+                assert found.boxes[0, 2] <= columns.max() + 1 and found.boxes[0, 3] <= rows.max() + 1

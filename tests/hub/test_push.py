@@ -189,7 +189,7 @@ def exported(folder: Path, *words: str, **changes: Any) -> str:
     """The card beside a safetensors file."""
     path = checkpoint_file(folder, **changes)
     assert main(["export", str(path), "--output", str(folder / "out" / "model.safetensors"), *words]) == 0
-    return (folder / "out" / "README.md").read_text()
+    return (folder / "out" / "model.safetensors.md").read_text()
 
 
 STARTS = {
@@ -227,12 +227,12 @@ def test_what_an_exported_file_does_not_hold_is_not_made_up(tmp_path: Path, run:
     out, second = tmp_path / "one.safetensors", tmp_path / "second" / "two.safetensors"
     assert main(["export", str(run / "model_best.pth"), "--output", str(out)]) == 0
     assert main(["export", str(out), "--output", str(second)]) == 0
-    text = (second.parent / "README.md").read_text()
+    text = second.with_name("two.safetensors.md").read_text()
     assert "What the training started from is not recorded." in text
-    results = front_matter((tmp_path / "README.md").read_text())["model-index"][0]["results"]
+    results = front_matter((tmp_path / "one.safetensors.md").read_text())["model-index"][0]["results"]
     assert front_matter(text)["model-index"][0]["results"][0]["metrics"] == results[0]["metrics"]
     assert main(["export", str(out), "--output", str(second), "INPUT.MIN_SIZE_TEST", "96"]) == 0
-    assert "model-index" not in front_matter((second.parent / "README.md").read_text())
+    assert "model-index" not in front_matter(second.with_name("two.safetensors.md").read_text())
     assert read_checkpoint(second).metadata.results == {}
 
 
@@ -279,20 +279,39 @@ def test_text_of_users_is_no_markup(tmp_path: Path) -> None:
     assert not [tag for tag in ("<script", "<a ", "<img", "<h1", "<hr") if tag in html], html
 
 
-def test_the_card_goes_beside_the_file_and_replaces_no_other(tmp_path: Path) -> None:
-    card = exported(tmp_path)
-    target, readme = tmp_path / "out" / "model.safetensors", tmp_path / "out" / "README.md"
-    assert Predictor.from_pretrained(target).class_names == list(NAMES)
-    other = module.write_card(target, card + "later\n")
-    assert other == readme and readme.read_text() == card + "later\n", "ours is written anew"
-    for text in ("# My project\n", "", "---\nlibrary_name: other\n---\n", "\ufeff---\n"):
-        readme.write_text(text, encoding="utf-8")
-        assert module.write_card(target, card) == target.with_name("model.safetensors.md")
-        assert readme.read_text(encoding="utf-8") == text
-        assert target.with_name("model.safetensors.md").read_text() == card
-    readme.unlink()
-    readme.mkdir()
-    assert module.write_card(target, card) == target.with_name("model.safetensors.md")
+def test_each_exported_file_has_a_card_of_its_own(tmp_path: Path) -> None:
+    """Two exports into one folder: each card speaks of its file; a second export replaces its own card."""
+    path, out = checkpoint_file(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("# My project\n")
+    names = ["one.safetensors", "two.safetensors", "README.safetensors"]
+    for name in (*names, names[0]):
+        assert main(["export", str(path), "--output", str(out / name)]) == 0
+    assert {file.name for file in out.iterdir()} == {"README.md", *names, *(f"{name}.md" for name in names)}
+    for name in names:
+        text = (out / f"{name}.md").read_text()
+        assert f"# `{name}`" in text and f'from_pretrained("{name}")' in text
+        assert Predictor.from_pretrained(out / name).class_names == list(NAMES)
+    assert (out / "README.md").read_text() == "# My project\n"
+    target = out / names[0]
+    text = target.with_name("one.safetensors.md").read_text()
+    assert module.write_card(target, text + "later\n").read_text() == text + "later\n", "ours is written anew"
+
+
+@pytest.mark.parametrize("text", ["# My notes\n", "", "---\nlibrary_name: other\n---\n", "\ufeff---\n", None])
+def test_a_file_of_the_user_in_the_place_of_the_card_stays(
+    tmp_path: Path, refused: Any, text: str | None
+) -> None:
+    """None stands for a folder. Nothing is exported."""
+    path, card = checkpoint_file(tmp_path), tmp_path / "model.safetensors.md"
+    if text is None:
+        card.mkdir()
+    else:
+        card.write_text(text, encoding="utf-8")
+    line = refused("export", path, "--output", tmp_path / "model.safetensors")
+    assert "replaced-file" in line and str(card) in line
+    assert text is None or card.read_text(encoding="utf-8") == text
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_wrong_flags(tmp_path: Path, refused: Any) -> None:
@@ -334,7 +353,7 @@ def test_the_card_of_a_training_on_the_demo_dataset(tmp_path: Path, monkeypatch:
     words += ["INPUT.MIN_SIZE_TEST", "96", "INPUT.MIN_SIZE_TRAIN", "[96]", "SOLVER.IMS_PER_BATCH", "2"]
     assert main([*words, "MODEL.DEVICE", "cpu", "VIS.NUM_IMAGES", "0"]) == 0
     assert main(["export", "run/model_final.pth", "--output", "out/model.safetensors"]) == 0
-    text = Path("out/README.md").read_text()
+    text = Path("out/model.safetensors.md").read_text()
     data = front_matter(text)
     results = json.loads(Path("run/results.json").read_text())
     metrics = {each["name"]: each["value"] for each in data["model-index"][0]["results"][0]["metrics"]}
