@@ -273,14 +273,16 @@ def evaluate_and_keep_best(run: Run, interruption: Interruption) -> Results:
         )
         save_checkpoint(run.folder, BEST, model, metadata, is_last=False)
         logger.info("best %s so far: %.2f, saved as %s", metric, value, BEST)
-    record(run, scalars)
-    run.is_evaluated = True
     run.check_patience()
-    if run.stopped and run.done < run.cfg.solver.max_iter:
+    if run.stopped and not at_end:
         patience = run.cfg.solver.early_stop.patience
         logger.info("no better %s in %d evaluations: training ends (SOLVER.EARLY_STOP)", metric, patience)
-        if run.cfg.test.aug.enabled:
+        if run.cfg.test.aug.enabled:  # this is the last iteration after all
             results = evaluate_test_sets(run.cfg, model, run.tests, interruption, augmented=True)
+            scalars = scalars_of(results)
+            run.scores = headline(scalars)
+    record(run, scalars)
+    run.is_evaluated = True
     return results
 
 

@@ -69,7 +69,7 @@ def send_images(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 def send_ahead(batches: Iterable[list[Sample]], device: torch.device) -> Iterator[list[Sample]]:
     """Yield batches with their images on ``device``.
 
-    A GPU gets the next batch while it computes on the one that was yielded. On a CPU they stay as they are.
+    A GPU gets the next batch while it computes on the one that was yielded. A CPU gets batches as they are.
     """
     if device.type != "cuda":
         yield from batches
