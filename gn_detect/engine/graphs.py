@@ -119,7 +119,11 @@ class StepGraphs:
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 graph, losses = self.capture(lambda: compute(inputs.with_tensors(fixed)), self.pool)
-        except RuntimeError as error:
+        except (RuntimeError, UserError) as error:
+            if (
+                isinstance(error, UserError) and error.code != "out-of-memory"
+            ):  # a pool needs more than eager steps
+                raise
             self.failure = str(error).partition("\n")[0]
             self.captured.clear()
             logger.warning("a CUDA graph cannot be captured, so steps go on without: %s", self.failure)

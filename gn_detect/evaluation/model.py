@@ -310,19 +310,20 @@ def _detect(
     batches: Iterable[list[Sample]] = progress_bar(loader, desc="evaluating", unit="batch", shown=is_main())
     if isinstance(model, MaskRCNN):  # other detectors change the images on the host
         batches = send_ahead(batches, model.device)
-    for batch in batches:
-        count("data")
-        with detection_memory_help(_name_images(batch), len(batch)), torch.inference_mode():
-            sizes = [sample.original_size for sample in batch]
-            found = model.detect([sample.image for sample in batch], sizes, paste=False)
-        count("model")
-        for sample in batch:
-            # pop: the masks of a large image must be gone before the next image
-            yield detections_to_coco(found.pop(0), sample.image_id, category_ids, sample.original_size)
-        images += len(batch)
-        count("results")
-        if stop is not None and stop.seen():
-            return
+    with detection_memory_help("the next images"):  # which are sent ahead
+        for batch in batches:
+            count("data")
+            with detection_memory_help(_name_images(batch), len(batch)), torch.inference_mode():
+                sizes = [sample.original_size for sample in batch]
+                found = model.detect([sample.image for sample in batch], sizes, paste=False)
+            count("model")
+            for sample in batch:
+                # pop: the masks of a large image must be gone before the next image
+                yield detections_to_coco(found.pop(0), sample.image_id, category_ids, sample.original_size)
+            images += len(batch)
+            count("results")
+            if stop is not None and stop.seen():
+                return
     spent = ", ".join(f"{part} {value:.1f} s" for part, value in seconds.items())
     logger.info("%d images, %.1f images/s (%s)", images, images / max(sum(seconds.values()), 1e-9), spent)
 

@@ -244,11 +244,18 @@ def test_the_least_recently_used_graph_goes_first(plain: list[Step], monkeypatch
     assert len(graphed.captured) == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("the stream is capturing\nand more"),
+        UserError("out-of-memory", "the stream is capturing"),  # eager steps need less
+    ],
+)
 def test_a_capture_that_fails_is_reported_and_steps_go_on(
-    plain: list[Step], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, plain: list[Step], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(work: Any, pool: Any) -> Any:
-        raise RuntimeError("the stream is capturing\nand more")
+        raise error
 
     graphed = StepGraphs(capture=fail)
     with caplog.at_level(logging.WARNING):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -347,6 +348,25 @@ def test_fine_tuning_on_other_classes(trained_once: Config, tmp_path: Path) -> N
     )
     model = build_model(second)
     load_weights(model, Path(second.output_dir) / "model_final.pth")
+
+
+def test_an_early_stop_records_augmented_ap(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Augmented evaluation follows the last iteration, also if a patience decides which that is."""
+    values = iter([30.0, 20.0, 20.0])
+
+    def fake(*positional: Any, augmented: bool = False) -> dict:
+        with_aug = augmented or positional[-1] is True
+        return {"bbox": {"AP": next(values)}, **({"bbox_TTA": {"AP": 35.0}} if with_aug else {})}
+
+    monkeypatch.setattr(trainer_module, "evaluate_test_sets", fake)
+    keys = {"SOLVER.MAX_ITER": 6, "TEST.EVAL_PERIOD": 1, "SOLVER.EARLY_STOP.PATIENCE": 1}
+    aug = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": [64], "TEST.AUG.MAX_SIZE": 96}
+    cfg = tiny_config.replace({**keys, **aug, "MODEL.MASK_ON": False})
+    assert train(cfg)["bbox_TTA"]["AP"] == 35.0
+    rows = [row for row in metrics_of(cfg) if "bbox/AP" in row]
+    assert [(row["iteration"], row.get("bbox_TTA/AP")) for row in rows] == [(0, None), (1, 35.0)]
+    final = read_checkpoint(Path(cfg.output_dir) / "model_final.pth").metadata
+    assert (final.iteration, final.results["bbox_TTA/AP"]) == (1, 35.0)
 
 
 def test_training_ends_when_nothing_gets_better(
