@@ -120,9 +120,8 @@ class StepGraphs:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 graph, losses = self.capture(lambda: compute(inputs.with_tensors(fixed)), self.pool)
         except (RuntimeError, UserError) as error:
-            if (
-                isinstance(error, UserError) and error.code != "out-of-memory"
-            ):  # a pool needs more than eager steps
+            # Eager steps need less memory than the pool.
+            if isinstance(error, UserError) and error.code != "out-of-memory":
                 raise
             self.failure = str(error).partition("\n")[0]
             self.captured.clear()

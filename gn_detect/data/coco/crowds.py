@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..formats.shapes import join_runs
 from .faults import FAULTS
-from .rle import read_runs
+from .rle import join_runs, read_runs
 
 MANY = 0.05  # share of crowds among objects above which nearly nobody means them
 _LOOKED_AT = 200  # crowds, spread over the file

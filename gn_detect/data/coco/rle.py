@@ -1,4 +1,4 @@
-"""Read compressed RLE and check its runs, which pycocotools does not check."""
+"""Read compressed RLE, check its runs, which pycocotools does not check, and join runs of one object."""
 
 from __future__ import annotations
 
@@ -139,3 +139,36 @@ def _add_low_digits(numbers: np.ndarray, codes: np.ndarray, places: np.ndarray) 
     low = ((codes[places].astype(np.int64) - 48) & 31) << (5 * (rank - np.repeat(heads, digits)))
     whole = number[heads]
     numbers[whole] = (numbers[whole] << (5 * digits)) + np.add.reduceat(low, heads)
+
+
+def join_runs(
+    rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, values: np.ndarray, height: int
+) -> np.ndarray:
+    """Return the least number of a run that each run is joined with, also over others.
+
+    Args:
+        rows, starts, ends: (R,) row, first column and column after the last, ordered by rows and columns.
+        values: (R,); only runs of one value are joined.
+        height: number of rows.
+    """
+    first = np.searchsorted(rows, np.arange(height + 1)).tolist()
+    begin, end, value = starts.tolist(), ends.tolist(), values.tolist()
+    parent = list(range(len(begin)))
+
+    def root(run: int) -> int:
+        while parent[run] != run:
+            parent[run] = run = parent[parent[run]]
+        return run
+
+    for row in range(1, height):
+        above = first[row - 1]
+        for run in range(first[row], first[row + 1]):
+            while above < first[row] and end[above] < begin[run]:
+                above += 1
+            other = above
+            while other < first[row] and begin[other] <= end[run]:
+                if value[other] == value[run]:
+                    one, two = root(run), root(other)
+                    parent[max(one, two)] = min(one, two)
+                other += 1
+    return np.array([root(run) for run in range(len(begin))])

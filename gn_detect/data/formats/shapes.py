@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pycocotools.mask as coco_mask
 
+from ..coco.rle import join_runs
+
 MOST_RUNS = 3_000_000  # along the rows of a mask: some seconds
 
 _CORNERS = 64  # of a circle: its polygon has 0.2% less area
@@ -107,36 +109,3 @@ def connected_pieces(values: np.ndarray, most: int = MOST_RUNS) -> list[tuple[in
             piece[rows[run] - top, starts[run] - left : ends[run] - left] = True
         pieces.append((int(found[members[0]]), left, top, piece))
     return pieces
-
-
-def join_runs(
-    rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, values: np.ndarray, height: int
-) -> np.ndarray:
-    """Return the least number of a run that each run is joined with, also over others.
-
-    Args:
-        rows, starts, ends: (R,) row, first column and column after the last, ordered by rows and columns.
-        values: (R,); only runs of one value are joined.
-        height: number of rows.
-    """
-    first = np.searchsorted(rows, np.arange(height + 1)).tolist()
-    begin, end, value = starts.tolist(), ends.tolist(), values.tolist()
-    parent = list(range(len(begin)))
-
-    def root(run: int) -> int:
-        while parent[run] != run:
-            parent[run] = run = parent[parent[run]]
-        return run
-
-    for row in range(1, height):
-        above = first[row - 1]
-        for run in range(first[row], first[row + 1]):
-            while above < first[row] and end[above] < begin[run]:
-                above += 1
-            other = above
-            while other < first[row] and begin[other] <= end[run]:
-                if value[other] == value[run]:
-                    one, two = root(run), root(other)
-                    parent[max(one, two)] = min(one, two)
-                other += 1
-    return np.array([root(run) for run in range(len(begin))])
